@@ -1,0 +1,222 @@
+"""The command line: parses, calls one function, maps errors to exit codes (0 done, 2 the user's input, 1 ours)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+# Set before torch and transformers are imported: no telemetry, no look-ups on the network, no progress bars
+# of theirs between ours.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import typer
+from rich.console import Console as RichConsole
+from rich.markup import escape
+
+from distill import __version__
+
+EXIT_OURS, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
+# What the operating system refuses because of something the user can change.
+USER_ERRNOS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+}
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Distil a quantized GGUF teacher into a small SO8T student that stock llama.cpp and Ollama load.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"distill {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    teacher: Annotated[
+        Path | None, typer.Option(help="GGUF file of the teacher. Default: the example teacher.")
+    ] = None,
+    student_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WIDTHxLAYERS", help="For example 512x4. Default: half the teacher's width and depth."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSONL (prompt, messages or text), plain text, or a folder of them. Default: the teacher speaks."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run. Default: a new one under runs/.")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Sequences at most. Default: all the data; 4096 when the teacher speaks."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the soft targets. Default: 6.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random. Default: 0.")] = None,
+    quant: Annotated[
+        str | None, typer.Option(metavar="f32|f16|q8_0", help="Format of student.gguf. Default: q8_0.")
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the soft targets. Default: beside the run's folder, under stores/."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON or YAML settings; flags win over it.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            help="Any other setting, for example train.batch_size=32. Repeatable.",
+        ),
+    ] = None,
+) -> None:
+    """Teacher in, proved student out: capture, train, export, prove, evaluate."""
+    from distill.config import load_config
+    from distill.console import Console
+    from distill.pipeline import Places
+    from distill.pipeline import run as run_pipeline
+
+    overrides = {
+        "teacher.path": str(teacher) if teacher else None,
+        "student.size": student_size,
+        "data.path": str(data) if data else None,
+        "data.samples": samples,
+        "train.epochs": epochs,
+        "export.quant": quant,
+        "seed": seed,
+    }
+    run_pipeline(load_config(config, overrides, set_ or []), Places(out, store), Console())
+
+
+@app.command("export-gguf")
+def export_gguf(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    quant: Annotated[str, typer.Option(metavar="f32|f16|q8_0", help="Format of the weights.")] = "f16",
+    output: Annotated[
+        Path | None, typer.Option(help="File to write. Default: RUN/student-QUANT.gguf.")
+    ] = None,
+) -> None:
+    """Export a run's student again in another format, proved against PyTorch before it gets its name."""
+    from distill.config import ExportConfig, parse_quant
+    from distill.console import Console, human_bytes
+    from distill.exporting import export_run
+    from distill.run_folder import RunFolder
+
+    console = Console()
+    wanted: ExportConfig = parse_quant(quant)
+    with console.stage("Export and prove") as stage:
+        path, proof = export_run(RunFolder(run_folder), wanted.quant, output)
+        stage.finish(
+            f"{path}, {human_bytes(path.stat().st_size)}; against PyTorch over {proof.positions} positions: max logit "
+            f"difference {proof.max_logit_difference:.1e}, KL {proof.mean_kl:.1e}"
+        )
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="Any GGUF language model.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="One message. Default: a conversation, one line each.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 always takes the most probable token.")
+    ] = 0.7,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+) -> None:
+    """Talk to a GGUF file through llama.cpp."""
+    from distill.chat import Conversation
+    from teachers.gguf_teacher import GGUFTeacher
+
+    with GGUFTeacher(model) as loaded:
+        conversation = Conversation(loaded, temperature=temperature, max_new_tokens=max_tokens, seed=seed)
+        if prompt is not None:
+            print(conversation.say(prompt))
+            return
+        print(f"{loaded.info.name}. An empty line or Ctrl-D ends the conversation.")
+        while line := _read_line():
+            print(conversation.say(line))
+
+
+def _read_line() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        print()
+        return ""
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with 0 (done), 2 (the user's input), 1 (ours) or 130 (interrupted)."""
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        _complain("interrupted; everything saved so far is kept, the same command continues from there")
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise  # a defect of ours: the traceback is what a report needs (Python exits with 1)
+        _complain(_one_line(error))
+        sys.exit(code)
+    sys.exit(0)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """The exit code of an expected error, or nothing for a defect."""
+    from distill.errors import ProofFailed, TrainingAborted, UserError
+    from students.export import ExportError
+    from students.fold import FoldError
+    from teachers.chat_template import ChatTemplateError
+    from teachers.gguf_file import TeacherFileError
+    from teachers.store import StoreError
+    from teachers.worker import TeacherError
+
+    if isinstance(error, (UserError, StoreError, TeacherFileError, TeacherError, ChatTemplateError)):
+        return EXIT_USER
+    if isinstance(error, OSError) and error.errno in USER_ERRNOS:
+        return EXIT_USER
+    if isinstance(error, (TrainingAborted, ProofFailed, ExportError, FoldError)):
+        return EXIT_OURS
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f" ({error.filename})" if error.filename else ""
+        advice = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
+        return f"{error.strerror}{where}{advice}"
+    return " ".join(str(error).split())
+
+
+def _complain(message: str) -> None:
+    RichConsole(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)

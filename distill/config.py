@@ -1,0 +1,217 @@
+"""One tree of settings. File and flags → ``RunConfig`` (frozen, unknown keys refused) → each part gets its own.
+
+Nothing here looks at hardware or files, so a configuration can be checked anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from distill.errors import UserError
+from students.builder import parse_size
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Quant = Literal["f32", "f16", "q8_0"]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys and non-finite numbers refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TeacherConfig(Section):
+    """The teacher. ``path``: a GGUF file; none means the example teacher. ``gpu_layers``: layers given to a
+    GPU where llama.cpp was built with one, −1 for all."""
+
+    path: str | None = None
+    gpu_layers: int = -1
+
+
+class StudentConfig(Section):
+    """The student. ``size``: hidden × layers, such as 512x4; none means half the teacher's width and depth.
+    ``tie_embeddings``: one matrix for the input embedding and the output."""
+
+    size: str | None = None
+    tie_embeddings: bool = True
+
+    @field_validator("size")
+    @classmethod
+    def _readable(cls, size: str | None) -> str | None:
+        if size is not None:
+            parse_size(size)
+        return size
+
+
+class DataConfig(Section):
+    """What the teacher reads or says. ``path``: JSONL, text or a folder; none means the teacher speaks.
+    ``samples``: how many sequences at most (none: all of the data, or 4,096 when the teacher speaks).
+    ``max_length``: tokens of a sequence at most. ``held_out``: share of the sequences kept for evaluation.
+    ``sampling_temperature`` and ``top_p``: how the teacher picks its words."""
+
+    path: str | None = None
+    samples: Annotated[int, Field(ge=2)] | None = None
+    max_length: Annotated[int, Field(ge=8)] = 256
+    held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.03
+    sampling_temperature: NonNegative = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+
+
+class TargetsConfig(Section):
+    """The soft targets. ``num_topk``: how many of the teacher's most probable tokens are kept exactly."""
+
+    num_topk: Count = 64
+
+
+class LossConfig(Section):
+    """α·T²·KL_T(teacher‖student) + β·CE + λ_so8t·(PET + inertia + non-commutation).
+
+    ``temperature`` T, ``alpha`` α, ``beta`` β, ``lambda_so8t`` λ_so8t. ``pet``: weight of the squared second
+    difference of the final hidden states in each third of training (to 30 %, to 70 %, to the end).
+    ``inertia``: weight of the rotations' squared distance from their moving average. ``inertia_decay``: of
+    that average, per step. ``commutator_margin``: below this norm the non-commutation term pushes.
+    """
+
+    temperature: Annotated[float, Field(ge=1.0)] = 3.0
+    alpha: NonNegative = 0.7
+    beta: NonNegative = 0.3
+    lambda_so8t: NonNegative = 0.5
+    pet: tuple[NonNegative, NonNegative, NonNegative] = (0.0, 0.001, 0.002)
+    inertia: NonNegative = 0.1
+    inertia_decay: Fraction = 0.99
+    commutator_margin: NonNegative = 0.1
+
+
+class TrainConfig(Section):
+    """The training loop. ``epochs``; ``batch_size``: sequences per optimizer step; ``accumulation``: into how
+    many micro-batches a batch is divided; ``learning_rate``: peak (none: 0.004·√(64 / width));
+    ``warmup``: share of the steps; ``min_lr``: share of the peak the cosine ends at; ``max_grad_norm``;
+    ``weight_decay``: of matrices only; ``precision``: ``bf16`` autocast, ``fp32``, or ``auto``;
+    ``evaluations``: how often the held-out KL is measured, first and last step included."""
+
+    epochs: Count = 6
+    batch_size: Count = 16
+    accumulation: Count = 1
+    learning_rate: Positive | None = None
+    warmup: Fraction = 0.05
+    min_lr: Fraction = 0.02
+    max_grad_norm: Positive = 1.0
+    weight_decay: NonNegative = 0.01
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    evaluations: Annotated[int, Field(ge=2)] = 12
+
+
+class ExportConfig(Section):
+    """The exported file. ``quant``: f32, f16 or q8_0."""
+
+    quant: Quant = "q8_0"
+
+
+class RunConfig(Section):
+    """Everything one run depends on. The same configuration and seed give the same bytes on CPU."""
+
+    teacher: TeacherConfig = TeacherConfig()
+    student: StudentConfig = StudentConfig()
+    data: DataConfig = DataConfig()
+    targets: TargetsConfig = TargetsConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    export: ExportConfig = ExportConfig()
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
+
+
+def load_config(path: Path | None, overrides: dict[str, Any], settings: list[str]) -> RunConfig:
+    """Combine a JSON or YAML file, named flags and ``section.key=value`` settings; later ones win.
+
+    ``overrides`` maps dotted keys to values (``None``: not given).
+
+    Raises:
+        UserError: unreadable file, unknown key, or a value out of range; names every one of them.
+    """
+    tree: dict[str, Any] = _read_tree(path) if path else {}
+    for key, value in overrides.items():
+        if value is not None:
+            _put(tree, key, value)
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator or not key:
+            raise UserError(
+                f"--set {setting!r}: write section.key=value, for example train.learning_rate=0.001"
+            )
+        try:
+            _put(tree, key, yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise UserError(f"--set {setting!r}: the value {text!r} cannot be read") from None
+    return parse_config(tree, f" in {path}" if path else "")
+
+
+def parse_config(tree: Any, where: str = "") -> RunConfig:
+    """Check a tree of settings.
+
+    Raises:
+        UserError: names every unknown key and every value out of range.
+    """
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = [_problem(item) for item in error.errors()]
+        raise UserError(f"configuration{where}: " + "; ".join(problems)) from None
+
+
+def _problem(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_suggestion(item['loc'])}"
+    return f"{key} = {item['input']!r}: {item['msg'].removeprefix('Value error, ')}"
+
+
+def _suggestion(location: tuple[Any, ...]) -> str:
+    section: Any = RunConfig
+    for part in location[:-1]:
+        section = section.model_fields[part].annotation
+    return f" (there are: {', '.join(section.model_fields)})"
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"configuration {path} cannot be read: {error.strerror}") from None
+    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise UserError(f"configuration {path} is not valid {kind}: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"configuration {path} must be a mapping of sections, not {type(tree).__name__}")
+    return tree
+
+
+def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"configuration key {dotted!r}: {section!r} is not a section")
+    tree[key] = value
+
+
+def parse_quant(quant: str) -> ExportConfig:
+    """Check the name of an export format.
+
+    Raises:
+        UserError: there is no such format.
+    """
+    try:
+        return ExportConfig.model_validate({"quant": quant})
+    except ValidationError:
+        raise UserError(f"--quant {quant!r} is not a format; choose f32, f16 or q8_0") from None

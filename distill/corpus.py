@@ -1,0 +1,251 @@
+"""Prompts, conversations, plain text, or the teacher's own words → token sequences.
+
+A JSONL line is an object with exactly one of ``prompt`` (the teacher answers), ``messages`` (a conversation;
+the teacher answers if the last message is not the assistant's) or ``text`` (used as it stands); other keys
+are left alone. Everything else is plain text, cut into windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.config import DataConfig
+from distill.errors import UserError
+from teachers.base import Progress, Teacher, Tokens
+from teachers.chat_template import ChatTemplateError, Message, render_chat
+from teachers.speak import Sampling
+
+DEFAULT_SPOKEN_SAMPLES = 4096
+TEXT_SUFFIXES = (".jsonl", ".txt", ".md")
+_KINDS = ("prompt", "messages", "text")
+_SENTINEL = "\u2063user says\u2063"  # invisible separators: no template contains it
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One piece of data and where it stands (``file:line``), for messages about it."""
+
+    kind: str
+    value: Any
+    where: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sequence to be: forced segments, and whether the teacher writes after each of them."""
+
+    segments: tuple[Tokens, ...]
+    speaks: bool
+
+
+class Corpus:
+    """The sequences of a run, in a fixed order; a ``teachers.capture.SequenceSource``."""
+
+    def __init__(self, items: list[Item], sampling: Sampling, notes: list[str]) -> None:
+        self.items = items
+        self.sampling = sampling
+        self.notes = notes
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def spoken(self) -> int:
+        """How many sequences the teacher writes (in part)."""
+        return sum(item.speaks for item in self.items)
+
+    def digest(self) -> str:
+        """SHA-256 over everything that decides the sequences."""
+        digest = hashlib.sha256(json.dumps(asdict(self.sampling), sort_keys=True).encode())
+        for item in self.items:
+            digest.update(f"{item.speaks} {[len(part) for part in item.segments]}".encode())
+            for part in item.segments:
+                digest.update(part.tobytes())
+        return digest.hexdigest()
+
+    def take(self, teacher: Teacher, start: int, stop: int, progress: Progress) -> list[Tokens]:
+        """See ``teachers.capture.SequenceSource``."""
+        chosen = self.items[start:stop]
+        requests = [item.segments for item in chosen if item.speaks]
+        spoken = iter(
+            teacher.speak(requests, self.sampling, first_index=start, progress=progress) if requests else ()
+        )
+        return [next(spoken) if item.speaks else item.segments[0] for item in chosen]
+
+
+def build_corpus(config: DataConfig, teacher: Teacher, seed: int) -> Corpus:
+    """Read the data (or plan what the teacher will say) and tokenise it.
+
+    Raises:
+        UserError: missing, empty or malformed data; names file and line.
+    """
+    max_length = min(config.max_length, teacher.info.context_length)
+    sampling = Sampling(config.sampling_temperature, config.top_p, max_length, seed)
+    notes: list[str] = []
+    if max_length < config.max_length:
+        notes.append(f"sequences are cut to the teacher's context of {max_length} tokens")
+    if config.path is None:
+        item = _opening(teacher)
+        return Corpus([item] * (config.samples or DEFAULT_SPOKEN_SAMPLES), sampling, notes)
+    items = _tokenise(list(_read(Path(config.path))), teacher, max_length, notes)
+    if config.samples is not None and config.samples < len(items):
+        kept = np.random.default_rng(seed).permutation(len(items))[: config.samples]
+        items = [items[index] for index in sorted(kept.tolist())]
+    if len(items) < 2:
+        raise UserError(
+            f"data {config.path}: only {len(items)} sequence; at least 2 are needed (1 is held out)"
+        )
+    return Corpus(items, sampling, notes)
+
+
+# -- the teacher speaks ---------------------------------------------------------------------------------------
+
+
+def _opening(teacher: Teacher) -> Item:
+    """How the teacher starts with nothing given: inside the user's turn of its template, else from BOS."""
+    info = teacher.info
+    if info.chat_template is not None:
+        text = _render(teacher, [{"role": "user", "content": _SENTINEL}], generate=True)
+        before, found, after = text.partition(_SENTINEL)
+        if found and before and after:
+            start = _with_bos(teacher, before)
+            rest = teacher.tokenize([after], add_special=False, parse_special=True)[0]
+            return Item((start, rest), True)
+    first = info.bos if info.bos is not None else info.eos
+    if first is None:
+        raise UserError(f"teacher {info.name} has neither BOS nor EOS token to start from; give --data")
+    return Item((np.array([first], dtype=np.int32),), True)
+
+
+def _with_bos(teacher: Teacher, text: str) -> Tokens:
+    """Tokenise rendered text, which may or may not spell out BOS, with exactly one BOS if the model wants it."""
+    tokens = teacher.tokenize([text], add_special=False, parse_special=True)[0]
+    bos = teacher.info.bos
+    if bos is not None and teacher.info.add_bos and (not len(tokens) or tokens[0] != bos):
+        tokens = np.concatenate(([bos], tokens)).astype(np.int32)
+    return tokens
+
+
+def _render(teacher: Teacher, messages: list[Message], *, generate: bool) -> str:
+    info = teacher.info
+    if info.chat_template is None:
+        return "\n".join(message["content"] for message in messages)
+    ends = [np.array([] if token is None else [token], dtype=np.int32) for token in (info.bos, info.eos)]
+    bos, eos = teacher.detokenize(ends)
+    return render_chat(info.chat_template, messages, add_generation_prompt=generate, bos=bos, eos=eos)
+
+
+# -- reading --------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> Iterator[Entry]:
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in TEXT_SUFFIXES)
+        if not files:
+            raise UserError(f"data folder {path} has no {', '.join(TEXT_SUFFIXES)} file")
+    elif path.is_file():
+        files = [path]
+    else:
+        reason = "is not a regular file or folder" if path.exists() else "does not exist"
+        raise UserError(f"data {path} {reason}; give a JSONL or text file, or a folder of them")
+    for file in files:
+        text = _read_text(file)
+        if not text.strip():
+            raise UserError(f"data file {file} is empty; remove it or fill it")
+        if file.suffix == ".jsonl":
+            yield from _read_jsonl(file, text)
+        else:
+            yield Entry("plain", text, str(file))
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"data file {file}, line {line}: not UTF-8 (byte {error.start}); convert it"
+        ) from None
+    except OSError as error:
+        raise UserError(f"data file {file} cannot be read: {error.strerror}") from None
+
+
+def _read_jsonl(file: Path, text: str) -> Iterator[Entry]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"data file {file}, line {number}"
+        try:
+            value = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{where}: not valid JSON ({error}); each line must be one JSON object") from None
+        kinds = [kind for kind in _KINDS if isinstance(value, dict) and kind in value]
+        if len(kinds) != 1:
+            found = f"has {' and '.join(kinds)}" if kinds else "has none of them"
+            raise UserError(f"{where}: needs exactly one of {', '.join(_KINDS)}; it {found}")
+        _check_value(kinds[0], value[kinds[0]], where)
+        yield Entry(kinds[0], value[kinds[0]], where)
+
+
+def _check_value(kind: str, value: Any, where: str) -> None:
+    if kind != "messages":
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{where}: {kind!r} must be text that is not empty, got {value!r}")
+        return
+    fitting = (
+        isinstance(value, list)
+        and value
+        and all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in value
+        )
+    )
+    if not fitting:
+        raise UserError(f"{where}: 'messages' must be a list of objects with 'role' and 'content' as text")
+
+
+# -- tokenising -----------------------------------------------------------------------------------------------
+
+
+def _tokenise(entries: list[Entry], teacher: Teacher, max_length: int, notes: list[str]) -> list[Item]:
+    items: list[Item] = []
+    cut = 0
+    for entry in entries:
+        if entry.kind in ("plain", "text"):
+            items += _windows(entry, teacher, max_length)
+            continue
+        messages = entry.value if entry.kind == "messages" else [{"role": "user", "content": entry.value}]
+        answers = messages[-1]["role"] != "assistant"
+        try:
+            tokens = _with_bos(teacher, _render(teacher, messages, generate=answers))
+        except ChatTemplateError as error:
+            raise UserError(f"{entry.where}: {error}") from None
+        cut += len(tokens) > max_length or (answers and len(tokens) >= max_length)
+        tokens = tokens[:max_length]
+        if len(tokens):
+            items.append(Item((tokens,), answers and len(tokens) < max_length))
+    if cut:
+        notes.append(f"{cut} of {len(items)} sequences are cut at {max_length} tokens; raise data.max_length")
+    return [item for item in items if item.speaks or len(item.segments[0]) > 1]
+
+
+def _windows(entry: Entry, teacher: Teacher, max_length: int) -> list[Item]:
+    """Cut a text into sequences, each beginning with BOS where the model wants one.
+
+    Control tokens spelled out in the text stay text: data must not speak for the template.
+    """
+    tokens = teacher.tokenize([entry.value], add_special=False, parse_special=False)[0]
+    bos = teacher.info.bos if teacher.info.add_bos else None
+    start = np.array([] if bos is None else [bos], dtype=np.int32)
+    step = max_length - len(start)
+    windows = [np.concatenate((start, tokens[at : at + step])) for at in range(0, len(tokens), step)]
+    return [Item((window.astype(np.int32),), False) for window in windows if len(window) > 1]

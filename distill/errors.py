@@ -1,0 +1,15 @@
+"""Errors the command line turns into one line and an exit code."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """The user's input cannot be used: what was wrong, its value, what to do. Exit code 2."""
+
+
+class TrainingAborted(RuntimeError):
+    """Training cannot go on (a loss or gradient is not finite). Exit code 1; what was saved stays."""
+
+
+class ProofFailed(RuntimeError):
+    """The exported file is not the trained model. Exit code 1; the file does not get its name."""

@@ -1,0 +1,115 @@
+"""Proof that an exported GGUF file is the trained model: loaded back in llama.cpp, compared with PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill import losses
+from distill.errors import ProofFailed
+from distill.evaluate import student_scorer
+from students.model import SO8TForCausalLM
+from teachers.base import Tokens
+from teachers.gguf_teacher import GGUFTeacher
+
+PROOF_SEQUENCES = 16
+PROOF_TOKENS = 4096
+MAX_LOGIT_DIFFERENCE = {"f32": 1e-3}
+MAX_MEAN_KL = {"f32": 1e-6, "f16": 1e-4, "q8_0": 5e-3}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared and how far apart the two were.
+
+    ``max_logit_difference`` over all positions and tokens; ``mean_kl`` KL(PyTorch ‖ GGUF) in nats per token;
+    ``agreement``: share of positions with the same most probable token; ``token_lines``: texts that both
+    files' tokenizers turned into the same ids.
+    """
+
+    quant: str
+    positions: int
+    max_logit_difference: float
+    mean_kl: float
+    agreement: float
+    token_lines: int
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``results.json``."""
+        return asdict(self)
+
+
+def prove(
+    path: Path,
+    quant: str,
+    student: SO8TForCausalLM,
+    sequences: Sequence[Tokens],
+    reference_tokens: TokenizedLines,
+) -> Proof:
+    """Compare the file with the student on held-out sequences, with a float32 KV cache.
+
+    Raises:
+        ProofFailed: they differ by more than the format explains, or the tokenizers differ.
+        TeacherError: llama.cpp cannot run the file.
+    """
+    chosen = proof_sequences(sequences)
+    expected = student_scorer(student)(chosen)
+    with GGUFTeacher(path) as exported:
+        found = torch.from_numpy(exported.logits(chosen, exact=True))
+        for text, tokens in zip(reference_tokens.texts, reference_tokens.tokens, strict=True):
+            again = exported.tokenize([text], add_special=True, parse_special=True)[0]
+            if again.tolist() != tokens.tolist():
+                raise ProofFailed(
+                    f"the exported tokenizer gives other ids than the teacher's for {text[:60]!r}"
+                )
+    proof = Proof(
+        quant=quant,
+        positions=len(expected),
+        max_logit_difference=float((expected - found).abs().max()),
+        mean_kl=float(losses.dense_forward_kl(expected.double(), found.double()).mean()),
+        agreement=float((expected.argmax(-1) == found.argmax(-1)).float().mean()),
+        token_lines=len(reference_tokens.texts),
+    )
+    _judge(proof)
+    return proof
+
+
+@dataclass(frozen=True)
+class TokenizedLines:
+    """Texts and the ids the teacher's own tokenizer gives them (control tokens parsed, BOS as it wants)."""
+
+    texts: list[str]
+    tokens: list[Tokens]
+
+
+def tokenized_lines(teacher: GGUFTeacher, sequences: Sequence[Tokens]) -> TokenizedLines:
+    """The text of some sequences with the teacher's ids for it, to check an exported tokenizer against."""
+    texts = teacher.detokenize(proof_sequences(sequences))
+    return TokenizedLines(texts, teacher.tokenize(texts, add_special=True, parse_special=True))
+
+
+def proof_sequences(sequences: Sequence[Tokens]) -> list[Tokens]:
+    """The first sequences, as many as make a proof."""
+    chosen: list[Tokens] = []
+    for tokens in sequences[:PROOF_SEQUENCES]:
+        if chosen and sum(map(len, chosen)) + len(tokens) > PROOF_TOKENS:
+            break
+        chosen.append(tokens)
+    return chosen
+
+
+def _judge(proof: Proof) -> None:
+    difference, limit = proof.max_logit_difference, MAX_LOGIT_DIFFERENCE.get(proof.quant)
+    if limit is not None and not difference <= limit:
+        raise ProofFailed(
+            f"the {proof.quant} file's logits differ from PyTorch by {difference:.2e}, more than {limit:g}"
+        )
+    if not proof.mean_kl <= MAX_MEAN_KL[proof.quant]:
+        raise ProofFailed(
+            f"the {proof.quant} file is {proof.mean_kl:.2e} nats per token from PyTorch, more than "
+            f"{MAX_MEAN_KL[proof.quant]:g}"
+        )

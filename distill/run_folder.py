@@ -1,0 +1,187 @@
+"""A run's folder: what is in it, whose it is, and reading it back.
+
+``config.json`` (as resolved), ``identity.json`` (teacher and soft targets), ``metrics.jsonl``,
+``checkpoints/``, ``student/`` (PyTorch weights and ``tokenizer.gguf``), ``held_out.json``, ``student.gguf``,
+and last ``results.json``: a folder with results is a finished run.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.config import RunConfig, parse_config
+from distill.errors import UserError
+from distill.prove import TokenizedLines
+from teachers.base import Tokens
+from teachers.store import write_whole
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out token sequences, and texts with the teacher's ids for checking an exported tokenizer."""
+
+    sequences: list[Tokens]
+    lines: TokenizedLines
+
+
+class RunFolder:
+    """One run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.json"
+        self.identity_file = path / "identity.json"
+        self.results_file = path / "results.json"
+        self.held_out_file = path / "held_out.json"
+        self.student = path / "student"
+        self.tokenizer = self.student / "tokenizer.gguf"
+        self.gguf = path / "student.gguf"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.results_file.exists()
+
+    def begin(self, config: RunConfig) -> None:
+        """Make the folder this run's, or find that it already is.
+
+        Raises:
+            UserError: it belongs to another run or holds other files; nothing in it is touched.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out {self.path} is a file; give a new or empty folder")
+        if self.config_file.exists():
+            if difference := _first_difference(self.read_config(), config):
+                raise UserError(
+                    f"--out {self.path} holds another run ({difference}); choose another folder. "
+                    "Nothing in it was changed"
+                )
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise UserError(f"--out {self.path} holds other files; give a new or empty folder")
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write(self.config_file, config.model_dump(mode="json"))
+
+    def claim(self, identity: dict[str, str]) -> None:
+        """Record which teacher and soft targets the run uses, or check that they are still the same.
+
+        Raises:
+            UserError: the folder's run used others (the teacher file or the data has changed since).
+        """
+        if not self.identity_file.exists():
+            self._write(self.identity_file, identity)
+            return
+        found = self._read(self.identity_file)
+        for key, value in identity.items():
+            if found.get(key) != value:
+                raise UserError(
+                    f"--out {self.path} holds a run with another {key.replace('_', ' ')} "
+                    f"({str(found.get(key))[:12]}… instead of {value[:12]}…): the teacher file or the data has "
+                    "changed since; choose another folder. Nothing in it was changed"
+                )
+
+    def read_identity(self) -> dict[str, str]:
+        """What ``claim`` recorded."""
+        return {key: str(value) for key, value in self._read(self.identity_file).items()}
+
+    def read_config(self) -> RunConfig:
+        """The run's configuration.
+
+        Raises:
+            UserError: the folder is not a run, or its configuration is damaged.
+        """
+        if not self.config_file.exists():
+            raise UserError(f"{self.path} is not a run's folder: it has no config.json")
+        return parse_config(self._read(self.config_file), f" in {self.config_file}")
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Write ``results.json``, which finishes the run."""
+        self._write(self.results_file, results)
+
+    def read_results(self) -> dict[str, Any]:
+        """What ``write_results`` wrote."""
+        return self._read(self.results_file)
+
+    def write_held_out(self, held_out: HeldOut) -> None:
+        """Keep the held-out sequences, so that a later export can be proved without the store."""
+        content = {
+            "sequences": [tokens.tolist() for tokens in held_out.sequences],
+            "texts": held_out.lines.texts,
+            "text_tokens": [tokens.tolist() for tokens in held_out.lines.tokens],
+        }
+        write_whole(self.held_out_file, json.dumps(content).encode())
+
+    def read_held_out(self, vocab_size: int) -> HeldOut:
+        """What ``write_held_out`` wrote.
+
+        Raises:
+            UserError: missing or damaged, or a token beyond the vocabulary.
+        """
+        content = self._read(self.held_out_file)
+        try:
+            sequences = [_tokens(ids, vocab_size) for ids in content["sequences"]]
+            tokens = [_tokens(ids, vocab_size) for ids in content["text_tokens"]]
+            return HeldOut(sequences, TokenizedLines([str(text) for text in content["texts"]], tokens))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"{self.held_out_file} is damaged ({error}); run distill again") from None
+
+    def _write(self, path: Path, content: Any) -> None:
+        write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing; is {self.path} a finished run's folder?") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is damaged ({error})") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{path} is damaged (not an object)")
+        return content
+
+
+def choose_folder(config: RunConfig, stem: str) -> RunFolder:
+    """The folder of a run without ``--out``: a new one under ``runs/``, or an unfinished one of this very run."""
+    number = 1
+    while True:
+        suffix = f"-{number}" if number > 1 else ""
+        folder = RunFolder(RUNS / f"{stem}-{config.student.size}{suffix}")
+        if not folder.path.exists():
+            return folder
+        unfinished = folder.config_file.exists() and not folder.finished
+        if unfinished and not _first_difference(folder.read_config(), config):
+            return folder
+        number += 1
+
+
+def _tokens(ids: Any, vocab_size: int) -> Tokens:
+    tokens = np.array(ids, dtype=np.int32)
+    if tokens.ndim != 1 or len(tokens) < 1 or tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise ValueError(f"a sequence has tokens outside 0 to {vocab_size - 1}")
+    return tokens
+
+
+def _first_difference(found: RunConfig, wanted: RunConfig) -> str:
+    """The first setting in which two configurations differ, in words; empty where they are equal."""
+    there, here = _flatten(found.model_dump(mode="json")), _flatten(wanted.model_dump(mode="json"))
+    for key, value in here.items():
+        if there.get(key) != value:
+            return f"{key} is {there.get(key)!r} there, {value!r} here"
+    return ""
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,1 @@
+"""Watching a training run. Works on any module and optimizer; knows nothing of teachers or SO8T."""

@@ -1,0 +1,8 @@
+"""Running a teacher: GGUF files through llama.cpp, their soft targets, and the store that keeps them."""
+
+from pathlib import Path
+
+
+def example_teacher() -> Path:
+    """Path of the example teacher that ships with the package."""
+    return Path(__file__).parent / "example" / "teacher.gguf"

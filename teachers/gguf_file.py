@@ -1,0 +1,330 @@
+"""Read a GGUF header from an untrusted file, with every bound checked before anything trusts it.
+
+``gguf.GGUFReader`` maps what the header claims and fails with bare numpy errors on truncated files (and
+accepts overlapping tensors); llama.cpp may abort the process on others. So the header is walked here first,
+each length compared with what is left of the file. Format: the GGUF specification in the ggml repository.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import mmap
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+
+MAGIC = b"GGUF"
+SUPPORTED_VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+MAX_DIMENSIONS = 4
+
+_SCALARS = {
+    GGUFValueType.UINT8: "<B",
+    GGUFValueType.INT8: "<b",
+    GGUFValueType.UINT16: "<H",
+    GGUFValueType.INT16: "<h",
+    GGUFValueType.UINT32: "<I",
+    GGUFValueType.INT32: "<i",
+    GGUFValueType.FLOAT32: "<f",
+    GGUFValueType.BOOL: "<?",
+    GGUFValueType.UINT64: "<Q",
+    GGUFValueType.INT64: "<q",
+    GGUFValueType.FLOAT64: "<d",
+}
+
+
+class TeacherFileError(ValueError):
+    """A teacher file that cannot be used; the message names the file, what is wrong, and what to do."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One metadata entry as it stands in the file: its value and its GGUF type(s)."""
+
+    value: Any
+    type: GGUFValueType
+    element_type: GGUFValueType | None = None
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: ``shape`` in numpy order (rows first), absolute byte ``offset``, ``nbytes``."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    offset: int
+    nbytes: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """A checked GGUF header: metadata fields and tensor table of the file at ``path``."""
+
+    path: Path
+    size: int
+    fields: dict[str, Field]
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def architecture(self) -> str:
+        """The model architecture (``general.architecture``)."""
+        return str(self.fields["general.architecture"].value)
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements over all tensors."""
+        return sum(tensor.parameters for tensor in self.tensors.values())
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """The value of a metadata key, or ``default`` where the file has none."""
+        field = self.fields.get(key)
+        return default if field is None else field.value
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """Read one tensor and dequantise it to float32, in numpy order."""
+        info = self.tensors[name]
+        raw = np.memmap(self.path, np.uint8, "r", offset=info.offset, shape=(info.nbytes,))
+        rows = raw.reshape(*info.shape[:-1], -1)
+        return np.asarray(dequantize(rows, info.type), dtype=np.float32).reshape(info.shape)
+
+
+def require_regular_file(path: Path, what: str) -> None:
+    """Refuse anything that is not a readable plain file (a FIFO would make llama.cpp wait for ever).
+
+    Raises:
+        TeacherFileError: missing, a directory, a FIFO, a device, or unreadable.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise TeacherFileError(f"{what} {path} does not exist; give the path of a .gguf file") from None
+    except OSError as error:
+        raise TeacherFileError(f"{what} {path} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+        raise TeacherFileError(f"{what} {path} is {kind}; give the path of a .gguf file")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise TeacherFileError(
+            f"{what} {path} cannot be read: {error.strerror}; check its permissions"
+        ) from None
+
+
+class _Cursor:
+    """Reads little-endian values from a buffer and refuses to run past its end."""
+
+    def __init__(self, buffer: mmap.mmap, path: Path) -> None:
+        self.buffer = buffer
+        self.size = len(buffer)
+        self.path = path
+        self.at = 0
+
+    def take(self, count: int, what: str) -> bytes:
+        if count < 0 or count > self.size - self.at:
+            raise TeacherFileError(
+                f"teacher {self.path} is truncated or damaged: {what} needs {count} bytes at offset {self.at} "
+                f"of a {self.size}-byte file; download or copy it again"
+            )
+        start, self.at = self.at, self.at + count
+        return self.buffer[start : self.at]
+
+    def scalar(self, kind: GGUFValueType, what: str) -> Any:
+        code = _SCALARS[kind]
+        return struct.unpack(code, self.take(struct.calcsize(code), what))[0]
+
+    def string(self, what: str) -> str:
+        raw = self.take(self.scalar(GGUFValueType.UINT64, what), what)
+        return raw.decode("utf-8", errors="surrogateescape")
+
+    def value_type(self, what: str) -> GGUFValueType:
+        number = self.scalar(GGUFValueType.UINT32, what)
+        try:
+            return GGUFValueType(number)
+        except ValueError:
+            raise TeacherFileError(
+                f"teacher {self.path} is damaged: {what} has unknown value type {number}"
+            ) from None
+
+    def field(self, what: str) -> Field:
+        kind = self.value_type(what)
+        if kind == GGUFValueType.STRING:
+            return Field(self.string(what), kind)
+        if kind != GGUFValueType.ARRAY:
+            return Field(self.scalar(kind, what), kind)
+        element, count = self.value_type(what), self.scalar(GGUFValueType.UINT64, what)
+        if element == GGUFValueType.STRING:
+            self._plausible(count, 8, what)
+            return Field([self.string(what) for _ in range(count)], kind, element)
+        if element == GGUFValueType.ARRAY:
+            raise TeacherFileError(f"teacher {self.path}: {what} is an array of arrays, which no model uses")
+        code = _SCALARS[element]
+        self._plausible(count, struct.calcsize(code), what)
+        raw = self.take(count * struct.calcsize(code), what)
+        return Field(np.frombuffer(raw, dtype=np.dtype(code)).tolist(), kind, element)
+
+    def _plausible(self, count: int, width: int, what: str) -> None:
+        if count * width > self.size - self.at:
+            raise TeacherFileError(
+                f"teacher {self.path} is truncated or damaged: {what} claims {count} entries, more than the "
+                "rest of the file can hold; download or copy it again"
+            )
+
+
+def read_gguf(path: Path, *, model: bool = True) -> GGUFFile:
+    """Read and check the header of the GGUF file at ``path``; no tensor data is touched.
+
+    With ``model=False`` a file that holds a tokenizer alone is accepted too.
+
+    Raises:
+        TeacherFileError: not a GGUF file, truncated, damaged, or of an unsupported version.
+    """
+    require_regular_file(path, "teacher")
+    size = path.stat().st_size
+    if size < 24:
+        raise TeacherFileError(f"teacher {path} is not a GGUF file: it has only {size} bytes")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+        cursor = _Cursor(buffer, path)
+        magic = cursor.take(4, "magic")
+        if magic != MAGIC:
+            raise TeacherFileError(
+                f"teacher {path} is not a GGUF file: it begins with {magic!r} instead of {MAGIC!r}"
+            )
+        version = cursor.scalar(GGUFValueType.UINT32, "version")
+        if version not in SUPPORTED_VERSIONS:
+            raise TeacherFileError(
+                f"teacher {path} has GGUF version {version}; supported are {SUPPORTED_VERSIONS} "
+                "(little-endian); convert it again with a current llama.cpp"
+            )
+        tensor_count = cursor.scalar(GGUFValueType.UINT64, "tensor count")
+        field_count = cursor.scalar(GGUFValueType.UINT64, "metadata count")
+        fields = _read_fields(cursor, field_count)
+        tensors = _read_tensors(cursor, tensor_count, fields)
+    if model:
+        _require_model(path, fields, tensors)
+    return GGUFFile(path, size, fields, tensors)
+
+
+def _read_fields(cursor: _Cursor, count: int) -> dict[str, Field]:
+    fields: dict[str, Field] = {}
+    for number in range(count):
+        key = cursor.string(f"name of metadata entry {number}")
+        if key in fields:
+            raise TeacherFileError(f"teacher {cursor.path} is damaged: metadata key {key!r} occurs twice")
+        fields[key] = cursor.field(f"metadata {key!r}")
+    return fields
+
+
+def _read_tensors(cursor: _Cursor, count: int, fields: dict[str, Field]) -> dict[str, TensorInfo]:
+    raw: list[tuple[str, tuple[int, ...], GGMLQuantizationType, int]] = []
+    for number in range(count):
+        name = cursor.string(f"name of tensor {number}")
+        what = f"tensor {name!r}"
+        dimensions = cursor.scalar(GGUFValueType.UINT32, what)
+        if not 1 <= dimensions <= MAX_DIMENSIONS:
+            raise TeacherFileError(f"teacher {cursor.path} is damaged: {what} has {dimensions} dimensions")
+        shape = tuple(cursor.scalar(GGUFValueType.UINT64, what) for _ in range(dimensions))[::-1]
+        type_number = cursor.scalar(GGUFValueType.UINT32, what)
+        try:
+            kind = GGMLQuantizationType(type_number)
+        except ValueError:
+            raise TeacherFileError(
+                f"teacher {cursor.path}: {what} has unknown type {type_number}; update the gguf package"
+            ) from None
+        raw.append((name, shape, kind, cursor.scalar(GGUFValueType.UINT64, what)))
+    alignment = fields["general.alignment"].value if "general.alignment" in fields else DEFAULT_ALIGNMENT
+    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+        raise TeacherFileError(f"teacher {cursor.path} is damaged: general.alignment is {alignment!r}")
+    base = -(-cursor.at // alignment) * alignment
+    return _place_tensors(cursor, raw, base)
+
+
+def _place_tensors(
+    cursor: _Cursor, raw: list[tuple[str, tuple[int, ...], GGMLQuantizationType, int]], base: int
+) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for name, shape, kind, offset in raw:
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        if shape[-1] % block:
+            raise TeacherFileError(
+                f"teacher {cursor.path} is damaged: tensor {name!r} has rows of {shape[-1]}, not a multiple of "
+                f"the {kind.name} block of {block}"
+            )
+        nbytes = math.prod(shape) // block * block_bytes
+        if base + offset + nbytes > cursor.size:
+            raise TeacherFileError(
+                f"teacher {cursor.path} is truncated: tensor {name!r} ends at byte {base + offset + nbytes}, "
+                f"the file has {cursor.size}; download or copy it again"
+            )
+        if name in tensors:
+            raise TeacherFileError(f"teacher {cursor.path} is damaged: tensor {name!r} occurs twice")
+        tensors[name] = TensorInfo(name, shape, kind, base + offset, nbytes)
+    placed = sorted(tensors.values(), key=lambda tensor: tensor.offset)
+    for before, after in itertools.pairwise(placed):
+        if before.offset + before.nbytes > after.offset:
+            raise TeacherFileError(
+                f"teacher {cursor.path} is damaged: tensors {before.name!r} and {after.name!r} overlap"
+            )
+    return tensors
+
+
+def _require_model(path: Path, fields: dict[str, Field], tensors: dict[str, TensorInfo]) -> None:
+    architecture = fields.get("general.architecture")
+    if architecture is None or architecture.type != GGUFValueType.STRING:
+        raise TeacherFileError(f"teacher {path} names no architecture; is it a language model?")
+    tokens = fields.get("tokenizer.ggml.tokens")
+    if tokens is None or tokens.element_type != GGUFValueType.STRING or not tokens.value:
+        raise TeacherFileError(f"teacher {path} carries no tokenizer; convert it again with its tokenizer")
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise TeacherFileError(f"teacher {path} has no token embedding; is it a language model?")
+    if embedding.shape[0] != len(tokens.value):
+        raise TeacherFileError(
+            f"teacher {path} is damaged: its tokenizer has {len(tokens.value)} tokens, its embedding "
+            f"{embedding.shape[0]} rows"
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal."""
+    with path.open("rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(file)
+        )
+
+
+def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def tokenizer_fields(model: GGUFFile) -> dict[str, Field]:
+    """The metadata that makes up tokenizer and chat template (every ``tokenizer.*`` key), as it stands."""
+    return {key: field for key, field in model.fields.items() if key.startswith("tokenizer.")}
+
+
+def tokenizer_sha256(model: GGUFFile) -> str:
+    """Digest of the tokenizer metadata: equal exactly where two files tokenise alike."""
+    digest = hashlib.sha256()
+    for key, field in sorted(tokenizer_fields(model).items()):
+        digest.update(repr((key, int(field.type), field.value)).encode("utf-8", errors="surrogateescape"))
+    return digest.hexdigest()

@@ -1,0 +1,113 @@
+"""A GGUF file as a ``Teacher``: the parent's side of the llama.cpp worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from teachers.base import Progress, TeacherInfo, Tokens
+from teachers.gguf_file import GGUFFile, file_sha256, read_gguf, tokenizer_sha256
+from teachers.soft_targets import Arrays
+from teachers.speak import Sampling
+from teachers.wire import pack_ragged, unpack_ragged
+from teachers.worker import Worker
+
+
+def _quiet(done: int) -> None:
+    """Progress that nobody watches."""
+
+
+class GGUFTeacher:
+    """Runs a GGUF file through llama.cpp in a process of its own. Use as a context manager."""
+
+    def __init__(self, path: Path, *, gpu_layers: int = 0, threads: int | None = None) -> None:
+        """Check the file's header, then load it.
+
+        Raises:
+            TeacherFileError: the header is missing, damaged or not a language model's.
+            TeacherError: llama.cpp cannot load the file.
+        """
+        self.file: GGUFFile = read_gguf(path)
+        # PyTorch's count is the number of physical cores this process may use, which suits llama.cpp too.
+        self.worker = Worker(path, threads=threads or torch.get_num_threads(), gpu_layers=gpu_layers)
+        self.info = self._info()
+
+    def _info(self) -> TeacherInfo:
+        said = self.worker.description
+        template = self.file.value("tokenizer.chat_template")
+        return TeacherInfo(
+            name=str(self.file.value("general.name", self.file.path.stem)),
+            architecture=self.file.architecture,
+            parameters=self.file.parameters,
+            file_bytes=self.file.size,
+            vocab_size=said["vocab_size"],
+            width=said["width"],
+            layers=said["layers"],
+            context_length=said["context_length"],
+            bos=said["bos"] if said["bos"] >= 0 else None,
+            eos=said["eos"] if said["eos"] >= 0 else None,
+            end_tokens=tuple(said["end_tokens"]),
+            add_bos=said["add_bos"],
+            chat_template=template if isinstance(template, str) else None,
+            sha256=file_sha256(self.file.path),
+            tokenizer_sha256=tokenizer_sha256(self.file),
+        )
+
+    def __enter__(self) -> GGUFTeacher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def tokenize(self, texts: Sequence[str], *, add_special: bool, parse_special: bool) -> list[Tokens]:
+        """See ``Teacher.tokenize``."""
+        request = {"texts": list(texts), "add_special": add_special, "parse_special": parse_special}
+        return unpack_ragged(self.worker.ask("tokenize", request)[1], "tokens")
+
+    def detokenize(self, sequences: Sequence[Tokens]) -> list[str]:
+        """See ``Teacher.detokenize``."""
+        return list(self.worker.ask("detokenize", arrays=pack_ragged(sequences, "tokens"))[0]["texts"])
+
+    def speak(
+        self,
+        requests: Sequence[Sequence[Tokens]],
+        sampling: Sampling,
+        *,
+        first_index: int = 0,
+        progress: Progress = _quiet,
+    ) -> list[Tokens]:
+        """See ``Teacher.speak``."""
+        arrays = pack_ragged([segment for segments in requests for segment in segments], "segments")
+        arrays["segment_counts"] = np.array([len(segments) for segments in requests], dtype=np.int64)
+        message = {"sampling": asdict(sampling), "first_index": first_index}
+        return unpack_ragged(self.worker.ask("speak", message, arrays, progress)[1], "tokens")
+
+    def score(
+        self,
+        sequences: Sequence[Tokens],
+        num_topk: int,
+        nodes: tuple[float, ...],
+        progress: Progress = _quiet,
+    ) -> Arrays:
+        """See ``Teacher.score``."""
+        message = {"num_topk": num_topk, "nodes": list(nodes)}
+        return self.worker.ask("score", message, pack_ragged(sequences, "tokens"), progress)[1]
+
+    def logits(self, sequences: Sequence[Tokens], *, exact: bool = False) -> NDArray[np.float32]:
+        """See ``Teacher.logits``."""
+        arrays = self.worker.ask("logits", {"exact": exact}, pack_ragged(sequences, "tokens"))[1]
+        return arrays["logits"].astype(np.float32, copy=False)
+
+    def speed(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
+        """See ``Teacher.speed``."""
+        answer = self.worker.ask("speed", {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens})[0]
+        return answer["prompt"], answer["generation"]
+
+    def close(self) -> None:
+        """End the worker process."""
+        self.worker.close()

@@ -1,0 +1,231 @@
+"""Soft targets on disk: a folder with a manifest and shards that appear whole or not at all.
+
+``manifest.json`` says what the store holds: its identity (teacher, tokenizer, corpus, kind of targets, …)
+and how the sequences are split into shards. ``shard-00000.safetensors`` holds consecutive sequences: their
+``tokens`` and ``lengths``, and one row of each target array per position (a sequence of n tokens has n − 1
+positions). A shard's header carries a SHA-256 over its arrays and the store's key, so each file proves
+itself and writers need no common state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from teachers.soft_targets import Arrays, CompactTargets
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+Tokens = NDArray[np.int32]
+
+
+class StoreError(ValueError):
+    """A store that cannot be used as asked; the message names the folder, the reason and the remedy."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store holds. ``identity`` is everything that must be equal for a store to be used again."""
+
+    identity: dict[str, Any]
+    sequences: int
+    sequences_per_shard: int
+
+    @property
+    def shards(self) -> int:
+        """Number of shards of the complete store."""
+        return -(-self.sequences // self.sequences_per_shard)
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of the identity, in hexadecimal."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The text of ``manifest.json``."""
+        content = {
+            "format": FORMAT,
+            "identity": self.identity,
+            "sequences": self.sequences,
+            "sequences_per_shard": self.sequences_per_shard,
+        }
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it appears complete or not at all, also when the machine stops."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class SoftTargetStore:
+    """One store folder, open for writing shards and reading sequences."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._open_shards: dict[int, Any] = {}
+        self._starts: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+
+    @classmethod
+    def create_or_open(cls, folder: Path, manifest: Manifest) -> SoftTargetStore:
+        """Open the store in ``folder`` if it is this very one, or begin it there.
+
+        Raises:
+            StoreError: the folder holds a store made from something else, or other files.
+        """
+        path = folder / MANIFEST
+        if path.exists():
+            found = read_manifest(folder)
+            if found != manifest:
+                raise StoreError(
+                    f"store {folder} was made with {_difference(found, manifest)}; choose another --store folder "
+                    "(this one is left as it is)"
+                )
+        elif folder.exists() and any(folder.iterdir()):
+            raise StoreError(f"store folder {folder} holds other files; choose an empty or new folder")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, manifest.to_json().encode())
+        return cls(folder, manifest)
+
+    # -- writing --------------------------------------------------------------------------------------
+
+    def shard_path(self, shard: int) -> Path:
+        """Where a shard lies."""
+        return self.folder / f"shard-{shard:05d}.safetensors"
+
+    def span(self, shard: int) -> tuple[int, int]:
+        """First and one-past-last sequence of a shard."""
+        start = shard * self.manifest.sequences_per_shard
+        return start, min(self.manifest.sequences, start + self.manifest.sequences_per_shard)
+
+    def write_shard(self, shard: int, sequences: Sequence[Tokens], targets: Arrays) -> None:
+        """Write one shard, whole or not at all.
+
+        Raises:
+            StoreError: numbers of sequences or positions do not fit.
+            OSError: the disk refuses (full, read-only).
+        """
+        start, stop = self.span(shard)
+        positions = sum(len(tokens) - 1 for tokens in sequences)
+        if len(sequences) != stop - start or any(len(rows) != positions for rows in targets.values()):
+            raise StoreError(
+                f"shard {shard} of {self.folder}: {len(sequences)} sequences with {positions} positions"
+            )
+        arrays: Arrays = {
+            "tokens": np.concatenate(sequences).astype(np.int32),
+            "lengths": np.array([len(tokens) for tokens in sequences], dtype=np.int64),
+            **{name: np.ascontiguousarray(rows) for name, rows in targets.items()},
+        }
+        metadata = {"sha256": _digest(arrays), "store": self.manifest.key, "shard": str(shard)}
+        self._open_shards.pop(shard, None)
+        self._starts.pop(shard, None)
+        write_whole(self.shard_path(shard), safetensors.numpy.save(arrays, metadata=metadata))
+
+    def state(self, shard: int) -> str:
+        """``complete``, ``missing`` or ``damaged`` (its checksum, header or store key is wrong)."""
+        path = self.shard_path(shard)
+        if not path.exists():
+            return "missing"
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError:
+            return "damaged"
+        wanted = {"sha256": _digest(arrays), "store": self.manifest.key, "shard": str(shard)}
+        return "complete" if metadata == wanted else "damaged"
+
+    # -- reading --------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self.manifest.sequences
+
+    def _shard(self, shard: int) -> tuple[Any, NDArray[np.int64], NDArray[np.int64]]:
+        """An open shard with the first token and first position row of each of its sequences."""
+        if shard not in self._open_shards:
+            file = safe_open(self.shard_path(shard), framework="numpy")
+            lengths = file.get_tensor("lengths")
+            tokens = np.concatenate(([0], np.cumsum(lengths)))
+            rows = np.concatenate(([0], np.cumsum(lengths - 1)))
+            self._open_shards[shard] = file
+            self._starts[shard] = (tokens, rows)
+        return self._open_shards[shard], *self._starts[shard]
+
+    def tokens(self, index: int) -> Tokens:
+        """Token ids of one sequence, ``[n]``."""
+        shard, place = divmod(index, self.manifest.sequences_per_shard)
+        file, starts, _ = self._shard(shard)
+        rows: Tokens = file.get_slice("tokens")[starts[place] : starts[place + 1]]
+        return rows
+
+    def targets(self, index: int) -> CompactTargets:
+        """Soft targets of one sequence's n − 1 positions; only these rows are read from disk."""
+        shard, place = divmod(index, self.manifest.sequences_per_shard)
+        file, _, starts = self._shard(shard)
+        first, last = starts[place], starts[place + 1]
+        names = ("topk_ids", "topk_logits", "logsumexp")
+        arrays = {name: file.get_slice(name)[first:last] for name in names}
+        return CompactTargets.from_arrays(arrays, tuple(self.manifest.identity["nodes"]))
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Number of tokens of every sequence, in order."""
+        starts = [self._shard(shard)[1] for shard in range(self.manifest.shards)]
+        return np.concatenate([np.diff(start) for start in starts])
+
+    def bytes_on_disk(self) -> int:
+        """Size of all shards present."""
+        return sum(path.stat().st_size for path in self.folder.glob("shard-*.safetensors"))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of an existing store.
+
+    Raises:
+        StoreError: there is none, or it is damaged or of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise StoreError(f"store {folder} has format {content['format']}, this version reads {FORMAT}")
+        return Manifest(content["identity"], int(content["sequences"]), int(content["sequences_per_shard"]))
+    except FileNotFoundError:
+        raise StoreError(f"{folder} is not a store: it has no {MANIFEST}") from None
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise StoreError(f"store {folder}: {MANIFEST} is damaged ({error}); move the folder away") from None
+
+
+def _digest(arrays: Arrays) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _difference(found: Manifest, wanted: Manifest) -> str:
+    """The first entry in which two manifests differ, in words."""
+    for key in sorted(found.identity.keys() | wanted.identity.keys()):
+        there, here = found.identity.get(key), wanted.identity.get(key)
+        if there != here:
+            return f"{key} {there!r}, not {here!r}"
+    return f"{found.sequences} sequences, not {wanted.sequences}"
