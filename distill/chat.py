@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from distill.errors import UserError
-from teachers.base import Tokens
+from teachers.base import Sampling, Tokens
 from teachers.chat_template import render_chat
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.speak import Sampling
 
 
 class Conversation:

@@ -97,6 +97,9 @@ def load_checkpoint(path: Path, state: TrainingState, data_key: str) -> None:
             raise KeyError(f"tensors do not match: {sorted(unexpected) + sorted(missing)}")
         _restore_optimizer(state.optimizer, training, content["optimizer"])
         state.schedule.load_state_dict(content["schedule"])
+        # The schedule writes rates only when it is stepped, so put the current ones back by hand.
+        for group, rate in zip(state.optimizer.param_groups, state.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
         average = {"rotation_average": training["objective.rotation_average"]}
         state.objective.load_state(average if "objective.rotation_average" in training else {})
         torch.set_rng_state(training["random.torch"])

@@ -18,9 +18,8 @@ import numpy as np
 
 from distill.config import DataConfig
 from distill.errors import UserError
-from teachers.base import Progress, Teacher, Tokens
+from teachers.base import Progress, Sampling, Teacher, Tokens
 from teachers.chat_template import ChatTemplateError, Message, render_chat
-from teachers.speak import Sampling
 
 DEFAULT_SPOKEN_SAMPLES = 4096
 TEXT_SUFFIXES = (".jsonl", ".txt", ".md")

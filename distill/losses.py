@@ -46,9 +46,14 @@ def forward_kl(logits: Tensor, targets: CompactTargets, temperature: float) -> T
 
 def dense_forward_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """KL_T(teacher ‖ student) over the whole vocabulary, ``[..., V]`` twice → ``[...]``; for evaluation."""
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
+    teacher = F.log_softmax(_wide(teacher_logits) / temperature, dim=-1)
+    student = F.log_softmax(_wide(student_logits) / temperature, dim=-1)
     return (teacher.exp() * (teacher - student)).sum(dim=-1)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least float32."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ class MetricsFile:
     def __init__(self, path: Path, from_step: int) -> None:
         kept = []
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= from_step and from_step]
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if from_step > 0 and 0 <= _step(line) <= from_step]
         write_whole(path, "".join(line + "\n" for line in kept).encode())
         self._file = path.open("a")
 

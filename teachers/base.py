@@ -10,10 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachers.soft_targets import Arrays
-from teachers.speak import Sampling
 
 Tokens = NDArray[np.int32]
 Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the teacher picks tokens: temperature and nucleus (``top_p`` 1 keeps everything)."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_length: int = 256
+    seed: int = 0
 
 
 @dataclass(frozen=True)

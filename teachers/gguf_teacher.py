@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from teachers.base import Progress, TeacherInfo, Tokens
+from teachers.base import Progress, Sampling, TeacherInfo, Tokens
 from teachers.gguf_file import GGUFFile, file_sha256, read_gguf, tokenizer_sha256
 from teachers.soft_targets import Arrays
-from teachers.speak import Sampling
 from teachers.wire import pack_ragged, unpack_ragged
 from teachers.worker import Worker
 

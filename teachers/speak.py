@@ -14,20 +14,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from teachers.llama_cpp import ContextShape, LlamaRuntime, Tokens
+from teachers.base import Sampling, Tokens
+from teachers.llama_cpp import ContextShape, LlamaRuntime
 
 PARALLEL_SEQUENCES = 64
 MAX_CACHE_TOKENS = 64 * 1024  # sequences × tokens of one speaking context, to bound the KV cache
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the teacher picks tokens: temperature and nucleus (``top_p`` 1 keeps everything)."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_length: int = 256
-    seed: int = 0
 
 
 @dataclass

@@ -149,7 +149,8 @@ class _Server:
         return {"texts": texts}, {}
 
     def speak(self, request: dict[str, Any], arrays: Arrays) -> Answer:
-        from teachers.speak import Sampling, speak
+        from teachers.base import Sampling
+        from teachers.speak import speak
 
         segments = unpack_ragged(arrays, "segments")
         requests, taken = [], 0

@@ -1,0 +1,111 @@
+"""Settings: unknown keys refused, files and flags combined, messages that name key, value and remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distill.config import RunConfig, load_config, parse_quant
+from distill.errors import UserError
+from students.builder import StudentSize, default_size, parse_size, student_config
+
+
+def test_defaults_are_those_of_the_documented_formula() -> None:
+    """T 3, α 0.7, β 0.3, λ_so8t 0.5 and 64 stored tokens, as the README and the design say."""
+    config = RunConfig()
+    loss = config.loss
+    assert (loss.temperature, loss.alpha, loss.beta, loss.lambda_so8t) == (3.0, 0.7, 0.3, 0.5)
+    assert config.student.tie_embeddings and config.export.quant == "q8_0"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("train: {epochs: 2}\n", "a.yaml"), ('{"train": {"epochs": 2}}', "a.json")]
+)
+def test_file_then_flags_then_set(tmp_path: Path, text: str, name: str) -> None:
+    """Both formats are read; a flag wins over the file and --set over both."""
+    path = tmp_path / name
+    path.write_text(text)
+    assert load_config(path, {}, []).train.epochs == 2
+    assert load_config(path, {"train.epochs": 3}, []).train.epochs == 3
+    assert load_config(path, {"train.epochs": 3}, ["train.epochs=4"]).train.epochs == 4
+    assert load_config(path, {"train.epochs": None}, []).train.epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("train.epoch=3", ["train.epoch", "epochs"]),
+        ("nonsense=1", ["nonsense", "teacher"]),
+        ("loss.temperature=0.5", ["loss.temperature", "0.5", "greater than or equal to 1"]),
+        ("loss.alpha=.nan", ["loss.alpha"]),
+        ("train.epochs=0", ["train.epochs", "0"]),
+        ("student.size=60x2", ["60", "divisible by 8", "56x2", "64x2"]),
+        ("student.size=big", ["big", "WIDTHxLAYERS"]),
+        ("export.quant=q9", ["export.quant", "q9", "q8_0"]),
+        ("train", ["section.key=value"]),
+        ("seed.x=1", ["seed"]),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(setting: str, words: list[str]) -> None:
+    """Every refusal names the key, its value or what is allowed."""
+    with pytest.raises(UserError) as caught:
+        load_config(None, {"seed": 1}, [setting])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_all_problems_are_named_at_once() -> None:
+    """Two mistakes give two complaints, not one after the other."""
+    with pytest.raises(UserError, match=r"train\.epochs.*data\.what|data\.what.*train\.epochs"):
+        load_config(None, {}, ["train.epochs=0", "data.what=1"])
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "\tx"])
+def test_broken_config_files_are_refused(tmp_path: Path, text: str) -> None:
+    """Not a mapping, or not YAML: the file is named."""
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"c\.yaml"):
+        load_config(path, {}, [])
+
+
+def test_missing_config_file_is_named(tmp_path: Path) -> None:
+    """A path that does not exist is a user's mistake."""
+    with pytest.raises(UserError, match="none"):
+        load_config(tmp_path / "none.yaml", {}, [])
+
+
+def test_config_survives_its_own_json(tmp_path: Path) -> None:
+    """A saved config.json is a valid --config that gives the same run."""
+    config = load_config(None, {"student.size": "64x3"}, ["loss.pet=[0, 0.1, 0.2]"])
+    path = tmp_path / "config.json"
+    path.write_text(config.model_dump_json())
+    assert load_config(path, {}, []) == config
+
+
+def test_sizes() -> None:
+    """Sizes read back as written; heads, feed-forward and the default size follow the documented rules."""
+    assert parse_size("512x4") == StudentSize(512, 4) and str(parse_size("512X4")) == "512x4"
+    config = student_config(parse_size("512x4"), vocab_size=32064, context_length=2048)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (8, 4, 64)
+    assert config.intermediate_size % 256 == 0
+    for width in range(8, 1024, 8):
+        shape = student_config(StudentSize(width, 1), vocab_size=8, context_length=8)
+        assert shape.head_dim * shape.num_attention_heads == width and shape.head_dim % 2 == 0
+    assert default_size(3072, 32) == StudentSize(1536, 16)
+    assert default_size(16, 1) == StudentSize(8, 1)
+
+
+@pytest.mark.parametrize("text", ["512", "512x", "x4", "0x4", "512x0", "-8x2", "99999999x2", "512x4x2", ""])
+def test_impossible_sizes(text: str) -> None:
+    """Whatever is not a size is refused with what it was."""
+    with pytest.raises(ValueError, match="student size"):
+        parse_size(text)
+
+
+def test_quant_names() -> None:
+    """Formats are checked by name."""
+    assert parse_quant("f16").quant == "f16"
+    with pytest.raises(UserError, match="q4_k_m"):
+        parse_quant("q4_k_m")

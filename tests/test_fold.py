@@ -1,0 +1,196 @@
+"""Folding: the same logits without a gate, refusal where that is impossible, and the table of names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from students import so8
+from students.fold import FoldError, fold, to_llama
+from students.gguf_names import UnmappedTensor, from_gguf_name, to_gguf_name
+from students.model import SO8TForCausalLM
+from tests.conftest import make_student
+from tests.test_model import drawn_ids, gated, grouped_student, weights_of
+
+LAYER_TABLE = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def logits_of(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    """Logits without gradients."""
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@torch.no_grad()
+def swap_rotations(student: SO8TForCausalLM) -> None:
+    """Exchange R_safe and R_cmd in every layer."""
+    for gate in student.gates():
+        safety = gate.safety.clone()
+        gate.safety.copy_(gate.command)
+        gate.command.copy_(safety)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_folded_llama_equals_the_gated_student(tied: bool, layers: int) -> None:
+    """transformers' own Llama, without any gate, gives the same logits: 1e-4 asked, 2e-5 held."""
+    student, ids = grouped_student(layers=layers, tied=tied), drawn_ids(3, 12)
+    difference = (logits_of(to_llama(student), ids) - logits_of(student, ids)).abs()
+    assert float(logits_of(student, ids).abs().max()) > 1.0
+    assert float(difference.max()) <= 2e-5
+
+
+def test_fold_equals_for_a_built_student() -> None:
+    """The same for a student as the builder shapes it."""
+    student, ids = make_student(64, 2), drawn_ids(2, 16, vocab_size=96)
+    torch.testing.assert_close(logits_of(to_llama(student), ids), logits_of(student, ids), rtol=0, atol=2e-5)
+
+
+def test_folded_projection_against_the_definition() -> None:
+    """The folded W_o applied to x is W_o · (R_cmd · (R_safe · x)), rounded once from float64."""
+    student = grouped_student()
+    weights, folded = weights_of(student), fold(student)
+    x = np.random.default_rng(0).normal(size=16)
+    for layer in range(2):
+        at = f"model.layers.{layer}.self_attn."
+        turned = gated(x, weights[at + "gate.safety"], weights[at + "gate.command"])
+        expected = weights[at + "o_proj.weight"] @ turned
+        got = folded[at + "o_proj.weight"].double().numpy() @ x
+        np.testing.assert_allclose(got, expected, atol=5e-7)
+
+
+def test_order_of_the_rotations_matters() -> None:
+    """Exchanging R_safe and R_cmd changes the gated logits and the folded ones, by the same amount."""
+    student, ids = grouped_student(), drawn_ids(2, 8)
+    before, folded_before = logits_of(student, ids), logits_of(to_llama(student), ids)
+    swap_rotations(student)
+    assert float((logits_of(student, ids) - before).abs().max()) > 1e-2
+    assert float((logits_of(to_llama(student), ids) - folded_before).abs().max()) > 1e-2
+    torch.testing.assert_close(logits_of(to_llama(student), ids), logits_of(student, ids), rtol=0, atol=2e-5)
+
+
+def test_fold_leaves_the_student_and_other_weights_alone() -> None:
+    """Only o_proj changes; the student keeps its bytes, and the folded tensors are copies."""
+    student = grouped_student()
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    folded = fold(student)
+    for name, tensor in folded.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, before[name]) == ("o_proj" not in name)
+        tensor.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_fold_names_are_a_llamas(tied: bool) -> None:
+    """No gate, and an output matrix only where it is not the embedding."""
+    names = set(fold(grouped_student(tied=tied)))
+    layers = {f"model.layers.{layer}.{name}.weight" for layer in range(2) for name in LAYER_TABLE}
+    common = layers | {"model.embed_tokens.weight", "model.norm.weight"}
+    assert names == (common if tied else common | {"lm_head.weight"})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions_are_refused(dtype: torch.dtype) -> None:
+    """Weights that are not float32 do not fold exactly, not even one of them."""
+    with pytest.raises(FoldError, match="only float32"):
+        fold(grouped_student().to(dtype))
+    student = grouped_student()
+    student.model.layers[1].mlp.up_proj.to(dtype)
+    with pytest.raises(FoldError, match=r"layers\.1\.mlp\.up_proj"):
+        fold(student)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda student: student.model.layers[1].self_attn.gate.command,
+        lambda student: student.model.layers[0].self_attn.gate.safety,
+        lambda student: student.model.embed_tokens.weight,
+        lambda student: student.model.norm.weight[None],
+    ],
+)
+def test_non_finite_weights_are_refused(value: float, pick: Callable[[SO8TForCausalLM], Tensor]) -> None:
+    """One NaN or infinity anywhere is enough."""
+    student = grouped_student()
+    with torch.no_grad():
+        pick(student)[0, 0] = value
+    with pytest.raises(FoldError, match="not finite"):
+        fold(student)
+
+
+def test_inexact_rotation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rotation off by more than 1e-5 names its layer; so does one that is NaN."""
+    student = grouped_student()
+    exact = so8.rotation
+    for broken in (lambda p: exact(p) * 1.0001, lambda p: exact(p) * float("nan")):
+        monkeypatch.setattr(so8, "rotation", broken)
+        with pytest.raises(FoldError, match="layer 0: rotation is off"):
+            fold(student)
+    monkeypatch.setattr(so8, "rotation", exact)
+    assert fold(student)
+
+
+def test_names_go_both_ways_for_every_tensor() -> None:
+    """Every tensor of an untied folded student has one GGUF name of its own, and comes back from it."""
+    names = list(fold(grouped_student(tied=False, layers=11)))
+    mapped = [to_gguf_name(name) for name in names]
+    assert len(set(mapped)) == len(names) == 11 * 9 + 3
+    assert [from_gguf_name(name) for name in mapped] == names
+
+
+def test_names_are_llama_cpps() -> None:
+    """The table, written out a second time."""
+    assert to_gguf_name("model.embed_tokens.weight") == "token_embd.weight"
+    assert to_gguf_name("model.norm.weight") == "output_norm.weight"
+    assert to_gguf_name("lm_head.weight") == "output.weight"
+    for layer in (0, 7, 10, 123):
+        for ours, theirs in LAYER_TABLE.items():
+            name = f"model.layers.{layer}.{ours}.weight"
+            assert to_gguf_name(name) == f"blk.{layer}.{theirs}.weight"
+            assert from_gguf_name(f"blk.{layer}.{theirs}.weight") == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "model.layers.0.self_attn.gate.safety",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.x.self_attn.q_proj.weight",
+        "model.layers.00.self_attn.q_proj.weight",
+        "model.layers.-1.self_attn.q_proj.weight",
+        "model_layers_0_self_attn_q_proj_weight",
+        "xmodel.norm.weight",
+        "model.norm.weight\n",
+        "token_embd.weight",
+    ],
+)
+def test_unknown_names_raise(name: str) -> None:
+    """A name outside the table is refused by name; nothing is dropped silently."""
+    with pytest.raises(UnmappedTensor, match="no counterpart"):
+        to_gguf_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "blk.0.attn_q.bias", "blk.01.attn_q.weight", "blk.0.x"]
+)
+def test_unknown_gguf_names_raise(name: str) -> None:
+    """The same in the other direction."""
+    with pytest.raises(UnmappedTensor, match="no counterpart"):
+        from_gguf_name(name)
