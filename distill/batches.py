@@ -41,7 +41,7 @@ def split(store: SoftTargetStore, share: float, seed: int) -> Split:
     if len(groups) < 2:
         raise UserError(f"only {len(groups)} different sequence in {len(store)}; give more varied data")
     order = np.random.default_rng([seed, 1]).permutation(len(groups))
-    count = min(MAX_HELD_OUT, max(1, round(share * len(groups))))
+    count = min(MAX_HELD_OUT, len(groups) - 1, max(1, round(share * len(groups))))
     held_out = [groups[group][0] for group in order[:count]]
     train = [index for group in order[count:] for index in groups[group]]
     return Split(np.sort(train), np.sort(held_out))

@@ -13,20 +13,21 @@ from torch.nn import functional as F
 from teachers.soft_targets import CompactTargets
 
 IGNORE_INDEX = -100
-# Below this tail probability the float32 difference 1 − Σ is rounding noise; the logarithm is held there.
-_MIN_TAIL = 1e-6
 
 
-def bucket_log_probs(logits: Tensor, topk_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """A model's log-probabilities over K given tokens and one bucket for all others, at temperature T.
+def bucket_log_probs(logits: Tensor, topk_ids: Tensor, temperature: float) -> Tensor:
+    """A model's log-probabilities over K given tokens and, last, one bucket for all others, at temperature T.
 
-    ``logits [..., V]`` and ``topk_ids [..., K]`` → ``[..., K]`` and ``[...]``, in nats.
+    ``logits [..., V]`` and ``topk_ids [..., K]`` → ``[..., K + 1]``, or ``[..., K]`` where K = V and there are no
+    others; in nats. The tail is summed over its own tokens, not taken as 1 − Σ: that keeps its value
+    and its gradient exact also where a student has almost nothing there.
     """
     scaled = logits.float() / temperature
-    topk = scaled.gather(-1, topk_ids) - torch.logsumexp(scaled, dim=-1, keepdim=True)
-    covered = topk.logsumexp(dim=-1)
-    tail = torch.log(-torch.expm1(covered.clamp(max=-_MIN_TAIL)))
-    return topk, tail
+    buckets = scaled.gather(-1, topk_ids)
+    if topk_ids.shape[-1] < logits.shape[-1]:
+        tail = scaled.scatter(-1, topk_ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
+        buckets = torch.cat((buckets, tail), dim=-1)
+    return F.log_softmax(buckets, dim=-1)
 
 
 def forward_kl(logits: Tensor, targets: CompactTargets, temperature: float) -> Tensor:
@@ -35,13 +36,14 @@ def forward_kl(logits: Tensor, targets: CompactTargets, temperature: float) -> T
     A true KL divergence of the two (K+1)-bucket distributions: never negative, 0 for identical models at
     every stored temperature, and a lower bound of the dense KL (data processing inequality).
     """
-    student_topk, student_tail = bucket_log_probs(logits, targets.topk_ids, temperature)
+    student = bucket_log_probs(logits, targets.topk_ids, temperature)
     teacher_topk = targets.topk_log_probs(temperature)
-    inside = (teacher_topk.exp() * (teacher_topk - student_topk)).sum(dim=-1)
-    if targets.topk_ids.shape[-1] == logits.shape[-1]:
+    count = targets.topk_ids.shape[-1]
+    inside = (teacher_topk.exp() * (teacher_topk - student[..., :count])).sum(dim=-1)
+    if count == logits.shape[-1]:
         return inside  # every token is stored: there is no tail
-    mass = targets.tail_mass(temperature).clamp(min=_MIN_TAIL)
-    return inside + mass * (mass.log() - student_tail)
+    mass = targets.tail_mass(temperature)
+    return inside + torch.xlogy(mass, mass) - mass * student[..., count]
 
 
 def dense_forward_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -18,7 +18,7 @@ from distill.config import RunConfig, parse_config
 from distill.errors import UserError
 from distill.prove import TokenizedLines
 from teachers.base import Tokens
-from teachers.store import write_whole
+from teachers.store import is_temporary, write_whole
 
 RUNS = Path("runs")
 
@@ -63,7 +63,7 @@ class RunFolder:
                     f"--out {self.path} holds another run ({difference}); choose another folder. "
                     "Nothing in it was changed"
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(not is_temporary(path) for path in self.path.iterdir()):
             raise UserError(f"--out {self.path} holds other files; give a new or empty folder")
         else:
             self.path.mkdir(parents=True, exist_ok=True)

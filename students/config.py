@@ -46,6 +46,8 @@ class SO8TConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         rotation_init_std: float = 0.05,
         tie_word_embeddings: bool = True,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -60,7 +62,12 @@ class SO8TConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.rotation_init_std = rotation_init_std
         self._check()
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(
+            tie_word_embeddings=tie_word_embeddings,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            **kwargs,
+        )
 
     @property
     def head_dim(self) -> int:

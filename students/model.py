@@ -92,7 +92,7 @@ class Attention(nn.Module):
 
     def gated_output_weight(self, rotations: Tensor) -> Tensor:
         """W_o · blockdiag(R_cmd R_safe) ``[D, D]`` in float32, from ``rotations [2, N, 8, 8]``."""
-        with torch.autocast(device_type=rotations.device.type, enabled=False):
+        with so8.full_precision(rotations):
             return so8.rotate_columns(self.o_proj.weight, rotations[1] @ rotations[0])
 
     def forward(

@@ -18,7 +18,12 @@ from numpy.typing import NDArray
 
 LOGITS_BYTES = 256 << 20  # one batch's logits stay below this, whatever the vocabulary
 MAX_BATCH_TOKENS = 2048
-MIN_BATCH_TOKENS = 64
+MIN_BATCH_TOKENS = 128
+# Up to this size, threads that share one batch wait for each other longer than they compute: each core then
+# runs a context of its own on its share of the sequences.
+SMALL_MODEL_PARAMETERS = 50_000_000
+CACHE_BYTES = 1 << 30  # the KV cache stays below this (one sequence always fits)
+CACHE_STEP = 256  # llama.cpp rounds each sequence's share of the cache up to this many tokens
 MAX_LOG_LEVEL_IGNORED = 2  # ggml: 1 debug, 2 info, 3 warning, 4 error, 5 continuation of the line before
 
 Tokens = NDArray[np.int32]
@@ -32,8 +37,8 @@ class LlamaError(RuntimeError):
 class ContextShape:
     """What a llama.cpp context is built for: parallel sequences, tokens each, and how exactly it computes.
 
-    ``exact`` selects a float32 KV cache without flash attention (4e-5 from PyTorch); otherwise llama.cpp's
-    own defaults (float16 cache, flash attention where it can), which are faster.
+    ``exact`` selects a float32 KV cache without flash attention (4e-5 from PyTorch), which is also what a CPU
+    computes fastest for small heads; otherwise llama.cpp's own defaults (float16 cache, flash attention).
     """
 
     sequences: int
@@ -55,8 +60,8 @@ def _forward_log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
         sys.stderr.flush()
 
 
-class LlamaRuntime:
-    """One loaded GGUF model and, at any time, one context on it."""
+class LlamaModel:
+    """One loaded GGUF model: its weights and its vocabulary."""
 
     def __init__(self, path: str, *, threads: int, gpu_layers: int = 0) -> None:
         """Load the model at ``path``.
@@ -78,8 +83,9 @@ class LlamaRuntime:
             token for token in range(self.vocab_size) if native.llama_vocab_is_eog(self.vocab, token)
         )
         self.threads = threads
-        self._context: native.llama_context_p | None = None
-        self._shape: ContextShape | None = None
+        self.exact = gpu_layers == 0 or not native.llama_supports_gpu_offload()
+        small = int(native.llama_model_n_params(self.model)) <= SMALL_MODEL_PARAMETERS
+        self.lanes = threads if small and self.exact else 1
         self.batch_tokens = max(
             MIN_BATCH_TOKENS, min(MAX_BATCH_TOKENS, LOGITS_BYTES // (4 * self.vocab_size))
         )
@@ -120,7 +126,24 @@ class LlamaRuntime:
                 return buffer.raw[:count]
             room = -count
 
-    # -- decoding -------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Free the model; its contexts must be released before."""
+        if self.model:
+            native.llama_model_free(self.model)
+            self.model = None
+
+
+class LlamaContext:
+    """At any time one llama.cpp context on a model, used by one thread."""
+
+    def __init__(self, model: LlamaModel, threads: int) -> None:
+        self.model = model
+        self.vocab_size = model.vocab_size
+        self.batch_tokens = model.batch_tokens
+        self.exact = model.exact
+        self.threads = threads
+        self._context: native.llama_context_p | None = None
+        self._shape: ContextShape | None = None
 
     def prepare(self, shape: ContextShape) -> None:
         """Have an empty context of ``shape``; an existing one of the same shape is emptied and kept.
@@ -133,7 +156,8 @@ class LlamaRuntime:
             return
         self.release()
         parameters = native.llama_context_default_params()
-        parameters.n_ctx = shape.sequences * shape.tokens
+        per_sequence = -(-shape.tokens // CACHE_STEP) * CACHE_STEP
+        parameters.n_ctx = shape.sequences * per_sequence
         parameters.n_seq_max = shape.sequences
         parameters.n_batch = self.batch_tokens
         parameters.n_ubatch = min(512, self.batch_tokens)
@@ -142,7 +166,7 @@ class LlamaRuntime:
         if shape.exact:
             parameters.type_k = parameters.type_v = native.GGML_TYPE_F32
             parameters.flash_attn_type = native.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        context = native.llama_init_from_model(self.model, parameters)
+        context = native.llama_init_from_model(self.model.model, parameters)
         if not context:
             raise LlamaError(
                 f"llama.cpp cannot make a context of {shape.sequences} sequences × {shape.tokens} tokens"
@@ -183,11 +207,23 @@ class LlamaRuntime:
         pointer = native.llama_get_logits(self._context)
         return np.ctypeslib.as_array(pointer, shape=(outputs, self.vocab_size))
 
+    def parallel(self, wanted: int, tokens: int) -> int:
+        """How many sequences of ``tokens`` tokens to hold at once: ``wanted``, or what the cache allows."""
+        model = self.model.model
+        heads = max(1, int(native.llama_model_n_head(model)))
+        width = int(native.llama_model_n_embd(model)) // heads * int(native.llama_model_n_head_kv(model))
+        token_bytes = 2 * (4 if self.exact else 2) * width * int(native.llama_model_n_layer(model))
+        rounded = -(-tokens // CACHE_STEP) * CACHE_STEP
+        return max(
+            1,
+            min(wanted, self.batch_tokens, CACHE_BYTES // self.model.lanes // max(1, token_bytes * rounded)),
+        )
+
     def forget(self, slot: int) -> None:
         """Empty one sequence of the context, so that its slot can hold another."""
         native.llama_memory_seq_rm(native.llama_get_memory(self._context), slot, -1, -1)
 
-    def logits(self, sequences: Sequence[Tokens], *, exact: bool) -> Iterator[NDArray[np.float32]]:
+    def logits(self, sequences: Sequence[Tokens], *, exact: bool = False) -> Iterator[NDArray[np.float32]]:
         """Yield the next-token logits of every sequence, in order, as views of ``[n, V]`` rows.
 
         A sequence of n tokens gives n − 1 rows (what follows its last token is not known). Rows of one
@@ -195,8 +231,8 @@ class LlamaRuntime:
         all rows in order. Each view holds until the next one is taken.
         """
         longest = max(len(tokens) for tokens in sequences)
-        parallel = max(1, min(len(sequences), self.batch_tokens // longest))
-        self.prepare(ContextShape(parallel, longest, exact))
+        parallel = self.parallel(min(len(sequences), max(1, self.batch_tokens // longest)), longest)
+        self.prepare(ContextShape(parallel, longest, exact or self.exact))
         flat = np.concatenate([tokens[:-1] for tokens in sequences])
         lengths = np.array([len(tokens) - 1 for tokens in sequences])
         positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
@@ -219,8 +255,8 @@ class LlamaRuntime:
 
     def speed(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
         """Measure prompt processing and generation of one sequence, both in tokens per second."""
-        self.prepare(ContextShape(1, prompt_tokens + new_tokens + 1))
-        prompt = np.full(prompt_tokens, max(0, int(native.llama_vocab_bos(self.vocab))), dtype=np.int32)
+        self.prepare(ContextShape(1, prompt_tokens + new_tokens + 1, self.exact))
+        prompt = np.full(prompt_tokens, max(0, int(native.llama_vocab_bos(self.model.vocab))), dtype=np.int32)
         last = np.zeros(prompt_tokens, dtype=np.bool_)
         last[-1] = True
         slots = np.zeros(prompt_tokens, dtype=np.int32)
@@ -240,10 +276,3 @@ class LlamaRuntime:
         if self._context is not None:
             native.llama_free(self._context)
             self._context = self._shape = None
-
-    def close(self) -> None:
-        """Free context and model."""
-        self.release()
-        if self.model:
-            native.llama_model_free(self.model)
-            self.model = None

@@ -80,11 +80,12 @@ class CompactTargets:
         """Reduce dense logits ``[N, V]`` (float32) to compact targets.
 
         Raises:
-            ValueError: a logit is not finite.
+            ValueError: a log-partition or one of the top-k logits is not finite (an excluded token's −∞ is
+                fine outside the top-k).
         """
         values, ids = torch.topk(logits, min(num_topk, logits.shape[-1]), dim=-1)
         partitions = torch.stack([torch.logsumexp(logits / node, dim=-1) for node in nodes], dim=-1)
-        if not bool(torch.isfinite(partitions).all()):
+        if not bool(torch.isfinite(partitions).all() and torch.isfinite(values).all()):
             raise ValueError("the teacher's logits are not finite; its weights are damaged")
         return cls(ids, values, partitions, nodes)
 

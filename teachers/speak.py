@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachers.base import Sampling, Tokens
-from teachers.llama_cpp import ContextShape, LlamaRuntime
+from teachers.llama_cpp import ContextShape, LlamaContext
 
-PARALLEL_SEQUENCES = 64
-MAX_CACHE_TOKENS = 64 * 1024  # sequences × tokens of one speaking context, to bound the KV cache
+PARALLEL_SEQUENCES = 128
 
 
 @dataclass
@@ -61,20 +60,23 @@ def sample_rows(logits: NDArray[np.float32], draws: NDArray[np.float64], samplin
 
 
 def speak(
-    runtime: LlamaRuntime,
+    context: LlamaContext,
     requests: Sequence[Sequence[Tokens]],
     sampling: Sampling,
     *,
     first_index: int = 0,
-    progress: Callable[[int], None] = lambda finished: None,
+    progress: Callable[[int], None] = lambda more: None,
 ) -> list[Tokens]:
     """Let the teacher write one sequence per request and return forced and written tokens together.
 
     A sequence ends with the teacher's end-of-turn token, which is kept, or at ``max_length`` tokens.
-    ``first_index`` numbers the random streams, so that request i of a later call continues the count.
+    ``first_index`` numbers the random streams, so that request i of a later call continues the count;
+    ``progress`` is told of each finished sequence.
     """
-    parallel = max(1, min(PARALLEL_SEQUENCES, len(requests), MAX_CACHE_TOKENS // sampling.max_length))
-    runtime.prepare(ContextShape(parallel, sampling.max_length))
+    parallel = context.parallel(min(PARALLEL_SEQUENCES, len(requests)), sampling.max_length)
+    # llama.cpp's own defaults: many short sequences are bound by reading the cache, and half of it is enough
+    # to choose words by; the soft targets of what is said are computed afterwards, exactly.
+    context.prepare(ContextShape(parallel, sampling.max_length))
     waiting = list(enumerate(requests))[::-1]
     finished: dict[int, Tokens] = {}
     slots: dict[int, _Slot] = {}
@@ -85,18 +87,18 @@ def speak(
                 stream = np.random.Generator(np.random.Philox(key=[sampling.seed, first_index + index]))
                 slots[number] = _Slot(index, [np.asarray(part, np.int32) for part in segments], stream)
                 slots[number].begin_segment(sampling.max_length)
-                runtime.forget(number)
-        for number in _advance(runtime, slots, sampling):
+                context.forget(number)
+        for number in _advance(context, slots, sampling):
             slot = slots.pop(number)
             finished[slot.index] = np.array(slot.tokens, dtype=np.int32)
-            progress(len(finished))
+            progress(1)
     return [finished[index] for index in range(len(requests))]
 
 
-def _advance(runtime: LlamaRuntime, slots: dict[int, _Slot], sampling: Sampling) -> list[int]:
+def _advance(context: LlamaContext, slots: dict[int, _Slot], sampling: Sampling) -> list[int]:
     """Feed what is pending, sample one token for each fully fed sequence; returns the finished slots."""
     feeding: list[tuple[int, list[int]]] = []
-    room = runtime.batch_tokens
+    room = context.batch_tokens
     for number, slot in slots.items():
         piece = slot.pending[:room]
         if piece:
@@ -111,7 +113,7 @@ def _advance(runtime: LlamaRuntime, slots: dict[int, _Slot], sampling: Sampling)
     ends = np.cumsum([len(piece) for _, piece in feeding]) - 1
     wanted = np.zeros(len(tokens), dtype=np.bool_)
     wanted[[end for (number, _), end in zip(feeding, ends, strict=True) if number in complete]] = True
-    logits = runtime.decode(tokens, positions, owners, wanted)
+    logits = context.decode(tokens, positions, owners, wanted)
     for number, piece in feeding:
         slots[number].pending = slots[number].pending[len(piece) :]
     if not complete:
@@ -121,7 +123,7 @@ def _advance(runtime: LlamaRuntime, slots: dict[int, _Slot], sampling: Sampling)
     return [
         number
         for number, token in zip(complete, chosen.tolist(), strict=True)
-        if not _continue(runtime, slots[number], token, sampling.max_length)
+        if not _continue(context, slots[number], token, sampling.max_length)
     ]
 
 
@@ -130,13 +132,13 @@ def _positions(slot: _Slot, count: int) -> NDArray[np.int32]:
     return np.arange(start, start + count, dtype=np.int32)
 
 
-def _continue(runtime: LlamaRuntime, slot: _Slot, token: int, max_length: int) -> bool:
+def _continue(context: LlamaContext, slot: _Slot, token: int, max_length: int) -> bool:
     """Take in a sampled token; returns whether the sequence goes on."""
     if len(slot.tokens) >= max_length:
         return False
-    if token in runtime.end_tokens and slot.segments:
+    if token in context.model.end_tokens and slot.segments:
         slot.begin_segment(max_length)
         return len(slot.tokens) < max_length
     slot.tokens.append(token)
     slot.pending = [token]
-    return token not in runtime.end_tokens and len(slot.tokens) < max_length
+    return token not in context.model.end_tokens and len(slot.tokens) < max_length

@@ -75,6 +75,11 @@ def write_whole(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a file is what a killed ``write_whole`` may leave behind."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
 class SoftTargetStore:
     """One store folder, open for writing shards and reading sequences."""
 
@@ -99,7 +104,7 @@ class SoftTargetStore:
                     f"store {folder} was made with {_difference(found, manifest)}; choose another --store folder "
                     "(this one is left as it is)"
                 )
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and any(not is_temporary(path) for path in folder.iterdir()):
             raise StoreError(f"store folder {folder} holds other files; choose an empty or new folder")
         else:
             folder.mkdir(parents=True, exist_ok=True)
@@ -207,10 +212,17 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads(path.read_text())
         if content["format"] != FORMAT:
             raise StoreError(f"store {folder} has format {content['format']}, this version reads {FORMAT}")
-        return Manifest(content["identity"], int(content["sequences"]), int(content["sequences_per_shard"]))
+        manifest = Manifest(
+            dict(content["identity"]), int(content["sequences"]), int(content["sequences_per_shard"])
+        )
+        if manifest.sequences < 1 or manifest.sequences_per_shard < 1:
+            raise ValueError("it counts no sequences")
+        return manifest
     except FileNotFoundError:
         raise StoreError(f"{folder} is not a store: it has no {MANIFEST}") from None
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except StoreError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:  # broken JSON and UTF-8 are ValueErrors
         raise StoreError(f"store {folder}: {MANIFEST} is damaged ({error}); move the folder away") from None
 
 
@@ -228,4 +240,6 @@ def _difference(found: Manifest, wanted: Manifest) -> str:
         there, here = found.identity.get(key), wanted.identity.get(key)
         if there != here:
             return f"{key} {there!r}, not {here!r}"
-    return f"{found.sequences} sequences, not {wanted.sequences}"
+    if found.sequences != wanted.sequences:
+        return f"{found.sequences} sequences, not {wanted.sequences}"
+    return f"{found.sequences_per_shard} sequences per shard, not {wanted.sequences_per_shard}"

@@ -7,13 +7,16 @@ child's standard input and output; the child's standard error goes to a temporar
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -123,28 +126,43 @@ class _Server:
 
     def __init__(self, output: BinaryIO) -> None:
         self.output = output
-        self.runtime: Any = None
+        self.model: Any = None
+        self.lanes: list[Any] = []
+        self._done = 0
+        self._reporting = threading.Lock()
 
-    def report(self, done: int) -> None:
-        write_frame(self.output, {"progress": done})
+    def report(self, more: int) -> None:
+        """Tell the parent that ``more`` units are done; lanes call this from their own threads."""
+        with self._reporting:
+            self._done += more
+            write_frame(self.output, {"progress": self._done})
+
+    def divide(self, count: int, work: Callable[[Any, slice], Any]) -> list[Any]:
+        """Give each lane a share of ``count`` sequences, of like size and in order; returns their results."""
+        self._done = 0
+        lanes = self.lanes[: max(1, min(count, len(self.lanes)))]
+        edges = [count * place // len(lanes) for place in range(len(lanes) + 1)]
+        spans = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            return list(pool.map(work, lanes, spans))
 
     def load(self, request: dict[str, Any], arrays: Arrays) -> Answer:
-        from teachers.llama_cpp import LlamaRuntime
+        from teachers.llama_cpp import LlamaContext, LlamaModel
 
-        self.runtime = LlamaRuntime(
-            request["path"], threads=request["threads"], gpu_layers=request["gpu_layers"]
-        )
-        return self.runtime.describe(), {}
+        self.model = LlamaModel(request["path"], threads=request["threads"], gpu_layers=request["gpu_layers"])
+        each = max(1, self.model.threads // self.model.lanes)
+        self.lanes = [LlamaContext(self.model, each) for _ in range(self.model.lanes)]
+        return self.model.describe(), {}
 
     def tokenize(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         special = {"add_special": request["add_special"], "parse_special": request["parse_special"]}
-        tokens = [self.runtime.tokenize(text, **special) for text in request["texts"]]
+        tokens = [self.model.tokenize(text, **special) for text in request["texts"]]
         return {}, pack_ragged(tokens, "tokens")
 
     def detokenize(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         texts = []
         for tokens in unpack_ragged(arrays, "tokens"):
-            raw = b"".join(self.runtime.piece(token) for token in tokens.tolist())
+            raw = b"".join(self.model.piece(token) for token in tokens.tolist())
             texts.append(raw.decode("utf-8", errors="replace"))
         return {"texts": texts}, {}
 
@@ -157,14 +175,13 @@ class _Server:
         for count in arrays["segment_counts"].tolist():
             requests.append(segments[taken : taken + count])
             taken += count
-        spoken = speak(
-            self.runtime,
-            requests,
-            Sampling(**request["sampling"]),
-            first_index=request["first_index"],
-            progress=self.report,
-        )
-        return {}, pack_ragged(spoken, "tokens")
+        sampling = Sampling(**request["sampling"])
+
+        def work(lane: Any, span: slice) -> list[Any]:
+            first = request["first_index"] + span.start
+            return speak(lane, requests[span], sampling, first_index=first, progress=self.report)
+
+        return {}, pack_ragged(list(itertools.chain(*self.divide(len(requests), work))), "tokens")
 
     def score(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         import numpy as np
@@ -172,26 +189,40 @@ class _Server:
 
         from teachers.soft_targets import CompactTargets
 
-        torch.set_num_threads(self.runtime.threads)
-        pieces: list[Arrays] = []
-        done = 0
-        for logits in self.runtime.logits(unpack_ragged(arrays, "tokens"), exact=False):
-            targets = CompactTargets.from_logits(
-                torch.from_numpy(logits), request["num_topk"], tuple(request["nodes"])
-            )
-            pieces.append(targets.arrays(self.runtime.vocab_size))
-            done += len(logits)
-            self.report(done)
+        sequences, nodes = unpack_ragged(arrays, "tokens"), tuple(request["nodes"])
+
+        def work(lane: Any, span: slice) -> list[Arrays]:
+            torch.set_num_threads(lane.threads)  # of this lane's thread
+            pieces = []
+            for logits in lane.logits(sequences[span]):
+                targets = CompactTargets.from_logits(torch.from_numpy(logits), request["num_topk"], nodes)
+                pieces.append(targets.arrays(self.model.vocab_size))
+                self.report(len(logits))
+            return pieces
+
+        pieces = list(itertools.chain(*self.divide(len(sequences), work)))
         return {}, {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
     def logits(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         import numpy as np
 
-        rows = self.runtime.logits(unpack_ragged(arrays, "tokens"), exact=request["exact"])
-        return {}, {"logits": np.concatenate([piece.copy() for piece in rows])}
+        sequences = unpack_ragged(arrays, "tokens")
+
+        def work(lane: Any, span: slice) -> list[Any]:
+            return [piece.copy() for piece in lane.logits(sequences[span], exact=request["exact"])]
+
+        return {}, {"logits": np.concatenate(list(itertools.chain(*self.divide(len(sequences), work))))}
 
     def speed(self, request: dict[str, Any], arrays: Arrays) -> Answer:
-        prompt, generation = self.runtime.speed(request["prompt_tokens"], request["new_tokens"])
+        from teachers.llama_cpp import LlamaContext
+
+        context = LlamaContext(
+            self.model, self.model.threads
+        )  # all threads on one sequence, as a user runs it
+        try:
+            prompt, generation = context.speed(request["prompt_tokens"], request["new_tokens"])
+        finally:
+            context.release()
         return {"prompt": prompt, "generation": generation}, {}
 
     def run(self, source: BinaryIO) -> None:

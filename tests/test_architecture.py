@@ -82,5 +82,7 @@ def test_only_one_module_touches_llama_cpp() -> None:
 def test_parent_process_does_not_load_llama_cpp() -> None:
     """Importing the parent's side must not pull the native library in."""
     code = "import sys, distill.pipeline, distill.cli; print('llama_cpp' in sys.modules)"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert answer.stdout.strip() == "False"

@@ -76,7 +76,10 @@ def test_folders_are_read_in_order(tiny_teacher: GGUFTeacher, tmp_path: Path) ->
     (tmp_path / "sub" / "b.txt").write_text("second entry")
     (tmp_path / "c.bin").write_bytes(b"\xff")
     built = corpus(tiny_teacher, tmp_path)
-    assert [text_of(tiny_teacher, item.segments[0][1:]) for item in built.items] == ["first entry", "second entry"]
+    assert [text_of(tiny_teacher, item.segments[0][1:]) for item in built.items] == [
+        "first entry",
+        "second entry",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +149,9 @@ def test_with_nothing_given_the_teacher_speaks_both_turns(tiny_teacher: GGUFTeac
     assert len(built) == 3 and built.spoken == 3
     opening, rest = built.items[0].segments
     assert text_of(tiny_teacher, opening).endswith("<|user|>\n")
-    assert text_of(tiny_teacher, rest).startswith("<|end|>") and "<|assistant|>" in text_of(tiny_teacher, rest)
+    assert text_of(tiny_teacher, rest).startswith("<|end|>") and "<|assistant|>" in text_of(
+        tiny_teacher, rest
+    )
     sequences = built.take(tiny_teacher, 0, 3, lambda done: None)
     assert all(2 <= len(tokens) <= 64 for tokens in sequences)
     assert len({tokens.tobytes() for tokens in sequences}) == 3

@@ -35,7 +35,10 @@ def make_store(folder: Path, seed: int = 0, sequences: int = 24) -> SoftTargetSt
     store = SoftTargetStore.create_or_open(folder, Manifest(identity, sequences, 10))
     for shard in range(store.manifest.shards):
         start, stop = store.span(shard)
-        rows = [random.integers(0, VOCAB, size=random.integers(4, 14)).astype(np.int32) for _ in range(start, stop)]
+        rows = [
+            random.integers(0, VOCAB, size=random.integers(4, 14)).astype(np.int32)
+            for _ in range(start, stop)
+        ]
         inputs = torch.from_numpy(np.concatenate([row[:-1] for row in rows]).astype(np.int64))
         targets = CompactTargets.from_logits(bigram[inputs], 8, NODES)
         store.write_shard(shard, rows, targets.arrays(VOCAB))
@@ -103,7 +106,9 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path: Path, kill_at: int) 
     continued, second = run(data, tmp_path / "cut")
     assert weights(continued) == weights(whole)
     assert second.continued_from == max(s for s in {0, *evaluation_steps(summary.steps, 4)} if s < kill_at)
-    logged = [line["step"] for line in read_metrics(tmp_path / "cut" / "metrics.jsonl") if line["kind"] == "train"]
+    logged = [
+        line["step"] for line in read_metrics(tmp_path / "cut" / "metrics.jsonl") if line["kind"] == "train"
+    ]
     assert logged == list(range(1, summary.steps + 1))
 
 

@@ -46,7 +46,14 @@ def held_out(vocab_size: int, texts: list[str] | None = None) -> HeldOut:
 )
 @pytest.mark.parametrize(("width", "tied"), [(64, True), (320, False), (72, True)])
 def test_llama_cpp_computes_what_pytorch_computes(
-    tmp_path: Path, tokenizer: dict, vocab_size: int, quant: str, difference: float, kl: float, width: int, tied: bool
+    tmp_path: Path,
+    tokenizer: dict,
+    vocab_size: int,
+    quant: str,
+    difference: float,
+    kl: float,
+    width: int,
+    tied: bool,
 ) -> None:
     """Grouped-query heads (320), odd widths (72), tied and untied: logits agree as closely as the format allows."""
     config = student_config(
@@ -96,7 +103,9 @@ def test_a_foreign_tokenizer_fails_the_proof(tmp_path: Path, tokenizer: dict, vo
         export_proved(student, tmp_path / "s.gguf", "f32", tokenizer, NAMES, held)
 
 
-def test_tokenizer_and_template_are_copied_as_they_are(tmp_path: Path, tokenizer: dict, vocab_size: int) -> None:
+def test_tokenizer_and_template_are_copied_as_they_are(
+    tmp_path: Path, tokenizer: dict, vocab_size: int
+) -> None:
     """Every tokenizer.* entry of the teacher stands in the student with the same value and type."""
     write_gguf(make_student(64, 1, vocab_size), tmp_path / "s.gguf", "f16", tokenizer, NAMES)
     copied = tokenizer_entries(read_gguf(tmp_path / "s.gguf"))
@@ -150,7 +159,10 @@ def test_the_exported_tokenizer_is_the_teachers(tmp_path: Path, tokenizer: dict,
     """Text in both languages, control tokens included, gives the same ids in both files."""
     write_gguf(make_student(64, 1, vocab_size), tmp_path / "s.gguf", "f16", tokenizer, NAMES)
     texts = ["<|user|>\nHow long for 120 km?<|end|>", "休暇を3日取りたい。", "   odd  spaces\n\n", ""]
-    with GGUFTeacher(example_teacher(), threads=1) as teacher, GGUFTeacher(tmp_path / "s.gguf", threads=1) as copy:
+    with (
+        GGUFTeacher(example_teacher(), threads=1) as teacher,
+        GGUFTeacher(tmp_path / "s.gguf", threads=1) as copy,
+    ):
         for parse in (True, False):
             theirs = teacher.tokenize(texts, add_special=True, parse_special=parse)
             ours = copy.tokenize(texts, add_special=True, parse_special=parse)

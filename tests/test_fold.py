@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from students import so8
+from students.config import SO8TConfig
 from students.fold import FoldError, fold, to_llama
 from students.gguf_names import UnmappedTensor, from_gguf_name, to_gguf_name
 from students.model import SO8TForCausalLM
@@ -58,6 +59,12 @@ def test_fold_equals_for_a_built_student() -> None:
     """The same for a student as the builder shapes it."""
     student, ids = make_student(64, 2), drawn_ids(2, 16, vocab_size=96)
     torch.testing.assert_close(logits_of(to_llama(student), ids), logits_of(student, ids), rtol=0, atol=2e-5)
+
+
+def test_a_config_without_special_tokens_becomes_a_llama() -> None:
+    """A student whose configuration names no bos or eos folds like any other."""
+    config = SO8TConfig(hidden_size=16, vocab_size=40, num_attention_heads=2, num_key_value_heads=1)
+    assert to_llama(SO8TForCausalLM(config)).config.hidden_size == 16
 
 
 def test_folded_projection_against_the_definition() -> None:

@@ -85,7 +85,8 @@ def test_dense_kl_against_the_reference(temperature: float) -> None:
 def test_bucket_log_probs_against_the_reference(temperature: float) -> None:
     """Log-probability of given tokens and of everything else."""
     logits, ids = drawn(3), torch.tensor([[0, 5], [19, 2], [7, 8]])
-    topk, tail = bucket_log_probs(logits, ids, temperature)
+    buckets = bucket_log_probs(logits, ids, temperature)
+    topk, tail = buckets[:, :2], buckets[:, 2]
     for position in range(3):
         q = probabilities(rows(logits)[position], temperature)
         inside = [q[token] for token in ids[position].tolist()]
@@ -145,15 +146,15 @@ def test_all_tokens_kept_is_the_dense_kl(temperature: float) -> None:
 def test_direction_is_teacher_to_student() -> None:
     """A sharp teacher before a flat student differs from the reverse, by known closed forms."""
     sharp, flat = torch.zeros(1, 4), torch.zeros(1, 4)
-    sharp[0, 2] = math.log(9.0)  # probabilities 9/12 and three times 1/12
-    forward = 0.75 * math.log(0.75 / 0.25) + 0.25 * math.log((1 / 12) / 0.25)
-    backward = 0.25 * math.log(0.25 / 0.75) + 0.75 * math.log(0.25 / (1 / 12))
+    sharp[0, 2] = math.log(27.0)  # probabilities 0.9 and three times 1/30
+    forward = 0.9 * math.log(0.9 / 0.25) + 0.1 * math.log((1 / 30) / 0.25)
+    backward = 0.25 * math.log(0.25 / 0.9) + 0.75 * math.log(0.25 / (1 / 30))
     for count in (1, 4):
         got = forward_kl(flat, CompactTargets.from_logits(sharp, count, NODES), 1.0)
         assert float(got) == pytest.approx(forward, rel=1e-5)
     assert float(dense_forward_kl(sharp, flat)) == pytest.approx(forward, rel=1e-5)
     assert float(dense_forward_kl(flat, sharp)) == pytest.approx(backward, rel=1e-5)
-    assert abs(forward - backward) > 0.02
+    assert abs(forward - backward) > 0.2
 
 
 @TEMPERATURES
@@ -183,7 +184,7 @@ def peaked(height: float, vocab_size: int = 30) -> Tensor:
 
 
 @TEMPERATURES
-@pytest.mark.parametrize("teacher_height", [-40.0, 0.0, 15.0, 40.0, 1000.0])
+@pytest.mark.parametrize("teacher_height", [-40.0, 4.0, 15.0, 40.0, 1000.0])
 @pytest.mark.parametrize("student_height", [-1000.0, -40.0, 15.0, 40.0, 1000.0])
 def test_extreme_logits_stay_finite(teacher_height: float, student_height: float, temperature: float) -> None:
     """A tail that is almost empty or almost everything, on either side: finite value and gradient."""
@@ -193,17 +194,27 @@ def test_extreme_logits_stay_finite(teacher_height: float, student_height: float
     value.sum().backward()
     assert student.grad is not None
     assert bool(torch.isfinite(value).all()) and bool(torch.isfinite(student.grad).all())
-    assert float(value.min()) >= -1e-5 and float(student.grad.abs().max()) <= 1.0001
+    assert value.item() >= -1e-5 and float(student.grad.abs().max()) <= 1.0001
 
 
-@pytest.mark.xfail(strict=True, reason="_MIN_TAIL cuts the gradient where the student's tail is below 1e-6")
-@pytest.mark.parametrize("student_height", [20.0, 40.0])
+@pytest.mark.parametrize(
+    "student_height",
+    [
+        10.0,
+        20.0,
+        40.0,
+    ],
+)
 def test_a_collapsed_tail_is_pulled_back(student_height: float) -> None:
-    """A student without a tail before a teacher with one must be pushed away from its top tokens."""
+    """A student (almost) without a tail before a teacher with one: the tail's gradient is q_tail − p_tail."""
     student = peaked(student_height).requires_grad_()
-    forward_kl(student, CompactTargets.from_logits(peaked(0.0), 4, NODES), 1.0).sum().backward()
+    targets = CompactTargets.from_logits(peaked(4.0), 4, NODES)
+    assert sorted(targets.topk_ids[0].tolist()) == [0, 1, 2, 3] and float(targets.tail_mass(1.0)) > 0.05
+    forward_kl(student, targets, 1.0).sum().backward()
     assert student.grad is not None
-    assert float(student.grad[:, 4:].sum()) < -0.5  # the reference: tail of the student − tail of the teacher
+    student_tail = probabilities(rows(student)[0], 1.0)[4:].sum()
+    expected = student_tail - float(targets.tail_mass(1.0))
+    assert float(student.grad[:, 4:].sum()) == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("height", [8.0, 11.0])

@@ -104,9 +104,8 @@ def test_headers_that_llama_cpp_refuses_or_dies_of(
 ) -> None:
     """A well-formed file with impossible settings: one error that names the file, no crash, no hang."""
     path = rewrite(tiny_teacher_path, tmp_path / "odd.gguf", **changes)
-    with pytest.raises(TeacherError, match=r"odd\.gguf"):
-        with GGUFTeacher(path, threads=1) as teacher:
-            teacher.logits(sequences_of(teacher, [8]))
+    with pytest.raises(TeacherError, match=r"odd\.gguf"), GGUFTeacher(path, threads=1) as teacher:
+        teacher.logits(sequences_of(teacher, [8]))
 
 
 def test_a_teacher_with_broken_weights_is_refused(tiny_teacher_path: Path, tmp_path: Path) -> None:
