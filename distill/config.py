@@ -74,13 +74,16 @@ class TargetsConfig(Section):
 class LossConfig(Section):
     """α·T²·KL_T(teacher‖student) + β·CE + λ_so8t·(PET + inertia + non-commutation).
 
-    ``temperature`` T, ``alpha`` α, ``beta`` β, ``lambda_so8t`` λ_so8t. ``pet``: weight of the squared second
+    ``temperature`` T, ``alpha`` α, ``beta`` β, ``lambda_so8t`` λ_so8t. ``final_temperature``: T from
+    ``final_from`` of training on (1: as the student will be used). ``pet``: weight of the squared second
     difference of the final hidden states in each third of training (to 30 %, to 70 %, to the end).
     ``inertia``: weight of the rotations' squared distance from their moving average. ``inertia_decay``: of
     that average, per step. ``commutator_margin``: below this norm the non-commutation term pushes.
     """
 
     temperature: Annotated[float, Field(ge=1.0)] = 3.0
+    final_temperature: Annotated[float, Field(ge=1.0)] = 1.0
+    final_from: Fraction = 0.3
     alpha: NonNegative = 0.7
     beta: NonNegative = 0.3
     lambda_so8t: NonNegative = 0.5

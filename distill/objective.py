@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distill import losses, regularisers
 from distill.config import LossConfig
+from distill.head_loss import chunked_head_loss
 from students.model import SO8TForCausalLM
 from teachers.soft_targets import CompactTargets
 
@@ -51,6 +52,7 @@ class Batch:
 class Objective:
     """α·T²·KL + β·CE + λ_so8t·(PET + inertia + non-commutation), divided once by the step's valid tokens.
 
+    T is the run's temperature first and the final one for the rest of training (see ``LossConfig``).
     The moving average of the rotations belongs here, not to the student.
     """
 
@@ -76,18 +78,30 @@ class Objective:
         config = self.config
         output = student(batch.tokens, with_logits=False)
         model = _unwrap(student)
-        logits = model.lm_head(output.last_hidden_state[batch.valid])  # [n, V]
         parts: dict[str, Tensor] = {}
-        if config.alpha:
-            kl = losses.forward_kl(logits, batch.targets, config.temperature).sum() / total
-            parts["kl"] = config.alpha * config.temperature**2 * kl
-        if config.beta:
-            parts["ce"] = config.beta * losses.cross_entropy(logits, batch.labels).sum() / total
+        labels = batch.labels
+        temperature = temperature_at(config, fraction)
+
+        def distillation(logits: Tensor, span: slice) -> Tensor:
+            """Weighted KL and CE of one chunk of positions, ``[C, V]`` → scalar."""
+            chunk: dict[str, Tensor] = {}
+            if config.alpha:
+                kl = losses.forward_kl(logits, batch.targets.select(span), temperature).sum() / total
+                chunk["kl"] = config.alpha * temperature**2 * kl
+            if config.beta:
+                chunk["ce"] = config.beta * losses.cross_entropy(logits, labels[span]).sum() / total
+            for name, part in chunk.items():
+                parts[name] = parts.get(name, torch.zeros_like(part)) + part.detach()
+            return torch.stack(list(chunk.values()) or [logits.sum() * 0.0]).sum()
+
+        states = output.last_hidden_state[batch.valid]  # [n, D]
+        loss = chunked_head_loss(states, model.lm_head.weight, distillation)
         if config.lambda_so8t:
             terms = self._so8t(output, batch, total, share, fraction)
-            parts |= {name: config.lambda_so8t * term for name, term in terms.items()}
-        loss = torch.stack(list(parts.values())).sum() if parts else logits.sum() * 0.0
-        return loss, {name: part.detach() for name, part in parts.items()}
+            weighted = {name: config.lambda_so8t * term for name, term in terms.items()}
+            loss = torch.stack([loss, *weighted.values()]).sum()
+            parts |= {name: part.detach() for name, part in weighted.items()}
+        return loss, parts
 
     def _so8t(
         self, output: object, batch: Batch, total: int, share: float, fraction: float
@@ -121,6 +135,11 @@ class Objective:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of ``state``."""
         self.average = state.get("rotation_average")
+
+
+def temperature_at(config: LossConfig, fraction: float) -> float:
+    """The temperature at ``fraction`` ∈ [0, 1] of training."""
+    return config.temperature if fraction < config.final_from else config.final_temperature
 
 
 def _unwrap(student: torch.nn.Module) -> SO8TForCausalLM:

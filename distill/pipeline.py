@@ -139,7 +139,7 @@ def _open_store(
     config: RunConfig, places: Places, folder: RunFolder, teacher: GGUFTeacher, corpus: Corpus, stem: str
 ) -> SoftTargetStore:
     """Open the store these very soft targets belong in; beside the run's folder unless told otherwise."""
-    nodes = nodes_for(config.loss.temperature)
+    nodes = nodes_for(config.loss.temperature, config.loss.final_temperature)
     identity: dict[str, Any] = {
         "kind": "compact",
         "teacher_sha256": teacher.info.sha256,

@@ -20,9 +20,9 @@ from torch import Tensor
 Arrays = dict[str, NDArray[np.generic]]
 
 
-def nodes_for(temperature: float) -> tuple[float, ...]:
+def nodes_for(*temperatures: float) -> tuple[float, ...]:
     """The temperatures whose log-partition is stored: 1, for evaluation, and the run's own."""
-    return tuple(sorted({1.0, float(temperature)}))
+    return tuple(sorted({1.0, *map(float, temperatures)}))
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class CompactTargets:
         """Probability outside the top-k at temperature T, ``[...]``; exact up to float32 rounding."""
         return (1.0 - self.topk_log_probs(temperature).exp().sum(dim=-1)).clamp(min=0.0)
 
-    def select(self, index: Tensor) -> CompactTargets:
-        """The targets at ``index`` of the leading dimension (any index tensor PyTorch accepts)."""
+    def select(self, index: Tensor | slice) -> CompactTargets:
+        """The targets at ``index`` of the leading dimension (a slice, or any index PyTorch accepts)."""
         return CompactTargets(
             self.topk_ids[index], self.topk_logits[index], self.logsumexp[index], self.nodes
         )

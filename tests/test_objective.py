@@ -20,6 +20,8 @@ TOPK = 6
 LENGTHS = (2, 9, 5, 3, 7, 2, 4, 6)
 WEIGHTS = LossConfig(
     temperature=2.0,
+    final_temperature=3.0,
+    final_from=0.5,
     alpha=0.7,
     beta=0.4,
     lambda_so8t=0.5,
@@ -56,13 +58,14 @@ def ready(student: SO8TForCausalLM, config: LossConfig = WEIGHTS) -> Objective:
 def reference_parts(student: SO8TForCausalLM, objective: Objective, fraction: float) -> dict[str, float]:
     """Every part in float64 loops, one sequence at a time, without any padding."""
     config, (rows, teacher) = objective.config, make_rows()
+    temperature = config.temperature if fraction < 0.5 else config.final_temperature
     kl, ce, bend, total = 0.0, 0.0, 0.0, 0
     for row, logits in zip(rows, teacher, strict=True):
         with torch.no_grad():
             output = student(torch.tensor([row]))
         answered, taught = output.logits[0].double().numpy(), logits.double().numpy()
         for t in range(len(row) - 1):
-            kl += reference_bucket_kl(taught[t], answered[t], TOPK, config.temperature)
+            kl += reference_bucket_kl(taught[t], answered[t], TOPK, temperature)
             ce -= math.log(probabilities(answered[t], 1.0)[row[t + 1]])
             total += 1
         bend += reference_bend(output.last_hidden_state, [len(row)])
@@ -70,7 +73,7 @@ def reference_parts(student: SO8TForCausalLM, objective: Objective, fraction: fl
     assert average is not None
     phase = 0 if fraction < 0.3 else 1 if fraction < 0.7 else 2
     return {
-        "kl": config.alpha * config.temperature**2 * kl / total,
+        "kl": config.alpha * temperature**2 * kl / total,
         "ce": config.beta * ce / total,
         "pet": config.lambda_so8t * config.pet[phase] * bend / total,
         "inertia": config.lambda_so8t * config.inertia * reference_inertia(rotations, average),
