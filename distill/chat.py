@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from distill.errors import UserError
 from teachers.base import Sampling, Tokens
-from teachers.chat_template import render_chat
+from teachers.conversation import conversation_tokens
 from teachers.gguf_teacher import GGUFTeacher
 
 
 class Conversation:
-    """A conversation with one model; without a chat template, each message is continued as plain text."""
+    """A conversation with one model; without a chat template, the text so far is continued."""
 
     def __init__(self, model: GGUFTeacher, *, temperature: float, max_new_tokens: int, seed: int) -> None:
         self.model = model
@@ -27,7 +25,7 @@ class Conversation:
             UserError: the conversation no longer fits the model's context.
         """
         self.messages.append({"role": "user", "content": text})
-        prompt = self._prompt(text)
+        prompt = conversation_tokens(self.model, self.messages, answer=True)
         room = self.model.info.context_length - len(prompt)
         if room < 1:
             self.messages.pop()
@@ -40,19 +38,6 @@ class Conversation:
         answer = self._text(written[len(prompt) :])
         self.messages.append({"role": "assistant", "content": answer})
         return answer
-
-    def _prompt(self, text: str) -> Tokens:
-        info = self.model.info
-        if info.chat_template is None:
-            return self.model.tokenize([text], add_special=True, parse_special=False)[0]
-        ends = [np.array([] if token is None else [token], dtype=np.int32) for token in (info.bos, info.eos)]
-        bos, eos = self.model.detokenize(ends)
-        rendered = render_chat(
-            info.chat_template, self.messages, add_generation_prompt=True, bos=bos, eos=eos
-        )
-        if bos and rendered.startswith(bos):
-            rendered = rendered[len(bos) :]
-        return self.model.tokenize([rendered], add_special=True, parse_special=True)[0]
 
     def _text(self, tokens: Tokens) -> str:
         """The answer as text, without the end-of-turn token."""

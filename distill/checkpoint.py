@@ -51,7 +51,7 @@ def save_checkpoint(folder: Path, state: TrainingState, data_key: str) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        write_whole(temporary / "model.safetensors", safetensors.torch.save(_weights(state.student)))
+        write_whole(temporary / "model.safetensors", safetensors.torch.save(plain_weights(state.student)))
         training, optimizer_scalars = _training_tensors(state)
         write_whole(temporary / "training.safetensors", safetensors.torch.save(training))
         content = {
@@ -100,8 +100,9 @@ def load_checkpoint(path: Path, state: TrainingState, data_key: str) -> None:
         # The schedule writes rates only when it is stepped, so put the current ones back by hand.
         for group, rate in zip(state.optimizer.param_groups, state.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
-        average = {"rotation_average": training["objective.rotation_average"]}
-        state.objective.load_state(average if "objective.rotation_average" in training else {})
+        prefix = "objective."
+        objective = {name.removeprefix(prefix): t for name, t in training.items() if name.startswith(prefix)}
+        state.objective.load_state({name: t.to(state.student.device) for name, t in objective.items()})
         torch.set_rng_state(training["random.torch"])
         state.step, state.tokens_seen = int(content["step"]), int(content["tokens_seen"])
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
@@ -113,10 +114,12 @@ def load_checkpoint(path: Path, state: TrainingState, data_key: str) -> None:
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if (path / "state.json").exists())
+    found = [path for path in folder.glob("step-*") if (path / "state.json").exists()]
+    return sorted(found, key=lambda path: (len(path.name), path.name))  # by number, also beyond six digits
 
 
-def _weights(student: SO8TForCausalLM) -> dict[str, Tensor]:
+def plain_weights(student: SO8TForCausalLM) -> dict[str, Tensor]:
+    """The student's weights by name; a tied output matrix is left out, as it is the embedding."""
     tied = student.config.tie_word_embeddings
     return {
         name: tensor.detach().contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from pathlib import Path
@@ -22,14 +23,18 @@ from distill import __version__
 
 EXIT_OURS, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
 # What the operating system refuses because of something the user can change.
-USER_ERRNOS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EISDIR,
+REMEDIES = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some of your quota and run the same command again",
+    errno.EACCES: "check the permissions or choose another folder",
+    errno.EPERM: "check the permissions or choose another folder",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "check the path",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EFBIG: "choose a file system that takes larger files",
+    errno.EMFILE: "allow this process more open files",
+    errno.EIO: "check the disk",
 }
 
 app = typer.Typer(
@@ -80,7 +85,7 @@ def run(
         int | None,
         typer.Option(help="Sequences at most. Default: all the data; 4096 when the teacher speaks."),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the soft targets. Default: 6.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the soft targets. Default: 8.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random. Default: 0.")] = None,
     quant: Annotated[
         str | None, typer.Option(metavar="f32|f16|q8_0", help="Format of student.gguf. Default: q8_0.")
@@ -177,11 +182,17 @@ def _read_line() -> str:
 
 def main() -> NoReturn:
     """Run the command line and exit with 0 (done), 2 (the user's input), 1 (ours) or 130 (interrupted)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a redirected Windows console cannot write every sign
+            stream.reconfigure(errors="replace")
     try:
-        app(standalone_mode=True)
-    except KeyboardInterrupt:
-        _complain("interrupted; everything saved so far is kept, the same command continues from there")
-        sys.exit(EXIT_INTERRUPTED)
+        app()
+    except SystemExit as stop:
+        if stop.code == EXIT_INTERRUPTED:  # typer's own answer to Ctrl-C, without a word
+            _complain(
+                "interrupted; everything saved is kept, and the same `distill run` continues from there"
+            )
+        raise
     except Exception as error:
         code = _exit_code(error)
         if code is None:
@@ -203,7 +214,7 @@ def _exit_code(error: Exception) -> int | None:
 
     if isinstance(error, (UserError, StoreError, TeacherFileError, TeacherError, ChatTemplateError)):
         return EXIT_USER
-    if isinstance(error, OSError) and error.errno in USER_ERRNOS:
+    if isinstance(error, OSError) and error.errno in REMEDIES:
         return EXIT_USER
     if isinstance(error, (TrainingAborted, ProofFailed, ExportError, FoldError)):
         return EXIT_OURS
@@ -213,8 +224,7 @@ def _exit_code(error: Exception) -> int | None:
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         where = f" ({error.filename})" if error.filename else ""
-        advice = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
-        return f"{error.strerror}{where}{advice}"
+        return f"{error.strerror}{where}; {REMEDIES.get(error.errno, 'check the path')}"
     return " ".join(str(error).split())
 
 

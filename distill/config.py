@@ -83,7 +83,7 @@ class LossConfig(Section):
 
     temperature: Annotated[float, Field(ge=1.0)] = 3.0
     final_temperature: Annotated[float, Field(ge=1.0)] = 1.0
-    final_from: Fraction = 0.3
+    final_from: Fraction = 0.1
     alpha: NonNegative = 0.7
     beta: NonNegative = 0.3
     lambda_so8t: NonNegative = 0.5
@@ -95,12 +95,12 @@ class LossConfig(Section):
 
 class TrainConfig(Section):
     """The training loop. ``epochs``; ``batch_size``: sequences per optimizer step; ``accumulation``: into how
-    many micro-batches a batch is divided; ``learning_rate``: peak (none: 0.004·√(64 / width));
+    many micro-batches a batch is divided; ``learning_rate``: peak (none: 0.5 / width);
     ``warmup``: share of the steps; ``min_lr``: share of the peak the cosine ends at; ``max_grad_norm``;
     ``weight_decay``: of matrices only; ``precision``: ``bf16`` autocast, ``fp32``, or ``auto``;
     ``evaluations``: how often the held-out KL is measured, first and last step included."""
 
-    epochs: Count = 6
+    epochs: Count = 8
     batch_size: Count = 16
     accumulation: Count = 1
     learning_rate: Positive | None = None

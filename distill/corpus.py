@@ -19,12 +19,14 @@ import numpy as np
 from distill.config import DataConfig
 from distill.errors import UserError
 from teachers.base import Progress, Sampling, Teacher, Tokens
-from teachers.chat_template import ChatTemplateError, Message, render_chat
+from teachers.chat_template import ChatTemplateError
+from teachers.conversation import conversation_tokens, opening_segments
 
 DEFAULT_SPOKEN_SAMPLES = 4096
-TEXT_SUFFIXES = (".jsonl", ".txt", ".md")
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+TEXT_SUFFIXES = (".txt", ".md", ".text")
+MAX_TOKENIZED_AT_ONCE = 1 << 20  # characters of text sent to the tokenizer in one piece
 _KINDS = ("prompt", "messages", "text")
-_SENTINEL = "\u2063user says\u2063"  # invisible separators: no template contains it
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,14 @@ def build_corpus(config: DataConfig, teacher: Teacher, seed: int) -> Corpus:
     if max_length < config.max_length:
         notes.append(f"sequences are cut to the teacher's context of {max_length} tokens")
     if config.path is None:
-        item = _opening(teacher)
-        return Corpus([item] * (config.samples or DEFAULT_SPOKEN_SAMPLES), sampling, notes)
+        opening = opening_segments(teacher)
+        if opening is None:
+            raise UserError(f"teacher {teacher.info.name} has no token to start from; give --data")
+        if config.sampling_temperature == 0.0:
+            raise UserError(
+                "data.sampling_temperature=0 lets the teacher say one thing only; give --data or raise it"
+            )
+        return Corpus([Item(opening, True)] * (config.samples or DEFAULT_SPOKEN_SAMPLES), sampling, notes)
     items = _tokenise(list(_read(Path(config.path))), teacher, max_length, notes)
     if config.samples is not None and config.samples < len(items):
         kept = np.random.default_rng(seed).permutation(len(items))[: config.samples]
@@ -104,53 +112,19 @@ def build_corpus(config: DataConfig, teacher: Teacher, seed: int) -> Corpus:
     return Corpus(items, sampling, notes)
 
 
-# -- the teacher speaks ---------------------------------------------------------------------------------------
-
-
-def _opening(teacher: Teacher) -> Item:
-    """How the teacher starts with nothing given: inside the user's turn of its template, else from BOS."""
-    info = teacher.info
-    if info.chat_template is not None:
-        text = _render(teacher, [{"role": "user", "content": _SENTINEL}], generate=True)
-        before, found, after = text.partition(_SENTINEL)
-        if found and before and after:
-            start = _with_bos(teacher, before)
-            rest = teacher.tokenize([after], add_special=False, parse_special=True)[0]
-            return Item((start, rest), True)
-    first = info.bos if info.bos is not None else info.eos
-    if first is None:
-        raise UserError(f"teacher {info.name} has neither BOS nor EOS token to start from; give --data")
-    return Item((np.array([first], dtype=np.int32),), True)
-
-
-def _with_bos(teacher: Teacher, text: str) -> Tokens:
-    """Tokenise rendered text, which may or may not spell out BOS, with exactly one BOS if the model wants it."""
-    tokens = teacher.tokenize([text], add_special=False, parse_special=True)[0]
-    bos = teacher.info.bos
-    if bos is not None and teacher.info.add_bos and (not len(tokens) or tokens[0] != bos):
-        tokens = np.concatenate(([bos], tokens)).astype(np.int32)
-    return tokens
-
-
-def _render(teacher: Teacher, messages: list[Message], *, generate: bool) -> str:
-    info = teacher.info
-    if info.chat_template is None:
-        return "\n".join(message["content"] for message in messages)
-    ends = [np.array([] if token is None else [token], dtype=np.int32) for token in (info.bos, info.eos)]
-    bos, eos = teacher.detokenize(ends)
-    return render_chat(info.chat_template, messages, add_generation_prompt=generate, bos=bos, eos=eos)
-
-
 # -- reading --------------------------------------------------------------------------------------------------
 
 
 def _read(path: Path) -> Iterator[Entry]:
+    readable = JSONL_SUFFIXES + TEXT_SUFFIXES
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in TEXT_SUFFIXES)
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in readable)
         if not files:
-            raise UserError(f"data folder {path} has no {', '.join(TEXT_SUFFIXES)} file")
+            raise UserError(f"data folder {path} has no {', '.join(readable)} file")
     elif path.is_file():
         files = [path]
+        if _suffix(path) not in readable:
+            raise UserError(f"data file {path} is none of {', '.join(readable)}; rename or convert it")
     else:
         reason = "is not a regular file or folder" if path.exists() else "does not exist"
         raise UserError(f"data {path} {reason}; give a JSONL or text file, or a folder of them")
@@ -158,15 +132,19 @@ def _read(path: Path) -> Iterator[Entry]:
         text = _read_text(file)
         if not text.strip():
             raise UserError(f"data file {file} is empty; remove it or fill it")
-        if file.suffix == ".jsonl":
+        if _suffix(file) in JSONL_SUFFIXES:
             yield from _read_jsonl(file, text)
         else:
             yield Entry("plain", text, str(file))
 
 
+def _suffix(file: Path) -> str:
+    return file.suffix.lower()
+
+
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(
@@ -194,6 +172,8 @@ def _read_jsonl(file: Path, text: str) -> Iterator[Entry]:
 
 
 def _check_value(kind: str, value: Any, where: str) -> None:
+    if not _is_unicode(value):
+        raise UserError(f"{where}: has a lone surrogate (\\ud800 to \\udfff), which is not text; remove it")
     if kind != "messages":
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{where}: {kind!r} must be text that is not empty, got {value!r}")
@@ -212,6 +192,15 @@ def _check_value(kind: str, value: Any, where: str) -> None:
         raise UserError(f"{where}: 'messages' must be a list of objects with 'role' and 'content' as text")
 
 
+def _is_unicode(value: Any) -> bool:
+    """Whether JSON text can be encoded (JSON may spell out half of a surrogate pair)."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 # -- tokenising -----------------------------------------------------------------------------------------------
 
 
@@ -225,7 +214,7 @@ def _tokenise(entries: list[Entry], teacher: Teacher, max_length: int, notes: li
         messages = entry.value if entry.kind == "messages" else [{"role": "user", "content": entry.value}]
         answers = messages[-1]["role"] != "assistant"
         try:
-            tokens = _with_bos(teacher, _render(teacher, messages, generate=answers))
+            tokens = conversation_tokens(teacher, messages, answer=answers)
         except ChatTemplateError as error:
             raise UserError(f"{entry.where}: {error}") from None
         cut += len(tokens) > max_length or (answers and len(tokens) >= max_length)
@@ -242,9 +231,24 @@ def _windows(entry: Entry, teacher: Teacher, max_length: int) -> list[Item]:
 
     Control tokens spelled out in the text stay text: data must not speak for the template.
     """
-    tokens = teacher.tokenize([entry.value], add_special=False, parse_special=False)[0]
+    pieces = _pieces(entry.value)
+    tokens = np.concatenate(
+        [teacher.tokenize([piece], add_special=False, parse_special=False)[0] for piece in pieces]
+    )
     bos = teacher.info.bos if teacher.info.add_bos else None
     start = np.array([] if bos is None else [bos], dtype=np.int32)
     step = max_length - len(start)
     windows = [np.concatenate((start, tokens[at : at + step])) for at in range(0, len(tokens), step)]
     return [Item((window.astype(np.int32),), False) for window in windows if len(window) > 1]
+
+
+def _pieces(text: str) -> list[str]:
+    """Cut long text at line ends, so that no piece is much longer than ``MAX_TOKENIZED_AT_ONCE``."""
+    pieces: list[str] = []
+    start = 0
+    while len(text) - start > MAX_TOKENIZED_AT_ONCE:
+        end = text.rfind("\n", start, start + MAX_TOKENIZED_AT_ONCE)
+        end = start + MAX_TOKENIZED_AT_ONCE if end <= start else end
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]

@@ -15,7 +15,7 @@ from distill import losses
 from distill.batches import Split, epoch_order, load_batch, micro_batches
 from distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from distill.config import TrainConfig
-from distill.errors import TrainingAborted
+from distill.errors import TrainingAborted, UserError
 from distill.metrics import MetricsFile
 from distill.objective import Objective
 from distill.schedule import build_optimizer, build_schedule
@@ -24,6 +24,7 @@ from students.model import SO8TForCausalLM
 from teachers.store import SoftTargetStore
 
 EVALUATION_TEMPERATURE = 1.0
+CHECKPOINT_SECONDS = 120.0  # at most so much training is lost, however far apart the evaluations are
 BF16_WIDTH_ON_CPU = 256  # below this width, converting to bfloat16 costs a CPU more than it saves
 
 Report = Callable[[int, str], None]
@@ -45,7 +46,10 @@ class HeldOutScore:
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """What training did: steps in all, tokens learnt from, and the held-out scores in order of steps."""
+    """What training did: steps in all, tokens learnt from, and the held-out scores in order of steps.
+
+    ``seconds`` counts this process alone, which began at step ``continued_from``.
+    """
 
     steps: int
     tokens_seen: int
@@ -57,7 +61,7 @@ class TrainingSummary:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The store, its split and its key (which a checkpoint must share)."""
+    """The store, which of its sequences are held out, and the seed of their order."""
 
     store: SoftTargetStore
     split: Split
@@ -97,9 +101,17 @@ def train(
         TrainingAborted: a loss or gradient is not finite; nothing of that step reaches the weights.
         OSError: the disk refuses; earlier checkpoints stay.
     """
-    device = PartialState().device
+    launch = PartialState()
+    if launch.num_processes > 1:
+        raise UserError(
+            f"training runs in one process, not {launch.num_processes}; start it without a launcher"
+        )
+    # Metal lacks the float64 that rotations and scores are computed in.
+    device = torch.device("cpu") if launch.device.type == "mps" else launch.device
     precision = choose_precision(config, student.config.hidden_size, device)
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    accelerator = Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no", cpu=device.type == "cpu"
+    )
     plan = data.batches(config.epochs, config.batch_size)
     optimizer = build_optimizer(student, config)
     schedule = build_schedule(optimizer, config, len(plan))
@@ -110,27 +122,71 @@ def train(
     key = data.store.manifest.key
     if newest := latest_checkpoint(checkpoints):
         load_checkpoint(newest, state, key)
-    started_at, begin = state.step, time.perf_counter()
     evaluate_at = evaluation_steps(len(plan), config.evaluations)
-    scores: list[tuple[int, HeldOutScore]] = []
+    clock = Clock(state.step, state.tokens_seen)
 
     with MetricsFile(folder / "metrics.jsonl", from_step=state.step) as metrics:
+        scores = logged_scores(metrics.kept)
         while True:
-            if state.step in evaluate_at and not (state.step == started_at and started_at > 0):
-                score = held_out_score(student, data, device, config.batch_size)
-                scores.append((state.step, score))
-                metrics.write("held_out", state.step, vars(score))
-                if state.step > 0:
-                    save_checkpoint(checkpoints, state, key)
+            if state.step in evaluate_at and state.step not in scores:
+                scores[state.step] = held_out_score(student, data, device, config.batch_size)
+                metrics.write("held_out", state.step, vars(scores[state.step]))
+                clock.checkpoint_is_due = state.step > 0
+            if clock.checkpoint_is_due:
+                save_checkpoint(checkpoints, state, key)
+                clock.saved()
             if state.step == len(plan):
                 break
             values = _step(model, state, data, plan[state.step], config, accelerator, len(plan))
-            values["seconds"] = time.perf_counter() - begin
             metrics.write("train", state.step, values)
-            report(state.step, _describe(values, scores))
+            report(state.step, clock.describe(state.tokens_seen, values["loss"], list(scores.values())))
 
-    seconds = time.perf_counter() - begin
-    return TrainingSummary(len(plan), state.tokens_seen, seconds, started_at, tuple(scores), precision)
+    history = tuple(sorted(scores.items()))
+    return TrainingSummary(len(plan), state.tokens_seen, clock.seconds, clock.from_step, history, precision)
+
+
+class Clock:
+    """How long this process has trained, and when the next checkpoint is due."""
+
+    def __init__(self, from_step: int, from_tokens: int) -> None:
+        self.from_step = from_step
+        self.from_tokens = from_tokens
+        self.begin = self.last_save = time.perf_counter()
+        self.asked = False
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since this process began to train."""
+        return time.perf_counter() - self.begin
+
+    @property
+    def checkpoint_is_due(self) -> bool:
+        """Whether to save now: after an evaluation, or when too much would be lost."""
+        return self.asked or time.perf_counter() - self.last_save > CHECKPOINT_SECONDS
+
+    @checkpoint_is_due.setter
+    def checkpoint_is_due(self, asked: bool) -> None:
+        self.asked = asked
+
+    def saved(self) -> None:
+        """A checkpoint has just been written."""
+        self.asked, self.last_save = False, time.perf_counter()
+
+    def describe(self, tokens_seen: int, loss: float, scores: list[HeldOutScore]) -> str:
+        """One line about how training stands."""
+        speed = (tokens_seen - self.from_tokens) / max(self.seconds, 1e-9)
+        held_out = f", held-out KL {scores[-1].kl:.3f}" if scores else ""
+        return f"loss {loss:.3f}{held_out}, {speed:,.0f} tokens/s"
+
+
+def logged_scores(lines: list[dict[str, float | str]]) -> dict[int, HeldOutScore]:
+    """The held-out scores that a run's metrics already hold, by step."""
+    names = ("kl", "agreement", "cross_entropy")
+    return {
+        int(line["step"]): HeldOutScore(*(float(line[name]) for name in names))
+        for line in lines
+        if line["kind"] == "held_out" and all(line.get(name) is not None for name in names)
+    }
 
 
 def _step(
@@ -199,15 +255,9 @@ def held_out_score(
         batch = load_batch(data.store, held_out[start : start + batch_size]).to(device)
         hidden = student(batch.tokens, with_logits=False).last_hidden_state[batch.valid]
         logits = student.lm_head(hidden).float()
-        sums[0] += losses.forward_kl(logits, batch.targets, EVALUATION_TEMPERATURE).double().sum().cpu()
-        sums[1] += (logits.argmax(dim=-1) == batch.targets.topk_ids[:, 0]).double().sum().cpu()
-        sums[2] += losses.cross_entropy(logits, batch.labels).double().sum().cpu()
+        sums[0] += losses.forward_kl(logits, batch.targets, EVALUATION_TEMPERATURE).cpu().double().sum()
+        sums[1] += (logits.argmax(dim=-1) == batch.targets.topk_ids[:, 0]).cpu().double().sum()
+        sums[2] += losses.cross_entropy(logits, batch.labels).cpu().double().sum()
         count += batch.count()
     kl, agreement, cross_entropy = (sums / count).tolist()
     return HeldOutScore(kl, agreement, cross_entropy)
-
-
-def _describe(values: dict[str, float], scores: list[tuple[int, HeldOutScore]]) -> str:
-    speed = values["tokens_seen"] / max(values["seconds"], 1e-9)
-    held_out = f", held-out KL {scores[-1][1].kl:.3f}" if scores else ""
-    return f"loss {values['loss']:.3f}{held_out}, {speed:,.0f} tokens/s"

@@ -72,9 +72,9 @@ def evaluate(
     models: dict[str, Scorer],
     report: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Compare ``models`` with the teacher on every position of ``sequences``; report counts sequences."""
+    """Compare ``models`` with the teacher on every position; ``report`` gets how many sequences are done."""
     sums = {name: np.zeros(3) for name in ("", *models)}
-    positions = 0
+    positions = finished = 0
     reference = llama_scorer(teacher)
     for group in _groups(sequences, teacher.info.vocab_size):
         expected = reference(group)
@@ -83,7 +83,8 @@ def evaluate(
             found = models[name](group) if name else expected
             sums[name] += _sums(expected, found, labels)
         positions += len(labels)
-        report(sum(1 for _ in group))
+        finished += len(group)
+        report(finished)
     scores = {name: Score(*(total / positions).tolist()) for name, total in sums.items()}
     return Evaluation(positions, scores.pop(""), scores)
 

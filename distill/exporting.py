@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
+import safetensors.torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
+from distill.checkpoint import plain_weights
 from distill.config import Quant
 from distill.errors import UserError
 from distill.prove import Proof, prove
 from distill.run_folder import HeldOut, RunFolder
-from students.export import ExportNames, MetadataEntry, write_gguf
+from students.export import ExportNames, MetadataEntry, write_gguf, write_tokenizer
 from students.model import SO8TForCausalLM
 from teachers.gguf_file import GGUFFile, read_gguf, tokenizer_fields
+from teachers.store import write_whole
 
 
 def tokenizer_entries(file: GGUFFile) -> dict[str, MetadataEntry]:
@@ -42,6 +47,9 @@ def export_proved(
         write_gguf(student, temporary, quant, tokenizer, names)
         proof = prove(temporary, quant, student, held_out.sequences, held_out.lines)
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failing write() does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     return proof
@@ -64,12 +72,38 @@ def export_run(folder: RunFolder, quant: Quant, output: Path | None) -> tuple[Pa
     student = load_student(folder)
     tokenizer = read_gguf(folder.tokenizer, model=False)
     identity = folder.read_identity()
-    names = ExportNames(
-        str(tokenizer.value("general.name")),
-        {"teacher_name": identity["teacher_name"], "teacher_sha256": identity["teacher_sha256"]},
-    )
+    origin = {key: identity.get(key, "") for key in ("teacher_name", "teacher_sha256")}
+    names = ExportNames(str(tokenizer.value("general.name", "student")), origin)
     held_out = folder.read_held_out(student.config.vocab_size)
     return path, export_proved(student, path, quant, tokenizer_entries(tokenizer), names, held_out)
+
+
+def save_student(
+    student: SO8TForCausalLM, folder: RunFolder, tokenizer: dict[str, MetadataEntry], name: str
+) -> None:
+    """Write ``student/`` (weights, configuration, tokenizer) whole or not at all.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    temporary = folder.path / f".student.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        # Not save_pretrained's own writer: its errors do not say that the disk is full.
+        student.config.architectures = [type(student).__name__]
+        student.config.dtype = "float32"
+        student.config.save_pretrained(temporary)
+        if student.generation_config is not None:
+            student.generation_config.save_pretrained(temporary)
+        weights = safetensors.torch.save(plain_weights(student), metadata={"format": "pt"})
+        write_whole(temporary / "model.safetensors", weights)
+        write_tokenizer(temporary / folder.tokenizer.name, tokenizer, name)
+        if folder.student.exists():
+            shutil.rmtree(folder.student)  # from an earlier, interrupted end of this same run
+        temporary.replace(folder.student)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_student(folder: RunFolder) -> SO8TForCausalLM:
@@ -79,9 +113,15 @@ def load_student(folder: RunFolder) -> SO8TForCausalLM:
         UserError: its files are damaged.
     """
     try:
-        student = AutoModelForCausalLM.from_pretrained(folder.student, dtype="float32", local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        student, report = AutoModelForCausalLM.from_pretrained(
+            folder.student, dtype="float32", local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"student {folder.student} cannot be loaded: {error}") from None
+    # transformers fills tensors it does not find with random numbers and only warns.
+    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+    if wrong:
+        raise UserError(f"student {folder.student} is damaged: {wrong}; run distill again")
     if not isinstance(student, SO8TForCausalLM):
         raise UserError(f"student {folder.student} is a {type(student).__name__}, not an SO8T student")
     return student

@@ -22,6 +22,7 @@ class MetricsFile:
         if path.exists():
             lines = path.read_text().splitlines()
             kept = [line for line in lines if from_step > 0 and 0 <= _step(line) <= from_step]
+        self.kept: list[dict[str, float | str]] = [json.loads(line) for line in kept]
         write_whole(path, "".join(line + "\n" for line in kept).encode())
         self._file = path.open("a")
 
@@ -38,11 +39,6 @@ class MetricsFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, float | str]]:
-    """All complete lines of a ``metrics.jsonl``."""
-    return [json.loads(line) for line in path.read_text().splitlines() if _step(line) >= 0]
 
 
 def _step(line: str) -> int:

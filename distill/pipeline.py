@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -10,35 +9,38 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
-from distill.batches import MAX_HELD_OUT, split
+from distill.batches import split
 from distill.config import RunConfig
 from distill.console import Console, human_bytes, human_count
 from distill.corpus import Corpus, build_corpus
 from distill.engine import TrainingData, TrainingSummary, train
 from distill.errors import UserError
 from distill.evaluate import Evaluation, evaluate, llama_scorer, student_scorer
-from distill.exporting import export_proved, tokenizer_entries
+from distill.exporting import export_proved, save_student, tokenizer_entries
 from distill.objective import Objective
-from distill.prove import tokenized_lines
+from distill.prove import Proof, tokenized_lines
 from distill.results import Outcome, build_results, print_table
 from distill.run_folder import HeldOut, RunFolder, choose_folder
-from students.builder import build_student, default_size, parse_size, student_config
-from students.export import ExportNames, write_tokenizer
+from students.builder import build_student, count_parameters, default_size, parse_size, student_config
+from students.config import SO8TConfig
+from students.export import ExportNames, MetadataEntry
 from students.initialise import initialise_embeddings
 from students.model import SO8TForCausalLM
 from teachers import example_teacher
 from teachers.base import TeacherInfo
 from teachers.capture import capture
-from teachers.gguf_file import GGUFFile
+from teachers.gguf_file import read_gguf
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.soft_targets import nodes_for
-from teachers.store import Manifest, SoftTargetStore
+from teachers.store import Manifest, SoftTargetStore, exclusive
 
 SEQUENCES_PER_SHARD = 256
 SPEED_PROMPT_TOKENS = 128
 SPEED_NEW_TOKENS = 64
+TRAINING_COPIES = 4  # float32 weights, gradients and two moments: what training needs at the very least
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,20 @@ class Places:
 
     out: Path | None = None
     store: Path | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the teacher leaves behind when it goes: everything training and export need."""
+
+    config: RunConfig
+    shape: SO8TConfig
+    info: TeacherInfo
+    store: SoftTargetStore
+    reused: bool
+    data: TrainingData
+    held_out: HeldOut
+    tokenizer: dict[str, MetadataEntry]
 
 
 def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
@@ -64,47 +80,73 @@ def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
         stage.finish(f"{info.name}: {info.architecture}, {human_count(info.parameters)} parameters")
     with teacher:
         config = _resolve(config, info)
-        student = _build(config, teacher.file, info, console)
+        shape = _shape(config, info, console)
         stem = path.stem if config.teacher.path else "example"
         folder = RunFolder(places.out) if places.out else choose_folder(config, stem)
-        folder.begin(config)
+        folder.check(config)
         with console.stage("Read data") as stage:
             corpus = build_corpus(config.data, teacher, config.seed)
             stage.finish(f"{len(corpus)} sequences, the teacher writes in {corpus.spoken}")
         for note in corpus.notes:
             console.note(note)
-        store = _open_store(config, places, folder, teacher, corpus, stem)
-        folder.claim(
-            {"teacher_name": info.name, "teacher_sha256": info.sha256, "soft_targets": store.manifest.key}
-        )
-        if folder.finished:
-            console.note(f"{folder.path} already holds this run, finished; nothing was done again")
-            print_table(folder, console)
-            return folder
-        reused = _capture(teacher, corpus, store, console)
-        data = TrainingData(store, split(store, config.data.held_out, config.seed), config.seed)
-        sequences = [store.tokens(int(index)) for index in data.split.held_out[:MAX_HELD_OUT]]
-        held_out = HeldOut(sequences, tokenized_lines(teacher, sequences))
-        folder.write_held_out(held_out)
-        tokenizer = tokenizer_entries(teacher.file)
+        store = _open_store(config, places, folder.path.parent / "stores", teacher, corpus, stem)
+        with exclusive(folder.path):
+            folder.claim(
+                config,
+                {
+                    "teacher_name": info.name,
+                    "teacher_sha256": info.sha256,
+                    "soft_targets": store.manifest.key,
+                },
+            )
+            if folder.finished:
+                console.note(f"{folder.path} already holds this run, finished; nothing was done again")
+            else:
+                prepared = _prepare(config, shape, teacher, corpus, store, console)
+                # The teacher is out of memory while the student trains.
+                teacher.close()
+                _finish(prepared, path, folder, console)
+        print_table(folder, console)
+    return folder
 
-    # The teacher is out of memory while the student trains.
-    summary = _train(config, student, data, folder, console)
+
+def _prepare(
+    config: RunConfig,
+    shape: SO8TConfig,
+    teacher: GGUFTeacher,
+    corpus: Corpus,
+    store: SoftTargetStore,
+    console: Console,
+) -> Prepared:
+    """Everything that needs the teacher before training."""
+    with exclusive(store.folder):
+        reused = _capture(teacher, corpus, store, console)
+    data = TrainingData(store, split(store, config.data.held_out, config.seed), config.seed)
+    sequences = [store.tokens(int(index)) for index in data.split.held_out]
+    held_out = HeldOut(sequences, tokenized_lines(teacher, sequences))
+    tokenizer = tokenizer_entries(teacher.file)
+    return Prepared(config, shape, teacher.info, store, reused, data, held_out, tokenizer)
+
+
+def _finish(prepared: Prepared, path: Path, folder: RunFolder, console: Console) -> None:
+    """Train, export, prove, evaluate, write down."""
+    config, info, held_out = prepared.config, prepared.info, prepared.held_out
+    folder.write_held_out(held_out)
+    student = _new_student(prepared.shape, config.seed, path)
+    summary = _train(prepared, student, folder, console)
     name = f"{info.name} distilled {config.student.size} SO8T"
-    _save_student(student, folder, tokenizer, name)
+    save_student(student, folder, prepared.tokenizer, name)
     with console.stage("Export and prove") as stage:
         names = ExportNames(name, {"teacher_name": info.name, "teacher_sha256": info.sha256})
-        proof = export_proved(student, folder.gguf, config.export.quant, tokenizer, names, held_out)
-        stage.finish(
-            f"{proof.quant}, {human_bytes(folder.gguf.stat().st_size)}; KL {proof.mean_kl:.1e} from PyTorch "
-            f"over {proof.positions} positions"
-        )
-    evaluation, speeds = _evaluate(config, path, folder, student, held_out, console)
-    outcome = Outcome(config, info, student, store, reused, summary, proof, evaluation, speeds)
+        quant = config.export.quant
+        proof = export_proved(student, folder.gguf, quant, prepared.tokenizer, names, held_out)
+        stage.finish(_describe_proof(proof, folder.gguf))
+    evaluation, speeds = _evaluate(prepared, path, folder, student, console)
+    outcome = Outcome(
+        config, info, student, prepared.store, prepared.reused, summary, proof, evaluation, speeds
+    )
     size = folder.gguf.stat().st_size
     folder.write_results(build_results(outcome, size, console.seconds, _environment()))
-    print_table(folder, console)
-    return folder
 
 
 def _resolve(config: RunConfig, info: TeacherInfo) -> RunConfig:
@@ -113,7 +155,8 @@ def _resolve(config: RunConfig, info: TeacherInfo) -> RunConfig:
     return config.model_copy(update={"student": config.student.model_copy(update={"size": str(size)})})
 
 
-def _build(config: RunConfig, file: GGUFFile, info: TeacherInfo, console: Console) -> SO8TForCausalLM:
+def _shape(config: RunConfig, info: TeacherInfo, console: Console) -> SO8TConfig:
+    """The student's shape; its size is judged before anything of that size is allocated."""
     assert config.student.size is not None
     shape = student_config(
         parse_size(config.student.size),
@@ -123,45 +166,64 @@ def _build(config: RunConfig, file: GGUFFile, info: TeacherInfo, console: Consol
         bos=info.bos,
         eos=info.eos,
     )
-    student = build_student(shape, config.seed)
-    initialise_embeddings(student, file.tensor("token_embd.weight"))
-    parameters = student.num_parameters()
+    parameters = count_parameters(shape)
     console.note(f"student {config.student.size}: {human_count(parameters)} parameters")
+    needed, memory = 4 * parameters * TRAINING_COPIES, psutil.virtual_memory().total
+    if needed > memory:
+        raise UserError(
+            f"student {config.student.size} has {human_count(parameters)} parameters; training it needs at least "
+            f"{human_bytes(needed)} of memory, this machine has {human_bytes(memory)}; choose a smaller size"
+        )
     if parameters >= info.parameters:
         console.warn(
             f"student {config.student.size} has {human_count(parameters)} parameters, not fewer than the "
             f"teacher's {human_count(info.parameters)}; choose a smaller --student-size to compress"
         )
+    return shape
+
+
+def _new_student(shape: SO8TConfig, seed: int, teacher: Path) -> SO8TForCausalLM:
+    """The student as training begins: random weights from the seed, embeddings from the teacher."""
+    student = build_student(shape, seed)
+    initialise_embeddings(student, read_gguf(teacher).tensor("token_embd.weight"))
     return student
 
 
 def _open_store(
-    config: RunConfig, places: Places, folder: RunFolder, teacher: GGUFTeacher, corpus: Corpus, stem: str
+    config: RunConfig, places: Places, stores: Path, teacher: GGUFTeacher, corpus: Corpus, stem: str
 ) -> SoftTargetStore:
     """Open the store these very soft targets belong in; beside the run's folder unless told otherwise."""
-    nodes = nodes_for(config.loss.temperature, config.loss.final_temperature)
+    info, nodes = teacher.info, nodes_for(config.loss.temperature, config.loss.final_temperature)
     identity: dict[str, Any] = {
         "kind": "compact",
-        "teacher_sha256": teacher.info.sha256,
-        "tokenizer_sha256": teacher.info.tokenizer_sha256,
-        "vocab_size": teacher.info.vocab_size,
+        "teacher_sha256": info.sha256,
+        "tokenizer_sha256": info.tokenizer_sha256,
+        "vocab_size": info.vocab_size,
         "corpus_sha256": corpus.digest(),
         "num_topk": config.targets.num_topk,
         "nodes": list(nodes),
+        # The last bits of a logit, and so what a teacher says, depend on these.
+        "runtime": f"llama-cpp-python {version('llama-cpp-python')}, {teacher.threads} threads, "
+        f"gpu_layers {config.teacher.gpu_layers}",
     }
     manifest = Manifest(identity, len(corpus), SEQUENCES_PER_SHARD)
-    where = places.store or folder.path.parent / "stores" / f"{stem}-{manifest.key[:12]}"
-    store = SoftTargetStore.create_or_open(where, manifest)
-    stored = min(config.targets.num_topk, teacher.info.vocab_size)
-    per_token = stored * (6 if teacher.info.vocab_size <= 1 << 16 else 8) + 4 * len(nodes) + 4
-    needed = len(corpus) * min(config.data.max_length, teacher.info.context_length) * per_token
-    free = shutil.disk_usage(where).free + store.bytes_on_disk()
+    where = places.store or stores / f"{stem}-{manifest.key[:12]}"
+    stored = min(config.targets.num_topk, info.vocab_size)
+    per_token = stored * (6 if info.vocab_size <= 1 << 16 else 8) + 4 * len(nodes) + 4
+    _require_space(where, len(corpus) * corpus.sampling.max_length * per_token)
+    return SoftTargetStore.create_or_open(where, manifest)
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    """Refuse soft targets that cannot fit, before any of them is made."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    there = sum(path.stat().st_size for path in folder.glob("shard-*")) if folder.is_dir() else 0
+    free = shutil.disk_usage(existing).free + there
     if needed > free:
         raise UserError(
-            f"the soft targets need up to {human_bytes(needed)}, {where} has {human_bytes(free)} free; free some "
+            f"the soft targets need up to {human_bytes(needed)}, {existing} has {human_bytes(free)} free; free some "
             "space, choose --store on another disk, or lower --samples or targets.num_topk"
         )
-    return store
 
 
 def _capture(teacher: GGUFTeacher, corpus: Corpus, store: SoftTargetStore, console: Console) -> bool:
@@ -182,63 +244,46 @@ def _capture(teacher: GGUFTeacher, corpus: Corpus, store: SoftTargetStore, conso
 
 
 def _train(
-    config: RunConfig, student: SO8TForCausalLM, data: TrainingData, folder: RunFolder, console: Console
+    prepared: Prepared, student: SO8TForCausalLM, folder: RunFolder, console: Console
 ) -> TrainingSummary:
-    steps = len(data.batches(config.train.epochs, config.train.batch_size))
+    settings = prepared.config.train
+    steps = len(prepared.data.batches(settings.epochs, settings.batch_size))
     with console.stage("Train", total=steps) as stage:
-        objective = Objective(config.loss)
-        summary = train(student, data, objective, config.train, folder.path, stage.update)
+        objective = Objective(prepared.config.loss)
+        summary = train(student, prepared.data, objective, settings, folder.path, stage.update)
         first, last = summary.scores[0][1], summary.scores[-1][1]
-        stage.finish(
-            f"{steps} steps, {human_count(summary.tokens_seen)} tokens; held-out KL {first.kl:.3f} → {last.kl:.3f}"
-        )
+        learnt = human_count(summary.tokens_seen)
+        stage.finish(f"{steps} steps, {learnt} tokens; held-out KL {first.kl:.3f} → {last.kl:.3f}")
     if summary.continued_from:
         console.note(f"training was continued from step {summary.continued_from}")
     return summary
 
 
-def _save_student(student: SO8TForCausalLM, folder: RunFolder, tokenizer: dict[str, Any], name: str) -> None:
-    """Write ``student/`` beside its place and move it there, whole or not at all."""
-    temporary = folder.path / f".student.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        student.save_pretrained(temporary)
-        write_tokenizer(temporary / folder.tokenizer.name, tokenizer, name)
-        if folder.student.exists():
-            shutil.rmtree(folder.student)  # from an earlier, interrupted end of this same run
-        temporary.replace(folder.student)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _describe_proof(proof: Proof, path: Path) -> str:
+    return (
+        f"{proof.quant}, {human_bytes(path.stat().st_size)}; KL {proof.mean_kl:.1e} from PyTorch over "
+        f"{proof.positions} positions"
+    )
 
 
 def _evaluate(
-    config: RunConfig,
-    path: Path,
-    folder: RunFolder,
-    student: SO8TForCausalLM,
-    held_out: HeldOut,
-    console: Console,
+    prepared: Prepared, path: Path, folder: RunFolder, student: SO8TForCausalLM, console: Console
 ) -> tuple[Evaluation, dict[str, tuple[float, float]]]:
     """Score untrained student, trained student and exported file against the teacher; time both files."""
-    done = 0
-    with console.stage("Evaluate", total=len(held_out.sequences)) as stage:
-        with GGUFTeacher(path, gpu_layers=config.teacher.gpu_layers) as teacher:
-            untrained = build_student(student.config, config.seed)
-            initialise_embeddings(untrained, teacher.file.tensor("token_embd.weight"))
-            with GGUFTeacher(folder.gguf, gpu_layers=config.teacher.gpu_layers) as exported:
-                models = {
-                    "before": student_scorer(untrained),
-                    "after": student_scorer(student),
-                    "exported": llama_scorer(exported),
-                }
-
-                def report(count: int) -> None:
-                    nonlocal done
-                    done += count
-                    stage.update(done)
-
-                evaluation = evaluate(teacher, held_out.sequences, models, report)
-                speeds = {"teacher": _speed(teacher), "student": _speed(exported)}
+    config, sequences = prepared.config, prepared.held_out.sequences
+    layers = config.teacher.gpu_layers
+    with (
+        console.stage("Evaluate", total=len(sequences)) as stage,
+        GGUFTeacher(path, gpu_layers=layers) as teacher,
+        GGUFTeacher(folder.gguf, gpu_layers=layers) as exported,
+    ):
+        models = {
+            "before": student_scorer(_new_student(prepared.shape, config.seed, path)),
+            "after": student_scorer(student),
+            "exported": llama_scorer(exported),
+        }
+        evaluation = evaluate(teacher, sequences, models, stage.update)
+        speeds = {"teacher": _speed(teacher), "student": _speed(exported)}
         score = evaluation.models["exported"]
         stage.finish(
             f"KL {score.kl:.3f}, agreement {score.agreement:.1%} over {evaluation.positions} positions"
@@ -257,6 +302,7 @@ def _environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "packages": {name: version(name) for name in packages},
     }

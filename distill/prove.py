@@ -14,7 +14,9 @@ from distill.errors import ProofFailed
 from distill.evaluate import student_scorer
 from students.model import SO8TForCausalLM
 from teachers.base import Tokens
+from teachers.gguf_file import TeacherFileError
 from teachers.gguf_teacher import GGUFTeacher
+from teachers.worker import TeacherError
 
 PROOF_SEQUENCES = 16
 PROOF_TOKENS = 4096
@@ -53,19 +55,20 @@ def prove(
     """Compare the file with the student on held-out sequences, with a float32 KV cache.
 
     Raises:
-        ProofFailed: they differ by more than the format explains, or the tokenizers differ.
-        TeacherError: llama.cpp cannot run the file.
+        ProofFailed: they differ by more than the format explains, the tokenizers differ, or llama.cpp cannot
+            run the file.
     """
     chosen = proof_sequences(sequences)
     expected = student_scorer(student)(chosen)
-    with GGUFTeacher(path) as exported:
-        found = torch.from_numpy(exported.logits(chosen, exact=True))
-        for text, tokens in zip(reference_tokens.texts, reference_tokens.tokens, strict=True):
-            again = exported.tokenize([text], add_special=True, parse_special=True)[0]
-            if again.tolist() != tokens.tolist():
-                raise ProofFailed(
-                    f"the exported tokenizer gives other ids than the teacher's for {text[:60]!r}"
-                )
+    try:
+        with GGUFTeacher(path) as exported:
+            found = torch.from_numpy(exported.logits(chosen, exact=True))
+            again = exported.tokenize(reference_tokens.texts, add_special=True, parse_special=True)
+    except (TeacherError, TeacherFileError) as error:
+        raise ProofFailed(f"llama.cpp does not run the exported file: {error}") from None
+    for text, ours, theirs in zip(reference_tokens.texts, again, reference_tokens.tokens, strict=True):
+        if ours.tolist() != theirs.tolist():
+            raise ProofFailed(f"the exported tokenizer gives other ids than the teacher's for {text[:60]!r}")
     proof = Proof(
         quant=quant,
         positions=len(expected),

@@ -8,6 +8,7 @@ and last ``results.json``: a folder with results is a finished run.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,14 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
-        return self.results_file.exists()
+        """Whether the run came to its end and its student is still there."""
+        return self.results_file.exists() and self.gguf.exists() and self.tokenizer.exists()
 
-    def begin(self, config: RunConfig) -> None:
-        """Make the folder this run's, or find that it already is.
+    def check(self, config: RunConfig) -> None:
+        """See that the folder is, or can become, this run's; nothing in it is touched.
 
         Raises:
-            UserError: it belongs to another run or holds other files; nothing in it is touched.
+            UserError: it belongs to another run or holds other files.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--out {self.path} is a file; give a new or empty folder")
@@ -65,18 +66,18 @@ class RunFolder:
                 )
         elif self.path.exists() and any(not is_temporary(path) for path in self.path.iterdir()):
             raise UserError(f"--out {self.path} holds other files; give a new or empty folder")
-        else:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._write(self.config_file, config.model_dump(mode="json"))
 
-    def claim(self, identity: dict[str, str]) -> None:
-        """Record which teacher and soft targets the run uses, or check that they are still the same.
+    def claim(self, config: RunConfig, identity: dict[str, str]) -> None:
+        """Make the folder this run's, or see that it still is: same settings, teacher and soft targets.
 
         Raises:
-            UserError: the folder's run used others (the teacher file or the data has changed since).
+            UserError: the folder's run is another one, or the teacher file or the data has changed since.
         """
-        if not self.identity_file.exists():
+        self.check(config)
+        self._remove_leftovers()
+        if not self.config_file.exists() or not self.identity_file.exists():
             self._write(self.identity_file, identity)
+            self._write(self.config_file, config.model_dump(mode="json"))
             return
         found = self._read(self.identity_file)
         for key, value in identity.items():
@@ -86,6 +87,14 @@ class RunFolder:
                     f"({str(found.get(key))[:12]}… instead of {value[:12]}…): the teacher file or the data has "
                     "changed since; choose another folder. Nothing in it was changed"
                 )
+
+    def _remove_leftovers(self) -> None:
+        """Delete what a killed process of this run had not finished writing."""
+        for path in [*self.path.glob(".*.tmp*"), *(self.path / "checkpoints").glob(".*.tmp*")]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def read_identity(self) -> dict[str, str]:
         """What ``claim`` recorded."""
@@ -104,6 +113,13 @@ class RunFolder:
     def write_results(self, results: dict[str, Any]) -> None:
         """Write ``results.json``, which finishes the run."""
         self._write(self.results_file, results)
+
+    def is_of(self, config: RunConfig) -> bool:
+        """Whether the folder is a run with these settings; an unreadable one is not."""
+        try:
+            return not _first_difference(self.read_config(), config)
+        except UserError:
+            return False
 
     def read_results(self) -> dict[str, Any]:
         """What ``write_results`` wrote."""
@@ -128,6 +144,8 @@ class RunFolder:
         try:
             sequences = [_tokens(ids, vocab_size) for ids in content["sequences"]]
             tokens = [_tokens(ids, vocab_size) for ids in content["text_tokens"]]
+            if not sequences or min(map(len, sequences)) < 2:
+                raise ValueError("it holds no sequence of two tokens")
             return HeldOut(sequences, TokenizedLines([str(text) for text in content["texts"]], tokens))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{self.held_out_file} is damaged ({error}); run distill again") from None
@@ -155,8 +173,7 @@ def choose_folder(config: RunConfig, stem: str) -> RunFolder:
         folder = RunFolder(RUNS / f"{stem}-{config.student.size}{suffix}")
         if not folder.path.exists():
             return folder
-        unfinished = folder.config_file.exists() and not folder.finished
-        if unfinished and not _first_difference(folder.read_config(), config):
+        if folder.config_file.exists() and not folder.finished and folder.is_of(config):
             return folder
         number += 1
 

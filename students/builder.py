@@ -89,6 +89,12 @@ def student_config(
     )
 
 
+def count_parameters(config: SO8TConfig) -> int:
+    """Number of parameters of a student, without allocating one; tied matrices count once."""
+    with torch.device("meta"):
+        return SO8TForCausalLM(config).num_parameters()
+
+
 def build_student(config: SO8TConfig, seed: int) -> SO8TForCausalLM:
     """A student with random float32 weights; the same seed gives the same weights.
 

@@ -24,11 +24,11 @@ def initialise_embeddings(student: SO8TForCausalLM, teacher: NDArray[np.float32]
     vocab_size, width = target.shape
     if teacher.shape[0] != vocab_size:
         raise ValueError(f"the teacher has {teacher.shape[0]} token embeddings, the student {vocab_size}")
-    centred = teacher.astype(np.float64) - teacher.mean(axis=0, dtype=np.float64)
+    centred = teacher - teacher.mean(axis=0, dtype=np.float64).astype(np.float32)
     if teacher.shape[1] > width:
-        _, directions = np.linalg.eigh(centred.T @ centred)
-        centred = centred @ directions[:, ::-1][:, :width]
-    filled = np.zeros((vocab_size, width))
+        _, directions = np.linalg.eigh((centred.T @ centred).astype(np.float64))
+        centred = centred @ directions[:, ::-1][:, :width].astype(np.float32)
+    filled = np.zeros((vocab_size, width), dtype=np.float32)
     filled[:, : centred.shape[1]] = centred
     spread = filled.std()
     if spread > 0:

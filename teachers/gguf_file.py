@@ -7,6 +7,7 @@ each length compared with what is left of the file. Format: the GGUF specificati
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
@@ -103,7 +104,7 @@ class GGUFFile:
         return np.asarray(dequantize(rows, info.type), dtype=np.float32).reshape(info.shape)
 
 
-def require_regular_file(path: Path, what: str) -> None:
+def require_regular_file(path: Path) -> None:
     """Refuse anything that is not a readable plain file (a FIFO would make llama.cpp wait for ever).
 
     Raises:
@@ -112,18 +113,16 @@ def require_regular_file(path: Path, what: str) -> None:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        raise TeacherFileError(f"{what} {path} does not exist; give the path of a .gguf file") from None
+        raise TeacherFileError(f"{path} does not exist; give the path of a .gguf file") from None
     except OSError as error:
-        raise TeacherFileError(f"{what} {path} cannot be read: {error.strerror}") from None
+        raise TeacherFileError(f"{path} cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(mode):
         kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-        raise TeacherFileError(f"{what} {path} is {kind}; give the path of a .gguf file")
+        raise TeacherFileError(f"{path} is {kind}; give the path of a .gguf file")
     try:
         path.open("rb").close()
     except OSError as error:
-        raise TeacherFileError(
-            f"{what} {path} cannot be read: {error.strerror}; check its permissions"
-        ) from None
+        raise TeacherFileError(f"{path} cannot be read: {error.strerror}; check its permissions") from None
 
 
 class _Cursor:
@@ -138,7 +137,7 @@ class _Cursor:
     def take(self, count: int, what: str) -> bytes:
         if count < 0 or count > self.size - self.at:
             raise TeacherFileError(
-                f"teacher {self.path} is truncated or damaged: {what} needs {count} bytes at offset {self.at} "
+                f"{self.path} is truncated or damaged: {what} needs {count} bytes at offset {self.at} "
                 f"of a {self.size}-byte file; download or copy it again"
             )
         start, self.at = self.at, self.at + count
@@ -158,7 +157,7 @@ class _Cursor:
             return GGUFValueType(number)
         except ValueError:
             raise TeacherFileError(
-                f"teacher {self.path} is damaged: {what} has unknown value type {number}"
+                f"{self.path} is damaged: {what} has unknown value type {number}"
             ) from None
 
     def field(self, what: str) -> Field:
@@ -172,7 +171,7 @@ class _Cursor:
             self._plausible(count, 8, what)
             return Field([self.string(what) for _ in range(count)], kind, element)
         if element == GGUFValueType.ARRAY:
-            raise TeacherFileError(f"teacher {self.path}: {what} is an array of arrays, which no model uses")
+            raise TeacherFileError(f"{self.path}: {what} is an array of arrays, which no model uses")
         code = _SCALARS[element]
         self._plausible(count, struct.calcsize(code), what)
         raw = self.take(count * struct.calcsize(code), what)
@@ -181,7 +180,7 @@ class _Cursor:
     def _plausible(self, count: int, width: int, what: str) -> None:
         if count * width > self.size - self.at:
             raise TeacherFileError(
-                f"teacher {self.path} is truncated or damaged: {what} claims {count} entries, more than the "
+                f"{self.path} is truncated or damaged: {what} claims {count} entries, more than the "
                 "rest of the file can hold; download or copy it again"
             )
 
@@ -194,21 +193,21 @@ def read_gguf(path: Path, *, model: bool = True) -> GGUFFile:
     Raises:
         TeacherFileError: not a GGUF file, truncated, damaged, or of an unsupported version.
     """
-    require_regular_file(path, "teacher")
+    require_regular_file(path)
     size = path.stat().st_size
     if size < 24:
-        raise TeacherFileError(f"teacher {path} is not a GGUF file: it has only {size} bytes")
+        raise TeacherFileError(f"{path} is not a GGUF file: it has only {size} bytes")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
         cursor = _Cursor(buffer, path)
         magic = cursor.take(4, "magic")
         if magic != MAGIC:
             raise TeacherFileError(
-                f"teacher {path} is not a GGUF file: it begins with {magic!r} instead of {MAGIC!r}"
+                f"{path} is not a GGUF file: it begins with {magic!r} instead of {MAGIC!r}"
             )
         version = cursor.scalar(GGUFValueType.UINT32, "version")
         if version not in SUPPORTED_VERSIONS:
             raise TeacherFileError(
-                f"teacher {path} has GGUF version {version}; supported are {SUPPORTED_VERSIONS} "
+                f"{path} has GGUF version {version}; supported are {SUPPORTED_VERSIONS} "
                 "(little-endian); convert it again with a current llama.cpp"
             )
         tensor_count = cursor.scalar(GGUFValueType.UINT64, "tensor count")
@@ -225,7 +224,7 @@ def _read_fields(cursor: _Cursor, count: int) -> dict[str, Field]:
     for number in range(count):
         key = cursor.string(f"name of metadata entry {number}")
         if key in fields:
-            raise TeacherFileError(f"teacher {cursor.path} is damaged: metadata key {key!r} occurs twice")
+            raise TeacherFileError(f"{cursor.path} is damaged: metadata key {key!r} occurs twice")
         fields[key] = cursor.field(f"metadata {key!r}")
     return fields
 
@@ -237,19 +236,19 @@ def _read_tensors(cursor: _Cursor, count: int, fields: dict[str, Field]) -> dict
         what = f"tensor {name!r}"
         dimensions = cursor.scalar(GGUFValueType.UINT32, what)
         if not 1 <= dimensions <= MAX_DIMENSIONS:
-            raise TeacherFileError(f"teacher {cursor.path} is damaged: {what} has {dimensions} dimensions")
+            raise TeacherFileError(f"{cursor.path} is damaged: {what} has {dimensions} dimensions")
         shape = tuple(cursor.scalar(GGUFValueType.UINT64, what) for _ in range(dimensions))[::-1]
         type_number = cursor.scalar(GGUFValueType.UINT32, what)
         try:
             kind = GGMLQuantizationType(type_number)
         except ValueError:
             raise TeacherFileError(
-                f"teacher {cursor.path}: {what} has unknown type {type_number}; update the gguf package"
+                f"{cursor.path}: {what} has unknown type {type_number}; update the gguf package"
             ) from None
         raw.append((name, shape, kind, cursor.scalar(GGUFValueType.UINT64, what)))
     alignment = fields["general.alignment"].value if "general.alignment" in fields else DEFAULT_ALIGNMENT
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-        raise TeacherFileError(f"teacher {cursor.path} is damaged: general.alignment is {alignment!r}")
+        raise TeacherFileError(f"{cursor.path} is damaged: general.alignment is {alignment!r}")
     base = -(-cursor.at // alignment) * alignment
     return _place_tensors(cursor, raw, base)
 
@@ -262,23 +261,23 @@ def _place_tensors(
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
             raise TeacherFileError(
-                f"teacher {cursor.path} is damaged: tensor {name!r} has rows of {shape[-1]}, not a multiple of "
+                f"{cursor.path} is damaged: tensor {name!r} has rows of {shape[-1]}, not a multiple of "
                 f"the {kind.name} block of {block}"
             )
         nbytes = math.prod(shape) // block * block_bytes
         if base + offset + nbytes > cursor.size:
             raise TeacherFileError(
-                f"teacher {cursor.path} is truncated: tensor {name!r} ends at byte {base + offset + nbytes}, "
+                f"{cursor.path} is truncated: tensor {name!r} ends at byte {base + offset + nbytes}, "
                 f"the file has {cursor.size}; download or copy it again"
             )
         if name in tensors:
-            raise TeacherFileError(f"teacher {cursor.path} is damaged: tensor {name!r} occurs twice")
+            raise TeacherFileError(f"{cursor.path} is damaged: tensor {name!r} occurs twice")
         tensors[name] = TensorInfo(name, shape, kind, base + offset, nbytes)
     placed = sorted(tensors.values(), key=lambda tensor: tensor.offset)
     for before, after in itertools.pairwise(placed):
         if before.offset + before.nbytes > after.offset:
             raise TeacherFileError(
-                f"teacher {cursor.path} is damaged: tensors {before.name!r} and {after.name!r} overlap"
+                f"{cursor.path} is damaged: tensors {before.name!r} and {after.name!r} overlap"
             )
     return tensors
 
@@ -286,22 +285,28 @@ def _place_tensors(
 def _require_model(path: Path, fields: dict[str, Field], tensors: dict[str, TensorInfo]) -> None:
     architecture = fields.get("general.architecture")
     if architecture is None or architecture.type != GGUFValueType.STRING:
-        raise TeacherFileError(f"teacher {path} names no architecture; is it a language model?")
+        raise TeacherFileError(f"{path} names no architecture; is it a language model?")
     tokens = fields.get("tokenizer.ggml.tokens")
     if tokens is None or tokens.element_type != GGUFValueType.STRING or not tokens.value:
-        raise TeacherFileError(f"teacher {path} carries no tokenizer; convert it again with its tokenizer")
+        raise TeacherFileError(f"{path} carries no tokenizer; convert it again with its tokenizer")
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise TeacherFileError(f"teacher {path} has no token embedding; is it a language model?")
+        raise TeacherFileError(f"{path} has no token embedding; is it a language model?")
     if embedding.shape[0] != len(tokens.value):
         raise TeacherFileError(
-            f"teacher {path} is damaged: its tokenizer has {len(tokens.value)} tokens, its embedding "
+            f"{path} is damaged: its tokenizer has {len(tokens.value)} tokens, its embedding "
             f"{embedding.shape[0]} rows"
         )
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal."""
+    """SHA-256 of a file's bytes, as hexadecimal; a file that has not changed is read once per process."""
+    status = path.stat()
+    return _file_sha256(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _file_sha256(path: Path, size: int, modified: int) -> str:
     with path.open("rb") as file:
         return (
             hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,6 +17,13 @@ from teachers.wire import pack_ragged, unpack_ragged
 from teachers.worker import Worker
 
 
+def readable(value: object, default: str) -> str:
+    """Text of a metadata value for people; a byte that is not UTF-8 becomes a question mark."""
+    if not isinstance(value, str) or not value.strip():
+        return default
+    return value.encode("utf-8", errors="replace").decode("utf-8")
+
+
 def _quiet(done: int) -> None:
     """Progress that nobody watches."""
 
@@ -33,14 +40,15 @@ class GGUFTeacher:
         """
         self.file: GGUFFile = read_gguf(path)
         # PyTorch's count is the number of physical cores this process may use, which suits llama.cpp too.
-        self.worker = Worker(path, threads=threads or torch.get_num_threads(), gpu_layers=gpu_layers)
+        self.threads = threads or torch.get_num_threads()
+        self.worker = Worker(path, threads=self.threads, gpu_layers=gpu_layers)
         self.info = self._info()
 
     def _info(self) -> TeacherInfo:
         said = self.worker.description
         template = self.file.value("tokenizer.chat_template")
         return TeacherInfo(
-            name=str(self.file.value("general.name", self.file.path.stem)),
+            name=readable(self.file.value("general.name"), self.file.path.stem),
             architecture=self.file.architecture,
             parameters=self.file.parameters,
             file_bytes=self.file.size,

@@ -12,11 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
@@ -26,6 +28,7 @@ from teachers.soft_targets import Arrays, CompactTargets
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 Tokens = NDArray[np.int32]
 
 
@@ -62,6 +65,27 @@ class Manifest:
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone; the lock ends with the process, however it ends.
+
+    Raises:
+        StoreError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise StoreError(
+            f"{folder} is in use by another process; wait for it or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that it appears complete or not at all, also when the machine stops."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -71,13 +95,16 @@ def write_whole(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failing write() does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a file is what a killed ``write_whole`` may leave behind."""
-    return path.name.startswith(".") and path.name.endswith(".tmp")
+    """Whether a file is a lock, or what a killed writer may leave behind."""
+    return path.name == LOCK or (path.name.startswith(".") and ".tmp" in path.name)
 
 
 class SoftTargetStore:

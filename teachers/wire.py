@@ -25,6 +25,8 @@ def write_frame(stream: BinaryIO, message: dict[str, Any], arrays: Arrays | None
         {"name": name, "dtype": array.dtype.str, "shape": list(array.shape)} for name, array in arrays.items()
     ]
     header = json.dumps({"message": message, "arrays": listed}).encode()
+    if len(header) > MAX_HEADER_BYTES:
+        raise ValueError(f"a message of {len(header)} bytes is more than {MAX_HEADER_BYTES}")
     stream.write(struct.pack("<I", len(header)) + header)
     for array in arrays.values():
         stream.write(np.ascontiguousarray(array).data)

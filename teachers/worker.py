@@ -234,7 +234,7 @@ class _Server:
             try:
                 operation = getattr(self, request.pop("operation"))
                 answer, answer_arrays = operation(request, arrays)
-            except (RuntimeError, ValueError, MemoryError) as error:
+            except (RuntimeError, ValueError, MemoryError, OSError) as error:
                 write_frame(self.output, {"error": str(error) or type(error).__name__})
                 continue
             write_frame(self.output, answer, answer_arrays)

@@ -177,9 +177,9 @@ def test_short_runs_have_a_learning_rate(steps: int) -> None:
 
 
 def test_peak_learning_rate() -> None:
-    """As configured, or 0.004 · √(64 / width)."""
+    """As configured, or 0.5 / width."""
     assert peak_learning_rate(TrainConfig(learning_rate=0.5), 256) == 0.5
-    assert peak_learning_rate(TrainConfig(), 64) == pytest.approx(0.004)
+    assert peak_learning_rate(TrainConfig(), 64) == pytest.approx(0.5 / 64)
     assert peak_learning_rate(TrainConfig(), 256) == pytest.approx(0.002)
 
 

@@ -16,7 +16,7 @@ def test_defaults_are_those_of_the_documented_formula() -> None:
     config = RunConfig()
     loss = config.loss
     assert (loss.temperature, loss.alpha, loss.beta, loss.lambda_so8t) == (3.0, 0.7, 0.3, 0.5)
-    assert (loss.final_temperature, loss.final_from) == (1.0, 0.3)
+    assert (loss.final_temperature, loss.final_from) == (1.0, 0.1)
     assert config.student.tie_embeddings and config.export.quant == "q8_0"
 
 

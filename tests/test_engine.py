@@ -14,7 +14,7 @@ from distill.batches import split
 from distill.config import LossConfig, TrainConfig
 from distill.engine import TrainingData, evaluation_steps, train
 from distill.errors import TrainingAborted, UserError
-from distill.metrics import MetricsFile, read_metrics
+from distill.metrics import MetricsFile
 from distill.objective import Objective
 from students import so8
 from students.model import SO8TForCausalLM
@@ -25,6 +25,10 @@ from tests.conftest import make_student
 VOCAB, NODES = 48, (1.0, 2.0)
 LOSS = LossConfig(temperature=2.0)
 TRAIN = TrainConfig(epochs=2, batch_size=4, evaluations=4, learning_rate=0.01, precision="fp32")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def make_store(folder: Path, seed: int = 0, sequences: int = 24) -> SoftTargetStore:
@@ -91,7 +95,7 @@ class Killed(BaseException):
     """Stands for a signal that ends the process."""
 
 
-@pytest.mark.parametrize("kill_at", [1, 4, 7])
+@pytest.mark.parametrize("kill_at", [1, 4, 7, 10])
 def test_an_interrupted_run_continues_bit_for_bit(tmp_path: Path, kill_at: int) -> None:
     """Killed at any step and started again: the final weights are those of the uninterrupted run."""
     data = make_data(tmp_path)
@@ -105,11 +109,37 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path: Path, kill_at: int) 
         run(data, tmp_path / "cut", report=killer)
     continued, second = run(data, tmp_path / "cut")
     assert weights(continued) == weights(whole)
+    assert second.scores == summary.scores
     assert second.continued_from == max(s for s in {0, *evaluation_steps(summary.steps, 4)} if s < kill_at)
     logged = [
         line["step"] for line in read_metrics(tmp_path / "cut" / "metrics.jsonl") if line["kind"] == "train"
     ]
     assert logged == list(range(1, summary.steps + 1))
+
+
+def test_a_run_killed_after_training_has_nothing_left_to_train(tmp_path: Path) -> None:
+    """Started again after the last step, it returns the same weights and the whole history."""
+    data = make_data(tmp_path)
+    student, summary = run(data, tmp_path / "run")
+    again, second = run(data, tmp_path / "run")
+    assert weights(again) == weights(student)
+    assert second.scores == summary.scores and second.continued_from == summary.steps
+
+
+def test_checkpoints_are_also_written_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With evaluations far apart, time alone asks for a checkpoint; the weights stay the same."""
+    data = make_data(tmp_path)
+    expected = weights(run(data, tmp_path / "a")[0])
+    monkeypatch.setattr(engine, "CHECKPOINT_SECONDS", 0.0)
+    saved: list[int] = []
+    real = engine.save_checkpoint
+    monkeypatch.setattr(
+        engine,
+        "save_checkpoint",
+        lambda folder, state, key: (saved.append(state.step), real(folder, state, key)),
+    )
+    student, summary = run(data, tmp_path / "b")
+    assert saved == list(range(summary.steps + 1)) and weights(student) == expected
 
 
 def test_accumulation_gives_the_same_trajectory(tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import distill.pipeline
@@ -25,11 +28,13 @@ from students.fold import to_llama
 from students.model import SO8TForCausalLM
 from teachers.gguf_file import read_gguf
 from teachers.gguf_teacher import GGUFTeacher
+from teachers.store import StoreError, exclusive
 
 SMALL = [
     "data.max_length=24",
     "data.held_out=0.2",
     "train.epochs=2",
+    "train.learning_rate=0.003",
     "train.batch_size=8",
     "train.evaluations=3",
     "targets.num_topk=16",
@@ -50,7 +55,7 @@ def finished(tiny_teacher_path: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 def test_the_folder_holds_what_is_promised(finished: RunFolder) -> None:
     """Configuration, metrics, checkpoints, student, GGUF, results; no temporary files."""
-    names = {path.name for path in finished.path.iterdir()}
+    names = {path.name for path in finished.path.iterdir()} - {".lock"}
     assert names == {
         "config.json",
         "identity.json",
@@ -166,6 +171,60 @@ def test_a_changed_teacher_is_noticed(tiny_teacher_path: Path, tmp_path: Path) -
         run(config, Places(out=tmp_path / "run"), Console())
 
 
+def test_a_mistake_does_not_claim_the_folder(tiny_teacher_path: Path, tmp_path: Path) -> None:
+    """A command that was refused for its data leaves the folder free for the corrected one."""
+    (tmp_path / "bad.jsonl").write_text("{oops")
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match=r"bad\.jsonl"):
+        run(
+            small_config(tiny_teacher_path, f"data.path={tmp_path / 'bad.jsonl'}"), Places(out=out), Console()
+        )
+    assert run(small_config(tiny_teacher_path, samples=12), Places(out=out), Console()).finished
+
+
+def test_a_folder_in_use_is_refused(finished: RunFolder, tiny_teacher_path: Path) -> None:
+    """Two processes cannot work in one run's folder, nor fill one store."""
+    out = finished.path.parent / "busy"
+    with exclusive(out), pytest.raises(StoreError, match=r"busy is in use"):
+        run(small_config(tiny_teacher_path), Places(out=out), Console())
+    assert not (out / "config.json").exists()
+
+
+def test_a_run_stopped_after_training_is_finished_by_the_same_command(
+    finished: RunFolder, tiny_teacher_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed proof, a full disk or Ctrl-C after the last step: the history and the bytes are whole."""
+    out = finished.path.parent / "stopped"
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill.pipeline, "export_proved", fail)
+        with pytest.raises(KeyboardInterrupt):
+            run(small_config(tiny_teacher_path), Places(out=out), Console())
+    run(small_config(tiny_teacher_path), Places(out=out), Console())
+    weights, mine = "student/model.safetensors", RunFolder(out).read_results()
+    assert (out / weights).read_bytes() == (finished.path / weights).read_bytes()
+    assert mine["training"]["held_out"] == finished.read_results()["training"]["held_out"]
+
+
+def test_a_damaged_student_is_not_exported(finished: RunFolder, tmp_path: Path) -> None:
+    """A missing tensor would be filled with random numbers, and proved to be random: refused instead."""
+    copy = tmp_path / "run"
+    shutil.copytree(finished.path, copy)
+    file = copy / "student" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(
+        {name: t for name, t in tensors.items() if "down_proj" not in name}, file, metadata={"format": "pt"}
+    )
+    with pytest.raises(UserError, match=r"damaged.*down_proj"):
+        export_run(RunFolder(copy), "f16", None)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        export_run(RunFolder(copy), "f16", None)
+
+
 def test_an_interrupted_run_continues(
     finished: RunFolder,
     tiny_teacher_path: Path,
@@ -231,6 +290,8 @@ def test_user_errors_are_one_line_and_exit_2(
     (tmp_path / "cut.gguf").write_bytes(tiny_teacher_path.read_bytes()[:-1000])
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{oops}\n')
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "odd.json").write_text("{}")
+    (tmp_path / "half.jsonl").write_text('{"text": "\\ud800"}\n')
     (tmp_path / "bad.yaml").write_text("train: {epoch: 3}")
     teacher = ["run", "--teacher", str(tiny_teacher_path)]
     cases = [
@@ -242,13 +303,18 @@ def test_user_errors_are_one_line_and_exit_2(
         ([*teacher, "--data", "bad.jsonl"], ["bad.jsonl, line 2"]),
         ([*teacher, "--data", "empty.txt"], ["empty.txt", "empty"]),
         ([*teacher, "--data", "nowhere"], ["nowhere", "does not exist"]),
+        ([*teacher, "--data", "odd.json"], ["odd.json", ".jsonl"]),
+        ([*teacher, "--data", "half.jsonl"], ["half.jsonl, line 1", "surrogate"]),
+        ([*teacher, "--data", "x" * 300], ["too long"]),
+        ([*teacher, "--student-size", "60000x900"], ["60000x900", "memory"]),
+        ([*teacher, "--set", "data.sampling_temperature=0"], ["sampling_temperature"]),
         ([*teacher, "--config", "bad.yaml"], ["train.epoch", "bad.yaml"]),
         ([*teacher, "--set", "loss.tau=2"], ["loss.tau"]),
         ([*teacher, "--out", "text.gguf"], ["text.gguf"]),
         (["export-gguf", "."], ["not a run's folder"]),
         (["export-gguf", "nowhere", "--quant", "q1"], ["q1"]),
         (["chat", "none.gguf", "hi"], ["none.gguf"]),
-        (["run", "--epochs", "many"], ["many"]),
+        (["run", "--epochs", "many"], ["--epochs"]),
         (["fly"], ["fly"]),
     ]
     for arguments, words in cases:
@@ -260,8 +326,8 @@ def test_user_errors_are_one_line_and_exit_2(
         assert "Traceback" not in said
         for word in words:
             assert word in said, (arguments, said)
-    left = {path.name for path in tmp_path.iterdir()} - {"runs"}
-    assert left == {"text.gguf", "cut.gguf", "bad.jsonl", "empty.txt", "bad.yaml"}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"text.gguf", "cut.gguf", "bad.jsonl", "empty.txt", "bad.yaml", "odd.json", "half.jsonl"}
 
 
 def test_the_command_itself(finished: RunFolder, tmp_path: Path) -> None:
@@ -271,6 +337,40 @@ def test_the_command_itself(finished: RunFolder, tmp_path: Path) -> None:
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "none.gguf" in wrong.stderr
     answer = cli("chat", str(finished.gguf), "Hello", "--max-tokens", "8", "--temperature", "0", cwd=tmp_path)
     assert answer.returncode == 0 and answer.stdout.endswith("\n") and not answer.stderr
+
+
+def test_ctrl_c_of_the_command_itself(tiny_teacher_path: Path, tmp_path: Path) -> None:
+    """SIGINT while it works: exit code 130, one line on stderr, and the same command then finishes."""
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    command = [
+        "run",
+        "--teacher",
+        str(tiny_teacher_path),
+        "--student-size",
+        "32x1",
+        "--samples",
+        "40",
+        "--out",
+        "r",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "distill", *command, *settings],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "Capture" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and "interrupted" in said and "Traceback" not in said
+    assert cli(*command, *settings, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "r" / "results.json").exists()
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(

@@ -1,0 +1,60 @@
+"""Conversations as a model's own tokens: its chat template, and exactly one BOS where it wants one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from teachers.base import Teacher, Tokens
+from teachers.chat_template import Message, render_chat
+
+_PLACEHOLDER = "\u2063user says\u2063"  # invisible separators: no template contains it
+
+
+def conversation_tokens(teacher: Teacher, messages: Sequence[Message], *, answer: bool) -> Tokens:
+    """The tokens of a conversation, open for the assistant's answer if ``answer``.
+
+    Without a chat template the messages' texts follow each other on lines of their own.
+
+    Raises:
+        ChatTemplateError: the template is broken or refuses the messages.
+    """
+    if teacher.info.chat_template is None:
+        text = "\n".join(message["content"] for message in messages)
+        return _with_bos(teacher, teacher.tokenize([text], add_special=False, parse_special=False)[0])
+    text = _render(teacher, messages, answer=answer)
+    return _with_bos(teacher, teacher.tokenize([text], add_special=False, parse_special=True)[0])
+
+
+def opening_segments(teacher: Teacher) -> tuple[Tokens, ...] | None:
+    """What to force so that the teacher writes both turns of a conversation by itself.
+
+    With a chat template: the text up to where the user's words would be, and the text from there to where
+    the assistant's begin. Without one: BOS (or EOS, if that is all there is). ``None``: it has neither.
+    """
+    info = teacher.info
+    if info.chat_template is not None:
+        text = _render(teacher, [{"role": "user", "content": _PLACEHOLDER}], answer=True)
+        before, found, after = text.partition(_PLACEHOLDER)
+        if found and before and after:
+            start, rest = teacher.tokenize([before, after], add_special=False, parse_special=True)
+            return _with_bos(teacher, start), rest
+    first = info.bos if info.bos is not None else info.eos
+    return None if first is None else (np.array([first], dtype=np.int32),)
+
+
+def _with_bos(teacher: Teacher, tokens: Tokens) -> Tokens:
+    """Rendered text may or may not spell out BOS; give it exactly one if the model wants it."""
+    bos = teacher.info.bos
+    if bos is None or not teacher.info.add_bos or (len(tokens) and tokens[0] == bos):
+        return tokens
+    return np.concatenate(([bos], tokens)).astype(np.int32)
+
+
+def _render(teacher: Teacher, messages: Sequence[Message], *, answer: bool) -> str:
+    info = teacher.info
+    assert info.chat_template is not None
+    ends = [np.array([] if token is None else [token], dtype=np.int32) for token in (info.bos, info.eos)]
+    bos, eos = teacher.detokenize(ends)
+    return render_chat(info.chat_template, messages, add_generation_prompt=answer, bos=bos, eos=eos)
