@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from distill.config import RunConfig
 from distill.console import Console, human_bytes, human_count
 from distill.engine import TrainingSummary
+from distill.errors import UserError
 from distill.evaluate import Evaluation
 from distill.prove import Proof
 from distill.run_folder import RunFolder
@@ -81,8 +87,19 @@ def build_results(
 
 
 def print_table(folder: RunFolder, console: Console) -> None:
-    """Print the run's results, read from ``results.json``."""
-    results = folder.read_results()
+    """Print the run's results, read from ``results.json``.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        console.rich.print(_table(folder.read_results()))
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{folder.results_file} is damaged ({error!r}); delete it and run again") from None
+    _print_files(folder, console)
+
+
+def _table(results: dict[str, Any]) -> Table:
     teacher, student, evaluation = results["teacher"], results["student"], results["evaluation"]
     speeds = results["tokens_per_second"]
     before, after, reference = (evaluation[name] for name in ("before", "exported", "teacher"))
@@ -126,7 +143,25 @@ def print_table(folder: RunFolder, console: Console) -> None:
         f"{speeds['student']['prompt']:,.0f}",
         f"{speeds['student']['prompt'] / speeds['teacher']['prompt']:.1f}×",
     )
-    console.rich.print(table)
-    console.rich.print(f"[bold]Files[/]     {folder.gguf}   (all of the run: {folder.path})", soft_wrap=True)
-    console.rich.print(f"[bold]Chat[/]      distill chat {folder.gguf}", soft_wrap=True)
-    console.rich.print(f"[bold]Elsewhere[/] llama-cli -m {folder.gguf}", soft_wrap=True)
+    return table
+
+
+def _print_files(folder: RunFolder, console: Console) -> None:
+    file = shlex.quote(str(folder.gguf))
+    for title, text in (
+        ("Files", f"{folder.gguf}   (everything of the run: {folder.path})"),
+        ("Chat", f"{_program()} chat {file}"),
+        ("Elsewhere", f"llama-cli -m {file}"),
+    ):
+        console.rich.print(f"[bold]{title:<10}[/] {escape(text)}", soft_wrap=True)
+
+
+def _program() -> str:
+    """How this program was called, so that the printed command works where it is read."""
+    called = Path(sys.argv[0])
+    if called.name not in ("distill", "distill.exe"):
+        return f"{shlex.quote(sys.executable)} -m distill"
+    on_path = shutil.which(called.name)
+    if on_path is not None and Path(on_path).resolve() == called.resolve():
+        return "distill"
+    return shlex.quote(str(called))
