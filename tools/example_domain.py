@@ -175,7 +175,10 @@ def _judge_sharing(kind: str, inside: bool) -> tuple[str, Decision]:
 def _travel(rng: random.Random) -> Case:
     speed, hours = 5 * rng.randint(3, 18), rng.randint(2, 12)
     # Division by counting up: each step adds the speed once more, until the distance is reached.
-    steps = ", ".join(f"{hour} h {hour * speed}" for hour in range(1, hours + 1))
+    # Each step is compared with the distance, so that the model has not to remember where to stop.
+    distance = hours * speed
+    going = [f"{hour} h {hour * speed} < {distance}" for hour in range(1, hours)]
+    steps = ", ".join([*going, f"{hours} h {distance} = {distance}"])
     place, weather = rng.choice(texts.PLACES), rng.choice(texts.WEATHERS)
     outcome: str = "short" if hours <= LONGEST_TRIP_H else "long"
     decision: Decision = "ALLOW" if hours <= LONGEST_TRIP_H else "ESCALATE"

@@ -61,6 +61,7 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
+        max_token_length=24,  # bytes; llama-cpp-python's detokenize leaves out tokens of more than 32
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
