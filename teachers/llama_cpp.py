@@ -22,6 +22,7 @@ MIN_BATCH_TOKENS = 128
 # Up to this size, threads that share one batch wait for each other longer than they compute: each core then
 # runs a context of its own on its share of the sequences.
 SMALL_MODEL_PARAMETERS = 50_000_000
+FLASH_HEAD_WIDTH = 32
 CACHE_BYTES = 1 << 30  # the KV cache stays below this (one sequence always fits)
 CACHE_STEP = 256  # llama.cpp rounds each sequence's share of the cache up to this many tokens
 MAX_LOG_LEVEL_IGNORED = 2  # ggml: 1 debug, 2 info, 3 warning, 4 error, 5 continuation of the line before
@@ -84,6 +85,10 @@ class LlamaModel:
         )
         self.threads = threads
         self.exact = gpu_layers == 0 or not native.llama_supports_gpu_offload()
+        # llama.cpp's flash attention pays off from heads of this width on; narrower ones it slows down.
+        heads = max(1, int(native.llama_model_n_head(self.model)))
+        narrow = int(native.llama_model_n_embd(self.model)) // heads < FLASH_HEAD_WIDTH
+        self.speaks_exactly = self.exact and narrow
         small = int(native.llama_model_n_params(self.model)) <= SMALL_MODEL_PARAMETERS
         self.lanes = threads if small and self.exact else 1
         self.batch_tokens = max(

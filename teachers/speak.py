@@ -74,9 +74,9 @@ def speak(
     ``progress`` is told of each finished sequence.
     """
     parallel = context.parallel(min(PARALLEL_SEQUENCES, len(requests)), sampling.max_length)
-    # llama.cpp's own defaults: many short sequences are bound by reading the cache, and half of it is enough
-    # to choose words by; the soft targets of what is said are computed afterwards, exactly.
-    context.prepare(ContextShape(parallel, sampling.max_length))
+    # Many short sequences are bound by reading the cache, and a float16 one is enough to choose words by; the
+    # soft targets of what is said are computed afterwards, exactly.
+    context.prepare(ContextShape(parallel, sampling.max_length, context.model.speaks_exactly))
     waiting = list(enumerate(requests))[::-1]
     finished: dict[int, Tokens] = {}
     slots: dict[int, _Slot] = {}
