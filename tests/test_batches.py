@@ -180,7 +180,7 @@ def test_peak_learning_rate() -> None:
     """As configured, or 0.5 / width."""
     assert peak_learning_rate(TrainConfig(learning_rate=0.5), 256) == 0.5
     assert peak_learning_rate(TrainConfig(), 64) == pytest.approx(0.5 / 64)
-    assert peak_learning_rate(TrainConfig(), 256) == pytest.approx(0.002)
+    assert peak_learning_rate(TrainConfig(), 512) == pytest.approx(0.5 / 512)
 
 
 def test_weight_decay_on_projections_only() -> None:

@@ -91,7 +91,7 @@ def token_bytes(teacher: llama_cpp.Llama, token: int) -> bytes:
     """The bytes of one token.
 
     ``Llama.detokenize`` of llama-cpp-python 0.3.36 has room for 32 bytes and silently leaves out longer
-    tokens, of which this teacher has a few.
+    tokens, of which a teacher may have a few.
     """
     room = ctypes.create_string_buffer(256)
     length = llama_cpp.llama_token_to_piece(teacher._model.vocab, token, room, len(room), 0, False)
