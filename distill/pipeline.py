@@ -23,7 +23,7 @@ from distill.exporting import export_proved, save_student, tokenizer_entries
 from distill.objective import Objective
 from distill.prove import Proof, tokenized_lines
 from distill.results import Outcome, build_results, print_table
-from distill.run_folder import HeldOut, RunFolder, choose_folder
+from distill.run_folder import RUNS, HeldOut, RunFolder, choose_folder
 from students.builder import build_student, count_parameters, default_size, parse_size, student_config
 from students.config import SO8TConfig
 from students.export import ExportNames, MetadataEntry
@@ -35,7 +35,7 @@ from teachers.capture import capture
 from teachers.gguf_file import read_gguf
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.soft_targets import nodes_for
-from teachers.store import Manifest, SoftTargetStore, exclusive
+from teachers.store import MANIFEST, Manifest, SoftTargetStore, exclusive
 
 SEQUENCES_PER_SHARD = 256
 SPEED_PROMPT_TOKENS = 128
@@ -89,7 +89,7 @@ def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
             stage.finish(f"{len(corpus)} sequences, the teacher writes in {corpus.spoken}")
         for note in corpus.notes:
             console.note(note)
-        store = _open_store(config, places, folder.path.parent / "stores", teacher, corpus, stem)
+        store = _open_store(config, places, folder.path.parent, teacher, corpus, stem)
         with exclusive(folder.path):
             folder.claim(
                 config,
@@ -190,9 +190,13 @@ def _new_student(shape: SO8TConfig, seed: int, teacher: Path) -> SO8TForCausalLM
 
 
 def _open_store(
-    config: RunConfig, places: Places, stores: Path, teacher: GGUFTeacher, corpus: Corpus, stem: str
+    config: RunConfig, places: Places, beside: Path, teacher: GGUFTeacher, corpus: Corpus, stem: str
 ) -> SoftTargetStore:
-    """Open the store these very soft targets belong in; beside the run's folder unless told otherwise."""
+    """Open the store these very soft targets belong in.
+
+    It lies beside the run's folder unless told otherwise; one that an earlier run in this working directory
+    has made is used where it is.
+    """
     info, nodes = teacher.info, nodes_for(config.loss.temperature, config.loss.final_temperature)
     identity: dict[str, Any] = {
         "kind": "compact",
@@ -207,7 +211,9 @@ def _open_store(
         f"gpu_layers {config.teacher.gpu_layers}",
     }
     manifest = Manifest(identity, len(corpus), SEQUENCES_PER_SHARD)
-    where = places.store or stores / f"{stem}-{manifest.key[:12]}"
+    name = f"{stem}-{manifest.key[:12]}"
+    usual = [root / "stores" / name for root in (beside, RUNS, Path())]
+    where = places.store or next((place for place in usual if (place / MANIFEST).exists()), usual[0])
     stored = min(config.targets.num_topk, info.vocab_size)
     per_token = stored * (6 if info.vocab_size <= 1 << 16 else 8) + 4 * len(nodes) + 4
     _require_space(where, len(corpus) * corpus.sampling.max_length * per_token)

@@ -112,6 +112,20 @@ def test_same_seed_same_bytes_and_the_store_is_reused(
     assert second.read_results()["soft_targets"]["reused"] is True
 
 
+def test_a_store_of_this_working_directory_is_found(
+    tiny_teacher_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First without --out, then with one somewhere else: the soft targets are not captured twice."""
+    monkeypatch.chdir(tmp_path)
+    config = small_config(tiny_teacher_path, samples=12)
+    first = run(config, Places(), Console())
+    assert first.path == Path("runs/tiny-32x1")
+    second = run(config, Places(out=tmp_path / "elsewhere" / "run"), Console())
+    third = run(config, Places(), Console())
+    assert third.path == Path("runs/tiny-32x1-2")
+    assert second.read_results()["soft_targets"]["reused"] and third.read_results()["soft_targets"]["reused"]
+
+
 def test_capture_itself_is_reproducible(finished: RunFolder, tiny_teacher_path: Path, tmp_path: Path) -> None:
     """With nothing to reuse, the same seed still gives the same bytes."""
     again = run(small_config(tiny_teacher_path), Places(out=tmp_path / "run"), Console())
