@@ -7,11 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distill import losses
 from distill.errors import ProofFailed
-from distill.evaluate import student_scorer
+from distill.evaluate import Scorer, llama_scorer, student_scorer
 from students.model import SO8TForCausalLM
 from teachers.base import Tokens
 from teachers.gguf_file import TeacherFileError
@@ -59,10 +57,9 @@ def prove(
             run the file.
     """
     chosen = proof_sequences(sequences)
-    expected = student_scorer(student)(chosen)
     try:
         with GGUFTeacher(path) as exported:
-            found = torch.from_numpy(exported.logits(chosen, exact=True))
+            figures = _compare(student_scorer(student), llama_scorer(exported, exact=True), chosen)
             again = exported.tokenize(reference_tokens.texts, add_special=True, parse_special=True)
     except (TeacherError, TeacherFileError) as error:
         raise ProofFailed(f"llama.cpp does not run the exported file: {error}") from None
@@ -71,14 +68,36 @@ def prove(
             raise ProofFailed(f"the exported tokenizer gives other ids than the teacher's for {text[:60]!r}")
     proof = Proof(
         quant=quant,
-        positions=len(expected),
-        max_logit_difference=float((expected - found).abs().max()),
-        mean_kl=float(losses.dense_forward_kl(expected.double(), found.double()).mean()),
-        agreement=float((expected.argmax(-1) == found.argmax(-1)).float().mean()),
+        positions=figures.positions,
+        max_logit_difference=figures.max_difference,
+        mean_kl=figures.kl / figures.positions,
+        agreement=figures.same / figures.positions,
         token_lines=len(reference_tokens.texts),
     )
     _judge(proof)
     return proof
+
+
+@dataclass
+class _Figures:
+    """Sums over the positions compared so far."""
+
+    positions: int = 0
+    max_difference: float = 0.0
+    kl: float = 0.0
+    same: int = 0
+
+
+def _compare(pytorch: Scorer, llama: Scorer, sequences: Sequence[Tokens]) -> _Figures:
+    """Compare two models' logits one sequence at a time, so that no more than two of them are held."""
+    figures = _Figures()
+    for tokens in sequences:
+        expected, found = pytorch([tokens]), llama([tokens])
+        figures.positions += len(expected)
+        figures.max_difference = max(figures.max_difference, float((expected - found).abs().max()))
+        figures.kl += float(losses.dense_forward_kl(expected.double(), found.double()).sum())
+        figures.same += int((expected.argmax(-1) == found.argmax(-1)).sum())
+    return figures
 
 
 @dataclass(frozen=True)
