@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOGITS_BYTES = 32 << 20  # one chunk's float32 logits: about what a CPU's last-level cache holds
+LOGITS_BYTES = 32 << 20  # one chunk's float32 logits; measured in docs/benchmarks.md
 
 ChunkLoss = Callable[[Tensor, slice], Tensor]
 """Sum of the losses of some positions: float32 logits ``[C, V]`` and which positions they are → scalar."""
+
+ChunkGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""The same sum with its gradient in the logits, ``[C, V]``; it may overwrite the logits."""
 
 
 def chunk_size(vocab_size: int) -> int:
@@ -22,38 +25,56 @@ def chunk_size(vocab_size: int) -> int:
     return max(16, LOGITS_BYTES // (4 * vocab_size))
 
 
-def chunked_head_loss(
-    hidden: Tensor, weight: Tensor, chunk_loss: ChunkLoss, chunk: int | None = None
-) -> Tensor:
-    """Sum of ``chunk_loss`` over all positions: ``hidden [N, D]`` and output matrix ``weight [V, D]`` → scalar.
+def by_autograd(chunk_loss: ChunkLoss) -> ChunkGradient:
+    """A chunk's loss and gradient, for a loss whose gradient nobody has written down."""
 
-    Equal to ``chunk_loss(hidden @ weight.T, slice(0, N))`` in value and gradient for every chunk size, as
-    long as the loss is a sum over positions. The gradients are computed together with the loss, chunk by
-    chunk, so the logits are needed only once. Matrix products follow autocast; the loss is float32.
+    def gradient(logits: Tensor, span: slice) -> tuple[Tensor, Tensor]:
+        logits.requires_grad_()
+        with torch.enable_grad():
+            loss = chunk_loss(logits, span)
+        (grad,) = torch.autograd.grad(loss, logits)
+        return loss.detach(), grad
+
+    return gradient
+
+
+def chunked_head_loss(
+    hidden: Tensor, weight: Tensor, chunk_gradient: ChunkGradient, chunk: int | None = None
+) -> Tensor:
+    """Sum of a loss over all positions: ``hidden [N, D]`` and output matrix ``weight [V, D]`` → scalar.
+
+    Equal to the loss of ``hidden @ weight.T`` in value and gradient for every chunk size, as long as the
+    loss is a sum over positions. The gradients are computed together with the loss, chunk by chunk, so the
+    logits are needed only once. Matrix products follow autocast; the loss is float32.
     """
-    result: Tensor = _ChunkedHeadLoss.apply(hidden, weight, chunk_loss, chunk or chunk_size(weight.shape[0]))
+    result: Tensor = _ChunkedHeadLoss.apply(
+        hidden, weight, chunk_gradient, chunk or chunk_size(weight.shape[0])
+    )
     return result
 
 
 class _ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, chunk_loss: ChunkLoss, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, chunk_gradient: ChunkGradient, chunk: int
+    ) -> Tensor:
         device = hidden.device.type
         narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         states, matrix = hidden.to(narrow), weight.to(narrow)
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(hidden), chunk):
-            span = slice(start, min(start + chunk, len(hidden)))
-            logits = (states[span] @ matrix.T).float().requires_grad_()
-            with torch.enable_grad(), torch.autocast(device, enabled=False):
-                loss = chunk_loss(logits, span)
-            (grad,) = torch.autograd.grad(loss, logits)
-            total += loss.detach()
-            narrow_grad = grad.to(narrow)
-            grad_hidden[span] = narrow_grad @ matrix
-            grad_weight += narrow_grad.T @ states[span]
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(hidden), chunk):
+                span = slice(start, min(start + chunk, len(hidden)))
+                loss, grad = chunk_gradient((states[span] @ matrix.T).float(), span)
+                total += loss
+                narrow_grad = grad.to(narrow)
+                grad_hidden[span] = narrow_grad @ matrix
+                if narrow == grad_weight.dtype:
+                    grad_weight.addmm_(narrow_grad.T, states[span])
+                else:
+                    grad_weight += narrow_grad.T @ states[span]
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill import losses, regularisers
+from distill import regularisers
 from distill.config import LossConfig
+from distill.fused import Weights, kl_and_cross_entropy
 from distill.head_loss import chunked_head_loss
 from students.model import SO8TForCausalLM
 from teachers.soft_targets import CompactTargets
@@ -82,17 +83,15 @@ class Objective:
         labels = batch.labels
         temperature = temperature_at(config, fraction)
 
-        def distillation(logits: Tensor, span: slice) -> Tensor:
-            """Weighted KL and CE of one chunk of positions, ``[C, V]`` → scalar."""
-            chunk: dict[str, Tensor] = {}
-            if config.alpha:
-                kl = losses.forward_kl(logits, batch.targets.select(span), temperature).sum() / total
-                chunk["kl"] = config.alpha * temperature**2 * kl
-            if config.beta:
-                chunk["ce"] = config.beta * losses.cross_entropy(logits, labels[span]).sum() / total
-            for name, part in chunk.items():
-                parts[name] = parts.get(name, torch.zeros_like(part)) + part.detach()
-            return torch.stack(list(chunk.values()) or [logits.sum() * 0.0]).sum()
+        weights = Weights(config.alpha * temperature**2 / total, config.beta / total, temperature)
+
+        def distillation(logits: Tensor, span: slice) -> tuple[Tensor, Tensor]:
+            """Weighted KL and CE of one chunk of positions with their gradient, ``[C, V]``."""
+            result = kl_and_cross_entropy(logits, batch.targets.select(span), labels[span], weights)
+            for name, weight, value in (("kl", weights.kl, result.kl), ("ce", weights.ce, result.ce)):
+                if weight:
+                    parts[name] = parts.get(name, torch.zeros_like(value)) + weight * value
+            return weights.kl * result.kl + weights.ce * result.ce, result.gradient
 
         states = output.last_hidden_state[batch.valid]  # [n, D]
         loss = chunked_head_loss(states, model.lm_head.weight, distillation)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from distill import losses
-from distill.head_loss import chunk_size, chunked_head_loss
+from distill.head_loss import LOGITS_BYTES, by_autograd, chunk_size, chunked_head_loss
 from teachers.soft_targets import CompactTargets
 
 N, D, V = 37, 12, 50
@@ -41,7 +41,7 @@ def test_equals_the_unchunked_loss(chunk: int) -> None:
     expected = chunk_loss(plain[0] @ plain[1].T, slice(0, N))
     (3.0 * expected).backward()
     ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-    found = chunked_head_loss(ours[0], ours[1], chunk_loss, chunk)
+    found = chunked_head_loss(ours[0], ours[1], by_autograd(chunk_loss), chunk)
     (3.0 * found).backward()
     assert torch.allclose(found, expected, rtol=1e-5)
     for mine, theirs in zip(ours, plain, strict=True):
@@ -55,7 +55,7 @@ def test_tied_weights_get_both_gradients() -> None:
     tokens = torch.arange(N) % V
     plain, ours = weight.clone().requires_grad_(), weight.clone().requires_grad_()
     chunk_loss(plain[tokens] @ plain.T, slice(0, N)).backward()
-    chunked_head_loss(ours[tokens], ours, chunk_loss, 5).backward()
+    chunked_head_loss(ours[tokens], ours, by_autograd(chunk_loss), 5).backward()
     assert torch.allclose(ours.grad, plain.grad, rtol=1e-4, atol=1e-5)
 
 
@@ -64,9 +64,9 @@ def test_autocast_narrows_the_products_only() -> None:
     hidden, weight, targets, labels = problem(2)
     hidden.requires_grad_()
     chunk_loss = chunk_loss_of(targets, labels)
-    exact = chunked_head_loss(hidden, weight, chunk_loss, 8)
+    exact = chunked_head_loss(hidden, weight, by_autograd(chunk_loss), 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        narrow = chunked_head_loss(hidden, weight, chunk_loss, 8)
+        narrow = chunked_head_loss(hidden, weight, by_autograd(chunk_loss), 8)
     narrow.backward()
     assert narrow.dtype == torch.float32 and hidden.grad is not None and hidden.grad.dtype == torch.float32
     assert 0 < abs(float(narrow - exact)) < 0.02 * float(exact)
@@ -75,7 +75,7 @@ def test_autocast_narrows_the_products_only() -> None:
 def test_no_positions_give_zero() -> None:
     """An empty batch of positions has loss 0 and gradient 0."""
     hidden, weight = torch.zeros(0, D, requires_grad=True), torch.ones(V, D, requires_grad=True)
-    loss = chunked_head_loss(hidden, weight, lambda logits, span: logits.sum())
+    loss = chunked_head_loss(hidden, weight, by_autograd(lambda logits, span: logits.sum()))
     loss.backward()
     assert float(loss) == 0 and weight.grad is not None and not weight.grad.any()
 
@@ -84,4 +84,4 @@ def test_chunks_are_bounded_by_the_vocabulary() -> None:
     """No chunk's logits exceed the limit; every vocabulary makes progress."""
     for vocab_size in (1, 512, 32064, 262144, 10**9):
         assert chunk_size(vocab_size) >= 16
-    assert chunk_size(32064) * 32064 * 4 <= 32 << 20
+    assert chunk_size(32064) * 32064 * 4 <= LOGITS_BYTES
