@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from distill.errors import UserError
 from distill.objective import Batch
-from teachers.soft_targets import CompactTargets
+from teachers.records import join
 from teachers.store import SoftTargetStore
 
 MAX_HELD_OUT = 128
@@ -72,14 +72,7 @@ def load_batch(store: SoftTargetStore, indices: NDArray[np.int64]) -> Batch:
     tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
     for place, row in enumerate(rows):
         tokens[place, : len(row)] = torch.from_numpy(row.astype(np.int64))
-    parts = [store.targets(int(index)) for index in indices]
-    targets = CompactTargets(
-        torch.cat([part.topk_ids for part in parts]),
-        torch.cat([part.topk_logits for part in parts]),
-        torch.cat([part.logsumexp for part in parts]),
-        parts[0].nodes,
-    )
-    return Batch(tokens, lengths, targets)
+    return Batch(tokens, lengths, join([store.targets(int(index)) for index in indices]))
 
 
 def micro_batches(indices: NDArray[np.int64], accumulation: int) -> Iterator[NDArray[np.int64]]:

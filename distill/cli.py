@@ -61,48 +61,73 @@ def _main(
     pass
 
 
+Teacher = Annotated[
+    Path | None, typer.Option("--teacher", help="GGUF file of the teacher. Default: the example teacher.")
+]
+StudentSize = Annotated[
+    str | None,
+    typer.Option(
+        "--student-size",
+        metavar="WIDTHxLAYERS",
+        help="For example 512x4. Default: half the teacher's width and depth.",
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        help="JSONL (prompt, messages or text), plain text, or a folder of them. Default: the teacher speaks.",
+    ),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option("--samples", help="Sequences at most. Default: all the data; 4096 when the teacher speaks."),
+]
+Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the soft targets. Default: 8.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random. Default: 0.")]
+Targets = Annotated[
+    str | None,
+    typer.Option(
+        "--targets", metavar="compact|hidden|dense", help="What is kept of the teacher. Default: compact."
+    ),
+]
+Store = Annotated[
+    Path | None,
+    typer.Option(
+        "--store", help="Folder of the soft targets. Default: beside the run's folder, under stores/."
+    ),
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="JSON or YAML settings; flags win over it.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Any other setting, for example train.batch_size=32. Repeatable.",
+    ),
+]
+
+
 @app.command()
 def run(
-    teacher: Annotated[
-        Path | None, typer.Option(help="GGUF file of the teacher. Default: the example teacher.")
-    ] = None,
-    student_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WIDTHxLAYERS", help="For example 512x4. Default: half the teacher's width and depth."
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSONL (prompt, messages or text), plain text, or a folder of them. Default: the teacher speaks."
-        ),
-    ] = None,
+    teacher: Teacher = None,
+    student_size: StudentSize = None,
+    data: Data = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run. Default: a new one under runs/.")
     ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(help="Sequences at most. Default: all the data; 4096 when the teacher speaks."),
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the soft targets. Default: 8.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random. Default: 0.")] = None,
+    samples: Samples = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    targets: Targets = None,
     quant: Annotated[
         str | None, typer.Option(metavar="f32|f16|q8_0", help="Format of student.gguf. Default: q8_0.")
     ] = None,
-    store: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the soft targets. Default: beside the run's folder, under stores/."),
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="JSON or YAML settings; flags win over it.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="SECTION.KEY=VALUE",
-            help="Any other setting, for example train.batch_size=32. Repeatable.",
-        ),
-    ] = None,
+    store: Store = None,
+    config: ConfigFile = None,
+    set_: Settings = None,
 ) -> None:
     """Teacher in, proved student out: capture, train, export, prove, evaluate."""
     from distill.config import load_config
@@ -110,16 +135,72 @@ def run(
     from distill.pipeline import Places
     from distill.pipeline import run as run_pipeline
 
-    overrides = {
-        "teacher.path": str(teacher) if teacher else None,
+    overrides = _what_to_capture(teacher, data, samples, targets, seed) | {
         "student.size": student_size,
-        "data.path": str(data) if data else None,
-        "data.samples": samples,
         "train.epochs": epochs,
         "export.quant": quant,
-        "seed": seed,
     }
     run_pipeline(load_config(config, overrides, set_ or []), Places(out, store), Console())
+
+
+@app.command()
+def capture(
+    teacher: Teacher = None,
+    data: Data = None,
+    samples: Samples = None,
+    targets: Targets = None,
+    store: Store = None,
+    seed: Seed = None,
+    config: ConfigFile = None,
+    set_: Settings = None,
+) -> None:
+    """Only the teacher's part: fill a store of soft targets, or continue one.
+
+    Under torchrun or accelerate launch each process captures its own shards of the same store.
+    """
+    from distill.capturing import capture_only
+    from distill.config import load_config
+    from distill.console import Console
+
+    overrides = _what_to_capture(teacher, data, samples, targets, seed)
+    capture_only(load_config(config, overrides, set_ or []), store, Console())
+
+
+@app.command()
+def plan(
+    teacher: Teacher = None,
+    student_size: StudentSize = None,
+    data: Data = None,
+    samples: Samples = None,
+    epochs: Epochs = None,
+    targets: Targets = None,
+    seed: Seed = None,
+    config: ConfigFile = None,
+    set_: Settings = None,
+) -> None:
+    """Say before a run what it will take: tokens, disk, time and memory, from a short measured probe."""
+    from distill.config import load_config
+    from distill.console import Console
+    from distill.plan import plan_run
+
+    overrides = _what_to_capture(teacher, data, samples, targets, seed) | {
+        "student.size": student_size,
+        "train.epochs": epochs,
+    }
+    plan_run(load_config(config, overrides, set_ or []), Console())
+
+
+def _what_to_capture(
+    teacher: Path | None, data: Path | None, samples: int | None, targets: str | None, seed: int | None
+) -> dict[str, object]:
+    """The flags that decide the soft targets, as settings."""
+    return {
+        "teacher.path": str(teacher) if teacher else None,
+        "data.path": str(data) if data else None,
+        "data.samples": samples,
+        "targets.kind": targets,
+        "seed": seed,
+    }
 
 
 @app.command("export-gguf")
@@ -207,12 +288,25 @@ def _exit_code(error: Exception) -> int | None:
     from distill.errors import ProofFailed, TrainingAborted, UserError
     from students.export import ExportError
     from students.fold import FoldError
+    from teachers.capture import CaptureError
     from teachers.chat_template import ChatTemplateError
+    from teachers.ensemble import EnsembleError
     from teachers.gguf_file import TeacherFileError
     from teachers.store import StoreError
     from teachers.worker import TeacherError
 
-    if isinstance(error, (UserError, StoreError, TeacherFileError, TeacherError, ChatTemplateError)):
+    if isinstance(
+        error,
+        (
+            UserError,
+            StoreError,
+            TeacherFileError,
+            TeacherError,
+            ChatTemplateError,
+            CaptureError,
+            EnsembleError,
+        ),
+    ):
         return EXIT_USER
     if isinstance(error, OSError) and error.errno in REMEDIES:
         return EXIT_USER

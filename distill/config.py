@@ -29,11 +29,16 @@ class Section(BaseModel):
 
 
 class TeacherConfig(Section):
-    """The teacher. ``path``: a GGUF file; none means the example teacher. ``gpu_layers``: layers given to a
-    GPU where llama.cpp was built with one, −1 for all."""
+    """The teacher. ``path``: a GGUF file, or a transformers checkpoint folder to capture from; none means the
+    example teacher. ``gpu_layers``: layers given to a GPU where llama.cpp was built with one, −1 for all.
+    ``mix_with``: further teachers with the same vocabulary, mixed with it as distributions; ``weights``: of all of
+    them, the first included (none: equal). ``load_in_4bit``: NF4 for folders, through bitsandbytes."""
 
     path: str | None = None
     gpu_layers: int = -1
+    mix_with: tuple[str, ...] = ()
+    weights: tuple[Positive, ...] = ()
+    load_in_4bit: bool = False
 
 
 class StudentConfig(Section):
@@ -66,9 +71,16 @@ class DataConfig(Section):
 
 
 class TargetsConfig(Section):
-    """The soft targets. ``num_topk``: how many of the teacher's most probable tokens are kept exactly."""
+    """The soft targets. ``kind``: compact (top-k, the tail's mass, a sketch of its shape), hidden (the final
+    hidden state, which gives every logit back) or dense (every logit). ``num_topk``: tokens that compact
+    targets keep exactly. ``sketch_bytes``: bytes for the tail's shape (none: what is left of 200 a token; 0: no
+    sketch). ``layers``: layers whose output is kept too, counted from 0; ``layer_bytes``: bytes of each."""
 
-    num_topk: Count = 64
+    kind: Literal["compact", "hidden", "dense"] = "compact"
+    num_topk: Count = 16
+    sketch_bytes: Annotated[int, Field(ge=0)] | None = None
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    layer_bytes: Count = 128
 
 
 class LossConfig(Section):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,13 @@ class Corpus:
             teacher.speak(requests, self.sampling, first_index=start, progress=progress) if requests else ()
         )
         return [next(spoken) if item.speaks else item.segments[0] for item in chosen]
+
+    def requests(self, start: int, stop: int) -> tuple[list[Sequence[Tokens]], Sampling] | None:
+        """See ``teachers.capture.SequenceSource``."""
+        chosen = self.items[start:stop]
+        if not all(item.speaks for item in chosen):
+            return None
+        return [item.segments for item in chosen], self.sampling
 
 
 def build_corpus(config: DataConfig, teacher: Teacher, seed: int) -> Corpus:

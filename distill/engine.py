@@ -35,7 +35,8 @@ Report = Callable[[int, str], None]
 class HeldOutScore:
     """How close the student is to the teacher on held-out text, per token, at T = 1.
 
-    ``kl``: (k+1)-bucket KL in nats; ``agreement``: share of positions with the same most probable token;
+    ``kl``: in nats, over k + 1 buckets for compact targets and over the whole vocabulary for others;
+    ``agreement``: share of positions with the same most probable token;
     ``cross_entropy``: of the actual next token, in nats.
     """
 
@@ -255,8 +256,8 @@ def held_out_score(
         batch = load_batch(data.store, held_out[start : start + batch_size]).to(device)
         hidden = student(batch.tokens, with_logits=False).last_hidden_state[batch.valid]
         logits = student.lm_head(hidden).float()
-        sums[0] += losses.forward_kl(logits, batch.targets, EVALUATION_TEMPERATURE).cpu().double().sum()
-        sums[1] += (logits.argmax(dim=-1) == batch.targets.topk_ids[:, 0]).cpu().double().sum()
+        sums[0] += losses.known_kl(logits, batch.targets, EVALUATION_TEMPERATURE).cpu().double().sum()
+        sums[1] += (logits.argmax(dim=-1) == batch.targets.best()).cpu().double().sum()
         sums[2] += losses.cross_entropy(logits, batch.labels).cpu().double().sum()
         count += batch.count()
     kl, agreement, cross_entropy = (sums / count).tolist()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from teachers.records import Targets
 from teachers.soft_targets import CompactTargets
 
 IGNORE_INDEX = -100
@@ -34,7 +35,7 @@ def forward_kl(logits: Tensor, targets: CompactTargets, temperature: float) -> T
     """KL_T(teacher ‖ student) over the K stored tokens and the tail bucket, ``[..., V]`` → ``[...]``.
 
     A true KL divergence of the two (K+1)-bucket distributions: never negative, 0 for identical models at
-    every stored temperature, and a lower bound of the dense KL (data processing inequality).
+    every temperature, and a lower bound of the dense KL (data processing inequality).
     """
     student = bucket_log_probs(logits, targets.topk_ids, temperature)
     teacher_topk = targets.topk_log_probs(temperature)
@@ -44,6 +45,27 @@ def forward_kl(logits: Tensor, targets: CompactTargets, temperature: float) -> T
         return inside  # every token is stored: there is no tail
     mass = targets.tail_mass(temperature)
     return inside + torch.xlogy(mass, mass) - mass * student[..., count]
+
+
+def forward_kl_of_all(logits: Tensor, targets: Targets, temperature: float) -> Tensor:
+    """KL_T(teacher ‖ student) over the whole vocabulary, ``[..., V]`` → ``[...]``: as good as the targets' shape.
+
+    Raises:
+        ValueError: compact targets without a sketch do not say how the tail is spread.
+    """
+    teacher = targets.log_probs(temperature)
+    student = F.log_softmax(_wide(logits) / temperature, dim=-1)
+    return (teacher.exp() * (teacher - student)).sum(dim=-1)
+
+
+def known_kl(logits: Tensor, targets: Targets, temperature: float) -> Tensor:
+    """The KL to quote in reports, ``[..., V]`` → ``[...]``: 0 for identical models whatever the kind of targets.
+
+    Over k + 1 buckets for compact targets (a sketch of the tail is rounded), else over the whole vocabulary.
+    """
+    if isinstance(targets, CompactTargets):
+        return forward_kl(logits, targets, temperature)
+    return forward_kl_of_all(logits, targets, temperature)
 
 
 def dense_forward_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:

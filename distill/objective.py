@@ -12,7 +12,7 @@ from distill.config import LossConfig
 from distill.fused import Weights, kl_and_cross_entropy
 from distill.head_loss import chunked_head_loss
 from students.model import SO8TForCausalLM
-from teachers.soft_targets import CompactTargets
+from teachers.records import Targets
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Batch:
 
     tokens: Tensor
     lengths: Tensor
-    targets: CompactTargets
+    targets: Targets
 
     @property
     def valid(self) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +12,7 @@ import psutil
 import torch
 
 from distill.batches import split
+from distill.capturing import fill_store, largest_size, open_store, recipe_for, store_manifest
 from distill.config import RunConfig
 from distill.console import Console, human_bytes, human_count
 from distill.corpus import Corpus, build_corpus
@@ -23,21 +23,18 @@ from distill.exporting import export_proved, save_student, tokenizer_entries
 from distill.objective import Objective
 from distill.prove import Proof, tokenized_lines
 from distill.results import Outcome, build_results, print_table
-from distill.run_folder import RUNS, HeldOut, RunFolder, choose_folder
+from distill.run_folder import HeldOut, RunFolder, choose_folder
+from distill.teacher_source import gguf_file_of, open_teacher, teacher_stem
 from students.builder import build_student, count_parameters, default_size, parse_size, student_config
 from students.config import SO8TConfig
 from students.export import ExportNames, MetadataEntry
 from students.initialise import initialise_embeddings
 from students.model import SO8TForCausalLM
-from teachers import example_teacher
-from teachers.base import TeacherInfo
-from teachers.capture import capture
+from teachers.base import Teacher, TeacherInfo
 from teachers.gguf_file import read_gguf
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.soft_targets import nodes_for
-from teachers.store import MANIFEST, Manifest, SoftTargetStore, exclusive
+from teachers.store import SoftTargetStore, exclusive
 
-SEQUENCES_PER_SHARD = 256
 SPEED_PROMPT_TOKENS = 128
 SPEED_NEW_TOKENS = 64
 TRAINING_COPIES = 4  # float32 weights, gradients and two moments: what training needs at the very least
@@ -73,15 +70,15 @@ def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
         TrainingAborted, ProofFailed: training or export went wrong.
         OSError: the disk refuses.
     """
-    path = Path(config.teacher.path) if config.teacher.path else example_teacher()
+    path = gguf_file_of(config.teacher)
     with console.stage("Load teacher") as stage:
-        teacher = GGUFTeacher(path, gpu_layers=config.teacher.gpu_layers)
+        teacher = open_teacher(config.teacher)
         info = teacher.info
         stage.finish(f"{info.name}: {info.architecture}, {human_count(info.parameters)} parameters")
     with teacher:
         config = _resolve(config, info)
         shape = _shape(config, info, console)
-        stem = path.stem if config.teacher.path else "example"
+        stem = teacher_stem(config.teacher)
         folder = RunFolder(places.out) if places.out else choose_folder(config, stem)
         folder.check(config)
         with console.stage("Read data") as stage:
@@ -89,7 +86,10 @@ def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
             stage.finish(f"{len(corpus)} sequences, the teacher writes in {corpus.spoken}")
         for note in corpus.notes:
             console.note(note)
-        store = _open_store(config, places, folder.path.parent, teacher, corpus, stem)
+        recipe = recipe_for(config.targets, teacher, console)
+        manifest = store_manifest(teacher, corpus, recipe)
+        needed = largest_size(corpus, recipe, teacher)
+        store = open_store(manifest, places.store, folder.path.parent, stem, needed)
         with exclusive(folder.path):
             folder.claim(
                 config,
@@ -113,18 +113,18 @@ def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
 def _prepare(
     config: RunConfig,
     shape: SO8TConfig,
-    teacher: GGUFTeacher,
+    teacher: Teacher,
     corpus: Corpus,
     store: SoftTargetStore,
     console: Console,
 ) -> Prepared:
     """Everything that needs the teacher before training."""
     with exclusive(store.folder):
-        reused = _capture(teacher, corpus, store, console)
+        reused = fill_store(teacher, corpus, store, console)
     data = TrainingData(store, split(store, config.data.held_out, config.seed), config.seed)
     sequences = [store.tokens(int(index)) for index in data.split.held_out]
     held_out = HeldOut(sequences, tokenized_lines(teacher, sequences))
-    tokenizer = tokenizer_entries(teacher.file)
+    tokenizer = tokenizer_entries(read_gguf(gguf_file_of(config.teacher)))
     return Prepared(config, shape, teacher.info, store, reused, data, held_out, tokenizer)
 
 
@@ -189,66 +189,6 @@ def _new_student(shape: SO8TConfig, seed: int, teacher: Path) -> SO8TForCausalLM
     return student
 
 
-def _open_store(
-    config: RunConfig, places: Places, beside: Path, teacher: GGUFTeacher, corpus: Corpus, stem: str
-) -> SoftTargetStore:
-    """Open the store these very soft targets belong in.
-
-    It lies beside the run's folder unless told otherwise; one that an earlier run in this working directory
-    has made is used where it is.
-    """
-    info, nodes = teacher.info, nodes_for(config.loss.temperature, config.loss.final_temperature)
-    identity: dict[str, Any] = {
-        "kind": "compact",
-        "teacher_sha256": info.sha256,
-        "tokenizer_sha256": info.tokenizer_sha256,
-        "vocab_size": info.vocab_size,
-        "corpus_sha256": corpus.digest(),
-        "num_topk": config.targets.num_topk,
-        "nodes": list(nodes),
-        # The last bits of a logit, and so what a teacher says, depend on these.
-        "runtime": f"llama-cpp-python {version('llama-cpp-python')}, {teacher.threads} threads, "
-        f"gpu_layers {config.teacher.gpu_layers}",
-    }
-    manifest = Manifest(identity, len(corpus), SEQUENCES_PER_SHARD)
-    name = f"{stem}-{manifest.key[:12]}"
-    usual = [root / "stores" / name for root in (beside, RUNS, Path())]
-    where = places.store or next((place for place in usual if (place / MANIFEST).exists()), usual[0])
-    stored = min(config.targets.num_topk, info.vocab_size)
-    per_token = stored * (6 if info.vocab_size <= 1 << 16 else 8) + 4 * len(nodes) + 4
-    _require_space(where, len(corpus) * corpus.sampling.max_length * per_token)
-    return SoftTargetStore.create_or_open(where, manifest)
-
-
-def _require_space(folder: Path, needed: int) -> None:
-    """Refuse soft targets that cannot fit, before any of them is made."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    there = sum(path.stat().st_size for path in folder.glob("shard-*")) if folder.is_dir() else 0
-    free = shutil.disk_usage(existing).free + there
-    if needed > free:
-        raise UserError(
-            f"the soft targets need up to {human_bytes(needed)}, {existing} has {human_bytes(free)} free; free some "
-            "space, choose --store on another disk, or lower --samples or targets.num_topk"
-        )
-
-
-def _capture(teacher: GGUFTeacher, corpus: Corpus, store: SoftTargetStore, console: Console) -> bool:
-    """Fill the store; returns whether everything was there already."""
-    with console.stage("Capture", total=len(corpus)) as stage:
-        summary = capture(teacher, corpus, store, stage.update)
-        tokens = int(store.lengths().sum())
-        size = f"{human_count(tokens)} tokens, {human_bytes(store.bytes_on_disk())} in {store.folder}"
-        if summary.written == 0:
-            stage.finish(f"skipped: soft targets of this teacher and data reused, {size}")
-        elif summary.reused:
-            stage.finish(f"{summary.written} shards captured, {summary.reused} reused, {size}")
-        else:
-            stage.finish(size)
-    for shard in summary.damaged:
-        console.warn(f"{store.shard_path(shard)} was damaged and has been captured again")
-    return summary.written == 0
-
-
 def _train(
     prepared: Prepared, student: SO8TForCausalLM, folder: RunFolder, console: Console
 ) -> TrainingSummary:
@@ -277,11 +217,10 @@ def _evaluate(
 ) -> tuple[Evaluation, dict[str, tuple[float, float]]]:
     """Score untrained student, trained student and exported file against the teacher; time both files."""
     config, sequences = prepared.config, prepared.held_out.sequences
-    layers = config.teacher.gpu_layers
     with (
         console.stage("Evaluate", total=len(sequences)) as stage,
-        GGUFTeacher(path, gpu_layers=layers) as teacher,
-        GGUFTeacher(folder.gguf, gpu_layers=layers) as exported,
+        open_teacher(config.teacher) as teacher,
+        GGUFTeacher(folder.gguf, gpu_layers=config.teacher.gpu_layers) as exported,
     ):
         models = {
             "before": student_scorer(_new_student(prepared.shape, config.seed, path)),
@@ -297,7 +236,7 @@ def _evaluate(
     return evaluation, speeds
 
 
-def _speed(model: GGUFTeacher) -> tuple[float, float]:
+def _speed(model: Teacher) -> tuple[float, float]:
     """Prompt and generation speed in tokens per second, within the model's context."""
     prompt = min(SPEED_PROMPT_TOKENS, model.info.context_length // 2)
     return model.speed(prompt, min(SPEED_NEW_TOKENS, model.info.context_length - prompt - 1))

@@ -11,7 +11,7 @@ from distill import losses
 from distill.errors import ProofFailed
 from distill.evaluate import Scorer, llama_scorer, student_scorer
 from students.model import SO8TForCausalLM
-from teachers.base import Tokens
+from teachers.base import Teacher, Tokens
 from teachers.gguf_file import TeacherFileError
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.worker import TeacherError
@@ -108,7 +108,7 @@ class TokenizedLines:
     tokens: list[Tokens]
 
 
-def tokenized_lines(teacher: GGUFTeacher, sequences: Sequence[Tokens]) -> TokenizedLines:
+def tokenized_lines(teacher: Teacher, sequences: Sequence[Tokens]) -> TokenizedLines:
     """The text of some sequences with the teacher's ids for it, to check an exported tokenizer against."""
     texts = teacher.detokenize(proof_sequences(sequences))
     return TokenizedLines(texts, teacher.tokenize(texts, add_special=True, parse_special=True))

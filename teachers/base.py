@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from teachers.records import Recipe
+from teachers.sketch import Basis
 from teachers.soft_targets import Arrays
 
 Tokens = NDArray[np.int32]
+Floats = NDArray[np.float32]
 Progress = Callable[[int], None]
 
 
@@ -49,6 +52,9 @@ class TeacherInfo:
     tokenizer_sha256: str
 
 
+Self = TypeVar("Self")
+
+
 class Teacher(Protocol):
     """A language model that can tokenise, speak, and say how probable every next token is.
 
@@ -56,6 +62,11 @@ class Teacher(Protocol):
     """
 
     info: TeacherInfo
+
+    @property
+    def runtime(self) -> str:
+        """What computes the answers, as far as their last bits depend on it."""
+        ...
 
     def tokenize(self, texts: Sequence[str], *, add_special: bool, parse_special: bool) -> list[Tokens]:
         """Token ids of each text."""
@@ -76,10 +87,42 @@ class Teacher(Protocol):
         """Write one sequence per request (see ``teachers.speak``); progress counts finished sequences."""
         ...
 
+    def speak_and_score(
+        self,
+        requests: Sequence[Sequence[Tokens]],
+        sampling: Sampling,
+        recipe: Recipe,
+        bases: Mapping[str, Basis],
+        *,
+        first_index: int = 0,
+        progress: Progress = ...,
+    ) -> tuple[list[Tokens], Arrays]:
+        """``speak`` and ``score`` of what is said, in one pass where the teacher can."""
+        ...
+
     def score(
-        self, sequences: Sequence[Tokens], num_topk: int, nodes: tuple[float, ...], progress: Progress = ...
+        self,
+        sequences: Sequence[Tokens],
+        recipe: Recipe,
+        bases: Mapping[str, Basis],
+        progress: Progress = ...,
     ) -> Arrays:
-        """Compact soft targets of all positions, as the arrays a store keeps, ``[N, …]``."""
+        """What ``recipe`` keeps of all positions, as the arrays a store keeps, ``[N, …]``.
+
+        ``bases``: how hidden states are encoded, ``final`` and ``layer<i>``, where the recipe needs them.
+        """
+        ...
+
+    def states(self, sequences: Sequence[Tokens], layers: Sequence[int] = ()) -> Mapping[str, Floats]:
+        """Hidden states of all positions, ``[N, D]`` each: ``final`` (after the last norm) and ``layer<i>``."""
+        ...
+
+    def output_rows(self, start: int, stop: int) -> Floats:
+        """Rows of the output matrix, ``[stop − start, D]``: logits are final states times its transpose.
+
+        Raises:
+            ValueError: the teacher's output is not one matrix.
+        """
         ...
 
     def logits(self, sequences: Sequence[Tokens], *, exact: bool = False) -> NDArray[np.float32]:
@@ -93,3 +136,33 @@ class Teacher(Protocol):
     def close(self) -> None:
         """Free everything; safe to call twice."""
         ...
+
+    def memory(self) -> int:
+        """Bytes of main memory that the teacher's process takes at present."""
+        ...
+
+    def __enter__(self: Self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def speak_then_score(
+    teacher: Teacher,
+    requests: Sequence[Sequence[Tokens]],
+    sampling: Sampling,
+    recipe: Recipe,
+    bases: Mapping[str, Basis],
+    *,
+    first_index: int = 0,
+    progress: Progress,
+) -> tuple[list[Tokens], Arrays]:
+    """``Teacher.speak_and_score`` in two passes; ``progress`` counts sequences, each half for either pass."""
+    said = teacher.speak(
+        requests, sampling, first_index=first_index, progress=lambda done: progress(done // 2)
+    )
+    total, count = sum(len(tokens) - 1 for tokens in said), len(said)
+
+    def scored(positions: int) -> None:
+        progress(count // 2 + (count - count // 2) * positions // max(1, total))
+
+    return said, teacher.score(said, recipe, bases, scored)

@@ -98,10 +98,28 @@ class GGUFFile:
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Read one tensor and dequantise it to float32, in numpy order."""
+        return self.rows(name, 0, self.tensors[name].shape[0])
+
+    def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows ``start`` to ``stop`` of one tensor's first dimension, dequantised; no others are read.
+
+        Raises:
+            TeacherFileError: the gguf package cannot dequantise this type.
+        """
         info = self.tensors[name]
         raw = np.memmap(self.path, np.uint8, "r", offset=info.offset, shape=(info.nbytes,))
-        rows = raw.reshape(*info.shape[:-1], -1)
-        return np.asarray(dequantize(rows, info.type), dtype=np.float32).reshape(info.shape)
+        shape = (info.shape[0], info.nbytes // info.shape[0]) if len(info.shape) > 1 else (1, info.nbytes)
+        wanted = raw.reshape(shape)[start:stop] if len(info.shape) > 1 else raw.reshape(shape)
+        try:
+            values = np.require(dequantize(wanted, info.type), np.float32, "W")  # PyTorch wants it writable
+        except NotImplementedError:
+            raise TeacherFileError(
+                f"{self.path}: tensor {name!r} of type {info.type.name} cannot be dequantised; update the gguf "
+                "package or convert the file to another quantisation"
+            ) from None
+        if len(info.shape) > 1:
+            return values.reshape(-1, *info.shape[1:])
+        return values.reshape(-1)[start:stop]
 
 
 def require_regular_file(path: Path) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 
-from teachers.base import Progress, Sampling, TeacherInfo, Tokens
+from teachers.base import Floats, Progress, Sampling, TeacherInfo, Tokens, speak_then_score
 from teachers.gguf_file import GGUFFile, file_sha256, read_gguf, tokenizer_sha256
+from teachers.records import Recipe
+from teachers.sketch import Basis
 from teachers.soft_targets import Arrays
 from teachers.wire import pack_ragged, unpack_ragged
 from teachers.worker import Worker
@@ -41,6 +45,7 @@ class GGUFTeacher:
         self.file: GGUFFile = read_gguf(path)
         # PyTorch's count is the number of physical cores this process may use, which suits llama.cpp too.
         self.threads = threads or torch.get_num_threads()
+        self.gpu_layers = gpu_layers
         self.worker = Worker(path, threads=self.threads, gpu_layers=gpu_layers)
         self.info = self._info()
 
@@ -64,6 +69,15 @@ class GGUFTeacher:
             sha256=file_sha256(self.file.path),
             tokenizer_sha256=tokenizer_sha256(self.file),
         )
+
+    @property
+    def runtime(self) -> str:
+        """See ``Teacher.runtime``."""
+        return f"llama-cpp-python {version('llama-cpp-python')}, {self.threads} threads, gpu_layers {self.gpu_layers}"
+
+    def memory(self) -> int:
+        """See ``Teacher.memory``."""
+        return int(psutil.Process(self.worker.process_id).memory_info().rss)
 
     def __enter__(self) -> GGUFTeacher:
         return self
@@ -89,21 +103,63 @@ class GGUFTeacher:
         progress: Progress = _quiet,
     ) -> list[Tokens]:
         """See ``Teacher.speak``."""
-        arrays = pack_ragged([segment for segments in requests for segment in segments], "segments")
-        arrays["segment_counts"] = np.array([len(segments) for segments in requests], dtype=np.int64)
+        arrays = self._requests(requests)
         message = {"sampling": asdict(sampling), "first_index": first_index}
         return unpack_ragged(self.worker.ask("speak", message, arrays, progress)[1], "tokens")
+
+    def speak_and_score(
+        self,
+        requests: Sequence[Sequence[Tokens]],
+        sampling: Sampling,
+        recipe: Recipe,
+        bases: Mapping[str, Basis],
+        *,
+        first_index: int = 0,
+        progress: Progress = _quiet,
+    ) -> tuple[list[Tokens], Arrays]:
+        """See ``Teacher.speak_and_score``; layers are not kept on the way, so they take a second pass."""
+        if recipe.layers:
+            return speak_then_score(
+                self, requests, sampling, recipe, bases, first_index=first_index, progress=progress
+            )
+        arrays = self._requests(requests)
+        for name, basis in bases.items():
+            arrays |= basis.arrays(name)
+        message = {"sampling": asdict(sampling), "first_index": first_index, "recipe": recipe.to_json()}
+        answer = self.worker.ask("speak", message, arrays, progress)[1]
+        tokens = unpack_ragged(answer, "tokens")
+        return tokens, {name: values for name, values in answer.items() if not name.startswith("tokens")}
+
+    @staticmethod
+    def _requests(requests: Sequence[Sequence[Tokens]]) -> Arrays:
+        """Requests to speak as the worker takes them."""
+        arrays = pack_ragged([segment for segments in requests for segment in segments], "segments")
+        return arrays | {"segment_counts": np.array([len(segments) for segments in requests], dtype=np.int64)}
 
     def score(
         self,
         sequences: Sequence[Tokens],
-        num_topk: int,
-        nodes: tuple[float, ...],
+        recipe: Recipe,
+        bases: Mapping[str, Basis],
         progress: Progress = _quiet,
     ) -> Arrays:
         """See ``Teacher.score``."""
-        message = {"num_topk": num_topk, "nodes": list(nodes)}
-        return self.worker.ask("score", message, pack_ragged(sequences, "tokens"), progress)[1]
+        arrays: Arrays = dict(pack_ragged(sequences, "tokens"))
+        for name, basis in bases.items():
+            arrays |= basis.arrays(name)
+        return self.worker.ask("score", {"recipe": recipe.to_json()}, arrays, progress)[1]
+
+    def states(self, sequences: Sequence[Tokens], layers: Sequence[int] = ()) -> Mapping[str, Floats]:
+        """See ``Teacher.states``."""
+        arrays = self.worker.ask("states", {"layers": list(layers)}, pack_ragged(sequences, "tokens"))[1]
+        return {name: values.astype(np.float32, copy=False) for name, values in arrays.items()}
+
+    def output_rows(self, start: int, stop: int) -> Floats:
+        """See ``Teacher.output_rows``."""
+        if "output.bias" in self.file.tensors:
+            raise ValueError(f"{self.file.path}: its output layer has a bias besides the matrix")
+        name = "output.weight" if "output.weight" in self.file.tensors else "token_embd.weight"
+        return self.file.rows(name, start, stop)
 
     def logits(self, sequences: Sequence[Tokens], *, exact: bool = False) -> NDArray[np.float32]:
         """See ``Teacher.logits``."""

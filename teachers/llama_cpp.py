@@ -9,21 +9,23 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import llama_cpp.llama_cpp as native
 import numpy as np
 from numpy.typing import NDArray
 
-LOGITS_BYTES = 256 << 20  # one batch's logits stay below this, whatever the vocabulary
-MAX_BATCH_TOKENS = 2048
+from teachers.taps import FINAL_STATE, Taps, layer_output
+
+LOGITS_BYTES = 64 << 20  # one batch's logits stay near this, whatever the vocabulary
+MAX_BATCH_TOKENS = 512  # llama.cpp computes no more at once; a batch is then never divided and reordered
 MIN_BATCH_TOKENS = 128
+LANES_BYTES = 1 << 30  # what the logits of all lanes together may take, in llama.cpp's two buffers
 # Up to this size, threads that share one batch wait for each other longer than they compute: each core then
 # runs a context of its own on its share of the sequences.
 SMALL_MODEL_PARAMETERS = 50_000_000
 FLASH_HEAD_WIDTH = 32
-CACHE_BYTES = 1 << 30  # the KV cache stays below this (one sequence always fits)
+CACHE_BYTES = 512 << 20  # the KV caches stay below this (one sequence of each lane always fits)
 CACHE_STEP = 256  # llama.cpp rounds each sequence's share of the cache up to this many tokens
 MAX_LOG_LEVEL_IGNORED = 2  # ggml: 1 debug, 2 info, 3 warning, 4 error, 5 continuation of the line before
 
@@ -40,11 +42,28 @@ class ContextShape:
 
     ``exact`` selects a float32 KV cache without flash attention (4e-5 from PyTorch), which is also what a CPU
     computes fastest for small heads; otherwise llama.cpp's own defaults (float16 cache, flash attention).
+    ``logits``, ``states`` and ``layers`` say what is wanted of each token; without logits the output layer is
+    not computed.
     """
 
     sequences: int
     tokens: int
     exact: bool = False
+    logits: bool = True
+    states: bool = False
+    layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one decoded batch gave for its wanted tokens, as views that hold until the next one.
+
+    ``logits [n, V]``, ``states [n, D]`` (after the last norm), ``layers``: each chosen layer's output ``[n, D]``.
+    """
+
+    logits: NDArray[np.float32] | None
+    states: NDArray[np.float32] | None
+    layers: dict[int, NDArray[np.float32]]
 
 
 _last_level = 0
@@ -89,11 +108,19 @@ class LlamaModel:
         heads = max(1, int(native.llama_model_n_head(self.model)))
         narrow = int(native.llama_model_n_embd(self.model)) // heads < FLASH_HEAD_WIDTH
         self.speaks_exactly = self.exact and narrow
-        small = int(native.llama_model_n_params(self.model)) <= SMALL_MODEL_PARAMETERS
-        self.lanes = threads if small and self.exact else 1
+        self.width = int(native.llama_model_n_embd(self.model))
+        self.layers = int(native.llama_model_n_layer(self.model))
         self.batch_tokens = max(
             MIN_BATCH_TOKENS, min(MAX_BATCH_TOKENS, LOGITS_BYTES // (4 * self.vocab_size))
         )
+        # Lanes are contexts that work side by side, each with its share of the threads and of the sequences.
+        # Scoring computes whole batches, so a core of its own for each lane is best whatever the model; what is
+        # done to one lane's logits then overlaps the other's decode. Speaking reads all weights at every step,
+        # which only a small model can afford once per lane.
+        small = int(native.llama_model_n_params(self.model)) <= SMALL_MODEL_PARAMETERS
+        affordable = max(1, LANES_BYTES // (8 * self.batch_tokens * self.vocab_size))
+        self.score_lanes = min(threads, affordable) if self.exact else 1
+        self.speech_lanes = threads if small and self.exact else 1
 
     # -- vocabulary -----------------------------------------------------------------------------------
 
@@ -106,8 +133,8 @@ class LlamaModel:
             "end_tokens": sorted(self.end_tokens),
             "add_bos": bool(native.llama_vocab_get_add_bos(self.vocab)),
             "context_length": int(native.llama_model_n_ctx_train(self.model)),
-            "layers": int(native.llama_model_n_layer(self.model)),
-            "width": int(native.llama_model_n_embd(self.model)),
+            "layers": self.layers,
+            "width": self.width,
         }
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> Tokens:
@@ -141,14 +168,17 @@ class LlamaModel:
 class LlamaContext:
     """At any time one llama.cpp context on a model, used by one thread."""
 
-    def __init__(self, model: LlamaModel, threads: int) -> None:
+    def __init__(self, model: LlamaModel, threads: int, lanes: int = 1) -> None:
+        """``lanes``: how many contexts share the memory set aside for caches."""
         self.model = model
+        self.lanes = lanes
         self.vocab_size = model.vocab_size
         self.batch_tokens = model.batch_tokens
         self.exact = model.exact
         self.threads = threads
         self._context: native.llama_context_p | None = None
         self._shape: ContextShape | None = None
+        self._taps: Taps | None = None
 
     def prepare(self, shape: ContextShape) -> None:
         """Have an empty context of ``shape``; an existing one of the same shape is emptied and kept.
@@ -157,7 +187,8 @@ class LlamaContext:
             LlamaError: llama.cpp cannot create it (usually memory).
         """
         if self._context is not None and self._shape == shape:
-            native.llama_memory_clear(native.llama_get_memory(self._context), True)
+            # What the cache held is masked, not wiped: that would write all of it for every batch.
+            native.llama_memory_clear(native.llama_get_memory(self._context), False)
             return
         self.release()
         parameters = native.llama_context_default_params()
@@ -165,12 +196,16 @@ class LlamaContext:
         parameters.n_ctx = shape.sequences * per_sequence
         parameters.n_seq_max = shape.sequences
         parameters.n_batch = self.batch_tokens
-        parameters.n_ubatch = min(512, self.batch_tokens)
+        parameters.n_ubatch = self.batch_tokens
         parameters.n_outputs_max_per_seq = 0  # no limit: every position's logits are wanted
         parameters.n_threads = parameters.n_threads_batch = self.threads
         if shape.exact:
             parameters.type_k = parameters.type_v = native.GGML_TYPE_F32
             parameters.flash_attn_type = native.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        parameters.embeddings = shape.states and shape.logits
+        self._taps = self._tap(shape)
+        if self._taps is not None:
+            parameters.cb_eval = self._taps.callback
         context = native.llama_init_from_model(self.model.model, parameters)
         if not context:
             raise LlamaError(
@@ -178,13 +213,19 @@ class LlamaContext:
             )
         self._context, self._shape = context, shape
 
-    def decode(
-        self, tokens: Tokens, positions: Tokens, slots: Tokens, wanted: NDArray[np.bool_]
-    ) -> NDArray[np.float32]:
-        """Decode one batch (all arguments ``[N]``) and return the logits of the wanted tokens ``[n, V]``.
+    def _tap(self, shape: ContextShape) -> Taps | None:
+        """What has to be read out of the graph: layers, and the final state where no logits are wanted."""
+        names = [layer_output(layer) for layer in shape.layers]
+        if shape.logits:
+            return Taps(names, self.model.width) if names else None
+        return Taps([*names, FINAL_STATE], self.model.width, stop_after=FINAL_STATE)
 
-        ``slots`` says which of the context's sequences each token belongs to. The result is a view into
-        llama.cpp's buffer and holds until the next call.
+    def decode(self, tokens: Tokens, positions: Tokens, slots: Tokens, wanted: NDArray[np.bool_]) -> Outputs:
+        """Decode one batch (all arguments ``[N]``, N ≤ ``batch_tokens``); the answer has the wanted tokens' rows.
+
+        ``slots`` says which of the context's sequences each token belongs to; where states or layers are asked
+        for, every token is wanted and the sequences have equally many. The result consists of views into
+        llama.cpp's buffers and holds until the next call.
 
         Raises:
             LlamaError: llama.cpp reports a failure.
@@ -205,12 +246,34 @@ class LlamaContext:
             seq_id=pointers.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
             logits=flags.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
+        if self._taps is not None:
+            self._taps.clear()
         status = native.llama_decode(self._context, batch)
         if status != 0:
             raise LlamaError(f"llama_decode of {count} tokens answered {status}")
-        outputs = int(flags.sum())
-        pointer = native.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(pointer, shape=(outputs, self.vocab_size))
+        return self._outputs(int(flags.sum()))
+
+    def _outputs(self, count: int) -> Outputs:
+        """The answer to the batch just decoded, which had ``count`` wanted tokens."""
+        assert self._shape is not None
+        logits = states = None
+        if self._shape.logits:
+            logits = _view(native.llama_get_logits(self._context), (count, self.vocab_size))
+        if self._shape.states and self._shape.logits:
+            states = _view(native.llama_get_embeddings(self._context), (count, self.model.width))
+        layers: dict[int, NDArray[np.float32]] = {}
+        if self._taps is not None:
+            native.llama_synchronize(self._context)
+            if self._shape.states and not self._shape.logits:
+                states = self._taps.take(FINAL_STATE)
+            layers = {layer: self._taps.take(layer_output(layer)) for layer in self._shape.layers}
+            found = [len(rows) for rows in (states, *layers.values()) if rows is not None]
+            if self._taps.error or any(rows != count for rows in found):
+                raise LlamaError(
+                    self._taps.error
+                    or f"this architecture names no such hidden states: {count} rows were wanted, {found} found"
+                )
+        return Outputs(logits, states, layers)
 
     def parallel(self, wanted: int, tokens: int) -> int:
         """How many sequences of ``tokens`` tokens to hold at once: ``wanted``, or what the cache allows."""
@@ -221,42 +284,12 @@ class LlamaContext:
         rounded = -(-tokens // CACHE_STEP) * CACHE_STEP
         return max(
             1,
-            min(wanted, self.batch_tokens, CACHE_BYTES // self.model.lanes // max(1, token_bytes * rounded)),
+            min(wanted, self.batch_tokens, CACHE_BYTES // self.lanes // max(1, token_bytes * rounded)),
         )
 
     def forget(self, slot: int) -> None:
         """Empty one sequence of the context, so that its slot can hold another."""
         native.llama_memory_seq_rm(native.llama_get_memory(self._context), slot, -1, -1)
-
-    def logits(self, sequences: Sequence[Tokens], *, exact: bool = False) -> Iterator[NDArray[np.float32]]:
-        """Yield the next-token logits of every sequence, in order, as views of ``[n, V]`` rows.
-
-        A sequence of n tokens gives n − 1 rows (what follows its last token is not known). Rows of one
-        sequence may come in several pieces, and one piece may span several sequences; concatenated they are
-        all rows in order. Each view holds until the next one is taken.
-        """
-        longest = max(len(tokens) for tokens in sequences)
-        parallel = self.parallel(min(len(sequences), max(1, self.batch_tokens // longest)), longest)
-        self.prepare(ContextShape(parallel, longest, exact or self.exact))
-        flat = np.concatenate([tokens[:-1] for tokens in sequences])
-        lengths = np.array([len(tokens) - 1 for tokens in sequences])
-        positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
-        owners = np.repeat(np.arange(len(sequences)), lengths)
-        start = 0
-        while start < len(flat):
-            stop = self._batch_end(owners, start, parallel)
-            for owner in np.unique(owners[start:stop]):
-                if positions[start:stop][owners[start:stop] == owner][0] == 0:
-                    self.forget(int(owner) % parallel)
-            slots = (owners[start:stop] % parallel).astype(np.int32)
-            wanted = np.ones(stop - start, dtype=np.bool_)
-            yield self.decode(flat[start:stop], positions[start:stop], slots, wanted)
-            start = stop
-
-    def _batch_end(self, owners: NDArray[np.int64], start: int, parallel: int) -> int:
-        """The end of the batch that begins at ``start``: full, or before a slot would be needed twice."""
-        stop = min(len(owners), start + self.batch_tokens)
-        return int(np.searchsorted(owners[:stop], owners[start] + parallel))
 
     def speed(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
         """Measure prompt processing and generation of one sequence, both in tokens per second."""
@@ -268,16 +301,34 @@ class LlamaContext:
         self.decode(prompt[:1], slots[:1], slots[:1], last[-1:])  # first call allocates; not timed
         self.forget(0)
         begin = time.perf_counter()
-        row = self.decode(prompt, np.arange(prompt_tokens, dtype=np.int32), slots, last)
+        row = self._last_row(prompt, np.arange(prompt_tokens, dtype=np.int32), slots, last)
         middle = time.perf_counter()
         for position in range(prompt_tokens, prompt_tokens + new_tokens):
-            token = np.array([row[0].argmax()], dtype=np.int32)
-            row = self.decode(token, np.array([position], dtype=np.int32), slots[:1], last[-1:])
+            token = np.array([row.argmax()], dtype=np.int32)
+            row = self._last_row(token, np.array([position], dtype=np.int32), slots[:1], last[-1:])
         end = time.perf_counter()
         return prompt_tokens / (middle - begin), new_tokens / (end - middle)
+
+    def _last_row(
+        self, tokens: Tokens, positions: Tokens, slots: Tokens, wanted: NDArray[np.bool_]
+    ) -> NDArray[np.float32]:
+        """The logits of the last token, ``[V]``; the rest is computed in batches."""
+        for start in range(0, len(tokens), self.batch_tokens):
+            span = slice(start, start + self.batch_tokens)
+            outputs = self.decode(tokens[span], positions[span], slots[span], wanted[span])
+        assert outputs.logits is not None
+        row: NDArray[np.float32] = outputs.logits[-1]
+        return row
 
     def release(self) -> None:
         """Free the context, if there is one."""
         if self._context is not None:
             native.llama_free(self._context)
-            self._context = self._shape = None
+            self._context = self._shape = self._taps = None
+
+
+def _view(pointer: object, shape: tuple[int, int]) -> NDArray[np.float32]:
+    """llama.cpp's buffer as an array, without a copy."""
+    if not pointer:
+        raise LlamaError("llama.cpp gives no such output for this model")
+    return np.ctypeslib.as_array(pointer, shape=shape)

@@ -1,16 +1,21 @@
-"""The typed record of a teacher's answer.
+"""The typed record of a teacher's answer: which distribution over the next token it gave.
 
-Letters: N positions, V vocabulary, K stored top tokens, M temperature nodes. One position t of a sequence
-holds the teacher's distribution over the token that follows t.
+Letters: N positions, V vocabulary, K stored top tokens, M nodes, R stored coordinates of the teacher's final
+hidden state. One position t of a sequence holds the distribution over the token that follows t.
 
-Only the kind ``compact`` exists so far. Further kinds (a sketch or samples of the tail, the whole hidden
-state, every logit) are further dataclasses with the same ``kind``, ``arrays`` and ``from_arrays``.
+Three kinds, which differ in what they keep of a position's V logits:
+
+- ``compact``: the K greatest, the mass of all others at every temperature, and a sketch of how that mass is
+  spread among them;
+- ``hidden``: the final hidden state, from which the output matrix gives every logit back;
+- ``dense``: every logit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,91 +24,263 @@ from torch import Tensor
 
 Arrays = dict[str, NDArray[np.generic]]
 
-
-def nodes_for(*temperatures: float) -> tuple[float, ...]:
-    """The temperatures whose log-partition is stored: 1, for evaluation, and the run's own."""
-    return tuple(sorted({1.0, *map(float, temperatures)}))
+KINDS = ("compact", "hidden", "dense")
+# 1/T at which the tail's mass is stored: T = 6, 3, 2, 1.5, 1.2, 1. It is log(V − K) at 1/T = 0 whatever the
+# teacher, so seven points of a smooth convex function are known on [0, 1]; a polynomial through them gives the
+# mass at every T ≥ 1.
+ROWS_TOGETHER = 8  # positions whose logits are looked at together
+NODES = (1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0)
 
 
 @dataclass(frozen=True)
-class CompactTargets:
-    """Exact top-k logits and the exact log-partition at a few temperatures.
+class OutputHead:
+    """What turns stored coordinates into logits: ``coordinates @ matrix.T + bias``.
+
+    ``matrix [V, R]`` and ``bias [V]``, float32: the teacher's output matrix, or its projection on the
+    directions a sketch keeps. Logits are defined up to a constant of the position.
+    """
+
+    matrix: Tensor
+    bias: Tensor
+
+    def logits(self, coordinates: Tensor) -> Tensor:
+        """``[..., R]`` → ``[..., V]``."""
+        return torch.nn.functional.linear(coordinates, self.matrix, self.bias)
+
+    def to(self, device: torch.device) -> OutputHead:
+        """The same head on another device."""
+        return (
+            self if self.matrix.device == device else OutputHead(self.matrix.to(device), self.bias.to(device))
+        )
+
+
+Self = TypeVar("Self", bound="_Rows")
+
+
+class _Rows:
+    """What all kinds share: rows that can be selected, joined and moved together.
+
+    Every ``Tensor`` field of a kind has the positions as leading dimensions; other fields are common to all.
+    """
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def select(self: Self, index: Tensor | slice) -> Self:
+        """The targets at ``index`` of the leading dimension (a slice, or any index PyTorch accepts)."""
+        return replace(self, **{name: value[index] for name, value in self._tensors().items()})  # type: ignore[type-var]
+
+    def to(self: Self, device: torch.device) -> Self:
+        """The same targets on another device."""
+        moved: dict[str, Any] = {name: value.to(device) for name, value in self._tensors().items()}
+        head = getattr(self, "head", None)
+        if head is not None:
+            moved["head"] = head.to(device)
+        return replace(self, **moved)  # type: ignore[type-var]
+
+    @classmethod
+    def join(cls: type[Self], parts: list[Self]) -> Self:
+        """The rows of several records of one kind, in order."""
+        names = parts[0]._tensors()
+        joined = {name: torch.cat([part._tensors()[name] for part in parts]) for name in names}
+        return replace(parts[0], **joined)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class CompactTargets(_Rows):
+    """Exact top-k logits, the tail's mass at every temperature, and a sketch of the tail's shape.
 
     Attributes:
         topk_ids: the K most probable tokens, most probable first, int64 ``[..., K]``.
-        topk_logits: their raw logits, float32 ``[..., K]``.
-        logsumexp: log Σ_v exp(z_v / T) for each node T, nats, float32 ``[..., M]``.
-        nodes: the M temperatures, ascending.
+        topk_logits: their logits relative to the first, float32 ``[..., K]``, ≤ 0.
+        tail: log Σ exp((z_v − z_first) / T) over all other tokens v at each node, nats, float32 ``[..., M]``;
+            −∞ where there are none.
+        vocab_size: V.
+        coordinates: the sketch, float32 ``[..., R]``, or ``None``.
+        head: turns the sketch into logits of the tail, up to a constant; ``None`` without a sketch.
     """
 
     topk_ids: Tensor
     topk_logits: Tensor
-    logsumexp: Tensor
-    nodes: tuple[float, ...]
-    kind: ClassVar[str] = "compact"
+    tail: Tensor
+    vocab_size: int
+    coordinates: Tensor | None = None
+    head: OutputHead | None = None
 
-    def log_partition(self, temperature: float) -> Tensor:
-        """log Σ_v exp(z_v / T) at one of the stored temperatures, ``[...]``, in nats.
+    @property
+    def has_tail_shape(self) -> bool:
+        """Whether there is a sketch, or no tail at all."""
+        return self.head is not None or self.topk_ids.shape[-1] == self.vocab_size
+
+    def tail_logsumexp(self, temperature: float) -> Tensor:
+        """log Σ exp((z_v − z_first) / T) over the tail, ``[...]``, in nats: exact at the nodes.
 
         Raises:
-            ValueError: T was not captured; top-k logits alone cannot tell the tail's mass at another T.
+            ValueError: T < 1; the nodes say nothing there.
         """
-        if temperature not in self.nodes:
-            stored = ", ".join(f"{node:g}" for node in self.nodes)
-            raise ValueError(
-                f"these soft targets know the tail at temperature {stored}, not at {temperature:g}; "
-                "capture again with that temperature"
-            )
-        return self.logsumexp[..., self.nodes.index(temperature)]
+        if temperature < 1.0:
+            raise ValueError(f"soft targets are known at temperatures from 1 on, not at {temperature:g}")
+        if self.topk_ids.shape[-1] == self.vocab_size:
+            return self.tail[..., 0]
+        at_zero = float(np.log(self.vocab_size - self.topk_ids.shape[-1]))
+        weights = _lagrange((0.0, *NODES), 1.0 / temperature)
+        stored = torch.tensor(weights[1:], dtype=self.tail.dtype, device=self.tail.device)
+        return weights[0] * at_zero + self.tail @ stored
+
+    def log_partition(self, temperature: float) -> Tensor:
+        """log Σ_v exp((z_v − z_first) / T) over all tokens, ``[...]``, in nats."""
+        inside = (self.topk_logits / temperature).logsumexp(dim=-1)
+        return torch.logaddexp(inside, self.tail_logsumexp(temperature))
 
     def topk_log_probs(self, temperature: float) -> Tensor:
         """Log-probabilities of the top-k tokens at temperature T, ``[..., K]``, in nats."""
         return self.topk_logits / temperature - self.log_partition(temperature)[..., None]
 
     def tail_mass(self, temperature: float) -> Tensor:
-        """Probability outside the top-k at temperature T, ``[...]``; exact up to float32 rounding."""
-        return (1.0 - self.topk_log_probs(temperature).exp().sum(dim=-1)).clamp(min=0.0)
+        """Probability outside the top-k at temperature T, ``[...]``."""
+        return (self.tail_logsumexp(temperature) - self.log_partition(temperature)).exp()
 
-    def select(self, index: Tensor | slice) -> CompactTargets:
-        """The targets at ``index`` of the leading dimension (a slice, or any index PyTorch accepts)."""
-        return CompactTargets(
-            self.topk_ids[index], self.topk_logits[index], self.logsumexp[index], self.nodes
-        )
-
-    def to(self, device: torch.device) -> CompactTargets:
-        """The same targets on another device."""
-        moved = (self.topk_ids.to(device), self.topk_logits.to(device), self.logsumexp.to(device))
-        return CompactTargets(*moved, self.nodes)
-
-    @classmethod
-    def from_logits(cls, logits: Tensor, num_topk: int, nodes: tuple[float, ...]) -> CompactTargets:
-        """Reduce dense logits ``[N, V]`` (float32) to compact targets.
+    def log_probs(self, temperature: float) -> Tensor:
+        """Log-probabilities of all tokens, ``[..., V]``: exact in the top-k and in the tail's sum.
 
         Raises:
-            ValueError: a log-partition or one of the top-k logits is not finite (an excluded token's −∞ is
-                fine outside the top-k).
+            ValueError: there is no sketch.
         """
-        values, ids = torch.topk(logits, min(num_topk, logits.shape[-1]), dim=-1)
-        partitions = torch.stack([torch.logsumexp(logits / node, dim=-1) for node in nodes], dim=-1)
-        if not bool(torch.isfinite(partitions).all() and torch.isfinite(values).all()):
-            raise ValueError("the teacher's logits are not finite; its weights are damaged")
-        return cls(ids, values, partitions, nodes)
+        shape = (*self.topk_ids.shape[:-1], self.vocab_size)
+        if self.topk_ids.shape[-1] < self.vocab_size:
+            if self.head is None or self.coordinates is None:
+                raise ValueError(
+                    "these soft targets have no tail sketch; capture with targets.sketch_bytes > 0"
+                )
+            tail = (
+                self.head.logits(self.coordinates).div_(temperature).scatter_(-1, self.topk_ids, -torch.inf)
+            )
+            mass = self.tail_logsumexp(temperature) - self.log_partition(temperature)
+            result = tail.sub_((tail.logsumexp(dim=-1) - mass)[..., None])
+        else:
+            result = self.topk_logits.new_empty(shape)
+        return result.scatter_(-1, self.topk_ids, self.topk_log_probs(temperature))
 
-    def arrays(self, vocab_size: int) -> Arrays:
-        """The targets as the arrays a store keeps; ids take two bytes where the vocabulary allows."""
-        ids = self.topk_ids.numpy()
-        return {
-            "topk_ids": ids.astype(np.uint16 if vocab_size <= 1 << 16 else np.int32),
-            "topk_logits": self.topk_logits.numpy(),
-            "logsumexp": self.logsumexp.numpy(),
-        }
+    def best(self) -> Tensor:
+        """The most probable token of each position, int64 ``[...]``."""
+        return self.topk_ids[..., 0]
 
     @classmethod
-    def from_arrays(cls, arrays: Arrays, nodes: tuple[float, ...]) -> CompactTargets:
-        """Rebuild targets from stored arrays."""
-        return cls(
-            torch.from_numpy(arrays["topk_ids"].astype(np.int64)),
-            torch.from_numpy(np.ascontiguousarray(arrays["topk_logits"], dtype=np.float32)),
-            torch.from_numpy(np.ascontiguousarray(arrays["logsumexp"], dtype=np.float32)),
-            nodes,
-        )
+    def from_logits(cls, logits: Tensor, num_topk: int) -> CompactTargets:
+        """Reduce dense logits ``[N, V]`` (float32) to compact targets without a sketch.
+
+        Raises:
+            ValueError: a logit of the top-k or the sum over the tail is not finite (an excluded token's −∞ is
+                fine outside the top-k).
+        """
+        count = min(num_topk, logits.shape[-1])
+        values, ids = topk(logits, count)
+        tail = _tail_sums(logits, values[:, :1], ids).log()
+        if not bool(torch.isfinite(values).all()) or bool(
+            torch.isnan(tail).any() | torch.isposinf(tail).any()
+        ):
+            raise ValueError("the teacher's logits are not finite; its weights are damaged")
+        # A tail too small for float32 is as good as one of 1e-38; −∞ is kept for "there is none".
+        floor = torch.finfo(torch.float32).tiny if count < logits.shape[-1] else 0.0
+        tail = tail.clamp(min=float(np.log(floor))) if floor else tail
+        return cls(ids, values - values[:, :1], tail, logits.shape[-1])
+
+
+@dataclass(frozen=True)
+class HiddenTargets(_Rows):
+    """The teacher's final hidden state and the head that gives its logits: ``coordinates [..., R]``."""
+
+    coordinates: Tensor
+    head: OutputHead
+    has_tail_shape = True
+
+    def log_probs(self, temperature: float) -> Tensor:
+        """Log-probabilities of all tokens at temperature T, ``[..., V]``, in nats."""
+        return self.head.logits(self.coordinates).div_(temperature).log_softmax(dim=-1)
+
+    def best(self) -> Tensor:
+        """The most probable token of each position, int64 ``[...]``."""
+        return self.head.logits(self.coordinates).argmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class DenseTargets(_Rows):
+    """Every logit, float32 ``[..., V]``."""
+
+    logits: Tensor
+    has_tail_shape = True
+
+    def log_probs(self, temperature: float) -> Tensor:
+        """Log-probabilities of all tokens at temperature T, ``[..., V]``, in nats."""
+        return (self.logits / temperature).log_softmax(dim=-1)
+
+    def best(self) -> Tensor:
+        """The most probable token of each position, int64 ``[...]``."""
+        return self.logits.argmax(dim=-1)
+
+
+def _logsumexp(values: Tensor) -> Tensor:
+    """``values.logsumexp(-1)`` with the faster exponential (see ``_tail_sums``)."""
+    top = values.amax(dim=-1, keepdim=True)
+    return torch.sub(values, top).mul_(1.0 / math.log(2.0)).exp2_().sum(dim=-1).log() + top[..., 0]
+
+
+def _tail_sums(logits: Tensor, first: Tensor, ids: Tensor) -> Tensor:
+    """Σ exp((z_v − z_first) · node) over all tokens but ``ids``, at every node: ``[N, V]`` → ``[N, M]``.
+
+    One exponential serves all nodes: exp(x/6) and its powers up to the sixth. A few rows at a time, so that
+    everything stays in a core's own cache; base 2, which is the faster exponential of PyTorch by far.
+    """
+    scale = NODES[0] / math.log(2.0)
+    sums = logits.new_empty(len(logits), len(NODES))
+    space = logits.new_empty(3, min(ROWS_TOGETHER, len(logits)), logits.shape[-1])
+    for start in range(0, len(logits), ROWS_TOGETHER):
+        rows = slice(start, start + ROWS_TOGETHER)
+        root, square, cube = space[:, : len(logits[rows])]
+        torch.sub(logits[rows], first[rows], out=root).mul_(scale).exp2_()
+        root.scatter_(-1, ids[rows], 0.0)
+        torch.mul(root, root, out=square)
+        torch.mul(square, root, out=cube)
+        torch.sum(root, dim=-1, out=sums[rows, 0])
+        for column, (left, right) in enumerate(
+            ((root, root), (square, root), (square, square), (square, cube), (cube, cube)), 1
+        ):
+            sums[rows, column] = torch.linalg.vecdot(left, right)
+    return sums
+
+
+def topk(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``torch.topk(logits, count)`` of the last dimension of ``[N, V]``, about twice as fast for long rows.
+
+    Divided into columns c, c + B, c + 2B, …, the ``count`` greatest of a row lie in the ``count`` columns with
+    the greatest maxima (or in the rest that fills no column); only those are looked through.
+    """
+    size = logits.shape[-1]
+    columns = math.isqrt(size * count)  # as many maxima to choose from as there will be candidates
+    depth = size // max(1, columns)
+    if depth < 2 or columns <= count:
+        values, ids = torch.topk(logits, count, dim=-1)
+        return values, ids
+    steps = torch.arange(depth, device=logits.device) * columns
+    rest = torch.arange(depth * columns, size, device=logits.device)
+    found = []
+    for start in range(0, len(logits), ROWS_TOGETHER):
+        rows = logits[start : start + ROWS_TOGETHER]
+        maxima = rows[:, : depth * columns].view(len(rows), depth, columns).amax(dim=1)
+        chosen = torch.topk(maxima, count, dim=-1, sorted=False).indices
+        places = (chosen[:, :, None] + steps).flatten(1)
+        places = torch.cat((places, rest.expand(len(rows), -1)), dim=-1)
+        values, order = torch.topk(rows.gather(-1, places), count, dim=-1)
+        found.append((values, places.gather(-1, order)))
+    if not found:
+        return logits.new_empty(0, count), logits.new_empty(0, count, dtype=torch.int64)
+    return torch.cat([values for values, _ in found]), torch.cat([ids for _, ids in found])
+
+
+def _lagrange(points: tuple[float, ...], at: float) -> list[float]:
+    """Weights of the values at ``points`` in the polynomial through them, evaluated at ``at``."""
+    return [
+        float(np.prod([(at - other) / (point - other) for other in points if other != point]))
+        for point in points
+    ]

@@ -3,142 +3,148 @@
 A request is a list of segments of forced tokens. After each segment the teacher writes freely until it
 ends its turn; then the next segment follows in place of its end-of-turn token (a chat template's text
 between two turns carries that token itself). Every sequence draws from its own random stream, so what
-it says does not depend on which other sequences it shares a batch with.
+it says does not depend on which other sequences it shares a batch with. The logits it is chosen from are
+what soft targets are made of, so both come from one pass.
+
+Runs inside the worker process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from teachers.base import Sampling, Tokens
 from teachers.llama_cpp import ContextShape, LlamaContext
+from teachers.records import Answer
+from teachers.sampling import Speech, sample_rows
+from teachers.scoring import as_answer
+from teachers.soft_targets import Arrays
 
 PARALLEL_SEQUENCES = 128
 
-
-@dataclass
-class _Slot:
-    """One sequence being written."""
-
-    index: int
-    segments: list[Tokens]
-    random: np.random.Generator
-    tokens: list[int] = field(default_factory=list)
-    pending: list[int] = field(default_factory=list)
-
-    def begin_segment(self, max_length: int) -> None:
-        room = max_length - len(self.tokens)
-        self.pending = self.segments.pop(0)[:room].tolist()
-        self.tokens += self.pending
+Reduce = Callable[[Answer], Arrays]
 
 
-def sample_rows(logits: NDArray[np.float32], draws: NDArray[np.float64], sampling: Sampling) -> Tokens:
-    """Pick one token per row by inverting the cumulative distribution: ``[S, V]`` and ``[S]`` → ``[S]``.
+@dataclass(frozen=True)
+class Wanted:
+    """What is kept of the logits on the way: nothing without ``reduce``; ``states``: whether it looks at them."""
 
-    ``draws`` are uniform in [0, 1). Temperature 0 is greedy.
-    """
-    if sampling.temperature == 0.0:
-        return logits.argmax(axis=-1).astype(np.int32)
-    scaled = logits.astype(np.float64) / sampling.temperature
-    weights = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
-    if sampling.top_p < 1.0:
-        order = np.argsort(-weights, axis=-1, kind="stable")
-        ranked = np.take_along_axis(weights, order, axis=-1)
-        before = np.cumsum(ranked, axis=-1) - ranked  # mass ahead of each token; the first is always kept
-        ranked[before >= sampling.top_p * weights.sum(axis=-1, keepdims=True)] = 0.0
-        np.put_along_axis(weights, order, ranked, axis=-1)
-    cumulative = np.cumsum(weights, axis=-1)
-    targets = draws * cumulative[:, -1]
-    chosen = [
-        np.searchsorted(row, target, side="right") for row, target in zip(cumulative, targets, strict=True)
-    ]
-    return np.minimum(chosen, logits.shape[-1] - 1).astype(np.int32)
+    reduce: Reduce | None = None
+    states: bool = False
 
 
-def speak(
-    context: LlamaContext,
-    requests: Sequence[Sequence[Tokens]],
-    sampling: Sampling,
-    *,
-    first_index: int = 0,
-    progress: Callable[[int], None] = lambda more: None,
-) -> list[Tokens]:
-    """Let the teacher write one sequence per request and return forced and written tokens together.
+@dataclass(frozen=True)
+class Said:
+    """Sequences with forced and written tokens together, and the arrays of all their positions, in order."""
 
-    A sequence ends with the teacher's end-of-turn token, which is kept, or at ``max_length`` tokens.
-    ``first_index`` numbers the random streams, so that request i of a later call continues the count;
-    ``progress`` is told of each finished sequence.
-    """
-    parallel = context.parallel(min(PARALLEL_SEQUENCES, len(requests)), sampling.max_length)
-    # Many short sequences are bound by reading the cache, and a float16 one is enough to choose words by; the
-    # soft targets of what is said are computed afterwards, exactly.
-    context.prepare(ContextShape(parallel, sampling.max_length, context.model.speaks_exactly))
-    waiting = list(enumerate(requests))[::-1]
-    finished: dict[int, Tokens] = {}
-    slots: dict[int, _Slot] = {}
-    while waiting or slots:
-        for number in range(parallel):
-            if number not in slots and waiting:
-                index, segments = waiting.pop()
-                stream = np.random.Generator(np.random.Philox(key=[sampling.seed, first_index + index]))
-                slots[number] = _Slot(index, [np.asarray(part, np.int32) for part in segments], stream)
-                slots[number].begin_segment(sampling.max_length)
-                context.forget(number)
-        for number in _advance(context, slots, sampling):
-            slot = slots.pop(number)
-            finished[slot.index] = np.array(slot.tokens, dtype=np.int32)
-            progress(1)
-    return [finished[index] for index in range(len(requests))]
+    sequences: list[Tokens]
+    arrays: Arrays
 
 
-def _advance(context: LlamaContext, slots: dict[int, _Slot], sampling: Sampling) -> list[int]:
-    """Feed what is pending, sample one token for each fully fed sequence; returns the finished slots."""
-    feeding: list[tuple[int, list[int]]] = []
-    room = context.batch_tokens
-    for number, slot in slots.items():
-        piece = slot.pending[:room]
-        if piece:
-            feeding.append((number, piece))
-            room -= len(piece)
-    tokens = np.concatenate([np.array(piece, dtype=np.int32) for _, piece in feeding])
-    positions = np.concatenate([_positions(slots[number], len(piece)) for number, piece in feeding])
-    owners = np.repeat([number for number, _ in feeding], [len(piece) for _, piece in feeding]).astype(
-        np.int32
-    )
-    complete = [number for number, piece in feeding if len(piece) == len(slots[number].pending)]
-    ends = np.cumsum([len(piece) for _, piece in feeding]) - 1
-    wanted = np.zeros(len(tokens), dtype=np.bool_)
-    wanted[[end for (number, _), end in zip(feeding, ends, strict=True) if number in complete]] = True
-    logits = context.decode(tokens, positions, owners, wanted)
-    for number, piece in feeding:
-        slots[number].pending = slots[number].pending[len(piece) :]
-    if not complete:
-        return []
-    draws = np.array([slots[number].random.random() for number in complete])
-    chosen = sample_rows(logits, draws, sampling)
-    return [
-        number
-        for number, token in zip(complete, chosen.tolist(), strict=True)
-        if not _continue(context, slots[number], token, sampling.max_length)
-    ]
+class Speaker:
+    """Writes sequences on one context."""
 
+    def __init__(self, context: LlamaContext, sampling: Sampling, wanted: Wanted) -> None:
+        self.context = context
+        self.sampling = sampling
+        self.wanted = wanted
+        self._pieces: list[Arrays] = []
+        self._places: list[tuple[int, int, int]] = []  # sequence, first position, count; as in the pieces
 
-def _positions(slot: _Slot, count: int) -> NDArray[np.int32]:
-    start = len(slot.tokens) - len(slot.pending)
-    return np.arange(start, start + count, dtype=np.int32)
+    def speak(
+        self,
+        requests: Sequence[Sequence[Tokens]],
+        numbers: Sequence[int],
+        progress: Callable[[int], None] = lambda more: None,
+    ) -> Said:
+        """Let the teacher write one sequence per request.
 
+        A sequence ends with the teacher's end-of-turn token, which is kept, or at ``max_length`` tokens.
+        ``numbers`` names each request's random stream; ``progress`` is told of each finished sequence.
+        """
+        context, longest = self.context, self.sampling.max_length
+        parallel = context.parallel(min(PARALLEL_SEQUENCES, len(requests)), longest)
+        # Many short sequences are bound by reading the cache, and a float16 one is enough to choose words by.
+        context.prepare(
+            ContextShape(parallel, longest, context.model.speaks_exactly, states=self.wanted.states)
+        )
+        pairs = zip(requests, numbers, strict=True)
+        speeches = [Speech.begin(request, self.sampling, number) for request, number in pairs]
+        waiting = [index for index, speech in enumerate(speeches) if not self._done(speech)][::-1]
+        slots: dict[int, int] = {}
+        while waiting or slots:
+            for slot in range(parallel):
+                if slot not in slots and waiting:
+                    slots[slot] = waiting.pop()
+                    context.forget(slot)
+            self._step(speeches, slots)
+            for slot in [slot for slot, index in slots.items() if self._done(speeches[index])]:
+                del slots[slot]
+                progress(1)
+        sequences = [np.array(speech.tokens, dtype=np.int32) for speech in speeches]
+        return Said(sequences, self._in_order(sequences))
 
-def _continue(context: LlamaContext, slot: _Slot, token: int, max_length: int) -> bool:
-    """Take in a sampled token; returns whether the sequence goes on."""
-    if len(slot.tokens) >= max_length:
-        return False
-    if token in context.model.end_tokens and slot.segments:
-        slot.begin_segment(max_length)
-        return len(slot.tokens) < max_length
-    slot.tokens.append(token)
-    slot.pending = [token]
-    return token not in context.model.end_tokens and len(slot.tokens) < max_length
+    def _done(self, speech: Speech) -> bool:
+        """Whether a sequence needs no more decoding; what follows its last token does not matter."""
+        return speech.finished and (self.wanted.reduce is None or speech.fed >= len(speech.tokens) - 1)
+
+    def _step(self, speeches: list[Speech], slots: dict[int, int]) -> None:
+        """Feed what every sequence has pending, as far as the batch reaches, and choose the next tokens."""
+        room = self.context.batch_tokens
+        feeding: list[tuple[int, int, list[int]]] = []
+        for slot, index in slots.items():
+            speech = speeches[index]
+            end = len(speech.tokens) - speech.finished
+            piece = speech.tokens[speech.fed : min(end, speech.fed + room)]
+            if piece:
+                feeding.append((slot, index, piece))
+                room -= len(piece)
+        counts = [len(piece) for _, _, piece in feeding]
+        places = [(index, speeches[index].fed, len(piece)) for _, index, piece in feeding]
+        for _, index, piece in feeding:
+            speeches[index].fed += len(piece)
+        choosing = [place for place, (_, index, _) in enumerate(feeding) if speeches[index].wants_token]
+        ends = np.cumsum(counts)[choosing] - 1
+        everything = self.wanted.reduce is not None or self.wanted.states
+        rows = np.zeros(sum(counts), dtype=np.bool_)
+        rows[slice(None) if everything else ends] = True
+        outputs = self.context.decode(
+            np.concatenate([np.array(piece, dtype=np.int32) for _, _, piece in feeding]),
+            np.concatenate([np.arange(start, start + n, dtype=np.int32) for _, start, n in places]),
+            np.repeat([slot for slot, _, _ in feeding], counts).astype(np.int32),
+            rows,
+        )
+        if self.wanted.reduce is not None:
+            self._pieces.append(self.wanted.reduce(as_answer(outputs)))
+            self._places += places
+        assert outputs.logits is not None
+        chosen_from = outputs.logits[ends] if everything else outputs.logits
+        self._choose([speeches[feeding[place][1]] for place in choosing], chosen_from)
+
+    def _choose(self, speeches: list[Speech], logits: NDArray[np.float32]) -> None:
+        """Give each of some sequences its next token."""
+        if not speeches:
+            return
+        draws = np.array([speech.random.random() for speech in speeches])
+        for speech, token in zip(speeches, sample_rows(logits, draws, self.sampling).tolist(), strict=True):
+            speech.take(token, self.context.model.end_tokens)
+
+    def _in_order(self, sequences: list[Tokens]) -> Arrays:
+        """What was kept, in the order of the sequences and their positions (n − 1 of n tokens)."""
+        if not self._pieces:
+            return {}
+        starts = np.concatenate(([0], np.cumsum([len(tokens) - 1 for tokens in sequences])))
+        targets = np.concatenate(
+            [starts[index] + first + np.arange(count) for index, first, count in self._places]
+        )
+        arrays: Arrays = {}
+        for name in self._pieces[0]:
+            values = np.concatenate([piece[name] for piece in self._pieces])
+            room = np.empty((int(starts[-1]), *values.shape[1:]), values.dtype)
+            room[targets] = values
+            arrays[name] = room
+        return arrays

@@ -3,8 +3,9 @@
 ``manifest.json`` says what the store holds: its identity (teacher, tokenizer, corpus, kind of targets, …)
 and how the sequences are split into shards. ``shard-00000.safetensors`` holds consecutive sequences: their
 ``tokens`` and ``lengths``, and one row of each target array per position (a sequence of n tokens has n − 1
-positions). A shard's header carries a SHA-256 over its arrays and the store's key, so each file proves
-itself and writers need no common state.
+positions). ``companion.safetensors`` holds what all positions share: how hidden states are encoded, and the
+output matrix that turns them into logits, so that a store can be used without its teacher. Each file's header
+carries a SHA-256 over its arrays and the store's key, so it proves itself and writers need no common state.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,17 @@ from typing import Any
 import filelock
 import numpy as np
 import safetensors.numpy
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from teachers.soft_targets import Arrays, CompactTargets
+from teachers.records import Recipe, Targets, array_names, typed
+from teachers.sketch import Basis
+from teachers.soft_targets import Arrays, OutputHead
 
-FORMAT = 1
+FORMAT = 2
+COMPANION = "companion.safetensors"
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 Tokens = NDArray[np.int32]
@@ -50,6 +56,11 @@ class Manifest:
         return -(-self.sequences // self.sequences_per_shard)
 
     @property
+    def recipe(self) -> Recipe:
+        """What the store keeps of each position."""
+        return Recipe.from_json(self.identity["recipe"])
+
+    @property
     def key(self) -> str:
         """SHA-256 of the identity, in hexadecimal."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
@@ -65,15 +76,49 @@ class Manifest:
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
+@dataclass(frozen=True)
+class Companion:
+    """What all positions of a store share.
+
+    ``bases``: how hidden states are encoded (``final``, ``layer<i>``); ``head``: what turns a decoded final
+    state into logits, ``None`` where no state is kept.
+    """
+
+    bases: Mapping[str, Basis]
+    head: OutputHead | None
+
+    def arrays(self) -> Arrays:
+        """Everything as named arrays; the head's matrix in float16."""
+        arrays: Arrays = {}
+        for name, basis in self.bases.items():
+            arrays |= basis.arrays(name)
+        if self.head is not None:
+            arrays |= {"head_matrix": self.head.matrix.half().numpy(), "head_bias": self.head.bias.numpy()}
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays, recipe: Recipe) -> Companion:
+        """The inverse of ``arrays``."""
+        names = ["final", *(f"layer{layer}" for layer in recipe.layers)]
+        found = {name: Basis.from_arrays(arrays, name) for name in names}
+        head = None
+        if "head_matrix" in arrays:
+            matrix, bias = (np.array(arrays[name], np.float32) for name in ("head_matrix", "head_bias"))
+            head = OutputHead(torch.from_numpy(matrix), torch.from_numpy(bias))
+        return cls({name: basis for name, basis in found.items() if basis is not None}, head)
+
+
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path, rank: int = 0) -> Iterator[None]:
     """Hold a folder for this process alone; the lock ends with the process, however it ends.
+
+    Processes of one launch that share the work hold it under their ``rank``, one each.
 
     Raises:
         StoreError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / LOCK)
+    lock = filelock.FileLock(folder / (f"{LOCK}.{rank}" if rank else LOCK))
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -104,7 +149,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def is_temporary(path: Path) -> bool:
     """Whether a file is a lock, or what a killed writer may leave behind."""
-    return path.name == LOCK or (path.name.startswith(".") and ".tmp" in path.name)
+    return path.name.startswith(LOCK) or (path.name.startswith(".") and ".tmp" in path.name)
 
 
 class SoftTargetStore:
@@ -113,6 +158,8 @@ class SoftTargetStore:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._recipe = manifest.recipe
+        self._companion: Companion | None = None
         self._open_shards: dict[int, Any] = {}
         self._starts: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
@@ -167,24 +214,55 @@ class SoftTargetStore:
             "lengths": np.array([len(tokens) for tokens in sequences], dtype=np.int64),
             **{name: np.ascontiguousarray(rows) for name, rows in targets.items()},
         }
-        metadata = {"sha256": _digest(arrays), "store": self.manifest.key, "shard": str(shard)}
         self._open_shards.pop(shard, None)
         self._starts.pop(shard, None)
-        write_whole(self.shard_path(shard), safetensors.numpy.save(arrays, metadata=metadata))
+        self._write(self.shard_path(shard), arrays)
+
+    def _write(self, path: Path, arrays: Arrays) -> None:
+        """Write a file of arrays that proves itself."""
+        arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+        metadata = {"sha256": _digest(arrays), "store": self.manifest.key, "name": path.stem}
+        write_whole(path, safetensors.numpy.save(arrays, metadata=metadata))
+
+    def write_companion(self, companion: Companion) -> None:
+        """Write the store's companion, whole or not at all.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        self._write(self.folder / COMPANION, companion.arrays())
+        self._companion = None
 
     def state(self, shard: int) -> str:
         """``complete``, ``missing`` or ``damaged`` (its checksum, header or store key is wrong)."""
         path = self.shard_path(shard)
         if not path.exists():
             return "missing"
+        return "damaged" if self._proved(path) is None else "complete"
+
+    def _proved(self, path: Path) -> Arrays | None:
+        """The arrays of a file if its checksum, header and store key are right."""
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError:
-            return "damaged"
-        wanted = {"sha256": _digest(arrays), "store": self.manifest.key, "shard": str(shard)}
-        return "complete" if metadata == wanted else "damaged"
+        except (SafetensorError, TypeError):  # numpy has no such type
+            return None
+        wanted = {"sha256": _digest(arrays), "store": self.manifest.key, "name": path.stem}
+        return arrays if metadata == wanted else None
+
+    @property
+    def needs_companion(self) -> bool:
+        """Whether this kind of store has something that all positions share."""
+        return self._recipe.needs_states or bool(self._recipe.layers)
+
+    def companion(self) -> Companion | None:
+        """What all positions share, or ``None`` where that file is missing or damaged."""
+        if self._companion is None and (self.folder / COMPANION).exists():
+            arrays = self._proved(self.folder / COMPANION)
+            if arrays is not None:
+                self._companion = Companion.from_arrays(arrays, self._recipe)
+        return self._companion
 
     # -- reading --------------------------------------------------------------------------------------
 
@@ -209,14 +287,43 @@ class SoftTargetStore:
         rows: Tokens = file.get_slice("tokens")[starts[place] : starts[place + 1]]
         return rows
 
-    def targets(self, index: int) -> CompactTargets:
-        """Soft targets of one sequence's n − 1 positions; only these rows are read from disk."""
+    def targets(self, index: int) -> Targets:
+        """Soft targets of one sequence's n − 1 positions; only these rows are read from disk.
+
+        Raises:
+            StoreError: the companion is missing or damaged; a rerun of the capture makes it again.
+        """
+        companion = self._need_companion() if self._recipe.needs_states else None
+        arrays = self._rows(index, array_names(self._recipe))
+        basis = companion.bases.get("final") if companion else None
+        head = companion.head if companion else None
+        return typed(arrays, self._recipe, int(self.manifest.identity["vocab_size"]), basis, head)
+
+    def layer_states(self, index: int) -> dict[int, Tensor]:
+        """Kept states of the chosen layers, float32 ``[n − 1, R]`` each, in the coordinates of their basis."""
+        companion = self._need_companion()
+        names = [name for layer in self._recipe.layers for name in (f"layer{layer}", f"layer{layer}_scale")]
+        arrays = self._rows(index, names)
+        return {
+            layer: companion.bases[f"layer{layer}"].coordinates(
+                arrays[f"layer{layer}"],  # type: ignore[arg-type]
+                arrays[f"layer{layer}_scale"],  # type: ignore[arg-type]
+            )
+            for layer in self._recipe.layers
+        }
+
+    def _need_companion(self) -> Companion:
+        companion = self.companion()
+        if companion is None:
+            raise StoreError(f"store {self.folder}: {COMPANION} is missing or damaged; run the capture again")
+        return companion
+
+    def _rows(self, index: int, names: list[str]) -> Arrays:
+        """The rows of one sequence in some arrays."""
         shard, place = divmod(index, self.manifest.sequences_per_shard)
         file, _, starts = self._shard(shard)
         first, last = starts[place], starts[place + 1]
-        names = ("topk_ids", "topk_logits", "logsumexp")
-        arrays = {name: file.get_slice(name)[first:last] for name in names}
-        return CompactTargets.from_arrays(arrays, tuple(self.manifest.identity["nodes"]))
+        return {name: file.get_slice(name)[first:last] for name in names}
 
     def lengths(self) -> NDArray[np.int64]:
         """Number of tokens of every sequence, in order."""
@@ -225,7 +332,7 @@ class SoftTargetStore:
 
     def bytes_on_disk(self) -> int:
         """Size of all shards present."""
-        return sum(path.stat().st_size for path in self.folder.glob("shard-*.safetensors"))
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -244,12 +351,14 @@ def read_manifest(folder: Path) -> Manifest:
         )
         if manifest.sequences < 1 or manifest.sequences_per_shard < 1:
             raise ValueError("it counts no sequences")
+        if manifest.recipe.kind and int(manifest.identity["vocab_size"]) < 1:
+            raise ValueError("it has no vocabulary")
         return manifest
     except FileNotFoundError:
         raise StoreError(f"{folder} is not a store: it has no {MANIFEST}") from None
     except StoreError:
         raise
-    except (KeyError, TypeError, ValueError) as error:  # broken JSON and UTF-8 are ValueErrors
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # broken JSON and UTF-8 are ValueErrors
         raise StoreError(f"store {folder}: {MANIFEST} is damaged ({error}); move the folder away") from None
 
 

@@ -7,7 +7,6 @@ child's standard input and output; the child's standard error goes to a temporar
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
@@ -15,35 +14,53 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from teachers.wire import Arrays, pack_ragged, read_frame, unpack_ragged, write_frame
+import psutil
+
+from teachers.wire import Arrays, read_frame, write_frame
 
 LOG_TAIL_LINES = 3
+# A worker that has said nothing for so long is given up: hung if it computes nothing either, lost if it does.
+HUNG_SECONDS = 120.0
+LOST_SECONDS = 1800.0
 Answer = tuple[dict[str, Any], Arrays]
 
 # The child gets the parent's sys.path, so that a folder called `teachers` in the user's working directory
 # cannot take this package's place.
-_CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from teachers.worker import serve; serve()"
+_CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from teachers.server import serve; serve()"
 
 
 class TeacherError(ValueError):
     """The teacher cannot be used: llama.cpp refused the file or died on it. Names the file and the cause."""
 
 
+class WorkerDefect(RuntimeError):
+    """The worker failed by a mistake of this package's own; carries the child's traceback."""
+
+
 class Worker:
     """A child process that runs one GGUF file through llama.cpp."""
 
-    def __init__(self, path: Path, *, threads: int, gpu_layers: int = 0) -> None:
+    def __init__(
+        self, path: Path, *, threads: int, gpu_layers: int = 0, hung_seconds: float = HUNG_SECONDS
+    ) -> None:
         """Start the process and load the file.
+
+        ``hung_seconds``: after so long without a sign of life or any computing the worker is given up.
 
         Raises:
             TeacherError: llama.cpp cannot load it.
         """
         self.path = path
+        self.hung_seconds = hung_seconds
+        self.given_up = ""
+        self._sign = time.monotonic()
+        self._busy = False
+        self._closed = threading.Event()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close())
         self._process = subprocess.Popen(
             [sys.executable, "-c", _CHILD, json.dumps(sys.path)],
@@ -51,12 +68,18 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._log,
         )
+        threading.Thread(target=self._watch, daemon=True).start()
         try:
             load = {"path": str(path), "threads": threads, "gpu_layers": gpu_layers}
             self.description = self.ask("load", load)[0]
         except BaseException:
             self.close()
             raise
+
+    @property
+    def process_id(self) -> int:
+        """The child's process id."""
+        return self._process.pid
 
     def ask(
         self,
@@ -68,44 +91,83 @@ class Worker:
         """Send one request and wait for its answer; ``progress`` gets the counts reported on the way.
 
         Raises:
-            TeacherError: the request failed in the child, or the child died.
+            TeacherError: the request failed in the child, or the child died or hung.
+            WorkerDefect: the child failed by a mistake of ours.
         """
         stdin, stdout = cast(BinaryIO, self._process.stdin), cast(BinaryIO, self._process.stdout)
+        self._sign, self._busy = time.monotonic(), True
         try:
             write_frame(stdin, {"operation": operation, **(arguments or {})}, arrays)
             while True:
                 message, answer = read_frame(stdout)
+                self._sign = time.monotonic()
                 if "progress" not in message:
                     break
                 progress(message["progress"])
         except (EOFError, BrokenPipeError):
-            raise TeacherError(self._obituary(operation)) from None
+            raise self._obituary(operation) from None
+        finally:
+            self._busy = False
         if "error" in message:
             raise TeacherError(f"{self.path}: {message['error']}{self._last_words()}")
         return message, answer
 
-    def _obituary(self, operation: str) -> str:
+    def _watch(self) -> None:
+        """Kill a worker that gives no sign of life, so that whoever waits for it learns of it."""
+        process = psutil.Process(self._process.pid)
+        computed, since = 0.0, time.monotonic()
+        while not self._closed.wait(min(5.0, self.hung_seconds / 4)):
+            try:
+                times = process.cpu_times()
+            except psutil.Error:
+                return  # it has ended, which the waiting side sees by itself
+            now = time.monotonic()
+            if not self._busy or times.user + times.system > computed + 0.01:
+                computed, since = times.user + times.system, now
+            silent = now - self._sign
+            hung = silent > self.hung_seconds and now - since > self.hung_seconds
+            if self._busy and (hung or silent > LOST_SECONDS):
+                self.given_up = f"gave no sign of life for {silent:.0f} s and was stopped"
+                self._process.kill()
+                return
+
+    def _obituary(self, operation: str) -> Exception:
+        """What to raise about a child that has ended while it was asked for something."""
         code = self._process.wait()
+        words = self._last_words()
+        if code == 1 and "Traceback" in self._log_tail():
+            return WorkerDefect(f"the llama.cpp worker failed during {operation}:\n{self._log_tail()}")
         try:
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         except ValueError:
             how = f"exit code {code}"
-        return (
-            f"{self.path}: llama.cpp died during {operation} ({how}){self._last_words()}; the file is probably "
+        if self.given_up:
+            return TeacherError(
+                f"{self.path}: llama.cpp {self.given_up} during {operation}{words}; what was captured is kept, run the "
+                "same command again to continue"
+            )
+        return TeacherError(
+            f"{self.path}: llama.cpp died during {operation} ({how}){words}; the file is probably "
             "damaged or of a kind this llama.cpp does not run"
         )
 
-    def _last_words(self) -> str:
-        """The end of the child's log, on one line, or nothing."""
+    def _log_tail(self) -> str:
+        """The end of the child's log."""
         size = self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, size - 4096))
-        lines = self._log.read().decode("utf-8", errors="replace").splitlines()
+        text = self._log.read().decode("utf-8", errors="replace")
         self._log.seek(0, os.SEEK_END)
+        return text
+
+    def _last_words(self) -> str:
+        """The end of the child's log, on one line, or nothing."""
+        lines = self._log_tail().splitlines()
         said = [line.strip() for line in lines if line.strip() and not line.startswith(("[New LWP", "#"))]
         return f"; it said: {' | '.join(said[-LOG_TAIL_LINES:])}" if said else ""
 
     def close(self) -> None:
         """End the child process; safe to call twice."""
+        self._closed.set()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None and not pipe.closed:
                 try:
@@ -116,134 +178,3 @@ class Worker:
             self._process.kill()
         self._process.wait()
         self._log.close()
-
-
-# -- inside the child ---------------------------------------------------------------------------------------
-
-
-class _Server:
-    """Answers requests inside the child; one method per operation."""
-
-    def __init__(self, output: BinaryIO) -> None:
-        self.output = output
-        self.model: Any = None
-        self.lanes: list[Any] = []
-        self._done = 0
-        self._reporting = threading.Lock()
-
-    def report(self, more: int) -> None:
-        """Tell the parent that ``more`` units are done; lanes call this from their own threads."""
-        with self._reporting:
-            self._done += more
-            write_frame(self.output, {"progress": self._done})
-
-    def divide(self, count: int, work: Callable[[Any, slice], Any]) -> list[Any]:
-        """Give each lane a share of ``count`` sequences, of like size and in order; returns their results."""
-        self._done = 0
-        lanes = self.lanes[: max(1, min(count, len(self.lanes)))]
-        edges = [count * place // len(lanes) for place in range(len(lanes) + 1)]
-        spans = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
-        with ThreadPoolExecutor(len(lanes)) as pool:
-            return list(pool.map(work, lanes, spans))
-
-    def load(self, request: dict[str, Any], arrays: Arrays) -> Answer:
-        from teachers.llama_cpp import LlamaContext, LlamaModel
-
-        self.model = LlamaModel(request["path"], threads=request["threads"], gpu_layers=request["gpu_layers"])
-        each = max(1, self.model.threads // self.model.lanes)
-        self.lanes = [LlamaContext(self.model, each) for _ in range(self.model.lanes)]
-        return self.model.describe(), {}
-
-    def tokenize(self, request: dict[str, Any], arrays: Arrays) -> Answer:
-        special = {"add_special": request["add_special"], "parse_special": request["parse_special"]}
-        tokens = [self.model.tokenize(text, **special) for text in request["texts"]]
-        return {}, pack_ragged(tokens, "tokens")
-
-    def detokenize(self, request: dict[str, Any], arrays: Arrays) -> Answer:
-        texts = []
-        for tokens in unpack_ragged(arrays, "tokens"):
-            raw = b"".join(self.model.piece(token) for token in tokens.tolist())
-            texts.append(raw.decode("utf-8", errors="replace"))
-        return {"texts": texts}, {}
-
-    def speak(self, request: dict[str, Any], arrays: Arrays) -> Answer:
-        from teachers.base import Sampling
-        from teachers.speak import speak
-
-        segments = unpack_ragged(arrays, "segments")
-        requests, taken = [], 0
-        for count in arrays["segment_counts"].tolist():
-            requests.append(segments[taken : taken + count])
-            taken += count
-        sampling = Sampling(**request["sampling"])
-
-        def work(lane: Any, span: slice) -> list[Any]:
-            first = request["first_index"] + span.start
-            return speak(lane, requests[span], sampling, first_index=first, progress=self.report)
-
-        return {}, pack_ragged(list(itertools.chain(*self.divide(len(requests), work))), "tokens")
-
-    def score(self, request: dict[str, Any], arrays: Arrays) -> Answer:
-        import numpy as np
-        import torch
-
-        from teachers.soft_targets import CompactTargets
-
-        sequences, nodes = unpack_ragged(arrays, "tokens"), tuple(request["nodes"])
-
-        def work(lane: Any, span: slice) -> list[Arrays]:
-            torch.set_num_threads(lane.threads)  # of this lane's thread
-            pieces = []
-            for logits in lane.logits(sequences[span]):
-                targets = CompactTargets.from_logits(torch.from_numpy(logits), request["num_topk"], nodes)
-                pieces.append(targets.arrays(self.model.vocab_size))
-                self.report(len(logits))
-            return pieces
-
-        pieces = list(itertools.chain(*self.divide(len(sequences), work)))
-        return {}, {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-
-    def logits(self, request: dict[str, Any], arrays: Arrays) -> Answer:
-        import numpy as np
-
-        sequences = unpack_ragged(arrays, "tokens")
-
-        def work(lane: Any, span: slice) -> list[Any]:
-            return [piece.copy() for piece in lane.logits(sequences[span], exact=request["exact"])]
-
-        return {}, {"logits": np.concatenate(list(itertools.chain(*self.divide(len(sequences), work))))}
-
-    def speed(self, request: dict[str, Any], arrays: Arrays) -> Answer:
-        from teachers.llama_cpp import LlamaContext
-
-        context = LlamaContext(
-            self.model, self.model.threads
-        )  # all threads on one sequence, as a user runs it
-        try:
-            prompt, generation = context.speed(request["prompt_tokens"], request["new_tokens"])
-        finally:
-            context.release()
-        return {"prompt": prompt, "generation": generation}, {}
-
-    def run(self, source: BinaryIO) -> None:
-        while True:
-            try:
-                request, arrays = read_frame(source)
-            except EOFError:
-                return
-            try:
-                operation = getattr(self, request.pop("operation"))
-                answer, answer_arrays = operation(request, arrays)
-            except (RuntimeError, ValueError, MemoryError, OSError) as error:
-                write_frame(self.output, {"error": str(error) or type(error).__name__})
-                continue
-            write_frame(self.output, answer, answer_arrays)
-
-
-def serve() -> None:
-    """Answer requests until the parent closes the pipe. Ctrl-C is the parent's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # llama.cpp's libraries may print to standard output; keep the protocol on a descriptor of its own.
-    output = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    _Server(output).run(sys.stdin.buffer)

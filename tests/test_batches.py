@@ -13,22 +13,30 @@ from distill.batches import MAX_HELD_OUT, epoch_order, load_batch, micro_batches
 from distill.config import TrainConfig
 from distill.errors import UserError
 from distill.schedule import build_optimizer, build_schedule, peak_learning_rate
-from teachers.soft_targets import CompactTargets
-from teachers.store import Manifest, SoftTargetStore
-from tests.conftest import make_student
+from teachers.records import Recipe
+from teachers.soft_targets import CompactTargets, DenseTargets, HiddenTargets
+from teachers.store import SoftTargetStore
+from tests.conftest import BigramTeacher, make_student, write_store
+
+# What each kind of targets consists of, row by row.
+KINDS = {
+    "buckets": (Recipe(num_topk=3), CompactTargets, ("topk_ids", "topk_logits", "tail")),
+    "sketch": (
+        Recipe(num_topk=3, sketch_bytes=5, layers=(0,), layer_bytes=4),
+        CompactTargets,
+        ("topk_ids", "topk_logits", "tail", "coordinates"),
+    ),
+    "hidden": (Recipe("hidden"), HiddenTargets, ("coordinates",)),
+    "dense": (Recipe("dense"), DenseTargets, ("logits",)),
+}
 
 
-def make_store(folder: Path, sequences: list[list[int]], per_shard: int = 4) -> SoftTargetStore:
+def make_store(
+    folder: Path, sequences: list[list[int]], per_shard: int = 4, kind: str = "buckets"
+) -> SoftTargetStore:
     """A store of ``sequences`` with seeded targets."""
-    manifest = Manifest({"nodes": [1.0, 2.0], "sequences": len(sequences)}, len(sequences), per_shard)
-    store = SoftTargetStore.create_or_open(folder, manifest)
-    generator = torch.Generator().manual_seed(3)
-    for shard in range(manifest.shards):
-        start, stop = store.span(shard)
-        rows = [np.array(row, dtype=np.int32) for row in sequences[start:stop]]
-        logits = torch.randn(sum(len(row) - 1 for row in rows), 20, generator=generator)
-        store.write_shard(shard, rows, CompactTargets.from_logits(logits, 3, (1.0, 2.0)).arrays(20))
-    return store
+    rows = [np.array(row, dtype=np.int32) for row in sequences]
+    return write_store(folder, BigramTeacher(20, 8, seed=3), rows, KINDS[kind][0], per_shard)
 
 
 def varied(count: int, copies: int = 1) -> list[list[int]]:
@@ -121,19 +129,24 @@ def test_batches_pad_less_and_come_mixed() -> None:
     assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
 
 
-def test_load_batch_pads_right_and_aligns_targets(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_load_batch_pads_right_and_aligns_targets(tmp_path: Path, kind: str) -> None:
     """Rows in the order asked, zeros behind them, and one target for each valid position, row by row."""
     sequences = [[5, 6, 7], [8, 9], [1, 2, 3, 4, 5], [11, 12], [13, 14, 15, 16]]
-    store = make_store(tmp_path, sequences, per_shard=2)
+    store = make_store(tmp_path, sequences, per_shard=2, kind=kind)
     batch = load_batch(store, np.array([4, 1, 2]))
     assert batch.tokens.tolist() == [[13, 14, 15, 16, 0], [8, 9, 0, 0, 0], [1, 2, 3, 4, 5]]
     assert batch.tokens.dtype == torch.int64 and batch.lengths.tolist() == [4, 2, 5]
     assert batch.labels.tolist() == [14, 15, 16, 9, 2, 3, 4, 5]
-    assert batch.count() == 8 and batch.targets.nodes == (1.0, 2.0)
-    for name in ("topk_ids", "topk_logits", "logsumexp"):
+    _, typed, names = KINDS[kind]
+    assert batch.count() == len(batch.targets.best()) == 8 and isinstance(batch.targets, typed)
+    for name in names:
         rows = [getattr(store.targets(index), name) for index in (4, 1, 2)]
         assert torch.equal(getattr(batch.targets, name), torch.cat(rows))
-    assert not torch.equal(store.targets(4).topk_logits[:1], store.targets(1).topk_logits)
+        assert not torch.equal(rows[0][:1], rows[1])
+    assert torch.equal(
+        batch.targets.best(), BigramTeacher(20, 8, seed=3).answers.argmax(-1)[batch.tokens[batch.valid]]
+    )
 
 
 @pytest.mark.parametrize(("count", "parts"), [(8, 1), (8, 4), (7, 3), (2, 5), (1, 1)])

@@ -12,17 +12,24 @@ import torch
 from distill import checkpoint, engine
 from distill.batches import split
 from distill.config import LossConfig, TrainConfig
-from distill.engine import TrainingData, evaluation_steps, train
+from distill.engine import TrainingData, evaluation_steps, held_out_score, train
 from distill.errors import TrainingAborted, UserError
 from distill.metrics import MetricsFile
 from distill.objective import Objective
 from students import so8
 from students.model import SO8TForCausalLM
-from teachers.soft_targets import CompactTargets
-from teachers.store import Manifest, SoftTargetStore
-from tests.conftest import make_student
+from teachers.records import Recipe
+from teachers.store import SoftTargetStore
+from tests.conftest import BigramTeacher, make_student, write_store
+from tests.test_losses import reference_bucket_kl
 
-VOCAB, NODES = 48, (1.0, 2.0)
+VOCAB, WIDTH = 48, 16
+RECIPES = {
+    "buckets": Recipe(num_topk=8),
+    "sketch": Recipe(num_topk=8, sketch_bytes=10),
+    "hidden": Recipe("hidden"),
+    "dense": Recipe("dense"),
+}
 LOSS = LossConfig(temperature=2.0)
 TRAIN = TrainConfig(epochs=2, batch_size=4, evaluations=4, learning_rate=0.01, precision="fp32")
 
@@ -31,26 +38,15 @@ def read_metrics(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def make_store(folder: Path, seed: int = 0, sequences: int = 24) -> SoftTargetStore:
+def make_store(folder: Path, seed: int = 0, sequences: int = 24, kind: str = "buckets") -> SoftTargetStore:
     """A store with the answers of a fixed random bigram teacher."""
     random = np.random.default_rng(seed)
-    bigram = torch.from_numpy(random.normal(size=(VOCAB, VOCAB)).astype(np.float32) * 2)
-    identity = {"nodes": list(NODES), "num_topk": 8, "seed": seed}
-    store = SoftTargetStore.create_or_open(folder, Manifest(identity, sequences, 10))
-    for shard in range(store.manifest.shards):
-        start, stop = store.span(shard)
-        rows = [
-            random.integers(0, VOCAB, size=random.integers(4, 14)).astype(np.int32)
-            for _ in range(start, stop)
-        ]
-        inputs = torch.from_numpy(np.concatenate([row[:-1] for row in rows]).astype(np.int64))
-        targets = CompactTargets.from_logits(bigram[inputs], 8, NODES)
-        store.write_shard(shard, rows, targets.arrays(VOCAB))
-    return store
+    rows = [random.integers(0, VOCAB, size=random.integers(4, 14)).astype(np.int32) for _ in range(sequences)]
+    return write_store(folder, BigramTeacher(VOCAB, WIDTH, seed=seed), rows, RECIPES[kind], 10, seed=seed)
 
 
-def make_data(tmp_path: Path, seed: int = 0) -> TrainingData:
-    store = make_store(tmp_path / f"store-{seed}", seed)
+def make_data(tmp_path: Path, seed: int = 0, kind: str = "buckets") -> TrainingData:
+    store = make_store(tmp_path / f"store-{seed}-{kind}", seed, kind=kind)
     return TrainingData(store, split(store, 0.2, 0), 0)
 
 
@@ -68,10 +64,11 @@ def run(data: TrainingData, folder: Path, config: TrainConfig = TRAIN, report=la
     return student, train(student, data, Objective(LOSS), config, folder, report)
 
 
-def test_training_learns_and_logs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", RECIPES)
+def test_training_learns_and_logs(tmp_path: Path, kind: str) -> None:
     """Held-out KL falls, every step is logged with its parts, rotations stay exact and do not commute."""
     config = TRAIN.model_copy(update={"epochs": 12})
-    student, summary = run(make_data(tmp_path), tmp_path / "run", config)
+    student, summary = run(make_data(tmp_path, kind=kind), tmp_path / "run", config)
     first, last = summary.scores[0][1], summary.scores[-1][1]
     assert last.kl < first.kl * 0.9 and summary.scores[0][0] == 0
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -95,10 +92,12 @@ class Killed(BaseException):
     """Stands for a signal that ends the process."""
 
 
-@pytest.mark.parametrize("kill_at", [1, 4, 7, 10])
-def test_an_interrupted_run_continues_bit_for_bit(tmp_path: Path, kill_at: int) -> None:
+@pytest.mark.parametrize(
+    ("kill_at", "kind"), [(1, "buckets"), (4, "buckets"), (7, "sketch"), (10, "buckets"), (10, "hidden")]
+)
+def test_an_interrupted_run_continues_bit_for_bit(tmp_path: Path, kill_at: int, kind: str) -> None:
     """Killed at any step and started again: the final weights are those of the uninterrupted run."""
-    data = make_data(tmp_path)
+    data = make_data(tmp_path, kind=kind)
     whole, summary = run(data, tmp_path / "whole")
 
     def killer(step: int, text: str) -> None:
@@ -213,6 +212,29 @@ def test_damaged_or_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
     model.write_bytes(model.read_bytes()[:200])
     with pytest.raises(UserError, match=newest.name):
         run(make_data(tmp_path), tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_the_held_out_score_is_what_it_says(tmp_path: Path, kind: str) -> None:
+    """KL over k + 1 buckets for compact targets and over everything for others, agreement and cross-entropy."""
+    data, student = make_data(tmp_path, kind=kind), fresh_student()
+    teacher = BigramTeacher(VOCAB, WIDTH, seed=0)
+    kl, agreement, surprise = [], [], []
+    for index in data.split.held_out:
+        tokens = torch.from_numpy(data.store.tokens(int(index)).astype(np.int64))
+        with torch.no_grad():
+            mine = student(tokens[None, :-1]).logits[0].double()
+        theirs = teacher.answers[tokens[:-1]].double()
+        pairs = zip(theirs.numpy(), mine.numpy(), strict=True)
+        count = 8 if kind in ("buckets", "sketch") else VOCAB
+        kl += [reference_bucket_kl(p, q, count, 1.0) for p, q in pairs]
+        agreement += (theirs.argmax(-1) == mine.argmax(-1)).tolist()
+        surprise += (-mine.log_softmax(-1).gather(-1, tokens[1:, None])).flatten().tolist()
+    found = held_out_score(student, data, torch.device("cpu"), 3)
+    # Compact logits are kept in half precision, hidden states in eight bits.
+    assert found.kl == pytest.approx(np.mean(kl), abs={"hidden": 5e-3, "dense": 1e-5}.get(kind, 1e-3))
+    assert found.agreement == pytest.approx(np.mean(agreement), abs=0.02 if kind == "hidden" else 1e-9)
+    assert found.cross_entropy == pytest.approx(np.mean(surprise), rel=1e-5)
 
 
 def test_evaluation_steps() -> None:

@@ -18,7 +18,7 @@ def problem(seed: int = 0) -> tuple[Tensor, Tensor, CompactTargets, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(N, D, generator=generator)
     weight = torch.randn(V, D, generator=generator)
-    targets = CompactTargets.from_logits(torch.randn(N, V, generator=generator) * 2, 7, (1.0, 2.0))
+    targets = CompactTargets.from_logits(torch.randn(N, V, generator=generator) * 2, 7)
     labels = torch.randint(0, V, (N,), generator=generator)
     labels[::5] = losses.IGNORE_INDEX
     return hidden, weight, targets, labels

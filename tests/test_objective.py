@@ -10,8 +10,7 @@ import torch
 from distill.config import LossConfig
 from distill.objective import Batch, Objective
 from students.model import SO8TForCausalLM
-from teachers.soft_targets import CompactTargets
-from tests.conftest import make_student
+from tests.conftest import exact_targets, make_student
 from tests.test_losses import probabilities, reference_bucket_kl
 from tests.test_regularisers import reference_bend, reference_inertia, reference_shortfall
 
@@ -39,13 +38,19 @@ def make_rows(lengths: tuple[int, ...] = LENGTHS) -> tuple[list[list[int]], list
     return rows, [2.0 * torch.randn(n - 1, VOCAB, generator=generator) for n in lengths]
 
 
-def make_batch(rows: list[list[int]], teacher: list[torch.Tensor], padding: int = 0, fill: int = 0) -> Batch:
+def make_batch(
+    rows: list[list[int]],
+    teacher: list[torch.Tensor],
+    padding: int = 0,
+    fill: int = 0,
+    kind: str = "buckets",
+) -> Batch:
     """Pad ``rows`` on the right, by ``padding`` more than needed."""
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.full((len(rows), int(lengths.max()) + padding), fill)
     for place, row in enumerate(rows):
         tokens[place, : len(row)] = torch.tensor(row)
-    return Batch(tokens, lengths, CompactTargets.from_logits(torch.cat(teacher), TOPK, (1.0, 2.0, 3.0)))
+    return Batch(tokens, lengths, exact_targets(kind, torch.cat(teacher), TOPK))
 
 
 def ready(student: SO8TForCausalLM, config: LossConfig = WEIGHTS) -> Objective:
@@ -55,8 +60,10 @@ def ready(student: SO8TForCausalLM, config: LossConfig = WEIGHTS) -> Objective:
     return objective
 
 
-def reference_parts(student: SO8TForCausalLM, objective: Objective, fraction: float) -> dict[str, float]:
-    """Every part in float64 loops, one sequence at a time, without any padding."""
+def reference_parts(
+    student: SO8TForCausalLM, objective: Objective, fraction: float, kept: int = TOPK
+) -> dict[str, float]:
+    """Every part in float64 loops, one sequence at a time, without any padding; the KL over ``kept`` tokens."""
     config, (rows, teacher) = objective.config, make_rows()
     temperature = config.temperature if fraction < 0.5 else config.final_temperature
     kl, ce, bend, total = 0.0, 0.0, 0.0, 0
@@ -65,7 +72,7 @@ def reference_parts(student: SO8TForCausalLM, objective: Objective, fraction: fl
             output = student(torch.tensor([row]))
         answered, taught = output.logits[0].double().numpy(), logits.double().numpy()
         for t in range(len(row) - 1):
-            kl += reference_bucket_kl(taught[t], answered[t], TOPK, temperature)
+            kl += reference_bucket_kl(taught[t], answered[t], kept, temperature)
             ce -= math.log(probabilities(answered[t], 1.0)[row[t + 1]])
             total += 1
         bend += reference_bend(output.last_hidden_state, [len(row)])
@@ -95,6 +102,20 @@ def test_parts_against_the_reference(fraction: float, temperature: float) -> Non
     assert min(expected.values()) > 1e-3
     assert loss.item() == pytest.approx(sum(expected.values()), rel=2e-5)
     assert not any(part.requires_grad for part in parts.values())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.3, 2.0])
+@pytest.mark.parametrize("kind", ["sketch", "hidden", "dense"])
+def test_the_kl_runs_over_everything_that_is_known(kind: str, temperature: float) -> None:
+    """Where the targets know the shape of the tail, the KL is that over the whole vocabulary."""
+    student = make_student()
+    objective = ready(student, WEIGHTS.model_copy(update={"temperature": temperature}))
+    batch = make_batch(*make_rows(), kind=kind)
+    loss, parts = objective(student, batch, total=batch.count(), share=1.0, fraction=0.0)
+    expected = reference_parts(student, objective, 0.0, kept=VOCAB)
+    assert {name: float(part) for name, part in parts.items()} == pytest.approx(expected, rel=2e-5)
+    assert expected["kl"] > 1.001 * reference_parts(student, objective, 0.0)["kl"]
+    assert loss.item() == pytest.approx(sum(expected.values()), rel=2e-5)
 
 
 def test_labels_are_the_following_tokens() -> None:
@@ -159,13 +180,13 @@ def test_all_weights_zero_is_a_loss_of_zero() -> None:
     assert all(not p.grad.any() for p in student.parameters() if p.grad is not None)
 
 
-def gradients_after(size: int) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
+def gradients_after(size: int, kind: str) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
     """Loss, parts and gradients of one optimizer step over LENGTHS in micro-batches of ``size``."""
     student = make_student()
     objective, (rows, teacher), total = ready(student), make_rows(), sum(LENGTHS) - len(LENGTHS)
     value, seen = 0.0, dict.fromkeys(("kl", "ce", "pet", "inertia", "non_commutation"), 0.0)
     for at in range(0, len(rows), size):
-        batch = make_batch(rows[at : at + size], teacher[at : at + size])
+        batch = make_batch(rows[at : at + size], teacher[at : at + size], kind=kind)
         share = batch.count() / total
         loss, parts = objective(student, batch, total=total, share=share, fraction=0.5)
         loss.backward()
@@ -176,11 +197,14 @@ def gradients_after(size: int) -> tuple[float, dict[str, float], dict[str, torch
     return value, seen, grads
 
 
-@pytest.mark.parametrize("size", [1, 3, 4])
-def test_micro_batches_equal_the_whole_batch(size: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [(1, "buckets"), (3, "buckets"), (4, "buckets"), (3, "sketch"), (3, "hidden"), (3, "dense")],
+)
+def test_micro_batches_equal_the_whole_batch(size: int, kind: str) -> None:
     """One batch of 8 and its micro-batches give the same loss, parts and gradients, ragged as they are."""
-    value, parts, gradients = gradients_after(8)
-    small_value, small_parts, small_gradients = gradients_after(size)
+    value, parts, gradients = gradients_after(8, kind)
+    small_value, small_parts, small_gradients = gradients_after(size, kind)
     assert small_value == pytest.approx(value, rel=1e-5)
     assert small_parts == pytest.approx(parts, rel=1e-5)
     assert len(gradients) == len(list(make_student().parameters()))
@@ -200,9 +224,10 @@ def test_padding_does_not_matter(fill: int) -> None:
         assert float(results[1][name]) == pytest.approx(float(part), rel=1e-5)
 
 
-def test_a_micro_batch_without_valid_positions() -> None:
+@pytest.mark.parametrize("kind", ["buckets", "sketch", "hidden", "dense"])
+def test_a_micro_batch_without_valid_positions(kind: str) -> None:
     """Sequences of one token predict nothing: every part is 0 and every gradient 0 or absent."""
-    student, targets = make_student(), CompactTargets.from_logits(torch.zeros(0, VOCAB), TOPK, (1.0, 2.0))
+    student, targets = make_student(), exact_targets(kind, torch.zeros(0, VOCAB), TOPK)
     batch = Batch(torch.tensor([[3], [4]]), torch.tensor([1, 1]), targets)
     assert batch.count() == 0 and batch.labels.shape == (0,)
     loss, parts = ready(student)(student, batch, total=10, share=0.0, fraction=0.5)

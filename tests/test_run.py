@@ -28,7 +28,7 @@ from students.fold import to_llama
 from students.model import SO8TForCausalLM
 from teachers.gguf_file import read_gguf
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.store import StoreError, exclusive
+from teachers.store import SoftTargetStore, StoreError, exclusive, read_manifest
 
 SMALL = [
     "data.max_length=24",
@@ -37,7 +37,6 @@ SMALL = [
     "train.learning_rate=0.003",
     "train.batch_size=8",
     "train.evaluations=3",
-    "targets.num_topk=16",
 ]
 
 
@@ -134,17 +133,75 @@ def test_capture_itself_is_reproducible(finished: RunFolder, tiny_teacher_path: 
     assert (again.path / weights).read_bytes() == (finished.path / weights).read_bytes()
 
 
-@pytest.mark.parametrize("change", ["seed=1", "data.top_p=0.9", "targets.num_topk=8", "loss.temperature=2.0"])
+@pytest.mark.parametrize(
+    "change",
+    ["seed=1", "data.top_p=0.9", "targets.num_topk=8", "targets.layers=[1]"],
+)
 def test_nothing_is_reused_when_something_changed(
     finished: RunFolder, tiny_teacher_path: Path, tmp_path: Path, change: str
 ) -> None:
-    """Another seed, sampling, k or temperature means another store."""
+    """Another seed, sampling, k or layer means another store."""
     stores = finished.path.parent / "stores"
     before = set(stores.iterdir())
     out = finished.path.parent / f"changed-{change}"
     results = run(small_config(tiny_teacher_path, change), Places(out=out), Console()).read_results()
     assert results["soft_targets"]["reused"] is False
     assert Path(results["soft_targets"]["folder"]) not in before
+
+
+def test_any_temperature_uses_the_same_soft_targets(finished: RunFolder, tiny_teacher_path: Path) -> None:
+    """A store answers at every temperature from 1 on: nothing is captured for another one."""
+    config = small_config(tiny_teacher_path, "loss.temperature=1.3", "loss.final_temperature=4.0")
+    results = run(config, Places(out=finished.path.parent / "tempered"), Console()).read_results()
+    assert results["soft_targets"]["reused"] is True
+    assert results["soft_targets"]["folder"] == finished.read_results()["soft_targets"]["folder"]
+    assert results["evaluation"]["after"]["kl"] < results["evaluation"]["before"]["kl"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("targets.kind=dense",),
+        ("targets.sketch_bytes=0",),
+        ("targets.kind=hidden", "targets.layers=[1,0,1]", "targets.layer_bytes=8"),
+    ],
+    ids=" ".join,
+)
+def test_every_kind_of_targets_is_learnt_from(
+    finished: RunFolder, tiny_teacher_path: Path, settings: tuple[str, ...]
+) -> None:
+    """A whole run on each: it learns, and its student is proved like any other."""
+    out = finished.path.parent / "-".join(settings)
+    folder = run(small_config(tiny_teacher_path, *settings, samples=16), Places(out=out), Console())
+    results = folder.read_results()
+    scores = results["evaluation"]
+    assert scores["after"]["kl"] < scores["before"]["kl"] and results["proof"]["mean_kl"] <= 5e-3
+    store = SoftTargetStore(
+        Path(results["soft_targets"]["folder"]), read_manifest(Path(results["soft_targets"]["folder"]))
+    )
+    assert store.manifest.recipe.kind == (
+        "compact" if settings[0].endswith("=0") else settings[0].split("=")[1]
+    )
+    layers = (0, 1) if len(settings) > 1 else ()
+    assert store.manifest.recipe.layers == layers
+    assert all(state == "complete" for state in map(store.state, range(store.manifest.shards)))
+    companion = store.companion()
+    assert (companion is not None) == ("targets.kind=hidden" in settings)
+    if layers:
+        assert companion is not None and set(companion.bases) == {"layer0", "layer1"}
+        for layer, states in store.layer_states(0).items():
+            basis = companion.bases[f"layer{layer}"]
+            assert states.shape == (len(store.tokens(0)) - 1, len(basis.ranges))
+            assert basis.bytes_per_position <= 8
+
+
+def test_the_default_is_topk_and_a_sketch_in_200_bytes(finished: RunFolder) -> None:
+    """What a store keeps of a position when nothing is said about it."""
+    folder = Path(finished.read_results()["soft_targets"]["folder"])
+    recipe = read_manifest(folder).recipe
+    assert (recipe.kind, recipe.num_topk, recipe.layers) == ("compact", 16, ())
+    assert recipe.sketch_bytes == 64  # one byte for each of the teacher's 64 directions
+    assert recipe.bytes_per_position(1024, 64) == 16 * 4 + 6 * 4 + 64 + 2 <= 200
 
 
 def test_the_same_command_again_is_finished_already(
@@ -324,6 +381,11 @@ def test_user_errors_are_one_line_and_exit_2(
         ([*teacher, "--set", "data.sampling_temperature=0"], ["sampling_temperature"]),
         ([*teacher, "--config", "bad.yaml"], ["train.epoch", "bad.yaml"]),
         ([*teacher, "--set", "loss.tau=2"], ["loss.tau"]),
+        ([*teacher, "--set", "loss.temperature=0.5"], ["loss.temperature"]),
+        ([*teacher, "--targets", "sparse"], ["targets.kind", "sparse"]),
+        ([*teacher, "--set", "targets.layers=[0,2]"], ["targets.layers = 2", "tiny has layers 0 to 1"]),
+        ([*teacher, "--set", "targets.layers=[-1]"], ["targets.layers"]),
+        ([*teacher, "--set", "targets.sketch_bytes=-1"], ["targets.sketch_bytes"]),
         ([*teacher, "--out", "text.gguf"], ["text.gguf"]),
         (["export-gguf", "."], ["not a run's folder"]),
         (["export-gguf", "nowhere", "--quant", "q1"], ["q1"]),

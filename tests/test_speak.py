@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from teachers.base import Sampling
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.speak import sample_rows
+from teachers.sampling import sample_rows
 
 
 def frequencies(logits: np.ndarray, sampling: Sampling, draws: int = 20_000) -> np.ndarray:
@@ -49,6 +51,22 @@ def test_a_sequence_does_not_depend_on_its_company(tiny_teacher: GGUFTeacher) ->
     assert not np.array_equal(together[0], together[1])
     other_seed = tiny_teacher.speak([start], Sampling(max_length=24, seed=6))[0]
     assert not np.array_equal(together[0], other_seed)
+
+
+def test_streams_have_numbers_also_across_lanes(tiny_teacher: GGUFTeacher, tiny_teacher_path: Path) -> None:
+    """Request i draws from stream first_index + i, whichever lane it falls to and however many there are."""
+    start = [np.array([tiny_teacher.info.bos], dtype=np.int32)]
+    sampling = Sampling(max_length=16, seed=5)
+    whole = tiny_teacher.speak([start] * 7, sampling)
+    later = tiny_teacher.speak([start] * 4, sampling, first_index=3)
+    with GGUFTeacher(tiny_teacher_path, threads=2) as teacher:
+        counts: list[int] = []
+        lanes = teacher.speak([start] * 7, sampling, progress=counts.append)
+        lanes_later = teacher.speak([start] * 4, sampling, first_index=3)
+    assert counts == list(range(1, 8))
+    for one, other in zip([*whole, *whole[3:], *whole[3:]], [*lanes, *later, *lanes_later], strict=True):
+        assert np.array_equal(one, other)
+    assert len({tokens.tobytes() for tokens in whole}) == 7
 
 
 def test_greedy_speech_equals_step_by_step_argmax(tiny_teacher: GGUFTeacher) -> None:

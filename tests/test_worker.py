@@ -13,7 +13,8 @@ import torch
 
 from teachers.chat_template import ChatTemplateError, render_chat
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.soft_targets import CompactTargets
+from teachers.records import Recipe, typed
+from teachers.soft_targets import NODES, CompactTargets
 from teachers.worker import TeacherError
 
 
@@ -23,19 +24,24 @@ def sequences_of(teacher: GGUFTeacher, lengths: list[int], seed: int = 0) -> lis
 
 
 def test_scores_equal_the_dense_logits(tiny_teacher: GGUFTeacher) -> None:
-    """Compact targets are the exact top-k and log-partition of the very logits llama.cpp computes."""
+    """Compact targets are the exact top-k and tail masses of the very logits llama.cpp computes."""
     sequences = sequences_of(tiny_teacher, [5, 40, 2, 17])
-    dense = tiny_teacher.logits(sequences).astype(np.float64)
-    targets = CompactTargets.from_arrays(tiny_teacher.score(sequences, 6, (1.0, 3.0)), (1.0, 3.0))
+    dense = tiny_teacher.logits(sequences)
+    recipe = Recipe(num_topk=6)
+    targets = typed(
+        tiny_teacher.score(sequences, recipe, {}), recipe, tiny_teacher.info.vocab_size, None, None
+    )
+    assert isinstance(targets, CompactTargets)
     assert len(targets.topk_ids) == len(dense) == sum(len(s) - 1 for s in sequences)
-    for row, ids, values, partitions in zip(
-        dense, targets.topk_ids, targets.topk_logits, targets.logsumexp, strict=True
+    for row, ids, values, tails in zip(
+        dense, targets.topk_ids, targets.topk_logits, targets.tail, strict=True
     ):
         order = np.argsort(-row, kind="stable")[:6]
-        assert set(order.tolist()) == set(ids.tolist())
-        assert np.allclose(row[ids], values.numpy())
-        for temperature, found in zip((1.0, 3.0), partitions.tolist(), strict=True):
-            assert found == pytest.approx(np.log(np.exp(row / temperature).sum()), abs=1e-5)
+        assert order.tolist() == ids.tolist()
+        assert np.array_equal((row[ids] - row[ids[0]]).astype(np.float16), values.numpy())  # kept in half
+        rest = np.delete(row.astype(np.float64) - float(row[ids[0]]), ids)
+        for node, found in zip(NODES, tails.tolist(), strict=True):
+            assert found == pytest.approx(np.log(np.exp(rest * node).sum()), abs=1e-5)
 
 
 def test_batching_does_not_change_a_sequence(tiny_teacher: GGUFTeacher) -> None:
@@ -108,7 +114,12 @@ def test_headers_that_llama_cpp_refuses_or_dies_of(
         teacher.logits(sequences_of(teacher, [8]))
 
 
-def test_a_teacher_with_broken_weights_is_refused(tiny_teacher_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "recipe", [Recipe(num_topk=4), Recipe("hidden"), Recipe("dense")], ids=lambda recipe: recipe.kind
+)
+def test_a_teacher_with_broken_weights_is_refused(
+    tiny_teacher_path: Path, tmp_path: Path, recipe: Recipe
+) -> None:
     """One NaN weight makes every logit NaN; capture must not store that."""
     path = tmp_path / "nan.gguf"
     data = bytearray(tiny_teacher_path.read_bytes())
@@ -116,7 +127,7 @@ def test_a_teacher_with_broken_weights_is_refused(tiny_teacher_path: Path, tmp_p
     data[norm.data_offset : norm.data_offset + 4] = np.float32("nan").tobytes()
     path.write_bytes(data)
     with GGUFTeacher(path, threads=1) as teacher, pytest.raises(TeacherError, match=r"nan\.gguf.*not finite"):
-        teacher.score(sequences_of(teacher, [8]), 4, (1.0,))
+        teacher.score(sequences_of(teacher, [8]), recipe, {})
 
 
 def test_compact_targets_refuse_non_finite_logits() -> None:
@@ -124,7 +135,7 @@ def test_compact_targets_refuse_non_finite_logits() -> None:
     logits = torch.zeros(2, 5)
     logits[1, 3] = float("inf")
     with pytest.raises(ValueError, match="not finite"):
-        CompactTargets.from_logits(logits, 2, (1.0,))
+        CompactTargets.from_logits(logits, 2)
 
 
 def test_chat_templates_are_sandboxed() -> None:

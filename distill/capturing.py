@@ -1,0 +1,202 @@
+"""From a teacher and a corpus to a store full of soft targets: what ``run`` and ``capture`` share."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from distill.config import RunConfig, TargetsConfig
+from distill.console import Console, human_bytes, human_count
+from distill.corpus import Corpus, build_corpus
+from distill.errors import UserError
+from distill.run_folder import RUNS
+from distill.teacher_source import open_teacher, teacher_stem
+from teachers.base import Teacher
+from teachers.capture import WHOLE, CaptureError, Share, capture, require_linear_output
+from teachers.records import Recipe, default_sketch_bytes
+from teachers.store import MANIFEST, Manifest, SoftTargetStore, exclusive
+from teachers.worker import TeacherError
+
+SEQUENCES_PER_SHARD = 256
+PROBE_TOKENS = 24
+
+
+def recipe_for(config: TargetsConfig, teacher: Teacher, console: Console) -> Recipe:
+    """What to keep of each position; how large the sketch is depends on the teacher.
+
+    Raises:
+        UserError: a layer that the teacher does not have.
+    """
+    info = teacher.info
+    for layer in config.layers:
+        if layer >= info.layers:
+            raise UserError(f"targets.layers = {layer}: {info.name} has layers 0 to {info.layers - 1}")
+    sketch = config.sketch_bytes
+    if config.kind == "compact" and sketch is None:
+        sketch = default_sketch_bytes(config.num_topk, info.vocab_size, info.width)
+        if sketch and (reason := _no_sketch(teacher)):
+            console.warn(f"no sketch of the tail: {reason}")
+            sketch = 0
+    return Recipe(
+        config.kind,
+        config.num_topk,
+        min(sketch or 0, info.width),
+        tuple(sorted(set(config.layers))),
+        config.layer_bytes,
+    )
+
+
+def _no_sketch(teacher: Teacher) -> str | None:
+    """Why hidden states cannot stand for this teacher's logits, or nothing if they can."""
+    tokens = (np.arange(1, PROBE_TOKENS + 1) % teacher.info.vocab_size).astype(np.int32)
+    try:
+        require_linear_output(teacher, tokens)
+    except (CaptureError, TeacherError) as error:
+        return str(error)
+    return None
+
+
+def store_manifest(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> Manifest:
+    """What the store of these very soft targets says it is."""
+    info = teacher.info
+    identity: dict[str, Any] = {
+        "teacher_sha256": info.sha256,
+        "tokenizer_sha256": info.tokenizer_sha256,
+        "vocab_size": info.vocab_size,
+        "corpus_sha256": corpus.digest(),
+        "recipe": recipe.to_json(),
+        # The last bits of a logit, and so what a teacher says, depend on these.
+        "runtime": teacher.runtime,
+    }
+    return Manifest(identity, len(corpus), SEQUENCES_PER_SHARD)
+
+
+def open_store(
+    manifest: Manifest, where: Path | None, beside: Path, stem: str, needed: int
+) -> SoftTargetStore:
+    """Open the store these very soft targets belong in, which may take up to ``needed`` bytes.
+
+    It lies beside the run's folder unless told otherwise; one that an earlier run in this working directory
+    has made is used where it is.
+
+    Raises:
+        StoreError: ``where`` holds something else.
+        UserError: the disk has not enough room.
+    """
+    name = f"{stem}-{manifest.key[:12]}"
+    usual = [root / "stores" / name for root in (beside, RUNS, Path())]
+    place = where or next((place for place in usual if (place / MANIFEST).exists()), usual[0])
+    _require_space(place, needed)
+    return SoftTargetStore.create_or_open(place, manifest)
+
+
+def largest_size(corpus: Corpus, recipe: Recipe, teacher: Teacher) -> int:
+    """Bytes that the soft targets take at most: every sequence as long as it may be."""
+    positions = sum(
+        corpus.sampling.max_length if item.speaks else len(item.segments[0]) for item in corpus.items
+    )
+    return positions * (recipe.bytes_per_position(teacher.info.vocab_size, teacher.info.width) + 4)
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    """Refuse soft targets that cannot fit, before any of them is made."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    there = sum(path.stat().st_size for path in folder.glob("shard-*")) if folder.is_dir() else 0
+    free = shutil.disk_usage(existing).free + there
+    if needed > free:
+        raise UserError(
+            f"the soft targets need up to {human_bytes(needed)}, {existing} has {human_bytes(free)} free; free some "
+            "space, choose --store on another disk, or lower --samples or targets.num_topk"
+        )
+
+
+def fill_store(
+    teacher: Teacher, corpus: Corpus, store: SoftTargetStore, console: Console, share: Share = WHOLE
+) -> bool:
+    """Capture what is missing; returns whether everything was there already."""
+    with console.stage("Capture", total=_sequences(store, share)) as stage:
+        summary = capture(teacher, corpus, store, stage.update, share)
+        size = f"{human_bytes(store.bytes_on_disk())} in {store.folder}"
+        if share.world == 1:
+            size = f"{human_count(int(store.lengths().sum()))} tokens, {size}"
+        if summary.written == 0:
+            stage.finish(f"skipped: soft targets of this teacher and data reused, {size}")
+        elif summary.reused:
+            stage.finish(f"{summary.written} shards captured, {summary.reused} reused, {size}")
+        else:
+            stage.finish(size)
+    for shard in summary.damaged:
+        console.warn(f"{store.shard_path(shard)} was damaged and has been captured again")
+    return summary.written == 0
+
+
+def _sequences(store: SoftTargetStore, share: Share) -> int:
+    """How many sequences this process's shards hold."""
+    spans = [store.span(shard) for shard in range(share.rank, store.manifest.shards, share.world)]
+    return sum(stop - start for start, stop in spans)
+
+
+def launched_share() -> Share:
+    """This process's part of the work, from what ``torchrun`` and ``accelerate launch`` set.
+
+    Raises:
+        UserError: RANK and WORLD_SIZE are not numbers that fit together.
+    """
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not rank.isdigit() or not world.isdigit() or not int(rank) < int(world):
+        raise UserError(
+            f"RANK={rank!r} and WORLD_SIZE={world!r} in the environment do not fit together; unset them"
+        )
+    return Share(int(rank), int(world))
+
+
+def capture_only(config: RunConfig, where: Path | None, console: Console) -> SoftTargetStore:
+    """``distill capture``: fill a store, or this process's share of one, and say what is in it.
+
+    Raises:
+        UserError, StoreError, TeacherFileError, TeacherError, CaptureError: the input cannot be used.
+        OSError: the disk refuses.
+    """
+    share = launched_share()
+    with console.stage("Load teacher") as stage:
+        teacher = open_teacher(config.teacher)
+        stage.finish(f"{teacher.info.name}: {teacher.info.architecture}")
+    with teacher:
+        with console.stage("Read data") as stage:
+            corpus = build_corpus(config.data, teacher, config.seed)
+            stage.finish(f"{len(corpus)} sequences, the teacher writes in {corpus.spoken}")
+        for note in corpus.notes:
+            console.note(note)
+        recipe = recipe_for(config.targets, teacher, console)
+        manifest = store_manifest(teacher, corpus, recipe)
+        needed = largest_size(corpus, recipe, teacher)
+        store = open_store(manifest, where, RUNS, teacher_stem(config.teacher), needed)
+        with exclusive(store.folder, share.rank):
+            fill_store(teacher, corpus, store, console, share)
+        if share.world == 1:
+            _print_store(store, recipe, teacher, console)
+    return store
+
+
+def _print_store(store: SoftTargetStore, recipe: Recipe, teacher: Teacher, console: Console) -> None:
+    """What a finished store holds, as a table."""
+    lengths = store.lengths()
+    positions = int(lengths.sum()) - len(lengths)
+    each = recipe.bytes_per_position(teacher.info.vocab_size, teacher.info.width)
+    table = Table(title=f"Soft targets of {teacher.info.name}", title_justify="left", show_header=False)
+    for name, value in (
+        ("kind", recipe.kind),
+        ("sequences", f"{len(lengths):,}"),
+        ("positions", f"{positions:,}"),
+        ("bytes per position", f"{each}"),
+        ("every logit would take", f"{4 * teacher.info.vocab_size:,} bytes per position"),
+        ("on disk", human_bytes(store.bytes_on_disk())),
+        ("folder", str(store.folder)),
+    ):
+        table.add_row(name, value)
+    console.rich.print(table)

@@ -1,0 +1,191 @@
+"""``distill plan``: what a run will take, before it starts: measured on a short probe, not guessed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+from rich.table import Table
+
+from distill.capturing import largest_size, recipe_for
+from distill.config import RunConfig
+from distill.console import Console, human_bytes, human_count
+from distill.corpus import Corpus, build_corpus
+from distill.engine import choose_precision
+from distill.objective import Batch, Objective
+from distill.schedule import build_optimizer
+from distill.teacher_source import open_teacher
+from students.builder import build_student, count_parameters, default_size, parse_size, student_config
+from students.model import SO8TForCausalLM
+from teachers.base import Teacher, Tokens
+from teachers.capture import fit_companion
+from teachers.records import Recipe, typed
+from teachers.store import Companion
+
+PROBE_SEQUENCES = 32
+PROBE_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured: sequence lengths in tokens, seconds per captured token, the teacher's memory in bytes."""
+
+    sequences: list[Tokens]
+    seconds_per_token: float
+    teacher_bytes: int
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take; times in seconds, sizes in bytes."""
+
+    tokens: int
+    store_bytes: int
+    store_limit: int
+    capture_seconds: float
+    teacher_memory: int
+    parameters: int
+    steps: int
+    train_seconds: float
+    train_memory: int
+
+
+def plan_run(config: RunConfig, console: Console) -> Plan:
+    """Measure a little of everything and print what the whole will take; nothing is written.
+
+    Raises:
+        UserError, TeacherFileError, TeacherError, CaptureError: the input cannot be used.
+    """
+    with console.stage("Load teacher") as stage:
+        teacher = open_teacher(config.teacher)
+        stage.finish(f"{teacher.info.name}: {teacher.info.architecture}")
+    with teacher:
+        info = teacher.info
+        corpus = build_corpus(config.data, teacher, config.seed)
+        recipe = recipe_for(config.targets, teacher, console)
+        with console.stage("Probe teacher") as stage:
+            probe = _probe_teacher(teacher, corpus, recipe)
+            stage.finish(f"{1 / probe.seconds_per_token:,.0f} tokens/s")
+    size = parse_size(config.student.size) if config.student.size else default_size(info.width, info.layers)
+    shape = student_config(
+        size,
+        vocab_size=info.vocab_size,
+        context_length=info.context_length,
+        tie_embeddings=config.student.tie_embeddings,
+        bos=info.bos,
+        eos=info.eos,
+    )
+    with console.stage("Probe student") as stage:
+        student = build_student(shape, config.seed)
+        step_seconds = _probe_student(student, probe.batch, config)
+        trained = psutil.Process().memory_info().rss
+        stage.finish(f"{probe.batch.count() / step_seconds:,.0f} tokens/s")
+    plan = _combine(config, corpus, recipe, teacher, probe, count_parameters(shape), step_seconds, trained)
+    _print(plan, recipe, str(size), teacher, console)
+    return plan
+
+
+def _probe_teacher(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> Probe:
+    """Capture a few sequences as the run would, and time it."""
+    count = min(PROBE_SEQUENCES, len(corpus))
+    companion = Companion({}, None)
+    if recipe.needs_states or recipe.layers:
+        first = corpus.take(teacher, 0, count, lambda done: None)
+        companion = fit_companion(teacher, first, recipe)
+    begin = time.perf_counter()
+    asked = corpus.requests(0, count)
+    if asked is not None:
+        sequences, arrays = teacher.speak_and_score(*asked, recipe, companion.bases)
+    else:
+        sequences = corpus.take(teacher, 0, count, lambda done: None)
+        arrays = teacher.score(sequences, recipe, companion.bases)
+    seconds = time.perf_counter() - begin
+    targets = typed(arrays, recipe, teacher.info.vocab_size, companion.bases.get("final"), companion.head)
+    lengths = torch.tensor([len(tokens) for tokens in sequences])
+    tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
+    return Probe(
+        sequences, seconds / max(1, int(lengths.sum())), teacher.memory(), Batch(tokens, lengths, targets)
+    )
+
+
+def _probe_student(student: SO8TForCausalLM, batch: Batch, config: RunConfig) -> float:
+    """Seconds of one optimizer step on a batch of the run's size."""
+    rows = slice(0, config.train.batch_size)
+    count = int((batch.lengths[rows] - 1).sum())
+    small = Batch(batch.tokens[rows], batch.lengths[rows], batch.targets.select(slice(0, count)))
+    objective = Objective(config.loss)
+    optimizer = build_optimizer(student, config.train)
+    narrow = choose_precision(config.train, student.config.hidden_size, torch.device("cpu")) == "bf16"
+    times = []
+    for _ in range(PROBE_STEPS):
+        begin = time.perf_counter()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+            loss, _ = objective(student, small, total=count, share=1.0, fraction=0.5)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        objective.after_step(student)
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def _combine(
+    config: RunConfig,
+    corpus: Corpus,
+    recipe: Recipe,
+    teacher: Teacher,
+    probe: Probe,
+    parameters: int,
+    step_seconds: float,
+    train_memory: int,
+) -> Plan:
+    """Scale the probe up to the whole run."""
+    average = float(np.mean([len(tokens) for tokens in probe.sequences]))
+    written = sum(average if item.speaks else len(item.segments[0]) for item in corpus.items)
+    each = recipe.bytes_per_position(teacher.info.vocab_size, teacher.info.width) + 4
+    held_out = round(config.data.held_out * len(corpus))
+    steps = config.train.epochs * -(-(len(corpus) - held_out) // config.train.batch_size)
+    sequences = min(config.train.batch_size, len(probe.sequences))
+    return Plan(
+        tokens=round(written),
+        store_bytes=round(written * each),
+        store_limit=largest_size(corpus, recipe, teacher),
+        capture_seconds=written * probe.seconds_per_token,
+        teacher_memory=probe.teacher_bytes,
+        parameters=parameters,
+        steps=steps,
+        train_seconds=steps * step_seconds * config.train.batch_size / sequences,
+        train_memory=train_memory,
+    )
+
+
+def _print(plan: Plan, recipe: Recipe, size: str, teacher: Teacher, console: Console) -> None:
+    table = Table(
+        title=f"{teacher.info.name} → {size} SO8T: what a run takes", title_justify="left", show_header=False
+    )
+    width, vocab_size = teacher.info.width, teacher.info.vocab_size
+    for name, value in (
+        ("tokens", f"about {human_count(plan.tokens)}"),
+        ("soft targets", f"{recipe.kind}, {recipe.bytes_per_position(vocab_size, width)} bytes a token"),
+        ("disk", f"about {human_bytes(plan.store_bytes)}, at most {human_bytes(plan.store_limit)}"),
+        ("capture", f"about {human_time(plan.capture_seconds)}"),
+        ("teacher's memory", human_bytes(plan.teacher_memory)),
+        ("student", f"{human_count(plan.parameters)} parameters"),
+        ("training", f"{plan.steps:,} steps, about {human_time(plan.train_seconds)}"),
+        ("training's memory", human_bytes(plan.train_memory)),
+    ):
+        table.add_row(name, value)
+    console.rich.print(table)
+
+
+def human_time(seconds: float) -> str:
+    """A duration in seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

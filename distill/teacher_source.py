@@ -1,0 +1,75 @@
+"""Which teacher the settings mean: a GGUF file, a transformers folder, or several mixed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distill.config import TeacherConfig
+from distill.errors import UserError
+from teachers import example_teacher
+from teachers.base import Teacher
+from teachers.gguf_teacher import GGUFTeacher
+
+
+def teacher_paths(config: TeacherConfig) -> list[Path]:
+    """Every teacher's file or folder, the main one first; the example teacher where none is given."""
+    first = Path(config.path) if config.path else example_teacher()
+    return [first, *(Path(path) for path in config.mix_with)]
+
+
+def teacher_stem(config: TeacherConfig) -> str:
+    """A short name for folders."""
+    return Path(config.path).resolve().stem if config.path else "example"
+
+
+def gguf_file_of(config: TeacherConfig) -> Path:
+    """The GGUF file whose tokenizer and embeddings the student takes: the first of the teachers that is one.
+
+    Raises:
+        UserError: every teacher is a transformers folder.
+    """
+    paths = teacher_paths(config)
+    for path in paths:
+        if not path.is_dir():
+            return path
+    raise UserError(
+        f"teacher {paths[0]} is a transformers folder, which has no GGUF tokenizer for the exported student; capture "
+        "from it with `distill capture`, or convert it with llama.cpp's convert_hf_to_gguf.py to run the whole way"
+    )
+
+
+def open_teacher(config: TeacherConfig) -> Teacher:
+    """Load the teacher, or all of them; close it after use.
+
+    Raises:
+        UserError, TeacherFileError, TeacherError, EnsembleError: it cannot be used.
+    """
+    members: list[Teacher] = []
+    try:
+        for path in teacher_paths(config):
+            members.append(_open_one(path, config))
+        if len(members) == 1:
+            if config.weights:
+                raise UserError(
+                    "teacher.weights is for several teachers; name the others in teacher.mix_with"
+                )
+            return members[0]
+        from teachers.ensemble import EnsembleTeacher
+
+        return EnsembleTeacher(members, config.weights or [1.0] * len(members))
+    except BaseException:
+        for member in members:
+            member.close()
+        raise
+
+
+def _open_one(path: Path, config: TeacherConfig) -> Teacher:
+    if path.is_dir():
+        from teachers.huggingface import HuggingFaceTeacher
+
+        return HuggingFaceTeacher(path, load_in_4bit=config.load_in_4bit)
+    if config.load_in_4bit:
+        raise UserError(
+            f"teacher.load_in_4bit is for transformers folders; {path} is already as it is quantised"
+        )
+    return GGUFTeacher(path, gpu_layers=config.gpu_layers)

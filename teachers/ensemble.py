@@ -1,0 +1,256 @@
+"""Several teachers with one vocabulary as a single one: p = Σ w_i · p_i, mixed as distributions at T = 1.
+
+Its "logits" are log p, so a temperature tempers the mixture, not its members. A mixture has no hidden state.
+
+Letters: N positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from teachers.base import Floats, Progress, Sampling, Teacher, TeacherInfo, Tokens, speak_then_score
+from teachers.records import Answer, Recipe, reduce
+from teachers.sketch import Basis
+from teachers.soft_targets import Arrays
+
+GROUP_BYTES = 32 << 20  # of one member's logits; with the mixture and what is being computed, four times that
+TEXTS_TOGETHER = 4096  # tokens whose texts are compared together
+REMEDY = "use --targets compact --set targets.sketch_bytes=0, or --targets dense"
+
+
+class EnsembleError(ValueError):
+    """Teachers that cannot be mixed, or something that a mixture does not have."""
+
+
+def _quiet(done: int) -> None:
+    """Progress that nobody watches."""
+
+
+class EnsembleTeacher:
+    """A mixture of teachers. The first one tokenises, and speaks. Use as a context manager."""
+
+    def __init__(self, teachers: Sequence[Teacher], weights: Sequence[float]) -> None:
+        """Check that the teachers can be mixed; ``weights`` need not add up to 1.
+
+        The ensemble closes its members.
+
+        Raises:
+            EnsembleError: no teacher, weights that are no proportions, or different vocabularies.
+        """
+        if not teachers:
+            raise EnsembleError("an ensemble needs at least one teacher")
+        if len(weights) != len(teachers):
+            raise EnsembleError(
+                f"{len(teachers)} teachers have {len(weights)} weights; give one weight to each"
+            )
+        for teacher, weight in zip(teachers, weights, strict=True):
+            if not (math.isfinite(weight) and weight > 0):
+                raise EnsembleError(
+                    f"teacher {teacher.info.name} has weight {weight:g}; give a positive number"
+                )
+        for other in teachers[1:]:
+            _require_same_vocabulary(teachers[0], other)
+        self.teachers = tuple(teachers)
+        total = math.fsum(weights)
+        self.weights = tuple(weight / total for weight in weights)
+        self.info = self._info()
+
+    def _info(self) -> TeacherInfo:
+        infos = [teacher.info for teacher in self.teachers]
+        members = [(info.sha256, weight) for info, weight in zip(infos, self.weights, strict=True)]
+        return replace(
+            infos[0],
+            name=" + ".join(info.name for info in infos),
+            parameters=sum(info.parameters for info in infos),
+            file_bytes=sum(info.file_bytes for info in infos),
+            context_length=min(info.context_length for info in infos),
+            sha256=hashlib.sha256(repr(members).encode()).hexdigest(),
+        )
+
+    def __enter__(self) -> EnsembleTeacher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def tokenize(self, texts: Sequence[str], *, add_special: bool, parse_special: bool) -> list[Tokens]:
+        """See ``Teacher.tokenize``."""
+        return self.teachers[0].tokenize(texts, add_special=add_special, parse_special=parse_special)
+
+    def detokenize(self, sequences: Sequence[Tokens]) -> list[str]:
+        """See ``Teacher.detokenize``."""
+        return self.teachers[0].detokenize(sequences)
+
+    def speak(
+        self,
+        requests: Sequence[Sequence[Tokens]],
+        sampling: Sampling,
+        *,
+        first_index: int = 0,
+        progress: Progress = _quiet,
+    ) -> list[Tokens]:
+        """See ``Teacher.speak``: the first teacher speaks alone; what it says is scored by all."""
+        return self.teachers[0].speak(requests, sampling, first_index=first_index, progress=progress)
+
+    @property
+    def runtime(self) -> str:
+        """See ``Teacher.runtime``."""
+        return "; ".join(teacher.runtime for teacher in self.teachers)
+
+    def memory(self) -> int:
+        """See ``Teacher.memory``."""
+        return sum(teacher.memory() for teacher in self.teachers)
+
+    def speak_and_score(
+        self,
+        requests: Sequence[Sequence[Tokens]],
+        sampling: Sampling,
+        recipe: Recipe,
+        bases: Mapping[str, Basis],
+        *,
+        first_index: int = 0,
+        progress: Progress = _quiet,
+    ) -> tuple[list[Tokens], Arrays]:
+        """See ``Teacher.speak_and_score``; in two passes."""
+        self._require_logits_alone(recipe)
+        return speak_then_score(
+            self, requests, sampling, recipe, bases, first_index=first_index, progress=progress
+        )
+
+    def score(
+        self,
+        sequences: Sequence[Tokens],
+        recipe: Recipe,
+        bases: Mapping[str, Basis],
+        progress: Progress = _quiet,
+    ) -> Arrays:
+        """See ``Teacher.score``; a few sequences at a time, so that memory does not grow with their number.
+
+        Raises:
+            EnsembleError: the recipe keeps hidden states.
+        """
+        self._require_logits_alone(recipe)
+        parts: list[Arrays] = []
+        done = 0
+        for group in self._groups(sequences):
+            mixed = self._mixed(group, exact=False)
+            try:
+                parts.append(reduce(Answer(logits=mixed), recipe, bases))
+            except ValueError as error:
+                raise EnsembleError(f"{self.info.name}: {error}") from None
+            done += len(mixed)
+            progress(done)
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _require_logits_alone(self, recipe: Recipe) -> None:
+        if recipe.kind == "hidden" or recipe.has_sketch or recipe.layers:
+            hidden = "targets of kind hidden" if recipe.kind == "hidden" else "a sketch"
+            what = "layers" if recipe.layers else hidden
+            raise EnsembleError(f"{what} cannot be kept: {self._no_states()}")
+
+    def states(self, sequences: Sequence[Tokens], layers: Sequence[int] = ()) -> Mapping[str, Floats]:
+        """A mixture has none.
+
+        Raises:
+            EnsembleError: always.
+        """
+        raise EnsembleError(self._no_states())
+
+    def output_rows(self, start: int, stop: int) -> Floats:
+        """A mixture has none.
+
+        Raises:
+            EnsembleError: always.
+        """
+        raise EnsembleError(self._no_states())
+
+    def _no_states(self) -> str:
+        return f"{self.info.name} is a mixture of {len(self.teachers)} teachers, which has no hidden state; {REMEDY}"
+
+    def logits(self, sequences: Sequence[Tokens], *, exact: bool = False) -> NDArray[np.float32]:
+        """See ``Teacher.logits``: log-probabilities of the mixture."""
+        groups = [self._mixed(group, exact=exact) for group in self._groups(sequences)]
+        return torch.cat(groups).numpy()
+
+    def _groups(self, sequences: Sequence[Tokens]) -> Iterator[Sequence[Tokens]]:
+        """Consecutive sequences whose logits fit ``GROUP_BYTES``; one sequence at least."""
+        room = GROUP_BYTES // (4 * self.info.vocab_size)
+        start, positions = 0, 0
+        for index, tokens in enumerate(sequences):
+            positions += len(tokens) - 1
+            if positions > room and index > start:
+                yield sequences[start:index]
+                start, positions = index, len(tokens) - 1
+        if start < len(sequences):
+            yield sequences[start:]
+
+    def _mixed(self, sequences: Sequence[Tokens], *, exact: bool) -> Tensor:
+        """log Σ w_i p_i of all positions, float32 ``[N, V]``, in nats; −∞ where every p_i is 0."""
+        mixed: Tensor | None = None
+        for teacher, weight in zip(self.teachers, self.weights, strict=True):
+            logits = torch.from_numpy(teacher.logits(sequences, exact=exact))
+            weighted = logits.log_softmax(dim=-1).add_(math.log(weight))
+            if bool(torch.isnan(weighted).any()):
+                raise EnsembleError(
+                    f"the answer of {teacher.info.name} is not finite; its weights are damaged"
+                )
+            mixed = weighted if mixed is None else torch.logaddexp(mixed, weighted)
+        assert mixed is not None
+        return mixed
+
+    def speed(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
+        """See ``Teacher.speed``: the members work one after another, so their times add up."""
+        speeds = [teacher.speed(prompt_tokens, new_tokens) for teacher in self.teachers]
+        prompt, generation = (1.0 / sum(1.0 / speed for speed in each) for each in zip(*speeds, strict=True))
+        return prompt, generation
+
+    def close(self) -> None:
+        """See ``Teacher.close``."""
+        for teacher in self.teachers:
+            teacher.close()
+
+
+def _require_same_vocabulary(first: Teacher, other: Teacher) -> None:
+    """Every token id must mean the same text to both.
+
+    A token for which one of them has no text at all fills up an output matrix and contradicts nothing.
+    """
+    sizes = (first.info.vocab_size, other.info.vocab_size)
+    if sizes[0] == sizes[1] and first.info.tokenizer_sha256 == other.info.tokenizer_sha256:
+        return
+    differs = next(_differences(first, other, min(sizes)), None)
+    if differs is not None:
+        token, one, two = differs
+        where = f"token {token} is {one!r} to the first and {two!r} to the second"
+    elif sizes[0] != sizes[1]:
+        longer, which = (first, "first") if sizes[0] > sizes[1] else (other, "second")
+        (text,) = longer.detokenize([np.array([min(sizes)], dtype=np.int32)])
+        where = f"token {min(sizes)} is {text!r} to the {which} alone"
+    else:
+        return
+    raise EnsembleError(
+        f"{first.info.name} and {other.info.name} have different vocabularies of {sizes[0]} and {sizes[1]} tokens: "
+        f"{where}; an ensemble needs teachers with the same tokenizer"
+    )
+
+
+def _differences(first: Teacher, other: Teacher, size: int) -> Iterator[tuple[int, str, str]]:
+    """Tokens below ``size`` that have different texts, and both texts."""
+    for start in range(0, size, TEXTS_TOGETHER):
+        single = [
+            np.array([token], dtype=np.int32) for token in range(start, min(size, start + TEXTS_TOGETHER))
+        ]
+        texts = zip(first.detokenize(single), other.detokenize(single), strict=True)
+        for token, (one, two) in zip(itertools.count(start), texts, strict=False):
+            if one and two and one != two:
+                yield token, one, two

@@ -1,0 +1,169 @@
+"""Scoring many sequences in the worker: lanes, batches of like length, rows back in order.
+
+Runs inside the worker process. Letters: N rows over all sequences, in order.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from teachers.llama_cpp import CACHE_STEP, ContextShape, LlamaContext, Outputs
+from teachers.records import Answer
+from teachers.soft_targets import Arrays
+
+Tokens = NDArray[np.int32]
+Reduce = Callable[[Answer], Arrays]
+
+LIKE_LENGTH = 0.9  # sequences at least this part of the longest are filled up and decoded with it
+
+
+def groups_of_like_length(lengths: NDArray[np.int64], batch_tokens: int, parallel: int) -> list[list[int]]:
+    """Divide sequences into groups that fill a batch, longest first, with little filling up.
+
+    Each group has at most ``parallel`` sequences, and its size times its longest is at most ``batch_tokens``
+    (a longer sequence is a group of its own).
+    """
+    groups: list[list[int]] = []
+    longest = 0
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[index])
+        room = groups and len(groups[-1]) < parallel and (len(groups[-1]) + 1) * longest <= batch_tokens
+        if room and length >= LIKE_LENGTH * longest:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+            longest = length
+    return groups
+
+
+class Lanes(Protocol):
+    """What scoring needs of the worker's server."""
+
+    model: Any
+
+    def lanes_of(self, count: int) -> list[LlamaContext]:
+        """So many contexts on the model."""
+        ...
+
+    def report(self, more: int) -> None:
+        """Tell the parent that ``more`` rows are done."""
+        ...
+
+
+class Scorer:
+    """Rows of every sequence, reduced batch by batch while the other lanes decode.
+
+    A sequence of n tokens has n − 1 rows (what follows its last token is not known). Sequences of like length
+    are decoded together, shorter ones filled up; which are together depends on their lengths alone, so the rows
+    do not depend on which lane happens to be free.
+    """
+
+    def __init__(self, sequences: Sequence[Tokens], shape: ContextShape) -> None:
+        """``shape``: what is wanted of each token (its numbers of sequences and tokens are chosen here)."""
+        self.sequences = sequences
+        self.lengths = np.array([len(tokens) - 1 for tokens in sequences], dtype=np.int64)
+        self.starts = np.concatenate(([0], np.cumsum(self.lengths)))
+        self.shape = shape
+        self.result: Arrays = {}
+
+    def run(self, server: Lanes, reduce: Reduce) -> Arrays:
+        """The reduced arrays of all rows, ``[N, …]``, in the sequences' order."""
+        lanes = server.lanes_of(server.model.score_lanes)
+        lane, longest = lanes[0], int(self.lengths.max())
+        unlimited = groups_of_like_length(self.lengths, lane.batch_tokens, len(self.lengths))
+        parallel = lane.parallel(max(len(group) for group in unlimited), longest)
+        groups = groups_of_like_length(self.lengths, lane.batch_tokens, parallel)
+        tokens = -(-longest // CACHE_STEP) * CACHE_STEP
+        exact = self.shape.exact or lane.exact
+        shape = replace(self.shape, sequences=parallel, tokens=tokens, exact=exact)
+        waiting = iter(groups)
+        taking = threading.Lock()
+
+        def work(lane: LlamaContext) -> None:
+            torch.set_num_threads(lane.threads)  # of this lane's thread
+            while True:
+                with taking:
+                    group = next(waiting, None)
+                if group is None:
+                    return
+                lane.prepare(shape)
+                for start, outputs in self._decoded(lane, group):
+                    self._place(group, start, reduce(as_answer(outputs)))
+                server.report(int(self.lengths[group].sum()))
+
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            list(pool.map(work, lanes))
+        return self.result
+
+    def _decoded(self, lane: LlamaContext, group: list[int]) -> Iterator[tuple[int, Outputs]]:
+        """Decode a group; yields rows and the position in its sequences at which they start."""
+        size = int(self.lengths[group].max())
+        step = size if size <= lane.batch_tokens else lane.batch_tokens  # only a group of one is longer
+        grid = np.zeros((len(group), size), dtype=np.int32)
+        for row, index in enumerate(group):
+            grid[row, : self.lengths[index]] = self.sequences[index][:-1]
+        for start in range(0, size, step):
+            piece = grid[:, start : start + step]
+            positions = np.tile(np.arange(start, start + piece.shape[1], dtype=np.int32), len(group))
+            slots = np.repeat(np.arange(len(group), dtype=np.int32), piece.shape[1])
+            outputs = lane.decode(piece.reshape(-1), positions, slots, np.ones(piece.size, dtype=np.bool_))
+            yield start, outputs if len(group) == 1 else self._real(outputs, group, size)
+
+    def _real(self, outputs: Outputs, group: list[int], size: int) -> Outputs:
+        """Drop the rows of the tokens that only filled a sequence up to ``size``."""
+        counts = self.lengths[group]
+        if bool((counts == size).all()):
+            return outputs
+        real = np.concatenate([np.arange(count) + place * size for place, count in enumerate(counts)])
+        return Outputs(
+            None if outputs.logits is None else outputs.logits[real],
+            None if outputs.states is None else outputs.states[real],
+            {layer: values[real] for layer, values in outputs.layers.items()},
+        )
+
+    def _place(self, group: list[int], start: int, arrays: Arrays) -> None:
+        """Put a group's rows where they belong; a group of one may come in several pieces."""
+        if len(group) == 1:
+            return self._put(arrays, slice(None), int(self.starts[group[0]]) + start)
+        taken = 0
+        for index in group:
+            self._put(arrays, slice(taken, taken + int(self.lengths[index])), int(self.starts[index]))
+            taken += int(self.lengths[index])
+        return None
+
+    def _put(self, arrays: Arrays, rows: slice, start: int) -> None:
+        """Place some rows; the first of an array makes room for all."""
+        for name, values in arrays.items():
+            whole = self.result.get(name)
+            if whole is None:
+                room = np.empty((int(self.starts[-1]), *values.shape[1:]), values.dtype)
+                whole = self.result.setdefault(name, room)  # lanes may come here together; one wins
+            part = values[rows]
+            whole[start : start + len(part)] = part
+
+
+def as_answer(outputs: Outputs) -> Answer:
+    """llama.cpp's buffers as tensors, without a copy."""
+    return Answer(
+        None if outputs.logits is None else torch.from_numpy(outputs.logits),
+        None if outputs.states is None else torch.from_numpy(outputs.states),
+        {layer: torch.from_numpy(values) for layer, values in outputs.layers.items()},
+    )
+
+
+def as_arrays(answer: Answer) -> Arrays:
+    """Everything in an answer as it is, as named arrays: ``logits``, ``final``, ``layer<i>``."""
+    arrays: Arrays = {}
+    if answer.logits is not None:
+        arrays["logits"] = answer.logits.numpy()
+    if answer.states is not None:
+        arrays["final"] = answer.states.numpy()
+    return arrays | {f"layer{layer}": values.numpy() for layer, values in (answer.layers or {}).items()}

@@ -1,0 +1,176 @@
+"""What runs inside the worker process: answers the parent's requests with llama.cpp.
+
+Heavy modules are imported by the operations that need them: the process is there, and a bad file found out,
+before PyTorch is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from teachers.wire import Arrays, pack_ragged, read_frame, unpack_ragged, write_frame
+
+if TYPE_CHECKING:
+    from teachers.records import Recipe
+    from teachers.sketch import Basis
+
+Answer = tuple[dict[str, Any], Arrays]
+
+
+class Server:
+    """Answers requests inside the child; one method per operation."""
+
+    def __init__(self, output: BinaryIO) -> None:
+        self.output = output
+        self.model: Any = None
+        self.lanes: list[Any] = []
+        self._done = 0
+        self._reporting = threading.Lock()
+
+    def report(self, more: int) -> None:
+        """Tell the parent that ``more`` units are done; lanes call this from their own threads."""
+        with self._reporting:
+            self._done += more
+            write_frame(self.output, {"progress": self._done})
+
+    def lanes_of(self, count: int) -> list[Any]:
+        """So many contexts on the model, which share its threads; kept until another number is asked for."""
+        from teachers.llama_cpp import LlamaContext
+
+        if len(self.lanes) != count:
+            for lane in self.lanes:
+                lane.release()
+            each = max(1, self.model.threads // count)
+            self.lanes = [LlamaContext(self.model, each, count) for _ in range(count)]
+        return self.lanes
+
+    def load(self, request: dict[str, Any], arrays: Arrays) -> Answer:
+        from teachers.llama_cpp import LlamaModel
+
+        self.model = LlamaModel(request["path"], threads=request["threads"], gpu_layers=request["gpu_layers"])
+        return self.model.describe(), {}
+
+    def tokenize(self, request: dict[str, Any], arrays: Arrays) -> Answer:
+        special = {"add_special": request["add_special"], "parse_special": request["parse_special"]}
+        tokens = [self.model.tokenize(text, **special) for text in request["texts"]]
+        return {}, pack_ragged(tokens, "tokens")
+
+    def detokenize(self, request: dict[str, Any], arrays: Arrays) -> Answer:
+        texts = []
+        for tokens in unpack_ragged(arrays, "tokens"):
+            raw = b"".join(self.model.piece(token) for token in tokens.tolist())
+            texts.append(raw.decode("utf-8", errors="replace"))
+        return {"texts": texts}, {}
+
+    def speak(self, request: dict[str, Any], arrays: Arrays) -> Answer:
+        import numpy as np
+        import torch
+
+        from teachers.base import Sampling
+        from teachers.records import reduce
+        from teachers.speak import Speaker, Wanted
+
+        segments = unpack_ragged(arrays, "segments")
+        requests, taken = [], 0
+        for count in arrays["segment_counts"].tolist():
+            requests.append(segments[taken : taken + count])
+            taken += count
+        sampling = Sampling(**request["sampling"])
+
+        recipe, bases = _recipe(request, arrays)
+        wanted = Wanted(
+            None if recipe is None else lambda answer: reduce(answer, recipe, bases),
+            recipe is not None and recipe.needs_states,
+        )
+        lanes = self.lanes_of(self.model.speech_lanes)[: len(requests)]
+        edges = [len(requests) * place // len(lanes) for place in range(len(lanes) + 1)]
+
+        def work(lane: Any, start: int, stop: int) -> Any:
+            torch.set_num_threads(lane.threads)  # of this lane's thread
+            numbers = [request["first_index"] + index for index in range(start, stop)]
+            return Speaker(lane, sampling, wanted).speak(requests[start:stop], numbers, self.report)
+
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            said = list(pool.map(work, lanes, edges, edges[1:]))
+        kept = {name: np.concatenate([part.arrays[name] for part in said]) for name in said[0].arrays}
+        return {}, pack_ragged([tokens for part in said for tokens in part.sequences], "tokens") | kept
+
+    def score(self, request: dict[str, Any], arrays: Arrays) -> Answer:
+        from teachers.llama_cpp import ContextShape
+        from teachers.records import reduce
+        from teachers.scoring import Scorer
+
+        recipe, bases = _recipe(request, arrays)
+        assert recipe is not None
+        shape = ContextShape(
+            1, 1, logits=recipe.needs_logits, states=recipe.needs_states, layers=recipe.layers
+        )
+        scorer = Scorer(unpack_ragged(arrays, "tokens"), shape)
+        return {}, scorer.run(self, lambda answer: reduce(answer, recipe, bases))
+
+    def states(self, request: dict[str, Any], arrays: Arrays) -> Answer:
+        from teachers.llama_cpp import ContextShape
+        from teachers.scoring import Scorer, as_arrays
+
+        shape = ContextShape(1, 1, logits=False, states=True, layers=tuple(request["layers"]))
+        return {}, Scorer(unpack_ragged(arrays, "tokens"), shape).run(self, as_arrays)
+
+    def logits(self, request: dict[str, Any], arrays: Arrays) -> Answer:
+        from teachers.llama_cpp import ContextShape
+        from teachers.scoring import Scorer, as_arrays
+
+        shape = ContextShape(1, 1, exact=request["exact"])
+        return {}, Scorer(unpack_ragged(arrays, "tokens"), shape).run(self, as_arrays)
+
+    def speed(self, request: dict[str, Any], arrays: Arrays) -> Answer:
+        from teachers.llama_cpp import LlamaContext
+
+        # All threads on one sequence, as a user runs it.
+        context = LlamaContext(self.model, self.model.threads)
+        try:
+            prompt, generation = context.speed(request["prompt_tokens"], request["new_tokens"])
+        finally:
+            context.release()
+        return {"prompt": prompt, "generation": generation}, {}
+
+    def run(self, source: BinaryIO) -> None:
+        while True:
+            try:
+                request, arrays = read_frame(source)
+            except EOFError:
+                return
+            self._done = 0
+            try:
+                operation = getattr(self, request.pop("operation"))
+                answer, answer_arrays = operation(request, arrays)
+            except (RuntimeError, ValueError, MemoryError, OSError) as error:
+                write_frame(self.output, {"error": str(error) or type(error).__name__})
+                continue
+            write_frame(self.output, answer, answer_arrays)
+
+
+def _recipe(request: dict[str, Any], arrays: Arrays) -> tuple[Recipe | None, dict[str, Basis]]:
+    """What a request wants to be kept, and how hidden states are encoded for it."""
+    from teachers.records import Recipe
+    from teachers.sketch import Basis
+
+    if request.get("recipe") is None:
+        return None, {}
+    recipe = Recipe.from_json(request["recipe"])
+    names = ["final", *(f"layer{layer}" for layer in recipe.layers)]
+    found = {name: Basis.from_arrays(arrays, name) for name in names}
+    return recipe, {name: basis for name, basis in found.items() if basis is not None}
+
+
+def serve() -> None:
+    """Answer requests until the parent closes the pipe. Ctrl-C is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # llama.cpp's libraries may print to standard output; keep the protocol on a descriptor of its own.
+    output = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    Server(output).run(sys.stdin.buffer)
