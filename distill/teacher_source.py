@@ -33,8 +33,8 @@ def gguf_file_of(config: TeacherConfig) -> Path:
         if not path.is_dir():
             return path
     raise UserError(
-        f"teacher {paths[0]} is a transformers folder, which has no GGUF tokenizer for the exported student; capture "
-        "from it with `distill capture`, or convert it with llama.cpp's convert_hf_to_gguf.py to run the whole way"
+        f"teacher {paths[0]} is a folder: not a GGUF file, whose tokenizer the exported student needs; capture "
+        "from a transformers folder with `distill capture`, or convert it with llama.cpp's convert_hf_to_gguf.py"
     )
 
 

@@ -170,8 +170,7 @@ def fit_companion(teacher: Teacher, sequences: Sequence[Tokens], recipe: Recipe)
             torch.from_numpy(teacher.output_rows(start, min(vocab_size, start + LINEAR_ROWS))).half()
             for start in range(0, vocab_size, LINEAR_ROWS)
         ]
-        matrix = torch.cat(rows)
-        head = OutputHead(matrix, torch.zeros(vocab_size))
+        head = OutputHead(torch.cat(rows).float(), torch.zeros(vocab_size))  # as it will be read back
     for layer in recipe.layers:
         states = torch.from_numpy(found[f"layer{layer}"])
         bases[f"layer{layer}"] = fit_basis(states, None, min(recipe.layer_bytes, states.shape[1]))
@@ -185,7 +184,7 @@ def require_linear_output(teacher: Teacher, tokens: Tokens) -> None:
         CaptureError: they are not (a cap, a scale or a bias comes after the product).
     """
     some = tokens[: LINEAR_POSITIONS + 1]
-    logits = torch.from_numpy(teacher.logits([some], exact=True))
+    logits = torch.from_numpy(teacher.logits([some]))
     states = torch.from_numpy(teacher.states([some])["final"])
     stop = min(LINEAR_ROWS, logits.shape[1])
     product = states @ torch.from_numpy(teacher.output_rows(0, stop)).T

@@ -103,11 +103,12 @@ class LlamaModel:
             token for token in range(self.vocab_size) if native.llama_vocab_is_eog(self.vocab, token)
         )
         self.threads = threads
-        self.exact = gpu_layers == 0 or not native.llama_supports_gpu_offload()
-        # llama.cpp's flash attention pays off from heads of this width on; narrower ones it slows down.
+        on_cpu = gpu_layers == 0 or not native.llama_supports_gpu_offload()
+        # llama.cpp's own default, a float16 cache with flash attention, is how people run the model; but it slows
+        # a CPU down where the heads are narrow.
         heads = max(1, int(native.llama_model_n_head(self.model)))
         narrow = int(native.llama_model_n_embd(self.model)) // heads < FLASH_HEAD_WIDTH
-        self.speaks_exactly = self.exact and narrow
+        self.prefers_exact = on_cpu and narrow
         self.width = int(native.llama_model_n_embd(self.model))
         self.layers = int(native.llama_model_n_layer(self.model))
         self.batch_tokens = max(
@@ -119,8 +120,8 @@ class LlamaModel:
         # which only a small model can afford once per lane.
         small = int(native.llama_model_n_params(self.model)) <= SMALL_MODEL_PARAMETERS
         affordable = max(1, LANES_BYTES // (8 * self.batch_tokens * self.vocab_size))
-        self.score_lanes = min(threads, affordable) if self.exact else 1
-        self.speech_lanes = threads if small and self.exact else 1
+        self.score_lanes = min(threads, affordable) if on_cpu else 1
+        self.speech_lanes = threads if small and on_cpu else 1
 
     # -- vocabulary -----------------------------------------------------------------------------------
 
@@ -174,7 +175,6 @@ class LlamaContext:
         self.lanes = lanes
         self.vocab_size = model.vocab_size
         self.batch_tokens = model.batch_tokens
-        self.exact = model.exact
         self.threads = threads
         self._context: native.llama_context_p | None = None
         self._shape: ContextShape | None = None
@@ -275,12 +275,12 @@ class LlamaContext:
                 )
         return Outputs(logits, states, layers)
 
-    def parallel(self, wanted: int, tokens: int) -> int:
+    def parallel(self, wanted: int, tokens: int, *, exact: bool) -> int:
         """How many sequences of ``tokens`` tokens to hold at once: ``wanted``, or what the cache allows."""
         model = self.model.model
         heads = max(1, int(native.llama_model_n_head(model)))
         width = int(native.llama_model_n_embd(model)) // heads * int(native.llama_model_n_head_kv(model))
-        token_bytes = 2 * (4 if self.exact else 2) * width * int(native.llama_model_n_layer(model))
+        token_bytes = 2 * (4 if exact else 2) * width * int(native.llama_model_n_layer(model))
         rounded = -(-tokens // CACHE_STEP) * CACHE_STEP
         return max(
             1,
@@ -293,7 +293,7 @@ class LlamaContext:
 
     def speed(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
         """Measure prompt processing and generation of one sequence, both in tokens per second."""
-        self.prepare(ContextShape(1, prompt_tokens + new_tokens + 1, self.exact))
+        self.prepare(ContextShape(1, prompt_tokens + new_tokens + 1, self.model.prefers_exact))
         prompt = np.full(prompt_tokens, max(0, int(native.llama_vocab_bos(self.model.vocab))), dtype=np.int32)
         last = np.zeros(prompt_tokens, dtype=np.bool_)
         last[-1] = True

@@ -26,6 +26,7 @@ Targets = CompactTargets | HiddenTargets | DenseTargets
 
 BYTES_PER_POSITION = 200  # what compact targets may take where the recipe does not say
 SCALE_BYTES = 2
+FLOAT16_MAX = 65504.0
 TINY_VOCABULARY = 1 << 16  # up to here a token id takes two bytes, else four
 
 
@@ -50,6 +51,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"targets of kind {self.kind!r} do not exist; choose one of {', '.join(KINDS)}")
+        if self.num_topk < 1 or self.sketch_bytes < 0 or self.layer_bytes < 1:
+            raise ValueError(f"recipe out of range: {self}")
+        if len(self.layers) != len(set(self.layers)) or any(layer < 0 for layer in self.layers):
+            raise ValueError(f"recipe with layers {self.layers}; name each once, from 0")
 
     @property
     def needs_logits(self) -> bool:
@@ -67,7 +72,7 @@ class Recipe:
         return self.kind == "compact" and self.sketch_bytes > 0
 
     def bytes_per_position(self, vocab_size: int, width: int) -> int:
-        """Stored bytes of one position."""
+        """Stored bytes of one position, at most (few or constant states need fewer directions)."""
         layers = len(self.layers) * (min(self.layer_bytes, width) + SCALE_BYTES)
         if self.kind == "dense":
             return 4 * vocab_size + layers
@@ -93,14 +98,21 @@ class Recipe:
         Raises:
             KeyError, TypeError, ValueError: this is no recipe.
         """
-        given = {
-            name: content[name]
-            for name in ("num_topk", "sketch_bytes", "layer_bytes")
-            if content[name] is not None
-        }
-        if any(not isinstance(value, int) or value < 0 for value in given.values()):
+        numbers = {"num_topk": kind_is(content, "compact"), "sketch_bytes": kind_is(content, "compact")}
+        numbers["layer_bytes"] = bool(content["layers"])
+        written = {name: content[name] for name in numbers}
+        given = {name: value for name, value in written.items() if numbers[name]}
+        layers = content["layers"]
+        if any(type(value) is not int for value in given.values()):
             raise ValueError(f"recipe with {given}")
-        return cls(kind=content["kind"], layers=tuple(int(layer) for layer in content["layers"]), **given)
+        if any(type(layer) is not int for layer in layers):
+            raise ValueError(f"recipe with layers {layers!r}")
+        return cls(kind=content["kind"], layers=tuple(layers), **given)
+
+
+def kind_is(content: Mapping[str, Any], kind: str) -> bool:
+    """Whether a recipe's JSON is of this kind."""
+    return bool(content["kind"] == kind)
 
 
 def compact_bytes(num_topk: int, vocab_size: int) -> int:
@@ -167,7 +179,7 @@ def _compact(logits: Tensor, num_topk: int) -> Arrays:
     joined = CompactTargets.from_logits(logits, num_topk)
     return {
         "topk_ids": joined.topk_ids.numpy().astype(np.uint16 if small else np.int32),
-        "topk_logits": joined.topk_logits.half().numpy(),
+        "topk_logits": joined.topk_logits.clamp(min=-FLOAT16_MAX).half().numpy(),
         "tail": joined.tail.numpy(),
     }
 

@@ -79,10 +79,10 @@ class Scorer:
         lanes = server.lanes_of(server.model.score_lanes)
         lane, longest = lanes[0], int(self.lengths.max())
         unlimited = groups_of_like_length(self.lengths, lane.batch_tokens, len(self.lengths))
-        parallel = lane.parallel(max(len(group) for group in unlimited), longest)
+        exact = self.shape.exact or lane.model.prefers_exact
+        parallel = lane.parallel(max(len(group) for group in unlimited), longest, exact=exact)
         groups = groups_of_like_length(self.lengths, lane.batch_tokens, parallel)
         tokens = -(-longest // CACHE_STEP) * CACHE_STEP
-        exact = self.shape.exact or lane.exact
         shape = replace(self.shape, sequences=parallel, tokens=tokens, exact=exact)
         waiting = iter(groups)
         taking = threading.Lock()

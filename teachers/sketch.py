@@ -26,7 +26,9 @@ METRIC_POSITIONS = 128  # of those, how many give the average tail
 METRIC_TOPK = 16  # tokens of each that are not tail
 METRIC_TEMPERATURES = (1.0, 3.0)
 ROWS_AT_ONCE = 4096  # of the output matrix, dequantised together
-RIDGE = 1e-6  # of the metric's mean diagonal, so that it can be inverted
+NEGLIGIBLE = 1e-5  # of the strongest direction: what is weaker is rounding, not signal
+MAX_SCALE = 60000.0  # a state further out than this is cut
+RIDGE = 1e-5  # of the metric's mean diagonal, so that it can be inverted
 # Half of the range that the integers span, in standard deviations, and the mean squared error of a normal
 # variable of variance 1 rounded so.
 RANGE_8, ERROR_8 = 6.0, 2.0e-4
@@ -79,11 +81,12 @@ class Basis:
     def encoded(self, states: Tensor) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
         """``states [N, D]`` → codes ``[N, bytes_per_position]`` and a scale of each position, ``[N]``.
 
-        The scale is 1 unless a strong coordinate lies outside its range.
+        The scale is 1 unless a strong coordinate lies outside its range, and never more than ``MAX_SCALE``.
         """
         relative = (states - self.mean) @ self.encode / self.ranges
-        scale = relative[:, : self.wide].abs().amax(dim=-1).clamp(min=1.0) if self.wide else None
-        scales = (torch.ones(len(states)) if scale is None else scale * 1.001).half()  # never rounded below
+        largest = relative[:, : self.wide].abs().amax(dim=-1) if self.wide else torch.zeros(len(states))
+        # Slightly more where it is needed, so that float16 never rounds it below.
+        scales = torch.where(largest > 1.0, largest * 1.001, 1.0).clamp(max=MAX_SCALE).half()
         relative = relative / scales.float()[:, None]
         wide = (relative[:, : self.wide] * 127.0).round().clamp(-127, 127).to(torch.int8).view(torch.uint8)
         narrow = (relative[:, self.wide :] * 8.0).floor().clamp(-8, 7).to(torch.int16) + 8
@@ -92,10 +95,12 @@ class Basis:
 
     def coordinates(self, codes: NDArray[np.uint8], scales: NDArray[np.float16]) -> Tensor:
         """The rounded coordinates of encoded states, float32 ``[N, R]``."""
-        raw = torch.from_numpy(np.ascontiguousarray(codes))
+        raw = torch.from_numpy(
+            np.array(codes)
+        )  # a copy: mapped files cannot be written to, which torch minds
         wide = raw[:, : self.wide].view(torch.int8).float() / 127.0
         packed = raw[:, self.wide :]
-        pairs = torch.stack((packed >> 4, packed & 15), dim=-1).reshape(len(raw), -1)
+        pairs = torch.stack((packed >> 4, packed & 15), dim=-1).reshape(len(raw), 2 * packed.shape[1])
         relative = torch.cat((wide, (pairs.float() - 7.5) / 8.0), dim=-1)
         return relative * self.ranges * torch.from_numpy(scales.astype(np.float32))[:, None]
 
@@ -128,7 +133,8 @@ def fit_basis(states: Tensor, metric: Tensor | None, budget: int) -> Basis:
     factor = None if metric is None else torch.linalg.cholesky(metric)
     seen = centred if factor is None else centred @ factor
     _, singular, directions = torch.linalg.svd(seen, full_matrices=False)
-    deviations = singular / max(1, len(states) - 1) ** 0.5
+    present = int((singular > NEGLIGIBLE * singular[0]).sum())
+    deviations = singular[:present] / max(1, len(states) - 1) ** 0.5
     wide, narrow = divide_bits(deviations**2, budget)
     kept = directions[: wide + narrow]  # [R, D], orthonormal in the metric
     if factor is None:
@@ -149,19 +155,20 @@ def tail_metric(states: Tensor, rows: OutputRows, vocab_size: int) -> Tensor:
     tails = [torch.softmax(logits / temperature, dim=-1).mean(dim=0) for temperature in METRIC_TEMPERATURES]
     weights = torch.stack(tails).mean(dim=0)
     width = states.shape[1]
-    second, first = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+    centre = torch.zeros(width, dtype=torch.float64)
     for start, part in _parts(rows, vocab_size):
-        weighted = part * weights[start : start + len(part), None]
-        second += (weighted.T @ part).double()
-        first += weighted.sum(dim=0).double()
-    metric = second - torch.outer(first, first)
+        centre += weights[start : start + len(part)].double() @ part.double()
+    metric = torch.zeros(width, width, dtype=torch.float64)
+    for start, part in _parts(rows, vocab_size):
+        relative = part - centre.float()
+        metric += ((relative * weights[start : start + len(part), None]).T @ relative).double()
     return metric + RIDGE * metric.diagonal().mean() * torch.eye(width, dtype=torch.float64)
 
 
 def _parts(rows: OutputRows, vocab_size: int):  # type: ignore[no-untyped-def]
     """The output matrix a few thousand rows at a time, with the first row's number."""
     for start in range(0, vocab_size, ROWS_AT_ONCE):
-        yield start, torch.from_numpy(rows(start, min(vocab_size, start + ROWS_AT_ONCE)))
+        yield start, torch.from_numpy(np.array(rows(start, min(vocab_size, start + ROWS_AT_ONCE))))
 
 
 def _product(rows: OutputRows, vocab_size: int, decode: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,11 +24,12 @@ from torch import Tensor
 
 Arrays = dict[str, NDArray[np.generic]]
 
+ROWS_TOGETHER = 8  # positions whose logits are looked at together
+EMPTY_TAIL = -1e4  # log of a tail in which no token has any probability
 KINDS = ("compact", "hidden", "dense")
 # 1/T at which the tail's mass is stored: T = 6, 3, 2, 1.5, 1.2, 1. It is log(V − K) at 1/T = 0 whatever the
 # teacher, so seven points of a smooth convex function are known on [0, 1]; a polynomial through them gives the
 # mass at every T ≥ 1.
-ROWS_TOGETHER = 8  # positions whose logits are looked at together
 NODES = (1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0)
 
 
@@ -153,11 +154,12 @@ class CompactTargets(_Rows):
                 raise ValueError(
                     "these soft targets have no tail sketch; capture with targets.sketch_bytes > 0"
                 )
-            tail = (
-                self.head.logits(self.coordinates).div_(temperature).scatter_(-1, self.topk_ids, -torch.inf)
-            )
+            tail = self.head.logits(self.coordinates)
+            if temperature != 1.0:
+                tail = tail.div_(temperature)
+            tail = tail.scatter_(-1, self.topk_ids, -torch.inf)
             mass = self.tail_logsumexp(temperature) - self.log_partition(temperature)
-            result = tail.sub_((tail.logsumexp(dim=-1) - mass)[..., None])
+            result = tail.sub_((_logsumexp(tail) - mass)[..., None])
         else:
             result = self.topk_logits.new_empty(shape)
         return result.scatter_(-1, self.topk_ids, self.topk_log_probs(temperature))
@@ -174,17 +176,22 @@ class CompactTargets(_Rows):
             ValueError: a logit of the top-k or the sum over the tail is not finite (an excluded token's −∞ is
                 fine outside the top-k).
         """
-        count = min(num_topk, logits.shape[-1])
-        values, ids = topk(logits, count)
-        tail = _tail_sums(logits, values[:, :1], ids).log()
-        if not bool(torch.isfinite(values).all()) or bool(
-            torch.isnan(tail).any() | torch.isposinf(tail).any()
-        ):
+        size = logits.shape[-1]
+        count = min(num_topk, size)
+        values, ids = topk(logits, min(count + 1, size))
+        kept, first = values[:, :count], values[:, :1]
+        if not bool(torch.isfinite(kept).all()):
             raise ValueError("the teacher's logits are not finite; its weights are damaged")
-        # A tail too small for float32 is as good as one of 1e-38; −∞ is kept for "there is none".
-        floor = torch.finfo(torch.float32).tiny if count < logits.shape[-1] else 0.0
-        tail = tail.clamp(min=float(np.log(floor))) if floor else tail
-        return cls(ids, values - values[:, :1], tail, logits.shape[-1])
+        if count == size:
+            tail = logits.new_full((len(logits), len(NODES)), -torch.inf)
+            return cls(ids, kept - first, tail, size)
+        # Relative to the tail's own greatest, so that a tail far below the top keeps its digits.
+        next_best = values[:, count:].clamp(min=torch.finfo(logits.dtype).min)
+        sums = _tail_sums(logits, next_best, ids[:, :count]).log()
+        tail = sums + (next_best - first) * torch.tensor(NODES, device=logits.device)
+        if bool(torch.isnan(tail).any() | torch.isposinf(tail).any()):
+            raise ValueError("the teacher's logits are not finite; its weights are damaged")
+        return cls(ids[:, :count], kept - first, tail.clamp(min=EMPTY_TAIL), size)
 
 
 @dataclass(frozen=True)
@@ -226,8 +233,8 @@ def _logsumexp(values: Tensor) -> Tensor:
     return torch.sub(values, top).mul_(1.0 / math.log(2.0)).exp2_().sum(dim=-1).log() + top[..., 0]
 
 
-def _tail_sums(logits: Tensor, first: Tensor, ids: Tensor) -> Tensor:
-    """Σ exp((z_v − z_first) · node) over all tokens but ``ids``, at every node: ``[N, V]`` → ``[N, M]``.
+def _tail_sums(logits: Tensor, origin: Tensor, ids: Tensor) -> Tensor:
+    """Σ exp((z_v − origin) · node) over all tokens but ``ids``, at every node: ``[N, V]`` → ``[N, M]``.
 
     One exponential serves all nodes: exp(x/6) and its powers up to the sixth. A few rows at a time, so that
     everything stays in a core's own cache; base 2, which is the faster exponential of PyTorch by far.
@@ -238,7 +245,7 @@ def _tail_sums(logits: Tensor, first: Tensor, ids: Tensor) -> Tensor:
     for start in range(0, len(logits), ROWS_TOGETHER):
         rows = slice(start, start + ROWS_TOGETHER)
         root, square, cube = space[:, : len(logits[rows])]
-        torch.sub(logits[rows], first[rows], out=root).mul_(scale).exp2_()
+        torch.sub(logits[rows], origin[rows], out=root).mul_(scale).exp2_()
         root.scatter_(-1, ids[rows], 0.0)
         torch.mul(root, root, out=square)
         torch.mul(square, root, out=cube)

@@ -67,10 +67,12 @@ class Speaker:
         ``numbers`` names each request's random stream; ``progress`` is told of each finished sequence.
         """
         context, longest = self.context, self.sampling.max_length
-        parallel = context.parallel(min(PARALLEL_SEQUENCES, len(requests)), longest)
+        parallel = context.parallel(
+            min(PARALLEL_SEQUENCES, len(requests)), longest, exact=context.model.prefers_exact
+        )
         # Many short sequences are bound by reading the cache, and a float16 one is enough to choose words by.
         context.prepare(
-            ContextShape(parallel, longest, context.model.speaks_exactly, states=self.wanted.states)
+            ContextShape(parallel, longest, context.model.prefers_exact, states=self.wanted.states)
         )
         pairs = zip(requests, numbers, strict=True)
         speeches = [Speech.begin(request, self.sampling, number) for request, number in pairs]

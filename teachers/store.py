@@ -221,8 +221,11 @@ class SoftTargetStore:
     def _write(self, path: Path, arrays: Arrays) -> None:
         """Write a file of arrays that proves itself."""
         arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
-        metadata = {"sha256": _digest(arrays), "store": self.manifest.key, "name": path.stem}
-        write_whole(path, safetensors.numpy.save(arrays, metadata=metadata))
+        write_whole(path, safetensors.numpy.save(arrays, metadata=self._seal(path, arrays)))
+
+    def _seal(self, path: Path, arrays: Arrays) -> dict[str, str]:
+        """What a file says of itself: one entry, as safetensors writes several in random order."""
+        return {"sha256": f"{_digest(arrays)} store {self.manifest.key} {path.stem}"}
 
     def write_companion(self, companion: Companion) -> None:
         """Write the store's companion, whole or not at all.
@@ -248,8 +251,7 @@ class SoftTargetStore:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, TypeError):  # numpy has no such type
             return None
-        wanted = {"sha256": _digest(arrays), "store": self.manifest.key, "name": path.stem}
-        return arrays if metadata == wanted else None
+        return arrays if metadata == self._seal(path, arrays) else None
 
     @property
     def needs_companion(self) -> bool:

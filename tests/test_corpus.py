@@ -155,3 +155,26 @@ def test_with_nothing_given_the_teacher_speaks_both_turns(tiny_teacher: GGUFTeac
     sequences = built.take(tiny_teacher, 0, 3, lambda done: None)
     assert all(2 <= len(tokens) <= 64 for tokens in sequences)
     assert len({tokens.tobytes() for tokens in sequences}) == 3
+
+
+def test_requests_are_what_take_asks_for(tiny_teacher: GGUFTeacher, tmp_path: Path) -> None:
+    """Where the teacher writes all of some sequences, asking for them gives what ``take`` gives."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    path = write_lines(
+        tmp_path / "m.jsonl", {"prompt": "a"}, {"prompt": "b"}, {"messages": turns}, {"prompt": "c"}
+    )
+    built = corpus(tiny_teacher, path, max_length=40)
+    assert built.requests(0, 3) is None and built.requests(2, 4) is None
+    for start, stop in ((0, 2), (1, 2), (3, 4)):
+        asked = built.requests(start, stop)
+        assert asked is not None
+        said = tiny_teacher.speak(*asked, first_index=start)
+        taken = built.take(tiny_teacher, start, stop, lambda done: None)
+        assert [row.tolist() for row in said] == [row.tolist() for row in taken]
+        assert [row.tolist() for row in said] != [
+            row.tolist() for row in tiny_teacher.speak(*asked, first_index=9)
+        ]
+    mixed = built.take(tiny_teacher, 0, 4, lambda done: None)
+    assert mixed[2].tolist() == built.items[2].segments[0].tolist()
+    for row, item in zip(mixed, built.items, strict=True):
+        assert row[: len(item.segments[0])].tolist() == item.segments[0].tolist()

@@ -243,7 +243,7 @@ def test_extreme_logits(top: float) -> None:
 
 @pytest.mark.parametrize("gap", [10.0, 30.0, 60.0, 80.0, 95.0, 200.0])
 def test_thin_tails(gap: float) -> None:
-    """A tail far below the first token keeps its logarithm down to e^−87, and stays finite below."""
+    """A tail far below the first token keeps its logarithm, also where its mass is 0 in float32."""
     logits = drawn(3, 60, 0.5)
     logits[:, :4] += gap
     targets = exact_sketch(logits, 4)
@@ -253,10 +253,9 @@ def test_thin_tails(gap: float) -> None:
         for position, row in enumerate(logits.double().tolist()):
             true = reference_tail(row, targets.topk_ids[position].tolist(), temperature)
             found = float(targets.tail_logsumexp(temperature)[position])
-            assert found == pytest.approx(max(true, -87.3), abs=0.1 if true < -87.0 else 2e-5)
-            if true > -87.0:
-                expected = reference_log_probs(row, temperature)
-                np.testing.assert_allclose(log_probs[position].numpy(), expected, rtol=1e-6, atol=5e-5)
+            assert found == pytest.approx(true, abs=5e-5)
+            expected = reference_log_probs(row, temperature)
+            np.testing.assert_allclose(log_probs[position].numpy(), expected, rtol=1e-6, atol=8e-5)
 
 
 @pytest.mark.parametrize("token", [0, 17, 49])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from teachers.base import Sampling
+from teachers.capture import fit_companion
 from teachers.gguf_teacher import GGUFTeacher
+from teachers.records import Recipe
 from teachers.sampling import sample_rows
 
 
@@ -98,3 +101,64 @@ def test_max_length_is_reached_exactly(tiny_teacher: GGUFTeacher) -> None:
     start = [np.array([tiny_teacher.info.bos], dtype=np.int32)]
     lengths = {len(t) for t in tiny_teacher.speak([start] * 8, Sampling(max_length=9, seed=2))}
     assert max(lengths) == 9
+
+
+RECIPES = {
+    "dense": Recipe("dense"),
+    "hidden": Recipe("hidden"),
+    "buckets": Recipe(num_topk=5),
+    "sketch": Recipe(num_topk=5, sketch_bytes=20),
+    "layers": Recipe(num_topk=5, layers=(0, 1), layer_bytes=16),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_is_said_is_scored_on_the_way(
+    tiny_teacher: GGUFTeacher, tiny_teacher_path: Path, threads: int
+) -> None:
+    """The same words as speaking alone, the same answer as scoring afterwards, position by position."""
+    bos = tiny_teacher.info.bos
+    then = np.array([7, 8, 7], np.int32)
+    requests = [
+        [np.array([bos, *range(5, 5 + n)], np.int32), *[then] * (place % 3)]
+        for place, n in enumerate((0, 3, 170, 2, 40, 1, 158, 159, 157, *range(12)))
+    ]
+    sampling = Sampling(temperature=4.0, max_length=160, seed=9)
+    said = tiny_teacher.speak(requests, sampling, first_index=2)
+    lengths = {len(row) for row in said}
+    assert 160 in lengths and len(lengths) > 1, "some end by themselves, some at max_length"
+    with GGUFTeacher(tiny_teacher_path, threads=threads) as teacher:
+        for kind, recipe in RECIPES.items():
+            bases = fit_companion(tiny_teacher, said, recipe).bases
+            expected = tiny_teacher.score(said, recipe, bases)
+            counts: list[int] = []
+            tokens, arrays = teacher.speak_and_score(
+                requests, sampling, recipe, bases, first_index=2, progress=counts.append
+            )
+            assert len(tokens) == len(said) and counts == sorted(counts)
+            assert all(np.array_equal(one, other) for one, other in zip(tokens, said, strict=True))
+            assert list(arrays) == list(expected), kind
+            for name, rows in arrays.items():
+                assert rows.dtype == expected[name].dtype and rows.shape == expected[name].shape
+                apart = np.abs(rows.astype(np.float64) - expected[name].astype(np.float64))
+                if rows.dtype.kind in "iu":  # codes and ids: no more than a tie
+                    assert (apart > 0).mean() < 1e-3, (kind, name)
+                else:
+                    assert apart.max() < (4e-3 if rows.dtype == np.float16 else 1e-4), (kind, name)
+
+
+def test_scored_speech_does_not_depend_on_its_company(tiny_teacher: GGUFTeacher) -> None:
+    """A long and a short request, alone or together with more than fit at once."""
+    bos = tiny_teacher.info.bos
+    requests = [[np.array([bos, *range(5, 5 + n)], np.int32)] for n in (100, 0, 600, *range(20, 160))]
+    sampling = Sampling(max_length=120, seed=4)
+    tokens, arrays = tiny_teacher.speak_and_score(requests, sampling, Recipe("dense"), {})
+    starts = np.concatenate(([0], np.cumsum([len(row) - 1 for row in tokens])))
+    assert len(tokens) == len(requests) > 128 and starts[-1] == len(arrays["logits"])
+    for index in (0, 1, 2, 50, 142):
+        alone, rows = tiny_teacher.speak_and_score(
+            [requests[index]], sampling, Recipe("dense"), {}, first_index=index
+        )
+        assert np.array_equal(alone[0], tokens[index]) and len(alone[0]) <= 120
+        among: Any = arrays["logits"][starts[index] : starts[index + 1]]
+        assert np.abs(among - rows["logits"]).max() < 1e-4
