@@ -115,6 +115,21 @@ class BigramTeacher:
         return reduce(Answer(logits, states["final"], layers), recipe, bases)
 
 
+class Bent:
+    """A teacher whose logits are capped after the output matrix, as Gemma 2's are."""
+
+    def __init__(self, teacher: GGUFTeacher) -> None:
+        self.teacher = teacher
+        self.info = teacher.info
+
+    def logits(self, sequences: Sequence[Tokens], *, exact: bool = False) -> Floats:
+        """Softly capped at ±10."""
+        return 10.0 * np.tanh(self.teacher.logits(sequences, exact=exact) / 10.0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.teacher, name)
+
+
 def _seen(sequences: Sequence[Tokens]) -> torch.Tensor:
     """The token that each position follows, ``[N]``."""
     return torch.from_numpy(np.concatenate([tokens[:-1] for tokens in sequences]).astype(np.int64))

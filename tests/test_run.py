@@ -16,8 +16,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import distill.pipeline
-from distill.batches import split
-from distill.capturing import capture_only
 from distill.cli import main
 from distill.config import RunConfig, load_config
 from distill.console import Console
@@ -125,33 +123,6 @@ def test_a_store_of_this_working_directory_is_found(
     third = run(config, Places(), Console())
     assert third.path == Path("runs/tiny-32x1-2")
     assert second.read_results()["soft_targets"]["reused"] and third.read_results()["soft_targets"]["reused"]
-
-
-def test_a_capture_by_ranks_is_what_a_run_learns_from(
-    tiny_teacher_path: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """`distill capture` by two ranks, one after the other: the run that follows captures nothing."""
-    monkeypatch.chdir(tmp_path)
-    config = small_config(tiny_teacher_path, samples=600)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        store = capture_only(config, None, Console())
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name)
-    assert [store.state(shard) for shard in range(3)] == ["complete"] * 3
-    again = capture_only(config, None, Console())
-    said = " ".join(capsys.readouterr().out.split())
-    assert (
-        again.folder == store.folder
-        and "skipped" in said
-        and "bytes per position 178" in said.replace("│", "")
-    )
-    data = split(store, config.data.held_out, config.seed)
-    assert len(data.train) + len(data.held_out) <= len(store) == 600
 
 
 def test_capture_itself_is_reproducible(finished: RunFolder, tiny_teacher_path: Path, tmp_path: Path) -> None:

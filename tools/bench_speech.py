@@ -1,0 +1,77 @@
+"""How much faster a teacher speaks when many sequences are decoded together: ratios of one run.
+
+python -m tools.bench_speech [TEACHER.gguf] [--together 32]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from teachers import example_teacher
+from teachers.base import Sampling, Tokens
+from teachers.capture import fit_companion
+from teachers.conversation import opening_segments
+from teachers.gguf_teacher import GGUFTeacher
+from teachers.records import Recipe, default_sketch_bytes
+
+
+def rate(speak: Callable[[], list[Tokens]], forced: int) -> float:
+    """Written tokens per second, the better of two rounds."""
+    best = 0.0
+    for _ in range(2):
+        begin = time.perf_counter()
+        said = speak()
+        best = max(best, sum(len(tokens) - forced for tokens in said) / (time.perf_counter() - begin))
+    return best
+
+
+def main() -> None:
+    """Parse the command line and measure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("teacher", type=Path, nargs="?", default=example_teacher())
+    parser.add_argument("--together", type=int, default=32)
+    options = parser.parse_args()
+    sampling = Sampling(max_length=128)
+    table = Table("the teacher writes", "tokens/s", "ratio")
+    with GGUFTeacher(options.teacher) as teacher:
+        opening = opening_segments(teacher)
+        if opening is None:
+            raise SystemExit(f"{options.teacher} has no token to start from")
+        forced = len(opening[0])
+        requests = [opening] * options.together
+        info = teacher.info
+        recipe = Recipe("compact", 16, default_sketch_bytes(16, info.vocab_size, info.width))
+        bases = fit_companion(teacher, teacher.speak(requests, sampling), recipe).bases
+        one = rate(lambda: [teacher.speak([opening], sampling, first_index=i)[0] for i in range(8)], forced)
+        plain = max(
+            one, teacher.speed(16, 64)[1]
+        )  # llama.cpp with all threads on one sequence, if that is faster
+        together = rate(lambda: teacher.speak(requests, sampling), forced)
+        kept = rate(lambda: teacher.speak_and_score(requests, sampling, recipe, bases)[0], forced)
+
+        def two_passes() -> list[Tokens]:
+            said = teacher.speak(requests, sampling)
+            teacher.score(said, recipe, bases)
+            return said
+
+        twice = rate(two_passes, forced)
+    for name, value in (
+        ("one sequence at a time", plain),
+        (f"{options.together} together", together),
+        (f"{options.together} together, soft targets kept on the way", kept),
+        (f"{options.together} together, soft targets in a second pass", twice),
+    ):
+        table.add_row(name, f"{value:,.0f}", f"{value / plain:.1f}")
+    Console().print(f"{info.name}, {teacher.threads} threads", table)
+
+
+if __name__ == "__main__":
+    main()
