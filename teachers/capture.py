@@ -14,7 +14,7 @@ from teachers.base import Progress, Sampling, Teacher, Tokens
 from teachers.records import Recipe
 from teachers.sketch import FIT_POSITIONS, METRIC_POSITIONS, Basis, fit_basis, tail_metric
 from teachers.soft_targets import OutputHead
-from teachers.store import Companion, SoftTargetStore
+from teachers.store import Companion, SoftTargetStore, is_held
 
 Report = Callable[[int, str], None]
 """Called with the number of finished sequences (over the whole store) and what is being done."""
@@ -25,6 +25,7 @@ LINEAR_ROWS = 4096
 # differ by about 0.3 % of their spread from the exact product. An output that bends its logits differs more.
 LINEAR_TOLERANCE = 0.02
 WAIT_SECONDS = 0.5
+PATIENCE_SECONDS = 60.0  # how long another process waits for a first one that is not there
 
 
 class CaptureError(ValueError):
@@ -77,6 +78,8 @@ def capture(
             recipe needs.
     """
     recipe = store.manifest.recipe
+    if share.world == 1:
+        store.remove_leftovers()
     mine = range(share.rank, store.manifest.shards, share.world)
     states = {shard: store.state(shard) for shard in mine}
     spans = {shard: store.span(shard) for shard in mine}
@@ -128,9 +131,16 @@ def _companion(
     taken: dict[int, list[Tokens]],
 ) -> Companion:
     """The store's companion: as it is there, or fitted to the first shard's sequences by the first process."""
+    alone = 0.0
     while (found := store.companion()) is None and share.rank > 0:
         report(0, "waiting for the first process")
         time.sleep(WAIT_SECONDS)
+        alone = 0.0 if is_held(store.folder) else alone + WAIT_SECONDS
+        if alone > PATIENCE_SECONDS:
+            raise CaptureError(
+                f"process {share.rank} of {share.world} waits for the first one to begin store {store.folder}, and "
+                "none is at work there; start all of them together"
+            )
     if found is not None:
         return found
     start, stop = store.span(0)
@@ -138,7 +148,7 @@ def _companion(
         sequences = [store.tokens(index) for index in range(start, stop)]
     else:
         sequences = taken[0] = source.take(
-            teacher, start, stop, lambda done: report(done // 2, "the teacher writes")
+            teacher, start, stop, lambda done: report(0, f"the teacher writes, {done} of {stop}")
         )
     report(0, "fitting what is kept of hidden states")
     companion = fit_companion(teacher, sequences, store.manifest.recipe)

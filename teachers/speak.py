@@ -15,16 +15,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from teachers.base import Sampling, Tokens
-from teachers.llama_cpp import ContextShape, LlamaContext
+from teachers.llama_cpp import ContextShape, LlamaContext, Outputs
 from teachers.records import Answer
 from teachers.sampling import Speech, sample_rows
 from teachers.scoring import as_answer
 from teachers.soft_targets import Arrays
 
 PARALLEL_SEQUENCES = 128
+LOGITS_ASIDE = 1 << 22  # logits set aside before they are reduced: 16 MB
 
 Reduce = Callable[[Answer], Arrays]
 
@@ -52,6 +55,7 @@ class Speaker:
         self.context = context
         self.sampling = sampling
         self.wanted = wanted
+        self._aside: list[tuple[Tensor, Tensor | None]] = []
         self._pieces: list[Arrays] = []
         self._places: list[tuple[int, int, int]] = []  # sequence, first position, count; as in the pieces
 
@@ -121,11 +125,29 @@ class Speaker:
             rows,
         )
         if self.wanted.reduce is not None:
-            self._pieces.append(self.wanted.reduce(as_answer(outputs)))
-            self._places += places
+            self._keep(outputs, places)
         assert outputs.logits is not None
         chosen_from = outputs.logits[ends] if everything else outputs.logits
         self._choose([speeches[feeding[place][1]] for place in choosing], chosen_from)
+
+    def _keep(self, outputs: Outputs, places: list[tuple[int, int, int]]) -> None:
+        """Set a step's rows aside; many are reduced together, which costs each of them less."""
+        answer = as_answer(outputs)
+        states = None if answer.states is None else answer.states.clone()
+        assert answer.logits is not None
+        self._aside.append((answer.logits.clone(), states))
+        self._places += places
+        if sum(len(logits) for logits, _ in self._aside) * self.context.vocab_size >= LOGITS_ASIDE:
+            self._reduce()
+
+    def _reduce(self) -> None:
+        """Reduce what was set aside."""
+        assert self.wanted.reduce is not None
+        if self._aside:
+            states = [states for _, states in self._aside if states is not None]
+            logits = torch.cat([logits for logits, _ in self._aside])
+            self._pieces.append(self.wanted.reduce(Answer(logits, torch.cat(states) if states else None)))
+            self._aside.clear()
 
     def _choose(self, speeches: list[Speech], logits: NDArray[np.float32]) -> None:
         """Give each of some sequences its next token."""
@@ -137,8 +159,9 @@ class Speaker:
 
     def _in_order(self, sequences: list[Tokens]) -> Arrays:
         """What was kept, in the order of the sequences and their positions (n − 1 of n tokens)."""
-        if not self._pieces:
+        if self.wanted.reduce is None:
             return {}
+        self._reduce()
         starts = np.concatenate(([0], np.cumsum([len(tokens) - 1 for tokens in sequences])))
         targets = np.concatenate(
             [starts[index] + first + np.arange(count) for index, first, count in self._places]

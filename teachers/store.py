@@ -131,6 +131,17 @@ def exclusive(folder: Path, rank: int = 0) -> Iterator[None]:
         lock.release()
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process holds the folder (the first of its launch, if there are several)."""
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return True
+    lock.release()
+    return False
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that it appears complete or not at all, also when the machine stops."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -170,19 +181,19 @@ class SoftTargetStore:
         Raises:
             StoreError: the folder holds a store made from something else, or other files.
         """
-        path = folder / MANIFEST
-        if path.exists():
-            found = read_manifest(folder)
-            if found != manifest:
-                raise StoreError(
-                    f"store {folder} was made with {_difference(found, manifest)}; choose another --store folder "
-                    "(this one is left as it is)"
-                )
-        elif folder.exists() and any(not is_temporary(path) for path in folder.iterdir()):
-            raise StoreError(f"store folder {folder} holds other files; choose an empty or new folder")
-        else:
+        others = [path for path in folder.iterdir() if not is_temporary(path)] if folder.is_dir() else []
+        # Another process of the same launch may have begun the store a moment ago: looked for after the listing.
+        if not (folder / MANIFEST).exists():
+            if others:
+                raise StoreError(f"store folder {folder} holds other files; choose an empty or new folder")
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, manifest.to_json().encode())
+            write_whole(folder / MANIFEST, manifest.to_json().encode())
+        found = read_manifest(folder)
+        if found != manifest:
+            raise StoreError(
+                f"store {folder} was made with {_difference(found, manifest)}; choose another --store folder "
+                "(this one is left as it is)"
+            )
         return cls(folder, manifest)
 
     # -- writing --------------------------------------------------------------------------------------
@@ -222,6 +233,12 @@ class SoftTargetStore:
         """Write a file of arrays that proves itself."""
         arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
         write_whole(path, safetensors.numpy.save(arrays, metadata=self._seal(path, arrays)))
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed writers left behind; only for a process that holds the folder alone."""
+        for path in self.folder.iterdir():
+            if is_temporary(path) and not path.name.startswith(LOCK):
+                path.unlink(missing_ok=True)
 
     def _seal(self, path: Path, arrays: Arrays) -> dict[str, str]:
         """What a file says of itself: one entry, as safetensors writes several in random order."""

@@ -81,7 +81,8 @@ def test_only_the_workers_modules_touch_llama_cpp() -> None:
 
 def test_parent_process_does_not_load_llama_cpp() -> None:
     """Importing the parent's side must not pull the native library in."""
-    code = "import sys, distill.pipeline, distill.plan, distill.cli, teachers.huggingface, teachers.ensemble; print('llama_cpp' in sys.modules)"
+    modules = "distill.pipeline, distill.plan, distill.cli, teachers.huggingface, teachers.ensemble"
+    code = f"import sys, {modules}; print('llama_cpp' in sys.modules)"
     answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
