@@ -10,9 +10,11 @@ import ctypes
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import llama_cpp.llama_cpp as native
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from teachers.taps import FINAL_STATE, Taps, layer_output
@@ -26,6 +28,7 @@ LANES_BYTES = 1 << 30  # what the logits of all lanes together may take, in llam
 SMALL_MODEL_PARAMETERS = 50_000_000
 FLASH_HEAD_WIDTH = 32
 CACHE_BYTES = 512 << 20  # the KV caches stay below this (one sequence of each lane always fits)
+MAPPED_SHARE = 0.5  # of the memory: a larger file is mapped, so that it need not fit
 CACHE_STEP = 256  # llama.cpp rounds each sequence's share of the cache up to this many tokens
 MAX_LOG_LEVEL_IGNORED = 2  # ggml: 1 debug, 2 info, 3 warning, 4 error, 5 continuation of the line before
 
@@ -93,6 +96,9 @@ class LlamaModel:
         native.llama_backend_init()
         parameters = native.llama_model_default_params()
         parameters.n_gpu_layers = gpu_layers
+        if Path(path).stat().st_size < MAPPED_SHARE * psutil.virtual_memory().total:
+            # llama.cpp keeps a rearranged copy of some quantisations: mapped too, a file would take its size twice.
+            parameters.load_mode = native.LLAMA_LOAD_MODE_NONE
         self.model = native.llama_model_load_from_file(path.encode(), parameters)
         if not self.model:
             raise LlamaError("llama.cpp cannot load the file")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import gguf
@@ -15,7 +16,7 @@ from teachers.chat_template import ChatTemplateError, render_chat
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.records import Recipe, typed
 from teachers.soft_targets import NODES, CompactTargets
-from teachers.worker import TeacherError
+from teachers.worker import TeacherError, Worker, WorkerDefect
 
 
 def sequences_of(teacher: GGUFTeacher, lengths: list[int], seed: int = 0) -> list[np.ndarray]:
@@ -151,3 +152,36 @@ def test_chat_templates_are_sandboxed() -> None:
     ):
         with pytest.raises(ChatTemplateError, match="chat template"):
             render_chat(bad, said, add_generation_prompt=False)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP to make a process hang")
+def test_a_hanging_worker_is_given_up(tiny_teacher_path: Path) -> None:
+    """A worker that neither answers nor computes is stopped and reported, not waited for."""
+    worker = Worker(tiny_teacher_path, threads=1, hung_seconds=1.0)
+    try:
+        os.kill(worker.process_id, signal.SIGSTOP)
+        with pytest.raises(TeacherError, match=r"gave no sign of life.*during tokenize.*same command again"):
+            worker.ask("tokenize", {"texts": ["a"], "add_special": False, "parse_special": False})
+    finally:
+        worker.close()
+
+
+def test_an_idle_worker_is_left_alone(tiny_teacher_path: Path) -> None:
+    """Silence is only suspicious while something is asked."""
+    worker = Worker(tiny_teacher_path, threads=1, hung_seconds=0.2)
+    try:
+        time.sleep(1.0)
+        request = {"texts": ["a"], "add_special": False, "parse_special": False}
+        assert worker.ask("tokenize", request)[1]["tokens_lengths"].tolist() != []
+    finally:
+        worker.close()
+
+
+def test_a_mistake_of_ours_in_the_worker_is_no_users_error(tiny_teacher_path: Path) -> None:
+    """A Python error in the child reaches the parent with its traceback, not as a damaged file."""
+    worker = Worker(tiny_teacher_path, threads=1)
+    try:
+        with pytest.raises(WorkerDefect, match=r"(?s)Traceback.*KeyError"):
+            worker.ask("tokenize", {})
+    finally:
+        worker.close()

@@ -1,0 +1,87 @@
+"""Which teacher the settings mean, and the commands on teachers that are not one GGUF file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distill.config import TeacherConfig, load_config
+from distill.console import Console
+from distill.errors import UserError
+from distill.plan import human_time, plan_run
+from distill.teacher_source import gguf_file_of, open_teacher, teacher_stem
+from teachers import example_teacher
+from teachers.ensemble import EnsembleError, EnsembleTeacher
+from teachers.gguf_teacher import GGUFTeacher
+from teachers.huggingface import HuggingFaceTeacher
+from tests.tiny_checkpoint import make_folder
+
+
+def test_one_file_is_itself(tiny_teacher_path: Path) -> None:
+    """A path is a GGUF teacher; none is the example teacher."""
+    with open_teacher(TeacherConfig(path=str(tiny_teacher_path))) as teacher:
+        assert isinstance(teacher, GGUFTeacher) and teacher.info.vocab_size == 1024
+        assert teacher.memory() > 1 << 20 and "llama-cpp-python" in teacher.runtime
+    assert gguf_file_of(TeacherConfig()) == example_teacher()
+    assert teacher_stem(TeacherConfig()) == "example"
+    assert teacher_stem(TeacherConfig(path="a/b/c.Q4_K_M.gguf")) == "c.Q4_K_M"
+
+
+def test_a_folder_is_a_transformers_teacher(tmp_path: Path) -> None:
+    """It opens, but a run has no GGUF tokenizer then; in a mixture one file is enough."""
+    make_folder(tmp_path / "model")
+    config = TeacherConfig(path=str(tmp_path / "model"))
+    with open_teacher(config) as teacher:
+        assert isinstance(teacher, HuggingFaceTeacher) and "transformers" in teacher.runtime
+    with pytest.raises(UserError, match="distill capture"):
+        gguf_file_of(config)
+    mixed = TeacherConfig(path=str(tmp_path / "model"), mix_with=("other.gguf",))
+    assert gguf_file_of(mixed) == Path("other.gguf")
+
+
+def test_several_are_mixed(tiny_teacher_path: Path) -> None:
+    """Equal weights unless said otherwise; each has its weight."""
+    config = TeacherConfig(path=str(tiny_teacher_path), mix_with=(str(example_teacher()),))
+    with open_teacher(config) as teacher:
+        assert isinstance(teacher, EnsembleTeacher) and len(teacher.teachers) == 2
+    with pytest.raises(EnsembleError, match="2 teachers have 1 weights"):
+        open_teacher(config.model_copy(update={"weights": (1.0,)}))
+    with pytest.raises(UserError, match="mix_with"):
+        open_teacher(TeacherConfig(path=str(tiny_teacher_path), weights=(1.0,)))
+
+
+def test_4bit_is_for_folders(tiny_teacher_path: Path) -> None:
+    """A GGUF file is as quantised as it is."""
+    with pytest.raises(UserError, match="load_in_4bit"):
+        open_teacher(TeacherConfig(path=str(tiny_teacher_path), load_in_4bit=True))
+
+
+@pytest.mark.parametrize("kind", ["compact", "hidden", "dense"])
+def test_a_plan_says_what_a_run_takes(
+    kind: str, tiny_teacher_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Counts that can be known exactly are exact; what is measured is positive; nothing is written."""
+    data = tmp_path / "data.jsonl"
+    lines = [json.dumps({"text": "order four boxes of gloves " * 3}) for _ in range(70)]
+    data.write_text("\n".join(lines), encoding="utf-8")
+    before = sorted(tmp_path.iterdir())
+    overrides = {"teacher.path": str(tiny_teacher_path), "student.size": "32x2", "data.path": str(data)}
+    config = load_config(None, overrides | {"targets.kind": kind, "train.epochs": 3}, [])
+    plan = plan_run(config, Console())
+    with GGUFTeacher(tiny_teacher_path) as teacher:
+        tokens = teacher.tokenize(["order four boxes of gloves " * 3], add_special=False, parse_special=False)
+        each = len(tokens[0]) + int(teacher.info.add_bos)
+    assert plan.tokens == 70 * each
+    assert plan.steps == 3 * -(-68 // 16)
+    per_token = {"compact": 16 * 4 + 24 + 64 + 2 + 4, "hidden": 64 + 4 + 4, "dense": 4 * 1024 + 4}[kind]
+    assert plan.store_bytes == plan.store_limit == plan.tokens * per_token
+    assert min(plan.capture_seconds, plan.train_seconds, plan.teacher_memory, plan.train_memory) > 0
+    assert sorted(tmp_path.iterdir()) == before
+    assert "what a run takes" in capsys.readouterr().out
+
+
+def test_times_are_readable() -> None:
+    """Seconds, minutes, hours."""
+    assert [human_time(value) for value in (3.2, 600.0, 7200.0)] == ["3 s", "10 min", "2.0 h"]
