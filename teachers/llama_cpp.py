@@ -293,9 +293,12 @@ class LlamaContext:
             min(wanted, self.batch_tokens, CACHE_BYTES // self.lanes // max(1, token_bytes * rounded)),
         )
 
-    def forget(self, slot: int) -> None:
-        """Empty one sequence of the context, so that its slot can hold another."""
-        native.llama_memory_seq_rm(native.llama_get_memory(self._context), slot, -1, -1)
+    def begin(self, slot: int, like: int | None = None) -> None:
+        """Have a slot hold nothing, or what slot ``like`` holds, so that a sequence can begin there."""
+        memory = native.llama_get_memory(self._context)
+        native.llama_memory_seq_rm(memory, slot, -1, -1)
+        if like is not None:
+            native.llama_memory_seq_cp(memory, like, slot, -1, -1)
 
     def speed(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
         """Measure prompt processing and generation of one sequence, both in tokens per second."""
@@ -305,7 +308,7 @@ class LlamaContext:
         last[-1] = True
         slots = np.zeros(prompt_tokens, dtype=np.int32)
         self.decode(prompt[:1], slots[:1], slots[:1], last[-1:])  # first call allocates; not timed
-        self.forget(0)
+        self.begin(0)
         begin = time.perf_counter()
         row = self._last_row(prompt, np.arange(prompt_tokens, dtype=np.int32), slots, last)
         middle = time.perf_counter()

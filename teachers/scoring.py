@@ -22,7 +22,35 @@ from teachers.soft_targets import Arrays
 Tokens = NDArray[np.int32]
 Reduce = Callable[[Answer], Arrays]
 
+SHARED_TOKENS = 32  # a common beginning this long is decoded once and copied
 LIKE_LENGTH = 0.9  # sequences at least this part of the longest are filled up and decoded with it
+
+
+def common_prefix(sequences: Sequence[Tokens]) -> int:
+    """How many tokens all sequences begin with, where that is worth sharing, else 0.
+
+    At least one further token of each is left to decode.
+    """
+    first = sequences[0]
+    count = min(len(tokens) for tokens in sequences) - 2
+    for tokens in sequences[1:]:
+        if count < SHARED_TOKENS:
+            return 0
+        differing = np.flatnonzero(first[:count] != tokens[:count])
+        count = int(differing[0]) if len(differing) else count
+    return count if count >= SHARED_TOKENS and len(sequences) > 1 else 0
+
+
+def _real(outputs: Outputs, counts: NDArray[np.int64], size: int) -> Outputs:
+    """Drop the rows of the tokens that only filled a sequence up to ``size``: ``counts`` are real."""
+    if bool((counts == size).all()):
+        return outputs
+    real = np.concatenate([np.arange(count) + place * size for place, count in enumerate(counts)])
+    return Outputs(
+        None if outputs.logits is None else outputs.logits[real],
+        None if outputs.states is None else outputs.states[real],
+        {layer: values[real] for layer, values in outputs.layers.items()},
+    )
 
 
 def groups_of_like_length(lengths: NDArray[np.int64], batch_tokens: int, parallel: int) -> list[list[int]]:
@@ -72,29 +100,31 @@ class Scorer:
         self.lengths = np.array([len(tokens) - 1 for tokens in sequences], dtype=np.int64)
         self.starts = np.concatenate(([0], np.cumsum(self.lengths)))
         self.shape = shape
+        self.prefix = common_prefix(sequences)
         self.result: Arrays = {}
 
     def run(self, server: Lanes, reduce: Reduce) -> Arrays:
         """The reduced arrays of all rows, ``[N, …]``, in the sequences' order."""
         lanes = server.lanes_of(server.model.score_lanes)
-        lane, longest = lanes[0], int(self.lengths.max())
-        unlimited = groups_of_like_length(self.lengths, lane.batch_tokens, len(self.lengths))
-        exact = self.shape.exact or lane.model.prefers_exact
-        parallel = lane.parallel(max(len(group) for group in unlimited), longest, exact=exact)
-        groups = groups_of_like_length(self.lengths, lane.batch_tokens, parallel)
-        tokens = -(-longest // CACHE_STEP) * CACHE_STEP
-        shape = replace(self.shape, sequences=parallel, tokens=tokens, exact=exact)
+        shape, groups = self._planned(lanes[0])
         waiting = iter(groups)
         taking = threading.Lock()
 
         def work(lane: LlamaContext) -> None:
             torch.set_num_threads(lane.threads)  # of this lane's thread
+            lane.prepare(shape)
+            for start, outputs in self._shared_beginning(lane, shape.sequences - 1):
+                if lane is lanes[0]:
+                    arrays = reduce(as_answer(outputs))
+                    for first in self.starts[:-1]:
+                        self._put(arrays, slice(None), int(first) + start)
             while True:
                 with taking:
                     group = next(waiting, None)
                 if group is None:
                     return
-                lane.prepare(shape)
+                for slot in range(len(group)):
+                    lane.begin(slot, shape.sequences - 1 if self.prefix else None)
                 for start, outputs in self._decoded(lane, group):
                     self._place(group, start, reduce(as_answer(outputs)))
                 server.report(int(self.lengths[group].sum()))
@@ -103,31 +133,43 @@ class Scorer:
             list(pool.map(work, lanes))
         return self.result
 
+    def _planned(self, lane: LlamaContext) -> tuple[ContextShape, list[list[int]]]:
+        """The context's shape and which sequences are decoded together."""
+        own = self.lengths - self.prefix
+        longest = int(self.lengths.max())
+        unlimited = groups_of_like_length(own, lane.batch_tokens, len(own))
+        exact = self.shape.exact or lane.model.prefers_exact
+        extra = int(self.prefix > 0)  # the slot that keeps the shared beginning
+        wanted = max(len(group) for group in unlimited) + extra
+        parallel = max(1, lane.parallel(wanted, longest, exact=exact) - extra)
+        groups = groups_of_like_length(own, lane.batch_tokens, parallel)
+        tokens = -(-longest // CACHE_STEP) * CACHE_STEP
+        return replace(self.shape, sequences=parallel + extra, tokens=tokens, exact=exact), groups
+
+    def _shared_beginning(self, lane: LlamaContext, slot: int) -> Iterator[tuple[int, Outputs]]:
+        """Decode what all sequences begin with, once, into a slot of its own; yields rows as ``_decoded`` does."""
+        tokens = self.sequences[0][: self.prefix]
+        for start in range(0, self.prefix, lane.batch_tokens):
+            piece = tokens[start : start + lane.batch_tokens]
+            positions = np.arange(start, start + len(piece), dtype=np.int32)
+            slots = np.full(len(piece), slot, dtype=np.int32)
+            yield start, lane.decode(piece, positions, slots, np.ones(len(piece), dtype=np.bool_))
+
     def _decoded(self, lane: LlamaContext, group: list[int]) -> Iterator[tuple[int, Outputs]]:
         """Decode a group; yields rows and the position in its sequences at which they start."""
-        size = int(self.lengths[group].max())
+        own = self.lengths[group] - self.prefix
+        size = int(own.max())
         step = size if size <= lane.batch_tokens else lane.batch_tokens  # only a group of one is longer
         grid = np.zeros((len(group), size), dtype=np.int32)
         for row, index in enumerate(group):
-            grid[row, : self.lengths[index]] = self.sequences[index][:-1]
+            grid[row, : own[row]] = self.sequences[index][self.prefix : -1]
         for start in range(0, size, step):
             piece = grid[:, start : start + step]
-            positions = np.tile(np.arange(start, start + piece.shape[1], dtype=np.int32), len(group))
+            begin = self.prefix + start
+            positions = np.tile(np.arange(begin, begin + piece.shape[1], dtype=np.int32), len(group))
             slots = np.repeat(np.arange(len(group), dtype=np.int32), piece.shape[1])
             outputs = lane.decode(piece.reshape(-1), positions, slots, np.ones(piece.size, dtype=np.bool_))
-            yield start, outputs if len(group) == 1 else self._real(outputs, group, size)
-
-    def _real(self, outputs: Outputs, group: list[int], size: int) -> Outputs:
-        """Drop the rows of the tokens that only filled a sequence up to ``size``."""
-        counts = self.lengths[group]
-        if bool((counts == size).all()):
-            return outputs
-        real = np.concatenate([np.arange(count) + place * size for place, count in enumerate(counts)])
-        return Outputs(
-            None if outputs.logits is None else outputs.logits[real],
-            None if outputs.states is None else outputs.states[real],
-            {layer: values[real] for layer, values in outputs.layers.items()},
-        )
+            yield begin, outputs if len(group) == 1 else _real(outputs, own, size)
 
     def _place(self, group: list[int], start: int, arrays: Arrays) -> None:
         """Put a group's rows where they belong; a group of one may come in several pieces."""
@@ -135,8 +177,9 @@ class Scorer:
             return self._put(arrays, slice(None), int(self.starts[group[0]]) + start)
         taken = 0
         for index in group:
-            self._put(arrays, slice(taken, taken + int(self.lengths[index])), int(self.starts[index]))
-            taken += int(self.lengths[index])
+            count = int(self.lengths[index]) - start
+            self._put(arrays, slice(taken, taken + count), int(self.starts[index]) + start)
+            taken += count
         return None
 
     def _put(self, arrays: Arrays, rows: slice, start: int) -> None:

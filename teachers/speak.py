@@ -23,7 +23,7 @@ from teachers.base import Sampling, Tokens
 from teachers.llama_cpp import ContextShape, LlamaContext, Outputs
 from teachers.records import Answer
 from teachers.sampling import Speech, sample_rows
-from teachers.scoring import as_answer
+from teachers.scoring import as_answer, common_prefix
 from teachers.soft_targets import Arrays
 
 PARALLEL_SEQUENCES = 128
@@ -57,6 +57,8 @@ class Speaker:
         self.wanted = wanted
         self._aside: list[tuple[Tensor, Tensor | None]] = []
         self._pieces: list[Arrays] = []
+        self._shared = 0
+        self._beginning: list[Arrays] = []
         self._places: list[tuple[int, int, int]] = []  # sequence, first position, count; as in the pieces
 
     def speak(
@@ -71,28 +73,42 @@ class Speaker:
         ``numbers`` names each request's random stream; ``progress`` is told of each finished sequence.
         """
         context, longest = self.context, self.sampling.max_length
-        parallel = context.parallel(
-            min(PARALLEL_SEQUENCES, len(requests)), longest, exact=context.model.prefers_exact
-        )
-        # Many short sequences are bound by reading the cache, and a float16 one is enough to choose words by.
-        context.prepare(
-            ContextShape(parallel, longest, context.model.prefers_exact, states=self.wanted.states)
-        )
+        exact = context.model.prefers_exact
         pairs = zip(requests, numbers, strict=True)
         speeches = [Speech.begin(request, self.sampling, number) for request, number in pairs]
+        beginnings = [np.array(speech.tokens, dtype=np.int32) for speech in speeches]
+        self._shared = common_prefix(beginnings)
+        extra = int(self._shared > 0)  # the slot that keeps the shared beginning
+        wanted = min(PARALLEL_SEQUENCES, len(requests)) + extra
+        parallel = max(1, context.parallel(wanted, longest, exact=exact) - extra)
+        context.prepare(ContextShape(parallel + extra, longest, exact, states=self.wanted.states))
+        if self._shared:
+            self._begin_together(beginnings[0][: self._shared], parallel)
+            for speech in speeches:
+                speech.fed = self._shared
         waiting = [index for index, speech in enumerate(speeches) if not self._done(speech)][::-1]
         slots: dict[int, int] = {}
         while waiting or slots:
             for slot in range(parallel):
                 if slot not in slots and waiting:
                     slots[slot] = waiting.pop()
-                    context.forget(slot)
+                    context.begin(slot, parallel if self._shared else None)
             self._step(speeches, slots)
             for slot in [slot for slot, index in slots.items() if self._done(speeches[index])]:
                 del slots[slot]
                 progress(1)
         sequences = [np.array(speech.tokens, dtype=np.int32) for speech in speeches]
         return Said(sequences, self._in_order(sequences))
+
+    def _begin_together(self, tokens: Tokens, slot: int) -> None:
+        """Decode what all sequences begin with, once, into a slot of its own."""
+        for start in range(0, len(tokens), self.context.batch_tokens):
+            piece = tokens[start : start + self.context.batch_tokens]
+            positions = np.arange(start, start + len(piece), dtype=np.int32)
+            slots = np.full(len(piece), slot, dtype=np.int32)
+            outputs = self.context.decode(piece, positions, slots, np.ones(len(piece), dtype=np.bool_))
+            if self.wanted.reduce is not None:
+                self._beginning.append(self.wanted.reduce(as_answer(outputs)))
 
     def _done(self, speech: Speech) -> bool:
         """Whether a sequence needs no more decoding; what follows its last token does not matter."""
@@ -171,5 +187,8 @@ class Speaker:
             values = np.concatenate([piece[name] for piece in self._pieces])
             room = np.empty((int(starts[-1]), *values.shape[1:]), values.dtype)
             room[targets] = values
+            if self._beginning:
+                shared = np.concatenate([piece[name] for piece in self._beginning])
+                room[starts[:-1, None] + np.arange(self._shared)] = shared
             arrays[name] = room
         return arrays

@@ -13,9 +13,10 @@ import torch
 
 from students.model import SO8TForCausalLM
 from teachers import example_teacher
+from teachers.base import Sampling
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.records import Answer, Recipe, reduce
-from teachers.scoring import LIKE_LENGTH, groups_of_like_length
+from teachers.scoring import LIKE_LENGTH, common_prefix, groups_of_like_length
 from teachers.sketch import Basis
 from teachers.worker import TeacherError
 
@@ -279,3 +280,56 @@ def test_kept_arrays_have_a_row_for_each_position(teacher: GGUFTeacher) -> None:
             reduced = reduce(Answer(torch.from_numpy(logits)), Recipe(num_topk=5), {})
             for name in topk:
                 assert np.array_equal(found[name], reduced[name]), name
+
+
+@pytest.mark.parametrize("shared", [0, 31, 32, 100, 700])
+def test_a_common_beginning_changes_nothing(tiny_teacher: GGUFTeacher, shared: int) -> None:
+    """Sequences that begin alike score as each does alone, and so do their states; also one of prefix length."""
+    random = np.random.default_rng(shared)
+    beginning = random.integers(3, 1024, shared).astype(np.int32)
+    tails = [random.integers(3, 1024, n).astype(np.int32) for n in (2, 40, 3, 41, 17, 2)]
+    sequences = [np.concatenate((beginning, tail))[:256] for tail in tails]
+    if shared < 254:
+        assert common_prefix(sequences) == (shared if shared >= 32 else 0)
+    together = tiny_teacher.logits(sequences, exact=True)
+    alone = np.concatenate([tiny_teacher.logits([tokens], exact=True) for tokens in sequences])
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+    states = tiny_teacher.states(sequences, [0])
+    for name in ("final", "layer0"):
+        one_by_one = np.concatenate([tiny_teacher.states([tokens], [0])[name] for tokens in sequences])
+        np.testing.assert_allclose(states[name], one_by_one, atol=1e-4)
+
+
+def test_the_common_prefix_leaves_something_to_decode() -> None:
+    """Identical sequences share all but their last two tokens; one alone shares nothing."""
+    tokens = np.arange(50, dtype=np.int32)
+    assert common_prefix([tokens, tokens.copy()]) == 48
+    assert common_prefix([tokens]) == 0
+    assert common_prefix([tokens, tokens[:33]]) == 0
+    assert common_prefix([tokens, tokens[:34]]) == 32
+
+
+@pytest.mark.parametrize("shared", [4, 60])
+def test_targets_kept_while_speaking_are_those_of_scoring(tiny_teacher: GGUFTeacher, shared: int) -> None:
+    """One pass says and keeps what two passes do: with forced segments, long prompts, and cut ones."""
+    random = np.random.default_rng(5)
+    beginning = random.integers(3, 1024, shared).astype(np.int32)
+    requests = [
+        [np.concatenate((beginning, random.integers(3, 1024, n).astype(np.int32))), beginning[:3]]
+        for n in (1, 5, 90, 2, 30)
+    ]
+    sampling = Sampling(max_length=100, seed=3)
+    recipe = Recipe("dense")
+    said, arrays = tiny_teacher.speak_and_score(requests, sampling, recipe, {}, first_index=7)
+    plain = tiny_teacher.speak(requests, sampling, first_index=7)
+    assert [tokens.tolist() for tokens in said] == [tokens.tolist() for tokens in plain]
+    alone = [
+        tiny_teacher.speak([request], sampling, first_index=7 + i)[0] for i, request in enumerate(requests)
+    ]
+    assert [tokens.tolist() for tokens in said] == [tokens.tolist() for tokens in alone]
+    np.testing.assert_allclose(arrays["logits"], tiny_teacher.logits(said, exact=True), atol=1e-4)
+    compact = Recipe("compact", 8)
+    kept = tiny_teacher.speak_and_score(requests, sampling, compact, {}, first_index=7)[1]
+    scored = tiny_teacher.score(said, compact, {})
+    assert np.array_equal(kept["topk_ids"], scored["topk_ids"])
+    np.testing.assert_allclose(kept["tail"], scored["tail"], atol=1e-4)

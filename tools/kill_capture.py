@@ -54,7 +54,7 @@ def main() -> None:
                     command(folder, data), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
                 )
                 try:
-                    code = process.wait(timeout=chance.uniform(0.1, 1.0) * duration)
+                    code = process.wait(timeout=chance.uniform(0.25, 0.75) * duration)
                 except subprocess.TimeoutExpired:
                     process.send_signal(signal.SIGKILL)
                     process.wait()
