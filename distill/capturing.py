@@ -18,11 +18,13 @@ from distill.run_folder import RUNS
 from distill.teacher_source import open_teacher, teacher_stem
 from teachers.base import Teacher
 from teachers.capture import WHOLE, CaptureError, Share, capture, require_linear_output
+from teachers.ensemble import EnsembleError
 from teachers.records import Recipe, default_sketch_bytes
 from teachers.store import MANIFEST, Manifest, SoftTargetStore, exclusive
 from teachers.worker import TeacherError
 
 SEQUENCES_PER_SHARD = 256
+SHARD_BYTES = 256 << 20
 PROBE_TOKENS = 24
 
 
@@ -56,7 +58,7 @@ def _no_sketch(teacher: Teacher) -> str | None:
     tokens = (np.arange(1, PROBE_TOKENS + 1) % teacher.info.vocab_size).astype(np.int32)
     try:
         require_linear_output(teacher, tokens)
-    except (CaptureError, TeacherError) as error:
+    except (CaptureError, TeacherError, EnsembleError) as error:
         return str(error)
     return None
 
@@ -73,7 +75,10 @@ def store_manifest(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> Manifest
         # The last bits of a logit, and so what a teacher says, depend on these.
         "runtime": teacher.runtime,
     }
-    return Manifest(identity, len(corpus), SEQUENCES_PER_SHARD)
+    # A shard is held in memory until it is written; dense targets of a large vocabulary need small ones.
+    sequence_bytes = corpus.sampling.max_length * recipe.bytes_per_position(info.vocab_size, info.width)
+    together = max(1, min(SEQUENCES_PER_SHARD, SHARD_BYTES // sequence_bytes))
+    return Manifest(identity, len(corpus), together)
 
 
 def open_store(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from distill.config import TeacherConfig, load_config
+from distill.capturing import recipe_for
+from distill.config import TargetsConfig, TeacherConfig, load_config
 from distill.console import Console
 from distill.errors import UserError
 from distill.plan import human_time, plan_run
@@ -16,6 +18,7 @@ from teachers import example_teacher
 from teachers.ensemble import EnsembleError, EnsembleTeacher
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.huggingface import HuggingFaceTeacher
+from teachers.records import Recipe
 from tests.tiny_checkpoint import make_folder
 
 
@@ -85,3 +88,17 @@ def test_a_plan_says_what_a_run_takes(
 def test_times_are_readable() -> None:
     """Seconds, minutes, hours."""
     assert [human_time(value) for value in (3.2, 600.0, 7200.0)] == ["3 s", "10 min", "2.0 h"]
+
+
+def test_a_mixture_is_captured_without_a_sketch(
+    tiny_teacher_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no hidden state: the default does without and says so; asking for one is refused."""
+    config = TeacherConfig(path=str(tiny_teacher_path), mix_with=(str(tiny_teacher_path),))
+    tokens = [np.arange(3, 12, dtype=np.int32)]
+    with open_teacher(config) as teacher:
+        recipe = recipe_for(TargetsConfig(), teacher, Console())
+        assert recipe.sketch_bytes == 0 and "no hidden state" in " ".join(capsys.readouterr().out.split())
+        assert len(teacher.score(tokens, recipe, {})["topk_ids"]) == 8
+        with pytest.raises(EnsembleError, match="no hidden state"):
+            teacher.score(tokens, Recipe("hidden"), {})
