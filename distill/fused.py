@@ -74,8 +74,25 @@ class _Buckets:
         return cls(exponentials, total, kept - partition, rest - partition, partition)
 
 
+class Scratch:
+    """Room for large temporaries that is used again by the next chunk: asking the system for it costs as much as
+    computing with it."""
+
+    def __init__(self) -> None:
+        self._room: dict[str, Tensor] = {}
+
+    def like(self, name: str, tensor: Tensor) -> Tensor:
+        """Room of the shape of ``tensor [C, V]``, with whatever is in it."""
+        room = self._room.get(name)
+        if room is None or len(room) < len(tensor) or room.shape[1:] != tensor.shape[1:]:
+            room = self._room[name] = torch.empty_like(tensor)
+        return room[: len(tensor)]
+
+
 @torch.no_grad()
-def kl_and_cross_entropy(logits: Tensor, targets: Targets, labels: Tensor, weights: Weights) -> ChunkResult:
+def kl_and_cross_entropy(
+    logits: Tensor, targets: Targets, labels: Tensor, weights: Weights, scratch: Scratch | None = None
+) -> ChunkResult:
     """KL_T(teacher ‖ student) and CE of float32 ``logits [C, V]``, which are overwritten.
 
     The KL runs over the whole vocabulary where the targets know the shape of the tail, else over the K + 1
@@ -83,19 +100,24 @@ def kl_and_cross_entropy(logits: Tensor, targets: Targets, labels: Tensor, weigh
     """
     if isinstance(targets, CompactTargets) and not targets.has_tail_shape:
         return _over_buckets(logits, targets, labels, weights)
-    return _over_all(logits, targets, labels, weights)
+    return _over_all(logits, targets, labels, weights, scratch or Scratch())
 
 
-def _over_all(logits: Tensor, targets: Targets, labels: Tensor, weights: Weights) -> ChunkResult:
+def _over_all(
+    logits: Tensor, targets: Targets, labels: Tensor, weights: Weights, scratch: Scratch
+) -> ChunkResult:
     temperature = weights.temperature
     column, labelled = labels.clamp(min=0)[:, None], (labels != IGNORE_INDEX)[:, None].float()
     at_label = logits.gather(-1, column)
     top = logits.amax(dim=-1, keepdim=True)
-    teacher = targets.log_probs(temperature)
+    spare = scratch.like("spare", logits)
+    teacher = targets.log_probs(temperature, scratch.like("teacher", logits), spare)
     logits.sub_(top)
-    scaled = logits if temperature == 1.0 else logits / temperature
+    scaled = logits
+    if temperature != 1.0:
+        scaled = torch.div(logits, temperature, out=scratch.like("scaled", logits))
     # Σ p (log p − log q) = Σ p (log p − z/T) + log Σ exp(z/T), as Σ p = 1.
-    difference = teacher - scaled
+    difference = torch.sub(teacher, scaled, out=spare)
     share, tempered = _exp_(teacher), _exp_(scaled)
     partition = tempered.sum(dim=-1, keepdim=True)
     kl = (torch.linalg.vecdot(share, difference)[:, None] + partition.log()).sum()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOGITS_BYTES = 32 << 20  # one chunk's float32 logits; measured in docs/benchmarks.md
+LOGITS_BYTES = 16 << 20  # one chunk's float32 logits; measured in docs/benchmarks.md
 
 ChunkLoss = Callable[[Tensor, slice], Tensor]
 """Sum of the losses of some positions: float32 logits ``[C, V]`` and which positions they are → scalar."""

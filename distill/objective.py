@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distill import regularisers
 from distill.config import LossConfig
-from distill.fused import Weights, kl_and_cross_entropy
+from distill.fused import Scratch, Weights, kl_and_cross_entropy
 from distill.head_loss import chunked_head_loss
 from students.model import SO8TForCausalLM
 from teachers.records import Targets
@@ -85,9 +85,11 @@ class Objective:
 
         weights = Weights(config.alpha * temperature**2 / total, config.beta / total, temperature)
 
+        scratch = Scratch()
+
         def distillation(logits: Tensor, span: slice) -> tuple[Tensor, Tensor]:
             """Weighted KL and CE of one chunk of positions with their gradient, ``[C, V]``."""
-            result = kl_and_cross_entropy(logits, batch.targets.select(span), labels[span], weights)
+            result = kl_and_cross_entropy(logits, batch.targets.select(span), labels[span], weights, scratch)
             for name, weight, value in (("kl", weights.kl, result.kl), ("ce", weights.ce, result.ce)):
                 if weight:
                     parts[name] = parts.get(name, torch.zeros_like(value)) + weight * value

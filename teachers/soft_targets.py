@@ -44,9 +44,11 @@ class OutputHead:
     matrix: Tensor
     bias: Tensor
 
-    def logits(self, coordinates: Tensor) -> Tensor:
-        """``[..., R]`` → ``[..., V]``."""
-        return torch.nn.functional.linear(coordinates, self.matrix, self.bias)
+    def logits(self, coordinates: Tensor, out: Tensor | None = None) -> Tensor:
+        """``[..., R]`` → ``[..., V]``; into ``out`` where it is given (then ``coordinates`` are ``[N, R]``)."""
+        if out is None:
+            return torch.nn.functional.linear(coordinates, self.matrix, self.bias)
+        return torch.addmm(self.bias, coordinates, self.matrix.T, out=out)
 
     def to(self, device: torch.device) -> OutputHead:
         """The same head on another device."""
@@ -142,8 +144,10 @@ class CompactTargets(_Rows):
         """Probability outside the top-k at temperature T, ``[...]``."""
         return (self.tail_logsumexp(temperature) - self.log_partition(temperature)).exp()
 
-    def log_probs(self, temperature: float) -> Tensor:
+    def log_probs(self, temperature: float, out: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
         """Log-probabilities of all tokens, ``[..., V]``: exact in the top-k and in the tail's sum.
+
+        ``out`` and ``spare``: room of that shape for the result and for what is computed on the way.
 
         Raises:
             ValueError: there is no sketch.
@@ -154,12 +158,12 @@ class CompactTargets(_Rows):
                 raise ValueError(
                     "these soft targets have no tail sketch; capture with targets.sketch_bytes > 0"
                 )
-            tail = self.head.logits(self.coordinates)
+            tail = self.head.logits(self.coordinates, out)
             if temperature != 1.0:
                 tail = tail.div_(temperature)
             tail = tail.scatter_(-1, self.topk_ids, -torch.inf)
             mass = self.tail_logsumexp(temperature) - self.log_partition(temperature)
-            result = tail.sub_((_logsumexp(tail) - mass)[..., None])
+            result = tail.sub_((_logsumexp(tail, spare) - mass)[..., None])
         else:
             result = self.topk_logits.new_empty(shape)
         return result.scatter_(-1, self.topk_ids, self.topk_log_probs(temperature))
@@ -202,9 +206,9 @@ class HiddenTargets(_Rows):
     head: OutputHead
     has_tail_shape = True
 
-    def log_probs(self, temperature: float) -> Tensor:
-        """Log-probabilities of all tokens at temperature T, ``[..., V]``, in nats."""
-        return self.head.logits(self.coordinates).div_(temperature).log_softmax(dim=-1)
+    def log_probs(self, temperature: float, out: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
+        """Log-probabilities of all tokens at temperature T, ``[..., V]``, in nats (see ``CompactTargets``)."""
+        return _log_softmax_(self.head.logits(self.coordinates, out).div_(temperature), spare)
 
     def best(self) -> Tensor:
         """The most probable token of each position, int64 ``[...]``."""
@@ -218,19 +222,26 @@ class DenseTargets(_Rows):
     logits: Tensor
     has_tail_shape = True
 
-    def log_probs(self, temperature: float) -> Tensor:
-        """Log-probabilities of all tokens at temperature T, ``[..., V]``, in nats."""
-        return (self.logits / temperature).log_softmax(dim=-1)
+    def log_probs(self, temperature: float, out: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
+        """Log-probabilities of all tokens at temperature T, ``[..., V]``, in nats (see ``CompactTargets``)."""
+        return _log_softmax_(torch.div(self.logits, temperature, out=out), spare)
 
     def best(self) -> Tensor:
         """The most probable token of each position, int64 ``[...]``."""
         return self.logits.argmax(dim=-1)
 
 
-def _logsumexp(values: Tensor) -> Tensor:
+def _log_softmax_(logits: Tensor, spare: Tensor | None) -> Tensor:
+    """``logits.log_softmax(-1)`` in place; the greatest is taken off first, which keeps the digits of large ones."""
+    logits.sub_(logits.amax(dim=-1, keepdim=True))
+    return logits.sub_(_logsumexp(logits, spare)[..., None])
+
+
+def _logsumexp(values: Tensor, spare: Tensor | None = None) -> Tensor:
     """``values.logsumexp(-1)`` with the faster exponential (see ``_tail_sums``)."""
     top = values.amax(dim=-1, keepdim=True)
-    return torch.sub(values, top).mul_(1.0 / math.log(2.0)).exp2_().sum(dim=-1).log() + top[..., 0]
+    relative = torch.sub(values, top, out=spare).mul_(1.0 / math.log(2.0))
+    return relative.exp2_().sum(dim=-1).log() + top[..., 0]
 
 
 def _tail_sums(logits: Tensor, origin: Tensor, ids: Tensor) -> Tensor:
