@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,23 +82,50 @@ def store_manifest(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> Manifest
     return Manifest(identity, len(corpus), together)
 
 
-def open_store(
-    manifest: Manifest, where: Path | None, beside: Path, stem: str, needed: int
-) -> SoftTargetStore:
-    """Open the store these very soft targets belong in, which may take up to ``needed`` bytes.
+@dataclass(frozen=True)
+class StorePlace:
+    """Where a store goes: ``asked`` for by the user, or named after ``stem`` in ``beside``/stores."""
+
+    asked: Path | None
+    beside: Path
+    stem: str
+
+
+def open_store(teacher: Teacher, corpus: Corpus, recipe: Recipe, place: StorePlace) -> SoftTargetStore:
+    """Open the store these very soft targets belong in.
 
     It lies beside the run's folder unless told otherwise; one that an earlier run in this working directory
     has made is used where it is.
 
     Raises:
-        StoreError: ``where`` holds something else.
+        StoreError: the folder asked for holds something else.
         UserError: the disk has not enough room.
     """
-    name = f"{stem}-{manifest.key[:12]}"
-    usual = [root / "stores" / name for root in (beside, RUNS, Path())]
-    place = where or next((place for place in usual if (place / MANIFEST).exists()), usual[0])
-    _require_space(place, needed)
-    return SoftTargetStore.create_or_open(place, manifest)
+    manifest = store_manifest(teacher, corpus, recipe)
+    name = f"{place.stem}-{manifest.key[:12]}"
+    usual = [root / "stores" / name for root in (place.beside, RUNS, Path())]
+    folder = place.asked or next((root for root in usual if (root / MANIFEST).exists()), usual[0])
+    _require_space(folder, largest_size(corpus, recipe, teacher))
+    return SoftTargetStore.create_or_open(folder, manifest)
+
+
+def load_teacher(config: RunConfig, console: Console) -> Teacher:
+    """Load the teacher and say what it is."""
+    with console.stage("Load teacher") as stage:
+        teacher = open_teacher(config.teacher)
+        info = teacher.info
+        stage.finish(f"{info.name}: {info.architecture}, {human_count(info.parameters)} parameters")
+    return teacher
+
+
+def read_data(config: RunConfig, teacher: Teacher, console: Console) -> Corpus:
+    """Read the data and say what is in it."""
+    with console.stage("Read data") as stage:
+        corpus = build_corpus(config.data, teacher, config.seed)
+        stage.finish(f"{len(corpus)} sequences, the teacher writes in {corpus.spoken}")
+    for note in corpus.notes:
+        console.note(note)
+    return corpus
 
 
 def largest_size(corpus: Corpus, recipe: Recipe, teacher: Teacher) -> int:
@@ -168,19 +196,10 @@ def capture_only(config: RunConfig, where: Path | None, console: Console) -> Sof
         OSError: the disk refuses.
     """
     share = launched_share()
-    with console.stage("Load teacher") as stage:
-        teacher = open_teacher(config.teacher)
-        stage.finish(f"{teacher.info.name}: {teacher.info.architecture}")
-    with teacher:
-        with console.stage("Read data") as stage:
-            corpus = build_corpus(config.data, teacher, config.seed)
-            stage.finish(f"{len(corpus)} sequences, the teacher writes in {corpus.spoken}")
-        for note in corpus.notes:
-            console.note(note)
+    with load_teacher(config, console) as teacher:
+        corpus = read_data(config, teacher, console)
         recipe = recipe_for(config.targets, teacher, console)
-        manifest = store_manifest(teacher, corpus, recipe)
-        needed = largest_size(corpus, recipe, teacher)
-        store = open_store(manifest, where, RUNS, teacher_stem(config.teacher), needed)
+        store = open_store(teacher, corpus, recipe, StorePlace(where, RUNS, teacher_stem(config.teacher)))
         with exclusive(store.folder, share.rank):
             fill_store(teacher, corpus, store, console, share)
         if share.world == 1:

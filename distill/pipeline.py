@@ -12,10 +12,10 @@ import psutil
 import torch
 
 from distill.batches import split
-from distill.capturing import fill_store, largest_size, open_store, recipe_for, store_manifest
+from distill.capturing import StorePlace, fill_store, load_teacher, open_store, read_data, recipe_for
 from distill.config import RunConfig
 from distill.console import Console, human_bytes, human_count
-from distill.corpus import Corpus, build_corpus
+from distill.corpus import Corpus
 from distill.engine import TrainingData, TrainingSummary, train
 from distill.errors import UserError
 from distill.evaluate import Evaluation, evaluate, llama_scorer, student_scorer
@@ -71,25 +71,16 @@ def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
         OSError: the disk refuses.
     """
     path = gguf_file_of(config.teacher)
-    with console.stage("Load teacher") as stage:
-        teacher = open_teacher(config.teacher)
+    with load_teacher(config, console) as teacher:
         info = teacher.info
-        stage.finish(f"{info.name}: {info.architecture}, {human_count(info.parameters)} parameters")
-    with teacher:
         config = _resolve(config, info)
         shape = _shape(config, info, console)
         stem = teacher_stem(config.teacher)
         folder = RunFolder(places.out) if places.out else choose_folder(config, stem)
         folder.check(config)
-        with console.stage("Read data") as stage:
-            corpus = build_corpus(config.data, teacher, config.seed)
-            stage.finish(f"{len(corpus)} sequences, the teacher writes in {corpus.spoken}")
-        for note in corpus.notes:
-            console.note(note)
+        corpus = read_data(config, teacher, console)
         recipe = recipe_for(config.targets, teacher, console)
-        manifest = store_manifest(teacher, corpus, recipe)
-        needed = largest_size(corpus, recipe, teacher)
-        store = open_store(manifest, places.store, folder.path.parent, stem, needed)
+        store = open_store(teacher, corpus, recipe, StorePlace(places.store, folder.path.parent, stem))
         with exclusive(folder.path):
             folder.claim(
                 config,

@@ -10,14 +10,13 @@ import psutil
 import torch
 from rich.table import Table
 
-from distill.capturing import largest_size, recipe_for
+from distill.capturing import largest_size, load_teacher, read_data, recipe_for
 from distill.config import RunConfig
 from distill.console import Console, human_bytes, human_count
-from distill.corpus import Corpus, build_corpus
+from distill.corpus import Corpus
 from distill.engine import choose_precision
 from distill.objective import Batch, Objective
 from distill.schedule import build_optimizer
-from distill.teacher_source import open_teacher
 from students.builder import build_student, count_parameters, default_size, parse_size, student_config
 from students.model import SO8TForCausalLM
 from teachers.base import Teacher, Tokens
@@ -60,12 +59,9 @@ def plan_run(config: RunConfig, console: Console) -> Plan:
     Raises:
         UserError, TeacherFileError, TeacherError, CaptureError: the input cannot be used.
     """
-    with console.stage("Load teacher") as stage:
-        teacher = open_teacher(config.teacher)
-        stage.finish(f"{teacher.info.name}: {teacher.info.architecture}")
-    with teacher:
+    with load_teacher(config, console) as teacher:
         info = teacher.info
-        corpus = build_corpus(config.data, teacher, config.seed)
+        corpus = read_data(config, teacher, console)
         recipe = recipe_for(config.targets, teacher, console)
         with console.stage("Probe teacher") as stage:
             probe = _probe_teacher(teacher, corpus, recipe)

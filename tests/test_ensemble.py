@@ -207,9 +207,13 @@ def test_different_vocabularies_are_refused(
 
 def test_equal_vocabularies_are_accepted() -> None:
     """Told by their digest, or token by token; tokens without a text are padding."""
-    EnsembleTeacher([fake([0.0] * 4, sha256="same"), fake([0.0] * 4, sha256="same")], [1, 1])
-    EnsembleTeacher([fake([0.0] * 4, "abcd", "one"), fake([0.0] * 4, "abcd", "two")], [1, 1])
-    EnsembleTeacher([fake([0.0] * 4, "abcd", "one"), fake([0.0] * 4, ["a", "b", "c", ""], "two")], [1, 1])
+    for pair in (
+        [fake([0.0] * 4, sha256="same"), fake([0.0] * 4, sha256="same")],
+        [fake([0.0] * 4, "abcd", "one"), fake([0.0] * 4, "abcd", "two")],
+        [fake([0.0] * 4, "abcd", "one"), fake([0.0] * 4, ["a", "b", "c", ""], "two")],
+    ):
+        mixed = EnsembleTeacher(pair, [1, 1])
+        assert mixed.info.vocab_size == 4 and len(mixed.teachers) == 2
 
 
 def test_real_tokenizers_are_compared(
