@@ -271,7 +271,7 @@ def main() -> NoReturn:
     except SystemExit as stop:
         if stop.code == EXIT_INTERRUPTED:  # typer's own answer to Ctrl-C, without a word
             _complain(
-                "interrupted; everything saved is kept, and the same `distill run` continues from there"
+                "interrupted; everything saved is kept, and the same command continues from there"
             )
         raise
     except Exception as error:
