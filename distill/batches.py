@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from distill.errors import UserError
 from distill.objective import Batch
@@ -65,16 +66,42 @@ def epoch_order(
     return [batches[place] for place in random.permutation(len(batches))]
 
 
-def load_batch(store: SoftTargetStore, indices: NDArray[np.int64]) -> Batch:
-    """Read some sequences and their targets; pad tokens with 0 on the right."""
+def load_batch(store: SoftTargetStore, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
+    """Read some sequences, their targets and their kept layer states; pad tokens with 0 on the right."""
     rows = [store.tokens(int(index)) for index in indices]
+    targets = join([store.targets(int(index)) for index in indices])
+    kept = [store.layer_states(int(index)) for index in indices]
+    layers = {layer: torch.cat([states[layer] for states in kept]) for layer in kept[0]}
+    tokens, lengths = padded(rows)
+    return Batch(tokens, lengths, targets, layers=layers)
+
+
+def padded(rows: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
+    """Token sequences as ``[B, T]``, padded with 0 on the right, and their lengths ``[B]``."""
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
     for place, row in enumerate(rows):
         tokens[place, : len(row)] = torch.from_numpy(row.astype(np.int64))
-    return Batch(tokens, lengths, join([store.targets(int(index)) for index in indices]))
+    return tokens, lengths
 
 
-def micro_batches(indices: NDArray[np.int64], accumulation: int) -> Iterator[NDArray[np.int64]]:
-    """Divide one optimizer step's sequences into at most ``accumulation`` parts."""
-    return (part for part in np.array_split(indices, accumulation) if len(part))
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences that one process computes together. ``counts``: false for a stand-in whose loss is not added, where
+    a process has fewer sequences than another but must take part in the same communication."""
+
+    indices: list[int]
+    counts: bool = True
+
+
+def micro_batches(
+    indices: Sequence[int], accumulation: int, rank: int = 0, world: int = 1
+) -> list[MicroBatch]:
+    """One process's part of an optimizer step, divided into at most ``accumulation`` micro-batches.
+
+    Over all ranks every sequence occurs once; every rank gets equally many micro-batches.
+    """
+    parts = [part.tolist() for part in np.array_split(np.array(indices), accumulation * world)]
+    rounds = [parts[start : start + world] for start in range(0, len(parts), world)]
+    mine = [group[rank] for group in rounds if any(group)]
+    return [MicroBatch(part) if part else MicroBatch([int(indices[0])], counts=False) for part in mine]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,15 @@ from distill.config import RunConfig, TargetsConfig
 from distill.console import Console, human_bytes, human_count
 from distill.corpus import Corpus, build_corpus
 from distill.errors import UserError
+from distill.launch import launched_share
 from distill.run_folder import RUNS
-from distill.teacher_source import open_teacher, teacher_stem
+from distill.teacher_source import find_gguf, open_teacher, teacher_stem
 from teachers.base import Teacher
 from teachers.capture import WHOLE, CaptureError, Share, capture, require_linear_output
+from teachers.embeddings import stored_columns
 from teachers.ensemble import EnsembleError
+from teachers.gguf_file import read_gguf
+from teachers.inheritance import TEACHER, Inheritance, find_inheritance, inherit, write_inheritance
 from teachers.records import Recipe, default_sketch_bytes
 from teachers.store import MANIFEST, Manifest, SoftTargetStore, exclusive
 from teachers.worker import TeacherError
@@ -105,12 +108,23 @@ def open_store(teacher: Teacher, corpus: Corpus, recipe: Recipe, place: StorePla
     name = f"{place.stem}-{manifest.key[:12]}"
     usual = [root / "stores" / name for root in (place.beside, RUNS, Path())]
     folder = place.asked or next((root for root in usual if (root / MANIFEST).exists()), usual[0])
-    _require_space(folder, largest_size(corpus, recipe, teacher))
+    info = teacher.info
+    embeddings = 2 * info.vocab_size * stored_columns(info.width)
+    _require_space(folder, largest_size(corpus, recipe, teacher) + embeddings)
     return SoftTargetStore.create_or_open(folder, manifest)
 
 
 def load_teacher(config: RunConfig, console: Console) -> Teacher:
-    """Load the teacher and say what it is."""
+    """Load the teacher and say what it is.
+
+    Raises:
+        UserError, TeacherFileError, TeacherError, EnsembleError: it cannot be used, or none is wanted.
+    """
+    if config.store is not None:
+        raise UserError(
+            f"store = {config.store!r} in the configuration: only `distill train` learns from a store; use that, or "
+            "take it out to ask the teacher"
+        )
     with console.stage("Load teacher") as stage:
         teacher = open_teacher(config.teacher)
         info = teacher.info
@@ -139,7 +153,8 @@ def largest_size(corpus: Corpus, recipe: Recipe, teacher: Teacher) -> int:
 def _require_space(folder: Path, needed: int) -> None:
     """Refuse soft targets that cannot fit, before any of them is made."""
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    there = sum(path.stat().st_size for path in folder.glob("shard-*")) if folder.is_dir() else 0
+    kept = [*folder.glob("shard-*"), *folder.glob(TEACHER)] if folder.is_dir() else []
+    there = sum(path.stat().st_size for path in kept)
     free = shutil.disk_usage(existing).free + there
     if needed > free:
         raise UserError(
@@ -168,24 +183,32 @@ def fill_store(
     return summary.written == 0
 
 
+def keep_inheritance(
+    teacher: Teacher, gguf: Path | None, store: SoftTargetStore, console: Console, share: Share = WHOLE
+) -> Inheritance:
+    """What the store keeps of its teacher beside soft targets; made now where it is missing or damaged.
+
+    ``gguf``: whose tokenizer and embeddings. The lines come from this process's own shards.
+    """
+    found = find_inheritance(store)
+    if found is not None and (found.tokenizer or gguf is None):
+        return found
+    if found is None and (store.folder / TEACHER).exists():
+        console.warn(f"{store.folder / TEACHER} was damaged and is made again")
+    with console.stage("Keep teacher") as stage:
+        spans = (range(*store.span(shard)) for shard in range(share.rank, store.manifest.shards, share.world))
+        sequences = (store.tokens(index) for span in spans for index in span)
+        made = inherit(teacher, read_gguf(gguf) if gguf else None, sequences)
+        write_inheritance(store, made)
+        size = human_bytes((store.folder / TEACHER).stat().st_size)
+        stage.finish(f"tokenizer and embeddings, {size}" if gguf else "no GGUF file, so no tokenizer is kept")
+    return made
+
+
 def _sequences(store: SoftTargetStore, share: Share) -> int:
     """How many sequences this process's shards hold."""
     spans = [store.span(shard) for shard in range(share.rank, store.manifest.shards, share.world)]
     return sum(stop - start for start, stop in spans)
-
-
-def launched_share() -> Share:
-    """This process's part of the work, from what ``torchrun`` and ``accelerate launch`` set.
-
-    Raises:
-        UserError: RANK and WORLD_SIZE are not numbers that fit together.
-    """
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not rank.isdigit() or not world.isdigit() or not int(rank) < int(world):
-        raise UserError(
-            f"RANK={rank!r} and WORLD_SIZE={world!r} in the environment do not fit together; unset them"
-        )
-    return Share(int(rank), int(world))
 
 
 def capture_only(config: RunConfig, where: Path | None, console: Console) -> SoftTargetStore:
@@ -202,6 +225,8 @@ def capture_only(config: RunConfig, where: Path | None, console: Console) -> Sof
         store = open_store(teacher, corpus, recipe, StorePlace(where, RUNS, teacher_stem(config.teacher)))
         with exclusive(store.folder, share.rank):
             fill_store(teacher, corpus, store, console, share)
+            if share.rank == 0:
+                keep_inheritance(teacher, find_gguf(config.teacher), store, console, share)
         if share.world == 1:
             _print_store(store, recipe, teacher, console)
     return store
@@ -220,6 +245,7 @@ def _print_store(store: SoftTargetStore, recipe: Recipe, teacher: Teacher, conso
         ("bytes per position", f"{each}"),
         ("every logit would take", f"{4 * teacher.info.vocab_size:,} bytes per position"),
         ("on disk", human_bytes(store.bytes_on_disk())),
+        ("of that, the teacher's own", human_bytes((store.folder / TEACHER).stat().st_size)),
         ("folder", str(store.folder)),
     ):
         table.add_row(name, value)

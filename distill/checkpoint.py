@@ -1,8 +1,9 @@
 """Checkpoints: safetensors and JSON only, written whole or not at all, the last two kept.
 
-``checkpoints/step-000120/`` holds ``model.safetensors``, ``training.safetensors`` (optimizer moments,
-objective state, random state) and ``state.json`` (step, schedule, which data). The folder is renamed into
-place when everything is on disk, so a half-written one is never seen.
+``checkpoints/step-000120/`` holds ``model.safetensors``, ``best.safetensors`` (the weights with the best held-out
+KL so far, where they are not these), ``training.safetensors`` (optimizer moments, objective, random state of every
+process) and ``state.json`` (step, schedule, held-out scores, which data). The folder is renamed into place when
+everything is on disk, so a half-written one is never seen.
 """
 
 from __future__ import annotations
@@ -10,26 +11,36 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 
 from distill.errors import UserError
+from distill.held_out import HeldOutScore
 from distill.objective import Objective
+from distill.randomness import random_state, restore_random_state
+from distill.sharding import full_tensor, laid_out_like
 from students.model import SO8TForCausalLM
 from teachers.store import write_whole
 
 KEEP = 2
 
+Weights = dict[str, Tensor]
+
 
 @dataclass
 class TrainingState:
-    """Everything that changes while training, as the loop holds it."""
+    """Everything that changes while training, as the loop holds it.
+
+    ``best``: the weights with the best held-out KL so far, on the CPU; ``None`` where they are the newest.
+    """
 
     student: SO8TForCausalLM
     optimizer: torch.optim.Optimizer
@@ -37,39 +48,57 @@ class TrainingState:
     objective: Objective
     step: int = 0
     tokens_seen: int = 0
+    scores: dict[int, HeldOutScore] = field(default_factory=dict)
+    best: Weights | None = None
 
 
-def save_checkpoint(folder: Path, state: TrainingState, data_key: str) -> Path:
+def save_checkpoint(folder: Path, state: TrainingState, data_key: str, *, finished: bool = False) -> Path:
     """Write ``folder/step-NNNNNN`` whole or not at all and drop all but the newest two.
+
+    Every process of a launch takes part; the first one writes. ``finished``: nothing will be trained after it, so
+    the optimizer's moments (two thirds of a checkpoint) are left out.
 
     Raises:
         OSError: the disk refuses; earlier checkpoints stay.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    weights = plain_weights(state.student)
+    moments, scalars = ({}, {}) if finished else _optimizer_tensors(state.optimizer)
+    training = moments | _objective_tensors(state.objective) | _random_tensors()
     final = folder / f"step-{state.step:06d}"
-    temporary = folder / f".{final.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        write_whole(temporary / "model.safetensors", safetensors.torch.save(plain_weights(state.student)))
-        training, optimizer_scalars = _training_tensors(state)
-        write_whole(temporary / "training.safetensors", safetensors.torch.save(training))
+    if PartialState().is_main_process:
         content = {
             "step": state.step,
             "tokens_seen": state.tokens_seen,
             "data_key": data_key,
+            "finished": finished,
+            "best_apart": state.best is not None,
             "schedule": state.schedule.state_dict(),
-            "optimizer": optimizer_scalars,
+            "optimizer": scalars,
+            "scores": [{"step": step, **asdict(score)} for step, score in state.scores.items()],
         }
+        files = {"model": weights, "training": training}
+        if state.best is not None:
+            files["best"] = state.best
+        _write(final, files, content)
+        for old in _complete(folder)[:-KEEP]:
+            shutil.rmtree(old)
+    return final
+
+
+def _write(final: Path, files: dict[str, Weights], content: dict[str, Any]) -> None:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        for name, tensors in files.items():
+            write_whole(temporary / f"{name}.safetensors", safetensors.torch.save(tensors))
         write_whole(temporary / "state.json", (json.dumps(content, indent=2) + "\n").encode())
         if final.exists():
             shutil.rmtree(final)
         temporary.replace(final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in _complete(folder)[:-KEEP]:
-        shutil.rmtree(old)
-    return final
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -92,20 +121,21 @@ def load_checkpoint(path: Path, state: TrainingState, data_key: str) -> None:
             raise UserError(
                 f"checkpoint {path} was trained on other soft targets; choose another --out folder"
             )
-        missing, unexpected = state.student.load_state_dict(weights, strict=False)
-        if unexpected or set(missing) - {"lm_head.weight"}:
-            raise KeyError(f"tensors do not match: {sorted(unexpected) + sorted(missing)}")
-        _restore_optimizer(state.optimizer, training, content["optimizer"])
+        set_weights(state.student, weights)
+        if not content["finished"]:
+            _restore_optimizer(state.optimizer, _under(training, "optimizer"), content["optimizer"])
         state.schedule.load_state_dict(content["schedule"])
         # The schedule writes rates only when it is stepped, so put the current ones back by hand.
         for group, rate in zip(state.optimizer.param_groups, state.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
-        prefix = "objective."
-        objective = {name.removeprefix(prefix): t for name, t in training.items() if name.startswith(prefix)}
-        state.objective.load_state({name: t.to(state.student.device) for name, t in objective.items()})
-        torch.set_rng_state(training["random.torch"])
+        _restore_objective(state.objective, _under(training, "objective"), state.student.device)
+        if own := _under(training, f"random.{PartialState().process_index}"):
+            restore_random_state(own)  # none where the run is continued with more processes
         state.step, state.tokens_seen = int(content["step"]), int(content["tokens_seen"])
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        state.scores = {int(score.pop("step")): HeldOutScore(**score) for score in content["scores"]}
+        apart = content["best_apart"]
+        state.best = safetensors.torch.load_file(path / "best.safetensors") if apart else None
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
@@ -118,40 +148,86 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (len(path.name), path.name))  # by number, also beyond six digits
 
 
-def plain_weights(student: SO8TForCausalLM) -> dict[str, Tensor]:
-    """The student's weights by name; a tied output matrix is left out, as it is the embedding."""
+def plain_weights(student: SO8TForCausalLM) -> Weights:
+    """The student's weights by name, whole; a tied output matrix is left out, as it is the embedding."""
     tied = student.config.tie_word_embeddings
     return {
-        name: tensor.detach().contiguous()
+        name: full_tensor(tensor.detach()).contiguous()
         for name, tensor in student.state_dict().items()
         if not (tied and name == "lm_head.weight")
     }
 
 
-def _training_tensors(state: TrainingState) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
-    """Optimizer moments, objective state and random state as tensors; the optimizer's scalars apart."""
-    tensors = {"random.torch": torch.get_rng_state()}
+@torch.no_grad()
+def set_weights(student: SO8TForCausalLM, weights: Weights) -> None:
+    """The inverse of ``plain_weights``.
+
+    Raises:
+        KeyError, ValueError: names or shapes do not fit; nothing has been changed.
+    """
+    own = student.state_dict()
+    if student.config.tie_word_embeddings:
+        own.pop("lm_head.weight")
+    if odd := own.keys() ^ weights.keys():
+        raise KeyError(f"tensors do not match: {sorted(odd)}")
+    for name, tensor in own.items():
+        if tensor.shape != weights[name].shape:
+            raise ValueError(f"{name} has shape {list(weights[name].shape)}, not {list(tensor.shape)}")
+    for name, tensor in own.items():
+        tensor.copy_(laid_out_like(weights[name], tensor))
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[Weights, dict[str, dict[str, float]]]:
+    """Moments as tensors; scalars apart."""
+    tensors: Weights = {}
     scalars: dict[str, dict[str, float]] = {}
-    for index, entries in state.optimizer.state_dict()["state"].items():
+    for index, entries in optimizer.state_dict()["state"].items():
         for name, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value.detach().contiguous()
+                tensors[f"optimizer.{index}.{name}"] = full_tensor(value.detach()).contiguous()
             else:
                 scalars.setdefault(str(index), {})[name] = value
-    for name, tensor in state.objective.state().items():
-        tensors[f"objective.{name}"] = tensor.contiguous()
     return tensors, scalars
 
 
 def _restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], scalars: dict[str, dict[str, float]]
+    optimizer: torch.optim.Optimizer, tensors: Weights, scalars: dict[str, dict[str, float]]
 ) -> None:
-    content = optimizer.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in scalars.items()}
     for name, tensor in tensors.items():
-        part, _, rest = name.partition(".")
-        if part == "optimizer":
-            index, _, key = rest.partition(".")
-            entries.setdefault(int(index), {})[key] = tensor
-    content["state"] = entries
-    optimizer.load_state_dict(content)
+        index, _, key = name.partition(".")
+        parameter = parameters[int(index)]
+        same = tensor.shape == parameter.shape
+        entries.setdefault(int(index), {})[key] = laid_out_like(tensor, parameter) if same else tensor
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
+
+
+def _objective_tensors(objective: Objective) -> Weights:
+    projectors = {f"parameter.{name}": value.detach() for name, value in objective.named_parameters()}
+    tensors = objective.state() | projectors
+    return {f"objective.{name}": full_tensor(value).contiguous() for name, value in tensors.items()}
+
+
+@torch.no_grad()
+def _restore_objective(objective: Objective, tensors: Weights, device: torch.device) -> None:
+    saved = _under(tensors, "parameter")
+    for name, parameter in objective.named_parameters():
+        parameter.copy_(laid_out_like(saved[name], parameter))
+    objective.load_state(
+        {name: value.to(device) for name, value in tensors.items() if not name.startswith("parameter.")}
+    )
+
+
+def _random_tensors() -> Weights:
+    """The random state of every process."""
+    states: list[Weights] = gather_object([random_state()])
+    return {
+        f"random.{rank}.{name}": value for rank, state in enumerate(states) for name, value in state.items()
+    }
+
+
+def _under(tensors: Weights, prefix: str) -> Weights:
+    """The tensors whose names begin with ``prefix`` and a dot, without it."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}

@@ -7,19 +7,25 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 # Set before torch and transformers are imported: no telemetry, no look-ups on the network, no progress bars
 # of theirs between ours.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# Threads that wait for each other give way after a few microseconds instead of milliseconds: nothing lost on a quiet
+# machine, and on a busy one a training step is several times as fast (docs/benchmarks.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import typer
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
 from distill import __version__
+
+if TYPE_CHECKING:
+    from distill.console import Console
 
 EXIT_OURS, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
 # What the operating system refuses because of something the user can change.
@@ -97,6 +103,11 @@ Store = Annotated[
         "--store", help="Folder of the soft targets. Default: beside the run's folder, under stores/."
     ),
 ]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run. Default: a new one under runs/.")]
+StudentQuant = Annotated[
+    str | None,
+    typer.Option("--quant", metavar="f32|f16|q8_0", help="Format of student.gguf. Default: q8_0."),
+]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="JSON or YAML settings; flags win over it.")
 ]
@@ -115,23 +126,18 @@ def run(
     teacher: Teacher = None,
     student_size: StudentSize = None,
     data: Data = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the run. Default: a new one under runs/.")
-    ] = None,
+    out: Out = None,
     samples: Samples = None,
     epochs: Epochs = None,
     seed: Seed = None,
     targets: Targets = None,
-    quant: Annotated[
-        str | None, typer.Option(metavar="f32|f16|q8_0", help="Format of student.gguf. Default: q8_0.")
-    ] = None,
+    quant: StudentQuant = None,
     store: Store = None,
     config: ConfigFile = None,
     set_: Settings = None,
 ) -> None:
     """Teacher in, proved student out: capture, train, export, prove, evaluate."""
     from distill.config import load_config
-    from distill.console import Console
     from distill.pipeline import Places
     from distill.pipeline import run as run_pipeline
 
@@ -140,7 +146,7 @@ def run(
         "train.epochs": epochs,
         "export.quant": quant,
     }
-    run_pipeline(load_config(config, overrides, set_ or []), Places(out, store), Console())
+    run_pipeline(load_config(config, overrides, set_ or []), Places(out, store), _console())
 
 
 @app.command()
@@ -167,6 +173,31 @@ def capture(
 
 
 @app.command()
+def train(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="Folder that `distill capture` has filled.")],
+    student_size: StudentSize = None,
+    out: Out = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    quant: StudentQuant = None,
+    config: ConfigFile = None,
+    set_: Settings = None,
+) -> None:
+    """Only the student's part: from a store to a proved student, with no teacher on this machine."""
+    from distill.config import load_config
+    from distill.pipeline import train_from_store
+
+    overrides = {
+        "store": str(store),
+        "student.size": student_size,
+        "train.epochs": epochs,
+        "seed": seed,
+        "export.quant": quant,
+    }
+    train_from_store(load_config(config, overrides, set_ or []), out, _console())
+
+
+@app.command()
 def plan(
     teacher: Teacher = None,
     student_size: StudentSize = None,
@@ -188,6 +219,14 @@ def plan(
         "train.epochs": epochs,
     }
     plan_run(load_config(config, overrides, set_ or []), Console())
+
+
+def _console() -> Console:
+    """Where a command prints; in a launch of several processes the first one speaks."""
+    from distill.console import Console
+    from distill.launch import launched_share
+
+    return Console(quiet=launched_share().rank > 0)
 
 
 def _what_to_capture(

@@ -13,12 +13,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from distill.errors import UserError
+from distill.losses import DivergenceName
 from students.builder import parse_size
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
+LayerNumber = Annotated[int, Field(ge=0)]
 Quant = Literal["f32", "f16", "q8_0"]
 
 
@@ -79,25 +81,35 @@ class TargetsConfig(Section):
     kind: Literal["compact", "hidden", "dense"] = "compact"
     num_topk: Count = 16
     sketch_bytes: Annotated[int, Field(ge=0)] | None = None
-    layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    layers: tuple[LayerNumber, ...] = ()
     layer_bytes: Count = 128
 
 
 class LossConfig(Section):
-    """α·T²·KL_T(teacher‖student) + β·CE + λ_so8t·(PET + inertia + non-commutation).
+    """α·T²·KL_T(teacher‖student) + β·CE + γ·hidden + λ_so8t·(PET + inertia + non-commutation).
 
     ``temperature`` T, ``alpha`` α, ``beta`` β, ``lambda_so8t`` λ_so8t. ``final_temperature``: T from
     ``final_from`` of training on (1: as the student will be used). ``pet``: weight of the squared second
     difference of the final hidden states in each third of training (to 30 %, to 70 %, to the end).
     ``inertia``: weight of the rotations' squared distance from their moving average. ``inertia_decay``: of
     that average, per step. ``commutator_margin``: below this norm the non-commutation term pushes.
+
+    ``divergence``: what stands for KL_T in the formula (see ``distill.losses``); ``js_mixing``: the teacher's
+    share b in the mixture of jensen_shannon; ``skew``: s of the skewed KLs. ``gamma`` γ: weight of the
+    hidden-state loss, where the store holds hidden states (``targets.layers``). ``layer_map``: pairs (student's
+    layer, teacher's layer) it compares, from 0; none: each kept layer with the one at the same relative depth.
     """
 
     temperature: Annotated[float, Field(ge=1.0)] = 3.0
     final_temperature: Annotated[float, Field(ge=1.0)] = 1.0
     final_from: Fraction = 0.1
+    divergence: DivergenceName = "forward_kl"
+    js_mixing: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    skew: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     alpha: NonNegative = 0.7
     beta: NonNegative = 0.3
+    gamma: NonNegative = 0.1
+    layer_map: tuple[tuple[LayerNumber, LayerNumber], ...] = ()
     lambda_so8t: NonNegative = 0.5
     pet: tuple[NonNegative, NonNegative, NonNegative] = (0.0, 0.001, 0.002)
     inertia: NonNegative = 0.1
@@ -106,22 +118,38 @@ class LossConfig(Section):
 
 
 class TrainConfig(Section):
-    """The training loop. ``epochs``; ``batch_size``: sequences per optimizer step; ``accumulation``: into how
-    many micro-batches a batch is divided; ``learning_rate``: peak (none: 0.5 / width);
-    ``warmup``: share of the steps; ``min_lr``: share of the peak the cosine ends at; ``max_grad_norm``;
-    ``weight_decay``: of matrices only; ``precision``: ``bf16`` autocast, ``fp32``, or ``auto``;
-    ``evaluations``: how often the held-out KL is measured, first and last step included."""
+    """The training loop. ``epochs``; ``batch_size``: sequences per optimizer step, over all processes;
+    ``accumulation``: into how many micro-batches a process divides its part of them; ``learning_rate``: peak
+    (none: 0.5 / width); ``schedule``: after the warm-up a cosine, a straight line, or wsd (constant until the last
+    ``decay`` of the steps, then a cosine down); ``warmup``: share of the steps; ``min_lr``: share of the peak it
+    ends at; ``max_grad_norm``; ``weight_decay``: of matrices only; ``precision``: ``bf16`` autocast, ``fp32``,
+    or ``auto``; ``evaluations``: how often the held-out KL is measured, first and last step included;
+    ``patience``: stop after so many of them without a better one (none: never).
+
+    ``gradient_checkpointing``: compute layers again in the backward pass instead of keeping what they computed;
+    ``compile``: torch.compile. ``trackers``: tensorboard, wandb.
+    ``on_policy``: share of each batch whose text, after its beginning, the student writes itself, at
+    ``on_policy_temperature``; the teacher stays loaded and scores it.
+    """
 
     epochs: Count = 8
     batch_size: Count = 16
     accumulation: Count = 1
     learning_rate: Positive | None = None
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    decay: Fraction = 0.2
     warmup: Fraction = 0.05
     min_lr: Fraction = 0.02
     max_grad_norm: Positive = 1.0
     weight_decay: NonNegative = 0.01
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     evaluations: Annotated[int, Field(ge=2)] = 12
+    patience: Count | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    on_policy: Fraction = 0.0
+    on_policy_temperature: Positive = 1.0
 
 
 class ExportConfig(Section):
@@ -131,7 +159,9 @@ class ExportConfig(Section):
 
 
 class RunConfig(Section):
-    """Everything one run depends on. The same configuration and seed give the same bytes on CPU."""
+    """Everything one run depends on. The same configuration and seed give the same bytes on CPU.
+
+    ``store``: the folder of soft targets that ``distill train`` learns from, without a teacher."""
 
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
@@ -140,6 +170,7 @@ class RunConfig(Section):
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     export: ExportConfig = ExportConfig()
+    store: str | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
 
 

@@ -51,10 +51,10 @@ class Stage:
 
 
 class Console:
-    """Prints to the terminal (or plain lines to a file)."""
+    """Prints to the terminal (or plain lines to a file). ``quiet``: not at all, in all processes but the first."""
 
-    def __init__(self) -> None:
-        self.rich = RichConsole(highlight=False)
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.rich = RichConsole(highlight=False, quiet=quiet)
         self.seconds: dict[str, float] = {}
 
     @contextmanager

@@ -2,54 +2,58 @@
 
 from __future__ import annotations
 
+import atexit
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast
+from torch import Tensor, nn
 
-from distill import losses
-from distill.batches import Split, epoch_order, load_batch, micro_batches
-from distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
+from distill.batches import MicroBatch, Split, epoch_order, load_batch, micro_batches
+from distill.checkpoint import (
+    TrainingState,
+    latest_checkpoint,
+    load_checkpoint,
+    plain_weights,
+    save_checkpoint,
+    set_weights,
+)
 from distill.config import TrainConfig
+from distill.cpu import keep_freed_memory, use_onednn_for_float32
 from distill.errors import TrainingAborted, UserError
+from distill.held_out import HeldOutScore, best_step, evaluation_steps, held_out_score, is_exhausted
 from distill.metrics import MetricsFile
-from distill.objective import Objective
+from distill.objective import Batch, Objective
 from distill.schedule import build_optimizer, build_schedule
+from distill.sharding import full_tensor
+from distill.training_module import TrainingModule, choose_precision, exchange_gradients, is_sharded, wrap
 from stability.signals import gradient_norm, non_finite
 from students.model import SO8TForCausalLM
 from teachers.store import SoftTargetStore
 
-EVALUATION_TEMPERATURE = 1.0
-CHECKPOINT_SECONDS = 120.0  # at most so much training is lost, however far apart the evaluations are
-BF16_WIDTH_ON_CPU = 256  # below this width, converting to bfloat16 costs a CPU more than it saves
+CHECKPOINT_SECONDS = 30.0  # about so much training is lost when a process is killed
+SAVING_SHARE = 0.03  # of the time may go into checkpoints
 
 Report = Callable[[int, str], None]
 """Called with the number of finished steps and one line about how training stands."""
 
-
-@dataclass(frozen=True)
-class HeldOutScore:
-    """How close the student is to the teacher on held-out text, per token, at T = 1.
-
-    ``kl``: in nats, over k + 1 buckets for compact targets and over the whole vocabulary for others;
-    ``agreement``: share of positions with the same most probable token;
-    ``cross_entropy``: of the actual next token, in nats.
-    """
-
-    kl: float
-    agreement: float
-    cross_entropy: float
+OwnWords = Callable[[SO8TForCausalLM, list[int], int], Batch]
+"""Some sequences of the store, by index, with the student's own words in them, for a step (``distill.on_policy``)."""
 
 
 @dataclass(frozen=True)
 class TrainingSummary:
     """What training did: steps in all, tokens learnt from, and the held-out scores in order of steps.
 
-    ``seconds`` counts this process alone, which began at step ``continued_from``.
+    ``seconds`` counts this process alone, which began at step ``continued_from``. ``best``: the step whose weights
+    the student has now; ``planned``: steps there would have been without early stopping.
     """
 
     steps: int
@@ -58,6 +62,8 @@ class TrainingSummary:
     continued_from: int
     scores: tuple[tuple[int, HeldOutScore], ...]
     precision: str
+    best: int
+    planned: int
 
 
 @dataclass(frozen=True)
@@ -77,15 +83,23 @@ class TrainingData:
             for batch in epoch_order(self.split.train, lengths, batch_size, self.seed, epoch)
         ]
 
+    def held_out(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        """The held-out sequences in batches."""
+        indices = self.split.held_out
+        for start in range(0, len(indices), batch_size):
+            yield load_batch(self.store, indices[start : start + batch_size]).to(device)
 
-def choose_precision(config: TrainConfig, width: int, device: torch.device) -> str:
-    """``bf16`` or ``fp32``: as configured, or what is faster on this device."""
-    if config.precision != "auto":
-        return config.precision
-    if device.type == "cpu":
-        fast = "avx512" in torch.backends.cpu.get_cpu_capability().lower() and width >= BF16_WIDTH_ON_CPU
-        return "bf16" if fast else "fp32"
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+@dataclass(frozen=True)
+class Loop:
+    """What stays the same from step to step."""
+
+    accelerator: Accelerator
+    model: nn.Module
+    data: TrainingData
+    config: TrainConfig
+    plan: list[list[int]]
+    own_words: OwnWords | None
 
 
 def train(
@@ -95,170 +109,247 @@ def train(
     config: TrainConfig,
     folder: Path,
     report: Report,
+    own_words: OwnWords | None = None,
 ) -> TrainingSummary:
-    """Train ``student`` in place; continue from the newest checkpoint in ``folder`` if there is one.
+    """Train ``student`` in place, to the weights with the best held-out KL; continue from the newest checkpoint in
+    ``folder`` if there is one. Under a launcher, every process calls this with the same arguments.
 
     Raises:
         TrainingAborted: a loss or gradient is not finite; nothing of that step reaches the weights.
+        UserError: a setting does not fit this launch or machine.
         OSError: the disk refuses; earlier checkpoints stay.
     """
-    launch = PartialState()
-    if launch.num_processes > 1:
-        raise UserError(
-            f"training runs in one process, not {launch.num_processes}; start it without a launcher"
-        )
-    # Metal lacks the float64 that rotations and scores are computed in.
-    device = torch.device("cpu") if launch.device.type == "mps" else launch.device
-    precision = choose_precision(config, student.config.hidden_size, device)
-    accelerator = Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no", cpu=device.type == "cpu"
-    )
+    accelerator = _accelerator(config, student.config.hidden_size, folder)
+    if own_words is not None and accelerator.num_processes > 1:
+        raise UserError("train.on_policy works in one process; start it without a launcher")
+    # FSDP takes a module apart for good, so it gets a copy; the student is given the weights in the end.
+    trained = copy.deepcopy(student) if is_sharded(accelerator) else student
+    model = _prepared(trained, objective, config, accelerator)
     plan = data.batches(config.epochs, config.batch_size)
-    optimizer = build_optimizer(student, config)
-    schedule = build_schedule(optimizer, config, len(plan))
-    # Only the model is wrapped: optimizer and schedule are stepped once per global batch by this loop.
-    model = accelerator.prepare_model(student)
-    state = TrainingState(student, optimizer, schedule, objective)
-    checkpoints = folder / "checkpoints"
-    key = data.store.manifest.key
-    if newest := latest_checkpoint(checkpoints):
+    optimizer = build_optimizer(model, config, student.config.hidden_size)
+    state = TrainingState(trained, optimizer, build_schedule(optimizer, config, len(plan)), objective)
+    loop = Loop(accelerator, model, data, config, plan, own_words)
+    checkpoints, key = folder / "checkpoints", data.store.manifest.key
+    newest = latest_checkpoint(checkpoints)
+    if newest:
         load_checkpoint(newest, state, key)
     evaluate_at = evaluation_steps(len(plan), config.evaluations)
     clock = Clock(state.step, state.tokens_seen)
 
-    with MetricsFile(folder / "metrics.jsonl", from_step=state.step) as metrics:
-        scores = logged_scores(metrics.kept)
+    metrics_file = folder / "metrics.jsonl" if accelerator.is_main_process else None
+    with MetricsFile(metrics_file, state.step if newest else None) as metrics:
         while True:
-            if state.step in evaluate_at and state.step not in scores:
-                scores[state.step] = held_out_score(student, data, device, config.batch_size)
-                metrics.write("held_out", state.step, vars(scores[state.step]))
-                clock.checkpoint_is_due = state.step > 0
-            if clock.checkpoint_is_due:
-                save_checkpoint(checkpoints, state, key)
-                clock.saved()
-            if state.step == len(plan):
+            if state.step in evaluate_at and state.step not in state.scores:
+                score = _evaluate(loop, state)
+                metrics.write("held_out", state.step, vars(score))
+                accelerator.log(
+                    {f"held_out/{name}": value for name, value in vars(score).items()}, state.step
+                )
+            finished = state.step == len(plan) or is_exhausted(state.scores, config.patience)
+            if (finished and clock.trained_since_save(state.step)) or clock.save_is_due(accelerator):
+                with clock.saving(state.step):
+                    save_checkpoint(checkpoints, state, key, finished=finished)
+            if finished:
                 break
-            values = _step(model, state, data, plan[state.step], config, accelerator, len(plan))
+            values = _step(loop, state)
             metrics.write("train", state.step, values)
-            report(state.step, clock.describe(state.tokens_seen, values["loss"], list(scores.values())))
+            accelerator.log({f"train/{name}": value for name, value in values.items()}, state.step)
+            report(state.step, clock.describe(state, values["loss"]))
 
-    history = tuple(sorted(scores.items()))
-    return TrainingSummary(len(plan), state.tokens_seen, clock.seconds, clock.from_step, history, precision)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    final = state.best or plain_weights(trained)
+    _plain_again(student)
+    set_weights(student, final)
+    return TrainingSummary(
+        steps=state.step,
+        tokens_seen=state.tokens_seen,
+        seconds=clock.seconds,
+        continued_from=clock.from_step,
+        scores=tuple(sorted(state.scores.items())),
+        precision="bf16" if accelerator.mixed_precision == "bf16" else "fp32",
+        best=best_step(state.scores),
+        planned=len(plan),
+    )
+
+
+def _accelerator(config: TrainConfig, width: int, folder: Path) -> Accelerator:
+    """Accelerate's view of this launch, with the precision and the trackers that were asked for."""
+    for tracker in config.trackers:
+        if find_spec(tracker) is None:
+            raise UserError(f"train.trackers names {tracker}, which is not installed: pip install {tracker}")
+    launch = PartialState()
+    if launch.device.type == "mps":  # Metal lacks the float64 that rotations and scores are computed in
+        launch.device = torch.device("cpu")
+    device = launch.device
+    if launch.num_processes > 1:
+        atexit.register(_leave, launch)
+    if device.type == "cpu":
+        keep_freed_memory()
+        use_onednn_for_float32()
+    precision = choose_precision(config, width, device)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        cpu=device.type == "cpu",
+        log_with=list(config.trackers) or None,
+        project_dir=folder / "trackers",
+    )
+    if config.trackers:
+        settings = {
+            key: value for key, value in config.model_dump().items() if isinstance(value, int | float | str)
+        }
+        accelerator.init_trackers("distill", settings)
+    return accelerator
+
+
+def _leave(launch: PartialState) -> None:
+    """Leave the launch before the interpreter ends: a thread of Gloo that frees a tensor later aborts the process,
+    and the launcher then kills the others."""
+    time.sleep(0.2)  # in which such threads can have Python's lock
+    launch.destroy_process_group()
+
+
+def _prepared(
+    student: SO8TForCausalLM, objective: Objective, config: TrainConfig, accelerator: Accelerator
+) -> nn.Module:
+    """Student and objective as one module, on its device and wrapped for this launch."""
+    if config.gradient_checkpointing:
+        # Older transformers (for Python 3.10) know it by its older name.
+        enable = getattr(student, "activation_checkpointing_enable", None)
+        (enable or student.gradient_checkpointing_enable)({"use_reentrant": False})
+    if config.compile:
+        for layer in student.model.layers:
+            layer.compile()
+    return wrap(accelerator, TrainingModule(student, objective))
 
 
 class Clock:
     """How long this process has trained, and when the next checkpoint is due."""
 
     def __init__(self, from_step: int, from_tokens: int) -> None:
-        self.from_step = from_step
+        self.from_step = self.saved_step = from_step
         self.from_tokens = from_tokens
         self.begin = self.last_save = time.perf_counter()
-        self.asked = False
+        self.interval = CHECKPOINT_SECONDS
 
     @property
     def seconds(self) -> float:
         """Seconds since this process began to train."""
         return time.perf_counter() - self.begin
 
-    @property
-    def checkpoint_is_due(self) -> bool:
-        """Whether to save now: after an evaluation, or when too much would be lost."""
-        return self.asked or time.perf_counter() - self.last_save > CHECKPOINT_SECONDS
+    def trained_since_save(self, step: int) -> bool:
+        """Whether there is anything to save that is not saved."""
+        return step > self.saved_step
 
-    @checkpoint_is_due.setter
-    def checkpoint_is_due(self, asked: bool) -> None:
-        self.asked = asked
+    def save_is_due(self, accelerator: Accelerator) -> bool:
+        """Whether it is time for a checkpoint; all processes hear the first one's clock."""
+        due = time.perf_counter() - self.last_save > self.interval
+        if accelerator.num_processes > 1:
+            due = bool(broadcast(torch.tensor(int(due), device=accelerator.device)))
+        return due
 
-    def saved(self) -> None:
-        """A checkpoint has just been written."""
-        self.asked, self.last_save = False, time.perf_counter()
+    @contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Around the writing of a checkpoint; one that takes long makes them rarer."""
+        begin = time.perf_counter()
+        yield
+        self.saved_step, self.last_save = step, time.perf_counter()
+        self.interval = max(CHECKPOINT_SECONDS, (self.last_save - begin) / SAVING_SHARE)
 
-    def describe(self, tokens_seen: int, loss: float, scores: list[HeldOutScore]) -> str:
+    def describe(self, state: TrainingState, loss: float) -> str:
         """One line about how training stands."""
-        speed = (tokens_seen - self.from_tokens) / max(self.seconds, 1e-9)
-        held_out = f", held-out KL {scores[-1].kl:.3f}" if scores else ""
+        speed = (state.tokens_seen - self.from_tokens) / max(self.seconds, 1e-9)
+        newest = state.scores[max(state.scores)] if state.scores else None
+        held_out = f", held-out KL {newest.kl:.3f}" if newest else ""
         return f"loss {loss:.3f}{held_out}, {speed:,.0f} tokens/s"
 
 
-def logged_scores(lines: list[dict[str, float | str]]) -> dict[int, HeldOutScore]:
-    """The held-out scores that a run's metrics already hold, by step."""
-    names = ("kl", "agreement", "cross_entropy")
-    return {
-        int(line["step"]): HeldOutScore(*(float(line[name]) for name in names))
-        for line in lines
-        if line["kind"] == "held_out" and all(line.get(name) is not None for name in names)
-    }
+def _plain_again(student: SO8TForCausalLM) -> None:
+    """Undo what only training needed."""
+    disable = getattr(student, "activation_checkpointing_disable", None)
+    (disable or student.gradient_checkpointing_disable)()
+    for layer in student.model.layers:
+        layer._compiled_call_impl = None
 
 
-def _step(
-    model: torch.nn.Module,
-    state: TrainingState,
-    data: TrainingData,
-    indices: list[int],
-    config: TrainConfig,
-    accelerator: Accelerator,
-    steps: int,
-) -> dict[str, float]:
+def _evaluate(loop: Loop, state: TrainingState) -> HeldOutScore:
+    """Score the held-out sequences, and keep the weights aside if they are the best so far."""
+    device = loop.accelerator.device
+    score = held_out_score(loop.model, loop.data.held_out(loop.config.batch_size, device))
+    if loop.accelerator.num_processes > 1:  # all decide by the same figures, to the last bit
+        values = torch.tensor(list(vars(score).values()), dtype=torch.float64, device=device)
+        score = HeldOutScore(*broadcast(values).tolist())
+    state.scores[state.step] = score
+    if best_step(state.scores) == state.step:
+        last = state.step == len(loop.plan)
+        weights = {} if last else plain_weights(state.student)
+        state.best = {name: value.to("cpu", copy=True) for name, value in weights.items()} or None
+    return score
+
+
+def _step(loop: Loop, state: TrainingState) -> dict[str, float]:
     """One optimizer step; returns what is logged about it."""
-    state.student.train()
-    batches = [load_batch(data.store, part) for part in micro_batches(np.array(indices), config.accumulation)]
-    total = sum(batch.count() for batch in batches)
-    losses_seen: list[torch.Tensor] = []
-    parts_seen: dict[str, torch.Tensor] = {}
-    for batch in batches:
-        with accelerator.autocast():
-            loss, parts = state.objective(
-                model,
-                batch.to(accelerator.device),
-                total=total,
-                share=batch.count() / total,
-                fraction=state.step / steps,
-            )
-        accelerator.backward(loss)
-        losses_seen.append(loss.detach())
-        for name, part in parts.items():
-            parts_seen[name] = parts_seen.get(name, torch.zeros_like(part)) + part
-    loss = torch.stack(losses_seen).sum()
-    norm = gradient_norm(state.student.parameters())
-    if broken := non_finite({"loss": loss, "gradient": norm}):
+    loop.model.train()
+    accelerator = loop.accelerator
+    indices = loop.plan[state.step]
+    parts = micro_batches(
+        indices, loop.config.accumulation, accelerator.process_index, accelerator.num_processes
+    )
+    batches = [_load(loop, state, part) for part in parts]
+    counted = [batch for batch, part in zip(batches, parts, strict=True) if part.counts]
+    total = int(_over_all_processes(accelerator, torch.tensor(sum(batch.count() for batch in counted))))
+    sums: dict[str, Tensor] = {}
+    for place, (batch, part) in enumerate(zip(batches, parts, strict=True), 1):
+        last = place == len(parts)
+        # Gradients are exchanged once per step, after the last micro-batch.
+        with exchange_gradients(accelerator, loop.model, now=last), accelerator.autocast():
+            values = _backward(loop, batch, part.counts, total, state.step / len(loop.plan))
+        sums = {name: sums.get(name, torch.zeros_like(value)) + value for name, value in values.items()}
+    logged = dict(zip(sums, _over_all_processes(accelerator, torch.stack(list(sums.values()))), strict=True))
+    norm = gradient_norm(loop.model.parameters())
+    if broken := non_finite({"loss": logged["loss"], "gradient": full_tensor(norm)}):
         raise TrainingAborted(
             f"step {state.step}: the {' and the '.join(broken)} is not finite; the weights are as before this "
             "step, and the last checkpoint is kept; try a lower train.learning_rate or train.precision=fp32"
         )
-    torch.nn.utils.clip_grads_with_norm_(state.student.parameters(), config.max_grad_norm, norm)
+    torch.nn.utils.clip_grads_with_norm_(loop.model.parameters(), loop.config.max_grad_norm, norm)
     rate = float(state.schedule.get_last_lr()[0])
     state.optimizer.step()
     state.schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
-    state.objective.after_step(state.student)
+    state.objective.after_step()
     state.step += 1
     state.tokens_seen += total
-    values: dict[str, float] = {"loss": float(loss), "grad_norm": float(norm), "learning_rate": rate}
-    values |= {name: float(part) for name, part in parts_seen.items()}
-    return values | {"tokens_seen": float(state.tokens_seen)}
+    measured = {"grad_norm": float(full_tensor(norm)), "learning_rate": rate}
+    return (
+        {name: float(value) for name, value in logged.items()} | measured | {"tokens_seen": state.tokens_seen}
+    )
 
 
-def evaluation_steps(steps: int, evaluations: int) -> set[int]:
-    """Steps after which the held-out score is taken: the first, the last, and evenly in between."""
-    return {round(steps * place / (evaluations - 1)) for place in range(evaluations)}
+def _load(loop: Loop, state: TrainingState, part: MicroBatch) -> Batch:
+    """A micro-batch on this process's device, a share of it in the student's own words where that is asked for."""
+    if loop.own_words is None:
+        batch = load_batch(loop.data.store, part.indices)
+    else:
+        batch = loop.own_words(state.student, part.indices, state.step)
+    return batch.to(loop.accelerator.device)
 
 
-@torch.no_grad()
-def held_out_score(
-    student: SO8TForCausalLM, data: TrainingData, device: torch.device, batch_size: int
-) -> HeldOutScore:
-    """Score the student in float32 on the held-out sequences of the store."""
-    student.eval()
-    sums = torch.zeros(3, dtype=torch.float64)
-    count = 0
-    held_out = data.split.held_out
-    for start in range(0, len(held_out), batch_size):
-        batch = load_batch(data.store, held_out[start : start + batch_size]).to(device)
-        hidden = student(batch.tokens, with_logits=False).last_hidden_state[batch.valid]
-        logits = student.lm_head(hidden).float()
-        sums[0] += losses.known_kl(logits, batch.targets, EVALUATION_TEMPERATURE).cpu().double().sum()
-        sums[1] += (logits.argmax(dim=-1) == batch.targets.best()).cpu().double().sum()
-        sums[2] += losses.cross_entropy(logits, batch.labels).cpu().double().sum()
-        count += batch.count()
-    kl, agreement, cross_entropy = (sums / count).tolist()
-    return HeldOutScore(kl, agreement, cross_entropy)
+def _backward(loop: Loop, batch: Batch, counts: bool, total: int, fraction: float) -> dict[str, Tensor]:
+    """Forward and backward of one micro-batch; returns its loss and its parts (0 for a stand-in)."""
+    share = batch.count() / total
+    loss, parts = loop.model(
+        lambda student, objective: objective(student, batch, total=total, share=share, fraction=fraction)
+    )
+    # DDP and FSDP average gradients over processes, but the loss is divided by everybody's tokens already.
+    scale = float(loop.accelerator.num_processes) if counts else 0.0
+    with torch.autocast(loop.accelerator.device.type, enabled=False):
+        (loss if scale == 1.0 else loss * scale).backward()
+    return {name: value.detach() * float(counts) for name, value in {"loss": loss, **parts}.items()}
+
+
+def _over_all_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """The sum of ``values`` over all processes of the launch."""
+    if accelerator.num_processes == 1:
+        return values
+    return accelerator.reduce(values.to(accelerator.device), "sum")

@@ -1,6 +1,7 @@
-"""Students against their teacher on held-out text: dense KL, top-1 agreement, perplexity.
+"""Students against their teacher on held-out text: KL, top-1 agreement, perplexity.
 
-Everything is measured at temperature 1 over the whole vocabulary, per token, on the same positions.
+Everything is measured at temperature 1, per token, on the same positions: against the teacher itself over the
+whole vocabulary, or against its stored soft targets over what these know.
 """
 
 from __future__ import annotations
@@ -11,13 +12,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distill import losses
 from students.model import SO8TForCausalLM
 from teachers.base import Teacher, Tokens
+from teachers.records import Targets, join
+from teachers.store import SoftTargetStore
 
-LOGITS_BYTES = 128 << 20  # teacher's logits held at a time
+LOGITS_BYTES = 128 << 20  # one model's logits held at a time
+TEACHER, STORED_TARGETS = "teacher", "stored soft targets"
+WHOLE_VOCABULARY = "whole vocabulary"
 
 Scorer = Callable[[Sequence[Tokens]], Tensor]
 """Next-token logits of all positions of some sequences, ``[N, V]`` float32 (n − 1 rows for n tokens)."""
@@ -34,16 +40,29 @@ class Score:
     @property
     def perplexity(self) -> float:
         """exp of the cross-entropy of the actual next tokens."""
-        return math.exp(min(self.cross_entropy, 700.0))
+        return perplexity(self.cross_entropy)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of several models on the same held-out positions; ``teacher`` is the teacher against itself."""
+    """Scores of several models on the same held-out positions.
 
+    ``against``: ``TEACHER`` itself or its ``STORED_TARGETS``. ``kl_over``: what the KL is taken over.
+    ``teacher``: its own cross-entropy of the actual next tokens in nats per token; ``None`` where it is not known,
+    ``approximate`` where hidden states that were rounded for the store give it.
+    """
+
+    against: str
     positions: int
-    teacher: Score
+    kl_over: str
+    teacher: float | None
+    approximate: bool
     models: dict[str, Score]
+
+
+def perplexity(cross_entropy: float) -> float:
+    """exp of a cross-entropy in nats."""
+    return math.exp(min(cross_entropy, 700.0))
 
 
 def student_scorer(student: SO8TForCausalLM) -> Scorer:
@@ -73,27 +92,72 @@ def evaluate(
     report: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Compare ``models`` with the teacher on every position; ``report`` gets how many sequences are done."""
-    sums = {name: np.zeros(3) for name in ("", *models)}
-    positions = finished = 0
+    sums = {name: np.zeros(3) for name in models}
+    surprise, positions, finished = 0.0, 0, 0
     reference = llama_scorer(teacher)
     for group in _groups(sequences, teacher.info.vocab_size):
-        expected = reference(group)
-        labels = torch.from_numpy(np.concatenate([tokens[1:] for tokens in group]).astype(np.int64))
-        for name in sums:
-            found = models[name](group) if name else expected
-            sums[name] += _sums(expected, found, labels)
+        expected, labels = reference(group), _labels(group)
+        best = expected.argmax(dim=-1)
+        surprise += float(losses.cross_entropy(expected, labels).double().sum())
+        for name, model in models.items():
+            found = model(group)
+            sums[name] += _sums(losses.dense_forward_kl(expected, found), best, found, labels)
         positions += len(labels)
         finished += len(group)
         report(finished)
     scores = {name: Score(*(total / positions).tolist()) for name, total in sums.items()}
-    return Evaluation(positions, scores.pop(""), scores)
+    return Evaluation(TEACHER, positions, WHOLE_VOCABULARY, surprise / positions, False, scores)
 
 
-def _sums(teacher: Tensor, model: Tensor, labels: Tensor) -> np.ndarray:
-    kl = losses.dense_forward_kl(teacher, model).double().sum()
-    same = (teacher.argmax(dim=-1) == model.argmax(dim=-1)).double().sum()
-    surprise = losses.cross_entropy(model, labels).double().sum()
-    return np.array([float(kl), float(same), float(surprise)])
+def evaluate_stored(
+    store: SoftTargetStore,
+    indices: Sequence[int],
+    models: dict[str, Scorer],
+    report: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """``evaluate`` without a teacher: against the stored soft targets of some of the store's sequences."""
+    vocab_size = int(store.manifest.identity["vocab_size"])
+    sums = {name: np.zeros(3) for name in models}
+    surprise: float | None = 0.0
+    positions = finished = 0
+    for group in _groups([store.tokens(index) for index in indices], vocab_size):
+        here = indices[finished : finished + len(group)]
+        targets, labels = join([store.targets(index) for index in here]), _labels(group)
+        best, asked = targets.best(), _teachers_surprise(targets, labels)
+        surprise = None if surprise is None or asked is None else surprise + asked
+        for name, model in models.items():
+            found = model(group)
+            sums[name] += _sums(losses.known_kl(found, targets, 1.0), best, found, labels)
+        positions += len(labels)
+        finished += len(group)
+        report(finished)
+    scores = {name: Score(*(total / positions).tolist()) for name, total in sums.items()}
+    known = None if surprise is None else surprise / positions
+    recipe = store.manifest.recipe
+    over = f"{recipe.num_topk} top tokens and the rest" if recipe.kind == "compact" else WHOLE_VOCABULARY
+    return Evaluation(STORED_TARGETS, positions, over, known, recipe.kind != "dense", scores)
+
+
+def _teachers_surprise(targets: Targets, labels: Tensor) -> float | None:
+    """Σ −log p(label) of the teacher's own distribution; ``None`` where the targets do not give every token's.
+
+    A sketch's comes near: 0.005 nats too much where more than half of the labels are in the tail (WikiText teacher).
+    """
+    if not targets.has_tail_shape:
+        return None
+    chosen = targets.log_probs(1.0).gather(-1, labels[:, None])
+    return -float(chosen.double().sum())
+
+
+def _labels(sequences: Sequence[Tokens]) -> Tensor:
+    """The actual next token of every position, ``[N]``."""
+    return torch.from_numpy(np.concatenate([tokens[1:] for tokens in sequences]).astype(np.int64))
+
+
+def _sums(kl: Tensor, best: Tensor, logits: Tensor, labels: Tensor) -> NDArray[np.float64]:
+    same = (best == logits.argmax(dim=-1)).double().sum()
+    surprise = losses.cross_entropy(logits, labels).double().sum()
+    return np.array([float(kl.double().sum()), float(same), float(surprise)])
 
 
 def _groups(sequences: Sequence[Tokens], vocab_size: int) -> list[list[Tokens]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -17,15 +18,18 @@ from distill.prove import Proof, prove
 from distill.run_folder import HeldOut, RunFolder
 from students.export import ExportNames, MetadataEntry, write_gguf, write_tokenizer
 from students.model import SO8TForCausalLM
-from teachers.gguf_file import GGUFFile, read_gguf, tokenizer_fields
+from teachers.gguf_file import Field, GGUFFile, read_gguf, tokenizer_fields
 from teachers.store import write_whole
 
 
 def tokenizer_entries(file: GGUFFile) -> dict[str, MetadataEntry]:
     """A GGUF file's tokenizer and chat template in the form the exporter copies."""
-    return {
-        key: (field.value, field.type, field.element_type) for key, field in tokenizer_fields(file).items()
-    }
+    return metadata_entries(tokenizer_fields(file))
+
+
+def metadata_entries(fields: Mapping[str, Field]) -> dict[str, MetadataEntry]:
+    """GGUF metadata as it was read, in the form the exporter copies."""
+    return {key: (field.value, field.type, field.element_type) for key, field in fields.items()}
 
 
 def export_proved(
@@ -63,7 +67,7 @@ def export_run(folder: RunFolder, quant: Quant, output: Path | None) -> tuple[Pa
     """
     folder.read_config()
     if not folder.tokenizer.exists():
-        raise UserError(f"{folder.path} has no trained student yet; let `distill run` finish first")
+        raise UserError(f"{folder.path} has no trained student yet; let its command finish first")
     path = output or folder.path / f"student-{quant}.gguf"
     if output and output.exists():
         raise UserError(f"--output {output} exists; choose another name")

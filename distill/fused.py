@@ -1,17 +1,24 @@
-"""Weighted KL and cross-entropy of one chunk of logits with their gradient in closed form.
+"""Weighted divergence and cross-entropy of one chunk of logits with their gradient in closed form.
 
 The same values as ``distill.losses`` gives through autograd, in a third of the passes over the logits: one
 softmax serves both terms where T = 1, nothing is kept for a backward pass, and every large buffer is written
 in place. Letters: C positions of a chunk, K stored top tokens, V vocabulary.
 
-With q the student's distribution at T and p the teacher's, where p is known for every token:
+With q the student's distribution at T and p the teacher's, where p is known for every token, a divergence
+D = Σ d(p_v, q_v) has, with g_v = ∂d/∂q_v (any constant may be added to it):
 
-    ∂KL/∂z_v = (q_v − p_v) / T
+    ∂D/∂z_v = q_v (g_v − Σ_u q_u g_u) / T
 
-and where only K tokens S are, with the others as one bucket, of mass P for the teacher and Q for the student:
+    forward KL           g = −p / q,  so that ∂D/∂z_v = (q_v − p_v) / T
+    reverse KL           g = log(q / p)
+    Jensen-Shannon       g = (1 − b) log(q / m)
+    skewed forward KL    g = −(1 − s) p / m
+    skewed reverse KL    g = log(q / m) − s q / m
 
-    ∂KL/∂z_v = (q_v − p_v) / T               for v in S
-    ∂KL/∂z_v = (q_v / Q) · (Q − P) / T       otherwise
+with the mixtures m of ``distill.losses``. Where p is known for only K tokens S, with the others as one bucket, the
+same holds for the K + 1 buckets; the last one's share G is spread over its tokens, Q being the student's mass there:
+
+    ∂D/∂z_v = (q_v / Q) · G    for v not in S;   forward KL: G = (Q − P) / T with the teacher's mass P
 
 Cross-entropy, always at T = 1:
 
@@ -26,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.losses import IGNORE_INDEX
+from distill.losses import FORWARD_KL, IGNORE_INDEX, Divergence, teacher_buckets
 from teachers.records import Targets
 from teachers.soft_targets import CompactTargets
 
@@ -35,18 +42,22 @@ LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class Weights:
-    """What one position's KL at ``temperature`` and its cross-entropy (always at T = 1) count."""
+    """What one position's ``divergence`` at ``temperature`` and its cross-entropy (always at T = 1) count."""
 
-    kl: float
+    kd: float
     ce: float
     temperature: float
+    divergence: Divergence = FORWARD_KL
 
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """Unweighted sums over the chunk in nats (scalars), and the gradient of the weighted sum, ``[C, V]``."""
+    """Unweighted sums over the chunk in nats (scalars), and the gradient of the weighted sum, ``[C, V]``.
 
-    kl: Tensor
+    The gradient may lie in the scratch: it is good until the next chunk.
+    """
+
+    kd: Tensor
     ce: Tensor
     gradient: Tensor
 
@@ -68,7 +79,7 @@ class _Buckets:
     @classmethod
     def of(cls, exponentials: Tensor, top: Tensor, kept: Tensor) -> _Buckets:
         """``top``: the rest's greatest logit, which was subtracted; ``kept``: logits; both divided by T."""
-        total = exponentials.sum(dim=-1, keepdim=True).clamp(min=1.0)  # below 1 only where there is no rest
+        total = exponentials.sum(dim=-1, keepdim=True)
         rest = top + total.log()
         partition = torch.cat((kept, rest), dim=-1).logsumexp(dim=-1, keepdim=True)
         return cls(exponentials, total, kept - partition, rest - partition, partition)
@@ -90,13 +101,13 @@ class Scratch:
 
 
 @torch.no_grad()
-def kl_and_cross_entropy(
+def divergence_and_cross_entropy(
     logits: Tensor, targets: Targets, labels: Tensor, weights: Weights, scratch: Scratch | None = None
 ) -> ChunkResult:
-    """KL_T(teacher ‖ student) and CE of float32 ``logits [C, V]``, which are overwritten.
+    """The divergence of teacher and student at T, and CE, of float32 ``logits [C, V]``, which are overwritten.
 
-    The KL runs over the whole vocabulary where the targets know the shape of the tail, else over the K + 1
-    buckets. ``labels [C]``; one that is ``IGNORE_INDEX`` has no cross-entropy.
+    The divergence runs over the whole vocabulary where the targets know the shape of the tail, else over the
+    K + 1 buckets. ``labels [C]``; one that is ``IGNORE_INDEX`` has no cross-entropy.
     """
     if isinstance(targets, CompactTargets) and not targets.has_tail_shape:
         return _over_buckets(logits, targets, labels, weights)
@@ -116,34 +127,49 @@ def _over_all(
     scaled = logits
     if temperature != 1.0:
         scaled = torch.div(logits, temperature, out=scratch.like("scaled", logits))
-    # Σ p (log p − log q) = Σ p (log p − z/T) + log Σ exp(z/T), as Σ p = 1.
-    difference = torch.sub(teacher, scaled, out=spare)
-    share, tempered = _exp_(teacher), _exp_(scaled)
-    partition = tempered.sum(dim=-1, keepdim=True)
-    kl = (torch.linalg.vecdot(share, difference)[:, None] + partition.log()).sum()
-
-    by_kl, by_ce = weights.kl / temperature, weights.ce * labelled
-    if temperature == 1.0:
-        plain_partition = partition
-        gradient = tempered.mul_((by_kl + by_ce) / partition)
-    else:
         plain = _exp_(logits)
         plain_partition = plain.sum(dim=-1, keepdim=True)
-        gradient = tempered.mul_(by_kl / partition).addcmul_(plain, by_ce / plain_partition)
+    by_kd, by_ce = weights.kd / temperature, weights.ce * labelled
+
+    if weights.divergence.form == "forward_kl":
+        # Σ p (log p − log q) = Σ p (log p − z/T) + log Σ exp(z/T), as Σ p = 1.
+        difference = torch.sub(teacher, scaled, out=spare)
+        share, tempered = _exp_(teacher), _exp_(scaled)
+        partition = tempered.sum(dim=-1, keepdim=True)
+        kd = (torch.linalg.vecdot(share, difference)[:, None] + partition.log()).sum()
+        if temperature == 1.0:
+            gradient, plain_partition = tempered.mul_((by_kd + by_ce) / partition), partition
+        else:
+            gradient = tempered.mul_(by_kd / partition).addcmul_(plain, by_ce / plain_partition)
+        gradient.sub_(share, alpha=by_kd)
+    else:
+        student = torch.mul(scaled, LOG2_E, out=spare).exp2_()
+        partition = student.sum(dim=-1, keepdim=True)
+        student.div_(partition)
+        room = scratch.like("room", logits)
+        values, pull = _pull_(teacher, scaled.sub_(partition.log()), student, weights.divergence, room)
+        kd, gradient = values.sum(), pull.mul_(by_kd)
+        if temperature == 1.0:
+            gradient.addcmul_(student, by_ce)
+            plain_partition = partition
+        else:
+            gradient.addcmul_(plain, by_ce / plain_partition)
     ce = (labelled * (plain_partition.log() + top - at_label)).sum()
-    gradient.sub_(share, alpha=by_kl)
     gradient.scatter_add_(-1, column, -by_ce)
-    return ChunkResult(kl, ce, gradient)
+    return ChunkResult(kd, ce, gradient)
 
 
 def _over_buckets(logits: Tensor, targets: CompactTargets, labels: Tensor, weights: Weights) -> ChunkResult:
     temperature, ids = weights.temperature, targets.topk_ids
     column, labelled = labels.clamp(min=0)[:, None], (labels != IGNORE_INDEX)[:, None].float()
     at_label, kept = logits.gather(-1, column), logits.gather(-1, ids)
-    # The rest is taken relative to its own maximum: exact also where a student has almost nothing there.
+    # The rest is taken relative to its own maximum: exact also where a student has almost nothing there. All
+    # other logits are taken relative to the row's, which keeps the digits of large ones.
     rest = logits.scatter_(-1, ids, -torch.inf)
-    top = rest.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(rest.dtype).min)
+    top = rest.amax(dim=-1, keepdim=True)
     rest.sub_(top)
+    highest = torch.maximum(top, kept.amax(dim=-1, keepdim=True))
+    at_label, kept, top = at_label - highest, kept - highest, top - highest
     if temperature == 1.0:
         plain = tempered = _Buckets.of(_exp_(rest), top, kept)
     else:
@@ -151,23 +177,68 @@ def _over_buckets(logits: Tensor, targets: CompactTargets, labels: Tensor, weigh
         plain = _Buckets.of(_exp_(rest), top, kept)
         tempered = _Buckets.of(_exp_(scaled), top / temperature, kept / temperature)
 
-    teacher = targets.topk_log_probs(temperature)
-    mass = targets.tail_mass(temperature)[:, None] * float(ids.shape[-1] < logits.shape[-1])
-    kl = (teacher.exp() * (teacher - tempered.kept)).sum() + (
-        torch.xlogy(mass, mass) - mass * tempered.rest
-    ).sum()
+    student = torch.cat((tempered.kept, tempered.rest), dim=-1)
+    teacher, room = teacher_buckets(targets, temperature), torch.empty_like(student)
+    values, pull = _pull_(teacher, student, student.exp(), weights.divergence, room)
     ce = (labelled * (plain.partition - at_label)).sum()
 
-    by_kl, by_ce = weights.kl / temperature, weights.ce * labelled
-    kl_factor = by_kl * (tempered.rest.exp() - mass) / tempered.total
+    by_kd, by_ce = weights.kd / temperature, weights.ce * labelled
+    kd_factor = by_kd * pull[:, -1:] / tempered.total
     ce_factor = by_ce * plain.rest.exp() / plain.total
     if plain is tempered:
-        gradient = tempered.exponentials.mul_(kl_factor + ce_factor)
+        gradient = tempered.exponentials.mul_(kd_factor + ce_factor)
     else:
-        gradient = tempered.exponentials.mul_(kl_factor).addcmul_(plain.exponentials, ce_factor)
-    gradient.scatter_(-1, ids, by_kl * (tempered.kept.exp() - teacher.exp()) + by_ce * plain.kept.exp())
+        gradient = tempered.exponentials.mul_(kd_factor).addcmul_(plain.exponentials, ce_factor)
+    gradient.scatter_(-1, ids, by_kd * pull[:, :-1] + by_ce * plain.kept.exp())
     gradient.scatter_add_(-1, column, -by_ce)
-    return ChunkResult(kl, ce, gradient)
+    return ChunkResult(values.sum(), ce, gradient)
+
+
+def _pull_(
+    teacher: Tensor, log_student: Tensor, student: Tensor, kind: Divergence, room: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Divergence of each row, ``[C]``, and q_v (g_v − Σ_u q_u g_u), ``[C, n]``.
+
+    ``teacher`` and ``log_student`` are log-probabilities ``[C, n]``, ``student`` probabilities; all but the last
+    are overwritten, and so is ``room``. The second result lies in one of them.
+    """
+    ratio = torch.sub(teacher, log_student, out=log_student)
+    if kind.form == "forward_kl":
+        share = _exp_(teacher)
+        values = torch.linalg.vecdot(share, ratio)
+        return values, torch.sub(student, share, out=ratio)
+    if kind.form == "reverse_kl":
+        slope = ratio.neg_()
+        values = torch.linalg.vecdot(student, slope)
+    elif kind.form == "jensen_shannon":
+        b = kind.js_mixing
+        of_teacher = torch.linalg.vecdot(_exp_(teacher), _log_teacher_to_mixture(ratio, kind, room))
+        slope = _log_student_to_mixture(ratio, kind, room).mul_(1.0 - b)
+        values = b * of_teacher + torch.linalg.vecdot(student, slope)
+    elif kind.form == "skewed_forward_kl":
+        to_mixture = _log_teacher_to_mixture(ratio, kind, room)
+        values = torch.linalg.vecdot(_exp_(teacher), to_mixture)
+        slope = _exp_(to_mixture).mul_(kind.skew - 1.0)
+    else:
+        slope = _log_student_to_mixture(ratio, kind, room)
+        values = torch.linalg.vecdot(student, slope)
+        slope.sub_(_exp_(ratio.copy_(slope)), alpha=kind.skew)
+    mean = torch.linalg.vecdot(student, slope)[:, None]
+    return values, slope.sub_(mean).mul_(student)
+
+
+def _log_teacher_to_mixture(ratio: Tensor, kind: Divergence, room: Tensor) -> Tensor:
+    """log(p / m) from log(p / q), into ``room``."""
+    of_teacher, of_student = kind.log_shares
+    torch.sub(ratio.new_tensor(of_student), ratio, out=room)
+    return torch.logaddexp(room, ratio.new_tensor(of_teacher), out=room).neg_()
+
+
+def _log_student_to_mixture(ratio: Tensor, kind: Divergence, room: Tensor) -> Tensor:
+    """log(q / m) from log(p / q), into ``room``."""
+    of_teacher, of_student = kind.log_shares
+    torch.add(ratio, of_teacher, out=room)
+    return torch.logaddexp(room, ratio.new_tensor(of_student), out=room).neg_()
 
 
 def _exp_(values: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 from teachers.store import write_whole
 
@@ -13,21 +14,24 @@ from teachers.store import write_whole
 class MetricsFile:
     """Appends to ``metrics.jsonl``; each line is flushed, so a killed run keeps what it logged.
 
-    On continuing a run, lines at or after the step it continues from are dropped first: they will be
-    written again.
+    On continuing a run from a checkpoint, lines after its step are dropped first: they will be written again;
+    without one, all are. Without a path (all processes of a launch but the first) nothing is written.
     """
 
-    def __init__(self, path: Path, from_step: int) -> None:
+    def __init__(self, path: Path | None, from_step: int | None) -> None:
+        self._file: TextIO | None = None
+        if path is None:
+            return
         kept = []
-        if path.exists():
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if from_step > 0 and 0 <= _step(line) <= from_step]
-        self.kept: list[dict[str, float | str]] = [json.loads(line) for line in kept]
+        if path.exists() and from_step is not None:
+            kept = [line for line in path.read_text().splitlines() if 0 <= _step(line) <= from_step]
         write_whole(path, "".join(line + "\n" for line in kept).encode())
         self._file = path.open("a")
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Log the values of one step; a value that is not finite is written as null (JSON has no NaN)."""
+        if self._file is None:
+            return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
         self._file.flush()
@@ -38,7 +42,8 @@ class MetricsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def _step(line: str) -> int:

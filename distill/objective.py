@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill import regularisers
 from distill.config import LossConfig
-from distill.fused import Scratch, Weights, kl_and_cross_entropy
+from distill.fused import Scratch, Weights, divergence_and_cross_entropy
 from distill.head_loss import chunked_head_loss
-from students.model import SO8TForCausalLM
+from distill.hidden_loss import HiddenStateLoss, pair_layers
+from distill.losses import IGNORE_INDEX, Divergence
+from students.model import SO8TForCausalLM, SO8TOutput
 from teachers.records import Targets
+from teachers.store import SoftTargetStore
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,16 @@ class Batch:
         lengths: ``[B]`` real tokens of each sequence.
         targets: soft targets of all valid positions in row order, ``[n, …]``. Position t of a sequence of n
             tokens is valid for t < n − 1: it predicts token t + 1.
+        given: ``[B]`` first tokens of each sequence that are somebody's text; those after them the student has
+            written itself, and they are nothing to imitate. ``None``: all are somebody's text.
+        layers: kept states of the teacher's layers at all valid positions, ``[n, R]`` each; may be empty.
     """
 
     tokens: Tensor
     lengths: Tensor
     targets: Targets
+    given: Tensor | None = None
+    layers: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def valid(self) -> Tensor:
@@ -38,8 +46,12 @@ class Batch:
 
     @property
     def labels(self) -> Tensor:
-        """The token that follows each valid position, ``[n]``, in row order."""
-        return self.tokens[:, 1:][self.valid[:, :-1]]
+        """The token that follows each valid position, or ``IGNORE_INDEX`` if the student wrote it, ``[n]``."""
+        following = self.tokens[:, 1:]
+        if self.given is not None:
+            places = torch.arange(1, self.tokens.shape[1], device=self.tokens.device)
+            following = following.masked_fill(places[None, :] >= self.given[:, None], IGNORE_INDEX)
+        return following[self.valid[:, :-1]]
 
     def count(self) -> int:
         """Number of valid positions."""
@@ -47,29 +59,42 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return Batch(self.tokens.to(device), self.lengths.to(device), self.targets.to(device))
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            lengths=self.lengths.to(device),
+            targets=self.targets.to(device),
+            given=None if self.given is None else self.given.to(device),
+            layers={layer: states.to(device) for layer, states in self.layers.items()},
+        )
 
 
-class Objective:
-    """α·T²·KL + β·CE + λ_so8t·(PET + inertia + non-commutation), divided once by the step's valid tokens.
+class Objective(nn.Module):
+    """α·T²·KL + β·CE + γ·hidden + λ_so8t·(PET + inertia + non-commutation), divided once by the step's valid tokens.
 
-    T is the run's temperature first and the final one for the rest of training (see ``LossConfig``).
-    The moving average of the rotations belongs here, not to the student.
+    KL stands for the configured divergence. T is the run's temperature first and the final one for the rest of
+    training (see ``LossConfig``). The moving average of the rotations and the projectors of the hidden-state loss
+    belong here, not to the student.
     """
 
-    def __init__(self, config: LossConfig) -> None:
+    def __init__(self, config: LossConfig, hidden: HiddenStateLoss | None = None) -> None:
+        super().__init__()
         self.config = config
+        self.hidden = hidden
+        self.divergence = Divergence(config.divergence, config.js_mixing, config.skew)
         self.average: Tensor | None = None
+        self._rotations: Tensor | None = None  # of the newest forward pass
+        self._scratch = Scratch()
 
-    def __call__(
-        self, student: torch.nn.Module, batch: Batch, *, total: int, share: float, fraction: float
+    def forward(
+        self, student: nn.Module, batch: Batch, *, total: int, share: float, fraction: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro-batch of an optimizer step.
 
         Args:
-            student: called as ``student(tokens, with_logits=False)`` (possibly wrapped for several devices).
+            student: an SO8T student, called as ``student(tokens, with_logits=False, layers_to_keep=…)``.
             batch: the micro-batch.
-            total: valid positions of the whole optimizer step, over all micro-batches.
+            total: valid positions of the whole optimizer step, over all micro-batches and processes.
             share: this micro-batch's share of the step, for terms that are not sums over positions.
             fraction: how much of training is done, 0 to 1.
 
@@ -77,41 +102,57 @@ class Objective:
             The loss, and each part's weighted contribution to the step's loss (detached).
         """
         config = self.config
-        output = student(batch.tokens, with_logits=False)
-        model = _unwrap(student)
-        parts: dict[str, Tensor] = {}
-        labels = batch.labels
-        temperature = temperature_at(config, fraction)
-
-        weights = Weights(config.alpha * temperature**2 / total, config.beta / total, temperature)
-
-        scratch = Scratch()
-
-        def distillation(logits: Tensor, span: slice) -> tuple[Tensor, Tensor]:
-            """Weighted KL and CE of one chunk of positions with their gradient, ``[C, V]``."""
-            result = kl_and_cross_entropy(logits, batch.targets.select(span), labels[span], weights, scratch)
-            for name, weight, value in (("kl", weights.kl, result.kl), ("ce", weights.ce, result.ce)):
-                if weight:
-                    parts[name] = parts.get(name, torch.zeros_like(value)) + weight * value
-            return weights.kl * result.kl + weights.ce * result.ce, result.gradient
-
+        kept = self.hidden.student_layers if self.hidden is not None else set()
+        output: SO8TOutput = student(batch.tokens, with_logits=False, layers_to_keep=kept)
+        assert output.last_hidden_state is not None and output.rotations is not None
+        assert isinstance(student, SO8TForCausalLM)
         states = output.last_hidden_state[batch.valid]  # [n, D]
-        loss = chunked_head_loss(states, model.lm_head.weight, distillation)
+        loss, parts = self._distillation(states, student.lm_head.weight, batch, total, fraction)
+        others: dict[str, Tensor] = {}
+        if self.hidden is not None:
+            assert output.layer_states is not None
+            layers = {layer: states[batch.valid] for layer, states in output.layer_states.items()}
+            others["hidden"] = config.gamma * self.hidden(layers, batch.layers) / total
         if config.lambda_so8t:
             terms = self._so8t(output, batch, total, share, fraction)
-            weighted = {name: config.lambda_so8t * term for name, term in terms.items()}
-            loss = torch.stack([loss, *weighted.values()]).sum()
-            parts |= {name: part.detach() for name, part in weighted.items()}
+            others |= {name: config.lambda_so8t * term for name, term in terms.items()}
+        if others:
+            loss = torch.stack([loss, *others.values()]).sum()
+            parts |= {name: part.detach() for name, part in others.items()}
+        self._rotations = output.rotations.detach()
         return loss, parts
 
+    def _distillation(
+        self, states: Tensor, matrix: Tensor, batch: Batch, total: int, fraction: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted divergence and cross-entropy of ``states [n, D]`` under the output matrix ``[V, D]``."""
+        config, labels = self.config, batch.labels
+        temperature = temperature_at(config, fraction)
+        weights = Weights(
+            config.alpha * temperature**2 / total, config.beta / total, temperature, self.divergence
+        )
+        parts: dict[str, Tensor] = {}
+
+        def chunk(logits: Tensor, span: slice) -> tuple[Tensor, Tensor]:
+            """Both terms of one chunk of positions with their gradient, ``[C, V]``."""
+            result = divergence_and_cross_entropy(
+                logits, batch.targets.select(span), labels[span], weights, self._scratch
+            )
+            for name, weight, value in (("kd", weights.kd, result.kd), ("ce", weights.ce, result.ce)):
+                if weight:
+                    parts[name] = parts.get(name, torch.zeros_like(value)) + weight * value
+            return weights.kd * result.kd + weights.ce * result.ce, result.gradient
+
+        return chunked_head_loss(states, matrix, chunk), parts
+
     def _so8t(
-        self, output: object, batch: Batch, total: int, share: float, fraction: float
+        self, output: SO8TOutput, batch: Batch, total: int, share: float, fraction: float
     ) -> dict[str, Tensor]:
-        config = self.config
-        rotations: Tensor = output.rotations  # type: ignore[attr-defined]
+        config, rotations = self.config, output.rotations
+        assert rotations is not None and output.last_hidden_state is not None
         terms: dict[str, Tensor] = {}
         if weight := regularisers.pet_weight(config.pet, fraction):
-            bend = regularisers.second_difference(output.last_hidden_state, batch.lengths)  # type: ignore[attr-defined]
+            bend = regularisers.second_difference(output.last_hidden_state, batch.lengths)
             terms["pet"] = weight * bend / total
         if config.inertia and self.average is not None:
             terms["inertia"] = config.inertia * share * regularisers.inertia(rotations, self.average)
@@ -121,16 +162,16 @@ class Objective:
         return terms
 
     @torch.no_grad()
-    def after_step(self, student: SO8TForCausalLM) -> None:
-        """Move the rotations' average towards where the optimizer step has put them."""
-        rotations = student.rotations()
+    def after_step(self) -> None:
+        """Move the rotations' average towards the rotations that the step just taken began from."""
+        assert self._rotations is not None
         if self.average is None:
-            self.average = rotations.clone()
+            self.average = self._rotations.clone()
         else:
-            self.average.lerp_(rotations, 1.0 - self.config.inertia_decay)
+            self.average.lerp_(self._rotations, 1.0 - self.config.inertia_decay)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must keep."""
+        """What a checkpoint must keep besides the projectors."""
         return {} if self.average is None else {"rotation_average": self.average}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -138,12 +179,21 @@ class Objective:
         self.average = state.get("rotation_average")
 
 
+def build_objective(
+    config: LossConfig, store: SoftTargetStore, student: SO8TForCausalLM, teacher_layers: int, seed: int
+) -> Objective:
+    """The objective for a store: with the hidden-state loss where γ > 0 and the store holds hidden states.
+
+    Raises:
+        UserError: ``loss.layer_map`` names a layer that there is not.
+    """
+    layers = store.manifest.recipe.layers
+    pairs = pair_layers(config.layer_map, layers, student.config.num_hidden_layers, teacher_layers)
+    if not pairs or not config.gamma:
+        return Objective(config)
+    return Objective(config, HiddenStateLoss.for_store(store, pairs, student.config.hidden_size, seed))
+
+
 def temperature_at(config: LossConfig, fraction: float) -> float:
     """The temperature at ``fraction`` ∈ [0, 1] of training."""
     return config.temperature if fraction < config.final_from else config.final_temperature
-
-
-def _unwrap(student: torch.nn.Module) -> SO8TForCausalLM:
-    inner = getattr(student, "module", student)
-    assert isinstance(inner, SO8TForCausalLM)
-    return inner

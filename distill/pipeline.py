@@ -1,43 +1,45 @@
-"""``distill run``: from a GGUF teacher to a proved GGUF student, stage by stage."""
+"""``distill run`` and ``distill train``: from a teacher, or from its soft targets, to a proved GGUF student."""
 
 from __future__ import annotations
 
-import platform
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import psutil
-import torch
 
 from distill.batches import split
-from distill.capturing import StorePlace, fill_store, load_teacher, open_store, read_data, recipe_for
+from distill.capturing import (
+    StorePlace,
+    fill_store,
+    keep_inheritance,
+    load_teacher,
+    open_store,
+    read_data,
+    recipe_for,
+)
 from distill.config import RunConfig
 from distill.console import Console, human_bytes, human_count
-from distill.corpus import Corpus
 from distill.engine import TrainingData, TrainingSummary, train
 from distill.errors import UserError
-from distill.evaluate import Evaluation, evaluate, llama_scorer, student_scorer
-from distill.exporting import export_proved, save_student, tokenizer_entries
-from distill.objective import Objective
-from distill.prove import Proof, tokenized_lines
+from distill.evaluate import Evaluation, evaluate, evaluate_stored, llama_scorer, student_scorer
+from distill.exporting import export_proved, metadata_entries, save_student
+from distill.full_store import open_full_store, require_complete, without_capture
+from distill.launch import Launch
+from distill.new_student import judge_size, new_student, student_shape, with_size
+from distill.objective import build_objective
+from distill.on_policy import OwnWords
+from distill.prove import Proof
 from distill.results import Outcome, build_results, print_table
 from distill.run_folder import HeldOut, RunFolder, choose_folder
-from distill.teacher_source import gguf_file_of, open_teacher, teacher_stem
-from students.builder import build_student, count_parameters, default_size, parse_size, student_config
-from students.config import SO8TConfig
-from students.export import ExportNames, MetadataEntry
-from students.initialise import initialise_embeddings
+from distill.teacher_source import find_gguf, open_teacher, require_gguf, teacher_stem
+from students.export import ExportNames
 from students.model import SO8TForCausalLM
 from teachers.base import Teacher, TeacherInfo
-from teachers.gguf_file import read_gguf
 from teachers.gguf_teacher import GGUFTeacher
+from teachers.inheritance import Inheritance, need_inheritance
 from teachers.store import SoftTargetStore, exclusive
 
 SPEED_PROMPT_TOKENS = 128
 SPEED_NEW_TOKENS = 64
-TRAINING_COPIES = 4  # float32 weights, gradients and two moments: what training needs at the very least
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,17 @@ class Places:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What the teacher leaves behind when it goes: everything training and export need."""
+class Source:
+    """All that a student is made from: a complete store and what it keeps of the teacher.
+
+    ``reused``: nothing had to be captured. ``teacher``: open only where the student's own words are scored.
+    """
 
     config: RunConfig
-    shape: SO8TConfig
-    info: TeacherInfo
     store: SoftTargetStore
+    inheritance: Inheritance
     reused: bool
-    data: TrainingData
-    held_out: HeldOut
-    tokenizer: dict[str, MetadataEntry]
+    teacher: Teacher | None = None
 
 
 def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
@@ -70,130 +72,146 @@ def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
         TrainingAborted, ProofFailed: training or export went wrong.
         OSError: the disk refuses.
     """
-    path = gguf_file_of(config.teacher)
+    require_gguf(config.teacher)
+    launch = Launch.join()
     with load_teacher(config, console) as teacher:
-        info = teacher.info
-        config = _resolve(config, info)
-        shape = _shape(config, info, console)
+        config = with_size(config, teacher.info)
+        judge_size(config, student_shape(config, teacher.info), teacher.info, console)
         stem = teacher_stem(config.teacher)
-        folder = RunFolder(places.out) if places.out else choose_folder(config, stem)
-        folder.check(config)
+        folder = _choose(places.out, config, stem, launch)
         corpus = read_data(config, teacher, console)
         recipe = recipe_for(config.targets, teacher, console)
         store = open_store(teacher, corpus, recipe, StorePlace(places.store, folder.path.parent, stem))
-        with exclusive(folder.path):
-            folder.claim(
-                config,
-                {
-                    "teacher_name": info.name,
-                    "teacher_sha256": info.sha256,
-                    "soft_targets": store.manifest.key,
-                },
-            )
-            if folder.finished:
-                console.note(f"{folder.path} already holds this run, finished; nothing was done again")
-            else:
-                prepared = _prepare(config, shape, teacher, corpus, store, console)
-                # The teacher is out of memory while the student trains.
-                teacher.close()
-                _finish(prepared, path, folder, console)
-        print_table(folder, console)
+
+        def capture() -> Source:
+            with exclusive(store.folder, launch.share.rank):
+                reused = fill_store(teacher, corpus, store, console, launch.share)
+                if launch.first:
+                    keep_inheritance(teacher, find_gguf(config.teacher), store, console, launch.share)
+                launch.wait()
+            if not config.train.on_policy:
+                teacher.close()  # it is out of memory while the student trains
+            return Source(config, store, need_inheritance(store), reused, teacher)
+
+        _work_in(folder, config, _identity(teacher.info, store), capture, launch, console)
     return folder
 
 
-def _prepare(
+def train_from_store(config: RunConfig, out: Path | None, console: Console) -> RunFolder:
+    """Make a student from the store that ``config`` names, or what is left to do of it; no teacher is needed.
+
+    Raises:
+        UserError, StoreError: the input cannot be used.
+        TrainingAborted, ProofFailed: training or export went wrong.
+        OSError: the disk refuses.
+    """
+    assert config.store is not None
+    if config.train.on_policy:
+        raise UserError(
+            f"train.on_policy = {config.train.on_policy:g} needs the teacher, which `distill train` does without; "
+            "use `distill run --teacher`"
+        )
+    launch = Launch.join()
+    store, inheritance = open_full_store(Path(config.store))
+    info = inheritance.info
+    config = with_size(without_capture(config, store.manifest.recipe, console), info)
+    console.note(
+        f"soft targets of {info.name}: {info.architecture}, {human_count(info.parameters)} parameters"
+    )
+    judge_size(config, student_shape(config, info), info, console)
+    folder = _choose(out, config, store.folder.resolve().name, launch)
+    if not folder.finished:
+        require_complete(store, console)
+    source = Source(config, store, inheritance, reused=True)
+    _work_in(folder, config, _identity(info, store), lambda: source, launch, console)
+    return folder
+
+
+def _choose(out: Path | None, config: RunConfig, stem: str, launch: Launch) -> RunFolder:
+    """The run's folder, which is or can become its own; nothing in it is touched."""
+    folder = RunFolder(out or launch.agreed(choose_folder(config, stem).path))
+    folder.check(config)
+    return folder
+
+
+def _identity(info: TeacherInfo, store: SoftTargetStore) -> dict[str, str]:
+    """What a run's folder must not be continued without."""
+    return {"teacher_name": info.name, "teacher_sha256": info.sha256, "soft_targets": store.manifest.key}
+
+
+def _work_in(
+    folder: RunFolder,
     config: RunConfig,
-    shape: SO8TConfig,
-    teacher: Teacher,
-    corpus: Corpus,
-    store: SoftTargetStore,
+    identity: dict[str, str],
+    prepare: Callable[[], Source],
+    launch: Launch,
     console: Console,
-) -> Prepared:
-    """Everything that needs the teacher before training."""
-    with exclusive(store.folder):
-        reused = fill_store(teacher, corpus, store, console)
+) -> None:
+    """Make the student in ``folder`` unless it is there already, and show what came of it."""
+    with exclusive(folder.path, launch.share.rank):
+        if launch.first:
+            folder.claim(config, identity)
+        launch.wait()
+        if folder.finished:
+            console.note(f"{folder.path} already holds this run, finished; nothing was done again")
+        else:
+            _make_student(prepare(), folder, launch, console)
+    if launch.first:
+        print_table(folder, console)
+
+
+def _make_student(source: Source, folder: RunFolder, launch: Launch, console: Console) -> None:
+    """Train in all processes; export, prove, evaluate and write down in the first."""
+    config, info, store = source.config, source.inheritance.info, source.store
     data = TrainingData(store, split(store, config.data.held_out, config.seed), config.seed)
-    sequences = [store.tokens(int(index)) for index in data.split.held_out]
-    held_out = HeldOut(sequences, tokenized_lines(teacher, sequences))
-    tokenizer = tokenizer_entries(read_gguf(gguf_file_of(config.teacher)))
-    return Prepared(config, shape, teacher.info, store, reused, data, held_out, tokenizer)
-
-
-def _finish(prepared: Prepared, path: Path, folder: RunFolder, console: Console) -> None:
-    """Train, export, prove, evaluate, write down."""
-    config, info, held_out = prepared.config, prepared.info, prepared.held_out
+    held_out = HeldOut([store.tokens(int(index)) for index in data.split.held_out], source.inheritance.lines)
+    student = new_student(student_shape(config, info), config.seed, source.inheritance.embeddings)
+    summary = _train(source, data, student, folder, console)
+    if not launch.first:
+        return
     folder.write_held_out(held_out)
-    student = _new_student(prepared.shape, config.seed, path)
-    summary = _train(prepared, student, folder, console)
     name = f"{info.name} distilled {config.student.size} SO8T"
-    save_student(student, folder, prepared.tokenizer, name)
+    tokenizer = metadata_entries(source.inheritance.tokenizer)
+    save_student(student, folder, tokenizer, name)
     with console.stage("Export and prove") as stage:
         names = ExportNames(name, {"teacher_name": info.name, "teacher_sha256": info.sha256})
-        quant = config.export.quant
-        proof = export_proved(student, folder.gguf, quant, prepared.tokenizer, names, held_out)
+        proof = export_proved(student, folder.gguf, config.export.quant, tokenizer, names, held_out)
         stage.finish(_describe_proof(proof, folder.gguf))
-    evaluation, speeds = _evaluate(prepared, path, folder, student, console)
-    outcome = Outcome(
-        config, info, student, prepared.store, prepared.reused, summary, proof, evaluation, speeds
-    )
-    size = folder.gguf.stat().st_size
-    folder.write_results(build_results(outcome, size, console.seconds, _environment()))
-
-
-def _resolve(config: RunConfig, info: TeacherInfo) -> RunConfig:
-    """Fill in what depends on the teacher: the student's default size."""
-    size = parse_size(config.student.size) if config.student.size else default_size(info.width, info.layers)
-    return config.model_copy(update={"student": config.student.model_copy(update={"size": str(size)})})
-
-
-def _shape(config: RunConfig, info: TeacherInfo, console: Console) -> SO8TConfig:
-    """The student's shape; its size is judged before anything of that size is allocated."""
-    assert config.student.size is not None
-    shape = student_config(
-        parse_size(config.student.size),
-        vocab_size=info.vocab_size,
-        context_length=info.context_length,
-        tie_embeddings=config.student.tie_embeddings,
-        bos=info.bos,
-        eos=info.eos,
-    )
-    parameters = count_parameters(shape)
-    console.note(f"student {config.student.size}: {human_count(parameters)} parameters")
-    needed, memory = 4 * parameters * TRAINING_COPIES, psutil.virtual_memory().total
-    if needed > memory:
-        raise UserError(
-            f"student {config.student.size} has {human_count(parameters)} parameters; training it needs at least "
-            f"{human_bytes(needed)} of memory, this machine has {human_bytes(memory)}; choose a smaller size"
-        )
-    if parameters >= info.parameters:
-        console.warn(
-            f"student {config.student.size} has {human_count(parameters)} parameters, not fewer than the "
-            f"teacher's {human_count(info.parameters)}; choose a smaller --student-size to compress"
-        )
-    return shape
-
-
-def _new_student(shape: SO8TConfig, seed: int, teacher: Path) -> SO8TForCausalLM:
-    """The student as training begins: random weights from the seed, embeddings from the teacher."""
-    student = build_student(shape, seed)
-    initialise_embeddings(student, read_gguf(teacher).tensor("token_embd.weight"))
-    return student
+    evaluation, speeds = _evaluate(source, data, folder, student, console)
+    outcome = Outcome(config, info, student, store, source.reused, summary, proof, evaluation, speeds)
+    folder.write_results(build_results(outcome, folder.gguf.stat().st_size, console.seconds))
 
 
 def _train(
-    prepared: Prepared, student: SO8TForCausalLM, folder: RunFolder, console: Console
+    source: Source, data: TrainingData, student: SO8TForCausalLM, folder: RunFolder, console: Console
 ) -> TrainingSummary:
-    settings = prepared.config.train
-    steps = len(prepared.data.batches(settings.epochs, settings.batch_size))
+    config, info = source.config, source.inheritance.info
+    objective = build_objective(config.loss, data.store, student, info.layers, config.seed)
+    own_words = None
+    if config.train.on_policy:
+        assert source.teacher is not None
+        share, temperature = config.train.on_policy, config.train.on_policy_temperature
+        own_words = OwnWords(source.teacher, data.store, share, temperature, config.seed, info.eos)
+    steps = len(data.batches(config.train.epochs, config.train.batch_size))
     with console.stage("Train", total=steps) as stage:
-        objective = Objective(prepared.config.loss)
-        summary = train(student, prepared.data, objective, settings, folder.path, stage.update)
-        first, last = summary.scores[0][1], summary.scores[-1][1]
-        learnt = human_count(summary.tokens_seen)
-        stage.finish(f"{steps} steps, {learnt} tokens; held-out KL {first.kl:.3f} → {last.kl:.3f}")
+        summary = train(student, data, objective, config.train, folder.path, stage.update, own_words)
+        stage.finish(_describe_training(summary))
+    if source.teacher is not None:
+        source.teacher.close()
     if summary.continued_from:
         console.note(f"training was continued from step {summary.continued_from}")
     return summary
+
+
+def _describe_training(summary: TrainingSummary) -> str:
+    scores = dict(summary.scores)
+    words = f"{summary.steps} steps, {human_count(summary.tokens_seen)} tokens; held-out KL "
+    words += f"{scores[0].kl:.3f} → {scores[summary.best].kl:.3f}"
+    if summary.steps < summary.planned:
+        words += f"; stopped early, {summary.planned} steps were planned"
+    if summary.best < summary.steps:
+        words += f"; the best weights are those of step {summary.best}"
+    return words
 
 
 def _describe_proof(proof: Proof, path: Path) -> str:
@@ -204,22 +222,31 @@ def _describe_proof(proof: Proof, path: Path) -> str:
 
 
 def _evaluate(
-    prepared: Prepared, path: Path, folder: RunFolder, student: SO8TForCausalLM, console: Console
+    source: Source, data: TrainingData, folder: RunFolder, student: SO8TForCausalLM, console: Console
 ) -> tuple[Evaluation, dict[str, tuple[float, float]]]:
-    """Score untrained student, trained student and exported file against the teacher; time both files."""
-    config, sequences = prepared.config, prepared.held_out.sequences
+    """Score untrained student, trained student and exported file against the teacher, or where the run has none
+    against its stored targets; time the files that are there."""
+    config, inheritance = source.config, source.inheritance
+    indices = data.split.held_out.tolist()
     with (
-        console.stage("Evaluate", total=len(sequences)) as stage,
-        open_teacher(config.teacher) as teacher,
+        console.stage("Evaluate", total=len(indices)) as stage,
         GGUFTeacher(folder.gguf, gpu_layers=config.teacher.gpu_layers) as exported,
     ):
+        untrained = new_student(student_shape(config, inheritance.info), config.seed, inheritance.embeddings)
         models = {
-            "before": student_scorer(_new_student(prepared.shape, config.seed, path)),
+            "before": student_scorer(untrained),
             "after": student_scorer(student),
             "exported": llama_scorer(exported),
         }
-        evaluation = evaluate(teacher, sequences, models, stage.update)
-        speeds = {"teacher": _speed(teacher), "student": _speed(exported)}
+        speeds = {}
+        if config.store is None:
+            with open_teacher(config.teacher) as teacher:
+                sequences = [source.store.tokens(index) for index in indices]
+                evaluation = evaluate(teacher, sequences, models, stage.update)
+                speeds["teacher"] = _speed(teacher)
+        else:
+            evaluation = evaluate_stored(source.store, indices, models, stage.update)
+        speeds["student"] = _speed(exported)
         score = evaluation.models["exported"]
         stage.finish(
             f"KL {score.kl:.3f}, agreement {score.agreement:.1%} over {evaluation.positions} positions"
@@ -231,14 +258,3 @@ def _speed(model: Teacher) -> tuple[float, float]:
     """Prompt and generation speed in tokens per second, within the model's context."""
     prompt = min(SPEED_PROMPT_TOKENS, model.info.context_length // 2)
     return model.speed(prompt, min(SPEED_NEW_TOKENS, model.info.context_length - prompt - 1))
-
-
-def _environment() -> dict[str, Any]:
-    packages = ("so8t-distill", "torch", "transformers", "llama-cpp-python", "gguf", "accelerate", "numpy")
-    return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "packages": {name: version(name) for name in packages},
-    }

@@ -10,14 +10,16 @@ import psutil
 import torch
 from rich.table import Table
 
+from distill.batches import padded
 from distill.capturing import largest_size, load_teacher, read_data, recipe_for
 from distill.config import RunConfig
 from distill.console import Console, human_bytes, human_count
 from distill.corpus import Corpus
-from distill.engine import choose_precision
+from distill.new_student import student_shape, student_size
 from distill.objective import Batch, Objective
 from distill.schedule import build_optimizer
-from students.builder import build_student, count_parameters, default_size, parse_size, student_config
+from distill.training_module import choose_precision
+from students.builder import build_student, count_parameters
 from students.model import SO8TForCausalLM
 from teachers.base import Teacher, Tokens
 from teachers.capture import fit_companion
@@ -66,22 +68,14 @@ def plan_run(config: RunConfig, console: Console) -> Plan:
         with console.stage("Probe teacher") as stage:
             probe = _probe_teacher(teacher, corpus, recipe)
             stage.finish(f"{1 / probe.seconds_per_token:,.0f} tokens/s")
-    size = parse_size(config.student.size) if config.student.size else default_size(info.width, info.layers)
-    shape = student_config(
-        size,
-        vocab_size=info.vocab_size,
-        context_length=info.context_length,
-        tie_embeddings=config.student.tie_embeddings,
-        bos=info.bos,
-        eos=info.eos,
-    )
+    shape = student_shape(config, info)
     with console.stage("Probe student") as stage:
         student = build_student(shape, config.seed)
         step_seconds = _probe_student(student, probe.batch, config)
         trained = psutil.Process().memory_info().rss
         stage.finish(f"{probe.batch.count() / step_seconds:,.0f} tokens/s")
     plan = _combine(config, corpus, recipe, teacher, probe, count_parameters(shape), step_seconds, trained)
-    _print(plan, recipe, str(size), teacher, console)
+    _print(plan, recipe, str(student_size(config, info)), teacher, console)
     return plan
 
 
@@ -101,10 +95,7 @@ def _probe_teacher(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> Probe:
         arrays = teacher.score(sequences, recipe, companion.bases)
     seconds = time.perf_counter() - begin
     targets = typed(arrays, recipe, teacher.info.vocab_size, companion.bases.get("final"), companion.head)
-    lengths = torch.tensor([len(tokens) for tokens in sequences])
-    tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
-    for row, sequence in enumerate(sequences):
-        tokens[row, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
+    tokens, lengths = padded(sequences)
     return Probe(
         sequences, seconds / max(1, int(lengths.sum())), teacher.memory(), Batch(tokens, lengths, targets)
     )
@@ -116,7 +107,7 @@ def _probe_student(student: SO8TForCausalLM, batch: Batch, config: RunConfig) ->
     count = int((batch.lengths[rows] - 1).sum())
     small = Batch(batch.tokens[rows], batch.lengths[rows], batch.targets.select(slice(0, count)))
     objective = Objective(config.loss)
-    optimizer = build_optimizer(student, config.train)
+    optimizer = build_optimizer(student, config.train, student.config.hidden_size)
     narrow = choose_precision(config.train, student.config.hidden_size, torch.device("cpu")) == "bf16"
     times = []
     for _ in range(PROBE_STEPS):
@@ -126,7 +117,7 @@ def _probe_student(student: SO8TForCausalLM, batch: Batch, config: RunConfig) ->
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        objective.after_step(student)
+        objective.after_step()
         times.append(time.perf_counter() - begin)
     return min(times)
 

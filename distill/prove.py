@@ -11,9 +11,10 @@ from distill import losses
 from distill.errors import ProofFailed
 from distill.evaluate import Scorer, llama_scorer, student_scorer
 from students.model import SO8TForCausalLM
-from teachers.base import Teacher, Tokens
+from teachers.base import Tokens
 from teachers.gguf_file import TeacherFileError
 from teachers.gguf_teacher import GGUFTeacher
+from teachers.inheritance import TokenizedLines, first_sequences
 from teachers.worker import TeacherError
 
 PROOF_SEQUENCES = 16
@@ -100,28 +101,9 @@ def _compare(pytorch: Scorer, llama: Scorer, sequences: Sequence[Tokens]) -> _Fi
     return figures
 
 
-@dataclass(frozen=True)
-class TokenizedLines:
-    """Texts and the ids the teacher's own tokenizer gives them (control tokens parsed, BOS as it wants)."""
-
-    texts: list[str]
-    tokens: list[Tokens]
-
-
-def tokenized_lines(teacher: Teacher, sequences: Sequence[Tokens]) -> TokenizedLines:
-    """The text of some sequences with the teacher's ids for it, to check an exported tokenizer against."""
-    texts = teacher.detokenize(proof_sequences(sequences))
-    return TokenizedLines(texts, teacher.tokenize(texts, add_special=True, parse_special=True))
-
-
 def proof_sequences(sequences: Sequence[Tokens]) -> list[Tokens]:
     """The first sequences, as many as make a proof."""
-    chosen: list[Tokens] = []
-    for tokens in sequences[:PROOF_SEQUENCES]:
-        if chosen and sum(map(len, chosen)) + len(tokens) > PROOF_TOKENS:
-            break
-        chosen.append(tokens)
-    return chosen
+    return first_sequences(sequences, PROOF_SEQUENCES, PROOF_TOKENS)
 
 
 def _judge(proof: Proof) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 import shlex
 import shutil
 import sys
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,7 +19,7 @@ from distill.config import RunConfig
 from distill.console import Console, human_bytes, human_count
 from distill.engine import TrainingSummary
 from distill.errors import UserError
-from distill.evaluate import Evaluation
+from distill.evaluate import STORED_TARGETS, Evaluation, perplexity
 from distill.prove import Proof
 from distill.run_folder import RunFolder
 from students.export import rotation_figures
@@ -40,13 +43,10 @@ class Outcome:
     speeds: dict[str, tuple[float, float]]
 
 
-def build_results(
-    outcome: Outcome, file_bytes: int, seconds: dict[str, float], environment: dict[str, Any]
-) -> dict[str, Any]:
+def build_results(outcome: Outcome, file_bytes: int, seconds: dict[str, float]) -> dict[str, Any]:
     """The content of ``results.json``. KL and cross-entropy are in nats per token at temperature 1."""
     teacher = {key: value for key, value in asdict(outcome.teacher).items() if key != "chat_template"}
     training = outcome.training
-    scores = {"teacher": outcome.evaluation.teacher, **outcome.evaluation.models}
     return {
         "teacher": teacher,
         "student": {
@@ -65,16 +65,15 @@ def build_results(
         },
         "training": {
             "steps": training.steps,
+            "planned_steps": training.planned,
+            "best_step": training.best,
             "tokens_seen": training.tokens_seen,
             "seconds": round(training.seconds, 3),
             "continued_from_step": training.continued_from,
             "precision": training.precision,
             "held_out": [{"step": step, **asdict(score)} for step, score in training.scores],
         },
-        "evaluation": {
-            "positions": outcome.evaluation.positions,
-            **{name: asdict(score) | {"perplexity": score.perplexity} for name, score in scores.items()},
-        },
+        "evaluation": _evaluation(outcome.evaluation),
         "proof": outcome.proof.to_json(),
         "rotations": rotation_figures(outcome.student),
         "tokens_per_second": {
@@ -82,7 +81,34 @@ def build_results(
             for name, (prompt, generation) in outcome.speeds.items()
         },
         "stage_seconds": seconds,
-        "environment": environment,
+        "environment": environment(),
+    }
+
+
+def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    """Scores as ``results.json`` has them; what is not known of the teacher is not there."""
+    content: dict[str, Any] = {
+        "against": evaluation.against,
+        "positions": evaluation.positions,
+        "kl_over": evaluation.kl_over,
+    }
+    if (surprise := evaluation.teacher) is not None:
+        known = {"cross_entropy": surprise, "perplexity": perplexity(surprise)}
+        content["teacher"] = known | {"approximate": evaluation.approximate}
+    for name, score in evaluation.models.items():
+        content[name] = asdict(score) | {"perplexity": score.perplexity}
+    return content
+
+
+def environment() -> dict[str, Any]:
+    """What computed the results."""
+    packages = ("so8t-distill", "torch", "transformers", "llama-cpp-python", "gguf", "accelerate", "numpy")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "packages": {name: version(name) for name in packages},
     }
 
 
@@ -100,10 +126,7 @@ def print_table(folder: RunFolder, console: Console) -> None:
 
 
 def _table(results: dict[str, Any]) -> Table:
-    teacher, student, evaluation = results["teacher"], results["student"], results["evaluation"]
-    speeds = results["tokens_per_second"]
-    before, after, reference = (evaluation[name] for name in ("before", "exported", "teacher"))
-
+    teacher, student = results["teacher"], results["student"]
     table = Table(title=f"{teacher['name']} → {student['size']} SO8T", title_justify="left")
     for column, justify in (("", "left"), ("teacher", "right"), ("student", "right"), ("", "left")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
@@ -119,31 +142,46 @@ def _table(results: dict[str, Any]) -> Table:
         human_bytes(student["file_bytes"]),
         f"{teacher['file_bytes'] / student['file_bytes']:.1f}× smaller ({student['quant']})",
     )
+    _add_scores(table, results["evaluation"])
+    for kind, words in (("generation", "writing"), ("prompt", "reading")):
+        _add_speed(table, f"llama.cpp, {words} (tokens/s)", results["tokens_per_second"], kind)
+    return table
+
+
+def _add_scores(table: Table, evaluation: dict[str, Any]) -> None:
+    """Rows of what was measured on held-out text; nothing is said of the teacher that is not known."""
+    before, after = evaluation["before"], evaluation["exported"]
+    stored = evaluation.get("against") == STORED_TARGETS
+    if stored:
+        over = evaluation["kl_over"]
+        table.caption = f"Measured against the teacher's stored soft targets; KL over the {over}."
+        table.caption_justify = "left"
+    known = evaluation.get("teacher")
+    about = "≈ " if stored and known and known["approximate"] else ""
     table.add_row(
-        "KL to teacher (nats/token)", "0", f"{after['kl']:.3f}", f"{before['kl']:.3f} before training"
+        f"KL to {'targets' if stored else 'teacher'} (nats/token)",
+        "0",
+        f"{after['kl']:.3f}",
+        f"{before['kl']:.3f} before training",
     )
     table.add_row(
         "same top token", "100 %", f"{after['agreement']:.1%}", f"{before['agreement']:.1%} before training"
     )
     table.add_row(
         "perplexity, held-out text",
-        f"{reference['perplexity']:.2f}",
+        f"{about}{known['perplexity']:.2f}" if known else "",
         f"{after['perplexity']:.2f}",
         f"{before['perplexity']:,.0f} before training",
     )
-    table.add_row(
-        "llama.cpp, writing (tokens/s)",
-        f"{speeds['teacher']['generation']:,.0f}",
-        f"{speeds['student']['generation']:,.0f}",
-        f"{speeds['student']['generation'] / speeds['teacher']['generation']:.1f}×",
-    )
-    table.add_row(
-        "llama.cpp, reading (tokens/s)",
-        f"{speeds['teacher']['prompt']:,.0f}",
-        f"{speeds['student']['prompt']:,.0f}",
-        f"{speeds['student']['prompt'] / speeds['teacher']['prompt']:.1f}×",
-    )
-    return table
+
+
+def _add_speed(table: Table, title: str, speeds: dict[str, dict[str, float]], kind: str) -> None:
+    student = speeds["student"][kind]
+    if "teacher" not in speeds:  # it was not here to be measured
+        table.add_row(title, "", f"{student:,.0f}", "")
+        return
+    teacher = speeds["teacher"][kind]
+    table.add_row(title, f"{teacher:,.0f}", f"{student:,.0f}", f"{student / teacher:.1f}×")
 
 
 def _print_files(folder: RunFolder, console: Console) -> None:

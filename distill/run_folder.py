@@ -17,8 +17,8 @@ import numpy as np
 
 from distill.config import RunConfig, parse_config
 from distill.errors import UserError
-from distill.prove import TokenizedLines
 from teachers.base import Tokens
+from teachers.inheritance import TokenizedLines
 from teachers.store import is_temporary, write_whole
 
 RUNS = Path("runs")

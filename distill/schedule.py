@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import get_cosine_with_min_lr_schedule_with_warmup
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_wsd_schedule
 
 from distill.config import TrainConfig
-from students.model import SO8TForCausalLM
 
 BETAS = (0.9, 0.95)
+# The matrices of layers and projectors. Rotations live on a group where decay would pull both towards the identity
+# (and towards commuting); norms and embeddings do not gain from decay.
+DECAYED = ("_proj.weight",)
+PROJECTORS = "objective.hidden.projectors."  # after "module." where DDP has wrapped the training module
 
 
 def peak_learning_rate(config: TrainConfig, width: int) -> float:
@@ -16,32 +21,38 @@ def peak_learning_rate(config: TrainConfig, width: int) -> float:
     return config.learning_rate or 0.5 / width
 
 
-def build_optimizer(student: SO8TForCausalLM, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019); weight decay on projection matrices only.
+def decays(name: str) -> bool:
+    """Whether a parameter of this name (in the training module) gets weight decay."""
+    return name.endswith(DECAYED) or (PROJECTORS in name and name.endswith(".weight"))
 
-    Rotations live on a group where decay would pull both towards the identity (and towards commuting);
-    norms and embeddings do not gain from decay.
-    """
-    decayed: list[torch.nn.Parameter] = []
-    others: list[torch.nn.Parameter] = []
-    for name, parameter in student.named_parameters():
-        decays = name.endswith("_proj.weight")
-        (decayed if decays else others).append(parameter)
+
+def build_optimizer(module: nn.Module, config: TrainConfig, width: int) -> AdamW:
+    """AdamW (Loshchilov & Hutter 2019) over a training module's parameters; decay on matrices only."""
+    parameters = list(module.named_parameters())
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for name, p in parameters if decays(name)], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in parameters if not decays(name)], "weight_decay": 0.0},
     ]
-    rate = peak_learning_rate(config, student.config.hidden_size)
-    return torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True)
+    return AdamW(groups, lr=peak_learning_rate(config, width), betas=BETAS, fused=True)
 
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then a cosine down to ``min_lr`` of the peak at the last step."""
-    return get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer,
-        num_warmup_steps=round(config.warmup * steps),
-        num_training_steps=steps,
-        min_lr_rate=config.min_lr,
+def build_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> LambdaLR:
+    """Linear warm-up, then down to ``min_lr`` of the peak at the last step: by a cosine over all that is left, on a
+    straight line, or (warm-up, stable, decay: Hu et al. 2024) by a cosine over the last ``decay`` of the steps."""
+    warmup = round(config.warmup * steps)
+    if config.schedule == "cosine":
+        return get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer, num_warmup_steps=warmup, num_training_steps=steps, min_lr_rate=config.min_lr
+        )
+    falling = (
+        steps - warmup if config.schedule == "linear" else min(steps - warmup, round(config.decay * steps))
     )
+    schedule: LambdaLR = get_wsd_schedule(
+        optimizer,
+        num_warmup_steps=warmup,
+        num_decay_steps=falling,
+        num_training_steps=steps,
+        decay_type="linear" if config.schedule == "linear" else "cosine",
+        min_lr_ratio=config.min_lr,
+    )
+    return schedule

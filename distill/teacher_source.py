@@ -22,20 +22,23 @@ def teacher_stem(config: TeacherConfig) -> str:
     return Path(config.path).resolve().stem if config.path else "example"
 
 
-def gguf_file_of(config: TeacherConfig) -> Path:
-    """The GGUF file whose tokenizer and embeddings the student takes: the first of the teachers that is one.
+def find_gguf(config: TeacherConfig) -> Path | None:
+    """The GGUF file whose tokenizer and embeddings the student takes: the first of the teachers that is one."""
+    return next((path for path in teacher_paths(config) if not path.is_dir()), None)
+
+
+def require_gguf(config: TeacherConfig) -> None:
+    """See that one of the teachers is a GGUF file.
 
     Raises:
         UserError: every teacher is a transformers folder.
     """
-    paths = teacher_paths(config)
-    for path in paths:
-        if not path.is_dir():
-            return path
-    raise UserError(
-        f"teacher {paths[0]} is a folder: not a GGUF file, whose tokenizer the exported student needs; capture "
-        "from a transformers folder with `distill capture`, or convert it with llama.cpp's convert_hf_to_gguf.py"
-    )
+    if find_gguf(config) is None:
+        raise UserError(
+            f"teacher {teacher_paths(config)[0]} is a folder: not a GGUF file, whose tokenizer the exported student "
+            "needs; capture from a transformers folder with `distill capture`, or convert it with llama.cpp's "
+            "convert_hf_to_gguf.py"
+        )
 
 
 def open_teacher(config: TeacherConfig) -> Teacher:

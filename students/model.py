@@ -8,6 +8,7 @@ costs nothing per token, and folding it away at export is exact.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from students import so8
@@ -27,11 +29,13 @@ class SO8TOutput(CausalLMOutputWithPast):
     """A causal-LM output with the last hidden state ``[B, T, D]`` and each layer's rotations.
 
     ``rotations`` is ``[L, 2, N, 8, 8]``: per layer R_safe (0) and R_cmd (1), as used in this forward pass,
-    so that the regularisers do not compute them again.
+    so that the regularisers do not compute them again. ``layer_states``: output of each layer asked for,
+    ``[B, T, D]``.
     """
 
     last_hidden_state: Tensor | None = None
     rotations: Tensor | None = None
+    layer_states: dict[int, Tensor] | None = None
 
 
 class RMSNorm(nn.Module):
@@ -129,7 +133,7 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(GradientCheckpointingLayer):
     """Pre-norm residual layer: gated attention, then feed-forward."""
 
     def __init__(self, config: SO8TConfig, layer: int) -> None:
@@ -164,6 +168,7 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = SO8TConfig
     base_model_prefix = "model"
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers' API)
     _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
 
@@ -198,13 +203,15 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool = False,
         with_logits: bool = True,
         logits_to_keep: int = 0,
+        layers_to_keep: Collection[int] = (),
         **_: Any,
     ) -> SO8TOutput:
         """Run ``input_ids [B, T]``; logits are ``[B, T, V]``, or of the last ``logits_to_keep`` tokens.
 
         ``attention_mask [B, T]`` marks real tokens with 1 and is needed only for left-padded prompts: a
         causal decoder never looks at padding on the right. With ``with_logits=False`` the caller applies
-        the output matrix itself (the training loss does).
+        the output matrix itself (the training loss does). ``layers_to_keep``: layers, from 0, whose output is
+        handed out too.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
@@ -224,9 +231,12 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin):
         cos, sin = rotary_tables(self.config, position_ids)
         rotary = (cos[:, None], sin[:, None])  # one table for all heads
         rotations = []
-        for layer in self.model.layers:
+        kept: dict[int, Tensor] = {}
+        for number, layer in enumerate(self.model.layers):
             x, layer_rotations = layer(x, rotary, mask, past_key_values)
             rotations.append(layer_rotations)
+            if number in layers_to_keep:
+                kept[number] = x
         x = self.model.norm(x)
         logits = self.lm_head(x[:, -logits_to_keep:] if logits_to_keep else x) if with_logits else None
         return SO8TOutput(
@@ -234,6 +244,7 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             last_hidden_state=x,
             rotations=torch.stack(rotations),
+            layer_states=kept or None,
         )
 
     def rotations(self) -> Tensor:

@@ -12,7 +12,15 @@ import torch
 
 from teachers.base import Progress, Sampling, Teacher, Tokens
 from teachers.records import Recipe
-from teachers.sketch import FIT_POSITIONS, METRIC_POSITIONS, Basis, fit_basis, tail_metric
+from teachers.sketch import (
+    FIT_LEAST,
+    FIT_POSITIONS,
+    FIT_SHARE,
+    METRIC_POSITIONS,
+    Basis,
+    fit_basis,
+    tail_metric,
+)
 from teachers.soft_targets import OutputHead
 from teachers.store import Companion, SoftTargetStore, is_held
 
@@ -151,18 +159,25 @@ def _companion(
             teacher, start, stop, lambda done: report(0, f"the teacher writes, {done} of {stop}")
         )
     report(0, "fitting what is kept of hidden states")
-    companion = fit_companion(teacher, sequences, store.manifest.recipe)
+    # The first shard stands for the others. What it holds alone is known to every process.
+    positions = sum(len(tokens) - 1 for tokens in sequences) * store.manifest.shards
+    limit = min(FIT_POSITIONS, max(FIT_LEAST, round(FIT_SHARE * positions)))
+    companion = fit_companion(teacher, sequences, store.manifest.recipe, limit=limit)
     store.write_companion(companion)
     return companion
 
 
-def fit_companion(teacher: Teacher, sequences: Sequence[Tokens], recipe: Recipe) -> Companion:
+def fit_companion(
+    teacher: Teacher, sequences: Sequence[Tokens], recipe: Recipe, *, limit: int = FIT_POSITIONS
+) -> Companion:
     """Fit how hidden states are encoded to some of the sequences, and take the output matrix along.
+
+    ``limit``: positions it is fitted on, at most.
 
     Raises:
         CaptureError: see ``capture``.
     """
-    chosen = _first_positions(sequences, FIT_POSITIONS)
+    chosen = _first_positions(sequences, limit)
     vocab_size = teacher.info.vocab_size
     bases: dict[str, Basis] = {}
     head = None

@@ -4,108 +4,35 @@
 and how the sequences are split into shards. ``shard-00000.safetensors`` holds consecutive sequences: their
 ``tokens`` and ``lengths``, and one row of each target array per position (a sequence of n tokens has n − 1
 positions). ``companion.safetensors`` holds what all positions share: how hidden states are encoded, and the
-output matrix that turns them into logits, so that a store can be used without its teacher. Each file's header
-carries a SHA-256 over its arrays and the store's key, so it proves itself and writers need no common state.
+output matrix that turns them into logits; ``teacher.safetensors`` what else a student takes from its teacher (see
+``teachers.inheritance``), so that a store can be used without its teacher. Each file's header carries a SHA-256
+over its arrays and the store's key, so it proves itself and writers need no common state.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import filelock
 import numpy as np
 import safetensors.numpy
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from teachers.records import Recipe, Targets, array_names, typed
-from teachers.sketch import Basis
-from teachers.soft_targets import Arrays, OutputHead
+from teachers.companion import Companion
+from teachers.manifest import MANIFEST, Manifest, StoreError, difference, read_manifest
+from teachers.records import Targets, array_names, typed
+from teachers.soft_targets import Arrays
 
-FORMAT = 2
 COMPANION = "companion.safetensors"
-MANIFEST = "manifest.json"
 LOCK = ".lock"
 Tokens = NDArray[np.int32]
-
-
-class StoreError(ValueError):
-    """A store that cannot be used as asked; the message names the folder, the reason and the remedy."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a store holds. ``identity`` is everything that must be equal for a store to be used again."""
-
-    identity: dict[str, Any]
-    sequences: int
-    sequences_per_shard: int
-
-    @property
-    def shards(self) -> int:
-        """Number of shards of the complete store."""
-        return -(-self.sequences // self.sequences_per_shard)
-
-    @property
-    def recipe(self) -> Recipe:
-        """What the store keeps of each position."""
-        return Recipe.from_json(self.identity["recipe"])
-
-    @property
-    def key(self) -> str:
-        """SHA-256 of the identity, in hexadecimal."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
-
-    def to_json(self) -> str:
-        """The text of ``manifest.json``."""
-        content = {
-            "format": FORMAT,
-            "identity": self.identity,
-            "sequences": self.sequences,
-            "sequences_per_shard": self.sequences_per_shard,
-        }
-        return json.dumps(content, indent=2, sort_keys=True) + "\n"
-
-
-@dataclass(frozen=True)
-class Companion:
-    """What all positions of a store share.
-
-    ``bases``: how hidden states are encoded (``final``, ``layer<i>``); ``head``: what turns a decoded final
-    state into logits, ``None`` where no state is kept.
-    """
-
-    bases: Mapping[str, Basis]
-    head: OutputHead | None
-
-    def arrays(self) -> Arrays:
-        """Everything as named arrays; the head's matrix in float16."""
-        arrays: Arrays = {}
-        for name, basis in self.bases.items():
-            arrays |= basis.arrays(name)
-        if self.head is not None:
-            arrays |= {"head_matrix": self.head.matrix.half().numpy(), "head_bias": self.head.bias.numpy()}
-        return arrays
-
-    @classmethod
-    def from_arrays(cls, arrays: Arrays, recipe: Recipe) -> Companion:
-        """The inverse of ``arrays``."""
-        names = ["final", *(f"layer{layer}" for layer in recipe.layers)]
-        found = {name: Basis.from_arrays(arrays, name) for name in names}
-        head = None
-        if "head_matrix" in arrays:
-            matrix, bias = (np.array(arrays[name], np.float32) for name in ("head_matrix", "head_bias"))
-            head = OutputHead(torch.from_numpy(matrix), torch.from_numpy(bias))
-        return cls({name: basis for name, basis in found.items() if basis is not None}, head)
 
 
 @contextmanager
@@ -191,7 +118,7 @@ class SoftTargetStore:
         found = read_manifest(folder)
         if found != manifest:
             raise StoreError(
-                f"store {folder} was made with {_difference(found, manifest)}; choose another --store folder "
+                f"store {folder} was made with {difference(found, manifest)}; choose another --store folder "
                 "(this one is left as it is)"
             )
         return cls(folder, manifest)
@@ -227,10 +154,15 @@ class SoftTargetStore:
         }
         self._open_shards.pop(shard, None)
         self._starts.pop(shard, None)
-        self._write(self.shard_path(shard), arrays)
+        self.write_file(self.shard_path(shard).name, arrays)
 
-    def _write(self, path: Path, arrays: Arrays) -> None:
-        """Write a file of arrays that proves itself."""
+    def write_file(self, name: str, arrays: Arrays) -> None:
+        """Write a file of arrays that proves itself, whole or not at all.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        path = self.folder / name
         arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
         write_whole(path, safetensors.numpy.save(arrays, metadata=self._seal(path, arrays)))
 
@@ -250,7 +182,7 @@ class SoftTargetStore:
         Raises:
             OSError: the disk refuses.
         """
-        self._write(self.folder / COMPANION, companion.arrays())
+        self.write_file(COMPANION, companion.arrays())
         self._companion = None
 
     def state(self, shard: int) -> str:
@@ -258,10 +190,11 @@ class SoftTargetStore:
         path = self.shard_path(shard)
         if not path.exists():
             return "missing"
-        return "damaged" if self._proved(path) is None else "complete"
+        return "damaged" if self.read_file(path.name) is None else "complete"
 
-    def _proved(self, path: Path) -> Arrays | None:
-        """The arrays of a file if its checksum, header and store key are right."""
+    def read_file(self, name: str) -> Arrays | None:
+        """The arrays of a file that is there, if its checksum, header and store key are right."""
+        path = self.folder / name
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
@@ -278,7 +211,7 @@ class SoftTargetStore:
     def companion(self) -> Companion | None:
         """What all positions share, or ``None`` where that file is missing or damaged."""
         if self._companion is None and (self.folder / COMPANION).exists():
-            arrays = self._proved(self.folder / COMPANION)
+            arrays = self.read_file(COMPANION)
             if arrays is not None:
                 self._companion = Companion.from_arrays(arrays, self._recipe)
         return self._companion
@@ -312,17 +245,25 @@ class SoftTargetStore:
         Raises:
             StoreError: the companion is missing or damaged; a rerun of the capture makes it again.
         """
+        return self.typed_targets(self._rows(index, array_names(self._recipe)))
+
+    def layer_states(self, index: int) -> dict[int, Tensor]:
+        """Kept states of the chosen layers, float32 ``[n − 1, R]`` each, in the coordinates of their basis."""
+        names = [name for layer in self._recipe.layers for name in (f"layer{layer}", f"layer{layer}_scale")]
+        return self.typed_layers(self._rows(index, names))
+
+    def typed_targets(self, arrays: Arrays) -> Targets:
+        """A teacher's answer, as arrays of this store's recipe ``[N, …]``, as typed targets."""
         companion = self._need_companion() if self._recipe.needs_states else None
-        arrays = self._rows(index, array_names(self._recipe))
         basis = companion.bases.get("final") if companion else None
         head = companion.head if companion else None
         return typed(arrays, self._recipe, int(self.manifest.identity["vocab_size"]), basis, head)
 
-    def layer_states(self, index: int) -> dict[int, Tensor]:
-        """Kept states of the chosen layers, float32 ``[n − 1, R]`` each, in the coordinates of their basis."""
+    def typed_layers(self, arrays: Arrays) -> dict[int, Tensor]:
+        """The kept layer states in such an answer, float32 ``[N, R]`` each; none where none are kept."""
+        if not self._recipe.layers:
+            return {}
         companion = self._need_companion()
-        names = [name for layer in self._recipe.layers for name in (f"layer{layer}", f"layer{layer}_scale")]
-        arrays = self._rows(index, names)
         return {
             layer: companion.bases[f"layer{layer}"].coordinates(
                 arrays[f"layer{layer}"],  # type: ignore[arg-type]
@@ -354,47 +295,9 @@ class SoftTargetStore:
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of an existing store.
-
-    Raises:
-        StoreError: there is none, or it is damaged or of another format.
-    """
-    path = folder / MANIFEST
-    try:
-        content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
-            raise StoreError(f"store {folder} has format {content['format']}, this version reads {FORMAT}")
-        manifest = Manifest(
-            dict(content["identity"]), int(content["sequences"]), int(content["sequences_per_shard"])
-        )
-        if manifest.sequences < 1 or manifest.sequences_per_shard < 1:
-            raise ValueError("it counts no sequences")
-        if manifest.recipe.kind and int(manifest.identity["vocab_size"]) < 1:
-            raise ValueError("it has no vocabulary")
-        return manifest
-    except FileNotFoundError:
-        raise StoreError(f"{folder} is not a store: it has no {MANIFEST}") from None
-    except StoreError:
-        raise
-    except (KeyError, TypeError, ValueError, OverflowError) as error:  # broken JSON and UTF-8 are ValueErrors
-        raise StoreError(f"store {folder}: {MANIFEST} is damaged ({error}); move the folder away") from None
-
-
 def _digest(arrays: Arrays) -> str:
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-def _difference(found: Manifest, wanted: Manifest) -> str:
-    """The first entry in which two manifests differ, in words."""
-    for key in sorted(found.identity.keys() | wanted.identity.keys()):
-        there, here = found.identity.get(key), wanted.identity.get(key)
-        if there != here:
-            return f"{key} {there!r}, not {here!r}"
-    if found.sequences != wanted.sequences:
-        return f"{found.sequences} sequences, not {wanted.sequences}"
-    return f"{found.sequences_per_shard} sequences per shard, not {wanted.sequences_per_shard}"

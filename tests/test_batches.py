@@ -153,15 +153,27 @@ def test_load_batch_pads_right_and_aligns_targets(tmp_path: Path, kind: str) -> 
 def test_micro_batches_divide_a_step(count: int, parts: int) -> None:
     """In order, each sequence once, no empty part, sizes apart by one at most."""
     indices = np.arange(count) * 3
-    found = list(micro_batches(indices, parts))
+    found = [part.indices for part in micro_batches(indices.tolist(), parts)]
     assert np.concatenate(found).tolist() == indices.tolist()
     assert len(found) == min(count, parts)
     assert max(len(part) for part in found) - min(len(part) for part in found) <= 1
 
 
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("count", "parts"), [(8, 1), (8, 4), (7, 3), (2, 5), (1, 1), (1, 2)])
+def test_micro_batches_divide_a_step_among_processes(count: int, parts: int, world: int) -> None:
+    """Each sequence counts once over all ranks, and every rank has equally many micro-batches."""
+    indices = [3 * place for place in range(count)]
+    found = [micro_batches(indices, parts, rank, world) for rank in range(world)]
+    counted = [index for rank in found for part in rank if part.counts for index in part.indices]
+    assert sorted(counted) == indices
+    assert len({len(rank) for rank in found}) == 1 and len(found[0]) <= parts
+    assert all(part.indices for rank in found for part in rank)
+
+
 def rates(config: TrainConfig, steps: int) -> list[float]:
     """The learning rate of every step, and of the one after the last."""
-    optimizer = build_optimizer(make_student(), config)
+    optimizer = build_optimizer(make_student(), config, make_student().config.hidden_size)
     schedule = build_schedule(optimizer, config, steps)
     found = [float(schedule.get_last_lr()[0])]
     for _ in range(steps):
@@ -199,7 +211,7 @@ def test_peak_learning_rate() -> None:
 def test_weight_decay_on_projections_only() -> None:
     """Every parameter is in one group; rotations, norms and embeddings do not decay."""
     student = make_student()
-    decayed, others = build_optimizer(student, TrainConfig(weight_decay=0.1)).param_groups
+    decayed, others = build_optimizer(student, TrainConfig(weight_decay=0.1), 16).param_groups
     names = {id(parameter): name for name, parameter in student.named_parameters()}
     assert decayed["weight_decay"] == 0.1 and others["weight_decay"] == 0.0
     assert len(decayed["params"]) == 2 * 7 and all("_proj" in names[id(p)] for p in decayed["params"])

@@ -11,8 +11,10 @@ from distill.capturing import capture_only, launched_share, recipe_for
 from distill.config import TargetsConfig, load_config
 from distill.console import Console
 from distill.errors import UserError
+from teachers.base import TeacherInfo
 from teachers.capture import Share
 from teachers.gguf_teacher import GGUFTeacher
+from teachers.inheritance import TEACHER, need_inheritance
 from teachers.records import Recipe
 from tests.conftest import Bent
 
@@ -63,6 +65,12 @@ def set_environment(monkeypatch: pytest.MonkeyPatch, rank: str | None, world: st
             monkeypatch.setenv(name, value)
 
 
+def read_info(path: Path) -> TeacherInfo:
+    """The facts about a teacher file."""
+    with GGUFTeacher(path, threads=1) as teacher:
+        return teacher.info
+
+
 def test_ranks_capture_one_store(
     tiny_teacher_path: Path,
     tmp_path: Path,
@@ -79,6 +87,13 @@ def test_ranks_capture_one_store(
         monkeypatch.setenv("RANK", rank)
         store = capture_only(config, None, Console())
     assert [store.state(shard) for shard in range(3)] == ["complete"] * 3
+    # Only the first process keeps what is the teacher's; the second leaves that to it.
+    (store.folder / TEACHER).unlink()
+    for rank, there in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        capture_only(config, None, Console())
+        assert (store.folder / TEACHER).exists() == there
+    assert need_inheritance(store).info == read_info(tiny_teacher_path)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name)
     capsys.readouterr()

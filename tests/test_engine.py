@@ -12,10 +12,13 @@ import torch
 from distill import checkpoint, engine
 from distill.batches import split
 from distill.config import LossConfig, TrainConfig
-from distill.engine import TrainingData, evaluation_steps, held_out_score, train
+from distill.engine import TrainingData, train
 from distill.errors import TrainingAborted, UserError
+from distill.held_out import evaluation_steps, held_out_score
 from distill.metrics import MetricsFile
 from distill.objective import Objective
+from distill.schedule import build_optimizer, build_schedule
+from distill.training_module import TrainingModule
 from students import so8
 from students.model import SO8TForCausalLM
 from teachers.records import Recipe
@@ -74,7 +77,7 @@ def test_training_learns_and_logs(tmp_path: Path, kind: str) -> None:
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     steps = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in steps] == list(range(1, summary.steps + 1))
-    parts = ("kl", "ce", "pet", "inertia", "non_commutation")
+    parts = ("kd", "ce", "pet", "inertia", "non_commutation")
     final = steps[-1]
     assert final["loss"] == pytest.approx(sum(float(final.get(part, 0.0)) for part in parts), rel=1e-4)
     rotations = student.rotations().detach()
@@ -92,11 +95,20 @@ class Killed(BaseException):
     """Stands for a signal that ends the process."""
 
 
+def save_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint before every step."""
+    monkeypatch.setattr(engine, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(engine, "SAVING_SHARE", float("inf"))
+
+
 @pytest.mark.parametrize(
     ("kill_at", "kind"), [(1, "buckets"), (4, "buckets"), (7, "sketch"), (10, "buckets"), (10, "hidden")]
 )
-def test_an_interrupted_run_continues_bit_for_bit(tmp_path: Path, kill_at: int, kind: str) -> None:
+def test_an_interrupted_run_continues_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int, kind: str
+) -> None:
     """Killed at any step and started again: the final weights are those of the uninterrupted run."""
+    save_all_the_time(monkeypatch)
     data = make_data(tmp_path, kind=kind)
     whole, summary = run(data, tmp_path / "whole")
 
@@ -109,7 +121,7 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path: Path, kill_at: int, 
     continued, second = run(data, tmp_path / "cut")
     assert weights(continued) == weights(whole)
     assert second.scores == summary.scores
-    assert second.continued_from == max(s for s in {0, *evaluation_steps(summary.steps, 4)} if s < kill_at)
+    assert second.continued_from == kill_at - 1
     logged = [
         line["step"] for line in read_metrics(tmp_path / "cut" / "metrics.jsonl") if line["kind"] == "train"
     ]
@@ -129,13 +141,16 @@ def test_checkpoints_are_also_written_by_the_clock(tmp_path: Path, monkeypatch: 
     """With evaluations far apart, time alone asks for a checkpoint; the weights stay the same."""
     data = make_data(tmp_path)
     expected = weights(run(data, tmp_path / "a")[0])
-    monkeypatch.setattr(engine, "CHECKPOINT_SECONDS", 0.0)
+    save_all_the_time(monkeypatch)
     saved: list[int] = []
     real = engine.save_checkpoint
     monkeypatch.setattr(
         engine,
         "save_checkpoint",
-        lambda folder, state, key: (saved.append(state.step), real(folder, state, key)),
+        lambda folder, state, key, finished: (
+            saved.append(state.step),
+            real(folder, state, key, finished=finished),
+        ),
     )
     student, summary = run(data, tmp_path / "b")
     assert saved == list(range(summary.steps + 1)) and weights(student) == expected
@@ -156,7 +171,7 @@ def test_non_finite_steps_never_reach_the_weights(
 ) -> None:
     """A NaN loss or gradient at step 3 stops the run with the weights of step 3 and the checkpoint kept."""
     seen: dict[str, object] = {}
-    real = Objective.__call__
+    real = Objective.forward
 
     def poisoned(self, student, batch, **rest):  # type: ignore[no-untyped-def]
         loss, parts = real(self, student, batch, **rest)
@@ -169,7 +184,8 @@ def test_non_finite_steps_never_reach_the_weights(
             parameter.register_hook(lambda gradient: gradient * float("inf"))
         return loss, parts
 
-    monkeypatch.setattr(Objective, "__call__", poisoned)
+    monkeypatch.setattr(Objective, "forward", poisoned)
+    save_all_the_time(monkeypatch)
     student = fresh_student()
     (tmp_path / "run").mkdir()
     with pytest.raises(TrainingAborted, match=r"step 3.*not finite"):
@@ -180,14 +196,15 @@ def test_non_finite_steps_never_reach_the_weights(
 
 def test_checkpoints_are_whole_and_only_two_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that fails midway leaves no visible checkpoint and the earlier ones untouched."""
+    save_all_the_time(monkeypatch)
     data = make_data(tmp_path)
     run(data, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
     before = sorted(path.name for path in folder.iterdir())
     assert len(before) == 2
     student = fresh_student()
-    optimizer = engine.build_optimizer(student, TRAIN)
-    schedule = engine.build_schedule(optimizer, TRAIN, 8)
+    optimizer = build_optimizer(student, TRAIN, WIDTH)
+    schedule = build_schedule(optimizer, TRAIN, 8)
     state = checkpoint.TrainingState(student, optimizer, schedule, Objective(LOSS), step=99)
 
     def full(path: Path, content: bytes) -> None:
@@ -230,7 +247,7 @@ def test_the_held_out_score_is_what_it_says(tmp_path: Path, kind: str) -> None:
         kl += [reference_bucket_kl(p, q, count, 1.0) for p, q in pairs]
         agreement += (theirs.argmax(-1) == mine.argmax(-1)).tolist()
         surprise += (-mine.log_softmax(-1).gather(-1, tokens[1:, None])).flatten().tolist()
-    found = held_out_score(student, data, torch.device("cpu"), 3)
+    found = held_out_score(TrainingModule(student, Objective(LOSS)), data.held_out(3, torch.device("cpu")))
     # Compact logits are kept in half precision, hidden states in eight bits.
     assert found.kl == pytest.approx(np.mean(kl), abs={"hidden": 5e-3, "dense": 1e-5}.get(kind, 1e-3))
     assert found.agreement == pytest.approx(np.mean(agreement), abs=0.02 if kind == "hidden" else 1e-9)

@@ -80,7 +80,7 @@ def reference_parts(
     assert average is not None
     phase = 0 if fraction < 0.3 else 1 if fraction < 0.7 else 2
     return {
-        "kl": config.alpha * temperature**2 * kl / total,
+        "kd": config.alpha * temperature**2 * kl / total,
         "ce": config.beta * ce / total,
         "pet": config.lambda_so8t * config.pet[phase] * bend / total,
         "inertia": config.lambda_so8t * config.inertia * reference_inertia(rotations, average),
@@ -114,7 +114,7 @@ def test_the_kl_runs_over_everything_that_is_known(kind: str, temperature: float
     loss, parts = objective(student, batch, total=batch.count(), share=1.0, fraction=0.0)
     expected = reference_parts(student, objective, 0.0, kept=VOCAB)
     assert {name: float(part) for name, part in parts.items()} == pytest.approx(expected, rel=2e-5)
-    assert expected["kl"] > 1.001 * reference_parts(student, objective, 0.0)["kl"]
+    assert expected["kd"] > 1.001 * reference_parts(student, objective, 0.0)["kd"]
     assert loss.item() == pytest.approx(sum(expected.values()), rel=2e-5)
 
 
@@ -131,8 +131,10 @@ def test_the_average_is_a_moving_average() -> None:
     first, second = make_student(seed=1), make_student(seed=2)
     objective = Objective(WEIGHTS)
     assert objective.state() == {}
-    objective.after_step(first)
-    objective.after_step(second)
+    batch = make_batch(*make_rows())
+    for student in (first, second):
+        objective(student, batch, total=batch.count(), share=1.0, fraction=0.0)
+        objective.after_step()
     expected = 0.75 * first.rotations() + 0.25 * second.rotations()
     torch.testing.assert_close(objective.state()["rotation_average"], expected.detach())
     again = Objective(WEIGHTS)
@@ -144,13 +146,13 @@ def test_no_inertia_before_the_first_step() -> None:
     """Without an average there is nothing to be held back by; the other parts are there."""
     student, batch = make_student(), make_batch(*make_rows())
     _, parts = Objective(WEIGHTS)(student, batch, total=batch.count(), share=1.0, fraction=0.5)
-    assert set(parts) == {"kl", "ce", "pet", "non_commutation"}
+    assert set(parts) == {"kd", "ce", "pet", "non_commutation"}
 
 
 @pytest.mark.parametrize(
     ("change", "gone"),
     [
-        ({"alpha": 0.0}, {"kl"}),
+        ({"alpha": 0.0}, {"kd"}),
         ({"beta": 0.0}, {"ce"}),
         ({"pet": (0.3, 0.0, 0.9)}, {"pet"}),
         ({"inertia": 0.0}, {"inertia"}),
@@ -184,7 +186,7 @@ def gradients_after(size: int, kind: str) -> tuple[float, dict[str, float], dict
     """Loss, parts and gradients of one optimizer step over LENGTHS in micro-batches of ``size``."""
     student = make_student()
     objective, (rows, teacher), total = ready(student), make_rows(), sum(LENGTHS) - len(LENGTHS)
-    value, seen = 0.0, dict.fromkeys(("kl", "ce", "pet", "inertia", "non_commutation"), 0.0)
+    value, seen = 0.0, dict.fromkeys(("kd", "ce", "pet", "inertia", "non_commutation"), 0.0)
     for at in range(0, len(rows), size):
         batch = make_batch(rows[at : at + size], teacher[at : at + size], kind=kind)
         share = batch.count() / total

@@ -13,7 +13,7 @@ from distill.config import TargetsConfig, TeacherConfig, load_config
 from distill.console import Console
 from distill.errors import UserError
 from distill.plan import human_time, plan_run
-from distill.teacher_source import gguf_file_of, open_teacher, teacher_stem
+from distill.teacher_source import find_gguf, open_teacher, require_gguf, teacher_stem
 from teachers import example_teacher
 from teachers.ensemble import EnsembleError, EnsembleTeacher
 from teachers.gguf_teacher import GGUFTeacher
@@ -27,7 +27,7 @@ def test_one_file_is_itself(tiny_teacher_path: Path) -> None:
     with open_teacher(TeacherConfig(path=str(tiny_teacher_path))) as teacher:
         assert isinstance(teacher, GGUFTeacher) and teacher.info.vocab_size == 1024
         assert teacher.memory() > 1 << 20 and "llama-cpp-python" in teacher.runtime
-    assert gguf_file_of(TeacherConfig()) == example_teacher()
+    assert find_gguf(TeacherConfig()) == example_teacher()
     assert teacher_stem(TeacherConfig()) == "example"
     assert teacher_stem(TeacherConfig(path="a/b/c.Q4_K_M.gguf")) == "c.Q4_K_M"
 
@@ -39,9 +39,10 @@ def test_a_folder_is_a_transformers_teacher(tmp_path: Path) -> None:
     with open_teacher(config) as teacher:
         assert isinstance(teacher, HuggingFaceTeacher) and "transformers" in teacher.runtime
     with pytest.raises(UserError, match="distill capture"):
-        gguf_file_of(config)
+        require_gguf(config)
     mixed = TeacherConfig(path=str(tmp_path / "model"), mix_with=("other.gguf",))
-    assert gguf_file_of(mixed) == Path("other.gguf")
+    assert find_gguf(mixed) == Path("other.gguf") and find_gguf(config) is None
+    require_gguf(mixed)
 
 
 def test_several_are_mixed(tiny_teacher_path: Path) -> None:

@@ -28,6 +28,7 @@ from teachers import example_teacher
 from teachers.base import Sampling, Tokens
 from teachers.capture import fit_companion
 from teachers.conversation import opening_segments
+from teachers.embeddings import principal_scores
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.records import Answer, Recipe, Targets, default_sketch_bytes, reduce, typed
 from teachers.soft_targets import CompactTargets, HiddenTargets
@@ -123,7 +124,7 @@ def student_states(
             eos=0,
         )
         model = build_student(shape, 0)
-        initialise_embeddings(model, teacher.file.tensor("token_embd.weight"))
+        initialise_embeddings(model, principal_scores(teacher.file))
     else:
         model = AutoModelForCausalLM.from_pretrained(path)
     model.eval()

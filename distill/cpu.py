@@ -1,0 +1,52 @@
+"""What makes PyTorch fast on a CPU without changing what it computes. Each is measured in docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+import torch
+
+# Parameters of mallopt(3).
+TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
+LARGEST_INT = 2**31 - 1
+FLOAT32_ERROR = 1e-5  # of a sum of 512 products, relative to their spread; bfloat16 is off by 3e-3
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep what is freed, for the rest of this process; returns whether this system can.
+
+    A training step asks for the same large blocks every time (logits, gradients of matrices). By default glibc gives
+    each one back when it is freed and the kernel hands it out again page by page, zeroed, which takes longer than
+    computing with it.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    # One arena: others (of autograd's threads) cannot hold large blocks. No mapping of large blocks, no trimming.
+    return all(
+        mallopt(name, value) == 1
+        for name, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, LARGEST_INT))
+    )
+
+
+def use_onednn_for_float32() -> bool:
+    """Let oneDNN multiply float32 matrices, for the rest of this process, where it does so in float32.
+
+    PyTorch otherwise asks MKL, which is slow on processors of other makers (2.5 times slower on an AMD EPYC). The
+    switch also permits bfloat16 inside; processors that would use it (those with AMX) are found by trying, and left
+    as they are. Returns whether it is on.
+    """
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if settings is None or not torch.backends.mkldnn.is_available():
+        return False
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(512, 512, generator=generator) for _ in range(2))
+    exact = left.double() @ right.double()
+    error = float(((left @ right).double() - exact).abs().max() / exact.std())
+    if error > FLOAT32_ERROR:
+        settings.fp32_precision = before
+        return False
+    return True

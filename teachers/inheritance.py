@@ -1,0 +1,153 @@
+"""What a student takes from its teacher beside soft targets; kept in the store, so that training needs no teacher.
+
+``teacher.safetensors`` holds the principal scores of the teacher's token embeddings and, as JSON, the facts about
+it, its GGUF tokenizer with the chat template, and texts with the teacher's own ids for them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from gguf import GGUFValueType
+from numpy.typing import NDArray
+
+from teachers.base import Teacher, TeacherInfo, Tokens
+from teachers.embeddings import principal_scores
+from teachers.gguf_file import Field, GGUFFile, tokenizer_fields
+from teachers.soft_targets import Arrays
+from teachers.store import SoftTargetStore, StoreError
+
+TEACHER = "teacher.safetensors"
+LINE_SEQUENCES = 64
+LINE_TOKENS = 16_384
+COUNTS = ("parameters", "vocab_size", "width", "layers", "context_length")
+
+
+@dataclass(frozen=True)
+class TokenizedLines:
+    """Texts and the ids the teacher's own tokenizer gives them (control tokens parsed, BOS as it wants)."""
+
+    texts: list[str]
+    tokens: list[Tokens]
+
+
+@dataclass(frozen=True)
+class Inheritance:
+    """The teacher's facts, ``lines`` to check an exported tokenizer against, tokenizer and embeddings.
+
+    ``tokenizer`` (GGUF metadata) is empty and ``embeddings`` (``[V, C]``, see ``principal_scores``) has no rows
+    where no teacher is a GGUF file.
+    """
+
+    info: TeacherInfo
+    lines: TokenizedLines
+    tokenizer: dict[str, Field]
+    embeddings: NDArray[np.float16]
+
+    def arrays(self) -> Arrays:
+        """Everything as named arrays; all but the embeddings as the bytes of one JSON text."""
+        card = {
+            "info": asdict(self.info),
+            "texts": self.lines.texts,
+            "text_tokens": [tokens.tolist() for tokens in self.lines.tokens],
+            "tokenizer": {
+                key: [field.value, field.type, field.element_type] for key, field in self.tokenizer.items()
+            },
+        }
+        text = np.frombuffer(json.dumps(card).encode("ascii"), dtype=np.uint8)
+        return {"card": text} | ({"embeddings": self.embeddings} if self.tokenizer else {})
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays) -> Inheritance:
+        """The inverse of ``arrays``.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: these arrays are something else.
+        """
+        card = json.loads(arrays["card"].tobytes())
+        info = _info(card["info"])
+        tokenizer = {str(key): _field(*entry) for key, entry in card["tokenizer"].items()}
+        embeddings = arrays["embeddings"] if tokenizer else np.empty((0, 0), np.float16)
+        if tokenizer and (embeddings.ndim != 2 or len(embeddings) != info.vocab_size):
+            raise ValueError(f"embeddings {embeddings.shape} of {info.vocab_size} tokens")
+        if tokenizer and len(tokenizer["tokenizer.ggml.tokens"].value) != info.vocab_size:
+            raise ValueError(f"a tokenizer of other than {info.vocab_size} tokens")
+        lines = [np.array(ids, dtype=np.int32) for ids in card["text_tokens"]]
+        return cls(info, TokenizedLines([str(text) for text in card["texts"]], lines), tokenizer, embeddings)  # type: ignore[arg-type]
+
+
+def inherit(teacher: Teacher, file: GGUFFile | None, sequences: Iterable[Tokens]) -> Inheritance:
+    """Gather what a student takes from ``teacher``; ``file``: whose tokenizer and embeddings, if there is one."""
+    lines = tokenized_lines(teacher, first_sequences(sequences, LINE_SEQUENCES, LINE_TOKENS))
+    if file is None:
+        return Inheritance(teacher.info, lines, {}, np.empty((0, 0), np.float16))
+    return Inheritance(teacher.info, lines, tokenizer_fields(file), principal_scores(file))
+
+
+def write_inheritance(store: SoftTargetStore, inheritance: Inheritance) -> None:
+    """Keep it in the store, whole or not at all.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    store.write_file(TEACHER, inheritance.arrays())
+
+
+def find_inheritance(store: SoftTargetStore) -> Inheritance | None:
+    """What the store keeps of its teacher, or ``None`` where that file is missing or damaged."""
+    arrays = store.read_file(TEACHER) if (store.folder / TEACHER).exists() else None
+    if arrays is None:
+        return None
+    try:
+        return Inheritance.from_arrays(arrays)
+    except (KeyError, TypeError, ValueError, AttributeError):  # well sealed, but not by this program
+        return None
+
+
+def need_inheritance(store: SoftTargetStore) -> Inheritance:
+    """What the store keeps of its teacher.
+
+    Raises:
+        StoreError: it is missing or damaged; a rerun of the capture makes it again.
+    """
+    found = find_inheritance(store)
+    if found is None:
+        wrong = "damaged" if (store.folder / TEACHER).exists() else "missing"
+        raise StoreError(
+            f"store {store.folder}: {TEACHER} (the teacher's tokenizer and embeddings) is {wrong}; run the capture "
+            "again where the teacher is, which makes just what is missing"
+        )
+    return found
+
+
+def tokenized_lines(teacher: Teacher, sequences: Sequence[Tokens]) -> TokenizedLines:
+    """The text of some sequences with the teacher's ids for it, to check an exported tokenizer against."""
+    texts = teacher.detokenize(sequences)
+    tokens = teacher.tokenize(texts, add_special=True, parse_special=True)
+    told = [(text, ids) for text, ids in zip(texts, tokens, strict=True) if len(ids)]
+    return TokenizedLines([text for text, _ in told], [ids for _, ids in told])
+
+
+def first_sequences(sequences: Iterable[Tokens], count: int, total: int) -> list[Tokens]:
+    """The first sequences: ``count`` at most, with at most ``total`` tokens, one at least."""
+    chosen: list[Tokens] = []
+    for tokens in sequences:
+        if len(chosen) == count or (chosen and sum(map(len, chosen)) + len(tokens) > total):
+            break
+        chosen.append(tokens)
+    return chosen
+
+
+def _info(content: dict[str, Any]) -> TeacherInfo:
+    info = TeacherInfo(**content | {"end_tokens": tuple(content["end_tokens"])})
+    if any(type(getattr(info, name)) is not int or getattr(info, name) < 1 for name in COUNTS):
+        raise ValueError(f"facts {[(name, getattr(info, name)) for name in COUNTS]}")
+    return info
+
+
+def _field(value: Any, kind: int, element: int | None) -> Field:
+    return Field(value, GGUFValueType(kind), None if element is None else GGUFValueType(element))
