@@ -26,7 +26,7 @@ from distill.checkpoint import (
     set_weights,
 )
 from distill.config import TrainConfig
-from distill.cpu import keep_freed_memory, use_onednn_for_float32
+from distill.cpu import keep_freed_memory, onednn_for_float32
 from distill.errors import TrainingAborted, UserError
 from distill.held_out import HeldOutScore, best_step, evaluation_steps, held_out_score, is_exhausted
 from distill.metrics import MetricsFile
@@ -137,14 +137,15 @@ def train(
     clock = Clock(state.step, state.tokens_seen)
 
     metrics_file = folder / "metrics.jsonl" if accelerator.is_main_process else None
-    with MetricsFile(metrics_file, state.step if newest else None) as metrics:
+    with MetricsFile(metrics_file, state.step if newest else None) as metrics, onednn_for_float32():
+
+        def record(kind: str, values: dict[str, float]) -> None:
+            metrics.write(kind, state.step, values)
+            accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, state.step)
+
         while True:
             if state.step in evaluate_at and state.step not in state.scores:
-                score = _evaluate(loop, state)
-                metrics.write("held_out", state.step, vars(score))
-                accelerator.log(
-                    {f"held_out/{name}": value for name, value in vars(score).items()}, state.step
-                )
+                record("held_out", vars(_evaluate(loop, state)))
             finished = state.step == len(plan) or is_exhausted(state.scores, config.patience)
             if (finished and clock.trained_since_save(state.step)) or clock.save_is_due(accelerator):
                 with clock.saving(state.step):
@@ -152,8 +153,7 @@ def train(
             if finished:
                 break
             values = _step(loop, state)
-            metrics.write("train", state.step, values)
-            accelerator.log({f"train/{name}": value for name, value in values.items()}, state.step)
+            record("train", values)
             report(state.step, clock.describe(state, values["loss"]))
 
     for tracker in accelerator.trackers:
@@ -186,7 +186,6 @@ def _accelerator(config: TrainConfig, width: int, folder: Path) -> Accelerator:
         atexit.register(_leave, launch)
     if device.type == "cpu":
         keep_freed_memory()
-        use_onednn_for_float32()
     precision = choose_precision(config, width, device)
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",

@@ -17,7 +17,6 @@ from distill.metrics import MetricsFile
 from distill.objective import Objective
 from distill.schedule import build_optimizer, build_schedule
 from students.model import SO8TForCausalLM
-from tests.conftest import make_student
 from tests.test_engine import LOSS, TRAIN, fresh_student, make_data, save_all_the_time
 from tests.test_engine_options import PATIENT, assert_equal, copied, run_with
 
@@ -77,11 +76,13 @@ def test_damaged_best_weights_are_refused(tmp_path: Path, monkeypatch: pytest.Mo
         run_with(data, tmp_path / "run", PATIENT)
 
 
-@pytest.mark.parametrize(("width", "layers"), [(32, 2), (16, 1)])
-def test_a_checkpoint_of_another_student_is_refused(tmp_path: Path, width: int, layers: int) -> None:
-    """Of another width or depth: nothing has been changed."""
+@pytest.mark.parametrize("change", ["hidden_size", "num_hidden_layers", "intermediate_size"])
+def test_a_checkpoint_of_another_student_is_refused(tmp_path: Path, change: str) -> None:
+    """Of another width, depth or inner width: nothing has been changed."""
     path = save_checkpoint(tmp_path, state_of(fresh_student(), step=5), "key")
-    other = make_student(width, layers, 48, seed=7)
+    config = fresh_student().config
+    setattr(config, change, 2 * getattr(config, change))
+    other = SO8TForCausalLM(config)
     before, state = copied(other), state_of(other)
     with pytest.raises(UserError, match="step-000005"):
         load_checkpoint(path, state, "key")

@@ -198,7 +198,9 @@ def test_what_is_written_is_scored_by_the_teacher(tmp_path: Path, kind: str, sha
     assert start == len(labels) and set(batch.layers) == set(store.manifest.recipe.layers)
 
 
-def test_what_is_written_depends_on_seed_step_and_sequence_alone(tmp_path: Path) -> None:
+def test_what_is_written_depends_on_seed_step_and_sequence_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not on the batch it is in, nor on the order; another seed, step or sequence gives something else."""
     store, student, indices = make_store(tmp_path), fresh_student(), list(range(12))
     words = own_words(store, share=0.5)
@@ -210,6 +212,10 @@ def test_what_is_written_depends_on_seed_step_and_sequence_alone(tmp_path: Path)
     assert sorted(rows_of(own_words(store, 0.5, seed=4)(student, indices, 5))) != whole
     cuts = {words._cut(100, index, step) for index in range(10) for step in range(10)}
     assert len(cuts) > 50 and min(cuts) >= 1 and max(cuts) <= 99
+    monkeypatch.setattr(OwnWords, "_cut", lambda *_: 1)  # the same beginnings, other words
+    first, second = (rows_of(own_words(store)(student, indices, step)) for step in (5, 6))
+    assert all(one[0][0] == other[0][0] for one, other in zip(first, second, strict=True))
+    assert sum(one != other for one, other in zip(first, second, strict=True)) > 8
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])

@@ -316,6 +316,7 @@ def test_an_interrupted_run_continues(
     with monkeypatch.context() as patch:
         patch.setattr(distill.pipeline, "train", interrupted)
         patch.setattr("distill.engine.CHECKPOINT_SECONDS", 0.0)
+        patch.setattr("distill.engine.SAVING_SHARE", float("inf"))
         with pytest.raises(KeyboardInterrupt):
             run(small_config(tiny_teacher_path), Places(out=out), Console())
     assert not (out / "results.json").exists()

@@ -241,6 +241,7 @@ def test_an_interrupted_training_continues(
     with monkeypatch.context() as patch:
         patch.setattr(distill.pipeline, "train", interrupted)
         patch.setattr("distill.engine.CHECKPOINT_SECONDS", 0.0)
+        patch.setattr("distill.engine.SAVING_SHARE", float("inf"))
         with pytest.raises(KeyboardInterrupt):
             train_from_store(train_config(made[1]), None, Console())
     folder = train_from_store(train_config(made[1]), None, Console())

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from torch.nn import functional as F
 
 import distill.head_loss
 from distill.config import LossConfig, TrainConfig
-from distill.cpu import keep_freed_memory, use_onednn_for_float32
+from distill.cpu import keep_freed_memory, onednn_for_float32
 from distill.objective import Batch, Objective
 from distill.schedule import build_optimizer
 from students.builder import build_student, parse_size, student_config
@@ -444,12 +445,11 @@ def _be_child(what: str, side: str, spec: Path) -> None:
     torch.set_num_threads(job.threads)
     if job.device == "cpu" and side in KEEPING[job.keep_memory]:
         keep_freed_memory()
-    if job.device == "cpu" and side == "ours":
-        use_onednn_for_float32()
-    if what == "memory":
-        print(json.dumps(measure_memory(side, job, spec.parent)), flush=True)
-    else:
-        take_steps(side, job, spec.parent)
+    with onednn_for_float32() if side == "ours" else nullcontext():
+        if what == "memory":
+            print(json.dumps(measure_memory(side, job, spec.parent)), flush=True)
+        else:
+            take_steps(side, job, spec.parent)
 
 
 def main(arguments: list[str] | None = None) -> None:
