@@ -6,7 +6,7 @@ import atexit
 import copy
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,8 +34,9 @@ from distill.objective import Batch, Objective
 from distill.schedule import build_optimizer, build_schedule
 from distill.sharding import full_tensor
 from distill.training_module import TrainingModule, choose_precision, exchange_gradients, is_sharded, wrap
+from distill.used_rows import only_used_rows
 from stability.signals import gradient_norm, non_finite
-from students.model import SO8TForCausalLM
+from students.model import SHORT_ON_CPU, SO8TForCausalLM
 from teachers.store import SoftTargetStore
 
 CHECKPOINT_SECONDS = 30.0  # about so much training is lost when a process is killed
@@ -122,6 +123,23 @@ def train(
     accelerator = _accelerator(config, student.config.hidden_size, folder)
     if own_words is not None and accelerator.num_processes > 1:
         raise UserError("train.on_policy works in one process; start it without a launcher")
+    if own_words is not None or is_sharded(accelerator):  # any token may be looked up; rows are spread
+        return _train(student, data, objective, config, folder, report, own_words, accelerator)
+    with only_used_rows(student, data.store):
+        return _train(student, data, objective, config, folder, report, own_words, accelerator)
+
+
+def _train(
+    student: SO8TForCausalLM,
+    data: TrainingData,
+    objective: Objective,
+    config: TrainConfig,
+    folder: Path,
+    report: Report,
+    own_words: OwnWords | None,
+    accelerator: Accelerator,
+) -> TrainingSummary:
+    """The loop itself."""
     # FSDP takes a module apart for good, so it gets a copy; the student is given the weights in the end.
     trained = copy.deepcopy(student) if is_sharded(accelerator) else student
     model = _prepared(trained, objective, config, accelerator)
@@ -136,8 +154,10 @@ def train(
     evaluate_at = evaluation_steps(len(plan), config.evaluations)
     clock = Clock(state.step, state.tokens_seen)
 
+    short = max(data.store.lengths()) <= SHORT_ON_CPU  # where no fused attention is in use
+    products = onednn_for_float32() if short and accelerator.device.type == "cpu" else nullcontext()
     metrics_file = folder / "metrics.jsonl" if accelerator.is_main_process else None
-    with MetricsFile(metrics_file, state.step if newest else None) as metrics, onednn_for_float32():
+    with MetricsFile(metrics_file, state.step if newest else None) as metrics, products:
 
         def record(kind: str, values: dict[str, float]) -> None:
             metrics.write(kind, state.step, values)

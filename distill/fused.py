@@ -38,6 +38,7 @@ from teachers.records import Targets
 from teachers.soft_targets import CompactTargets
 
 LOG2_E = math.log2(math.e)
+BLOCK_BYTES = 4 << 20  # of float32 logits that elementwise passes take together on a CPU (docs/benchmarks.md)
 
 
 @dataclass(frozen=True)
@@ -111,18 +112,37 @@ def divergence_and_cross_entropy(
     """
     if isinstance(targets, CompactTargets) and not targets.has_tail_shape:
         return _over_buckets(logits, targets, labels, weights)
-    return _over_all(logits, targets, labels, weights, scratch or Scratch())
+    scratch = scratch or Scratch()
+    raw = targets.head_logits(scratch.like("raw", logits)) if len(logits) else None
+    # Passes over a few rows at a time find them in the processor's own cache.
+    together = max(1, BLOCK_BYTES // (4 * logits.shape[-1])) if logits.device.type == "cpu" else len(logits)
+    sums = logits.new_zeros(2)
+    for start in range(0, len(logits), max(1, together)):
+        rows = slice(start, start + together)
+        sums += _over_all_(
+            logits[rows],
+            targets.select(rows),
+            None if raw is None else raw[rows],
+            labels[rows],
+            weights,
+            scratch,
+        )
+    return ChunkResult(sums[0], sums[1], logits)
 
 
-def _over_all(
-    logits: Tensor, targets: Targets, labels: Tensor, weights: Weights, scratch: Scratch
-) -> ChunkResult:
+def _over_all_(
+    logits: Tensor, targets: Targets, raw: Tensor | None, labels: Tensor, weights: Weights, scratch: Scratch
+) -> Tensor:
+    """Sums of both terms over some rows, ``[2]``; ``logits [C, V]`` become their gradient.
+
+    ``raw``: what the targets' head says of these rows.
+    """
     temperature = weights.temperature
     column, labelled = labels.clamp(min=0)[:, None], (labels != IGNORE_INDEX)[:, None].float()
     at_label = logits.gather(-1, column)
     top = logits.amax(dim=-1, keepdim=True)
     spare = scratch.like("spare", logits)
-    teacher = targets.log_probs(temperature, scratch.like("teacher", logits), spare)
+    teacher = targets.log_probs(temperature, raw, spare)
     logits.sub_(top)
     scaled = logits
     if temperature != 1.0:
@@ -138,25 +158,27 @@ def _over_all(
         partition = tempered.sum(dim=-1, keepdim=True)
         kd = (torch.linalg.vecdot(share, difference)[:, None] + partition.log()).sum()
         if temperature == 1.0:
-            gradient, plain_partition = tempered.mul_((by_kd + by_ce) / partition), partition
+            plain_partition = partition
+            logits.mul_((by_kd + by_ce) / partition)
         else:
-            gradient = tempered.mul_(by_kd / partition).addcmul_(plain, by_ce / plain_partition)
-        gradient.sub_(share, alpha=by_kd)
+            logits.mul_(by_ce / plain_partition).addcmul_(tempered, by_kd / partition)
+        logits.sub_(share, alpha=by_kd)
     else:
         student = torch.mul(scaled, LOG2_E, out=spare).exp2_()
         partition = student.sum(dim=-1, keepdim=True)
         student.div_(partition)
         room = scratch.like("room", logits)
         values, pull = _pull_(teacher, scaled.sub_(partition.log()), student, weights.divergence, room)
-        kd, gradient = values.sum(), pull.mul_(by_kd)
+        kd = values.sum()
         if temperature == 1.0:
-            gradient.addcmul_(student, by_ce)
             plain_partition = partition
+            pull.mul_(by_kd).addcmul_(student, by_ce)
+            logits.copy_(pull)  # which may be the same
         else:
-            gradient.addcmul_(plain, by_ce / plain_partition)
+            logits.mul_(by_ce / plain_partition).add_(pull, alpha=by_kd)
     ce = (labelled * (plain_partition.log() + top - at_label)).sum()
-    gradient.scatter_add_(-1, column, -by_ce)
-    return ChunkResult(kd, ce, gradient)
+    logits.scatter_add_(-1, column, -by_ce)
+    return torch.stack((kd, ce))
 
 
 def _over_buckets(logits: Tensor, targets: CompactTargets, labels: Tensor, weights: Weights) -> ChunkResult:

@@ -62,7 +62,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         states, matrix = hidden.to(narrow), weight.to(narrow)
         grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight)
+        grad_weight: Tensor | None = None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden), chunk):
@@ -71,11 +71,13 @@ class _ChunkedHeadLoss(torch.autograd.Function):
                 total += loss
                 narrow_grad = grad.to(narrow)
                 grad_hidden[span] = narrow_grad @ matrix
-                if narrow == grad_weight.dtype:
+                if grad_weight is None:  # the first chunk is often the only one
+                    grad_weight = (narrow_grad.T @ states[span]).to(weight.dtype)
+                elif narrow == weight.dtype:
                     grad_weight.addmm_(narrow_grad.T, states[span])
                 else:
                     grad_weight += narrow_grad.T @ states[span]
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, torch.zeros_like(weight) if grad_weight is None else grad_weight)
         return total
 
     @staticmethod

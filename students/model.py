@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -22,6 +23,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from students import so8
 from students.config import SO8TConfig
+
+SHORT_ON_CPU = (
+    256  # tokens up to which attention is computed without a fused kernel on a CPU (docs/benchmarks.md)
+)
 
 
 @dataclass
@@ -79,6 +84,27 @@ class SO8Gate(nn.Module):
         return so8.rotation(torch.stack((self.safety, self.command)))
 
 
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, grouped: bool
+) -> Tensor:
+    """Scaled dot-product attention of ``[B, H, T, W]`` over ``[B, K, T', W]``.
+
+    On a CPU at least in float32 (PyTorch's bfloat16 kernel there takes several times as long), and for short sequences
+    by two plain products, which are no slower and do not mind how small products are computed.
+    """
+    inputs = (query, key, value)
+    if query.device.type != "cpu":
+        return F.scaled_dot_product_attention(*inputs, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    if query.dtype == torch.bfloat16:
+        inputs = (query.float(), key.float(), value.float())
+    kernels = (
+        [SDPBackend.MATH] if key.shape[2] <= SHORT_ON_CPU else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    )
+    with so8.full_precision(query), sdpa_kernel(kernels):
+        mixed = F.scaled_dot_product_attention(*inputs, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    return mixed.to(query.dtype)
+
+
 class Attention(nn.Module):
     """Grouped-query causal attention whose output projection carries the SO(8) gate."""
 
@@ -111,9 +137,7 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, self.layer)
         causal = mask is None and tokens > 1 and key.shape[2] == tokens
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped
-        )
+        mixed = attend(query, key, value, mask, causal, self.grouped)
         rotations = self.gate()
         weight = self.gated_output_weight(rotations).to(self.o_proj.weight.dtype)
         return F.linear(mixed.transpose(1, 2).reshape(x.shape), weight), rotations

@@ -144,10 +144,23 @@ class CompactTargets(_Rows):
         """Probability outside the top-k at temperature T, ``[...]``."""
         return (self.tail_logsumexp(temperature) - self.log_partition(temperature)).exp()
 
-    def log_probs(self, temperature: float, out: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
+    def head_logits(self, out: Tensor) -> Tensor | None:
+        """What the sketch says of all logits, into ``out [N, V]``; ``None`` where every token is stored.
+
+        Raises:
+            ValueError: there is no sketch.
+        """
+        if self.topk_ids.shape[-1] == self.vocab_size:
+            return None
+        if self.head is None or self.coordinates is None:
+            raise ValueError("these soft targets have no tail sketch; capture with targets.sketch_bytes > 0")
+        return self.head.logits(self.coordinates, out)
+
+    def log_probs(self, temperature: float, raw: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
         """Log-probabilities of all tokens, ``[..., V]``: exact in the top-k and in the tail's sum.
 
-        ``out`` and ``spare``: room of that shape for the result and for what is computed on the way.
+        ``raw``: what ``head_logits`` gave for these rows, which is overwritten by the result; ``spare``: room of the
+        same shape.
 
         Raises:
             ValueError: there is no sketch.
@@ -158,7 +171,7 @@ class CompactTargets(_Rows):
                 raise ValueError(
                     "these soft targets have no tail sketch; capture with targets.sketch_bytes > 0"
                 )
-            tail = self.head.logits(self.coordinates, out)
+            tail = self.head.logits(self.coordinates) if raw is None else raw
             if temperature != 1.0:
                 tail = tail.div_(temperature)
             tail = tail.scatter_(-1, self.topk_ids, -torch.inf)
@@ -206,9 +219,14 @@ class HiddenTargets(_Rows):
     head: OutputHead
     has_tail_shape = True
 
-    def log_probs(self, temperature: float, out: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
+    def head_logits(self, out: Tensor) -> Tensor | None:
+        """All logits, into ``out [N, V]``."""
+        return self.head.logits(self.coordinates, out)
+
+    def log_probs(self, temperature: float, raw: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
         """Log-probabilities of all tokens at temperature T, ``[..., V]``, in nats (see ``CompactTargets``)."""
-        return _log_softmax_(self.head.logits(self.coordinates, out).div_(temperature), spare)
+        logits = self.head.logits(self.coordinates) if raw is None else raw
+        return _log_softmax_(logits.div_(temperature), spare)
 
     def best(self) -> Tensor:
         """The most probable token of each position, int64 ``[...]``."""
@@ -222,9 +240,14 @@ class DenseTargets(_Rows):
     logits: Tensor
     has_tail_shape = True
 
-    def log_probs(self, temperature: float, out: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
+    def head_logits(self, out: Tensor) -> Tensor | None:
+        """A copy of all logits, in ``out [N, V]``."""
+        return out.copy_(self.logits)
+
+    def log_probs(self, temperature: float, raw: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
         """Log-probabilities of all tokens at temperature T, ``[..., V]``, in nats (see ``CompactTargets``)."""
-        return _log_softmax_(torch.div(self.logits, temperature, out=out), spare)
+        logits = self.logits.clone() if raw is None else raw
+        return _log_softmax_(logits.div_(temperature), spare)
 
     def best(self) -> Tensor:
         """The most probable token of each position, int64 ``[...]``."""

@@ -1,0 +1,110 @@
+"""Rows of the input embedding that never occur: left out of training, and nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distill import engine
+from distill.objective import Objective
+from distill.used_rows import UsedRows, only_used_rows, used_tokens
+from students.config import SO8TConfig
+from students.model import SO8TForCausalLM
+from teachers.store import SoftTargetStore
+from tests.conftest import BigramTeacher, write_store
+from tests.test_engine import LOSS, RECIPES, TRAIN, VOCAB, WIDTH, Killed, save_all_the_time
+
+USED = (3, 7, 8, 20, 47)
+
+
+def make_data(folder: Path) -> engine.TrainingData:
+    """A store in which only the tokens ``USED`` occur."""
+    random = np.random.default_rng(0)
+    rows = [random.choice(USED, size=random.integers(4, 14)).astype(np.int32) for _ in range(24)]
+    store: SoftTargetStore = write_store(folder, BigramTeacher(VOCAB, WIDTH), rows, RECIPES["buckets"], 10)
+    return engine.TrainingData(store, engine.Split(np.arange(20), np.arange(20, 24)), 0)
+
+
+def untied() -> SO8TForCausalLM:
+    """A small student with an output matrix of its own, always the same."""
+    torch.manual_seed(3)
+    config = SO8TConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+    )
+    return SO8TForCausalLM(config)
+
+
+def train(data: engine.TrainingData, folder: Path, report=lambda step, text: None) -> SO8TForCausalLM:  # type: ignore[no-untyped-def]
+    """An untied student after training."""
+    student = untied()
+    folder.mkdir(exist_ok=True)
+    engine.train(student, data, Objective(LOSS), TRAIN, folder, report)
+    return student
+
+
+def test_used_tokens(tmp_path: Path) -> None:
+    """Every token of every sequence, ascending, and 0 for padding."""
+    assert used_tokens(make_data(tmp_path / "store").store).tolist() == [0, *USED]
+
+
+def test_the_same_student_as_with_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Used rows learn what they learn anyway; the others stay as they began, to the bit."""
+    data = make_data(tmp_path / "store")
+    lean = train(data, tmp_path / "lean")
+    monkeypatch.setattr("distill.used_rows.used_tokens", lambda store: torch.arange(VOCAB))
+    whole = train(data, tmp_path / "whole")
+    for (name, one), other in zip(lean.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5, msg=name)
+    embedding, before = lean.model.embed_tokens.weight, untied().model.embed_tokens.weight
+    changed = (embedding != before).any(dim=-1).nonzero().flatten().tolist()
+    assert changed == list(USED)
+    assert isinstance(lean.model.embed_tokens, torch.nn.Embedding)
+
+
+def test_an_interrupted_run_continues_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints hold the rows that are trained; what comes of them is the whole student."""
+    save_all_the_time(monkeypatch)
+    data = make_data(tmp_path / "store")
+    expected = train(data, tmp_path / "whole").state_dict()
+
+    def killer(step: int, text: str) -> None:
+        if step == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(data, tmp_path / "cut", killer)
+    found = train(data, tmp_path / "cut").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_embedding_comes_back_after_an_error(tmp_path: Path) -> None:
+    """Whatever ends the training, the student has its own embedding again, with what was learnt."""
+    data, student = make_data(tmp_path / "store"), untied()
+    whole = student.model.embed_tokens
+    with pytest.raises(RuntimeError, match="stop"), only_used_rows(student, data.store):
+        rows = student.model.embed_tokens
+        assert isinstance(rows, UsedRows) and rows.weight.shape == (len(USED) + 1, WIDTH)
+        tokens = torch.tensor([[3, 47], [8, 0]])
+        assert torch.equal(rows(tokens), whole(tokens))
+        with torch.no_grad():
+            rows.weight[1] = 5.0
+        raise RuntimeError("stop")
+    assert student.model.embed_tokens is whole and bool((whole.weight[3] == 5.0).all())
+
+
+def test_tied_students_keep_all_rows(tmp_path: Path) -> None:
+    """Where the embedding is the output matrix too, every row has a gradient."""
+    data, student = make_data(tmp_path / "store"), untied()
+    student.config.tie_word_embeddings = True
+    whole = student.model.embed_tokens
+    with only_used_rows(student, data.store):
+        assert student.model.embed_tokens is whole
