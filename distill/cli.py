@@ -108,6 +108,13 @@ StudentQuant = Annotated[
     str | None,
     typer.Option("--quant", metavar="f32|f16|q8_0", help="Format of student.gguf. Default: q8_0."),
 ]
+Preset = Annotated[
+    str,
+    typer.Option(
+        metavar="recommended|formula",
+        help="Where settings start from: what measured best (T = 1), or the loss formula's own defaults (T = 3).",
+    ),
+]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="JSON or YAML settings; flags win over it.")
 ]
@@ -133,6 +140,7 @@ def run(
     targets: Targets = None,
     quant: StudentQuant = None,
     store: Store = None,
+    preset: Preset = "recommended",
     config: ConfigFile = None,
     set_: Settings = None,
 ) -> None:
@@ -146,7 +154,7 @@ def run(
         "train.epochs": epochs,
         "export.quant": quant,
     }
-    run_pipeline(load_config(config, overrides, set_ or []), Places(out, store), _console())
+    run_pipeline(load_config(config, overrides, set_ or [], preset), Places(out, store), _console())
 
 
 @app.command()
@@ -180,6 +188,7 @@ def train(
     epochs: Epochs = None,
     seed: Seed = None,
     quant: StudentQuant = None,
+    preset: Preset = "recommended",
     config: ConfigFile = None,
     set_: Settings = None,
 ) -> None:
@@ -194,7 +203,7 @@ def train(
         "seed": seed,
         "export.quant": quant,
     }
-    train_from_store(load_config(config, overrides, set_ or []), out, _console())
+    train_from_store(load_config(config, overrides, set_ or [], preset), out, _console())
 
 
 @app.command()
@@ -206,6 +215,7 @@ def plan(
     epochs: Epochs = None,
     targets: Targets = None,
     seed: Seed = None,
+    preset: Preset = "recommended",
     config: ConfigFile = None,
     set_: Settings = None,
 ) -> None:
@@ -218,7 +228,7 @@ def plan(
         "student.size": student_size,
         "train.epochs": epochs,
     }
-    plan_run(load_config(config, overrides, set_ or []), Console())
+    plan_run(load_config(config, overrides, set_ or [], preset), Console())
 
 
 def _console() -> Console:

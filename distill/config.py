@@ -89,7 +89,7 @@ class LossConfig(Section):
     """α·T²·KL_T(teacher‖student) + β·CE + γ·hidden + λ_so8t·(PET + inertia + non-commutation).
 
     ``temperature`` T, ``alpha`` α, ``beta`` β, ``lambda_so8t`` λ_so8t. ``final_temperature``: T from
-    ``final_from`` of training on (1: as the student will be used). ``pet``: weight of the squared second
+    ``final_from`` of training on (none: T to the end). ``pet``: weight of the squared second
     difference of the final hidden states in each third of training (to 30 %, to 70 %, to the end).
     ``inertia``: weight of the rotations' squared distance from their moving average. ``inertia_decay``: of
     that average, per step. ``commutator_margin``: below this norm the non-commutation term pushes.
@@ -101,7 +101,7 @@ class LossConfig(Section):
     """
 
     temperature: Annotated[float, Field(ge=1.0)] = 3.0
-    final_temperature: Annotated[float, Field(ge=1.0)] = 1.0
+    final_temperature: Annotated[float, Field(ge=1.0)] | None = None
     final_from: Fraction = 0.1
     divergence: DivergenceName = "forward_kl"
     js_mixing: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
@@ -174,15 +174,27 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
 
 
-def load_config(path: Path | None, overrides: dict[str, Any], settings: list[str]) -> RunConfig:
-    """Combine a JSON or YAML file, named flags and ``section.key=value`` settings; later ones win.
+# Where settings start from. ``formula``: the loss with its own defaults, T = 3. ``recommended``: what measured best
+# (docs/benchmarks.md): the temperature the student will be used at.
+PRESETS: dict[str, dict[str, Any]] = {"recommended": {"loss.temperature": 1.0}, "formula": {}}
+RECOMMENDED = "recommended"
+
+
+def load_config(
+    path: Path | None, overrides: dict[str, Any], settings: list[str], preset: str = RECOMMENDED
+) -> RunConfig:
+    """Combine a preset, a JSON or YAML file, named flags and ``section.key=value`` settings; later ones win.
 
     ``overrides`` maps dotted keys to values (``None``: not given).
 
     Raises:
         UserError: unreadable file, unknown key, or a value out of range; names every one of them.
     """
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset!r} does not exist; choose {' or '.join(PRESETS)}")
     tree: dict[str, Any] = _read_tree(path) if path else {}
+    for key, value in PRESETS[preset].items():
+        _put(tree, key, value, keep=True)
     for key, value in overrides.items():
         if value is not None:
             _put(tree, key, value)
@@ -242,13 +254,15 @@ def _read_tree(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+def _put(tree: dict[str, Any], dotted: str, value: Any, *, keep: bool = False) -> None:
+    """Set a setting; with ``keep`` only where there is none yet."""
     *sections, key = dotted.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise UserError(f"configuration key {dotted!r}: {section!r} is not a section")
-    tree[key] = value
+    if not (keep and key in tree):
+        tree[key] = value
 
 
 def parse_quant(quant: str) -> ExportConfig:

@@ -77,12 +77,13 @@ class _ChunkedHeadLoss(torch.autograd.Function):
                     grad_weight.addmm_(narrow_grad.T, states[span])
                 else:
                     grad_weight += narrow_grad.T @ states[span]
-        ctx.save_for_backward(grad_hidden, torch.zeros_like(weight) if grad_weight is None else grad_weight)
+        # Not saved for backward: whoever accumulates a gradient takes it over if nobody else holds it, else copies it.
+        ctx.gradients = (grad_hidden, torch.zeros_like(weight) if grad_weight is None else grad_weight)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
         if (
             grad.device.type == "cpu" and float(grad) == 1.0
         ):  # nothing to scale: spare the copy of a [V, D] matrix

@@ -72,9 +72,8 @@ class Batch:
 class Objective(nn.Module):
     """α·T²·KL + β·CE + γ·hidden + λ_so8t·(PET + inertia + non-commutation), divided once by the step's valid tokens.
 
-    KL stands for the configured divergence. T is the run's temperature first and the final one for the rest of
-    training (see ``LossConfig``). The moving average of the rotations and the projectors of the hidden-state loss
-    belong here, not to the student.
+    KL stands for the configured divergence. T may change once while training (see ``LossConfig``). The moving average
+    of the rotations and the projectors of the hidden-state loss belong here, not to the student.
     """
 
     def __init__(self, config: LossConfig, hidden: HiddenStateLoss | None = None) -> None:
@@ -196,4 +195,6 @@ def build_objective(
 
 def temperature_at(config: LossConfig, fraction: float) -> float:
     """The temperature at ``fraction`` ∈ [0, 1] of training."""
-    return config.temperature if fraction < config.final_from else config.final_temperature
+    if config.final_temperature is None or fraction < config.final_from:
+        return config.temperature
+    return config.final_temperature

@@ -16,8 +16,21 @@ def test_defaults_are_those_of_the_documented_formula() -> None:
     config = RunConfig()
     loss = config.loss
     assert (loss.temperature, loss.alpha, loss.beta, loss.lambda_so8t) == (3.0, 0.7, 0.3, 0.5)
-    assert (loss.final_temperature, loss.final_from) == (1.0, 0.1)
+    assert (loss.final_temperature, loss.divergence, loss.gamma) == (None, "forward_kl", 0.1)
     assert config.student.tie_embeddings and config.export.quant == "q8_0"
+
+
+def test_presets_are_where_settings_start_from(tmp_path: Path) -> None:
+    """Recommended unless said otherwise; whatever a file, a flag or --set says wins over a preset."""
+    assert load_config(None, {}, []).loss.temperature == 1.0
+    assert load_config(None, {}, [], "formula") == RunConfig()
+    assert load_config(None, {}, ["loss.alpha=0.5"]).loss.temperature == 1.0
+    assert load_config(None, {}, ["loss.temperature=2"]).loss.temperature == 2.0
+    path = tmp_path / "a.yaml"
+    path.write_text("loss: {temperature: 4}")
+    assert load_config(path, {}, []).loss.temperature == 4.0
+    with pytest.raises(UserError, match="'best' does not exist; choose recommended or formula"):
+        load_config(None, {}, [], "best")
 
 
 @pytest.mark.parametrize(

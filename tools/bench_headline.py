@@ -182,7 +182,6 @@ def our_command(job: Job, material: Material, out: Path) -> list[str]:
         "data.held_out": 1e-6,  # one sequence, the least there is
         "train.batch_size": job.batch_size,
         "loss.temperature": job.temperature,
-        "loss.final_temperature": job.temperature,
         "loss.alpha": job.alpha,
         "loss.beta": job.beta,
     }

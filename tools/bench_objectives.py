@@ -158,7 +158,7 @@ def all_rows(temperatures: Sequence[float], divergences: Sequence[DivergenceName
     default = LossConfig(gamma=0.0)
 
     def constant(temperature: float, **changes: Any) -> LossConfig:
-        fixed = {"temperature": temperature, "final_temperature": temperature}
+        fixed = {"temperature": temperature}
         return LossConfig.model_validate(default.model_dump() | fixed | changes)
 
     rows = [Row("ce", constant(1.0, alpha=0.0, beta=1.0))]
@@ -172,7 +172,9 @@ def all_rows(temperatures: Sequence[float], divergences: Sequence[DivergenceName
         for name in divergences
         for temperature in temperatures
     ]
-    return [*rows, Row("default", default), Row("default+hidden", LossConfig())]
+    changing = constant(3.0, final_temperature=1.0, final_from=0.1)
+    hidden = constant(1.0, gamma=LossConfig().gamma)
+    return [*rows, Row("T3-then-T1", changing), Row("forward_kl-T1+hidden", hidden)]
 
 
 def possible_rows(rows: Iterable[Row], store: SoftTargetStore) -> tuple[list[Row], list[str]]:

@@ -148,7 +148,6 @@ def our_loss(job: StepJob, batch: Batch) -> Loss:
     """The objective as the training loop calls it."""
     config = LossConfig(
         temperature=job.temperature,
-        final_temperature=job.temperature,
         alpha=job.alpha,
         beta=job.beta,
         lambda_so8t=job.lambda_so8t,
