@@ -191,10 +191,10 @@ def test_rows_are_what_the_store_has_targets_for(tmp_path: Path) -> None:
     ):
         every, notes = possible_rows(rows, make_store(tmp_path / name, recipe))
         assert every == rows and notes == []
-    assert [row.name for row in chosen_rows(rows, "top32-zero*,default")] == [
+    assert [row.name for row in chosen_rows(rows, "top32-zero*,T3-then-T1")] == [
         "top32-zero-tail-T1",
         "top32-zero-tail-T3",
-        "default",
+        "T3-then-T1",
     ]
     with pytest.raises(UserError, match="no such row; there are ce, top32-renormalised-T1"):
         chosen_rows(rows, "ce,nothing")

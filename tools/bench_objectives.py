@@ -1,6 +1,6 @@
 """Fidelity at equal training tokens: one student, one store, one thing changed, the objective.
 
-    python -m tools.bench_objectives STORE --json FILE.jsonl [--size 64x3] [--seeds 0,1,2] [--only 'top32-*,default']
+    python -m tools.bench_objectives STORE --json FILE.jsonl [--size 64x3] [--seeds 0,1,2] [--only 'top32-*,T3-then-T1']
 
 Every row trains the same student: for a seed the initial weights and the order of the data are the same, and so are
 schedule, tokens and our regularisers; the held-out sequences are the same for all seeds. The rows:
@@ -11,8 +11,8 @@ schedule, tokens and our regularisers; the held-out sequences are the same for a
   T = 1 divided by T and renormalised over the 32, the student's taken from the whole vocabulary. ``one-token-tail``:
   the missing mass of T = 1 is tempered as if it were a single token's. They need a store with that many top tokens:
   ``distill capture --set targets.num_topk=32``, or one of kind hidden or dense;
-- ``<divergence>-T``: ours, T constant; ``default``: the product's own temperatures; ``default+hidden``: with the
-  hidden-state loss too, where the store holds layers (``--set targets.layers=[1,3]``).
+- ``<divergence>-T``: ours, T constant; ``T3-then-T1``: T = 3 for the first tenth of the steps; ``forward_kl-T1+hidden``:
+  with the hidden-state loss too, where the store holds layers (``--set targets.layers=[1,3]``).
 
 KL, agreement and cross-entropy are of the last step's weights on the held-out sequences at T = 1. "over all" is the
 KL over the whole vocabulary as far as the stored targets know the tail's shape. Seconds contain two evaluations and
