@@ -11,7 +11,7 @@ schedule, tokens and our regularisers; the held-out sequences are the same for a
   T = 1 divided by T and renormalised over the 32, the student's taken from the whole vocabulary. ``one-token-tail``:
   the missing mass of T = 1 is tempered as if it were a single token's. They need a store with that many top tokens:
   ``distill capture --set targets.num_topk=32``, or one of kind hidden or dense;
-- ``<divergence>-T``: ours, T constant; ``T3-then-T1``: T = 3 for the first tenth of the steps; ``forward_kl-T1+hidden``:
+- ``<divergence>-T``: ours, T constant; ``T3-then-T1``: T = 3 for the first tenth of the steps; ``…+hidden``:
   with the hidden-state loss too, where the store holds layers (``--set targets.layers=[1,3]``).
 
 KL, agreement and cross-entropy are of the last step's weights on the held-out sequences at T = 1. "over all" is the
