@@ -136,7 +136,8 @@ def read_data(config: RunConfig, teacher: Teacher, console: Console) -> Corpus:
     """Read the data and say what is in it."""
     with console.stage("Read data") as stage:
         corpus = build_corpus(config.data, teacher, config.seed)
-        stage.finish(f"{len(corpus)} sequences, the teacher writes in {corpus.spoken}")
+        spoken = f", the teacher writes in {corpus.spoken}" if corpus.spoken else ""
+        stage.finish(f"{len(corpus)} sequences{spoken}")
     for note in corpus.notes:
         console.note(note)
     return corpus

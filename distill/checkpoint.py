@@ -81,7 +81,7 @@ def save_checkpoint(folder: Path, state: TrainingState, data_key: str, *, finish
             files["best"] = state.best
         _write(final, files, content)
         for old in _complete(folder)[:-KEEP]:
-            shutil.rmtree(old)
+            _discard(old)
     return final
 
 
@@ -95,10 +95,17 @@ def _write(final: Path, files: dict[str, Weights], content: dict[str, Any]) -> N
             write_whole(temporary / f"{name}.safetensors", safetensors.torch.save(tensors))
         write_whole(temporary / "state.json", (json.dumps(content, indent=2) + "\n").encode())
         if final.exists():
-            shutil.rmtree(final)
+            _discard(final)
         temporary.replace(final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _discard(path: Path) -> None:
+    """Delete a checkpoint; killed meanwhile, it is a leftover that the next start removes, not half a checkpoint."""
+    leftover = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    path.replace(leftover)
+    shutil.rmtree(leftover)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -6,7 +6,7 @@ import atexit
 import copy
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -123,64 +123,31 @@ def train(
     accelerator = _accelerator(config, student.config.hidden_size, folder)
     if own_words is not None and accelerator.num_processes > 1:
         raise UserError("train.on_policy works in one process; start it without a launcher")
-    if own_words is not None or is_sharded(accelerator):  # any token may be looked up; rows are spread
-        return _train(student, data, objective, config, folder, report, own_words, accelerator)
-    with only_used_rows(student, data.store):
-        return _train(student, data, objective, config, folder, report, own_words, accelerator)
-
-
-def _train(
-    student: SO8TForCausalLM,
-    data: TrainingData,
-    objective: Objective,
-    config: TrainConfig,
-    folder: Path,
-    report: Report,
-    own_words: OwnWords | None,
-    accelerator: Accelerator,
-) -> TrainingSummary:
-    """The loop itself."""
-    # FSDP takes a module apart for good, so it gets a copy; the student is given the weights in the end.
-    trained = copy.deepcopy(student) if is_sharded(accelerator) else student
-    model = _prepared(trained, objective, config, accelerator)
-    plan = data.batches(config.epochs, config.batch_size)
-    optimizer = build_optimizer(model, config, student.config.hidden_size)
-    state = TrainingState(trained, optimizer, build_schedule(optimizer, config, len(plan)), objective)
-    loop = Loop(accelerator, model, data, config, plan, own_words)
-    checkpoints, key = folder / "checkpoints", data.store.manifest.key
-    newest = latest_checkpoint(checkpoints)
-    if newest:
-        load_checkpoint(newest, state, key)
-    evaluate_at = evaluation_steps(len(plan), config.evaluations)
-    clock = Clock(state.step, state.tokens_seen)
-
-    short = max(data.store.lengths()) <= SHORT_ON_CPU  # where no fused attention is in use
-    products = onednn_for_float32() if short and accelerator.device.type == "cpu" else nullcontext()
-    metrics_file = folder / "metrics.jsonl" if accelerator.is_main_process else None
-    with MetricsFile(metrics_file, state.step if newest else None) as metrics, products:
-
-        def record(kind: str, values: dict[str, float]) -> None:
-            metrics.write(kind, state.step, values)
-            accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, state.step)
-
-        while True:
-            if state.step in evaluate_at and state.step not in state.scores:
-                record("held_out", vars(_evaluate(loop, state)))
-            finished = state.step == len(plan) or is_exhausted(state.scores, config.patience)
-            if (finished and clock.trained_since_save(state.step)) or clock.save_is_due(accelerator):
-                with clock.saving(state.step):
-                    save_checkpoint(checkpoints, state, key, finished=finished)
-            if finished:
-                break
-            values = _step(loop, state)
-            record("train", values)
-            report(state.step, clock.describe(state, values["loss"]))
-
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    final = state.best or plain_weights(trained)
-    _plain_again(student)
-    set_weights(student, final)
+    sharded = is_sharded(accelerator)
+    # Where the student writes, it may look up any token; where its rows are spread, they are left as they are.
+    lean = nullcontext() if sharded or own_words is not None else only_used_rows(student, data.store)
+    with lean:
+        # FSDP takes a module apart for good, so it gets a copy; the student is given the weights in the end.
+        trained = copy.deepcopy(student) if sharded else student
+        model = _prepared(trained, objective, config, accelerator)
+        plan = data.batches(config.epochs, config.batch_size)
+        optimizer = build_optimizer(model, config, student.config.hidden_size)
+        state = TrainingState(trained, optimizer, build_schedule(optimizer, config, len(plan)), objective)
+        newest = latest_checkpoint(folder / "checkpoints")
+        if newest:
+            load_checkpoint(newest, state, data.store.manifest.key)
+        clock = Clock(state.step, state.tokens_seen)
+        metrics_file = folder / "metrics.jsonl" if accelerator.is_main_process else None
+        with (
+            MetricsFile(metrics_file, state.step if newest else None) as metrics,
+            _fast_products(data, accelerator),
+        ):
+            _run(
+                Loop(accelerator, model, data, config, plan, own_words), state, folder, clock, metrics, report
+            )
+        final = state.best or plain_weights(trained)
+        _plain_again(student)
+        set_weights(student, final)
     return TrainingSummary(
         steps=state.step,
         tokens_seen=state.tokens_seen,
@@ -191,6 +158,41 @@ def _train(
         best=best_step(state.scores),
         planned=len(plan),
     )
+
+
+def _run(
+    loop: Loop, state: TrainingState, folder: Path, clock: Clock, metrics: MetricsFile, report: Report
+) -> None:
+    """The loop itself: evaluate, save, stop, step, log."""
+    config, plan = loop.config, loop.plan
+    evaluate_at = evaluation_steps(len(plan), config.evaluations)
+
+    def record(kind: str, values: dict[str, float]) -> None:
+        metrics.write(kind, state.step, values)
+        loop.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, state.step)
+
+    while True:
+        if state.step in evaluate_at and state.step not in state.scores:
+            record("held_out", vars(_evaluate(loop, state)))
+        finished = state.step == len(plan) or is_exhausted(state.scores, config.patience)
+        if (finished and clock.trained_since_save(state.step)) or clock.save_is_due(loop.accelerator):
+            with clock.saving(state.step):
+                save_checkpoint(
+                    folder / "checkpoints", state, loop.data.store.manifest.key, finished=finished
+                )
+        if finished:
+            break
+        values = _step(loop, state)
+        record("train", values)
+        report(state.step, clock.describe(state, values["loss"]))
+    for tracker in loop.accelerator.trackers:
+        tracker.finish()
+
+
+def _fast_products(data: TrainingData, accelerator: Accelerator) -> AbstractContextManager[object]:
+    """oneDNN for float32 on a CPU, where sequences are so short that no fused attention minds it."""
+    short = int(max(data.store.lengths())) <= SHORT_ON_CPU
+    return onednn_for_float32() if short and accelerator.device.type == "cpu" else nullcontext()
 
 
 def _accelerator(config: TrainConfig, width: int, folder: Path) -> Accelerator:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -63,6 +64,9 @@ class CaptureSummary:
     reused: int
     damaged: tuple[int, ...]
     written: int
+
+
+_linear: WeakSet[Teacher] = WeakSet()  # teachers whose output has been found to be a matrix product
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,8 @@ def require_linear_output(teacher: Teacher, tokens: Tokens) -> None:
     Raises:
         CaptureError: they are not (a cap, a scale or a bias comes after the product).
     """
+    if teacher in _linear:
+        return
     some = tokens[: LINEAR_POSITIONS + 1]
     logits = torch.from_numpy(teacher.logits([some]))
     states = torch.from_numpy(teacher.states([some])["final"])
@@ -223,6 +229,7 @@ def require_linear_output(teacher: Teacher, tokens: Tokens) -> None:
             "hidden state times its output matrix, so hidden states cannot stand for them; choose "
             "targets.kind=compact with targets.sketch_bytes=0, or targets.kind=dense"
         )
+    _linear.add(teacher)
 
 
 def _first_positions(sequences: Sequence[Tokens], limit: int) -> list[Tokens]:
