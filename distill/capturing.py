@@ -24,6 +24,7 @@ from teachers.ensemble import EnsembleError
 from teachers.gguf_file import read_gguf
 from teachers.inheritance import TEACHER, Inheritance, find_inheritance, inherit, write_inheritance
 from teachers.records import Recipe, default_sketch_bytes
+from teachers.sketch import FIT_RULES
 from teachers.store import MANIFEST, Manifest, SoftTargetStore, exclusive
 from teachers.worker import TeacherError
 
@@ -79,6 +80,9 @@ def store_manifest(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> Manifest
         # The last bits of a logit, and so what a teacher says, depend on these.
         "runtime": teacher.runtime,
     }
+    if recipe.needs_states or recipe.layers:
+        # What a shard's codes mean depends on how directions were fitted to the store's own beginning.
+        identity["fit"] = FIT_RULES
     # A shard is held in memory until it is written; dense targets of a large vocabulary need small ones.
     sequence_bytes = corpus.sampling.max_length * recipe.bytes_per_position(info.vocab_size, info.width)
     together = max(1, min(SEQUENCES_PER_SHARD, SHARD_BYTES // sequence_bytes))

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from distill.errors import UserError
-from distill.held_out import HeldOutScore
+from distill.held_out import HeldOutScore, best_step
 from distill.objective import Objective
 from distill.randomness import random_state, restore_random_state
 from distill.sharding import full_tensor, laid_out_like
@@ -39,7 +39,8 @@ Weights = dict[str, Tensor]
 class TrainingState:
     """Everything that changes while training, as the loop holds it.
 
-    ``best``: the weights with the best held-out KL so far, on the CPU; ``None`` where they are the newest.
+    ``best``: the weights with the best held-out KL so far, on the CPU; ``None`` where there is no score yet, or
+    training is at its planned end and the newest are the best.
     """
 
     student: SO8TForCausalLM
@@ -65,19 +66,21 @@ def save_checkpoint(folder: Path, state: TrainingState, data_key: str, *, finish
     moments, scalars = ({}, {}) if finished else _optimizer_tensors(state.optimizer)
     training = moments | _objective_tensors(state.objective) | _random_tensors()
     final = folder / f"step-{state.step:06d}"
+    apart = state.best is not None and best_step(state.scores) != state.step
     if PartialState().is_main_process:
         content = {
             "step": state.step,
             "tokens_seen": state.tokens_seen,
             "data_key": data_key,
             "finished": finished,
-            "best_apart": state.best is not None,
+            "best_apart": apart,
             "schedule": state.schedule.state_dict(),
             "optimizer": scalars,
             "scores": [{"step": step, **asdict(score)} for step, score in state.scores.items()],
         }
         files = {"model": weights, "training": training}
-        if state.best is not None:
+        if apart:
+            assert state.best is not None
             files["best"] = state.best
         _write(final, files, content)
         for old in _complete(folder)[:-KEEP]:
@@ -140,8 +143,12 @@ def load_checkpoint(path: Path, state: TrainingState, data_key: str) -> None:
             restore_random_state(own)  # none where the run is continued with more processes
         state.step, state.tokens_seen = int(content["step"]), int(content["tokens_seen"])
         state.scores = {int(score.pop("step")): HeldOutScore(**score) for score in content["scores"]}
-        apart = content["best_apart"]
-        state.best = safetensors.torch.load_file(path / "best.safetensors") if apart else None
+        if content["best_apart"]:
+            state.best = safetensors.torch.load_file(path / "best.safetensors")
+        elif state.scores and not content["finished"]:  # the weights of this very step
+            state.best = {name: value.clone() for name, value in weights.items()}
+        else:
+            state.best = None
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise

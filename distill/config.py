@@ -194,7 +194,10 @@ def load_config(
         raise UserError(f"--preset {preset!r} does not exist; choose {' or '.join(PRESETS)}")
     tree: dict[str, Any] = _read_tree(path) if path else {}
     for key, value in PRESETS[preset].items():
-        _put(tree, key, value, keep=True)
+        section, _, name = key.partition(".")
+        given = tree.setdefault(section, {})
+        if isinstance(given, dict):  # else it is refused below, by its own name
+            given.setdefault(name, value)
     for key, value in overrides.items():
         if value is not None:
             _put(tree, key, value)
@@ -254,15 +257,13 @@ def _read_tree(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _put(tree: dict[str, Any], dotted: str, value: Any, *, keep: bool = False) -> None:
-    """Set a setting; with ``keep`` only where there is none yet."""
+def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *sections, key = dotted.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise UserError(f"configuration key {dotted!r}: {section!r} is not a section")
-    if not (keep and key in tree):
-        tree[key] = value
+    tree[key] = value
 
 
 def parse_quant(quant: str) -> ExportConfig:

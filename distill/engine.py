@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
@@ -120,12 +121,11 @@ def train(
         UserError: a setting does not fit this launch or machine.
         OSError: the disk refuses; earlier checkpoints stay.
     """
+    require_trainable(config, PartialState().num_processes)
     accelerator = _accelerator(config, student.config.hidden_size, folder)
-    if own_words is not None and accelerator.num_processes > 1:
-        raise UserError("train.on_policy works in one process; start it without a launcher")
     sharded = is_sharded(accelerator)
-    # Where the student writes, it may look up any token; where its rows are spread, they are left as they are.
-    lean = nullcontext() if sharded or own_words is not None else only_used_rows(student, data.store)
+    # A student that writes may look up any token.
+    lean = nullcontext() if own_words is not None else only_used_rows(student, data.store)
     with lean:
         # FSDP takes a module apart for good, so it gets a copy; the student is given the weights in the end.
         trained = copy.deepcopy(student) if sharded else student
@@ -142,9 +142,18 @@ def train(
             MetricsFile(metrics_file, state.step if newest else None) as metrics,
             _fast_products(data, accelerator),
         ):
-            _run(
-                Loop(accelerator, model, data, config, plan, own_words), state, folder, clock, metrics, report
-            )
+            try:
+                _run(
+                    Loop(accelerator, model, data, config, plan, own_words),
+                    state,
+                    folder,
+                    clock,
+                    metrics,
+                    report,
+                )
+            finally:
+                for tracker in accelerator.trackers:
+                    tracker.finish()
         final = state.best or plain_weights(trained)
         _plain_again(student)
         set_weights(student, final)
@@ -158,6 +167,22 @@ def train(
         best=best_step(state.scores),
         planned=len(plan),
     )
+
+
+def require_trainable(config: TrainConfig, processes: int) -> None:
+    """See that settings fit the launch and what is installed, before anything takes long.
+
+    Raises:
+        UserError: they do not.
+    """
+    if config.on_policy and processes > 1:
+        raise UserError(
+            f"train.on_policy = {config.on_policy:g} works in one process, not in {processes}; start it without a "
+            "launcher"
+        )
+    for tracker in config.trackers:
+        if find_spec(tracker) is None:
+            raise UserError(f"train.trackers names {tracker}, which is not installed: pip install {tracker}")
 
 
 def _run(
@@ -185,8 +210,6 @@ def _run(
         values = _step(loop, state)
         record("train", values)
         report(state.step, clock.describe(state, values["loss"]))
-    for tracker in loop.accelerator.trackers:
-        tracker.finish()
 
 
 def _fast_products(data: TrainingData, accelerator: Accelerator) -> AbstractContextManager[object]:
@@ -197,9 +220,6 @@ def _fast_products(data: TrainingData, accelerator: Accelerator) -> AbstractCont
 
 def _accelerator(config: TrainConfig, width: int, folder: Path) -> Accelerator:
     """Accelerate's view of this launch, with the precision and the trackers that were asked for."""
-    for tracker in config.trackers:
-        if find_spec(tracker) is None:
-            raise UserError(f"train.trackers names {tracker}, which is not installed: pip install {tracker}")
     launch = PartialState()
     if launch.device.type == "mps":  # Metal lacks the float64 that rotations and scores are computed in
         launch.device = torch.device("cpu")
@@ -209,6 +229,7 @@ def _accelerator(config: TrainConfig, width: int, folder: Path) -> Accelerator:
     if device.type == "cpu":
         keep_freed_memory()
     precision = choose_precision(config, width, device)
+    AcceleratorState._reset_state()  # an earlier training in this process may have had another precision
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
         cpu=device.type == "cpu",
@@ -324,7 +345,8 @@ def _step(loop: Loop, state: TrainingState) -> dict[str, float]:
         last = place == len(parts)
         # Gradients are exchanged once per step, after the last micro-batch.
         with exchange_gradients(accelerator, loop.model, now=last), accelerator.autocast():
-            values = _backward(loop, batch, part.counts, total, state.step / len(loop.plan))
+            on_device = batch.to(accelerator.device)  # one at a time: targets may be large
+            values = _backward(loop, on_device, part.counts, total, state.step / len(loop.plan))
         sums = {name: sums.get(name, torch.zeros_like(value)) + value for name, value in values.items()}
     logged = dict(zip(sums, _over_all_processes(accelerator, torch.stack(list(sums.values()))), strict=True))
     norm = gradient_norm(loop.model.parameters())
@@ -348,12 +370,10 @@ def _step(loop: Loop, state: TrainingState) -> dict[str, float]:
 
 
 def _load(loop: Loop, state: TrainingState, part: MicroBatch) -> Batch:
-    """A micro-batch on this process's device, a share of it in the student's own words where that is asked for."""
+    """A micro-batch in main memory, a share of it in the student's own words where that is asked for."""
     if loop.own_words is None:
-        batch = load_batch(loop.data.store, part.indices)
-    else:
-        batch = loop.own_words(state.student, part.indices, state.step)
-    return batch.to(loop.accelerator.device)
+        return load_batch(loop.data.store, part.indices)
+    return loop.own_words(state.student, part.indices, state.step)
 
 
 def _backward(loop: Loop, batch: Batch, counts: bool, total: int, fraction: float) -> dict[str, Tensor]:

@@ -126,6 +126,8 @@ def continue_texts(
             ended = eos is not None and written[row][-1:] == [eos]
             if place < len(uniform[row]) and not ended:
                 written[row].append(token)
+        if all(_is_over(words, row, eos) for words, row in zip(written, uniform, strict=True)):
+            break
         newest = torch.from_numpy(chosen.astype(np.int64))[:, None]
         mask = torch.cat((mask, torch.ones_like(newest)), dim=-1)
     student.train(was_training)
@@ -133,3 +135,8 @@ def continue_texts(
         np.concatenate((start, np.array(words, dtype=np.int32)))
         for start, words in zip(starts, written, strict=True)
     ]
+
+
+def _is_over(words: list[int], numbers: NDArray[np.float64], eos: int | None) -> bool:
+    """Whether nothing more will be written."""
+    return len(words) == len(numbers) or (eos is not None and words[-1:] == [eos])

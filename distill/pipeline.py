@@ -18,11 +18,12 @@ from distill.capturing import (
 )
 from distill.config import RunConfig
 from distill.console import Console, human_bytes, human_count
-from distill.engine import TrainingData, TrainingSummary, train
+from distill.engine import TrainingData, TrainingSummary, require_trainable, train
 from distill.errors import UserError
 from distill.evaluate import Evaluation, evaluate, evaluate_stored, llama_scorer, student_scorer
 from distill.exporting import export_proved, metadata_entries, save_student
 from distill.full_store import open_full_store, require_complete, without_capture
+from distill.hidden_loss import pair_layers
 from distill.launch import Launch
 from distill.new_student import judge_size, new_student, student_shape, with_size
 from distill.objective import build_objective
@@ -74,6 +75,7 @@ def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
     """
     require_gguf(config.teacher)
     launch = Launch.join()
+    require_trainable(config.train, launch.share.world)
     with load_teacher(config, console) as teacher:
         config = with_size(config, teacher.info)
         judge_size(config, student_shape(config, teacher.info), teacher.info, console)
@@ -81,6 +83,8 @@ def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
         folder = _choose(places.out, config, stem, launch)
         corpus = read_data(config, teacher, console)
         recipe = recipe_for(config.targets, teacher, console)
+        layers = student_shape(config, teacher.info).num_hidden_layers
+        pair_layers(config.loss.layer_map, recipe.layers, layers, teacher.info.layers)
         store = open_store(teacher, corpus, recipe, StorePlace(places.store, folder.path.parent, stem))
 
         def capture() -> Source:
@@ -112,6 +116,7 @@ def train_from_store(config: RunConfig, out: Path | None, console: Console) -> R
             "use `distill run --teacher`"
         )
     launch = Launch.join()
+    require_trainable(config.train, launch.share.world)
     store, inheritance = open_full_store(Path(config.store))
     info = inheritance.info
     config = with_size(without_capture(config, store.manifest.recipe, console), info)

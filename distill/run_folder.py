@@ -76,8 +76,9 @@ class RunFolder:
         self.check(config)
         self._remove_leftovers()
         if not self.config_file.exists() or not self.identity_file.exists():
-            self._write(self.identity_file, identity)
+            # In this order: a folder with settings and no identity yet is still known to be this run's.
             self._write(self.config_file, config.model_dump(mode="json"))
+            self._write(self.identity_file, identity)
             return
         found = self._read(self.identity_file)
         for key, value in identity.items():

@@ -37,8 +37,9 @@ def build_optimizer(module: nn.Module, config: TrainConfig, width: int) -> AdamW
 
 
 def build_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> LambdaLR:
-    """Linear warm-up, then down to ``min_lr`` of the peak at the last step: by a cosine over all that is left, on a
-    straight line, or (warm-up, stable, decay: Hu et al. 2024) by a cosine over the last ``decay`` of the steps."""
+    """Linear warm-up (from 0 for the cosine, else from ``min_lr``), then down to ``min_lr`` of the peak after the last
+    step: by a cosine over all that is left, on a straight line, or (warm-up, stable, decay: Hu et al. 2024) by a cosine
+    over the last ``decay`` of the steps."""
     warmup = round(config.warmup * steps)
     if config.schedule == "cosine":
         return get_cosine_with_min_lr_schedule_with_warmup(

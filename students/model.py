@@ -136,7 +136,8 @@ class Attention(nn.Module):
         value = self.v_proj(x).view(split).transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, self.layer)
-        causal = mask is None and tokens > 1 and key.shape[2] == tokens
+        # A plain bool: torch.compile would hand a symbolic one to the kernel, which refuses it.
+        causal = True if mask is None and tokens > 1 and key.shape[2] == tokens else False  # noqa: SIM210
         mixed = attend(query, key, value, mask, causal, self.grouped)
         rotations = self.gate()
         weight = self.gated_output_weight(rotations).to(self.o_proj.weight.dtype)

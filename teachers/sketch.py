@@ -22,6 +22,7 @@ from torch import Tensor
 from teachers.soft_targets import Arrays, OutputHead
 from teachers.threads import one_thread
 
+FIT_RULES = 2  # part of a store's identity: to be counted up with whatever changes what is fitted
 FIT_POSITIONS = 2048  # hidden states the directions are fitted on, at most,
 FIT_SHARE = 0.125  # and of all positions, so that fitting costs little of the capture's time,
 FIT_LEAST = 512  # but at least
@@ -153,8 +154,8 @@ def fit_basis(states: Tensor, metric: Tensor | None, budget: int) -> Basis:
 def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Singular values of float64 ``[N, D]``, falling, and right singular vectors ``[R, D]``; negligible ones left out.
 
-    From the eigenvectors of the smaller Gram matrix, twenty times as fast as the decomposition itself; squaring
-    costs digits only below 1e-8 of the largest, and ``NEGLIGIBLE`` is far above that.
+    From the eigenvectors of the smaller Gram matrix, which take a fraction of the decomposition's own time. Squaring
+    costs digits of the weak directions: about seven are left at ``NEGLIGIBLE``.
     """
     tall = rows.shape[0] >= rows.shape[1]
     gram = rows.T @ rows if tall else rows @ rows.T

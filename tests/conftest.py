@@ -39,10 +39,17 @@ def shared_file(name: str) -> Path:
     return path
 
 
-def make_student(width: int = 32, layers: int = 2, vocab_size: int = 96, seed: int = 0) -> SO8TForCausalLM:
+def make_student(
+    width: int = 32, layers: int = 2, vocab_size: int = 96, seed: int = 0, *, tied: bool = True
+) -> SO8TForCausalLM:
     """A small student with lively weights, so that differences between computations show."""
     config = student_config(
-        StudentSize(width, layers), vocab_size=vocab_size, context_length=256, bos=0, eos=1
+        StudentSize(width, layers),
+        vocab_size=vocab_size,
+        context_length=256,
+        tie_embeddings=tied,
+        bos=0,
+        eos=1,
     )
     student = build_student(config, seed).eval()
     generator = torch.Generator().manual_seed(seed + 1)

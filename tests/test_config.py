@@ -29,6 +29,9 @@ def test_presets_are_where_settings_start_from(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("loss: {temperature: 4}")
     assert load_config(path, {}, []).loss.temperature == 4.0
+    path.write_text("loss:")
+    with pytest.raises(UserError, match="loss = None"):
+        load_config(path, {}, [])
     with pytest.raises(UserError, match="'best' does not exist; choose recommended or formula"):
         load_config(None, {}, [], "best")
 

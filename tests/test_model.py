@@ -9,11 +9,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 from students.builder import build_student
 from students.config import SO8TConfig
 from students.model import SO8TForCausalLM
+from tests.conftest import make_student
 from tests.test_so8 import reference_skew, spectral_exponential
 
 Array = NDArray[np.float64]
@@ -298,3 +300,18 @@ def test_impossible_shapes_raise(settings: dict[str, int], message: str) -> None
     """Widths without whole blocks, heads or groups are refused with the reason."""
     with pytest.raises(ValueError, match=message):
         SO8TConfig(**{"hidden_size": 32, "num_attention_heads": 4, **settings})
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_are_whole_graphs(checkpointing: bool) -> None:
+    """Nothing in a layer sends torch.compile back to Python, whatever the lengths."""
+    counters.clear()
+    torch._dynamo.reset()
+    student = make_student().train()
+    if checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in student.model.layers:
+        layer.compile(backend="aot_eager")
+    for length in (5, 9, 12, 17):
+        student(torch.randint(0, 96, (2, length))).logits.sum().backward()
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]

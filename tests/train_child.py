@@ -36,14 +36,15 @@ class Stopped(Exception):
 def run(store_folder: Path, folder: Path, settings: dict[str, Any]) -> None:
     """Train a student that is 16 wide, and let the first process write what came of it.
 
-    ``stop_at`` among the settings: only until after that step, with a checkpoint before every one.
+    ``stop_at`` among the settings: only until after that step, with a checkpoint before every one; ``untied``: a
+    student with an output matrix of its own.
     """
-    stop_at = settings.get("stop_at")
+    stop_at, untied = settings.get("stop_at"), settings.get("untied", False)
     store = SoftTargetStore(store_folder, read_manifest(store_folder))
     data = TrainingData(store, split(store, 0.2, 0), 0)
-    student = make_student(16, 2, int(store.manifest.identity["vocab_size"]))
+    student = make_student(16, 2, int(store.manifest.identity["vocab_size"]), tied=not untied)
     objective = build_objective(LOSS, store, student, teacher_layers=2, seed=0)
-    config = TrainConfig.model_validate({k: v for k, v in settings.items() if k != "stop_at"})
+    config = TrainConfig.model_validate({k: v for k, v in settings.items() if k not in ("stop_at", "untied")})
 
     def report(step: int, text: str) -> None:
         if step == stop_at:
