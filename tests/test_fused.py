@@ -61,7 +61,7 @@ def expected(
     return kd.detach(), ce.detach(), logits.grad
 
 
-def check(
+def assert_equals_autograd(
     student: Tensor, targets: Targets, labels: Tensor, weights: Weights, atol: float = 1e-5
 ) -> ChunkResult:
     """The closed form, after comparing both sums and every gradient with autograd's."""
@@ -90,7 +90,7 @@ def test_equals_autograd(
     labels = torch.randint(0, 60, (24,), generator=torch.Generator().manual_seed(2))
     labels[:4] = targets.topk_ids[:4, 0]
     labels[::7] = losses.IGNORE_INDEX
-    check(student, targets, labels, Weights(*weights, temperature, kind))
+    assert_equals_autograd(student, targets, labels, Weights(*weights, temperature, kind))
 
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (1.0, 0.0), (0.0, 1.0), (2.5, 4.0)])
@@ -106,7 +106,7 @@ def test_over_all_equals_autograd(
     labels = torch.randint(0, 60, (24,), generator=torch.Generator().manual_seed(2))
     labels[:4] = targets.best()[:4]
     labels[::7] = losses.IGNORE_INDEX
-    check(student, targets, labels, Weights(*weights, temperature, kind))
+    assert_equals_autograd(student, targets, labels, Weights(*weights, temperature, kind))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -165,7 +165,7 @@ def test_no_positions_and_no_labels(kind: Divergence, targets_kind: str, tempera
         student[:0].clone(), targets.select(slice(0, 0)), ignored[:0], weights
     )
     assert float(none.kd) == 0.0 and float(none.ce) == 0.0 and none.gradient.shape == (0, 60)
-    found = check(student, targets, ignored, weights)
+    found = assert_equals_autograd(student, targets, ignored, weights)
     assert float(found.ce) == 0.0 and float(found.gradient.abs().max()) > 1e-3
     without = Weights(0.7, 0.0, temperature, kind)
     alone = divergence_and_cross_entropy(student.clone(), targets, torch.arange(6), without)
@@ -181,7 +181,9 @@ def test_extreme_students(kind: Divergence, targets_kind: str, height: float, te
     teacher, student = drawn(6), drawn(6, scale=0.5, seed=1)
     student[:, :8] += height
     labels = torch.tensor([0, 1, 2, 50, 51, 52])
-    check(student, shaped(targets_kind, teacher), labels, Weights(0.7, 0.3, temperature, kind), 1e-4)
+    assert_equals_autograd(
+        student, shaped(targets_kind, teacher), labels, Weights(0.7, 0.3, temperature, kind), 1e-4
+    )
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -193,7 +195,9 @@ def test_extreme_teachers(kind: Divergence, targets_kind: str, height: float, te
     teacher, student = drawn(6), drawn(6, seed=1)
     teacher[:, 3:5] += height
     labels = torch.tensor([0, 3, 4, 50, 51, 52])
-    check(student, shaped(targets_kind, teacher), labels, Weights(0.7, 0.3, temperature, kind), 1e-4)
+    assert_equals_autograd(
+        student, shaped(targets_kind, teacher), labels, Weights(0.7, 0.3, temperature, kind), 1e-4
+    )
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
