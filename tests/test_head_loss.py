@@ -72,6 +72,23 @@ def test_autocast_narrows_the_products_only() -> None:
     assert 0 < abs(float(narrow - exact)) < 0.02 * float(exact)
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 8, N])
+def test_gradients_under_autocast(chunk: int) -> None:
+    """In bfloat16, with one chunk or several, both gradients are float32 and near the exact ones."""
+    hidden, weight, targets, labels = problem(2)
+    chunk_loss = chunk_loss_of(targets, labels)
+    found = []
+    for narrow in (False, True):
+        inputs = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+            loss = chunked_head_loss(*inputs, by_autograd(chunk_loss), chunk)
+        loss.backward()
+        found.append([tensor.grad for tensor in inputs])
+    for exact, rounded in zip(*found, strict=True):
+        assert exact is not None and rounded is not None and rounded.dtype == torch.float32
+        assert float((rounded - exact).norm() / exact.norm()) < 0.02
+
+
 def test_no_positions_give_zero() -> None:
     """An empty batch of positions has loss 0 and gradient 0."""
     hidden, weight = torch.zeros(0, D, requires_grad=True), torch.ones(V, D, requires_grad=True)
