@@ -88,10 +88,13 @@ def padded(rows: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
 @dataclass(frozen=True)
 class MicroBatch:
     """Sequences that one process computes together. ``counts``: false for a stand-in whose loss is not added, where
-    a process has fewer sequences than another but must take part in the same communication."""
+    a process has fewer sequences than another but must take part in the same communication. ``place`` of ``places``:
+    its number among the step's micro-batches that count, over all processes."""
 
     indices: list[int]
     counts: bool = True
+    place: int = 0
+    places: int = 1
 
 
 def micro_batches(
@@ -103,5 +106,11 @@ def micro_batches(
     """
     parts = [part.tolist() for part in np.array_split(np.array(indices), accumulation * world)]
     rounds = [parts[start : start + world] for start in range(0, len(parts), world)]
-    mine = [group[rank] for group in rounds if any(group)]
-    return [MicroBatch(part) if part else MicroBatch([int(indices[0])], counts=False) for part in mine]
+    places = sum(map(bool, parts))
+    mine = [(turn * world + rank, group[rank]) for turn, group in enumerate(rounds) if any(group)]
+    return [
+        MicroBatch(part, True, place, places)
+        if part
+        else MicroBatch([int(indices[0])], counts=False, places=places)
+        for place, part in mine
+    ]

@@ -16,6 +16,7 @@ from distill.corpus import Corpus, build_corpus
 from distill.errors import UserError
 from distill.launch import launched_share
 from distill.run_folder import RUNS
+from distill.safety_data import labelled_prompts, read_safety_prompts
 from distill.teacher_source import find_gguf, open_teacher, teacher_stem
 from teachers.base import Teacher
 from teachers.capture import WHOLE, CaptureError, Share, capture, require_linear_output
@@ -196,7 +197,8 @@ def keep_inheritance(
     ``gguf``: whose tokenizer and embeddings. The lines come from this process's own shards.
     """
     found = find_inheritance(store)
-    if found is not None and (found.tokenizer or gguf is None):
+    # An older version did not keep the teacher's shape, which the student's follows.
+    if found is not None and (found.tokenizer or gguf is None) and found.info.shape == teacher.info.shape:
         return found
     if found is None and (store.folder / TEACHER).exists():
         console.warn(f"{store.folder / TEACHER} was damaged and is made again")
@@ -224,6 +226,7 @@ def capture_only(config: RunConfig, where: Path | None, console: Console) -> Sof
         OSError: the disk refuses.
     """
     share = launched_share()
+    prompts = read_safety_prompts(config)
     with load_teacher(config, console) as teacher:
         corpus = read_data(config, teacher, console)
         recipe = recipe_for(config.targets, teacher, console)
@@ -232,6 +235,7 @@ def capture_only(config: RunConfig, where: Path | None, console: Console) -> Sof
             fill_store(teacher, corpus, store, console, share)
             if share.rank == 0:
                 keep_inheritance(teacher, find_gguf(config.teacher), store, console, share)
+                labelled_prompts(config, prompts, teacher, store, console)
         if share.world == 1:
             _print_store(store, recipe, teacher, console)
     return store

@@ -74,8 +74,9 @@ StudentSize = Annotated[
     str | None,
     typer.Option(
         "--student-size",
-        metavar="WIDTHxLAYERS",
-        help="For example 512x4. Default: half the teacher's width and depth.",
+        metavar="WIDTHxLAYERS|SHARE%|NUMBER",
+        help="512x4, 25% (of the teacher's parameters) or 50M (parameters; K, M, B). "
+        "Default: half the teacher's width and depth.",
     ),
 ]
 Data = Annotated[
@@ -115,6 +116,21 @@ Preset = Annotated[
         help="Where settings start from: what measured best (T = 1), or the loss formula's own defaults (T = 3).",
     ),
 ]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|teacher|embeddings|random",
+        help="Where the student's weights begin. Default: auto, at the teacher's where its architecture allows it.",
+    ),
+]
+SafetyLabels = Annotated[
+    str | None,
+    typer.Option(
+        metavar="builtin|teacher|FILE|none",
+        help="What the safety head learns: the prompts that come with the program, the teacher's own judgment of them, "
+        "a JSONL file of prompt and label, or nothing. Default: builtin.",
+    ),
+]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="JSON or YAML settings; flags win over it.")
 ]
@@ -139,7 +155,9 @@ def run(
     seed: Seed = None,
     targets: Targets = None,
     quant: StudentQuant = None,
+    safety_labels: SafetyLabels = None,
     store: Store = None,
+    init: Init = None,
     preset: Preset = "recommended",
     config: ConfigFile = None,
     set_: Settings = None,
@@ -153,6 +171,8 @@ def run(
         "student.size": student_size,
         "train.epochs": epochs,
         "export.quant": quant,
+        "safety.labels": safety_labels,
+        "student.init": init,
     }
     run_pipeline(load_config(config, overrides, set_ or [], preset), Places(out, store), _console())
 
@@ -165,6 +185,7 @@ def capture(
     targets: Targets = None,
     store: Store = None,
     seed: Seed = None,
+    safety_labels: SafetyLabels = None,
     config: ConfigFile = None,
     set_: Settings = None,
 ) -> None:
@@ -176,7 +197,7 @@ def capture(
     from distill.config import load_config
     from distill.console import Console
 
-    overrides = _what_to_capture(teacher, data, samples, targets, seed)
+    overrides = _what_to_capture(teacher, data, samples, targets, seed) | {"safety.labels": safety_labels}
     capture_only(load_config(config, overrides, set_ or []), store, Console())
 
 
@@ -184,10 +205,18 @@ def capture(
 def train(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="Folder that `distill capture` has filled.")],
     student_size: StudentSize = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            help="The store's own teacher, for the student to begin at its weights. Default: not here."
+        ),
+    ] = None,
     out: Out = None,
     epochs: Epochs = None,
     seed: Seed = None,
     quant: StudentQuant = None,
+    safety_labels: SafetyLabels = None,
+    init: Init = None,
     preset: Preset = "recommended",
     config: ConfigFile = None,
     set_: Settings = None,
@@ -202,6 +231,9 @@ def train(
         "train.epochs": epochs,
         "seed": seed,
         "export.quant": quant,
+        "safety.labels": safety_labels,
+        "student.init": init,
+        "teacher.path": str(teacher) if teacher else None,
     }
     train_from_store(load_config(config, overrides, set_ or [], preset), out, _console())
 
@@ -215,6 +247,7 @@ def plan(
     epochs: Epochs = None,
     targets: Targets = None,
     seed: Seed = None,
+    init: Init = None,
     preset: Preset = "recommended",
     config: ConfigFile = None,
     set_: Settings = None,
@@ -226,6 +259,7 @@ def plan(
 
     overrides = _what_to_capture(teacher, data, samples, targets, seed) | {
         "student.size": student_size,
+        "student.init": init,
         "train.epochs": epochs,
     }
     plan_run(load_config(config, overrides, set_ or [], preset), Console())
@@ -274,6 +308,47 @@ def export_gguf(
             f"{path}, {human_bytes(path.stat().st_size)}; against PyTorch over {proof.positions} positions: max logit "
             f"difference {proof.max_logit_difference:.1e}, KL {proof.mean_kl:.1e}"
         )
+
+
+@app.command()
+def judge(
+    student: Annotated[
+        Path, typer.Argument(metavar="STUDENT.gguf", help="A student that `distill run` has made.")
+    ],
+    prompt: Annotated[str | None, typer.Argument(help="What to judge.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="JSONL file; its prompt of every line is judged.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt.")] = False,
+) -> None:
+    """ALLOW, ESCALATE or REFUSE, and whether to ask the teacher: from the exported file alone."""
+    from distill.console import Console
+    from distill.errors import UserError
+    from distill.judge import judge_file, judge_one
+
+    if (prompt is None) == (prompts is None):
+        raise UserError("give one prompt to judge, or --prompts FILE.jsonl")
+    if prompts is not None:
+        judge_file(student, prompts, as_json, Console())
+    elif prompt is not None:
+        judge_one(student, prompt, as_json, Console())
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN [RUN]", help="Folder of a run, finished or not; or of two to compare."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="HTML file to write, which opens without a network.")
+    ] = None,
+) -> None:
+    """Say how a run went, from its own records; or compare two."""
+    from distill.report_text import report_runs
+
+    report_runs(runs, as_json, output)
 
 
 @app.command()

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from distill.errors import UserError
 from distill.losses import DivergenceName
-from students.builder import parse_size
+from students.builder import ChosenShape, StudentSize, attention_shape
+from students.sizes import parse_request
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -44,18 +45,40 @@ class TeacherConfig(Section):
 
 
 class StudentConfig(Section):
-    """The student. ``size``: hidden × layers, such as 512x4; none means half the teacher's width and depth.
-    ``tie_embeddings``: one matrix for the input embedding and the output."""
+    """The student. ``size``: hidden × layers, such as 512x4, or a share of the teacher's parameters, such as 25%, or a
+    number of parameters, such as 50M; none means half the teacher's width and depth.
+    ``tie_embeddings``: one matrix for the input embedding and the output. ``heads``, ``kv_heads`` (which the heads
+    share), ``head_width`` (of each) and ``ffn_width`` (of the feed-forward): none follows the teacher's shape (see
+    ``students.builder.student_config``). ``init``: where the weights begin: teacher (projected from the teacher's own),
+    embeddings (random ones, with the teacher's token embeddings), random, or auto (teacher where that can be)."""
 
     size: str | None = None
+    init: Literal["auto", "teacher", "embeddings", "random"] = "auto"
     tie_embeddings: bool = True
+    heads: Annotated[int, Field(ge=1, le=1 << 12)] | None = None
+    kv_heads: Annotated[int, Field(ge=1, le=1 << 12)] | None = None
+    head_width: Annotated[int, Field(ge=2, le=1 << 12, multiple_of=2)] | None = None
+    ffn_width: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
 
     @field_validator("size")
     @classmethod
     def _readable(cls, size: str | None) -> str | None:
         if size is not None:
-            parse_size(size)
+            parse_request(size)
         return size
+
+    @model_validator(mode="after")
+    def _fits(self) -> StudentConfig:
+        """Refuse heads that do not fit, as far as that does not depend on the teacher."""
+        size = parse_request(self.size) if self.size else None
+        if isinstance(size, StudentSize) and (self.heads or self.head_width):
+            attention_shape(size.width, chosen=self.chosen)
+        return self
+
+    @property
+    def chosen(self) -> ChosenShape:
+        """What is said here about the student's shape beside its size."""
+        return ChosenShape(self.heads, self.kv_heads, self.head_width, self.ffn_width)
 
 
 class DataConfig(Section):
@@ -86,7 +109,8 @@ class TargetsConfig(Section):
 
 
 class LossConfig(Section):
-    """α·T²·KL_T(teacher‖student) + β·CE + γ·hidden + λ_so8t·(PET + inertia + non-commutation).
+    """α·T²·KL_T(teacher‖student) + β·CE + γ·hidden + λ_so8t·(PET + inertia + non-commutation)
+    + λ_safety·safety + λ_verification·verification.
 
     ``temperature`` T, ``alpha`` α, ``beta`` β, ``lambda_so8t`` λ_so8t. ``final_temperature``: T from
     ``final_from`` of training on (none: T to the end). ``pet``: weight of the squared second
@@ -98,6 +122,9 @@ class LossConfig(Section):
     share b in the mixture of jensen_shannon; ``skew``: s of the skewed KLs. ``gamma`` γ: weight of the
     hidden-state loss, where the store holds hidden states (``targets.layers``). ``layer_map``: pairs (student's
     layer, teacher's layer) it compares, from 0; none: each kept layer with the one at the same relative depth.
+
+    ``lambda_safety`` λ_safety and ``lambda_verification`` λ_verification: weights of the two heads; 0: the student
+    has no such head.
     """
 
     temperature: Annotated[float, Field(ge=1.0)] = 3.0
@@ -115,16 +142,35 @@ class LossConfig(Section):
     inertia: NonNegative = 0.1
     inertia_decay: Fraction = 0.99
     commutator_margin: NonNegative = 0.1
+    lambda_safety: NonNegative = 0.3
+    lambda_verification: NonNegative = 0.2
+
+
+class SafetyConfig(Section):
+    """What the safety head learns. ``labels``: builtin (the prompts that come with the program), a JSONL file of
+    ``prompt`` and ``label`` (ALLOW, ESCALATE, REFUSE), teacher (its own judgment of the prompts, as probabilities), or
+    none. ``prompts``: JSONL file of the prompts that the teacher judges (none: the built-in ones).
+    ``passes``: how many prompts pass in training altogether, spread evenly over its steps: one at least and
+    ``together`` at most in each."""
+
+    labels: str = "builtin"
+    prompts: str | None = None
+    passes: Count = 4096
+    together: Count = 8
+
+    def per_step(self, steps: int) -> int:
+        """Prompts in each of so many optimizer steps."""
+        return min(self.together, -(-self.passes // max(1, steps)))
 
 
 class TrainConfig(Section):
     """The training loop. ``epochs``; ``batch_size``: sequences per optimizer step, over all processes;
     ``accumulation``: into how many micro-batches a process divides its part of them; ``learning_rate``: peak
-    (none: 0.5 / width); ``schedule``: after the warm-up a cosine, a straight line, or wsd (constant until the last
-    ``decay`` of the steps, then a cosine down); ``warmup``: share of the steps; ``min_lr``: share of the peak it
-    ends at; ``max_grad_norm``; ``weight_decay``: of matrices only; ``precision``: ``bf16`` autocast, ``fp32``,
-    or ``auto``; ``evaluations``: how often the held-out KL is measured, first and last step included;
-    ``patience``: stop after so many of them without a better one (none: never).
+    (none: 0.5 / width, half of that from the teacher's weights); ``schedule``: after the warm-up a cosine, a straight
+    line, or wsd (constant until the last ``decay`` of the steps, then a cosine down); ``warmup``: share of the steps;
+    ``min_lr``: share of the peak it ends at; ``max_grad_norm``; ``weight_decay``: of matrices only; ``precision``:
+    ``bf16`` autocast, ``fp32``, or ``auto``; ``evaluations``: how often held-out KL is measured, first and last step
+    included; ``patience``: stop after so many of them without a better one (none: never).
 
     ``gradient_checkpointing``: compute layers again in the backward pass instead of keeping what they computed;
     ``compile``: torch.compile. ``trackers``: tensorboard, wandb.
@@ -168,10 +214,21 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     targets: TargetsConfig = TargetsConfig()
     loss: LossConfig = LossConfig()
+    safety: SafetyConfig = SafetyConfig()
     train: TrainConfig = TrainConfig()
     export: ExportConfig = ExportConfig()
     store: str | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
+
+    @property
+    def safety_head(self) -> bool:
+        """Whether the student gets a safety head."""
+        return self.safety.labels != "none" and self.loss.lambda_safety > 0
+
+    @property
+    def verification_head(self) -> bool:
+        """Whether the student gets a verification head."""
+        return self.loss.lambda_verification > 0
 
 
 # Where settings start from. ``formula``: the loss with its own defaults, T = 3. ``recommended``: what measured best

@@ -7,7 +7,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,10 +32,11 @@ from distill.errors import TrainingAborted, UserError
 from distill.held_out import HeldOutScore, best_step, evaluation_steps, held_out_score, is_exhausted
 from distill.metrics import MetricsFile
 from distill.objective import Batch, Objective
-from distill.schedule import build_optimizer, build_schedule
+from distill.safety_prompts import PromptSet
+from distill.schedule import build_optimizer, build_schedule, parameter_groups
 from distill.sharding import full_tensor
 from distill.training_module import TrainingModule, choose_precision, exchange_gradients, is_sharded, wrap
-from distill.used_rows import only_used_rows
+from distill.used_rows import only_used_rows, used_tokens
 from stability.signals import gradient_norm, non_finite
 from students.model import SHORT_ON_CPU, SO8TForCausalLM
 from teachers.store import SoftTargetStore
@@ -70,11 +71,14 @@ class TrainingSummary:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The store, which of its sequences are held out, and the seed of their order."""
+    """The store, which of its sequences are held out, the seed of their order, and prompts for the safety head with
+    how many of them each optimizer step takes."""
 
     store: SoftTargetStore
     split: Split
     seed: int
+    prompts: PromptSet | None = None
+    prompts_per_step: int = 0
 
     def batches(self, epochs: int, batch_size: int) -> list[list[int]]:
         """Sequence indices of every optimizer step, over all epochs."""
@@ -84,6 +88,10 @@ class TrainingData:
             for epoch in range(epochs)
             for batch in epoch_order(self.split.train, lengths, batch_size, self.seed, epoch)
         ]
+
+    def used_tokens(self) -> Tensor:
+        """Every token that training looks up, ascending."""
+        return used_tokens(self.store, self.prompts.tokens if self.prompts is not None else ())
 
     def held_out(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
         """The held-out sequences in batches."""
@@ -125,7 +133,7 @@ def train(
     accelerator = _accelerator(config, student.config.hidden_size, folder)
     sharded = is_sharded(accelerator)
     # A student that writes may look up any token.
-    lean = nullcontext() if own_words is not None else only_used_rows(student, data.store)
+    lean = nullcontext() if own_words is not None else only_used_rows(student, data.used_tokens())
     with lean:
         # FSDP takes a module apart for good, so it gets a copy; the student is given the weights in the end.
         trained = copy.deepcopy(student) if sharded else student
@@ -349,21 +357,27 @@ def _step(loop: Loop, state: TrainingState) -> dict[str, float]:
             values = _backward(loop, on_device, part.counts, total, state.step / len(loop.plan))
         sums = {name: sums.get(name, torch.zeros_like(value)) + value for name, value in values.items()}
     logged = dict(zip(sums, _over_all_processes(accelerator, torch.stack(list(sums.values()))), strict=True))
-    norm = gradient_norm(loop.model.parameters())
-    if broken := non_finite({"loss": logged["loss"], "gradient": full_tensor(norm)}):
+    # The heads are clipped by themselves: a few prompts' gradient varies much more than that of all tokens, and would
+    # set the scale of both.
+    groups = parameter_groups(loop.model)
+    norms = {name: gradient_norm(parameters) for name, parameters in groups.items()}
+    gradients = {f"{name} gradient": full_tensor(norm) for name, norm in norms.items()}
+    if broken := non_finite({"loss": logged["loss"], **gradients}):
         raise TrainingAborted(
             f"step {state.step}: the {' and the '.join(broken)} is not finite; the weights are as before this "
             "step, and the last checkpoint is kept; try a lower train.learning_rate or train.precision=fp32"
         )
-    torch.nn.utils.clip_grads_with_norm_(loop.model.parameters(), loop.config.max_grad_norm, norm)
+    for name, parameters in groups.items():
+        torch.nn.utils.clip_grads_with_norm_(parameters, loop.config.max_grad_norm, norms[name])
     rate = float(state.schedule.get_last_lr()[0])
     state.optimizer.step()
     state.schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
+    figures = state.objective.rotation_figures()
     state.objective.after_step()
     state.step += 1
     state.tokens_seen += total
-    measured = {"grad_norm": float(full_tensor(norm)), "learning_rate": rate}
+    measured = {"grad_norm": float(gradients["student's gradient"]), "learning_rate": rate} | figures
     return (
         {name: float(value) for name, value in logged.items()} | measured | {"tokens_seen": state.tokens_seen}
     )
@@ -371,9 +385,15 @@ def _step(loop: Loop, state: TrainingState) -> dict[str, float]:
 
 def _load(loop: Loop, state: TrainingState, part: MicroBatch) -> Batch:
     """A micro-batch in main memory, a share of it in the student's own words where that is asked for."""
+    data = loop.data
     if loop.own_words is None:
-        return load_batch(loop.data.store, part.indices)
-    return loop.own_words(state.student, part.indices, state.step)
+        batch = load_batch(data.store, part.indices)
+    else:
+        batch = loop.own_words(state.student, part.indices, state.step)
+    if data.prompts is None:
+        return batch
+    prompts = data.prompts.batch(state.step, data.prompts_per_step, part.place, part.places)
+    return replace(batch, prompts=prompts)
 
 
 def _backward(loop: Loop, batch: Batch, counts: bool, total: int, fraction: float) -> dict[str, Tensor]:

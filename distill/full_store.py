@@ -13,7 +13,7 @@ from teachers.records import Recipe
 from teachers.store import COMPANION, SoftTargetStore, StoreError, read_manifest
 
 # What of these sections a run from a store still looks at; everything else in them was decided by the capture.
-LOOKED_AT = {"teacher": {"gpu_layers"}, "data": {"held_out"}, "targets": set[str]()}
+LOOKED_AT = {"teacher": {"gpu_layers", "path"}, "data": {"held_out"}, "targets": set[str]()}
 
 
 def without_capture(config: RunConfig, recipe: Recipe, console: Console) -> RunConfig:

@@ -11,11 +11,28 @@ from distill import regularisers
 from distill.config import LossConfig
 from distill.fused import Scratch, Weights, divergence_and_cross_entropy
 from distill.head_loss import chunked_head_loss
+from distill.head_terms import VERIFIED_EVERY, Verified, safety_loss, verification_loss
 from distill.hidden_loss import HiddenStateLoss, pair_layers
 from distill.losses import IGNORE_INDEX, Divergence
+from students import so8
 from students.model import SO8TForCausalLM, SO8TOutput
 from teachers.records import Targets
 from teachers.store import SoftTargetStore
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts to decide on: padded ``tokens [P, T]``, ``lengths [P]``, ``labels [P, 3]`` (probabilities of the
+    decisions) and ``weights [P]``, what each counts in the optimizer step's mean."""
+
+    tokens: Tensor
+    lengths: Tensor
+    labels: Tensor
+    weights: Tensor
+
+    def to(self, device: torch.device) -> Prompts:
+        """The same prompts on another device."""
+        return Prompts(*(part.to(device) for part in (self.tokens, self.lengths, self.labels, self.weights)))
 
 
 @dataclass(frozen=True)
@@ -30,6 +47,7 @@ class Batch:
         given: ``[B]`` first tokens of each sequence that are somebody's text; those after them the student has
             written itself, and they are nothing to imitate. ``None``: all are somebody's text.
         layers: kept states of the teacher's layers at all valid positions, ``[n, R]`` each; may be empty.
+        prompts: for the safety head; ``None`` where there are none in this step.
     """
 
     tokens: Tensor
@@ -37,6 +55,7 @@ class Batch:
     targets: Targets
     given: Tensor | None = None
     layers: dict[int, Tensor] = field(default_factory=dict)
+    prompts: Prompts | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -66,11 +85,13 @@ class Batch:
             targets=self.targets.to(device),
             given=None if self.given is None else self.given.to(device),
             layers={layer: states.to(device) for layer, states in self.layers.items()},
+            prompts=None if self.prompts is None else self.prompts.to(device),
         )
 
 
 class Objective(nn.Module):
-    """α·T²·KL + β·CE + γ·hidden + λ_so8t·(PET + inertia + non-commutation), divided once by the step's valid tokens.
+    """α·T²·KL + β·CE + γ·hidden + λ_so8t·(PET + inertia + non-commutation) + λ_safety·safety
+    + λ_verification·verification, divided once by the step's valid tokens (safety: by its prompts).
 
     KL stands for the configured divergence. T may change once while training (see ``LossConfig``). The moving average
     of the rotations and the projectors of the hidden-state loss belong here, not to the student.
@@ -98,7 +119,8 @@ class Objective(nn.Module):
             fraction: how much of training is done, 0 to 1.
 
         Returns:
-            The loss, and each part's weighted contribution to the step's loss (detached).
+            The loss, and each part's weighted contribution to the step's loss (detached); beside them the mean squared
+            ``second_difference`` per token, unweighted.
         """
         config = self.config
         kept = self.hidden.student_layers if self.hidden is not None else set()
@@ -106,15 +128,22 @@ class Objective(nn.Module):
         assert output.last_hidden_state is not None and output.rotations is not None
         assert isinstance(student, SO8TForCausalLM)
         states = output.last_hidden_state[batch.valid]  # [n, D]
-        loss, parts = self._distillation(states, student.lm_head.weight, batch, total, fraction)
+        verified = self._verified(student, batch)
+        loss, parts = self._distillation(states, student.lm_head.weight, batch, total, fraction, verified)
         others: dict[str, Tensor] = {}
         if self.hidden is not None:
             assert output.layer_states is not None
             layers = {layer: states[batch.valid] for layer, states in output.layer_states.items()}
             others["hidden"] = config.gamma * self.hidden(layers, batch.layers) / total
         if config.lambda_so8t:
-            terms = self._so8t(output, batch, total, share, fraction)
+            terms, figures = self._so8t(output, batch, total, share, fraction)
+            parts |= figures
             others |= {name: config.lambda_so8t * term for name, term in terms.items()}
+        if verified is not None:
+            term = verification_loss(student.verification_head, states, verified)
+            others["verification"] = config.lambda_verification * VERIFIED_EVERY * term / total
+        if student.config.safety_head and config.lambda_safety:
+            others["safety"] = config.lambda_safety * safety_loss(student, batch.prompts)
         if others:
             loss = torch.stack([loss, *others.values()]).sum()
             parts |= {name: part.detach() for name, part in others.items()}
@@ -122,9 +151,16 @@ class Objective(nn.Module):
         return loss, parts
 
     def _distillation(
-        self, states: Tensor, matrix: Tensor, batch: Batch, total: int, fraction: float
+        self,
+        states: Tensor,
+        matrix: Tensor,
+        batch: Batch,
+        total: int,
+        fraction: float,
+        verified: Verified | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted divergence and cross-entropy of ``states [n, D]`` under the output matrix ``[V, D]``."""
+        """Weighted divergence and cross-entropy of ``states [n, D]`` under the output matrix ``[V, D]``; notes in
+        ``verified`` where student and teacher agree."""
         config, labels = self.config, batch.labels
         temperature = temperature_at(config, fraction)
         weights = Weights(
@@ -134,6 +170,8 @@ class Objective(nn.Module):
 
         def chunk(logits: Tensor, span: slice) -> tuple[Tensor, Tensor]:
             """Both terms of one chunk of positions with their gradient, ``[C, V]``."""
+            if verified is not None:
+                verified.note(logits, batch.targets, span)
             result = divergence_and_cross_entropy(
                 logits, batch.targets.select(span), labels[span], weights, self._scratch
             )
@@ -144,21 +182,50 @@ class Objective(nn.Module):
 
         return chunked_head_loss(states, matrix, chunk), parts
 
+    def _verified(self, student: SO8TForCausalLM, batch: Batch) -> Verified | None:
+        """Where the verification head is to be trained, or nothing if it is not."""
+        if not self.config.lambda_verification or not student.config.verification_head:
+            return None
+        return Verified.of(batch)
+
     def _so8t(
         self, output: SO8TOutput, batch: Batch, total: int, share: float, fraction: float
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The terms of the group structure, and what PET acts on, unweighted."""
         config, rotations = self.config, output.rotations
         assert rotations is not None and output.last_hidden_state is not None
         terms: dict[str, Tensor] = {}
-        if weight := regularisers.pet_weight(config.pet, fraction):
-            bend = regularisers.second_difference(output.last_hidden_state, batch.lengths)
-            terms["pet"] = weight * bend / total
+        figures: dict[str, Tensor] = {}
+        if any(config.pet):
+            weight = regularisers.pet_weight(config.pet, fraction)
+            with torch.set_grad_enabled(weight > 0):
+                bend = regularisers.second_difference(output.last_hidden_state, batch.lengths) / total
+            figures["second_difference"] = bend.detach()
+            terms["pet"] = weight * bend
         if config.inertia and self.average is not None:
             terms["inertia"] = config.inertia * share * regularisers.inertia(rotations, self.average)
         if config.commutator_margin:
             shortfall = regularisers.non_commutation(rotations, config.commutator_margin)
             terms["non_commutation"] = share * shortfall
-        return terms
+        return terms, figures
+
+    @torch.no_grad()
+    def rotation_figures(self) -> dict[str, float]:
+        """How the rotations of the newest forward pass stand: their distance from the group, from commuting and from
+        their moving average (mean squared, 0 before there is one)."""
+        assert self._rotations is not None
+        rotations = self._rotations
+        commutators = so8.commutator_norm(rotations[:, 1], rotations[:, 0])
+        drift = 0.0 if self.average is None else regularisers.inertia(rotations, self.average)
+        figures = torch.stack(
+            [so8.orthogonality_error(rotations).max(), commutators.min(), commutators.mean()]
+        ).tolist()
+        return {
+            "rotation_error": figures[0],
+            "min_commutator": figures[1],
+            "mean_commutator": figures[2],
+            "rotation_drift": float(drift),
+        }
 
     @torch.no_grad()
     def after_step(self) -> None:

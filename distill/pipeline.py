@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from distill.batches import split
+from distill.beginning import begin, find_teacher, settle_beginning
 from distill.capturing import (
     StorePlace,
     fill_store,
@@ -23,22 +27,27 @@ from distill.errors import UserError
 from distill.evaluate import Evaluation, evaluate, evaluate_stored, llama_scorer, student_scorer
 from distill.exporting import export_proved, metadata_entries, save_student
 from distill.full_store import open_full_store, require_complete, without_capture
+from distill.heads import calibrate, describe_scores, halves, heads_results, score_heads
 from distill.hidden_loss import pair_layers
 from distill.launch import Launch
-from distill.new_student import judge_size, new_student, student_shape, with_size
+from distill.new_student import judge_size, student_shape, with_size
 from distill.objective import build_objective
 from distill.on_policy import OwnWords
 from distill.prove import Proof
+from distill.report_html import write_run_report
 from distill.results import Outcome, build_results, print_table
 from distill.run_folder import HeldOut, RunFolder, choose_folder
-from distill.teacher_source import find_gguf, open_teacher, require_gguf, teacher_stem
+from distill.safety_data import SafetyData, labelled_prompts, read_safety_prompts, safety_data
+from distill.teacher_source import find_gguf, open_teacher, require_gguf, teacher_stem, tokenizer_of
 from students.export import ExportNames
 from students.model import SO8TForCausalLM
 from teachers.base import Teacher, TeacherInfo
+from teachers.capture import WHOLE
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.inheritance import Inheritance, need_inheritance
 from teachers.store import SoftTargetStore, exclusive
 
+BEGINNING_SEQUENCES = 512  # of training text that a head start may look at
 SPEED_PROMPT_TOKENS = 128
 SPEED_NEW_TOKENS = 64
 
@@ -53,15 +62,18 @@ class Places:
 
 @dataclass(frozen=True)
 class Source:
-    """All that a student is made from: a complete store and what it keeps of the teacher.
+    """All that a student is made from: a complete store, what it keeps of the teacher, and prompts to decide on.
 
-    ``reused``: nothing had to be captured. ``teacher``: open only where the student's own words are scored.
+    ``reused``: nothing had to be captured. ``gguf``: whose weights it can begin at. ``teacher``: open only
+    where the student's own words are scored.
     """
 
     config: RunConfig
     store: SoftTargetStore
     inheritance: Inheritance
     reused: bool
+    safety: SafetyData | None
+    gguf: Path | None
     teacher: Teacher | None = None
 
 
@@ -74,10 +86,12 @@ def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
         OSError: the disk refuses.
     """
     require_gguf(config.teacher)
+    prompts = read_safety_prompts(config)
     launch = Launch.join()
     require_trainable(config.train, launch.share.world)
     with load_teacher(config, console) as teacher:
-        config = with_size(config, teacher.info)
+        gguf = find_gguf(config.teacher)
+        config = settle_beginning(with_size(config, teacher.info), teacher.info, gguf, console)
         judge_size(config, student_shape(config, teacher.info), teacher.info, console)
         stem = teacher_stem(config.teacher)
         folder = _choose(places.out, config, stem, launch)
@@ -88,14 +102,20 @@ def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
         store = open_store(teacher, corpus, recipe, StorePlace(places.store, folder.path.parent, stem))
 
         def capture() -> Source:
+            words, info = tokenizer_of(config.teacher), teacher.info
+            safety_data(
+                config, prompts, words, info
+            )  # a prompt that is too long is found now, not after hours
             with exclusive(store.folder, launch.share.rank):
                 reused = fill_store(teacher, corpus, store, console, launch.share)
                 if launch.first:
-                    keep_inheritance(teacher, find_gguf(config.teacher), store, console, launch.share)
+                    keep_inheritance(teacher, gguf, store, console, launch.share)
+                    labelled_prompts(config, prompts, teacher, store, console)
                 launch.wait()
             if not config.train.on_policy:
                 teacher.close()  # it is out of memory while the student trains
-            return Source(config, store, need_inheritance(store), reused, teacher)
+            safety = safety_data(config, labelled_prompts(config, prompts, None, store, console), words, info)
+            return Source(config, store, need_inheritance(store), reused, safety, gguf, teacher)
 
         _work_in(folder, config, _identity(teacher.info, store), capture, launch, console)
     return folder
@@ -117,9 +137,12 @@ def train_from_store(config: RunConfig, out: Path | None, console: Console) -> R
         )
     launch = Launch.join()
     require_trainable(config.train, launch.share.world)
+    prompts = read_safety_prompts(config)
     store, inheritance = open_full_store(Path(config.store))
     info = inheritance.info
     config = with_size(without_capture(config, store.manifest.recipe, console), info)
+    gguf = find_teacher(config.teacher.path, info)
+    config = settle_beginning(config, info, gguf, console)
     console.note(
         f"soft targets of {info.name}: {info.architecture}, {human_count(info.parameters)} parameters"
     )
@@ -127,7 +150,9 @@ def train_from_store(config: RunConfig, out: Path | None, console: Console) -> R
     folder = _choose(out, config, store.folder.resolve().name, launch)
     if not folder.finished:
         require_complete(store, console)
-    source = Source(config, store, inheritance, reused=True)
+    prompts = labelled_prompts(config, prompts, None, store, console)
+    safety = None if folder.finished else safety_data(config, prompts, inheritance.tokenizer, info)
+    source = Source(config, store, inheritance, True, safety, gguf)
     _work_in(folder, config, _identity(info, store), lambda: source, launch, console)
     return folder
 
@@ -168,12 +193,18 @@ def _work_in(
 def _make_student(source: Source, folder: RunFolder, launch: Launch, console: Console) -> None:
     """Train in all processes; export, prove, evaluate and write down in the first."""
     config, info, store = source.config, source.inheritance.info, source.store
-    data = TrainingData(store, split(store, config.data.held_out, config.seed), config.seed)
+    parts = split(store, config.data.held_out, config.seed)
+    data = TrainingData(store, parts, config.seed)
+    if source.safety is not None:
+        steps = len(data.batches(config.train.epochs, config.train.batch_size))
+        data = replace(data, prompts=source.safety.train, prompts_per_step=config.safety.per_step(steps))
     held_out = HeldOut([store.tokens(int(index)) for index in data.split.held_out], source.inheritance.lines)
-    student = new_student(student_shape(config, info), config.seed, source.inheritance.embeddings)
+    student = _begin(source, data, folder, launch, console)
     summary = _train(source, data, student, folder, console)
     if not launch.first:
         return
+    for_calibration, for_scores = halves(parts.held_out.tolist())
+    calibrate(student, source.safety, store, for_calibration)
     folder.write_held_out(held_out)
     name = f"{info.name} distilled {config.student.size} SO8T"
     tokenizer = metadata_entries(source.inheritance.tokenizer)
@@ -182,9 +213,23 @@ def _make_student(source: Source, folder: RunFolder, launch: Launch, console: Co
         names = ExportNames(name, {"teacher_name": info.name, "teacher_sha256": info.sha256})
         proof = export_proved(student, folder.gguf, config.export.quant, tokenizer, names, held_out)
         stage.finish(_describe_proof(proof, folder.gguf))
-    evaluation, speeds = _evaluate(source, data, folder, student, console)
-    outcome = Outcome(config, info, student, store, source.reused, summary, proof, evaluation, speeds)
+    untrained = _begin(source, data, folder, Launch(WHOLE), console)
+    evaluation, speeds = _evaluate(source, data, folder, {"before": untrained, "after": student}, console)
+    heads = _score_heads(source, folder, student, for_scores, console)
+    outcome = Outcome(config, info, student, store, source.reused, summary, proof, evaluation, speeds, heads)
     folder.write_results(build_results(outcome, folder.gguf.stat().st_size, console.seconds))
+    write_run_report(folder, console)
+    folder.beginning.unlink(missing_ok=True)
+
+
+def _begin(
+    source: Source, data: TrainingData, folder: RunFolder, launch: Launch, console: Console
+) -> SO8TForCausalLM:
+    """The student as training begins, from the teacher's weights on some of the training text where it can."""
+    train = data.split.train
+    some = train[np.linspace(0, len(train) - 1, min(len(train), BEGINNING_SEQUENCES)).astype(int)]
+    sequences = [source.store.tokens(int(index)) for index in some]
+    return begin(source.config, source.inheritance, source.gguf, sequences, folder.beginning, launch, console)
 
 
 def _train(
@@ -227,22 +272,22 @@ def _describe_proof(proof: Proof, path: Path) -> str:
 
 
 def _evaluate(
-    source: Source, data: TrainingData, folder: RunFolder, student: SO8TForCausalLM, console: Console
+    source: Source,
+    data: TrainingData,
+    folder: RunFolder,
+    students: dict[str, SO8TForCausalLM],
+    console: Console,
 ) -> tuple[Evaluation, dict[str, tuple[float, float]]]:
-    """Score untrained student, trained student and exported file against the teacher, or where the run has none
-    against its stored targets; time the files that are there."""
-    config, inheritance = source.config, source.inheritance
+    """Score ``students`` and the exported file against the teacher, or where the run has none against its stored
+    targets; time the files that are there."""
+    config = source.config
     indices = data.split.held_out.tolist()
     with (
         console.stage("Evaluate", total=len(indices)) as stage,
         GGUFTeacher(folder.gguf, gpu_layers=config.teacher.gpu_layers) as exported,
     ):
-        untrained = new_student(student_shape(config, inheritance.info), config.seed, inheritance.embeddings)
-        models = {
-            "before": student_scorer(untrained),
-            "after": student_scorer(student),
-            "exported": llama_scorer(exported),
-        }
+        models = {name: student_scorer(student) for name, student in students.items()}
+        models["exported"] = llama_scorer(exported)
         speeds = {}
         if config.store is None:
             with open_teacher(config.teacher) as teacher:
@@ -257,6 +302,22 @@ def _evaluate(
             f"KL {score.kl:.3f}, agreement {score.agreement:.1%} over {evaluation.positions} positions"
         )
     return evaluation, speeds
+
+
+def _score_heads(
+    source: Source, folder: RunFolder, student: SO8TForCausalLM, sequences: list[int], console: Console
+) -> dict[str, Any]:
+    """What the exported file's safety and verification head are worth, as ``results.json`` says it."""
+    heads = student.heads()
+    if heads.safety is None and heads.verification is None:
+        return {}
+    with (
+        console.stage("Score heads") as stage,
+        GGUFTeacher(folder.gguf, gpu_layers=source.config.teacher.gpu_layers) as exported,
+    ):
+        scores = score_heads(exported, heads, source.safety, source.store, sequences)
+        stage.finish(describe_scores(scores))
+    return heads_results(scores, heads, source.safety)
 
 
 def _speed(model: Teacher) -> tuple[float, float]:

@@ -15,12 +15,14 @@ from distill.capturing import largest_size, load_teacher, read_data, recipe_for
 from distill.config import RunConfig
 from distill.console import Console, human_bytes, human_count
 from distill.corpus import Corpus
-from distill.new_student import student_shape, student_size
+from distill.new_student import describe_parameters, student_shape, with_size
 from distill.objective import Batch, Objective
 from distill.schedule import build_optimizer
 from distill.training_module import choose_precision
-from students.builder import build_student, count_parameters
+from students.builder import StudentSize, build_student
+from students.config import SO8TConfig
 from students.model import SO8TForCausalLM
+from students.sizes import decoder_parameters
 from teachers.base import Teacher, Tokens
 from teachers.capture import fit_companion
 from teachers.records import Recipe, typed
@@ -42,7 +44,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take; times in seconds, sizes in bytes."""
+    """What a run will take; times in seconds, sizes in bytes; parameters as exported."""
 
     tokens: int
     store_bytes: int
@@ -63,19 +65,20 @@ def plan_run(config: RunConfig, console: Console) -> Plan:
     """
     with load_teacher(config, console) as teacher:
         info = teacher.info
+        config = with_size(config, info)
+        shape = student_shape(config, info)  # refused before anything is measured
         corpus = read_data(config, teacher, console)
         recipe = recipe_for(config.targets, teacher, console)
         with console.stage("Probe teacher") as stage:
             probe = _probe_teacher(teacher, corpus, recipe)
             stage.finish(f"{1 / probe.seconds_per_token:,.0f} tokens/s")
-    shape = student_shape(config, info)
     with console.stage("Probe student") as stage:
         student = build_student(shape, config.seed)
         step_seconds = _probe_student(student, probe.batch, config)
         trained = psutil.Process().memory_info().rss
         stage.finish(f"{probe.batch.count() / step_seconds:,.0f} tokens/s")
-    plan = _combine(config, corpus, recipe, teacher, probe, count_parameters(shape), step_seconds, trained)
-    _print(plan, recipe, str(student_size(config, info)), teacher, console)
+    plan = _combine(config, corpus, recipe, teacher, probe, decoder_parameters(shape), step_seconds, trained)
+    _print(plan, recipe, shape, teacher, console)
     return plan
 
 
@@ -152,7 +155,8 @@ def _combine(
     )
 
 
-def _print(plan: Plan, recipe: Recipe, size: str, teacher: Teacher, console: Console) -> None:
+def _print(plan: Plan, recipe: Recipe, shape: SO8TConfig, teacher: Teacher, console: Console) -> None:
+    size = StudentSize(shape.hidden_size, shape.num_hidden_layers)
     table = Table(
         title=f"{teacher.info.name} → {size} SO8T: what a run takes", title_justify="left", show_header=False
     )
@@ -163,12 +167,27 @@ def _print(plan: Plan, recipe: Recipe, size: str, teacher: Teacher, console: Con
         ("disk", f"about {human_bytes(plan.store_bytes)}, at most {human_bytes(plan.store_limit)}"),
         ("capture", f"about {human_time(plan.capture_seconds)}"),
         ("teacher's memory", human_bytes(plan.teacher_memory)),
-        ("student", f"{human_count(plan.parameters)} parameters"),
+        ("student", describe_parameters(shape, teacher.info)),
+        *describe_shape(shape),
         ("training", f"{plan.steps:,} steps, about {human_time(plan.train_seconds)}"),
         ("training's memory", human_bytes(plan.train_memory)),
     ):
         table.add_row(name, value)
     console.rich.print(table)
+
+
+def describe_shape(shape: SO8TConfig) -> list[tuple[str, str]]:
+    """The student's shape in words, as rows of a table."""
+    matrices = "one matrix" if shape.tie_word_embeddings else "two matrices"
+    return [
+        ("width, layers", f"{shape.hidden_size}, {shape.num_hidden_layers}"),
+        ("heads", f"{shape.num_attention_heads}"),
+        ("key/value heads", f"{shape.num_key_value_heads}"),
+        ("head width", f"{shape.head_dim}"),
+        ("feed-forward width", f"{shape.intermediate_size}"),
+        ("context", f"{shape.max_position_embeddings:,} tokens"),
+        ("embedding and output", f"{matrices}, {shape.vocab_size:,} tokens"),
+    ]
 
 
 def human_time(seconds: float) -> str:

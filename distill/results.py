@@ -22,6 +22,7 @@ from distill.errors import UserError
 from distill.evaluate import STORED_TARGETS, Evaluation, perplexity
 from distill.prove import Proof
 from distill.run_folder import RunFolder
+from distill.verification import CASCADE_GOAL
 from students.export import rotation_figures
 from students.model import SO8TForCausalLM
 from teachers.base import TeacherInfo
@@ -30,7 +31,8 @@ from teachers.store import SoftTargetStore
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything the stages of a run found. ``speeds``: prompt and generation tokens per second."""
+    """Everything the stages of a run found. ``speeds``: prompt and generation tokens per second. ``heads``: see
+    ``distill.heads.heads_results``."""
 
     config: RunConfig
     teacher: TeacherInfo
@@ -41,6 +43,7 @@ class Outcome:
     proof: Proof
     evaluation: Evaluation
     speeds: dict[str, tuple[float, float]]
+    heads: dict[str, Any]
 
 
 def build_results(outcome: Outcome, file_bytes: int, seconds: dict[str, float]) -> dict[str, Any]:
@@ -74,6 +77,7 @@ def build_results(outcome: Outcome, file_bytes: int, seconds: dict[str, float]) 
             "held_out": [{"step": step, **asdict(score)} for step, score in training.scores],
         },
         "evaluation": _evaluation(outcome.evaluation),
+        "heads": outcome.heads,
         "proof": outcome.proof.to_json(),
         "rotations": rotation_figures(outcome.student),
         "tokens_per_second": {
@@ -143,6 +147,7 @@ def _table(results: dict[str, Any]) -> Table:
         f"{teacher['file_bytes'] / student['file_bytes']:.1f}× smaller ({student['quant']})",
     )
     _add_scores(table, results["evaluation"])
+    _add_heads(table, results.get("heads", {}))
     for kind, words in (("generation", "writing"), ("prompt", "reading")):
         _add_speed(table, f"llama.cpp, {words} (tokens/s)", results["tokens_per_second"], kind)
     return table
@@ -175,6 +180,30 @@ def _add_scores(table: Table, evaluation: dict[str, Any]) -> None:
     )
 
 
+def _add_heads(table: Table, heads: dict[str, Any]) -> None:
+    """Rows of the safety and the verification head, where the student has them."""
+    if "safety" in heads:
+        test = heads["safety"]["test"]
+        shown = [test[name] for name in ("refuse_recall", "escalate_precision", "allow_precision")]
+        table.add_row(
+            "refuse recall, escalate and allow precision",
+            "",
+            " · ".join("–" if value is None else f"{value:.1%}" for value in shown),
+            f"{test['prompts']} held-out prompts, labels: {escape(heads['safety']['labels_from'])}",
+        )
+    if "verification" in heads:
+        found = heads["verification"]
+        asked = next(point for point in found["cascade"] if point["agreement"] >= CASCADE_GOAL)
+        known = "–" if found["auroc"] is None else f"AUROC {found['auroc']:.3f}"
+        table.add_row(
+            "knows where it agrees with the teacher",
+            "",
+            known,
+            f"calibration error {found['calibration_error']:.3f}; {CASCADE_GOAL:.0%} agree where the teacher answers "
+            f"{asked['escalated']:.0%}",
+        )
+
+
 def _add_speed(table: Table, title: str, speeds: dict[str, dict[str, float]], kind: str) -> None:
     student = speeds["student"][kind]
     if "teacher" not in speeds:  # it was not here to be measured
@@ -186,8 +215,10 @@ def _add_speed(table: Table, title: str, speeds: dict[str, dict[str, float]], ki
 
 def _print_files(folder: RunFolder, console: Console) -> None:
     file = shlex.quote(str(folder.gguf))
+    again = f"{_program()} report {shlex.quote(str(folder.path))}"
     for title, text in (
         ("Files", f"{folder.gguf}   (everything of the run: {folder.path})"),
+        ("Report", str(folder.report) if folder.report.exists() else again),
         ("Chat", f"{_program()} chat {file}"),
         ("Elsewhere", f"llama-cli -m {file}"),
     ):

@@ -1,8 +1,9 @@
 """A run's folder: what is in it, whose it is, and reading it back.
 
 ``config.json`` (as resolved), ``identity.json`` (teacher and soft targets), ``metrics.jsonl``,
-``checkpoints/``, ``student/`` (PyTorch weights and ``tokenizer.gguf``), ``held_out.json``, ``student.gguf``,
-and last ``results.json``: a folder with results is a finished run.
+``beginning.safetensors`` (weights that training begins at, until the run is finished), ``checkpoints/``, ``student/``
+(PyTorch weights and ``tokenizer.gguf``), ``held_out.json``, ``student.gguf``,
+and last ``results.json``: a folder with results is a finished run. ``report.html`` shows all of it.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class RunFolder:
         self.student = path / "student"
         self.tokenizer = self.student / "tokenizer.gguf"
         self.gguf = path / "student.gguf"
+        self.beginning = path / "beginning.safetensors"
+        self.report = path / "report.html"
 
     @property
     def finished(self) -> bool:
@@ -80,7 +83,7 @@ class RunFolder:
             self._write(self.config_file, config.model_dump(mode="json"))
             self._write(self.identity_file, identity)
             return
-        found = self._read(self.identity_file)
+        found = self.read_json(self.identity_file)
         for key, value in identity.items():
             if found.get(key) != value:
                 raise UserError(
@@ -99,7 +102,7 @@ class RunFolder:
 
     def read_identity(self) -> dict[str, str]:
         """What ``claim`` recorded."""
-        return {key: str(value) for key, value in self._read(self.identity_file).items()}
+        return {key: str(value) for key, value in self.read_json(self.identity_file).items()}
 
     def read_config(self) -> RunConfig:
         """The run's configuration.
@@ -109,7 +112,7 @@ class RunFolder:
         """
         if not self.config_file.exists():
             raise UserError(f"{self.path} is not a run's folder: it has no config.json")
-        return parse_config(self._read(self.config_file), f" in {self.config_file}")
+        return parse_config(self.read_json(self.config_file), f" in {self.config_file}")
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Write ``results.json``, which finishes the run."""
@@ -124,7 +127,7 @@ class RunFolder:
 
     def read_results(self) -> dict[str, Any]:
         """What ``write_results`` wrote."""
-        return self._read(self.results_file)
+        return self.read_json(self.results_file)
 
     def write_held_out(self, held_out: HeldOut) -> None:
         """Keep the held-out sequences, so that a later export can be proved without the store."""
@@ -141,7 +144,7 @@ class RunFolder:
         Raises:
             UserError: missing or damaged, or a token beyond the vocabulary.
         """
-        content = self._read(self.held_out_file)
+        content = self.read_json(self.held_out_file)
         try:
             sequences = [_tokens(ids, vocab_size) for ids in content["sequences"]]
             tokens = [_tokens(ids, vocab_size) for ids in content["text_tokens"]]
@@ -154,7 +157,12 @@ class RunFolder:
     def _write(self, path: Path, content: Any) -> None:
         write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
-    def _read(self, path: Path) -> dict[str, Any]:
+    def read_json(self, path: Path) -> dict[str, Any]:
+        """One of the run's JSON files.
+
+        Raises:
+            UserError: missing or damaged.
+        """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:

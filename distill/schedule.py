@@ -13,12 +13,23 @@ BETAS = (0.9, 0.95)
 # The matrices of layers and projectors. Rotations live on a group where decay would pull both towards the identity
 # (and towards commuting); norms and embeddings do not gain from decay.
 DECAYED = ("_proj.weight",)
+HEADS = ("safety_head", "verification_head")
 PROJECTORS = "objective.hidden.projectors."  # after "module." where DDP has wrapped the training module
 
 
 def peak_learning_rate(config: TrainConfig, width: int) -> float:
     """The configured peak, or 0.5 / width: Adam's best step shrinks with the width (Yang et al. 2022)."""
     return config.learning_rate or 0.5 / width
+
+
+def parameter_groups(module: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The parameters of a training module whose gradients are clipped together: those of the safety and verification
+    heads, where there are any, and all others."""
+    groups: dict[str, list[nn.Parameter]] = {"student's": [], "heads'": []}
+    for name, parameter in module.named_parameters():
+        of_head = any(part in HEADS for part in name.split("."))
+        groups["heads'" if of_head else "student's"].append(parameter)
+    return {name: parameters for name, parameters in groups.items() if parameters}
 
 
 def decays(name: str) -> bool:

@@ -8,6 +8,7 @@ from distill.config import TeacherConfig
 from distill.errors import UserError
 from teachers import example_teacher
 from teachers.base import Teacher
+from teachers.gguf_file import Field, read_gguf, tokenizer_fields
 from teachers.gguf_teacher import GGUFTeacher
 
 
@@ -25,6 +26,17 @@ def teacher_stem(config: TeacherConfig) -> str:
 def find_gguf(config: TeacherConfig) -> Path | None:
     """The GGUF file whose tokenizer and embeddings the student takes: the first of the teachers that is one."""
     return next((path for path in teacher_paths(config) if not path.is_dir()), None)
+
+
+def tokenizer_of(config: TeacherConfig) -> dict[str, Field]:
+    """The tokenizer that the student takes, as GGUF metadata.
+
+    Raises:
+        TeacherFileError: the file is damaged.
+    """
+    path = find_gguf(config)
+    assert path is not None, "see require_gguf"
+    return tokenizer_fields(read_gguf(path))
 
 
 def require_gguf(config: TeacherConfig) -> None:

@@ -7,11 +7,12 @@ of the optimizer's memory and time: most of it where data is short and the vocab
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,23 +36,24 @@ class UsedRows(nn.Module):
         return F.embedding(self.places[ids], self.weight)
 
 
-def used_tokens(store: SoftTargetStore) -> Tensor:
-    """The tokens that occur in a store, ascending; 0 among them, which stands for padding."""
+def used_tokens(store: SoftTargetStore, prompts: Iterable[NDArray[np.int32]] = ()) -> Tensor:
+    """The tokens that occur in a store or in ``prompts``, ascending; 0 among them, which stands for padding."""
     seen = np.zeros(int(store.manifest.identity["vocab_size"]), dtype=bool)
     seen[0] = True
     for index in range(len(store)):
         seen[store.tokens(index)] = True
+    for tokens in prompts:
+        seen[tokens] = True
     return torch.from_numpy(np.flatnonzero(seen))
 
 
 @contextmanager
-def only_used_rows(student: SO8TForCausalLM, store: SoftTargetStore) -> Iterator[None]:
-    """Leave out, meanwhile, the rows of an untied student's input embedding that the store never looks up."""
+def only_used_rows(student: SO8TForCausalLM, used: Tensor) -> Iterator[None]:
+    """Leave out, meanwhile, the rows of an untied student's input embedding that are not among ``used``."""
     whole = student.model.embed_tokens
     if student.config.tie_word_embeddings or not isinstance(whole, nn.Embedding):
         yield
         return
-    used = used_tokens(store)
     rows = UsedRows(whole, used)
     student.model.embed_tokens = rows  # type: ignore[assignment]
     try:

@@ -22,6 +22,7 @@ from torch import Tensor
 from students import so8
 from students.fold import fold
 from students.gguf_names import to_gguf_name
+from students.heads import head_values
 from students.model import SO8TForCausalLM
 
 QUANTS = {
@@ -131,12 +132,28 @@ def _add_metadata(writer: GGUFWriter, student: SO8TForCausalLM, quant: str, name
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.attention_width != config.hidden_size:  # else it is what every reader takes them to be
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     for key, value in names.origin.items():
         writer.add_string(f"so8t.{key}", value)
+    _add_heads(writer, student)
     for key, number in rotation_figures(student).items():
         writer.add_float32(f"so8t.{key}", number)
+
+
+def _add_heads(writer: GGUFWriter, student: SO8TForCausalLM) -> None:
+    """The heads as ``so8t.*`` keys, which llama.cpp carries along without reading them."""
+    for key, value in head_values(student.heads()).items():
+        if isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            element = GGUFValueType.STRING if isinstance(value[0], str) else GGUFValueType.FLOAT32
+            writer.add_key_value(key, value, GGUFValueType.ARRAY, element)
 
 
 def rotation_figures(student: SO8TForCausalLM) -> dict[str, float]:

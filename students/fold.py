@@ -16,6 +16,7 @@ from students import so8
 from students.model import SO8TForCausalLM
 
 MAX_ORTHOGONALITY_ERROR = 1e-5
+HEADS = ("safety_head.", "verification_head.")  # they stand beside the graph, under keys of their own
 _GATE = re.compile(r"model\.layers\.(\d+)\.self_attn\.gate\.(safety|command)")
 
 
@@ -41,7 +42,7 @@ def fold(student: SO8TForCausalLM) -> dict[str, Tensor]:
     state = {
         name: tensor.detach().clone()
         for name, tensor in student.state_dict().items()
-        if not _GATE.fullmatch(name)
+        if not _GATE.fullmatch(name) and not name.startswith(HEADS)
     }
     if student.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
@@ -71,6 +72,7 @@ def to_llama(student: SO8TForCausalLM) -> LlamaForCausalLM:
             num_hidden_layers=config.num_hidden_layers,
             num_attention_heads=config.num_attention_heads,
             num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
             intermediate_size=config.intermediate_size,
             max_position_embeddings=config.max_position_embeddings,
             rms_norm_eps=config.rms_norm_eps,

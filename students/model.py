@@ -1,7 +1,7 @@
 """The whole SO8T decoder: a Llama whose attention output passes through two exact SO(8) rotations.
 
 Letters: B batch, T tokens, V vocabulary, D width, H heads, K key/value heads, W head width, G = 8,
-N = D / G blocks. In every layer the attention output x is gated as y = R_cmd · (R_safe · x); both
+N = H·W / G blocks. In every layer the attention output x is gated as y = R_cmd · (R_safe · x); both
 rotations are applied to the output projection once per step (W_o · blockdiag(R_cmd R_safe)), so a gate
 costs nothing per token, and folding it away at export is exact.
 """
@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from students import so8
 from students.config import SO8TConfig
+from students.heads import Heads, SafetyHead, VerificationHead
 
 SHORT_ON_CPU = (
     256  # tokens up to which attention is computed without a fused kernel on a CPU (docs/benchmarks.md)
@@ -113,15 +114,15 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         width, key_width = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(width, width, bias=False)
+        self.q_proj = nn.Linear(width, config.attention_width, bias=False)
         self.k_proj = nn.Linear(width, key_width, bias=False)
         self.v_proj = nn.Linear(width, key_width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(config.attention_width, width, bias=False)
         self.gate = SO8Gate(config.num_blocks)
         self.grouped = config.num_key_value_heads != config.num_attention_heads
 
     def gated_output_weight(self, rotations: Tensor) -> Tensor:
-        """W_o · blockdiag(R_cmd R_safe) ``[D, D]`` in float32, from ``rotations [2, N, 8, 8]``."""
+        """W_o · blockdiag(R_cmd R_safe) ``[D, H·W]`` in float32, from ``rotations [2, N, 8, 8]``."""
         with so8.full_precision(rotations):
             return so8.rotate_columns(self.o_proj.weight, rotations[1] @ rotations[0])
 
@@ -141,7 +142,7 @@ class Attention(nn.Module):
         mixed = attend(query, key, value, mask, causal, self.grouped)
         rotations = self.gate()
         weight = self.gated_output_weight(rotations).to(self.o_proj.weight.dtype)
-        return F.linear(mixed.transpose(1, 2).reshape(x.shape), weight), rotations
+        return F.linear(mixed.transpose(1, 2).flatten(2), weight), rotations
 
 
 class FeedForward(nn.Module):
@@ -201,6 +202,12 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = SO8TModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Last, and with nothing drawn yet, so that the other weights of a seed are the same with and without them.
+        with torch.random.fork_rng(devices=[]):
+            if config.safety_head:
+                self.safety_head = SafetyHead(config.hidden_size)
+            if config.verification_head:
+                self.verification_head = VerificationHead(config.hidden_size)
         self.post_init()
 
     @torch.no_grad()
@@ -209,6 +216,8 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin):
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, SO8Gate):
             nn.init.normal_(module.safety, std=self.config.rotation_init_std)
             nn.init.normal_(module.command, std=self.config.rotation_init_std)
@@ -275,6 +284,16 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin):
     def rotations(self) -> Tensor:
         """The rotations as the parameters stand now, ``[L, 2, N, 8, 8]``: R_safe (0) and R_cmd (1)."""
         return torch.stack([gate() for gate in self.gates()])
+
+    def heads(self) -> Heads:
+        """The safety and the verification head, as far as this student has them, with their thresholds."""
+        refuse, allow = self.config.decision_thresholds
+        return Heads(
+            self.safety_head if self.config.safety_head else None,
+            self.verification_head if self.config.verification_head else None,
+            (refuse, allow),
+            self.config.trust,
+        )
 
     def gates(self) -> list[SO8Gate]:
         """The gate of every layer, in order."""

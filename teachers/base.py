@@ -28,11 +28,60 @@ class Sampling:
     seed: int = 0
 
 
+MOST = 1 << 20  # heads or widths that a real model may have
+ROTARY_BASES = (1.0, 1e12)
+NORM_EPSILONS = (1e-30, 0.1)
+
+
+@dataclass(frozen=True)
+class TeacherShape:
+    """The proportions of a teacher's layers, all of which have the same; ``None`` where they are not known."""
+
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_width: int | None = None
+    ffn_width: int | None = None
+    rope_theta: float | None = None
+    rms_norm_eps: float | None = None
+
+    @classmethod
+    def believed(
+        cls,
+        *,
+        heads: object = None,
+        kv_heads: object = None,
+        head_width: object = None,
+        ffn_width: object = None,
+        rope_theta: object = None,
+        rms_norm_eps: object = None,
+    ) -> TeacherShape:
+        """A shape from values of an untrusted file; what no model has (or has per layer) counts as not known."""
+        return cls(
+            heads=_count(heads),
+            kv_heads=_count(kv_heads),
+            head_width=_count(head_width),
+            ffn_width=_count(ffn_width),
+            rope_theta=_within(rope_theta, ROTARY_BASES),
+            rms_norm_eps=_within(rms_norm_eps, NORM_EPSILONS),
+        )
+
+
+def _count(value: object) -> int | None:
+    return value if type(value) is int and 1 <= value <= MOST else None
+
+
+def _within(value: object, bounds: tuple[float, float]) -> float | None:
+    if type(value) not in (int, float):  # a bool is an int to isinstance
+        return None
+    assert isinstance(value, (int, float))
+    return float(value) if bounds[0] <= value <= bounds[1] else None
+
+
 @dataclass(frozen=True)
 class TeacherInfo:
     """Facts about a teacher; token ids it does not have are ``None``.
 
-    ``end_tokens``: the tokens with which it ends its turn.
+    ``end_tokens``: the tokens with which it ends its turn. ``shape``: of its layers, as far as it is known.
     """
 
     name: str
@@ -50,6 +99,7 @@ class TeacherInfo:
     chat_template: str | None
     sha256: str
     tokenizer_sha256: str
+    shape: TeacherShape = TeacherShape()
 
 
 Self = TypeVar("Self")

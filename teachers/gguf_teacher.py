@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from gguf import GGUFValueType
 from numpy.typing import NDArray
 
-from teachers.base import Floats, Progress, Sampling, TeacherInfo, Tokens, speak_then_score
+from teachers.base import Floats, Progress, Sampling, TeacherInfo, TeacherShape, Tokens, speak_then_score
 from teachers.gguf_file import GGUFFile, file_sha256, read_gguf, tokenizer_sha256
 from teachers.records import Recipe
 from teachers.sketch import Basis
@@ -26,6 +27,29 @@ def readable(value: object, default: str) -> str:
     if not isinstance(value, str) or not value.strip():
         return default
     return value.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def shape_in(file: GGUFFile, width: int) -> TeacherShape:
+    """What the metadata of a model of ``width`` says of its layers' shape; keys and defaults are llama.cpp's."""
+
+    def stated(key: str, default: object = None) -> object:
+        field = file.fields.get(f"{file.architecture}.{key}")
+        if field is None:
+            return default
+        # The decimal that was written: 1e-05, not 9.999999747378752e-06.
+        return float(str(np.float32(field.value))) if field.type == GGUFValueType.FLOAT32 else field.value
+
+    heads = stated("attention.head_count")
+    even = width // heads if type(heads) is int and heads > 0 and width % heads == 0 else None
+    head_width = stated("attention.key_length", even)
+    return TeacherShape.believed(
+        heads=heads,
+        kv_heads=stated("attention.head_count_kv", heads),
+        head_width=head_width if stated("attention.value_length", even) == head_width else None,
+        ffn_width=stated("feed_forward_length"),
+        rope_theta=stated("rope.freq_base", 10000.0),
+        rms_norm_eps=stated("attention.layer_norm_rms_epsilon"),
+    )
 
 
 def _quiet(done: int) -> None:
@@ -68,6 +92,7 @@ class GGUFTeacher:
             chat_template=template if isinstance(template, str) else None,
             sha256=file_sha256(self.file.path),
             tokenizer_sha256=tokenizer_sha256(self.file),
+            shape=shape_in(self.file, said["width"]),
         )
 
     @property
@@ -149,9 +174,12 @@ class GGUFTeacher:
             arrays |= basis.arrays(name)
         return self.worker.ask("score", {"recipe": recipe.to_json()}, arrays, progress)[1]
 
-    def states(self, sequences: Sequence[Tokens], layers: Sequence[int] = ()) -> Mapping[str, Floats]:
-        """See ``Teacher.states``."""
-        arrays = self.worker.ask("states", {"layers": list(layers)}, pack_ragged(sequences, "tokens"))[1]
+    def states(
+        self, sequences: Sequence[Tokens], layers: Sequence[int] = (), *, exact: bool = False
+    ) -> Mapping[str, Floats]:
+        """See ``Teacher.states``; ``exact`` uses a float32 KV cache without flash attention."""
+        request = {"layers": list(layers), "exact": exact}
+        arrays = self.worker.ask("states", request, pack_ragged(sequences, "tokens"))[1]
         return {name: values.astype(np.float32, copy=False) for name, values in arrays.items()}
 
     def output_rows(self, start: int, stop: int) -> Floats:
@@ -160,6 +188,13 @@ class GGUFTeacher:
             raise ValueError(f"{self.file.path}: its output layer has a bias besides the matrix")
         name = "output.weight" if "output.weight" in self.file.tensors else "token_embd.weight"
         return self.file.rows(name, start, stop)
+
+    def last_states(self, prompts: Sequence[Tokens]) -> Floats:
+        """The final hidden state of each prompt's last token, exactly computed, ``[P, D]``; prompts of ≥ 1 token."""
+        # What follows a sequence's last token is never computed, so each gets one more, which nothing looks at.
+        longer = [np.append(tokens, tokens[-1]).astype(np.int32) for tokens in prompts]
+        states = self.states(longer, exact=True)["final"]
+        return states[np.cumsum([len(tokens) for tokens in prompts]) - 1]
 
     def logits(self, sequences: Sequence[Tokens], *, exact: bool = False) -> NDArray[np.float32]:
         """See ``Teacher.logits``."""

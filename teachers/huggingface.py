@@ -18,7 +18,7 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
-from teachers.base import Floats, Progress, Sampling, TeacherInfo, Tokens, speak_then_score
+from teachers.base import Floats, Progress, Sampling, TeacherInfo, TeacherShape, Tokens, speak_then_score
 from teachers.gguf_file import TeacherFileError
 from teachers.huggingface_folder import TOKENIZER, ModelFolder, check_folder, load_model, load_tokenizer
 from teachers.huggingface_model import LoadedModel, batches, require_finite
@@ -36,6 +36,21 @@ _ANCHOR = "a"
 
 def _quiet(done: int) -> None:
     """Progress that nobody watches."""
+
+
+def _shape(config: Any) -> TeacherShape:
+    """What a model's configuration says of its layers' shape, by the names that Llama-like models give it."""
+    heads = getattr(config, "num_attention_heads", None)
+    even = config.hidden_size // heads if type(heads) is int and heads > 0 else None
+    rotary = getattr(config, "rope_parameters", None)
+    return TeacherShape.believed(
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_width=getattr(config, "head_dim", None) or even,
+        ffn_width=getattr(config, "intermediate_size", None),
+        rope_theta=rotary.get("rope_theta") if isinstance(rotary, dict) else None,
+        rms_norm_eps=getattr(config, "rms_norm_eps", None),
+    )
 
 
 class HuggingFaceTeacher:
@@ -90,6 +105,7 @@ class HuggingFaceTeacher:
             chat_template=template,
             sha256=self.folder.sha256(load_in_4bit=self.load_in_4bit),
             tokenizer_sha256=digest.hexdigest(),
+            shape=_shape(config),
         )
 
     def _special_tokens(self) -> tuple[int | None, int | None, tuple[int, ...]]:

@@ -15,7 +15,7 @@ import numpy as np
 from gguf import GGUFValueType
 from numpy.typing import NDArray
 
-from teachers.base import Teacher, TeacherInfo, Tokens
+from teachers.base import Teacher, TeacherInfo, TeacherShape, Tokens
 from teachers.embeddings import principal_scores
 from teachers.gguf_file import Field, GGUFFile, tokenizer_fields
 from teachers.soft_targets import Arrays
@@ -143,7 +143,11 @@ def first_sequences(sequences: Iterable[Tokens], count: int, total: int) -> list
 
 
 def _info(content: dict[str, Any]) -> TeacherInfo:
-    info = TeacherInfo(**content | {"end_tokens": tuple(content["end_tokens"])})
+    stated = content.get("shape", {})  # stores made before it was kept have none
+    shape = TeacherShape.believed(**stated)
+    if asdict(shape) != asdict(TeacherShape()) | stated:
+        raise ValueError(f"a shape that no teacher has, {stated}")
+    info = TeacherInfo(**content | {"end_tokens": tuple(content["end_tokens"]), "shape": shape})
     if any(type(getattr(info, name)) is not int or getattr(info, name) < 1 for name in COUNTS):
         raise ValueError(f"facts {[(name, getattr(info, name)) for name in COUNTS]}")
     return info

@@ -117,7 +117,8 @@ class Server:
         from teachers.llama_cpp import ContextShape
         from teachers.scoring import Scorer, as_arrays
 
-        shape = ContextShape(1, 1, logits=False, states=True, layers=tuple(request["layers"]))
+        layers = tuple(request["layers"])
+        shape = ContextShape(1, 1, exact=request["exact"], logits=False, states=True, layers=layers)
         return {}, Scorer(unpack_ragged(arrays, "tokens"), shape).run(self, as_arrays)
 
     def logits(self, request: dict[str, Any], arrays: Arrays) -> Answer:

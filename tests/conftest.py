@@ -40,7 +40,13 @@ def shared_file(name: str) -> Path:
 
 
 def make_student(
-    width: int = 32, layers: int = 2, vocab_size: int = 96, seed: int = 0, *, tied: bool = True
+    width: int = 32,
+    layers: int = 2,
+    vocab_size: int = 96,
+    seed: int = 0,
+    *,
+    tied: bool = True,
+    heads: bool = False,
 ) -> SO8TForCausalLM:
     """A small student with lively weights, so that differences between computations show."""
     config = student_config(
@@ -51,11 +57,12 @@ def make_student(
         bos=0,
         eos=1,
     )
+    config.safety_head = config.verification_head = heads
     student = build_student(config, seed).eval()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
-            if "gate." in name:
+            if "gate." in name or ("_head." in name and parameter.ndim == 1):
                 parameter.normal_(generator=generator)
             elif parameter.ndim == 2:
                 parameter.mul_(4.0)

@@ -169,6 +169,9 @@ def test_micro_batches_divide_a_step_among_processes(count: int, parts: int, wor
     assert sorted(counted) == indices
     assert len({len(rank) for rank in found}) == 1 and len(found[0]) <= parts
     assert all(part.indices for rank in found for part in rank)
+    places = sorted(part.place for rank in found for part in rank if part.counts)
+    assert places == list(range(len(places)))
+    assert {part.places for rank in found for part in rank} == {len(places)}
 
 
 def rates(config: TrainConfig, steps: int) -> list[float]:

@@ -36,6 +36,9 @@ RUNS = {
     "micro": RUN | {"batch_size": 8, "epochs": 3, "accumulation": 4},
     "ragged": RUN | {"batch_size": 3, "accumulation": 2},  # in each step a process has one sequence, not two
     "single": RUN | {"batch_size": 1, "epochs": 1},  # one process has none at all
+    "heads": RUN | {"batch_size": 8, "heads": True},
+    "heads-micro": RUN | {"batch_size": 8, "accumulation": 4, "heads": True},
+    "heads-single": RUN | {"batch_size": 1, "epochs": 1, "heads": True},
     "checkpointed": RUN | {"gradient_checkpointing": True},
     "stopped": RUN | {"learning_rate": 0.1, "evaluations": 11, "patience": 2},
 }
@@ -109,6 +112,7 @@ def test_two_processes_learn_what_one_does(several: Path, one: Path, name: str) 
 def test_parts_of_a_step_do_not_matter(several: Path, one: Path) -> None:
     """Eight sequences at once in one process, or one by one in two."""
     assert_same_run(several / "micro", one / "whole")
+    assert_same_run(several / "heads-micro", one / "heads")
 
 
 def test_two_processes_continue_what_one_began(several: Path, one: Path) -> None:

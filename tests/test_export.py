@@ -14,7 +14,7 @@ from distill.errors import ProofFailed
 from distill.exporting import export_proved, tokenizer_entries
 from distill.prove import TokenizedLines, prove
 from distill.run_folder import HeldOut
-from students.builder import StudentSize, build_student, student_config
+from students.builder import ChosenShape, StudentSize, build_student, student_config
 from students.export import ExportError, ExportNames, permute_for_rope, write_gguf
 from students.gguf_names import from_gguf_name
 from teachers import example_teacher
@@ -69,6 +69,52 @@ def test_llama_cpp_computes_what_pytorch_computes(
     proof = export_proved(student, tmp_path / "s.gguf", quant, tokenizer, NAMES, held_out(vocab_size))  # type: ignore[arg-type]
     assert proof.max_logit_difference <= difference and proof.mean_kl <= kl and proof.positions == 92
     assert [path.name for path in tmp_path.iterdir()] == ["s.gguf"]
+
+
+@pytest.mark.parametrize(("quant", "difference"), [("f32", 1e-4), ("q8_0", 1.0)])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_width"), [(4, 2, 32), (8, 8, 4), (2, 1, 36)])
+def test_heads_of_their_own_width_in_llama_cpp(
+    tmp_path: Path,
+    tokenizer: dict,
+    vocab_size: int,
+    quant: str,
+    difference: float,
+    heads: int,
+    kv_heads: int,
+    head_width: int,
+) -> None:
+    """Heads that are together wider or narrower than the model: the file says so, and every reader follows."""
+    config = student_config(
+        StudentSize(64, 2),
+        vocab_size=vocab_size,
+        context_length=128,
+        chosen=ChosenShape(heads=heads, kv_heads=kv_heads, head_width=head_width),
+    )
+    student = build_student(config, 1).eval()
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if ".gate." in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(2))
+            elif parameter.ndim == 2:
+                parameter.mul_(4.0)
+    path, held = tmp_path / "s.gguf", held_out(vocab_size)
+    proof = export_proved(student, path, quant, tokenizer, NAMES, held)  # type: ignore[arg-type]
+    assert proof.max_logit_difference <= difference and proof.positions == 92
+    keys = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    assert [read_gguf(path).value(f"llama.{key}") for key in keys] == [head_width] * 3
+    if quant == "f32":
+        llama = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="s.gguf", dtype=torch.float32).eval()
+        tokens = torch.from_numpy(held.sequences[0].astype(np.int64))[None]
+        with torch.no_grad():
+            assert (llama(tokens).logits - student(tokens).logits).abs().max() <= 1e-3
+
+
+def test_ordinary_files_say_nothing_of_head_widths(tmp_path: Path, tokenizer: dict, vocab_size: int) -> None:
+    """Where the heads fill the width, every reader's default holds and the files stay what they were."""
+    write_gguf(make_student(64, 1, vocab_size), tmp_path / "s.gguf", "f32", tokenizer, NAMES)
+    file = read_gguf(tmp_path / "s.gguf")
+    assert not [key for key in file.fields if key.endswith(("key_length", "value_length"))]
+    assert file.value("llama.rope.dimension_count") == 16
 
 
 def test_another_model_fails_the_proof(tmp_path: Path, tokenizer: dict, vocab_size: int) -> None:

@@ -46,10 +46,10 @@ def swap_rotations(student: SO8TForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("layers", [1, 3])
-def test_folded_llama_equals_the_gated_student(tied: bool, layers: int) -> None:
+@pytest.mark.parametrize(("layers", "head_dim"), [(1, None), (3, None), (2, 2), (2, 10)])
+def test_folded_llama_equals_the_gated_student(tied: bool, layers: int, head_dim: int | None) -> None:
     """transformers' own Llama, without any gate, gives the same logits: 1e-4 asked, 2e-5 held."""
-    student, ids = grouped_student(layers=layers, tied=tied), drawn_ids(3, 12)
+    student, ids = grouped_student(layers=layers, tied=tied, head_dim=head_dim), drawn_ids(3, 12)
     difference = (logits_of(to_llama(student), ids) - logits_of(student, ids)).abs()
     assert float(logits_of(student, ids).abs().max()) > 1.0
     assert float(difference.max()) <= 2e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,9 @@ LAYER_NAMES = (
 )
 
 
-def grouped_student(seed: int = 0, layers: int = 2, tied: bool = True) -> SO8TForCausalLM:
+def grouped_student(
+    seed: int = 0, layers: int = 2, tied: bool = True, head_dim: int | None = None
+) -> SO8TForCausalLM:
     """A student with fewer key/value than query heads and every parameter lively, norms too."""
     config = SO8TConfig(
         vocab_size=40,
@@ -46,6 +49,7 @@ def grouped_student(seed: int = 0, layers: int = 2, tied: bool = True) -> SO8TFo
         rope_theta=50.0,
         initializer_range=0.3,
         rotation_init_std=1.0,
+        head_dim=head_dim,
         tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=None,
@@ -96,9 +100,9 @@ def gated(x: Array, safety: Array, command: Array) -> Array:
 
 
 def attended(x: Array, w: dict[str, Array], at: str, config: SO8TConfig) -> Array:
-    """Mixed values of all heads ``[T, D]``, before gate and output projection."""
+    """Mixed values of all heads ``[T, H·W]``, before gate and output projection."""
     width, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
-    out = np.zeros_like(x)
+    out = np.zeros((len(x), width * config.num_attention_heads))
     for head in range(config.num_attention_heads):
         mine = slice(width * head, width * head + width)
         shared = slice(width * (head // group), width * (head // group) + width)
@@ -129,10 +133,13 @@ def reference_logits(w: dict[str, Array], config: SO8TConfig, ids: list[int]) ->
     return np.stack([w["lm_head.weight"] @ norm(h, w["model.norm.weight"], eps) for h in x])
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_logits_equal_the_reference(tied: bool) -> None:
-    """Every logit of a batch, with the gate applied to each token as R_cmd · (R_safe · x)."""
-    student = grouped_student(tied=tied)
+@pytest.mark.parametrize(
+    ("tied", "head_dim"), [(True, None), (False, None), (True, 6), (False, 2), (True, 10)]
+)
+def test_logits_equal_the_reference(tied: bool, head_dim: int | None) -> None:
+    """Every logit of a batch, with the gate applied to each token as R_cmd · (R_safe · x); heads of any width."""
+    student = grouped_student(tied=tied, head_dim=head_dim)
+    assert student.config.head_dim == (head_dim or 4)
     ids = drawn_ids(2, 9)
     with torch.no_grad():
         logits = student(ids).logits.numpy()
@@ -205,10 +212,11 @@ def test_right_padding_does_not_matter(masked: bool) -> None:
         )
 
 
+@pytest.mark.parametrize("head_dim", [None, 6])
 @pytest.mark.parametrize("cuts", [(1,), (5,), (3, 6), (1, 2, 3, 4)])
-def test_cached_chunks_equal_one_pass(cuts: tuple[int, ...]) -> None:
+def test_cached_chunks_equal_one_pass(cuts: tuple[int, ...], head_dim: int | None) -> None:
     """A sequence fed in chunks through the cache gives the logits of one pass."""
-    student, ids, cache, parts = grouped_student(), drawn_ids(2, 9, seed=7), None, []
+    student, ids, cache, parts = grouped_student(head_dim=head_dim), drawn_ids(2, 9, seed=7), None, []
     with torch.no_grad():
         for part in torch.tensor_split(ids, cuts, dim=1):
             output = student(part, past_key_values=cache, use_cache=True)
@@ -230,9 +238,10 @@ def test_logits_on_demand() -> None:
         assert torch.equal(whole.rotations, student.rotations())
 
 
-def test_saved_and_loaded_is_bit_identical(tmp_path: Path) -> None:
+@pytest.mark.parametrize("head_dim", [None, 10])
+def test_saved_and_loaded_is_bit_identical(tmp_path: Path, head_dim: int | None) -> None:
     """``save_pretrained`` → ``AutoModelForCausalLM`` gives every tensor, setting and logit back."""
-    student, ids = grouped_student(), drawn_ids(2, 7)
+    student, ids = grouped_student(head_dim=head_dim), drawn_ids(2, 7)
     student.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(loaded) is SO8TForCausalLM and loaded.config.rope_theta == 50.0
@@ -241,6 +250,35 @@ def test_saved_and_loaded_is_bit_identical(tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, student(ids).logits)
+
+
+def test_settings_of_older_students_still_load(tmp_path: Path) -> None:
+    """A configuration written before heads had a width of their own has none: they divide the width evenly."""
+    student, ids = grouped_student(), drawn_ids(2, 7)
+    student.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("head_dim") == 4
+    path.write_text(json.dumps(settings))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.config.head_dim == 4
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, student(ids).logits)
+
+
+@pytest.mark.parametrize("head_dim", [2, 10])
+def test_shapes_of_heads_of_their_own_width(head_dim: int) -> None:
+    """Queries and output projection are as wide as all heads together; so is the gate."""
+    student = grouped_student(head_dim=head_dim)
+    shapes = {name: tuple(p.shape) for name, p in student.model.layers[0].self_attn.named_parameters()}
+    assert shapes == {
+        "q_proj.weight": (4 * head_dim, 16),
+        "k_proj.weight": (2 * head_dim, 16),
+        "v_proj.weight": (2 * head_dim, 16),
+        "o_proj.weight": (16, 4 * head_dim),
+        "gate.safety": (4 * head_dim // 8, 28),
+        "gate.command": (4 * head_dim // 8, 28),
+    }
 
 
 def greedy(student: SO8TForCausalLM, prompt: list[int], count: int) -> list[int]:
@@ -294,6 +332,10 @@ def test_parameter_names_are_frozen() -> None:
         ({"hidden_size": 20}, "divisible by 8"),
         ({"hidden_size": 24, "num_attention_heads": 8}, "even width"),
         ({"num_key_value_heads": 3}, "multiple"),
+        ({"head_dim": 3}, "not even"),
+        ({"head_dim": 0}, "not even"),
+        ({"head_dim": 6, "num_attention_heads": 2, "num_key_value_heads": 2}, "12 wide together"),
+        ({"head_dim": 8, "num_attention_heads": 3, "num_key_value_heads": 3}, "not a multiple of num_att"),
     ],
 )
 def test_impossible_shapes_raise(settings: dict[str, int], message: str) -> None:

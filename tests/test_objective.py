@@ -16,6 +16,7 @@ from tests.test_regularisers import reference_bend, reference_inertia, reference
 
 VOCAB = 96
 TOPK = 6
+PARTS = ("kd", "ce", "pet", "inertia", "non_commutation", "second_difference")
 LENGTHS = (2, 9, 5, 3, 7, 2, 4, 6)
 WEIGHTS = LossConfig(
     temperature=2.0,
@@ -88,6 +89,11 @@ def reference_parts(
     }
 
 
+def contributions(parts: dict[str, torch.Tensor]) -> dict[str, float]:
+    """What adds up to the loss: all that is reported but the unweighted second difference."""
+    return {name: float(part) for name, part in parts.items() if name != "second_difference"}
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.69, 0.7, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
 def test_parts_against_the_reference(fraction: float, temperature: float) -> None:
@@ -98,7 +104,9 @@ def test_parts_against_the_reference(fraction: float, temperature: float) -> Non
     assert batch.count() == sum(LENGTHS) - len(LENGTHS) == int(batch.valid.sum())
     loss, parts = objective(student, batch, total=batch.count(), share=1.0, fraction=fraction)
     expected = reference_parts(student, objective, fraction)
-    assert {name: float(part) for name, part in parts.items()} == pytest.approx(expected, rel=2e-5)
+    assert contributions(parts) == pytest.approx(expected, rel=2e-5)
+    weight = WEIGHTS.lambda_so8t * WEIGHTS.pet[0 if fraction < 0.3 else 1 if fraction < 0.7 else 2]
+    assert float(parts["second_difference"]) == pytest.approx(expected["pet"] / weight, rel=2e-5)
     assert min(expected.values()) > 1e-3
     assert loss.item() == pytest.approx(sum(expected.values()), rel=2e-5)
     assert not any(part.requires_grad for part in parts.values())
@@ -113,7 +121,7 @@ def test_the_kl_runs_over_everything_that_is_known(kind: str, temperature: float
     batch = make_batch(*make_rows(), kind=kind)
     loss, parts = objective(student, batch, total=batch.count(), share=1.0, fraction=0.0)
     expected = reference_parts(student, objective, 0.0, kept=VOCAB)
-    assert {name: float(part) for name, part in parts.items()} == pytest.approx(expected, rel=2e-5)
+    assert contributions(parts) == pytest.approx(expected, rel=2e-5)
     assert expected["kd"] > 1.001 * reference_parts(student, objective, 0.0)["kd"]
     assert loss.item() == pytest.approx(sum(expected.values()), rel=2e-5)
 
@@ -146,7 +154,7 @@ def test_no_inertia_before_the_first_step() -> None:
     """Without an average there is nothing to be held back by; the other parts are there."""
     student, batch = make_student(), make_batch(*make_rows())
     _, parts = Objective(WEIGHTS)(student, batch, total=batch.count(), share=1.0, fraction=0.5)
-    assert set(parts) == {"kd", "ce", "pet", "non_commutation"}
+    assert set(contributions(parts)) == {"kd", "ce", "pet", "non_commutation"}
 
 
 @pytest.mark.parametrize(
@@ -161,14 +169,18 @@ def test_no_inertia_before_the_first_step() -> None:
     ],
 )
 def test_a_weight_of_zero_removes_its_term(change: dict[str, object], gone: set[str]) -> None:
-    """The part is not reported, and the loss is the sum of the others."""
+    """The part is not reported (PET, whose weight may rise later, as 0), and the loss is the sum of the others."""
     student, batch = make_student(), make_batch(*make_rows())
     objective = ready(student, WEIGHTS.model_copy(update=change))
     loss, parts = objective(student, batch, total=batch.count(), share=1.0, fraction=0.5)
     kept = {
         name: part for name, part in reference_parts(student, ready(student), 0.5).items() if name not in gone
     }
-    assert {name: float(part) for name, part in parts.items()} == pytest.approx(kept, rel=2e-5)
+    found = contributions(parts)
+    if gone == {"pet"}:
+        assert found.pop("pet") == 0.0
+    assert found == pytest.approx(kept, rel=2e-5)
+    assert ("second_difference" in parts) == ("lambda_so8t" not in change)
     assert loss.item() == pytest.approx(sum(kept.values()), rel=2e-5)
 
 
@@ -186,7 +198,7 @@ def gradients_after(size: int, kind: str) -> tuple[float, dict[str, float], dict
     """Loss, parts and gradients of one optimizer step over LENGTHS in micro-batches of ``size``."""
     student = make_student()
     objective, (rows, teacher), total = ready(student), make_rows(), sum(LENGTHS) - len(LENGTHS)
-    value, seen = 0.0, dict.fromkeys(("kd", "ce", "pet", "inertia", "non_commutation"), 0.0)
+    value, seen = 0.0, dict.fromkeys(PARTS, 0.0)
     for at in range(0, len(rows), size):
         batch = make_batch(rows[at : at + size], teacher[at : at + size], kind=kind)
         share = batch.count() / total
@@ -236,3 +248,30 @@ def test_a_micro_batch_without_valid_positions(kind: str) -> None:
     loss.backward()
     assert loss.item() == 0.0 and all(float(part) == 0.0 for part in parts.values())
     assert all(not p.grad.any() for p in student.parameters() if p.grad is not None)
+
+
+def test_rotation_figures_are_those_of_the_newest_forward_pass() -> None:
+    """How far from the group, from commuting and from their average: from the definitions, one block at a time."""
+    student, batch = make_student(), make_batch(*make_rows())
+    objective = Objective(WEIGHTS)
+    objective(student, batch, total=batch.count(), share=1.0, fraction=0.0)
+    assert objective.rotation_figures()["rotation_drift"] == 0.0
+    objective = ready(student)
+    objective(student, batch, total=batch.count(), share=1.0, fraction=0.0)
+    errors, commutators = [], []
+    average = objective.average
+    assert average is not None
+    for pairs in student.rotations().detach().double():
+        for block in range(pairs.shape[1]):
+            safe, command = pairs[0, block], pairs[1, block]
+            for matrix in (safe, command):
+                errors.append(float((matrix.T @ matrix - torch.eye(8)).norm()))
+            commutators.append(float((command @ safe - safe @ command).norm()))
+    figures = objective.rotation_figures()
+    assert figures["rotation_error"] == pytest.approx(max(errors), abs=1e-6)
+    assert figures["min_commutator"] == pytest.approx(min(commutators), rel=1e-5)
+    assert figures["mean_commutator"] == pytest.approx(sum(commutators) / len(commutators), rel=1e-5)
+    assert min(commutators) < 0.99 * sum(commutators) / len(commutators)
+    assert figures["rotation_drift"] == pytest.approx(
+        reference_inertia(student.rotations().detach(), average), rel=1e-5
+    )

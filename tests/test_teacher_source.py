@@ -86,6 +86,35 @@ def test_a_plan_says_what_a_run_takes(
     assert "what a run takes" in capsys.readouterr().out
 
 
+def test_a_plan_describes_the_student(
+    tiny_teacher: GGUFTeacher, tiny_teacher_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The size that a share comes to, and every width of the model, in words; the numbers are the model's own."""
+    (tmp_path / "data.txt").write_text("order four boxes of gloves " * 200, encoding="utf-8")
+    overrides = {"teacher.path": str(tiny_teacher_path), "data.path": str(tmp_path / "data.txt")}
+    settings = ["student.kv_heads=1", "student.ffn_width=72", "data.max_length=32"]
+    plan = plan_run(load_config(None, overrides | {"student.size": "50%"}, settings), Console())
+    said = [" ".join(line.replace("│", " ").split()) for line in capsys.readouterr().out.splitlines()]
+    width, layers = next(line for line in said if "→" in line).split("→ ")[1].split(" ")[0].split("x")
+    share = plan.parameters / tiny_teacher.info.parameters
+    assert 0.45 < share < 0.55
+    per_head = int(width) // 16  # the teacher's heads are 16 wide
+    for row in (
+        f"width, layers {width}, {layers}",
+        f"heads {per_head}",
+        "key/value heads 1",
+        "head width 16",
+        "feed-forward width 72",
+        "context 256 tokens",
+        "embedding and output one matrix, 1,024 tokens",
+    ):
+        assert row in said, (row, said)
+    assert any(f"{share:.1%} of the teacher's" in line for line in said)
+    attention = int(width) * 16 * (2 * per_head + 2)
+    layer = attention + 3 * int(width) * 72 + 2 * int(width)
+    assert plan.parameters == 1024 * int(width) + int(layers) * layer + int(width)
+
+
 def test_times_are_readable() -> None:
     """Seconds, minutes, hours."""
     assert [human_time(value) for value in (3.2, 600.0, 7200.0)] == ["3 s", "10 min", "2.0 h"]

@@ -53,14 +53,17 @@ def train(data: engine.TrainingData, folder: Path, report=lambda step, text: Non
 
 def test_used_tokens(tmp_path: Path) -> None:
     """Every token of every sequence, ascending, and 0 for padding."""
-    assert used_tokens(make_data(tmp_path / "store").store).tolist() == [0, *USED]
+    data = make_data(tmp_path / "store")
+    assert used_tokens(data.store).tolist() == data.used_tokens().tolist() == [0, *USED]
+    prompts = [np.array([46, 3], np.int32), np.array([5], np.int32)]
+    assert used_tokens(data.store, prompts).tolist() == sorted({0, 5, 46, *USED})
 
 
 def test_the_same_student_as_with_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Used rows learn what they learn anyway; the others stay as they began, to the bit."""
     data = make_data(tmp_path / "store")
     lean = train(data, tmp_path / "lean")
-    monkeypatch.setattr("distill.used_rows.used_tokens", lambda store: torch.arange(VOCAB))
+    monkeypatch.setattr(engine, "used_tokens", lambda store, prompts: torch.arange(VOCAB))
     whole = train(data, tmp_path / "whole")
     for (name, one), other in zip(lean.named_parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5, msg=name)
@@ -90,7 +93,7 @@ def test_the_embedding_comes_back_after_an_error(tmp_path: Path) -> None:
     """Whatever ends the training, the student has its own embedding again, with what was learnt."""
     data, student = make_data(tmp_path / "store"), untied()
     whole = student.model.embed_tokens
-    with pytest.raises(RuntimeError, match="stop"), only_used_rows(student, data.store):
+    with pytest.raises(RuntimeError, match="stop"), only_used_rows(student, data.used_tokens()):
         rows = student.model.embed_tokens
         assert isinstance(rows, UsedRows) and rows.weight.shape == (len(USED) + 1, WIDTH)
         tokens = torch.tensor([[3, 47], [8, 0]])
@@ -106,5 +109,5 @@ def test_tied_students_keep_all_rows(tmp_path: Path) -> None:
     data, student = make_data(tmp_path / "store"), untied()
     student.config.tie_word_embeddings = True
     whole = student.model.embed_tokens
-    with only_used_rows(student, data.store):
+    with only_used_rows(student, data.used_tokens()):
         assert student.model.embed_tokens is whole

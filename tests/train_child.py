@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import safetensors.torch
 from accelerate import PartialState
 
@@ -23,28 +24,45 @@ from distill.checkpoint import plain_weights
 from distill.config import LossConfig, TrainConfig
 from distill.engine import TrainingData, train
 from distill.objective import build_objective
+from distill.safety_prompts import PromptSet, SafetyPrompt
 from teachers.store import SoftTargetStore, read_manifest
 from tests.conftest import make_student
 
 LOSS = LossConfig(temperature=2.0, gamma=1.0)
 
 
+OURS = ("stop_at", "untied", "heads")
+
+
 class Stopped(Exception):
     """Stands for the end of all processes of a launch."""
+
+
+def make_prompts(vocab_size: int) -> PromptSet:
+    """Seven prompts of different lengths, labelled in turn."""
+    labels = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.1, 0.2, 0.7)]
+    tokens = [np.arange(3, 5 + n, dtype=np.int32) * (n + 1) % vocab_size for n in range(7)]
+    return PromptSet([SafetyPrompt(str(n), str(n), "", labels[n % 3]) for n in range(7)], tokens, 1)
 
 
 def run(store_folder: Path, folder: Path, settings: dict[str, Any]) -> None:
     """Train a student that is 16 wide, and let the first process write what came of it.
 
     ``stop_at`` among the settings: only until after that step, with a checkpoint before every one; ``untied``: a
-    student with an output matrix of its own.
+    student with an output matrix of its own; ``heads``: one with both heads, and prompts in every step.
     """
-    stop_at, untied = settings.get("stop_at"), settings.get("untied", False)
+    stop_at, untied, heads = (
+        settings.get("stop_at"),
+        settings.get("untied", False),
+        settings.get("heads", False),
+    )
     store = SoftTargetStore(store_folder, read_manifest(store_folder))
-    data = TrainingData(store, split(store, 0.2, 0), 0)
-    student = make_student(16, 2, int(store.manifest.identity["vocab_size"]), tied=not untied)
+    vocab_size = int(store.manifest.identity["vocab_size"])
+    prompts = make_prompts(vocab_size) if heads else None
+    data = TrainingData(store, split(store, 0.2, 0), 0, prompts, 3)
+    student = make_student(16, 2, vocab_size, tied=not untied, heads=heads)
     objective = build_objective(LOSS, store, student, teacher_layers=2, seed=0)
-    config = TrainConfig.model_validate({k: v for k, v in settings.items() if k not in ("stop_at", "untied")})
+    config = TrainConfig.model_validate({k: v for k, v in settings.items() if k not in OURS})
 
     def report(step: int, text: str) -> None:
         if step == stop_at:

@@ -34,6 +34,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from distill.new_student import likeness
 from students.builder import count_parameters, parse_size, student_config
 from teachers.base import Teacher, Tokens
 from teachers.gguf_file import GGUFFile, read_gguf
@@ -142,6 +143,7 @@ def prepare(job: Job, folder: Path) -> Material:
     """Write the data, the live teacher, and warm up what both sides import."""
     teacher_is = teacher_shape(read_gguf(job.teacher))
     with GGUFTeacher(job.teacher, threads=job.threads) as teacher:
+        like_teacher = likeness(teacher.info)
         texts, tokens = sequences_of_text(teacher, job.samples + HELD_OUT, job.length)
     data, ids, live_teacher = folder / "data.jsonl", folder / "tokens.npy", folder / "live-teacher"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
@@ -152,6 +154,7 @@ def prepare(job: Job, folder: Path) -> Material:
         vocab_size=teacher_is.vocab_size,
         context_length=teacher_is.context_length,
         tie_embeddings=False,
+        like=like_teacher,
     )
     print(f"student {job.student}: {count_parameters(like) / 1e6:.1f} M parameters")
     student = LlamaShape(

@@ -45,10 +45,11 @@ from distill.engine import TrainingData, train
 from distill.errors import TrainingAborted, UserError
 from distill.full_store import require_complete
 from distill.head_loss import by_autograd, chunk_size, chunked_head_loss
+from distill.head_terms import Verified
 from distill.losses import DivergenceName, bucket_log_probs, cross_entropy, forward_kl_of_all
-from distill.new_student import new_student
+from distill.new_student import likeness, new_student
 from distill.objective import Batch, Objective, build_objective, temperature_at
-from students.builder import build_student, parse_size, student_config
+from students.builder import TeacherLikeness, build_student, parse_size, student_config
 from students.model import SO8TForCausalLM
 from teachers.inheritance import Inheritance, find_inheritance
 from teachers.records import Targets
@@ -114,7 +115,13 @@ class TruncatedObjective(Objective):
         self.count = count
 
     def _distillation(
-        self, states: Tensor, matrix: Tensor, batch: Batch, total: int, fraction: float
+        self,
+        states: Tensor,
+        matrix: Tensor,
+        batch: Batch,
+        total: int,
+        fraction: float,
+        verified: Verified | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         config, labels = self.config, batch.labels
         temperature = temperature_at(config, fraction)
@@ -255,6 +262,7 @@ class Bench:
             context_length=info.context_length if info else int(store.lengths().max()),
             bos=info.bos if info else None,
             eos=info.eos if info else None,
+            like=likeness(info) if info else TeacherLikeness(),
         )
         if self.inheritance is not None and self._inherits:
             return new_student(shape, seed, self.inheritance.embeddings)

@@ -1,0 +1,128 @@
+"""Where a student begins: at its teacher's weights, at its token embeddings alone, or at random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from distill.checkpoint import plain_weights, set_weights
+from distill.config import RunConfig
+from distill.console import Console
+from distill.errors import UserError
+from distill.head_start import head_start, require_head_start
+from distill.launch import Launch
+from distill.new_student import new_student, student_shape
+from distill.schedule import peak_learning_rate
+from students.builder import build_student
+from students.model import SO8TForCausalLM
+from teachers import example_teacher
+from teachers.base import TeacherInfo, Tokens
+from teachers.gguf_file import TeacherFileError, file_sha256, read_gguf
+from teachers.inheritance import Inheritance
+from teachers.store import write_whole
+
+# Weights that mean something already are spoilt by steps as large as random ones need (docs/benchmarks.md).
+HEAD_START_RATE = 0.5
+
+
+def settle_beginning(config: RunConfig, info: TeacherInfo, gguf: Path | None, console: Console) -> RunConfig:
+    """The settings with the student's beginning and the peak learning rate that suits it.
+
+    ``gguf``: whose weights the student can begin at, if that file is here. Where it cannot, and why, is said.
+
+    Raises:
+        UserError: the teacher's weights are asked for, and it is not here.
+    """
+    init = config.student.init
+    if init == "teacher" and gguf is None:
+        raise UserError(
+            "student.init = teacher needs the teacher's weights, which a store does not hold; give its file with "
+            "--teacher, or --init embeddings"
+        )
+    if init in ("auto", "teacher"):
+        reason = "its file is not here (--teacher)" if gguf is None else _obstacle(config, info, gguf)
+        init = "teacher" if reason is None else "embeddings"
+        if reason is not None:
+            tell = console.warn if config.student.init == "teacher" else console.note
+            tell(
+                f"the student cannot begin at the teacher's weights: {reason}; it begins at random ones, with the "
+                "teacher's token embeddings (--init embeddings)"
+            )
+    student = config.student.model_copy(update={"init": init})
+    train = config.train
+    if init == "teacher" and train.learning_rate is None:
+        width = student_shape(config, info).hidden_size
+        rate = HEAD_START_RATE * peak_learning_rate(train, width)
+        train = train.model_copy(update={"learning_rate": rate})
+    return config.model_copy(update={"student": student, "train": train})
+
+
+def find_teacher(path: str | None, info: TeacherInfo) -> Path | None:
+    """The file of a store's teacher: ``path`` where it is given, or the example teacher where it is that one.
+
+    Raises:
+        UserError: ``path`` is another teacher.
+        TeacherFileError: it is no GGUF file.
+    """
+    if path is None:
+        return example_teacher() if file_sha256(example_teacher()) == info.sha256 else None
+    read_gguf(Path(path))
+    if file_sha256(Path(path)) != info.sha256:
+        raise UserError(
+            f"--teacher {path} is not the teacher whose soft targets the store holds ({info.name}, SHA-256 "
+            f"{info.sha256[:12]}…); leave it out, or give that file"
+        )
+    return Path(path)
+
+
+def begin(
+    config: RunConfig,
+    inheritance: Inheritance,
+    gguf: Path | None,
+    sequences: Sequence[Tokens],
+    kept: Path,
+    launch: Launch,
+    console: Console,
+) -> SO8TForCausalLM:
+    """The student as training begins; the same settings give the same bytes.
+
+    A head start is computed once, by the first process, and kept in the file ``kept``. ``sequences``: training text on
+    which the teacher's weights are looked at.
+    """
+    shape = student_shape(config, inheritance.info)
+    if config.student.init == "random":
+        return build_student(shape, config.seed)
+    if config.student.init == "embeddings":
+        return new_student(shape, config.seed, inheritance.embeddings)
+    student = build_student(shape, config.seed)
+    if launch.first and not _restore(student, kept):
+        assert gguf is not None
+        with console.stage("Head start", total=shape.num_hidden_layers) as stage:
+            made = head_start(shape, read_gguf(gguf), sequences, config.seed, stage.update)
+            write_whole(kept, safetensors.torch.save(plain_weights(made)))
+            stage.finish("the student begins at the teacher's weights")
+    launch.wait()
+    if not _restore(student, kept):
+        raise UserError(f"{kept} cannot be read; delete it and run the same command again")
+    return student
+
+
+def _obstacle(config: RunConfig, info: TeacherInfo, gguf: Path) -> str | None:
+    """Why the student cannot begin at the weights of this file, or nothing if it can."""
+    try:
+        require_head_start(student_shape(config, info), read_gguf(gguf))
+    except TeacherFileError as error:
+        return str(error)
+    return None
+
+
+def _restore(student: SO8TForCausalLM, kept: Path) -> bool:
+    """Fill the student from the file, if that is there and whole."""
+    try:
+        set_weights(student, safetensors.torch.load_file(kept))
+    except (SafetensorError, OSError, KeyError, ValueError):  # not there, cut off, or of another shape
+        return False
+    return True

@@ -1,0 +1,197 @@
+"""``distill judge``: decide on prompts with an exported student alone, through llama.cpp."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from distill.console import Console
+from distill.errors import UserError
+from distill.safety_prompts import read_prompts, require_length
+from students.heads import DECISIONS, HeadError, decide, read_heads
+from teachers.base import Sampling, Tokens
+from teachers.conversation import conversation_tokens
+from teachers.gguf_file import read_gguf
+from teachers.gguf_teacher import GGUFTeacher
+
+ANSWER_TOKENS = 32  # of the student's own answer that the verification head looks at
+TOGETHER = 32
+COLOURS = {"ALLOW": "green", "ESCALATE": "yellow", "REFUSE": "red"}
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """What a student thinks of one prompt.
+
+    ``probabilities`` of the three decisions; ``confidence``: that of the one taken. ``agreement``: expected share of
+    the tokens of its own answer that the teacher would have chosen too; ``ask_teacher``: whether that is less than the
+    student was found to need. What a missing head would say is ``None``.
+    """
+
+    prompt: str
+    decision: str | None
+    probabilities: dict[str, float] | None
+    confidence: float | None
+    agreement: float | None
+    ask_teacher: bool | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The judgment as JSON takes it, with the prompt's SHA-256."""
+        digest = hashlib.sha256(self.prompt.encode("utf-8", errors="surrogateescape")).hexdigest()
+        return {**vars(self), "prompt_sha256": digest}
+
+
+class Judge:
+    """An exported student with its heads. Use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """Load the file.
+
+        Raises:
+            UserError: it carries no heads, or broken ones.
+            TeacherFileError, TeacherError: it is no GGUF file that llama.cpp can load.
+        """
+        file = read_gguf(path)
+        values = {key: field.value for key, field in file.fields.items() if key.startswith("so8t.")}
+        width = file.tensors["token_embd.weight"].shape[1]
+        try:
+            self.heads = read_heads(values, width)
+        except HeadError as error:
+            raise UserError(f"{path} has broken heads: {error}; export the student again") from None
+        if self.heads.safety is None and self.heads.verification is None:
+            raise UserError(
+                f"{path} carries no heads (so8t.safety.*, so8t.verification.*); give a student that `distill run` has "
+                "made, with safety.labels and loss.lambda_safety as they are by default"
+            )
+        self.model = GGUFTeacher(path)
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.model.close()
+
+    def judge(self, prompts: Sequence[str]) -> list[Judgment]:
+        """Judge each prompt as a conversation that waits for the answer.
+
+        Raises:
+            UserError: a prompt is longer than the student's context.
+        """
+        found = []
+        for start in range(0, len(prompts), TOGETHER):
+            found += self._judge(prompts[start : start + TOGETHER])
+        return found
+
+    def _judge(self, prompts: Sequence[str]) -> list[Judgment]:
+        tokens = [self._tokens(prompt) for prompt in prompts]
+        chances: list[dict[str, float] | None] = [None] * len(prompts)
+        taken: list[str | None] = [None] * len(prompts)
+        if self.heads.safety is not None:
+            states = torch.from_numpy(self.model.last_states(tokens))
+            probabilities = self.heads.probabilities(states)
+            taken = [DECISIONS[place] for place in decide(probabilities, self.heads.thresholds).tolist()]
+            chances = [dict(zip(DECISIONS, row, strict=True)) for row in probabilities.tolist()]
+        agreement = [None] * len(prompts) if self.heads.verification is None else self._agreement(tokens)
+        return [
+            Judgment(
+                prompt,
+                decision,
+                chance,
+                None if chance is None or decision is None else chance[decision],
+                agreed,
+                None if agreed is None else agreed < self.heads.trust,
+            )
+            for prompt, decision, chance, agreed in zip(prompts, taken, chances, agreement, strict=True)
+        ]
+
+    def _tokens(self, prompt: str) -> Tokens:
+        if not prompt.strip():
+            raise UserError("the prompt is empty; write something to judge")
+        tokens = conversation_tokens(self.model, [{"role": "user", "content": prompt}], answer=True)
+        require_length(tokens, self.model.info.context_length, prompt)
+        return tokens
+
+    def _agreement(self, prompts: Sequence[Tokens]) -> list[float | None]:
+        """Mean probability of agreeing with the teacher over the student's own greedy answer, for each prompt."""
+        room = self.model.info.context_length
+        found: list[float | None] = []
+        for tokens in prompts:
+            length = min(room, len(tokens) + ANSWER_TOKENS)
+            # One token longer than what is looked at: a state is known for every token but the last.
+            said = (
+                self.model.speak([[tokens]], Sampling(0.0, 1.0, length))[0]
+                if length > len(tokens)
+                else tokens
+            )
+            longer = np.append(said, said[-1]).astype(np.int32)
+            states = torch.from_numpy(self.model.states([longer], exact=True)["final"])
+            answered = states[len(tokens) - 1 : max(len(tokens), len(said) - 1)]
+            found.append(float(self.heads.agreement(answered).mean()))
+        return found
+
+
+def judge_one(path: Path, prompt: str, as_json: bool, console: Console) -> None:
+    """Judge one prompt and print what comes of it."""
+    with Judge(path) as judge:
+        judgment = judge.judge([prompt])[0]
+        name = judge.model.info.name
+    if as_json:
+        print(json.dumps(judgment.to_json(), ensure_ascii=False))
+        return
+    console.rich.print(_table(judgment, name))
+
+
+def judge_file(path: Path, prompts: Path, as_json: bool, console: Console) -> None:
+    """Judge every prompt of a JSONL file and print one line each."""
+    texts = [prompt.text for prompt in read_prompts(prompts, labelled=False)]
+    with Judge(path) as judge:
+        judgments = judge.judge(texts)
+    if as_json:
+        for judgment in judgments:
+            print(json.dumps(judgment.to_json(), ensure_ascii=False))
+        return
+    table = Table(title=f"{len(judgments)} prompts", title_justify="left")
+    for column in ("decision", "probability", "agreement", "prompt"):
+        table.add_column(column)
+    for judgment in judgments:
+        table.add_row(
+            _coloured(judgment.decision),
+            _share(judgment.confidence),
+            _agreement(judgment),
+            escape(judgment.prompt),
+        )
+    console.rich.print(table)
+
+
+def _table(judgment: Judgment, name: str) -> Table:
+    table = Table(title=escape(name), title_justify="left", show_header=False)
+    if judgment.probabilities is not None:
+        table.add_row("decision", _coloured(judgment.decision))
+        for decision, chance in judgment.probabilities.items():
+            table.add_row(decision, f"{chance:6.1%}  {'█' * round(30 * chance)}")
+        table.add_row("confidence", _share(judgment.confidence))
+    if judgment.agreement is not None:
+        table.add_row("answers as the teacher would", _agreement(judgment))
+    return table
+
+
+def _coloured(decision: str | None) -> str:
+    return "" if decision is None else f"[bold {COLOURS[decision]}]{decision}[/]"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _agreement(judgment: Judgment) -> str:
+    advice = "  → ask the teacher" if judgment.ask_teacher else ""
+    return f"{_share(judgment.agreement)} of its tokens{advice}" if judgment.agreement is not None else ""

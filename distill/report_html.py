@@ -1,0 +1,113 @@
+"""A report as one HTML file that needs nothing else: no network, no other file.
+
+The charts are JSON in the page and Plotly's script is in it once. A content security policy names the page's own
+scripts by their hash, so that nothing else could run or be loaded even if a name in a file had got into the page as
+more than text.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from distill import __version__
+from distill.console import Console
+from distill.errors import UserError
+from distill.report import Comparison, Report, read_report
+from distill.report_charts import charts, comparison_charts
+from distill.report_tables import comparison_sections, sections
+from distill.run_folder import RunFolder
+from teachers.store import write_whole
+
+TEMPLATE, SCRIPT = "report.html.jinja", "report.js"
+
+
+def write_run_report(folder: RunFolder, console: Console) -> None:
+    """Write the run's ``report.html``. The run is complete without it: a failure is said, not raised."""
+    try:
+        write_page(read_report(folder.path), folder.report)
+    except Exception as error:  # whatever it is, it must not spoil a finished run
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        console.warn(
+            f"{folder.report} could not be written ({words}); everything else of the run is complete"
+        )
+
+
+def write_page(content: Report | Comparison, path: Path) -> None:
+    """Write the page of a run or a comparison, whole or not at all.
+
+    Raises:
+        UserError: the path is not one for a page.
+        OSError: the disk refuses.
+    """
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--output {path} must end in .html")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {path}: there is no folder {path.parent}")
+    write_whole(path, page(content).encode())
+
+
+def page(content: Report | Comparison) -> str:
+    """The whole page."""
+    if isinstance(content, Comparison):
+        runs = [("A: ", content.first), ("B: ", content.second)]
+        title = f"{content.first.name} and {content.second.name}"
+        parts, drawn = comparison_sections(content), comparison_charts(content)
+    else:
+        runs = [("", content)]
+        title, parts, drawn = content.name, sections(content), charts(content)
+    figures = {chart.key: chart.figure for some in drawn.values() for chart in some}
+    plotly, script = _plotly(), _source(SCRIPT)
+    return _template().render(
+        title=title,
+        runs=runs,
+        sections=[(part, drawn.get(part.key, [])) for part in parts],
+        figures=Markup(_script_json(figures)),
+        plotly=Markup(plotly),
+        script=Markup(script),
+        script_hashes=[_hash(plotly), _hash(script)],
+        version=__version__,
+    )
+
+
+def _script_json(content: Any) -> str:
+    """JSON that cannot end the script element it is in."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
+
+
+def _hash(script: str) -> Markup:
+    """How a content security policy names a script."""
+    return Markup(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'")
+
+
+@cache
+def _plotly() -> str:
+    """Plotly's script."""
+    from plotly.offline import get_plotlyjs
+
+    script = str(get_plotlyjs()).replace("\r\n", "\n")  # as a browser reads it, for the hash
+    assert "</script" not in script.lower() and "<!--" not in script
+    return script
+
+
+def _source(name: str) -> str:
+    return (resources.files("distill") / name).read_text(encoding="utf-8").replace("\r\n", "\n")
+
+
+@cache
+def _template() -> Any:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(_source(TEMPLATE))

@@ -1,0 +1,329 @@
+"""What a run has written down, read back for a report: of a finished, a still running or a crashed run.
+
+``metrics.jsonl`` and ``config.json`` are there from the start, ``results.json`` only when all went well. Nothing here
+needs the run's settings to be valid today: an older run can be reported on too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from distill.checkpoint import latest_checkpoint
+from distill.errors import UserError
+from distill.prove import Proof
+from distill.run_folder import RunFolder
+from distill.safety_metrics import SafetyScore
+from distill.verification import VerificationScore
+from students.heads import DECISIONS
+from teachers.store import LOCK, is_held
+
+Line = dict[str, float | None]
+"""The figures of one line of ``metrics.jsonl``; ``None`` where a value was not finite."""
+
+
+@dataclass(frozen=True)
+class TeacherPart:
+    """What is known of the teacher; of an unfinished run only its name and hash."""
+
+    name: str
+    sha256: str = ""
+    architecture: str | None = None
+    parameters: int | None = None
+    file_bytes: int | None = None
+    vocab_size: int | None = None
+    width: int | None = None
+    layers: int | None = None
+
+
+@dataclass(frozen=True)
+class StudentPart:
+    """The student's size as asked for, and what came of it."""
+
+    size: str | None
+    parameters: int | None = None
+    file_bytes: int | None = None
+    quant: str | None = None
+
+
+@dataclass(frozen=True)
+class StorePart:
+    """The soft targets that the student learnt from."""
+
+    folder: str
+    sequences: int
+    tokens: int
+    bytes: int
+    reused: bool
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HeldOutPoint:
+    """Held-out figures after ``step`` steps (see ``distill.held_out.HeldOutScore``)."""
+
+    step: int
+    kl: float | None
+    agreement: float | None
+    cross_entropy: float | None
+
+
+@dataclass(frozen=True)
+class TrainingPart:
+    """What training did (see ``distill.engine.TrainingSummary``)."""
+
+    steps: int
+    planned_steps: int
+    best_step: int
+    tokens_seen: int
+    seconds: float
+    continued_from_step: int
+    precision: str
+    held_out: list[HeldOutPoint]
+
+
+@dataclass(frozen=True)
+class ModelScore:
+    """One model against the teacher, at T = 1, in nats per token."""
+
+    kl: float | None
+    agreement: float | None
+    cross_entropy: float | None
+    perplexity: float | None
+
+
+@dataclass(frozen=True)
+class TeacherScore:
+    """How well the teacher itself predicts the text; ``approximate``: as its rounded soft targets say."""
+
+    cross_entropy: float | None
+    perplexity: float | None
+    approximate: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluationPart:
+    """The student before and after training and as exported, over the same ``positions``."""
+
+    positions: int
+    before: ModelScore
+    after: ModelScore
+    exported: ModelScore
+    against: str = "teacher"
+    kl_over: str = "whole vocabulary"
+    teacher: TeacherScore | None = None
+
+
+@dataclass(frozen=True)
+class SafetyPart:
+    """The safety head: what it learnt from and how it did on prompts that nothing was fitted to."""
+
+    labels_from: str
+    prompts: dict[str, int]
+    scenarios: dict[str, int]
+    thresholds: dict[str, float]
+    test: SafetyScore
+    languages: dict[str, SafetyScore]
+
+
+@dataclass(frozen=True)
+class VerificationPart(VerificationScore):
+    """The verification head, and the probability below which the teacher is asked."""
+
+    trust: float = 0.5
+
+
+@dataclass(frozen=True)
+class HeadsPart:
+    """The heads that the student has."""
+
+    safety: SafetyPart | None = None
+    verification: VerificationPart | None = None
+
+
+@dataclass(frozen=True)
+class RotationsPart:
+    """The rotations of the finished student."""
+
+    max_orthogonality_error: float | None
+    min_commutator_norm: float | None
+    mean_commutator_norm: float | None
+    max_determinant_error: float | None = None
+
+
+@dataclass(frozen=True)
+class EnvironmentPart:
+    """What computed the results."""
+
+    python: str
+    machine: str
+    cpu: str
+    threads: int
+    packages: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Results:
+    """The content of ``results.json``."""
+
+    teacher: TeacherPart
+    student: StudentPart
+    soft_targets: StorePart
+    training: TrainingPart
+    evaluation: EvaluationPart
+    proof: Proof
+    rotations: RotationsPart
+    tokens_per_second: dict[str, dict[str, float]]
+    stage_seconds: dict[str, float]
+    environment: EnvironmentPart
+    heads: HeadsPart = HeadsPart()
+
+
+@dataclass(frozen=True)
+class Records:
+    """All that a run's folder says. ``train`` and ``held_out``: the lines of ``metrics.jsonl``, in order of steps.
+
+    ``held``: a process works in the folder. ``cut_off``: the last line of ``metrics.jsonl`` was not written to its end.
+    ``checkpoint``: the step of the newest one.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    identity: dict[str, str]
+    train: list[Line]
+    held_out: list[HeldOutPoint]
+    results: Results | None
+    held: bool
+    cut_off: bool
+    checkpoint: int | None
+
+    def column(self, name: str) -> tuple[list[int], list[float | None]]:
+        """Steps and values of one figure of training, at the steps that have it."""
+        lines = [line for line in self.train if name in line]
+        return [int(line["step"] or 0) for line in lines], [line[name] for line in lines]
+
+    @property
+    def last_step(self) -> int:
+        """The last step that anything is known of."""
+        known = [int(line["step"] or 0) for line in self.train] + [point.step for point in self.held_out]
+        return max(known, default=0)
+
+
+def read_records(path: Path) -> Records:
+    """Read a run's folder.
+
+    Raises:
+        UserError: it is not a run's folder, nothing is logged yet, or a file in it is damaged.
+    """
+    folder = RunFolder(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is not a run's folder: there is no such folder")
+    if not folder.config_file.exists():
+        raise UserError(f"{path} is not a run's folder: it has no config.json")
+    config = folder.read_json(folder.config_file)
+    identity = folder.read_identity() if folder.identity_file.exists() else {}
+    results = _results(folder) if folder.results_file.exists() else None
+    train, held_out, cut_off = _metrics(path / "metrics.jsonl")
+    if results is not None and not held_out:
+        held_out = results.training.held_out
+    if not train and not held_out:
+        raise UserError(f"{path}: nothing is logged yet; training has not begun. Try again when it has")
+    newest = latest_checkpoint(path / "checkpoints")
+    return Records(
+        folder=path,
+        config=config,
+        identity=identity,
+        train=train,
+        held_out=held_out,
+        results=results,
+        held=results is None and _is_held(path),
+        cut_off=cut_off,
+        checkpoint=None if newest is None else int(newest.name.rpartition("-")[2]),
+    )
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a process works in the folder, as far as that can be seen without writing to it."""
+    try:
+        return (path / LOCK).exists() and is_held(path)
+    except OSError:
+        return False
+
+
+def _results(folder: RunFolder) -> Results:
+    content = _finite(folder.read_json(folder.results_file))
+    try:
+        results = TypeAdapter(Results).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{folder.results_file} is damaged ({where}: {first['msg']})") from None
+    safety = results.heads.safety
+    for score in () if safety is None else (safety.test, *safety.languages.values()):
+        if [len(row) for row in score.confusion] != [len(DECISIONS)] * len(DECISIONS):
+            raise UserError(f"{folder.results_file} is damaged (heads.safety: confusion is not 3 × 3)")
+    return results
+
+
+def _finite(tree: Any) -> Any:
+    """The same JSON with null for every number that is not finite."""
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def _metrics(path: Path) -> tuple[list[Line], list[HeldOutPoint], bool]:
+    """Lines of training, held-out points, and whether the last line is cut off."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return [], [], False
+    train: list[Line] = []
+    held_out: list[HeldOutPoint] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            kind, values = _line(line)
+            if kind == "train":
+                train.append(values)
+            elif kind == "held_out":
+                held_out.append(_held_out(values))
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):  # a killed process, or one that is writing it right now
+                return train, held_out, True
+            raise UserError(f"{path} is damaged (line {number}: {error})") from None
+    return train, held_out, False
+
+
+def _line(text: str) -> tuple[str, Line]:
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError("not an object")
+    kind = str(content.pop("kind"))
+    values: Line = {}
+    for name, value in content.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{name} is not a number")
+        values[str(name)] = value if value is not None and math.isfinite(value) else None
+    if values["step"] is None:
+        raise ValueError("step is not a number")
+    return kind, values
+
+
+def _held_out(values: Line) -> HeldOutPoint:
+    step = values["step"]
+    assert step is not None
+    return HeldOutPoint(int(step), values.get("kl"), values.get("agreement"), values.get("cross_entropy"))
+
+
+def best_point(points: Iterable[HeldOutPoint]) -> HeldOutPoint | None:
+    """The point with the lowest held-out KL; the later one of equals."""
+    known = [(point.kl, -point.step, point) for point in points if point.kl is not None]
+    return min(known, key=lambda entry: entry[:2])[2] if known else None

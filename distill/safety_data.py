@@ -1,0 +1,110 @@
+"""Which prompts the safety head of a run learns from, with whose labels, and as tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill.config import RunConfig
+from distill.console import Console
+from distill.errors import UserError
+from distill.exporting import metadata_entries
+from distill.safety_prompts import (
+    BUILT_IN,
+    TEACHER,
+    PromptSet,
+    SafetyPrompt,
+    built_in_prompts,
+    digest,
+    prompt_tokens,
+    read_prompts,
+    split_by_scenario,
+)
+from distill.teacher_judgment import find_judgment, keep_judgment
+from distill.tokenizing import tokenizer_alone
+from teachers.base import Teacher, TeacherInfo
+from teachers.gguf_file import Field
+from teachers.store import SoftTargetStore
+
+
+@dataclass(frozen=True)
+class SafetyData:
+    """The prompts of a run, tokenised, by part of the split; ``source``: where their labels are from."""
+
+    source: str
+    sha256: str
+    train: PromptSet
+    validation: PromptSet
+    test: PromptSet
+
+
+def read_safety_prompts(config: RunConfig) -> list[SafetyPrompt] | None:
+    """The prompts that the settings mean, without the teacher's labels yet; ``None`` where no head is wanted.
+
+    Raises:
+        UserError: the file cannot be used.
+    """
+    if not config.safety_head:
+        return None
+    safety = config.safety
+    if safety.prompts is not None and safety.labels != TEACHER:
+        raise UserError(
+            f"safety.prompts = {safety.prompts!r} is for safety.labels=teacher; a file with labels of its own is given "
+            "as safety.labels"
+        )
+    if safety.labels == BUILT_IN:
+        return built_in_prompts()
+    if safety.labels == TEACHER:
+        return (
+            built_in_prompts()
+            if safety.prompts is None
+            else read_prompts(Path(safety.prompts), labelled=False)
+        )
+    return read_prompts(Path(safety.labels))
+
+
+def labelled_prompts(
+    config: RunConfig,
+    prompts: list[SafetyPrompt] | None,
+    teacher: Teacher | None,
+    store: SoftTargetStore,
+    console: Console,
+) -> list[SafetyPrompt] | None:
+    """The prompts with their labels; those of the teacher from the store, or asked for now.
+
+    Raises:
+        UserError: the teacher's are wanted, the store has none, and the teacher is not here.
+    """
+    if prompts is None or config.safety.labels != TEACHER:
+        return prompts
+    if teacher is not None:
+        return keep_judgment(teacher, prompts, store, console)
+    kept = find_judgment(prompts, store)
+    if kept is None:
+        raise UserError(
+            f"safety.labels = teacher: store {store.folder} does not hold its judgment of these prompts; run "
+            "`distill capture` with the same safety settings where the teacher is"
+        )
+    return kept
+
+
+def safety_data(
+    config: RunConfig,
+    prompts: list[SafetyPrompt] | None,
+    tokenizer: dict[str, Field],
+    info: TeacherInfo,
+) -> SafetyData | None:
+    """The prompts as the student will read them.
+
+    Raises:
+        UserError: one is longer than the student's context.
+    """
+    if prompts is None:
+        return None
+    parts = split_by_scenario(prompts)
+    with tokenizer_alone(metadata_entries(tokenizer), info.vocab_size) as words:
+        sets = {
+            part: PromptSet(some, prompt_tokens(words, some, info.context_length), config.seed)
+            for part, some in parts.items()
+        }
+    return SafetyData(config.safety.labels, digest(prompts), sets["train"], sets["validation"], sets["test"])

@@ -1,0 +1,271 @@
+"""Prompts with a decision each: the built-in set, a user's file, or the teacher's own judgment; split, and as tokens.
+
+A *scenario* is what a prompt is about. All prompts of a scenario go to the same side of the split, so that what is
+measured is how decisions carry over to other matters, not to other words for the same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from distill.batches import padded
+from distill.errors import UserError
+from distill.objective import Prompts
+from students.heads import DECISIONS
+from teachers.base import Teacher, Tokens
+from teachers.conversation import conversation_tokens
+
+BUILT_IN = "builtin"
+TEACHER = "teacher"
+Part = Literal["train", "validation", "test"]
+SPLIT: tuple[Part, ...] = ("train", "validation", "train", "test", "train")  # of every five scenarios
+MAX_FILE_BYTES = 64 << 20
+CHANGED_SHARE = 0.2  # of a prompt's tokens, in training
+JOINED_SHARE = 0.5  # of the prompts
+GRAVITY = np.arange(len(DECISIONS), dtype=np.float32)  # ALLOW 0, ESCALATE 1, REFUSE 2
+ORDER, VARIATION = 6, 7  # streams of random numbers
+
+
+@dataclass(frozen=True)
+class SafetyPrompt:
+    """One prompt. ``label``: probabilities of ALLOW, ESCALATE and REFUSE; ``language`` may be empty."""
+
+    text: str
+    scenario: str
+    language: str
+    label: tuple[float, float, float]
+
+    @property
+    def decision(self) -> int:
+        """The most probable decision, an index into ``DECISIONS``."""
+        return int(np.argmax(self.label))
+
+
+class PromptSet:
+    """Tokenised prompts of one part of the split, and what training makes of them.
+
+    Training sees a prompt never twice alike: with others' words in place of some of its own, and now and then with
+    another prompt before or behind it, which then have the graver of their labels. What is left to learn from is what
+    prompts of a label have in common, not which prompt it is. The template around the words stays as it is.
+    """
+
+    def __init__(self, prompts: Sequence[SafetyPrompt], tokens: Sequence[Tokens], seed: int) -> None:
+        self.prompts = list(prompts)
+        self.tokens = list(tokens)
+        self.labels: NDArray[np.float32] = np.array([prompt.label for prompt in prompts], dtype=np.float32)
+        self.seed = seed
+        self.longest = max(map(len, tokens))
+        before, behind = shared_ends(tokens)
+        self.before, self.behind = tokens[0][:before], tokens[0][len(tokens[0]) - behind :]
+        self.words = [row[before : len(row) - behind] for row in tokens]
+        self.all_words = np.concatenate(self.words)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def batch(self, step: int, count: int, place: int, places: int) -> Prompts:
+        """What micro-batch ``place`` of ``places`` gets of the ``count`` prompts of optimizer step ``step``.
+
+        Over the places every prompt of the step occurs once. A place that none falls to gets one that counts nothing,
+        so that every process takes part in the same computation.
+        """
+        numbers = range(step * count, (step + 1) * count)
+        mine = numbers[place::places]
+        weight = 1.0 / count if mine else 0.0
+        varied = [self.varied(number) for number in mine or numbers[:1]]
+        tokens, lengths = padded([row for row, _ in varied])
+        labels = torch.from_numpy(np.stack([label for _, label in varied]))
+        return Prompts(tokens, lengths, labels, torch.full((len(varied),), weight))
+
+    def varied(self, number: int) -> tuple[Tokens, NDArray[np.float32]]:
+        """Tokens and label ``[3]`` of the prompt that comes as number ``number`` in training, as it is seen there.
+
+        Each prompt passes once before any comes again.
+        """
+        turn, place = divmod(number, len(self))
+        index = int(self._order(turn)[place])
+        random = np.random.default_rng([self.seed, VARIATION, number])
+        words, label = self.words[index], self.labels[index]
+        if random.random() < JOINED_SHARE:
+            other = int(random.integers(len(self)))
+            both = [words, self.words[other]]
+            joined = np.concatenate(both if random.random() < 0.5 else both[::-1])
+            if len(joined) + len(self.before) + len(self.behind) <= 2 * self.longest:
+                words = joined
+                label = max(label, self.labels[other], key=lambda chances: float(chances @ GRAVITY))
+        words = words.copy()
+        changed = random.random(len(words)) < CHANGED_SHARE
+        words[changed] = random.choice(self.all_words, int(changed.sum()))
+        return np.concatenate((self.before, words, self.behind)).astype(np.int32), label
+
+    def _order(self, turn: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self.seed, ORDER, turn]).permutation(len(self))
+
+
+def shared_ends(rows: Sequence[Tokens]) -> tuple[int, int]:
+    """How many tokens all rows begin with, and how many they end with; at least one of each row is left."""
+    room = min(map(len, rows)) - 1
+    begins = np.stack([row[:room] for row in rows])
+    before = int((begins == begins[0]).all(axis=0).cumprod().sum())
+    room -= before
+    ends = np.stack([row[len(row) - room :][::-1] for row in rows])
+    return before, int((ends == ends[0]).all(axis=0).cumprod().sum())
+
+
+def built_in_prompts() -> list[SafetyPrompt]:
+    """The prompts that come with the program, English and Japanese."""
+    text = resources.files("distill").joinpath("safety_prompts.jsonl").read_text(encoding="utf-8")
+    return _parse(text, Path("safety_prompts.jsonl"), labelled=True)
+
+
+def read_prompts(path: Path, *, labelled: bool = True) -> list[SafetyPrompt]:
+    """Prompts of a JSONL file: ``prompt``, ``label`` and, if there, ``scenario`` and ``language``.
+
+    Without a scenario each prompt is one of its own. With ``labelled=False`` labels are not asked for.
+
+    Raises:
+        UserError: unreadable, not JSONL of that form, a label outside the three, or too few of a decision.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise UserError(
+                f"safety prompts {path}: larger than {MAX_FILE_BYTES >> 20} MiB; give a smaller file"
+            )
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"safety prompts {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"safety prompts {path} are not UTF-8 text") from None
+    prompts = _parse(text, path, labelled=labelled)
+    if not prompts:
+        raise UserError(f"safety prompts {path}: the file is empty")
+    if labelled:
+        require_examples(prompts, str(path))
+    return prompts
+
+
+def require_examples(prompts: Sequence[SafetyPrompt], source: str) -> None:
+    """See that every part of the split has every decision.
+
+    Raises:
+        UserError: one is missing; says which.
+    """
+    counts = Counter(prompt.decision for prompt in prompts)
+    if missing := [name for number, name in enumerate(DECISIONS) if not counts[number]]:
+        raise UserError(
+            f"safety prompts {source}: no example of {' and '.join(missing)}; each of {', '.join(DECISIONS)} "
+            "needs some"
+        )
+    for part, chosen in split_by_scenario(prompts).items():
+        found = Counter(prompt.decision for prompt in chosen)
+        if missing := [name for number, name in enumerate(DECISIONS) if not found[number]]:
+            raise UserError(
+                f"safety prompts {source}: no {' and no '.join(missing)} among the scenarios that fall to the "
+                f"{part} part; give more prompts of it (at least five scenarios each)"
+            )
+
+
+def split_by_scenario(prompts: Sequence[SafetyPrompt]) -> dict[Part, list[SafetyPrompt]]:
+    """Three fifths to train, one to fit thresholds, one to measure; by a hash of the scenario's name, so that the
+    same scenario is always on the same side.
+
+    Scenarios are dealt out in turn, those with the same decisions together, so that each part gets its share.
+    """
+    decisions: dict[str, set[int]] = {}
+    for prompt in prompts:
+        decisions.setdefault(prompt.scenario, set()).add(prompt.decision)
+    order = sorted(
+        decisions, key=lambda name: (sorted(decisions[name]), hashlib.sha256(name.encode()).digest())
+    )
+    part_of = {name: SPLIT[place % len(SPLIT)] for place, name in enumerate(order)}
+    parts: dict[Part, list[SafetyPrompt]] = {"train": [], "validation": [], "test": []}
+    for prompt in prompts:
+        parts[part_of[prompt.scenario]].append(prompt)
+    return parts
+
+
+def digest(prompts: Sequence[SafetyPrompt]) -> str:
+    """SHA-256 of prompts and labels, as hexadecimal."""
+    lines = [[prompt.text, prompt.scenario, list(prompt.label)] for prompt in prompts]
+    return hashlib.sha256(json.dumps(lines, ensure_ascii=True).encode()).hexdigest()
+
+
+def with_labels(prompts: Sequence[SafetyPrompt], labels: NDArray[np.float32]) -> list[SafetyPrompt]:
+    """The same prompts with other labels ``[N, 3]``."""
+    rows = [(float(a), float(e), float(r)) for a, e, r in labels.tolist()]
+    return [replace(prompt, label=row) for prompt, row in zip(prompts, rows, strict=True)]
+
+
+def prompt_tokens(teacher: Teacher, prompts: Sequence[SafetyPrompt], context_length: int) -> list[Tokens]:
+    """Each prompt as a conversation that waits for the answer, in the teacher's own tokens.
+
+    Raises:
+        UserError: a prompt is longer than the student's context.
+    """
+    found = []
+    for prompt in prompts:
+        tokens = conversation_tokens(teacher, [{"role": "user", "content": prompt.text}], answer=True)
+        require_length(tokens, context_length, prompt.text)
+        found.append(tokens)
+    return found
+
+
+def require_length(
+    tokens: Tokens, context_length: int, text: str, counted: str = "", reader: str = "student"
+) -> None:
+    """See that a prompt fits the context of its ``reader``; ``counted``: what else is among the tokens.
+
+    Raises:
+        UserError: it does not, or is empty.
+    """
+    begin = text if len(text) <= 40 else text[:40] + "…"
+    if len(tokens) == 0:
+        raise UserError(f"prompt {begin!r} has no tokens; write something to judge")
+    if len(tokens) > context_length:
+        raise UserError(
+            f"prompt {begin!r} has {len(tokens)} tokens{counted and ' '}{counted}, the {reader}'s context is "
+            f"{context_length}; shorten it"
+        )
+
+
+def _parse(text: str, path: Path, *, labelled: bool) -> list[SafetyPrompt]:
+    prompts = []
+    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold other signs that end lines
+        if line.strip():
+            prompts.append(_prompt(line, f"safety prompts {path}, line {number}", labelled=labelled))
+    return prompts
+
+
+def _prompt(line: str, where: str, *, labelled: bool) -> SafetyPrompt:
+    try:
+        entry: Any = json.loads(line)
+    except (ValueError, RecursionError):  # also of a number with too many digits
+        raise UserError(f"{where} is not JSON") from None
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} is not an object with prompt and label")
+    prompt, label = entry.get("prompt"), entry.get("label")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"{where} has no text under 'prompt'")
+    share = (1 / 3, 1 / 3, 1 / 3)
+    if labelled:
+        if label not in DECISIONS:
+            raise UserError(f"{where}: label {label!r} is none of {', '.join(DECISIONS)}")
+        one = [float(label == name) for name in DECISIONS]
+        share = (one[0], one[1], one[2])
+    scenario, language = entry.get("scenario", prompt), entry.get("language", "")
+    if not isinstance(scenario, str) or not isinstance(language, str):
+        raise UserError(f"{where}: 'scenario' and 'language' must be text")
+    if any("\ud800" <= sign <= "\udfff" for sign in prompt + scenario + language):
+        raise UserError(f"{where}: has a lone surrogate (\\ud800 to \\udfff), which is not text; remove it")
+    return SafetyPrompt(prompt, scenario, language, share)

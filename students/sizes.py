@@ -1,0 +1,161 @@
+"""From what a user asks for, ``512x4``, ``25%`` or ``50M``, to the width and depth of a student.
+
+Parameters are those of the exported file: the gates are folded away at export. Letters: D width, L layers, V
+vocabulary, H heads, K key/value heads, W head width, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from students.builder import MAX_LAYERS, MAX_WIDTH, StudentSize, parse_size
+from students.config import SO8TConfig
+from students.so8 import GROUP, PARAMETERS_PER_BLOCK
+
+TOLERANCE = 0.05  # how far from the number asked for a student may be before its proportions count
+UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
+MAX_BUDGET = 10**12
+FORMS = (
+    "write WIDTHxLAYERS, a share of the teacher's parameters or their number, for example 512x4, 25% or 50M"
+)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A student with this share of the teacher's parameters, between 0 and 1."""
+
+    share: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A student with this many parameters."""
+
+    parameters: int
+
+
+def parse_request(text: str) -> StudentSize | Share | Budget:
+    """Read a size as a user writes it.
+
+    Raises:
+        ValueError: none of the three forms, or a share or number that no student can have.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,12}(?:\.[0-9]{1,12})?)\s*([%KMBkmb])\s*", text)
+    if match is None:
+        if re.fullmatch(r"\s*[0-9]+\s*[xX×]\s*[0-9]+\s*", text):
+            return parse_size(text)
+        raise ValueError(f"student size {text!r} is not one; {FORMS}")
+    number, unit = float(match[1]), match[2].upper()
+    if unit == "%":
+        if not 0 < number < 100:
+            raise ValueError(
+                f"student size {text!r}: a share lies between 0% and 100%; write for example 25%"
+            )
+        return Share(number / 100)
+    parameters = round(number * UNITS[unit])
+    if not 1 <= parameters <= MAX_BUDGET:
+        raise ValueError(
+            f"student size {text!r} is out of range: 1 to {MAX_BUDGET // UNITS['B']}B parameters"
+        )
+    return Budget(parameters)
+
+
+def layer_parameters(config: SO8TConfig, *, gates: bool = False) -> int:
+    """Parameters of one layer: 2·D·W·(H + K) for attention, 3·D·F, 2·D for the norms; ``gates``: 2·28·H·W/8 more."""
+    width, heads = config.hidden_size, config.num_attention_heads + config.num_key_value_heads
+    matrices = 2 * heads * config.head_dim + 3 * config.intermediate_size
+    return width * (matrices + 2) + (2 * PARAMETERS_PER_BLOCK * config.num_blocks if gates else 0)
+
+
+def decoder_parameters(config: SO8TConfig, *, gates: bool = False) -> int:
+    """Parameters of a decoder as it is exported: V·D (twice where untied), L layers, D for the last norm.
+
+    With ``gates``: as it is trained.
+    """
+    tables = 1 if config.tie_word_embeddings else 2
+    outer = config.hidden_size * (tables * config.vocab_size + 1)
+    return outer + config.num_hidden_layers * layer_parameters(config, gates=gates)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A size that could be, and its parameters."""
+
+    size: StudentSize
+    parameters: int
+
+
+def choose_size(
+    wanted: int,
+    teacher: StudentSize,
+    shape: Callable[[StudentSize], SO8TConfig],
+) -> StudentSize:
+    """The student with ``wanted`` parameters whose proportions are most like its teacher's.
+
+    Of all widths (multiples of 8, from 128 on of 64, from 512 on of 256) up to the teacher's, its own, and all depths
+    up to the teacher's, those within 5 % of ``wanted`` are compared, and the one wins whose width per layer is nearest
+    to the teacher's, as a ratio. Where none is that near, the nearest wins. Only where all of them are too small is
+    the student wider than its teacher, never deeper. ``shape`` gives a size's settings; sizes it refuses with a
+    ``ValueError`` are passed over.
+
+    Raises:
+        ValueError: every student is larger than ``wanted``; says which is the smallest. Or ``shape`` refuses every
+            size; its reason for the widest that is no wider than the teacher.
+    """
+    limit, layers = min(max(teacher.width, GROUP), MAX_WIDTH), min(teacher.layers, MAX_LAYERS)
+    widths = _widths(limit)
+    if limit % GROUP == 0 and limit not in widths:
+        widths.append(limit)
+    found = _candidates(widths, layers, shape)
+    if not found or max(one.parameters for one in found) < wanted * (1 - TOLERANCE):
+        wider = [width for width in _widths(MAX_WIDTH) if width > limit]
+        found += _candidates(wider, layers, shape)
+    if not found:
+        shape(StudentSize(widths[-1], 1))  # says why
+    smallest = min(found, key=lambda one: one.parameters)
+    if smallest.parameters > wanted * (1 + TOLERANCE):
+        raise ValueError(
+            f"no student is as small as {wanted:,} parameters: the smallest with this vocabulary is {smallest.size} "
+            f"with {smallest.parameters:,}"
+        )
+    aspect = teacher.width / teacher.layers
+
+    def unlikeness(one: Candidate) -> float:
+        return abs(math.log(one.size.width / one.size.layers / aspect))
+
+    def distance(one: Candidate) -> float:
+        return abs(math.log(one.parameters / wanted))
+
+    near = [one for one in found if abs(one.parameters / wanted - 1) <= TOLERANCE]
+    if near:
+        return min(near, key=lambda one: (unlikeness(one), distance(one))).size
+    return min(found, key=lambda one: (distance(one), unlikeness(one))).size
+
+
+def _widths(limit: int) -> list[int]:
+    """Widths that are tried, up to ``limit``."""
+    return [
+        *range(GROUP, min(limit, 127) + 1, GROUP),
+        *range(128, min(limit, 511) + 1, 64),
+        *range(512, limit + 1, 256),
+    ]
+
+
+def _candidates(
+    widths: list[int], layers: int, shape: Callable[[StudentSize], SO8TConfig]
+) -> list[Candidate]:
+    """Every size of these widths with at most ``layers`` layers."""
+    found = []
+    for width in widths:
+        try:
+            config = shape(StudentSize(width, 1))
+        except ValueError:  # heads that the user chose and this width cannot have
+            continue
+        first, each = decoder_parameters(config), layer_parameters(config)
+        found += [
+            Candidate(StudentSize(width, number + 1), first + number * each) for number in range(layers)
+        ]
+    return found

@@ -1,0 +1,119 @@
+"""``tools.bench_so8t`` compares what it says: one thing changed, all else the same; both parts run at a toy size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import make_student
+from tools.bench_so8t import command_line, main, open_ablation
+from tools.bench_so8t_ablation import all_variants, effective_rank, rises, verdict
+from tools.bench_so8t_cost import SIDES, freeze_identity, ratios, take_gates_out
+
+TOY = ["--size", "16x1", "--samples", "24", "--max-length", "24"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options that name a store, which the first of the tests fills."""
+    return [*TOY, "--store", str(tmp_path_factory.mktemp("bench") / "store")]
+
+
+def test_variants_begin_alike(store: list[str]) -> None:
+    """The same weights but for gates that are taken out and heads that there are not; the same data."""
+    bench = open_ablation(command_line().parse_args(["ablation", *store]))
+    variants = all_variants(bench.run.loss)
+    assert len({variant.name for variant in variants}) == len(variants) == 12
+    assert len({str(variant.loss) for variant in variants[2:]}) == 10
+    full = bench.initial(variants[0], 1).state_dict()
+    for variant in variants[1:]:
+        student = bench.initial(variant, 1)
+        weights = student.state_dict()
+        missing = {name.split("_head")[0] for name in full.keys() - weights.keys()}
+        wanted = {"safety"} if variant.name in ("no-safety", "no-heads") else set()
+        assert missing == wanted | ({"verification"} if variant.loss.lambda_verification == 0 else set())
+        for name, value in weights.items():
+            same = variant.gates or "gate." not in name or "gate_proj" in name
+            assert torch.equal(value, full[name] if same else torch.zeros_like(value)), name
+    other = bench.initial(variants[0], 2).state_dict()
+    assert not torch.equal(
+        other["model.layers.0.mlp.up_proj.weight"], full["model.layers.0.mlp.up_proj.weight"]
+    )
+
+
+def test_ablation_runs_and_is_not_made_again(
+    store: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.jsonl"
+    command = ["ablation", *store, "--epochs", "2", "--only", "full,no-gates,no-heads", "--json", str(path)]
+    command += ["--set", "train.batch_size=2", "--set", "train.precision=fp32"]
+    main([*command, "--seeds", "0"])
+    found = {line["row"]: line for line in map(json.loads, path.read_text().splitlines()) if "row" in line}
+    assert set(found) == {"full", "no-gates", "no-heads"}
+    assert len({line["tokens"] for line in found.values()}) == 1
+    assert len({line["kl"] for line in found.values()}) == 3
+    for name in ("min_commutator", "rotation_error", "rotation_drift", "largest_drift", "from_identity"):
+        assert found["no-gates"][name] == 0.0 < found["full"][name]
+    assert {"refuse_recall", "accuracy", "auroc"} <= found["full"].keys() - found["no-heads"].keys()
+    assert 1.0 <= found["full"]["effective_rank"] <= 16.0 and found["no-gates"]["second_difference"] > 0
+    capsys.readouterr()
+    main([*command, "--seeds", "0"])
+    said = capsys.readouterr().out
+    assert "3 of 3 results are there already" in said and "spread not known" in said
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sum("row" in line for line in lines) == 3
+
+
+def test_cost_runs(store: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "cost.json"
+    sizes = [
+        "--large-size",
+        "32x1",
+        "--batch",
+        "2",
+        "--tokens",
+        "16",
+        "--vocab",
+        "300",
+        "--teacher-width",
+        "8",
+    ]
+    main(
+        ["cost", *store, *sizes, "--rounds", "2", "--warmup", "1", "--speed-rounds", "1", "--json", str(path)]
+    )
+    found: dict[str, Any] = json.loads(path.read_text())
+    assert len(found["steps"]) == len(found["files"]) == 2
+    for steps in found["steps"]:
+        assert {len(seconds) for seconds in steps["seconds"].values()} == {2}
+        counts = [steps["parameters"][side] for side in SIDES]
+        assert counts[0] == counts[1] < counts[2] < counts[3]
+    for files in found["files"]:
+        assert files["same_tensors"] and files["ratio_to_plain"]["generation"]["median"] > 0
+
+
+def test_plain_attention_is_a_gate_at_the_identity() -> None:
+    """The same logits; and gradients for everything but the gates, which are gone."""
+    frozen, plain = make_student(32), make_student(32)
+    freeze_identity(frozen)
+    take_gates_out(plain)
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 96, (2, 9)))
+    torch.testing.assert_close(plain(tokens).logits, frozen(tokens).logits, rtol=1e-5, atol=1e-5)
+    names = {name for name, parameter in frozen.named_parameters() if parameter.requires_grad}
+    assert {name for name, _ in plain.named_parameters()} == names
+    assert not plain.gates()
+
+
+def test_figures() -> None:
+    calm = [1.0, 1.1, 0.9] * 10
+    for losses, begin, expected in (([*calm, 1.05], 30, (0.05, 0)), ([*calm, 9.0, 1.0], 8, (8.0, 1))):
+        assert rises(losses, begin) == pytest.approx(expected)
+    states = torch.zeros(64, 8)
+    states[torch.arange(64), torch.arange(64) % 4] = 1.0
+    assert effective_rank(states) == pytest.approx(3.0, rel=1e-6)  # four corners lie in three dimensions
+    assert verdict({0: 1.0, 1: 2.0}, {0: 2.0, 1: 3.0, 2: 9.0}) == "+1.4 spreads (+1.0000; higher in 2 of 2)"
+    assert ratios([2.0, 6.0, 3.0], [1.0, 2.0, 1.0])["median"] == 3.0
