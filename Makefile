@@ -15,7 +15,7 @@ setup: .venv/.ready
 	touch $@
 
 demo: setup
-	$(BIN)/distill run --student-size 128x3 --samples 2048 --epochs 7
+	$(BIN)/distill run --student-size 128x3 --samples 2048 --epochs 4
 
 test: setup
 	$(BIN)/ruff check .

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import safetensors.torch
 from safetensors import SafetensorError
 
 from distill.checkpoint import plain_weights, set_weights
-from distill.config import RunConfig
+from distill.config import LossConfig, RunConfig, TrainConfig
 from distill.console import Console
 from distill.errors import UserError
 from distill.head_start import head_start, require_head_start
+from distill.held_out import held_out_score
 from distill.launch import Launch
 from distill.new_student import new_student, student_shape
+from distill.objective import Batch, Objective
 from distill.schedule import peak_learning_rate
+from distill.training_module import TrainingModule
 from students.builder import build_student
 from students.model import SO8TForCausalLM
 from teachers import example_teacher
@@ -24,12 +28,13 @@ from teachers.gguf_file import TeacherFileError, file_sha256, read_gguf
 from teachers.inheritance import Inheritance
 from teachers.store import write_whole
 
-# Weights that mean something already are spoilt by steps as large as random ones need (docs/benchmarks.md).
-HEAD_START_RATE = 0.5
+# Weights that mean something already are spoilt by steps as large as random ones need, and the more so the nearer they
+# are to the teacher (docs/benchmarks.md).
+HEAD_START_RATE, LEAST_RATE = 0.5, 0.02
 
 
 def settle_beginning(config: RunConfig, info: TeacherInfo, gguf: Path | None, console: Console) -> RunConfig:
-    """The settings with the student's beginning and the peak learning rate that suits it.
+    """The settings with the student's beginning.
 
     ``gguf``: whose weights the student can begin at, if that file is here. Where it cannot, and why, is said.
 
@@ -51,13 +56,25 @@ def settle_beginning(config: RunConfig, info: TeacherInfo, gguf: Path | None, co
                 f"the student cannot begin at the teacher's weights: {reason}; it begins at random ones, with the "
                 "teacher's token embeddings (--init embeddings)"
             )
-    student = config.student.model_copy(update={"init": init})
-    train = config.train
-    if init == "teacher" and train.learning_rate is None:
-        width = student_shape(config, info).hidden_size
-        rate = HEAD_START_RATE * peak_learning_rate(train, width)
-        train = train.model_copy(update={"learning_rate": rate})
-    return config.model_copy(update={"student": student, "train": train})
+    return config.model_copy(update={"student": config.student.model_copy(update={"init": init})})
+
+
+def with_learning_rate(
+    config: TrainConfig, student: SO8TForCausalLM, init: str, held_out: Iterable[Batch]
+) -> TrainConfig:
+    """The settings with a peak learning rate that suits the beginning, where none is given.
+
+    From the teacher's weights it is √KL / 2 of the usual one (at most half of it, at least a fiftieth), with the KL
+    that the student begins at on the held-out text, in nats per token.
+    """
+    if config.learning_rate is not None:
+        return config
+    share = 1.0
+    if init == "teacher":
+        score = held_out_score(TrainingModule(student, Objective(LossConfig())), held_out)
+        share = min(HEAD_START_RATE, max(LEAST_RATE, HEAD_START_RATE * math.sqrt(max(0.0, score.kl))))
+    rate = share * peak_learning_rate(config, student.config.hidden_size)
+    return config.model_copy(update={"learning_rate": rate})
 
 
 def find_teacher(path: str | None, info: TeacherInfo) -> Path | None:

@@ -166,11 +166,11 @@ class SafetyConfig(Section):
 class TrainConfig(Section):
     """The training loop. ``epochs``; ``batch_size``: sequences per optimizer step, over all processes;
     ``accumulation``: into how many micro-batches a process divides its part of them; ``learning_rate``: peak
-    (none: 0.5 / width, half of that from the teacher's weights); ``schedule``: after the warm-up a cosine, a straight
-    line, or wsd (constant until the last ``decay`` of the steps, then a cosine down); ``warmup``: share of the steps;
-    ``min_lr``: share of the peak it ends at; ``max_grad_norm``; ``weight_decay``: of matrices only; ``precision``:
-    ``bf16`` autocast, ``fp32``, or ``auto``; ``evaluations``: how often held-out KL is measured, first and last step
-    included; ``patience``: stop after so many of them without a better one (none: never).
+    (none: 0.5 / width, less from the teacher's weights, see ``distill.beginning``); ``schedule``: after the warm-up a
+    cosine, a straight line, or wsd (constant until the last ``decay`` of the steps, then a cosine down); ``warmup``:
+    share of the steps; ``min_lr``: share of the peak it ends at; ``max_grad_norm``; ``weight_decay``: of matrices only;
+    ``precision``: ``bf16`` autocast, ``fp32``, or ``auto``; ``evaluations``: how often held-out KL is measured, first
+    and last step included; ``patience``: stop after so many of them without a better one (none: never).
 
     ``gradient_checkpointing``: compute layers again in the backward pass instead of keeping what they computed;
     ``compile``: torch.compile. ``trackers``: tensorboard, wandb.

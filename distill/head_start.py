@@ -37,8 +37,8 @@ from teachers.torch_forward import VOCABULARY_ROWS, final_states, trace
 # Tokens of text that the regressions see: more are better (docs/benchmarks.md), but a teacher of billions of parameters
 # computes for a second on a hundred of them.
 MOST_TOKENS, LEAST_TOKENS = 16_384, 4_096
-TOKEN_PARAMETERS = 1.5e13
-TRACE_BYTES = 1 << 30  # of one layer's activations, for more than the least number of tokens
+TOKEN_PARAMETERS = 1.5e12
+TRACE_BYTES = 512 << 20  # of one layer's activations; about three times as much is in use at once
 SURVEY_SHARE = 4  # the first pass sees one part in so many
 SOFTENED_ON = 256  # tokens on which the student is made as sure of itself as it should be
 LONGEST = 1024  # tokens of a sequence that are looked at

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from students.heads import VerificationHead
+from students.heads import VerificationHead, certainty
 from students.model import SO8TForCausalLM
 from teachers.records import Targets
 
 if TYPE_CHECKING:
     from distill.objective import Batch, Prompts
 
-# The verification head learns from every fourth position: finding the student's top token is a pass over the logits.
-VERIFIED_EVERY = 4
+# The verification head learns from every eighth position: what it needs of the logits takes some passes over them.
+VERIFIED_EVERY = 8
 # How much of the safety loss's gradient goes on into the layers. It is that of a few prompts and so noisy that at full
-# strength Adam's steps for everything else shrink: held-out KL 0.37 instead of 0.22 (docs/benchmarks.md).
+# strength Adam's steps for everything else shrink (docs/decisions.md).
 BODY_GRADIENT = 0.5
 
 
@@ -27,19 +27,22 @@ BODY_GRADIENT = 0.5
 class Verified:
     """At which of a micro-batch's n valid positions the verification head is trained, and what it has to learn there.
 
-    ``rows [m]``: those positions, ascending; ``agreed [m]``: 1 where student and teacher have the same top token.
+    ``rows [m]``: those positions, ascending; ``certain [m, 2]``: the student's certainty there (see
+    ``students.heads.certainty``); ``agreed [m]``: 1 where student and teacher have the same top token.
     """
 
     rows: Tensor
+    certain: Tensor
     agreed: Tensor
 
     @classmethod
     def of(cls, batch: Batch) -> Verified:
-        """Every fourth position of each sequence, whatever it shares a micro-batch with."""
+        """Every eighth position of each sequence, whatever it shares a micro-batch with."""
         steps = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
         chosen = (steps[None, :] + batch.lengths[:, None]) % VERIFIED_EVERY == 0
         rows = chosen[batch.valid].nonzero().squeeze(-1)
-        return cls(rows, torch.zeros(len(rows), device=batch.tokens.device))
+        zeros = torch.zeros(len(rows), 3, device=batch.tokens.device)
+        return cls(rows, zeros[:, :2], zeros[:, 2])
 
     def note(self, logits: Tensor, targets: Targets, span: slice) -> None:
         """Compare top tokens at the chosen positions among ``span``, whose logits ``[C, V]`` these are; the targets are
@@ -47,8 +50,9 @@ class Verified:
         inside = (self.rows >= span.start) & (self.rows < span.stop)
         rows = self.rows[inside]
         if len(rows):
-            student = logits[rows - span.start].argmax(dim=-1)
-            self.agreed[inside] = (student == targets.select(rows).best()).float()
+            chosen = logits[rows - span.start]
+            self.certain[inside] = certainty(chosen)
+            self.agreed[inside] = (chosen.argmax(dim=-1) == targets.select(rows).best()).float()
 
 
 def verification_loss(head: VerificationHead, states: Tensor, verified: Verified) -> Tensor:
@@ -56,7 +60,7 @@ def verification_loss(head: VerificationHead, states: Tensor, verified: Verified
 
     It trains the head alone: the student is to come near the teacher, not to know where it will not.
     """
-    log_odds = head(states[verified.rows].detach())
+    log_odds = head(states[verified.rows].detach(), verified.certain)
     return F.binary_cross_entropy_with_logits(log_odds, verified.agreed, reduction="sum")
 
 

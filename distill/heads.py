@@ -19,13 +19,13 @@ from distill.safety_data import SafetyData
 from distill.safety_metrics import SafetyScore, fit_temperature, fit_thresholds, score_decisions
 from distill.safety_prompts import PromptSet
 from distill.verification import VerificationScore, fit_trust, score_verification
-from students.heads import Heads
+from students.heads import Heads, certainty
 from students.model import SO8TForCausalLM
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.store import SoftTargetStore
 
 MIN_CALIBRATED = 64  # fewer positions or prompts than that would rather spoil a calibration
-TOGETHER = 64  # sequences whose logits are held at once
+LOGITS_BYTES = 128 << 20  # of logits held at once, where top tokens are looked for
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ def calibrate(
             output = student.verification_head.output
             output.weight.mul_(scale)
             output.bias.mul_(scale).add_(offset)
+            student.verification_head.certainty.mul_(scale)
             log_odds = scale * log_odds + offset
         student.config.trust = fit_trust(log_odds.sigmoid(), agreed)
 
@@ -94,13 +95,14 @@ def score_heads(
             languages[language] = score_decisions(chances[rows], labels[rows], heads.thresholds)
     if heads.verification is not None:
         certain, agreed = [], []
-        for start in range(0, len(sequences), TOGETHER):
-            some = sequences[start : start + TOGETHER]
+        together = max(1, LOGITS_BYTES // (4 * exported.info.vocab_size * int(store.lengths().max())))
+        for start in range(0, len(sequences), together):
+            some = sequences[start : start + together]
             tokens = [store.tokens(index) for index in some]
             states = torch.from_numpy(exported.states(tokens, exact=True)["final"])
-            best = torch.from_numpy(exported.logits(tokens).argmax(axis=-1))
-            certain.append(heads.agreement(states))
-            agreed.append(best == torch.cat([store.targets(index).best() for index in some]))
+            logits = torch.from_numpy(exported.logits(tokens, exact=True))
+            certain.append(heads.agreement(states, logits))
+            agreed.append(logits.argmax(dim=-1) == torch.cat([store.targets(index).best() for index in some]))
         verification = score_verification(torch.cat(certain), torch.cat(agreed))
     return HeadScores(safety, languages, verification)
 
@@ -164,6 +166,7 @@ def _verified(
     for index in sequences:
         ids = torch.from_numpy(store.tokens(index)[:-1].astype(np.int64))[None].to(student.device)
         output = student(ids)
-        log_odds.append(student.verification_head(output.last_hidden_state[0]).cpu())
+        certain = certainty(output.logits[0])
+        log_odds.append(student.verification_head(output.last_hidden_state[0], certain).cpu())
         agreed.append(output.logits[0].argmax(dim=-1).cpu() == store.targets(index).best())
     return torch.cat(log_odds), torch.cat(agreed)

@@ -134,8 +134,9 @@ class Judge:
             )
             longer = np.append(said, said[-1]).astype(np.int32)
             states = torch.from_numpy(self.model.states([longer], exact=True)["final"])
-            answered = states[len(tokens) - 1 : max(len(tokens), len(said) - 1)]
-            found.append(float(self.heads.agreement(answered).mean()))
+            logits = torch.from_numpy(self.model.logits([longer], exact=True))
+            answer = slice(len(tokens) - 1, max(len(tokens), len(said) - 1))
+            found.append(float(self.heads.agreement(states[answer], logits[answer]).mean()))
         return found
 
 

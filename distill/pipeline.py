@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from distill.batches import split
-from distill.beginning import begin, find_teacher, settle_beginning
+from distill.beginning import begin, find_teacher, settle_beginning, with_learning_rate
 from distill.capturing import (
     StorePlace,
     fill_store,
@@ -103,9 +104,8 @@ def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
 
         def capture() -> Source:
             words, info = tokenizer_of(config.teacher), teacher.info
-            safety_data(
-                config, prompts, words, info
-            )  # a prompt that is too long is found now, not after hours
+            # Now, not after hours, a prompt is found to be too long.
+            safety = safety_data(config, prompts, words, info)
             with exclusive(store.folder, launch.share.rank):
                 reused = fill_store(teacher, corpus, store, console, launch.share)
                 if launch.first:
@@ -114,7 +114,9 @@ def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
                 launch.wait()
             if not config.train.on_policy:
                 teacher.close()  # it is out of memory while the student trains
-            safety = safety_data(config, labelled_prompts(config, prompts, None, store, console), words, info)
+            labelled = labelled_prompts(config, prompts, None, store, console)
+            if labelled is not prompts:
+                safety = safety_data(config, labelled, words, info)
             return Source(config, store, need_inheritance(store), reused, safety, gguf, teacher)
 
         _work_in(folder, config, _identity(teacher.info, store), capture, launch, console)
@@ -200,6 +202,7 @@ def _make_student(source: Source, folder: RunFolder, launch: Launch, console: Co
         data = replace(data, prompts=source.safety.train, prompts_per_step=config.safety.per_step(steps))
     held_out = HeldOut([store.tokens(int(index)) for index in data.split.held_out], source.inheritance.lines)
     student = _begin(source, data, folder, launch, console)
+    source = _with_learning_rate(source, data, student, launch)
     summary = _train(source, data, student, folder, console)
     if not launch.first:
         return
@@ -216,7 +219,9 @@ def _make_student(source: Source, folder: RunFolder, launch: Launch, console: Co
     untrained = _begin(source, data, folder, Launch(WHOLE), console)
     evaluation, speeds = _evaluate(source, data, folder, {"before": untrained, "after": student}, console)
     heads = _score_heads(source, folder, student, for_scores, console)
-    outcome = Outcome(config, info, student, store, source.reused, summary, proof, evaluation, speeds, heads)
+    outcome = Outcome(
+        source.config, info, student, store, source.reused, summary, proof, evaluation, speeds, heads
+    )
     folder.write_results(build_results(outcome, folder.gguf.stat().st_size, console.seconds))
     write_run_report(folder, console)
     folder.beginning.unlink(missing_ok=True)
@@ -230,6 +235,18 @@ def _begin(
     some = train[np.linspace(0, len(train) - 1, min(len(train), BEGINNING_SEQUENCES)).astype(int)]
     sequences = [source.store.tokens(int(index)) for index in some]
     return begin(source.config, source.inheritance, source.gguf, sequences, folder.beginning, launch, console)
+
+
+def _with_learning_rate(
+    source: Source, data: TrainingData, student: SO8TForCausalLM, launch: Launch
+) -> Source:
+    """The source with a peak learning rate in its settings, the same in all processes."""
+    config = source.config
+    held_out = data.held_out(config.train.batch_size, torch.device("cpu"))
+    train = with_learning_rate(config.train, student, config.student.init, held_out)
+    rate = launch.agreed(train.learning_rate)
+    train = train.model_copy(update={"learning_rate": rate})
+    return replace(source, config=config.model_copy(update={"train": train}))
 
 
 def _train(

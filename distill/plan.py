@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 
 from distill.batches import padded
+from distill.beginning import settle_beginning
 from distill.capturing import largest_size, load_teacher, read_data, recipe_for
 from distill.config import RunConfig
 from distill.console import Console, human_bytes, human_count
@@ -18,6 +19,7 @@ from distill.corpus import Corpus
 from distill.new_student import describe_parameters, student_shape, with_size
 from distill.objective import Batch, Objective
 from distill.schedule import build_optimizer
+from distill.teacher_source import find_gguf
 from distill.training_module import choose_precision
 from students.builder import StudentSize, build_student
 from students.config import SO8TConfig
@@ -30,6 +32,11 @@ from teachers.store import Companion
 
 PROBE_SEQUENCES = 32
 PROBE_STEPS = 3
+BEGINNINGS = {
+    "teacher": "the teacher's weights",
+    "embeddings": "random weights, the teacher's token embeddings",
+    "random": "random weights",
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ def plan_run(config: RunConfig, console: Console) -> Plan:
     """
     with load_teacher(config, console) as teacher:
         info = teacher.info
-        config = with_size(config, info)
+        config = settle_beginning(with_size(config, info), info, find_gguf(config.teacher), console)
         shape = student_shape(config, info)  # refused before anything is measured
         corpus = read_data(config, teacher, console)
         recipe = recipe_for(config.targets, teacher, console)
@@ -78,7 +85,7 @@ def plan_run(config: RunConfig, console: Console) -> Plan:
         trained = psutil.Process().memory_info().rss
         stage.finish(f"{probe.batch.count() / step_seconds:,.0f} tokens/s")
     plan = _combine(config, corpus, recipe, teacher, probe, decoder_parameters(shape), step_seconds, trained)
-    _print(plan, recipe, shape, teacher, console)
+    _print(plan, recipe, shape, config.student.init, teacher, console)
     return plan
 
 
@@ -155,7 +162,9 @@ def _combine(
     )
 
 
-def _print(plan: Plan, recipe: Recipe, shape: SO8TConfig, teacher: Teacher, console: Console) -> None:
+def _print(
+    plan: Plan, recipe: Recipe, shape: SO8TConfig, init: str, teacher: Teacher, console: Console
+) -> None:
     size = StudentSize(shape.hidden_size, shape.num_hidden_layers)
     table = Table(
         title=f"{teacher.info.name} → {size} SO8T: what a run takes", title_justify="left", show_header=False
@@ -169,6 +178,7 @@ def _print(plan: Plan, recipe: Recipe, shape: SO8TConfig, teacher: Teacher, cons
         ("teacher's memory", human_bytes(plan.teacher_memory)),
         ("student", describe_parameters(shape, teacher.info)),
         *describe_shape(shape),
+        ("begins at", BEGINNINGS[init]),
         ("training", f"{plan.steps:,} steps, about {human_time(plan.train_seconds)}"),
         ("training's memory", human_bytes(plan.train_memory)),
     ):

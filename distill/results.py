@@ -74,6 +74,7 @@ def build_results(outcome: Outcome, file_bytes: int, seconds: dict[str, float]) 
             "seconds": round(training.seconds, 3),
             "continued_from_step": training.continued_from,
             "precision": training.precision,
+            "learning_rate": outcome.config.train.learning_rate,
             "held_out": [{"step": step, **asdict(score)} for step, score in training.scores],
         },
         "evaluation": _evaluation(outcome.evaluation),

@@ -18,7 +18,10 @@ from students.heads import ALLOW, DECISIONS, ESCALATE, REFUSE, decide
 # What thresholds aim at. A little more than what is promised: validation prompts are few.
 REFUSE_RECALL, ALLOW_PRECISION, ESCALATE_PRECISION = 0.97, 0.92, 0.85
 GRID = 49  # thresholds tried on each axis
-MIN_REFUSE, MAX_REFUSE = 0.005, 0.7  # a lower threshold would refuse nearly everything, a higher one nearly nothing
+MIN_REFUSE, MAX_REFUSE = (
+    0.005,
+    0.7,
+)  # a lower threshold would refuse nearly everything, a higher one nearly nothing
 
 
 @dataclass(frozen=True)

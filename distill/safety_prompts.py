@@ -24,7 +24,7 @@ from distill.errors import UserError
 from distill.objective import Prompts
 from students.heads import DECISIONS
 from teachers.base import Teacher, Tokens
-from teachers.conversation import conversation_tokens
+from teachers.conversation import conversations_tokens
 
 BUILT_IN = "builtin"
 TEACHER = "teacher"
@@ -213,11 +213,10 @@ def prompt_tokens(teacher: Teacher, prompts: Sequence[SafetyPrompt], context_len
     Raises:
         UserError: a prompt is longer than the student's context.
     """
-    found = []
-    for prompt in prompts:
-        tokens = conversation_tokens(teacher, [{"role": "user", "content": prompt.text}], answer=True)
+    conversations = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
+    found = conversations_tokens(teacher, conversations, answer=True)
+    for tokens, prompt in zip(found, prompts, strict=True):
         require_length(tokens, context_length, prompt.text)
-        found.append(tokens)
     return found
 
 

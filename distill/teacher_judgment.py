@@ -29,7 +29,9 @@ QUESTION = (
     "Request: {request}"
 )
 OPENING = "Decision:"
-TOGETHER = 16  # prompts asked at once: every logit of their words is held meanwhile
+LOGITS_BYTES = 256 << 20  # of logits held at once: every one of a question's positions
+TOGETHER = 16  # prompts asked at once at most
+TYPICAL_TOKENS = 256  # of a question
 
 
 def judge_prompts(
@@ -47,8 +49,10 @@ def judge_prompts(
     )
     shared = _shared_beginning(endings)
     found = []
-    for start in range(0, len(prompts), TOGETHER):
-        some = prompts[start : start + TOGETHER]
+    room = LOGITS_BYTES // (4 * teacher.info.vocab_size * TYPICAL_TOKENS * len(DECISIONS))
+    together = max(1, min(TOGETHER, room))
+    for start in range(0, len(prompts), together):
+        some = prompts[start : start + together]
         found.append(_judge(teacher, some, endings, shared))
         progress(start + len(some))
     return np.concatenate(found)

@@ -62,12 +62,13 @@ class HeadStart:
         norm = self.student.model.norm
         normed, known = self._normed(self.state, norm.eps), last / root_mean_square(last, eps)
         if self.student.config.tie_word_embeddings:
-            # A tied output matrix reads coordinates in which the gain is already shared out (``stream_scale``).
-            wanted = known @ self.projection.read
-            if not self.projection.narrows:
+            if self.projection.narrows:
+                # The matrix reads coordinates in which the gain is already shared out (``stream_scale``).
+                wanted = known @ self.projection.read
+                fitted = (normed * wanted).sum(dim=0) / normed.square().sum(dim=0).clamp_min(1e-30)
+                norm.weight.copy_(fitted)
+            else:
                 norm.weight.copy_(self._widened(gain))
-                return None
-            norm.weight.copy_((normed * wanted).sum(dim=0) / normed.square().sum(dim=0).clamp_min(1e-30))
             return None
         norm.weight.copy_(self._gain(known, norm.eps, gain))
         inputs = normed * norm.weight

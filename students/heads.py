@@ -21,6 +21,7 @@ ALLOW, ESCALATE, REFUSE = range(3)
 VERIFICATION_UNITS = 64
 DEFAULT_THRESHOLDS = (0.5, 0.5)
 DEFAULT_TRUST = 0.5
+LEAST_DOUBT = -1e-6  # log-probability that nothing is more certain than: float32 knows no smaller doubt
 
 _SAFETY = "so8t.safety."
 _VERIFICATION = "so8t.verification."
@@ -44,18 +45,33 @@ class SafetyHead(nn.Module):
 
 
 class VerificationHead(nn.Module):
-    """Per token, the log-odds that the student's most probable next token is the teacher's."""
+    """Per token, the log-odds that the student's most probable next token is the teacher's.
+
+    What the student's own probabilities say of its certainty (see ``certainty``), corrected by a small network on the
+    hidden state. It begins as the log-odds of the student's top token.
+    """
 
     def __init__(self, width: int, units: int = VERIFICATION_UNITS) -> None:
         super().__init__()
         self.hidden = nn.Linear(width, units)
         self.output = nn.Linear(units, 1)
+        self.certainty = nn.Parameter(torch.tensor([1.0, 0.0]))
 
-    def forward(self, states: Tensor) -> Tensor:
-        """Log-odds ``[...]`` of ``states [..., D]``, in float32."""
+    def forward(self, states: Tensor, certain: Tensor) -> Tensor:
+        """Log-odds ``[...]`` of ``states [..., D]`` and the tokens' ``certain [..., 2]``, in float32."""
         with full_precision(states):
             units = F.silu(F.linear(states.float(), self.hidden.weight.float(), self.hidden.bias.float()))
-            return F.linear(units, self.output.weight.float(), self.output.bias.float()).squeeze(-1)
+            correction = F.linear(units, self.output.weight.float(), self.output.bias.float()).squeeze(-1)
+            return correction + certain @ self.certainty.float()
+
+
+def certainty(logits: Tensor) -> Tensor:
+    """How certain next-token ``logits [..., V]`` are: the log-odds of the most probable token, and how much more
+    probable it is than the second (difference of the logits), float32 ``[..., 2]``."""
+    best = logits.float().topk(2, dim=-1).values
+    log_probability = (best[..., 0] - logits.float().logsumexp(dim=-1)).clamp(max=LEAST_DOUBT)
+    log_odds = log_probability - torch.log(-torch.expm1(log_probability))
+    return torch.stack((log_odds, best[..., 0] - best[..., 1]), dim=-1)
 
 
 def decide(probabilities: Tensor, thresholds: tuple[float, float]) -> Tensor:
@@ -88,11 +104,13 @@ class Heads:
         return self.safety(states.to(there)).softmax(dim=-1).to(states.device)
 
     @torch.no_grad()
-    def agreement(self, states: Tensor) -> Tensor:
-        """Probability that the student's top token is the teacher's, ``[N]``, from states ``[N, D]``."""
+    def agreement(self, states: Tensor, logits: Tensor) -> Tensor:
+        """Probability that the student's top token is the teacher's, ``[N]``, from ``states [N, D]`` and the
+        ``logits [N, V]`` that follow from them."""
         assert self.verification is not None
         there = self.verification.output.weight.device
-        return self.verification(states.to(there)).sigmoid().to(states.device)
+        log_odds = self.verification(states.to(there), certainty(logits).to(there))
+        return log_odds.sigmoid().to(states.device)
 
 
 def head_values(heads: Heads) -> dict[str, list[float] | list[str] | float | int]:
@@ -110,6 +128,7 @@ def head_values(heads: Heads) -> dict[str, list[float] | list[str] | float | int
         values[_VERIFICATION + "hidden.bias"] = _numbers(head.hidden.bias)
         values[_VERIFICATION + "output.weight"] = _numbers(head.output.weight)
         values[_VERIFICATION + "output.bias"] = _numbers(head.output.bias)
+        values[_VERIFICATION + "certainty"] = _numbers(head.certainty)
         values[_VERIFICATION + "trust"] = heads.trust
     return values
 

@@ -20,11 +20,26 @@ def conversation_tokens(teacher: Teacher, messages: Sequence[Message], *, answer
     Raises:
         ChatTemplateError: the template is broken or refuses the messages.
     """
-    if teacher.info.chat_template is None:
-        text = "\n".join(message["content"] for message in messages)
-        return _with_bos(teacher, teacher.tokenize([text], add_special=False, parse_special=False)[0])
-    text = _render(teacher, messages, answer=answer)
-    return _with_bos(teacher, teacher.tokenize([text], add_special=False, parse_special=True)[0])
+    return conversations_tokens(teacher, [messages], answer=answer)[0]
+
+
+def conversations_tokens(
+    teacher: Teacher, conversations: Sequence[Sequence[Message]], *, answer: bool
+) -> list[Tokens]:
+    """``conversation_tokens`` of several conversations, asked of the teacher at once.
+
+    Raises:
+        ChatTemplateError: the template is broken or refuses the messages.
+    """
+    if not conversations:
+        return []
+    templated = teacher.info.chat_template is not None
+    if templated:
+        texts = _render(teacher, conversations, answer=answer)
+    else:
+        texts = ["\n".join(message["content"] for message in messages) for messages in conversations]
+    rows = teacher.tokenize(texts, add_special=False, parse_special=templated)
+    return [_with_bos(teacher, tokens) for tokens in rows]
 
 
 def opening_segments(teacher: Teacher) -> tuple[Tokens, ...] | None:
@@ -35,7 +50,7 @@ def opening_segments(teacher: Teacher) -> tuple[Tokens, ...] | None:
     """
     info = teacher.info
     if info.chat_template is not None:
-        text = _render(teacher, [{"role": "user", "content": _PLACEHOLDER}], answer=True)
+        text = _render(teacher, [[{"role": "user", "content": _PLACEHOLDER}]], answer=True)[0]
         before, found, after = text.partition(_PLACEHOLDER)
         if found and before and after:
             start, rest = teacher.tokenize([before, after], add_special=False, parse_special=True)
@@ -52,9 +67,13 @@ def _with_bos(teacher: Teacher, tokens: Tokens) -> Tokens:
     return np.concatenate(([bos], tokens)).astype(np.int32)
 
 
-def _render(teacher: Teacher, messages: Sequence[Message], *, answer: bool) -> str:
+def _render(teacher: Teacher, conversations: Sequence[Sequence[Message]], *, answer: bool) -> list[str]:
     info = teacher.info
     assert info.chat_template is not None
     ends = [np.array([] if token is None else [token], dtype=np.int32) for token in (info.bos, info.eos)]
     bos, eos = teacher.detokenize(ends)
-    return render_chat(info.chat_template, messages, add_generation_prompt=answer, bos=bos, eos=eos)
+    template = info.chat_template
+    return [
+        render_chat(template, messages, add_generation_prompt=answer, bos=bos, eos=eos)
+        for messages in conversations
+    ]

@@ -9,17 +9,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distill.beginning import HEAD_START_RATE, begin, find_teacher, settle_beginning
+from distill.batches import load_batch
+from distill.beginning import begin, find_teacher, settle_beginning, with_learning_rate
 from distill.capturing import capture_only
 from distill.cli import main
-from distill.config import RunConfig, load_config
+from distill.config import LossConfig, RunConfig, TrainConfig, load_config
 from distill.console import Console
 from distill.errors import UserError
 from distill.full_store import open_full_store
+from distill.held_out import HeldOutScore, held_out_score
 from distill.launch import Launch
 from distill.new_student import student_shape, with_size
+from distill.objective import Objective
 from distill.pipeline import Places, run, train_from_store
-from students.builder import build_student
+from distill.training_module import TrainingModule
+from students.builder import StudentSize, build_student, student_config
 from students.model import SO8TForCausalLM
 from teachers import example_teacher
 from teachers.base import TeacherInfo
@@ -64,15 +68,42 @@ def made(config: RunConfig, kept: Inheritance, teacher: Path, store: Path, path:
     return begin(config, kept, teacher, texts, path, Launch(WHOLE), Console())
 
 
-def test_auto_takes_the_teachers_weights_and_a_lower_rate(tiny_teacher_path: Path, kept: Inheritance) -> None:
-    """The default where the file is there and of a known layout; a rate that is given stays."""
+def test_auto_takes_the_teachers_weights(tiny_teacher_path: Path, kept: Inheritance) -> None:
+    """The default where the file is there and of a known layout; another wish stays."""
     config = settled(short_config(tiny_teacher_path), kept.info, tiny_teacher_path)
-    assert config.student.init == "teacher"
-    assert config.train.learning_rate == pytest.approx(HEAD_START_RATE * 0.5 / 32)
-    given = short_config(tiny_teacher_path, "train.learning_rate=0.003")
-    assert settled(given, kept.info, tiny_teacher_path).train.learning_rate == 0.003
+    assert config.student.init == "teacher" and config.train.learning_rate is None
     other = settled(short_config(tiny_teacher_path, "student.init=random"), kept.info, tiny_teacher_path)
-    assert other.student.init == "random" and other.train.learning_rate is None
+    assert other.student.init == "random"
+
+
+def test_the_nearer_to_the_teacher_the_lower_the_rate(store_folder: Path) -> None:
+    """√KL / 2 of the usual rate, between a fiftieth and a half; else the usual one; one that is given stays."""
+    store = open_full_store(store_folder)[0]
+    batches = [load_batch(store, range(4))]
+    student = build_student(
+        student_config(
+            StudentSize(32, 1), vocab_size=int(store.manifest.identity["vocab_size"]), context_length=64
+        ),
+        0,
+    )
+    usual = 0.5 / 32
+    train = TrainConfig()
+    kl = held_out_score(TrainingModule(student, Objective(LossConfig())), batches).kl
+    assert kl > 0
+    expected = usual * min(0.5, max(0.02, 0.5 * kl**0.5))
+    assert with_learning_rate(train, student, "teacher", batches).learning_rate == pytest.approx(expected)
+    assert with_learning_rate(train, student, "random", batches).learning_rate == usual
+    given = TrainConfig(learning_rate=0.003)
+    assert with_learning_rate(given, student, "teacher", batches) == given
+
+
+@pytest.mark.parametrize(("kl", "share"), [(4.0, 0.5), (0.25, 0.25), (1e-6, 0.02), (-1e-9, 0.02)])
+def test_the_rate_is_bounded(kl: float, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A far student gets half of the usual rate, one that is the teacher a fiftieth."""
+    student = build_student(student_config(StudentSize(32, 1), vocab_size=16, context_length=64), 0)
+    monkeypatch.setattr("distill.beginning.held_out_score", lambda *_: HeldOutScore(kl, 1.0, 1.0))
+    rate = with_learning_rate(TrainConfig(), student, "teacher", []).learning_rate
+    assert rate == pytest.approx(share * 0.5 / 32)
 
 
 def test_without_the_file_auto_says_so_and_teacher_is_refused(
@@ -100,7 +131,7 @@ def test_another_layout_falls_back_and_says_why(
 
     monkeypatch.setattr("distill.beginning.require_head_start", refuse)
     config = settled(short_config(tiny_teacher_path, f"student.init={wish}"), kept.info, tiny_teacher_path)
-    assert config.student.init == "embeddings" and config.train.learning_rate is None
+    assert config.student.init == "embeddings"
     assert "architecture gemma" in " ".join(capsys.readouterr().out.split())
 
 

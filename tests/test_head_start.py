@@ -30,8 +30,9 @@ from students.cut_down import (
 from students.fold import to_llama
 from students.least_squares import corrections, moments
 from students.model import SO8TForCausalLM
-from teachers.base import Tokens
+from teachers.base import Sampling, Tokens
 from teachers.gguf_file import GGUFFile, read_gguf
+from teachers.gguf_teacher import GGUFTeacher
 from teachers.llama_weights import LlamaWeights, NotALlama
 from teachers.torch_forward import logits
 from tests.tiny_llama import VOCABULARY, Tiny, canonical, write_tiny
@@ -212,6 +213,30 @@ def test_a_smaller_student_begins_nearer_than_a_random_one(name: str, base: Path
     assert begun < 0.85 * divergence(file, build_student(config, 0))
     plain = head_start(config, file, text(1, 9), 0, quiet)  # too little text for any correction
     assert begun < divergence(file, plain)
+
+
+@pytest.mark.needs_gguf
+@pytest.mark.parametrize(("size", "share"), [((256, 4), 0.05), ((128, 3), 0.25)])
+def test_a_real_teacher_is_kept_in_part(
+    size: tuple[int, int], share: float, example_gguf: GGUFTeacher
+) -> None:
+    """The example teacher's own words: a student of less depth, or half of both, begins far below a random one."""
+    beginnings = [[np.array([example_gguf.info.bos], dtype=np.int32)]] * 96
+    spoken = example_gguf.speak(beginnings, Sampling(max_length=96, seed=1))
+    fresh, seen = spoken[:8], [tokens for tokens in spoken[8:] if len(tokens) > 1]
+    width, layers = size
+    config = SO8TConfig(
+        vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
+        num_key_value_heads=width // 64, intermediate_size=width * 5 // 2, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    expected = torch.from_numpy(example_gguf.logits(fresh)).double().log_softmax(-1)
+
+    def distance(student: SO8TForCausalLM) -> float:
+        ours = answers(student, fresh).double().log_softmax(-1)
+        return float((expected.exp() * (expected - ours)).sum(-1).mean())
+
+    begun = head_start(config, example_gguf.file, seen, 0, quiet)
+    assert distance(begun) < share * distance(build_student(config, 0))
 
 
 def test_equal_arguments_give_equal_bytes(base: Path) -> None:

@@ -369,7 +369,7 @@ def test_what_is_no_store_is_refused(
         ([store, "--student-size", "60000x900"], ["60000x900", "memory"]),
         ([store, "--quant", "q1"], ["export.quant", "q1"]),
         ([store, "--out", str(tmp_path / "other")], ["other files"]),
-        ([store, "--teacher", "x.gguf"], ["--teacher"]),
+        ([store, "--teacher", "x.gguf"], ["x.gguf", "does not exist"]),
         ([store, "--set", "train.on_policy=0.5"], ["train.on_policy", "0.5", "teacher", "distill run"]),
     ):
         assert command("train", *arguments, monkeypatch=monkeypatch) == 2, arguments
