@@ -150,17 +150,18 @@ class SafetyConfig(Section):
     """What the safety head learns. ``labels``: builtin (the prompts that come with the program), a JSONL file of
     ``prompt`` and ``label`` (ALLOW, ESCALATE, REFUSE), teacher (its own judgment of the prompts, as probabilities), or
     none. ``prompts``: JSONL file of the prompts that the teacher judges (none: the built-in ones).
-    ``passes``: how many prompts pass in training altogether, spread evenly over its steps: one at least and
-    ``together`` at most in each."""
+    ``passes``: how many prompts pass in training altogether, ``together`` at most in one step; where they need not
+    be in every step, all steps but every n-th have none."""
 
     labels: str = "builtin"
     prompts: str | None = None
     passes: Count = 4096
-    together: Count = 8
+    together: Count = 16
 
-    def per_step(self, steps: int) -> int:
-        """Prompts in each of so many optimizer steps."""
-        return min(self.together, -(-self.passes // max(1, steps)))
+    def rhythm(self, steps: int) -> tuple[int, int]:
+        """For a training of so many steps: prompts come in every n-th of them, and how many then; (n, count)."""
+        every = max(1, self.together * steps // self.passes)
+        return every, min(self.together, -(-self.passes * every // max(1, steps)))
 
 
 class TrainConfig(Section):

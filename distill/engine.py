@@ -71,14 +71,15 @@ class TrainingSummary:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The store, which of its sequences are held out, the seed of their order, and prompts for the safety head with
-    how many of them each optimizer step takes."""
+    """The store, which of its sequences are held out, the seed of their order, and prompts for the safety head:
+    in every ``prompts_every``-th optimizer step ``prompts_together`` of them."""
 
     store: SoftTargetStore
     split: Split
     seed: int
     prompts: PromptSet | None = None
-    prompts_per_step: int = 0
+    prompts_every: int = 1
+    prompts_together: int = 0
 
     def batches(self, epochs: int, batch_size: int) -> list[list[int]]:
         """Sequence indices of every optimizer step, over all epochs."""
@@ -390,9 +391,10 @@ def _load(loop: Loop, state: TrainingState, part: MicroBatch) -> Batch:
         batch = load_batch(data.store, part.indices)
     else:
         batch = loop.own_words(state.student, part.indices, state.step)
-    if data.prompts is None:
+    turn, off = divmod(state.step, data.prompts_every)
+    if data.prompts is None or off:
         return batch
-    prompts = data.prompts.batch(state.step, data.prompts_per_step, part.place, part.places)
+    prompts = data.prompts.batch(turn, data.prompts_together, part.place, part.places)
     return replace(batch, prompts=prompts)
 
 

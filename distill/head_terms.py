@@ -16,8 +16,8 @@ from teachers.records import Targets
 if TYPE_CHECKING:
     from distill.objective import Batch, Prompts
 
-# The verification head learns from every eighth position: what it needs of the logits takes some passes over them.
-VERIFIED_EVERY = 8
+# The verification head learns from every sixteenth position: what it needs of the logits takes some passes over them.
+VERIFIED_EVERY = 16
 # How much of the safety loss's gradient goes on into the layers. It is that of a few prompts and so noisy that at full
 # strength Adam's steps for everything else shrink (docs/decisions.md).
 BODY_GRADIENT = 0.5
@@ -37,7 +37,7 @@ class Verified:
 
     @classmethod
     def of(cls, batch: Batch) -> Verified:
-        """Every eighth position of each sequence, whatever it shares a micro-batch with."""
+        """Every sixteenth position of each sequence, whatever it shares a micro-batch with."""
         steps = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
         chosen = (steps[None, :] + batch.lengths[:, None]) % VERIFIED_EVERY == 0
         rows = chosen[batch.valid].nonzero().squeeze(-1)

@@ -103,7 +103,7 @@ def score_heads(
             logits = torch.from_numpy(exported.logits(tokens, exact=True))
             certain.append(heads.agreement(states, logits))
             agreed.append(logits.argmax(dim=-1) == torch.cat([store.targets(index).best() for index in some]))
-        verification = score_verification(torch.cat(certain), torch.cat(agreed))
+        verification = score_verification(torch.cat(certain), torch.cat(agreed), heads.trust)
     return HeadScores(safety, languages, verification)
 
 

@@ -19,7 +19,7 @@ from distill.errors import UserError
 from distill.safety_prompts import read_prompts, require_length
 from students.heads import DECISIONS, HeadError, decide, read_heads
 from teachers.base import Sampling, Tokens
-from teachers.conversation import conversation_tokens
+from teachers.conversation import request_tokens
 from teachers.gguf_file import read_gguf
 from teachers.gguf_teacher import GGUFTeacher
 
@@ -116,7 +116,7 @@ class Judge:
     def _tokens(self, prompt: str) -> Tokens:
         if not prompt.strip():
             raise UserError("the prompt is empty; write something to judge")
-        tokens = conversation_tokens(self.model, [{"role": "user", "content": prompt}], answer=True)
+        tokens = request_tokens(self.model, [prompt])[0]
         require_length(tokens, self.model.info.context_length, prompt)
         return tokens
 
@@ -144,11 +144,11 @@ def judge_one(path: Path, prompt: str, as_json: bool, console: Console) -> None:
     """Judge one prompt and print what comes of it."""
     with Judge(path) as judge:
         judgment = judge.judge([prompt])[0]
-        name = judge.model.info.name
+        name, refuses_from = judge.model.info.name, judge.heads.thresholds[0]
     if as_json:
         print(json.dumps(judgment.to_json(), ensure_ascii=False))
         return
-    console.rich.print(_table(judgment, name))
+    console.rich.print(_table(judgment, name, refuses_from))
 
 
 def judge_file(path: Path, prompts: Path, as_json: bool, console: Console) -> None:
@@ -173,13 +173,14 @@ def judge_file(path: Path, prompts: Path, as_json: bool, console: Console) -> No
     console.rich.print(table)
 
 
-def _table(judgment: Judgment, name: str) -> Table:
+def _table(judgment: Judgment, name: str, refuses_from: float) -> Table:
     table = Table(title=escape(name), title_justify="left", show_header=False)
     if judgment.probabilities is not None:
         table.add_row("decision", _coloured(judgment.decision))
         for decision, chance in judgment.probabilities.items():
             table.add_row(decision, f"{chance:6.1%}  {'█' * round(30 * chance)}")
         table.add_row("confidence", _share(judgment.confidence))
+        table.add_row("refuses from", f"{refuses_from:.1%} on (fitted, so that little is missed)")
     if judgment.agreement is not None:
         table.add_row("answers as the teacher would", _agreement(judgment))
     return table

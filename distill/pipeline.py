@@ -39,6 +39,7 @@ from distill.report_html import write_run_report
 from distill.results import Outcome, build_results, print_table
 from distill.run_folder import HeldOut, RunFolder, choose_folder
 from distill.safety_data import SafetyData, labelled_prompts, read_safety_prompts, safety_data
+from distill.safety_prompts import SafetyPrompt, digest
 from distill.teacher_source import find_gguf, open_teacher, require_gguf, teacher_stem, tokenizer_of
 from students.export import ExportNames
 from students.model import SO8TForCausalLM
@@ -119,7 +120,7 @@ def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
                 safety = safety_data(config, labelled, words, info)
             return Source(config, store, need_inheritance(store), reused, safety, gguf, teacher)
 
-        _work_in(folder, config, _identity(teacher.info, store), capture, launch, console)
+        _work_in(folder, config, _identity(teacher.info, store, prompts), capture, launch, console)
     return folder
 
 
@@ -152,10 +153,13 @@ def train_from_store(config: RunConfig, out: Path | None, console: Console) -> R
     folder = _choose(out, config, store.folder.resolve().name, launch)
     if not folder.finished:
         require_complete(store, console)
-    prompts = labelled_prompts(config, prompts, None, store, console)
-    safety = None if folder.finished else safety_data(config, prompts, inheritance.tokenizer, info)
-    source = Source(config, store, inheritance, True, safety, gguf)
-    _work_in(folder, config, _identity(info, store), lambda: source, launch, console)
+
+    def prepare() -> Source:
+        labelled = labelled_prompts(config, prompts, None, store, console)
+        safety = safety_data(config, labelled, inheritance.tokenizer, info)
+        return Source(config, store, inheritance, True, safety, gguf)
+
+    _work_in(folder, config, _identity(info, store, prompts), prepare, launch, console)
     return folder
 
 
@@ -166,9 +170,16 @@ def _choose(out: Path | None, config: RunConfig, stem: str, launch: Launch) -> R
     return folder
 
 
-def _identity(info: TeacherInfo, store: SoftTargetStore) -> dict[str, str]:
+def _identity(
+    info: TeacherInfo, store: SoftTargetStore, prompts: list[SafetyPrompt] | None
+) -> dict[str, str]:
     """What a run's folder must not be continued without."""
-    return {"teacher_name": info.name, "teacher_sha256": info.sha256, "soft_targets": store.manifest.key}
+    return {
+        "teacher_name": info.name,
+        "teacher_sha256": info.sha256,
+        "soft_targets": store.manifest.key,
+        "safety_prompts": "none" if prompts is None else digest(prompts),
+    }
 
 
 def _work_in(
@@ -186,6 +197,8 @@ def _work_in(
         launch.wait()
         if folder.finished:
             console.note(f"{folder.path} already holds this run, finished; nothing was done again")
+            if launch.first:
+                _round_off(folder, console)
         else:
             _make_student(prepare(), folder, launch, console)
     if launch.first:
@@ -199,7 +212,9 @@ def _make_student(source: Source, folder: RunFolder, launch: Launch, console: Co
     data = TrainingData(store, parts, config.seed)
     if source.safety is not None:
         steps = len(data.batches(config.train.epochs, config.train.batch_size))
-        data = replace(data, prompts=source.safety.train, prompts_per_step=config.safety.per_step(steps))
+        every, together = config.safety.rhythm(steps)
+        prompts = source.safety.train
+        data = replace(data, prompts=prompts, prompts_every=every, prompts_together=together)
     held_out = HeldOut([store.tokens(int(index)) for index in data.split.held_out], source.inheritance.lines)
     student = _begin(source, data, folder, launch, console)
     source = _with_learning_rate(source, data, student, launch)
@@ -223,7 +238,13 @@ def _make_student(source: Source, folder: RunFolder, launch: Launch, console: Co
         source.config, info, student, store, source.reused, summary, proof, evaluation, speeds, heads
     )
     folder.write_results(build_results(outcome, folder.gguf.stat().st_size, console.seconds))
-    write_run_report(folder, console)
+    _round_off(folder, console)
+
+
+def _round_off(folder: RunFolder, console: Console) -> None:
+    """What is done last, and again if the process was killed there: the report, and no more file of first weights."""
+    if not folder.report.exists():
+        write_run_report(folder, console)
     folder.beginning.unlink(missing_ok=True)
 
 

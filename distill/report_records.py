@@ -295,7 +295,7 @@ def _metrics(path: Path) -> tuple[list[Line], list[HeldOutPoint], bool]:
                 train.append(values)
             elif kind == "held_out":
                 held_out.append(_held_out(values))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             if number == len(lines):  # a killed process, or one that is writing it right now
                 return train, held_out, True
             raise UserError(f"{path} is damaged (line {number}: {error})") from None

@@ -290,6 +290,9 @@ def _verification(found: VerificationPart) -> Section:
         ["the student alone agrees", f"{found.agreement:.1%}"],
         ["asks the teacher below a probability of", f"{found.trust:.3f}"],
     ]
+    if (there := found.at_trust) is not None:
+        rows.append(["teacher then answers", f"{there.escalated:.1%}"])
+        rows.append(["and of all tokens agree", f"{there.agreement:.1%}"])
     if (goal := cascade_goal(found)) is not None:
         words.append(cascade_words(found))
         rows.append([f"teacher answers, for {CASCADE_GOAL:.0%} agreement", f"{goal.escalated:.1%}"])

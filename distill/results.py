@@ -22,7 +22,6 @@ from distill.errors import UserError
 from distill.evaluate import STORED_TARGETS, Evaluation, perplexity
 from distill.prove import Proof
 from distill.run_folder import RunFolder
-from distill.verification import CASCADE_GOAL
 from students.export import rotation_figures
 from students.model import SO8TForCausalLM
 from teachers.base import TeacherInfo
@@ -194,14 +193,14 @@ def _add_heads(table: Table, heads: dict[str, Any]) -> None:
         )
     if "verification" in heads:
         found = heads["verification"]
-        asked = next(point for point in found["cascade"] if point["agreement"] >= CASCADE_GOAL)
+        cascade = found["at_trust"]
         known = "–" if found["auroc"] is None else f"AUROC {found['auroc']:.3f}"
         table.add_row(
             "knows where it agrees with the teacher",
             "",
             known,
-            f"calibration error {found['calibration_error']:.3f}; {CASCADE_GOAL:.0%} agree where the teacher answers "
-            f"{asked['escalated']:.0%}",
+            f"calibration error {found['calibration_error']:.3f}; {cascade['agreement']:.1%} agree where the teacher "
+            f"answers {cascade['escalated']:.0%}",
         )
 
 

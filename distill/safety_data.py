@@ -18,6 +18,7 @@ from distill.safety_prompts import (
     digest,
     prompt_tokens,
     read_prompts,
+    require_examples,
     split_by_scenario,
 )
 from distill.teacher_judgment import find_judgment, keep_judgment
@@ -77,14 +78,15 @@ def labelled_prompts(
     """
     if prompts is None or config.safety.labels != TEACHER:
         return prompts
-    if teacher is not None:
-        return keep_judgment(teacher, prompts, store, console)
     kept = find_judgment(prompts, store)
+    if kept is None and teacher is not None:
+        kept = keep_judgment(teacher, prompts, store, console)
     if kept is None:
         raise UserError(
             f"safety.labels = teacher: store {store.folder} does not hold its judgment of these prompts; run "
             "`distill capture` with the same safety settings where the teacher is"
         )
+    require_examples(kept, "as the teacher judges them")
     return kept
 
 
@@ -97,11 +99,18 @@ def safety_data(
     """The prompts as the student will read them.
 
     Raises:
-        UserError: one is longer than the student's context.
+        UserError: one is longer than the student's context, or there are too few scenarios.
+        ChatTemplateError: the teacher's chat template does not render.
     """
     if prompts is None:
         return None
     parts = split_by_scenario(prompts)
+    if not all(parts.values()):
+        count = len({prompt.scenario for prompt in prompts})
+        raise UserError(
+            f"safety.prompts = {config.safety.prompts!r}: prompts of {count} scenarios cannot be "
+            "divided into a part to train on, one to fit thresholds and one to measure; give at least five"
+        )
     with tokenizer_alone(metadata_entries(tokenizer), info.vocab_size) as words:
         sets = {
             part: PromptSet(some, prompt_tokens(words, some, info.context_length), config.seed)

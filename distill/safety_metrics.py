@@ -28,7 +28,7 @@ MIN_REFUSE, MAX_REFUSE = (
 class SafetyScore:
     """Decisions against labels over ``prompts`` prompts; a ratio without any case is ``None``.
 
-    ``confusion[label][decision]`` counts; ``calibration_error``: expected, of the chosen class's probability.
+    ``confusion[label][decision]`` counts; ``calibration_error``: expected, of the most probable class's probability.
     """
 
     prompts: int

@@ -24,7 +24,7 @@ from distill.errors import UserError
 from distill.objective import Prompts
 from students.heads import DECISIONS
 from teachers.base import Teacher, Tokens
-from teachers.conversation import conversations_tokens
+from teachers.conversation import request_tokens
 
 BUILT_IN = "builtin"
 TEACHER = "teacher"
@@ -33,6 +33,7 @@ SPLIT: tuple[Part, ...] = ("train", "validation", "train", "test", "train")  # o
 MAX_FILE_BYTES = 64 << 20
 CHANGED_SHARE = 0.2  # of a prompt's tokens, in training
 JOINED_SHARE = 0.5  # of the prompts
+JOINED_TOKENS = 128  # two prompts are joined up to this length, or that of the longest there is
 GRAVITY = np.arange(len(DECISIONS), dtype=np.float32)  # ALLOW 0, ESCALATE 1, REFUSE 2
 ORDER, VARIATION = 6, 7  # streams of random numbers
 
@@ -65,7 +66,7 @@ class PromptSet:
         self.tokens = list(tokens)
         self.labels: NDArray[np.float32] = np.array([prompt.label for prompt in prompts], dtype=np.float32)
         self.seed = seed
-        self.longest = max(map(len, tokens))
+        self.room = max(JOINED_TOKENS, *map(len, tokens))
         before, behind = shared_ends(tokens)
         self.before, self.behind = tokens[0][:before], tokens[0][len(tokens[0]) - behind :]
         self.words = [row[before : len(row) - behind] for row in tokens]
@@ -74,13 +75,13 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def batch(self, step: int, count: int, place: int, places: int) -> Prompts:
-        """What micro-batch ``place`` of ``places`` gets of the ``count`` prompts of optimizer step ``step``.
+    def batch(self, turn: int, count: int, place: int, places: int) -> Prompts:
+        """What micro-batch ``place`` of ``places`` gets of the ``count`` prompts that come together as turn ``turn``.
 
-        Over the places every prompt of the step occurs once. A place that none falls to gets one that counts nothing,
+        Over the places every prompt of the turn occurs once. A place that none falls to gets one that counts nothing,
         so that every process takes part in the same computation.
         """
-        numbers = range(step * count, (step + 1) * count)
+        numbers = range(turn * count, (turn + 1) * count)
         mine = numbers[place::places]
         weight = 1.0 / count if mine else 0.0
         varied = [self.varied(number) for number in mine or numbers[:1]]
@@ -101,7 +102,7 @@ class PromptSet:
             other = int(random.integers(len(self)))
             both = [words, self.words[other]]
             joined = np.concatenate(both if random.random() < 0.5 else both[::-1])
-            if len(joined) + len(self.before) + len(self.behind) <= 2 * self.longest:
+            if len(joined) + len(self.before) + len(self.behind) <= self.room:
                 words = joined
                 label = max(label, self.labels[other], key=lambda chances: float(chances @ GRAVITY))
         words = words.copy()
@@ -213,8 +214,7 @@ def prompt_tokens(teacher: Teacher, prompts: Sequence[SafetyPrompt], context_len
     Raises:
         UserError: a prompt is longer than the student's context.
     """
-    conversations = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
-    found = conversations_tokens(teacher, conversations, answer=True)
+    found = request_tokens(teacher, [prompt.text for prompt in prompts])
     for tokens, prompt in zip(found, prompts, strict=True):
         require_length(tokens, context_length, prompt.text)
     return found

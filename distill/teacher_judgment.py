@@ -16,7 +16,7 @@ from distill.console import Console
 from distill.safety_prompts import SafetyPrompt, digest, require_examples, require_length, with_labels
 from students.heads import DECISIONS
 from teachers.base import Progress, Teacher, Tokens
-from teachers.conversation import conversation_tokens
+from teachers.conversation import request_tokens
 from teachers.store import SoftTargetStore
 
 QUESTION = (
@@ -63,8 +63,7 @@ def _judge(
 ) -> NDArray[np.float32]:
     sequences, begins = [], []
     for prompt in prompts:
-        message = {"role": "user", "content": QUESTION.format(request=prompt.text)}
-        question = conversation_tokens(teacher, [message], answer=True)
+        question = request_tokens(teacher, [QUESTION.format(request=prompt.text)])[0]
         for ending in endings:
             sequences.append(np.concatenate((question, ending)).astype(np.int32))
         begins.append(len(question) + shared)

@@ -32,6 +32,7 @@ class VerificationScore:
     """The verification head over ``positions`` tokens, of which a share ``agreement`` agreed.
 
     ``auroc`` is ``None`` where all tokens are alike; ``calibration_error`` is the expected one over 15 bins.
+    ``at_trust``: the cascade with the threshold that was fitted on other data.
     """
 
     positions: int
@@ -40,14 +41,16 @@ class VerificationScore:
     calibration_error: float
     reliability: list[Bin]
     cascade: list[CascadePoint]
+    at_trust: CascadePoint | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON takes it."""
         return asdict(self)
 
 
-def score_verification(probabilities: Tensor, agreed: Tensor) -> VerificationScore:
-    """Score ``probabilities [N]`` against ``agreed [N]`` (bool); N ≥ 1."""
+def score_verification(probabilities: Tensor, agreed: Tensor, trust: float) -> VerificationScore:
+    """Score ``probabilities [N]`` and the threshold ``trust`` against ``agreed [N]`` (bool); N ≥ 1."""
+    asked = probabilities.double() < trust
     return VerificationScore(
         positions=len(agreed),
         agreement=float(agreed.double().mean()),
@@ -55,6 +58,7 @@ def score_verification(probabilities: Tensor, agreed: Tensor) -> VerificationSco
         calibration_error=expected_calibration_error(probabilities, agreed),
         reliability=reliability(probabilities, agreed),
         cascade=cascade(probabilities, agreed),
+        at_trust=CascadePoint(float(asked.double().mean()), float((asked | agreed).double().mean()), trust),
     )
 
 

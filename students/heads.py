@@ -21,7 +21,8 @@ ALLOW, ESCALATE, REFUSE = range(3)
 VERIFICATION_UNITS = 64
 DEFAULT_THRESHOLDS = (0.5, 0.5)
 DEFAULT_TRUST = 0.5
-LEAST_DOUBT = -1e-6  # log-probability that nothing is more certain than: float32 knows no smaller doubt
+MOST_CERTAIN = 13.8155  # log-odds of a probability of 1 − 10⁻⁶: nothing counts as more certain
+GREATEST_LEAD = 100.0
 
 _SAFETY = "so8t.safety."
 _VERIFICATION = "so8t.verification."
@@ -68,10 +69,13 @@ class VerificationHead(nn.Module):
 def certainty(logits: Tensor) -> Tensor:
     """How certain next-token ``logits [..., V]`` are: the log-odds of the most probable token, and how much more
     probable it is than the second (difference of the logits), float32 ``[..., 2]``."""
-    best = logits.float().topk(2, dim=-1).values
-    log_probability = (best[..., 0] - logits.float().logsumexp(dim=-1)).clamp(max=LEAST_DOUBT)
-    log_odds = log_probability - torch.log(-torch.expm1(log_probability))
-    return torch.stack((log_odds, best[..., 0] - best[..., 1]), dim=-1)
+    logits = logits.float()
+    best = logits.topk(2, dim=-1)
+    # Not from the probability itself, whose doubt float32 rounds away next to 1.
+    others = logits.scatter(-1, best.indices[..., :1], -torch.inf).logsumexp(dim=-1)
+    log_odds = (best.values[..., 0] - others).clamp(max=MOST_CERTAIN)
+    lead = (best.values[..., 0] - best.values[..., 1]).clamp(max=GREATEST_LEAD)
+    return torch.stack((log_odds, lead), dim=-1)
 
 
 def decide(probabilities: Tensor, thresholds: tuple[float, float]) -> Tensor:
@@ -144,12 +148,12 @@ def read_heads(values: Mapping[str, Any], width: int) -> Heads:
     if any(key.startswith(_SAFETY) for key in values):
         if values.get(_SAFETY + "labels") != list(DECISIONS):
             raise HeadError(
-                f"{_SAFETY}labels is {values.get(_SAFETY + 'labels')!r}, not {', '.join(DECISIONS)}"
+                f"{_SAFETY}labels is {repr(values.get(_SAFETY + 'labels'))[:60]}, not {', '.join(DECISIONS)}"
             )
         safety = SafetyHead(width)
         _fill(safety.linear.weight, values, _SAFETY + "weight")
         _fill(safety.linear.bias, values, _SAFETY + "bias")
-        refuse, allow = _floats(values, _SAFETY + "thresholds", 2)
+        refuse, allow = _shares(values, _SAFETY + "thresholds", 2)
         thresholds = (refuse, allow)
     if any(key.startswith(_VERIFICATION) for key in values):
         units = values.get(_VERIFICATION + "units")
@@ -162,7 +166,7 @@ def read_heads(values: Mapping[str, Any], width: int) -> Heads:
         for name, parameter in verification.named_parameters():
             _fill(parameter, values, _VERIFICATION + name)
         key = _VERIFICATION + "trust"
-        trust = _floats({key: [values.get(key)]}, key, 1)[0]
+        trust = _shares({key: [values.get(key)]}, key, 1)[0]
     return Heads(safety, verification, thresholds, trust)
 
 
@@ -175,6 +179,14 @@ def _numbers(tensor: Tensor) -> list[float]:
 def _fill(parameter: Tensor, values: Mapping[str, Any], key: str) -> None:
     numbers = torch.tensor(_floats(values, key, parameter.numel()))
     parameter.copy_(numbers.view_as(parameter))
+
+
+def _shares(values: Mapping[str, Any], key: str, count: int) -> list[float]:
+    """Numbers between 0 and 1."""
+    found = _floats(values, key, count)
+    if not all(0.0 <= value <= 1.0 for value in found):
+        raise HeadError(f"{key} is {found}, not between 0 and 1")
+    return found
 
 
 def _floats(values: Mapping[str, Any], key: str, count: int) -> list[float]:

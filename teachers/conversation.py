@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from teachers.base import Teacher, Tokens
-from teachers.chat_template import Message, render_chat
+from teachers.chat_template import ChatTemplateError, Message, render_chat
 
 _PLACEHOLDER = "\u2063user says\u2063"  # invisible separators: no template contains it
 
@@ -40,6 +40,30 @@ def conversations_tokens(
         texts = ["\n".join(message["content"] for message in messages) for messages in conversations]
     rows = teacher.tokenize(texts, add_special=False, parse_special=templated)
     return [_with_bos(teacher, tokens) for tokens in rows]
+
+
+def request_tokens(teacher: Teacher, requests: Sequence[str]) -> list[Tokens]:
+    """Each request as a conversation that waits for the answer, whatever the request says: control tokens spelled in it
+    stay text, so that it cannot end its own turn.
+
+    Raises:
+        ChatTemplateError: the template is broken or refuses the messages.
+    """
+    conversations = [[{"role": "user", "content": request}] for request in requests]
+    rows = conversations_tokens(teacher, conversations, answer=True)
+    if teacher.info.chat_template is None or not requests:
+        return rows
+    plain = teacher.tokenize(requests, add_special=False, parse_special=False)
+    parsed = teacher.tokenize(requests, add_special=False, parse_special=True)
+    spelled = [place for place in range(len(rows)) if not np.array_equal(plain[place], parsed[place])]
+    around = opening_segments(teacher) if spelled else None
+    for place in spelled:
+        if around is None or len(around) != 2:
+            raise ChatTemplateError(
+                "the request spells control tokens, and the chat template does not show where the request's words are"
+            )
+        rows[place] = np.concatenate((around[0], plain[place], around[1])).astype(np.int32)
+    return rows
 
 
 def opening_segments(teacher: Teacher) -> tuple[Tokens, ...] | None:

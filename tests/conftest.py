@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -67,6 +68,12 @@ def make_student(
             elif parameter.ndim == 2:
                 parameter.mul_(4.0)
     return student
+
+
+def certainty_of(logits: Sequence[float]) -> tuple[float, float]:
+    """Log-odds of the most probable token, and how far its logit is above the second, in float64."""
+    first, second, *rest = sorted(logits, reverse=True)
+    return -math.log(sum(math.exp(value - first) for value in (second, *rest))), first - second
 
 
 class BigramTeacher:

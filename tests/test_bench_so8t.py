@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from students.fold import fold
 from tests.conftest import make_student
 from tools.bench_so8t import command_line, main, open_ablation
 from tools.bench_so8t_ablation import all_variants, effective_rank, rises, verdict
@@ -30,7 +31,8 @@ def test_variants_begin_alike(store: list[str]) -> None:
     variants = all_variants(bench.run.loss)
     assert len({variant.name for variant in variants}) == len(variants) == 12
     assert len({str(variant.loss) for variant in variants[2:]}) == 10
-    full = bench.initial(variants[0], 1).state_dict()
+    whole = bench.initial(variants[0], 1)
+    full, folded = whole.state_dict(), fold(whole)
     for variant in variants[1:]:
         student = bench.initial(variant, 1)
         weights = student.state_dict()
@@ -38,6 +40,10 @@ def test_variants_begin_alike(store: list[str]) -> None:
         wanted = {"safety"} if variant.name in ("no-safety", "no-heads") else set()
         assert missing == wanted | ({"verification"} if variant.loss.lambda_verification == 0 else set())
         for name, value in weights.items():
+            if not variant.gates and "o_proj" in name:  # does what the gate did to it
+                torch.testing.assert_close(value, folded[name], rtol=1e-5, atol=1e-6)
+                assert not torch.equal(value, full[name])
+                continue
             same = variant.gates or "gate." not in name or "gate_proj" in name
             assert torch.equal(value, full[name] if same else torch.zeros_like(value)), name
     other = bench.initial(variants[0], 2).state_dict()

@@ -20,13 +20,20 @@ from distill.objective import Objective, Prompts
 from distill.safety_prompts import PromptSet, SafetyPrompt
 from distill.schedule import build_optimizer
 from students.model import SO8TForCausalLM
-from tests.conftest import make_student
+from tests.conftest import certainty_of, make_student
 from tests.test_engine import LOSS, TRAIN, VOCAB, make_data, read_metrics
-from tests.test_objective import LENGTHS, WEIGHTS, make_batch, make_rows, ready
+from tests.test_objective import WEIGHTS, make_batch, ready
+from tests.test_objective import make_rows as rows_of
 
+LENGTHS = (2, 9, 12, 3, 17, 10, 14, 11, 13)  # seven positions that the verification head learns from
 HEADS = WEIGHTS.model_copy(update={"lambda_safety": 0.3, "lambda_verification": 0.2})
 KINDS = ["buckets", "sketch", "hidden", "dense"]
 HEAD_NAMES = ("safety_head.", "verification_head.")
+
+
+def make_rows(lengths: tuple[int, ...] = LENGTHS) -> tuple[list[list[int]], list[Tensor]]:
+    """Seeded sequences and the teacher's dense logits ``[n − 1, V]`` of each."""
+    return rows_of(lengths)
 
 
 def headed() -> SO8TForCausalLM:
@@ -47,22 +54,22 @@ def make_prompts(count: int, labels: Tensor | None = None) -> Prompts:
 
 
 def chosen_places(lengths: list[int]) -> list[tuple[int, int]]:
-    """(sequence, position) of what the verification head learns from: every fourth, counted from the end."""
+    """(sequence, position) of what the verification head learns from: every sixteenth, counted from the end."""
     return [(row, t) for row, n in enumerate(lengths) for t in range(n - 1) if (n + t) % VERIFIED_EVERY == 0]
 
 
 # -- verification ------------------------------------------------------------------------------------------
 
 
-def test_every_fourth_position_is_chosen() -> None:
-    """About a quarter of all valid ones, in row order, each as the row of the valid positions that it is."""
+def test_every_sixteenth_position_is_chosen() -> None:
+    """About a sixteenth of all valid ones, in row order, each as the row of the valid positions that it is."""
     batch = make_batch(*make_rows((30, 2, 9, 41, 1)))
     rows, count = Verified.of(batch).rows.tolist(), 0
     wanted = []
     for sequence, n in enumerate((30, 2, 9, 41, 1)):
         wanted += [count + t for row, t in chosen_places([0] * sequence + [n]) if row == sequence]
         count += n - 1
-    assert rows == wanted and count == batch.count()
+    assert VERIFIED_EVERY == 16 and rows == wanted and count == batch.count()
     assert abs(len(rows) - count / VERIFIED_EVERY) <= 2
 
 
@@ -76,23 +83,25 @@ def test_the_choice_does_not_depend_on_company(size: int, padding: int) -> None:
         batch = make_batch(rows[at : at + size], teacher[at : at + size], padding=padding)
         places = batch.valid.nonzero()[Verified.of(batch).rows]
         found += [(at + int(row), int(t)) for row, t in places]
-    assert found == chosen_places(list(LENGTHS)) and len(found) > 3
+    assert found == chosen_places(list(LENGTHS)) and len(found) == 7
 
 
-def reference_verification(student: SO8TForCausalLM) -> tuple[list[float], float]:
-    """Labels at the chosen positions and the mean loss, from every logit, one sequence at a time."""
+def reference_verification(student: SO8TForCausalLM) -> tuple[list[float], Tensor, float]:
+    """Labels and certainty at the chosen positions and the summed loss, from every logit, one sequence at a time."""
     rows, teacher = make_rows()
-    labels, loss = [], 0.0
+    labels, certain, loss = [], [], 0.0
     for row, position in chosen_places(list(LENGTHS)):
         with torch.no_grad():
             output = student(torch.tensor([rows[row]]))
             state = output.last_hidden_state[0, position]
-            odds = float(student.verification_head(state))
+            sure = torch.tensor(certainty_of(output.logits[0, position].tolist()))
+            odds = float(student.verification_head(state, sure))
+        certain.append(sure)
         mine = int(np.argmax(output.logits[0, position].numpy()))
         label = float(mine == int(np.argmax(teacher[row][position].numpy())))
         labels.append(label)
         loss += math.log1p(math.exp(-odds if label else odds))
-    return labels, loss
+    return labels, torch.stack(certain), loss
 
 
 def agreeing() -> tuple[list[list[int]], list[Tensor]]:
@@ -103,7 +112,7 @@ def agreeing() -> tuple[list[list[int]], list[Tensor]]:
         with torch.no_grad():
             best = student(torch.tensor([row])).logits[0].argmax(dim=-1)
         for position in range(0, len(row) - 1):
-            if (position + len(row)) % 8 == 0:
+            if (position + len(row)) % (2 * VERIFIED_EVERY) == 0:
                 logits[position, best[position]] = 20.0
     return rows, teacher
 
@@ -125,7 +134,7 @@ def test_verification_against_a_dense_reference(
         monkeypatch.setattr(head_loss, "chunk_size", lambda vocab_size: chunk)
     student = headed()
     batch = make_batch(*make_rows(), kind=kind)
-    labels, total = reference_verification(student)
+    labels, certain, total = reference_verification(student)
     assert set(labels) == {0.0, 1.0}
     noted: list[Verified] = []
     monkeypatch.setattr(
@@ -134,6 +143,7 @@ def test_verification_against_a_dense_reference(
     )
     _, parts = ready(student, HEADS)(student, batch, total=batch.count(), share=1.0, fraction=0.5)
     assert noted[0].agreed.tolist() == labels
+    torch.testing.assert_close(noted[0].certain, certain, rtol=2e-5, atol=2e-5)
     expected = HEADS.lambda_verification * VERIFIED_EVERY * total / batch.count()
     assert float(parts["verification"]) == pytest.approx(expected, rel=2e-5)
 
@@ -148,8 +158,14 @@ def test_verification_gradients_equal_those_of_the_whole(some_agree: None) -> No
     assert set(parts) == {"verification"}
     output = other(batch.tokens)
     places = chosen_places(list(LENGTHS))
-    odds = torch.stack([other.verification_head(output.last_hidden_state[row, t]) for row, t in places])
-    labels = torch.tensor(reference_verification(other)[0])
+    found, certain, _ = reference_verification(other)
+    labels = torch.tensor(found)
+    odds = torch.stack(
+        [
+            other.verification_head(output.last_hidden_state[row, t], sure)
+            for (row, t), sure in zip(places, certain, strict=True)
+        ]
+    )
     chances = 1.0 / (1.0 + torch.exp(-odds))
     plain = -(labels * chances.log() + (1.0 - labels) * (1.0 - chances).log()).sum()
     weighted = only.lambda_verification * VERIFIED_EVERY * plain / batch.count()
@@ -323,7 +339,7 @@ def test_parts_of_a_step_do_not_matter(accumulation: int, world: int) -> None:
 
 def with_prompts(data: TrainingData) -> TrainingData:
     """The same data, and three prompts in every step."""
-    return replace(data, prompts=prompt_set(VOCAB), prompts_per_step=3)
+    return replace(data, prompts=prompt_set(VOCAB), prompts_together=3)
 
 
 def trained(data: TrainingData, folder: Path, accumulation: int) -> tuple[SO8TForCausalLM, list[dict]]:

@@ -28,17 +28,21 @@ from teachers import example_teacher
 from teachers.conversation import conversation_tokens
 from teachers.gguf_file import read_gguf
 from teachers.gguf_teacher import GGUFTeacher
-from tests.conftest import make_student
+from tests.conftest import certainty_of, make_student
 
-THRESHOLDS, TRUST = (0.4, 0.55), 0.8
+THRESHOLDS, TRUST = (0.4, 0.55), 0.75
 PROMPTS = [prompt.text for prompt in built_in_prompts()[::90]] + ["Hi", "[/bold] [red]not markup[/] \\[x]"]
 
 
 @pytest.fixture(scope="module")
 def student() -> SO8TForCausalLM:
-    """A student with heads, lively enough that prompts differ, whose safety head is not sure of everything."""
+    """A student with heads, lively enough that prompts differ, whose heads are not sure of everything."""
     vocab_size = len(read_gguf(example_teacher()).value("tokenizer.ggml.tokens"))
     made = make_student(64, 2, vocab_size, seed=3, heads=True)
+    with torch.no_grad():
+        made.verification_head.certainty.fill_(1.0)
+        made.verification_head.output.bias.fill_(5.0)  # a random student is certain of nothing
+        made.verification_head.output.weight.mul_(3.0)
     made.config.decision_thresholds, made.config.trust = list(THRESHOLDS), TRUST
     return made
 
@@ -66,9 +70,9 @@ def reference(student: SO8TForCausalLM, teacher: GGUFTeacher, prompt: str) -> tu
     room = student.config.max_position_embeddings
     while not certain or (len(certain) < ANSWER_TOKENS and len(tokens) < room):
         output = student(torch.tensor([tokens]))
-        certain.append(
-            1.0 / (1.0 + math.exp(-float(student.verification_head(output.last_hidden_state[0, -1]))))
-        )
+        sure = torch.tensor(certainty_of(output.logits[0, -1].tolist()))
+        log_odds = float(student.verification_head(output.last_hidden_state[0, -1], sure))
+        certain.append(1.0 / (1.0 + math.exp(-log_odds)))
         tokens.append(int(output.logits[0, -1].argmax()))
         if tokens[-1] in teacher.info.end_tokens:
             break
@@ -99,6 +103,8 @@ def test_the_numbers_are_pytorchs(student: SO8TForCausalLM, file: Path, tiny_tea
         assert found.ask_teacher == (agreement < TRUST)
     assert len({judgment.decision for judgment in judgments}) > 1
     assert {judgment.ask_teacher for judgment in judgments} == {True, False}
+    agreements = [judgment.agreement for judgment in judgments if judgment.agreement is not None]
+    assert max(agreements) - min(agreements) > 0.1
 
 
 @pytest.fixture
@@ -391,4 +397,4 @@ def test_random_bytes_of_a_student_never_give_a_traceback(
         codes.add(command(monkeypatch, "judge", tmp_path / "odd.gguf", "Hello"))
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "Traceback" not in said
-    assert codes == {2} and len(places) == 11
+    assert codes == {2} and len(places) == 12

@@ -18,6 +18,7 @@ from distill.exporting import tokenizer_entries
 from distill.objective import Prompts
 from distill.safety_data import read_safety_prompts
 from distill.safety_prompts import (
+    JOINED_SHARE,
     PromptSet,
     SafetyPrompt,
     built_in_prompts,
@@ -236,20 +237,21 @@ def test_which_prompts_the_settings_mean(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "steps", "count"),
+    ("settings", "steps", "rhythm"),
     [
-        ([], 512, 8),
-        ([], 513, 8),
-        ([], 1000, 5),
-        ([], 1 << 20, 1),
-        ([], 0, 8),
-        (["safety.passes=10"], 3, 4),
-        (["safety.together=3"], 3, 3),
+        ([], 10, (1, 16)),
+        ([], 500, (1, 9)),
+        ([], 2000, (7, 15)),
+        ([], 10**6, (3906, 16)),
+        ([], 0, (1, 16)),
+        (["safety.passes=10"], 3, (4, 14)),
+        (["safety.together=3"], 3, (1, 3)),
+        (["safety.passes=10", "safety.together=2"], 50, (10, 2)),
     ],
 )
-def test_how_many_prompts_a_step_takes(settings: list[str], steps: int, count: int) -> None:
-    """As many pass in a long training as in a short one, but at least one a step, and no more than go together."""
-    assert load_config(None, {}, settings).safety.per_step(steps) == count
+def test_how_many_prompts_a_step_takes(settings: list[str], steps: int, rhythm: tuple[int, int]) -> None:
+    """As many pass in a long training as in a short one, some together, and in few steps where there are many."""
+    assert load_config(None, {}, settings).safety.rhythm(steps) == rhythm
 
 
 # -- the order of training ---------------------------------------------------------------------------------
@@ -338,7 +340,7 @@ def test_a_prompt_is_never_seen_twice_alike() -> None:
         neighbours = [(a, b) for a, b in pairwise(words) if b != a + 1]
         joined += any(b % 10 == 1 for _, b in neighbours)
         changed, total = changed + len(neighbours), total + len(words)
-    assert 0.2 < joined / 3000 < 0.45 and 0.1 < changed / total < 0.35
+    assert abs(joined / 3000 - JOINED_SHARE) < 0.1 and 0.2 < changed / total < 0.5
     assert not np.array_equal(prompts.varied(0)[0], prompt_set(11, 1).varied(0)[0])
 
 

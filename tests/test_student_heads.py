@@ -28,6 +28,7 @@ from students.heads import (
     Heads,
     SafetyHead,
     VerificationHead,
+    certainty,
     decide,
     head_values,
     read_heads,
@@ -36,7 +37,7 @@ from students.model import SO8TForCausalLM
 from teachers import example_teacher
 from teachers.gguf_file import read_gguf
 from teachers.gguf_teacher import GGUFTeacher
-from tests.conftest import make_student
+from tests.conftest import certainty_of, make_student
 
 WIDTH = 64
 
@@ -75,13 +76,18 @@ def keys_of(path: Path) -> dict[str, Any]:
 
 
 def test_heads_against_plain_products() -> None:
-    """W x + b for the decisions; w · silu(V x + c) + d for the verification, one state at a time."""
+    """W x + b for the decisions; w · silu(V x + c) + d + u · certainty for the verification, one state at a time."""
     heads = lively(Heads(SafetyHead(8), VerificationHead(8, 5)))
     assert heads.safety is not None and heads.verification is not None
     states = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
+    logits_of = 3.0 * torch.randn(2, 3, 11, generator=torch.Generator().manual_seed(2))
+    certain = torch.tensor([[certainty_of(row) for row in rows] for rows in logits_of.tolist()])
     weight, bias = (p.detach().double().numpy() for p in heads.safety.parameters())
-    inner, c, outer, d = (p.detach().double().numpy() for p in heads.verification.parameters())
-    decided, verified = (head(states).detach() for head in (heads.safety, heads.verification))
+    named = {name: p.detach().double().numpy() for name, p in heads.verification.named_parameters()}
+    inner, c, outer, d = (
+        named[name] for name in ("hidden.weight", "hidden.bias", "output.weight", "output.bias")
+    )
+    decided, verified = heads.safety(states).detach(), heads.verification(states, certain).detach()
     assert decided.shape == (2, 3, 3) and verified.shape == (2, 3)
     for place in np.ndindex(2, 3):
         x = states[place].double().numpy()
@@ -89,24 +95,33 @@ def test_heads_against_plain_products() -> None:
         assert decided[place].tolist() == pytest.approx(logits.tolist(), rel=1e-5, abs=1e-5)
         units = [sum(row * x) + offset for row, offset in zip(inner, c, strict=True)]
         active = [unit / (1.0 + math.exp(-unit)) for unit in units]
-        assert float(verified[place]) == pytest.approx(float(outer[0] @ active + d[0]), rel=1e-5, abs=1e-5)
+        wanted = float(
+            outer[0] @ active + d[0] + named["certainty"] @ certainty_of(logits_of[place].tolist())
+        )
+        assert float(verified[place]) == pytest.approx(wanted, rel=1e-5, abs=1e-5)
         chances = np.exp(logits) / np.exp(logits).sum()
         assert heads.probabilities(states)[place].tolist() == pytest.approx(chances.tolist(), abs=1e-6)
-        odds = math.exp(float(verified[place]))
-        assert float(heads.agreement(states)[place]) == pytest.approx(odds / (1.0 + odds), abs=1e-6)
+        chance = 1.0 / (1.0 + math.exp(-wanted))
+        assert float(heads.agreement(states, logits_of)[place]) == pytest.approx(chance, abs=1e-5)
 
 
 def test_heads_are_float32_whatever_surrounds_them() -> None:
-    """Under autocast, and from states in bfloat16, they lose nothing."""
+    """Under autocast, and from states in bfloat16, they lose nothing; nor does the certainty of logits."""
     heads = lively(Heads(SafetyHead(8), VerificationHead(8)))
     states = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
-    for head in (heads.safety, heads.verification):
-        assert head is not None
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(2))
+    assert heads.safety is not None and heads.verification is not None
+    for head, certain in ((heads.safety, ()), (heads.verification, (certainty(logits),))):
         with torch.autocast("cpu", torch.bfloat16):
-            inside, narrow = head(states), head(states.bfloat16())
+            inside, narrow = head(states, *certain), head(states.bfloat16(), *certain)
         assert inside.dtype == narrow.dtype == torch.float32
-        assert torch.equal(inside, head(states))
-        assert torch.equal(narrow, head(states.bfloat16().float()))
+        assert torch.equal(inside, head(states, *certain))
+        assert torch.equal(narrow, head(states.bfloat16().float(), *certain))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, narrow = certainty(logits), certainty(logits.bfloat16())
+    assert inside.dtype == narrow.dtype == torch.float32
+    assert torch.equal(inside, certainty(logits))
+    assert torch.equal(narrow, certainty(logits.bfloat16().float()))
 
 
 def test_decide_by_definition() -> None:
@@ -125,6 +140,103 @@ def test_decide_by_definition() -> None:
     assert decide(edge, (0.5, 0.5)).tolist() == [REFUSE, ALLOW, REFUSE]
 
 
+# -- how certain a student is ------------------------------------------------------------------------------
+
+SUREST = 13.815509  # log-odds of what a doubt of 1e-6 leaves
+
+
+@pytest.mark.parametrize("vocab_size", [2, 3, 50, 5000])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0, 3.0])
+def test_certainty_against_its_definition(vocab_size: int, spread: float) -> None:
+    """log p/(1 − p) of the most probable token, and the difference of the two greatest logits; whatever is added to all
+    logits and wherever the token is."""
+    logits = spread * torch.randn(4, 5, vocab_size, generator=torch.Generator().manual_seed(vocab_size))
+    found = certainty(logits)
+    assert found.shape == (4, 5, 2) and found.dtype == torch.float32
+    for place in np.ndindex(4, 5):
+        chances = np.exp(logits[place].double().numpy())
+        chances /= chances.sum()
+        best = float(chances.max())
+        second, first = np.sort(logits[place].double().numpy())[-2:]
+        assert found[place][0].item() == pytest.approx(math.log(best / (1.0 - best)), rel=1e-4, abs=1e-5)
+        assert found[place][1].item() == pytest.approx(first - second, rel=1e-6, abs=1e-6)
+        assert found[place].tolist() == pytest.approx(
+            certainty_of(logits[place].tolist()), rel=1e-4, abs=1e-5
+        )
+    torch.testing.assert_close(certainty(logits + 7.0), found, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(certainty(logits.flip(-1)), found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab_size", [2, 3, 1000, 150_000])
+def test_uniform_logits_are_certain_of_nothing(vocab_size: int) -> None:
+    """−log(V − 1), and no token before another; also of large logits."""
+    for level in (0.0, -30.0, 1e3):
+        odds, ahead = certainty(torch.full((vocab_size,), level)).tolist()
+        assert odds == pytest.approx(-math.log(vocab_size - 1), rel=1e-4, abs=2e-4 if level == 1e3 else 1e-4)
+        assert ahead == 0.0
+
+
+def test_ties_of_the_best() -> None:
+    """Of two or three equal ones each has its share, and none is ahead of the other."""
+    logits = torch.full((3, 40), -60.0)
+    logits[0, [3, 17]] = 5.0
+    logits[1, [0, 1, 39]] = 5.0
+    logits[2] = torch.linspace(-1.0, 1.0, 40)
+    logits[2, 38] = logits[2, 39]
+    found = certainty(logits)
+    assert found[:, 1].tolist() == [0.0, 0.0, 0.0]
+    assert found[:2, 0].tolist() == pytest.approx([0.0, -math.log(2.0)], abs=1e-5)
+    assert found[2, 0].item() == pytest.approx(certainty_of(logits[2].tolist())[0], abs=1e-5)
+
+
+def test_a_certain_token_and_large_logits_are_finite() -> None:
+    """However certain, the log-odds end at those of a doubt of 1e-6; more certain is never less."""
+    found = []
+    for ahead in (0.0, 2.0, 5.0, 9.0, 12.0, 15.0, 25.0, 60.0, 1e3, 1e6, 1e30):
+        logits = torch.zeros(20)
+        logits[7] = ahead
+        odds, difference = certainty(logits).tolist()
+        wanted = min(ahead - math.log(19), SUREST)
+        assert odds == pytest.approx(wanted, abs=0.01 if ahead < 12.0 else 0.1), ahead
+        assert difference == pytest.approx(ahead)
+        found.append(odds)
+    assert found == sorted(found) and found[-1] == pytest.approx(SUREST, abs=1e-4)
+    far = torch.tensor([[1e30, -1e30, 0.0], [-1e30, -1e30, -1e30], [3e4, 3e4, -3e4], [-1e4, -1e4 - 1, -2e4]])
+    assert certainty(far).isfinite().all()
+    assert certainty(far)[:, 1].tolist() == pytest.approx([1e30, 0.0, 0.0, 1.0])
+    heads = Heads(None, VerificationHead(8))
+    assert heads.agreement(torch.randn(4, 8), far).isfinite().all()
+
+
+def test_the_head_begins_as_the_log_odds_of_the_top_token() -> None:
+    """Without a correction what it says is the top token's own probability, whatever the state."""
+    head = VerificationHead(8)
+    assert head.certainty.tolist() == [1.0, 0.0]
+    with torch.no_grad():
+        head.output.weight.zero_()
+        head.output.bias.zero_()
+    generator = torch.Generator().manual_seed(4)
+    states = torch.randn(30, 8, generator=generator)
+    logits = 2.0 * torch.randn(30, 12, generator=generator)
+    assert torch.equal(head(states, certainty(logits)), certainty(logits)[:, 0])
+    chances = np.exp(logits.double().numpy())
+    top = (chances / chances.sum(axis=1, keepdims=True)).max(axis=1)
+    assert Heads(None, head).agreement(states, logits).tolist() == pytest.approx(top.tolist(), abs=1e-6)
+
+
+def test_a_students_head_begins_near_the_log_odds_of_its_top_token() -> None:
+    """A built student's correction is small, and its ``certainty`` is not drawn."""
+    config = load_config(None, {"student.size": "32x1"}, [])
+    with GGUFTeacher(example_teacher(), threads=1) as teacher:
+        student = build_student(student_shape(config, teacher.info), 0)
+    assert student.verification_head.certainty.tolist() == [1.0, 0.0]
+    with torch.no_grad():
+        output = student(torch.tensor([[3, 9, 27, 81]]))
+    chances = student.heads().agreement(output.last_hidden_state[0], output.logits[0])
+    top = output.logits[0].double().softmax(dim=-1).max(dim=-1).values
+    assert torch.allclose(chances.double(), top, rtol=0.1)
+
+
 # -- in the student ----------------------------------------------------------------------------------------
 
 
@@ -134,7 +246,7 @@ def test_other_weights_are_the_same_with_and_without_heads() -> None:
     without, together = plain.state_dict(), headed.state_dict()
     assert all(torch.equal(together[name], tensor) for name, tensor in without.items())
     added = together.keys() - without.keys()
-    assert {name.split(".")[0] for name in added} == {"safety_head", "verification_head"} and len(added) == 6
+    assert {name.split(".")[0] for name in added} == {"safety_head", "verification_head"} and len(added) == 7
     assert plain.heads().safety is None and plain.heads().verification is None
     again = make_student(heads=True).state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in together.items())
@@ -198,7 +310,8 @@ def test_a_file_carries_both_heads_to_the_bit(student: SO8TForCausalLM, tmp_path
     assert [*heads.thresholds, heads.trust] == as_float32
     states = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(2))
     assert torch.equal(heads.probabilities(states), student.heads().probabilities(states))
-    assert torch.equal(heads.agreement(states), student.heads().agreement(states))
+    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(heads.agreement(states, logits), student.heads().agreement(states, logits))
 
 
 @pytest.mark.parametrize("missing", ["safety", "verification"])
@@ -284,6 +397,7 @@ ARRAYS = [
     "verification.hidden.bias",
     "verification.output.weight",
     "verification.output.bias",
+    "verification.certainty",
 ]
 DAMAGE: list[tuple[str, Harm]] = [
     *((key, drop(key)) for key in ARRAYS),

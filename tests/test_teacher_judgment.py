@@ -21,6 +21,7 @@ from distill.safety_prompts import SafetyPrompt, built_in_prompts
 from distill.teacher_judgment import OPENING, QUESTION, find_judgment, judge_prompts, keep_judgment
 from students.heads import DECISIONS
 from teachers.base import Floats, Tokens
+from teachers.conversation import conversation_tokens
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.records import Recipe
 from teachers.store import SoftTargetStore, read_manifest
@@ -105,7 +106,7 @@ def test_a_gguf_teacher_by_brute_force(tiny_teacher: GGUFTeacher) -> None:
     while len({int(ending[same]) for ending in endings}) == 1:
         same += 1
     for word, row in zip(words, found.tolist(), strict=True):
-        question = teacher_judgment.conversation_tokens(
+        question = conversation_tokens(
             tiny_teacher, [{"role": "user", "content": QUESTION.format(request=word)}], answer=True
         )
         weights = []

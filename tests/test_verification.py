@@ -70,12 +70,17 @@ def test_trust_of_known_cases() -> None:
 def test_the_score_holds_every_figure() -> None:
     """Agreement, AUROC, calibration error, bins and cascade, also as JSON."""
     probabilities, agreed = drawn(200)
-    score = score_verification(probabilities, agreed)
+    score = score_verification(probabilities, agreed, 0.4)
     assert score.positions == 200 and score.agreement == pytest.approx(float(agreed.double().mean()))
     assert score.auroc == auroc(probabilities, agreed)
     assert score.calibration_error == expected_calibration_error(probabilities, agreed)
     assert sum(bin.count for bin in score.reliability) == 200
+    asked = [float(p) < 0.4 for p in probabilities]
+    settled = [a or bool(right) for a, right in zip(asked, agreed, strict=True)]
+    assert score.at_trust is not None and score.at_trust.threshold == 0.4
+    assert score.at_trust.escalated == pytest.approx(sum(asked) / 200)
+    assert score.at_trust.agreement == pytest.approx(sum(settled) / 200)
     said = json.loads(json.dumps(score.to_json()))
     assert said["cascade"][-1]["agreement"] == 1.0 and said["auroc"] == score.auroc
-    alike = score_verification(probabilities, torch.ones(200, dtype=torch.bool))
+    alike = score_verification(probabilities, torch.ones(200, dtype=torch.bool), 0.0)
     assert alike.auroc is None and alike.agreement == 1.0

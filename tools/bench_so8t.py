@@ -206,9 +206,9 @@ def command_line() -> argparse.ArgumentParser:
     times.add_argument("--tokens", type=int, default=usual.tokens, help="tokens of each of them")
     times.add_argument("--vocab", type=int, default=usual.vocab_size)
     times.add_argument("--teacher-width", type=int, default=usual.teacher_width)
-    times.add_argument("--rounds", type=int, default=20, help="steps of each side that count")
+    times.add_argument("--rounds", type=int, default=6, help="rounds that count, of some steps of each side")
     times.add_argument("--steps", type=int, default=2000, help="of the training that the steps stand for")
-    times.add_argument("--warmup", type=int, default=4, help="steps before that do not")
+    times.add_argument("--warmup", type=int, default=1, help="rounds before that do not")
     times.add_argument("--speed-rounds", type=int, default=10, help="of both exported files")
     times.add_argument("--quant", default="q8_0", choices=("f32", "f16", "q8_0"))
     return parser

@@ -22,6 +22,7 @@ from distill.config import LossConfig, RunConfig
 from distill.console import Console
 from distill.engine import TrainingData, train
 from distill.errors import TrainingAborted
+from distill.head_loss import chunk_size
 from distill.heads import calibrate, decisions, halves
 from distill.launch import Launch
 from distill.new_student import student_shape
@@ -132,7 +133,8 @@ class Ablation(Bench):
             prompts = PromptSet(safety.train.prompts, safety.train.tokens, seed)
         data = TrainingData(store, parts, seed, prompts)
         count = len(data.batches(self.config.epochs, self.config.batch_size))
-        data = replace(data, prompts_per_step=self.run.safety.per_step(count))
+        every, together = self.run.safety.rhythm(count)
+        data = replace(data, prompts_every=every, prompts_together=together)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             try:
@@ -205,26 +207,35 @@ def group_figures(steps: Sequence[dict[str, Any]], student: SO8TForCausalLM) -> 
 
 @dataclass
 class Finals:
-    """Of some sequences: final hidden states ``[N, D]``, whether the top tokens agree ``[N]``, and the sum of squared
-    second differences in time."""
+    """Of some sequences: final hidden states ``[N, D]``, whether the top tokens agree ``[N]``, how probable the
+    verification head holds that ``[N]`` (``None`` without one), and the sum of squared second differences in time."""
 
     states: Tensor
     agreed: Tensor
+    expected: Tensor | None
     bend: float
 
 
 @torch.no_grad()
 def finals(student: SO8TForCausalLM, store: SoftTargetStore, indices: Sequence[int]) -> Finals:
     """Run the student over stored sequences."""
-    states, agreed, bend = [], [], 0.0
+    states, agreed, expected, bend = [], [], [], 0.0
+    heads, together = student.heads(), chunk_size(student.config.vocab_size)
     student.eval()
     for start in range(0, len(indices), TOGETHER):
         batch = load_batch(store, indices[start : start + TOGETHER]).to(student.device)
         output = student(batch.tokens, with_logits=False)
         bend += float(second_difference(output.last_hidden_state, batch.lengths))
         states.append(output.last_hidden_state[batch.valid])
-        agreed.append(student.lm_head(states[-1]).argmax(dim=-1) == batch.targets.best())
-    return Finals(torch.cat(states), torch.cat(agreed).cpu(), bend)
+        best = batch.targets.best()
+        for some, wanted in zip(states[-1].split(together), best.split(together), strict=True):
+            logits = student.lm_head(some)
+            agreed.append(logits.argmax(dim=-1) == wanted)
+            if heads.verification is not None:
+                expected.append(heads.agreement(some, logits))
+    return Finals(
+        torch.cat(states), torch.cat(agreed).cpu(), torch.cat(expected).cpu() if expected else None, bend
+    )
 
 
 def effective_rank(states: Tensor) -> float:
@@ -259,7 +270,8 @@ def head_figures(
         content |= {name: getattr(decided, name) for name in names}
     if heads.verification is not None:
         found = finals(student, store, for_scores)
-        score = score_verification(heads.agreement(found.states).cpu(), found.agreed)
+        assert found.expected is not None
+        score = score_verification(found.expected, found.agreed, heads.trust)
         content |= {"auroc": score.auroc, "calibration_error": score.calibration_error}
     return content
 

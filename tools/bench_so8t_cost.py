@@ -118,11 +118,19 @@ class Side:
         precision = choose_precision(job.run.train, shape.hidden_size, torch.device("cpu"))
         self.narrow = precision == "bf16"
 
-    def seconds(self, number: int) -> dict[str, float]:
-        """How long each phase of a step takes that learns from batch ``number``."""
+    def seconds(self, turn: int) -> dict[str, float]:
+        """How long each phase of a step takes on average, over as many steps as prompts come in once."""
+        every, together = self.job.run.safety.rhythm(self.job.steps)
+        taken = [
+            self._seconds(turn * every + number, None if number else together) for number in range(every)
+        ]
+        return {name: statistics.fmean(step[name] for step in taken) for name in taken[0]}
+
+    def _seconds(self, number: int, prompts_together: int | None) -> dict[str, float]:
+        """How long each phase of step ``number`` takes."""
         batch = self.job.batches[number % len(self.job.batches)]
-        if self.heads:
-            prompts = self.job.prompts.batch(number, self.job.run.safety.per_step(self.job.steps), 0, 1)
+        if self.heads and prompts_together is not None:
+            prompts = self.job.prompts.batch(number, prompts_together, 0, 1)
             wrapped = prompts.tokens % self.student.config.vocab_size  # a made-up vocabulary may be smaller
             batch = replace(batch, prompts=replace(prompts, tokens=wrapped))
         marks = [time.perf_counter()]
