@@ -23,6 +23,7 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 
 from distill import __version__
+from distill.interrupts import watch
 
 if TYPE_CHECKING:
     from distill.console import Console
@@ -390,6 +391,7 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a redirected Windows console cannot write every sign
             stream.reconfigure(errors="replace")
+    watch()
     try:
         app()
     except SystemExit as stop:

@@ -19,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from distill import interrupts
+
 LINE_EVERY_SECONDS = 10.0  # how often progress is printed where there is no terminal to draw a bar on
 
 
@@ -36,6 +38,7 @@ class Stage:
 
     def update(self, done: int, note: str = "") -> None:
         """Say how far the stage is."""
+        interrupts.check()
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=done, note=escape(note))
             return
@@ -60,6 +63,7 @@ class Console:
     @contextmanager
     def stage(self, title: str, total: int | None = None) -> Iterator[Stage]:
         """Show a stage while it runs and leave one line with its outcome and duration."""
+        interrupts.check()
         begin = time.monotonic()
         if self.rich.is_terminal:
             columns = (

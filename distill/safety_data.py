@@ -24,6 +24,7 @@ from distill.safety_prompts import (
 from distill.teacher_judgment import find_judgment, keep_judgment
 from distill.tokenizing import tokenizer_alone
 from teachers.base import Teacher, TeacherInfo
+from teachers.chat_template import ChatTemplateError
 from teachers.gguf_file import Field
 from teachers.store import SoftTargetStore
 
@@ -112,8 +113,11 @@ def safety_data(
             "divided into a part to train on, one to fit thresholds and one to measure; give at least five"
         )
     with tokenizer_alone(metadata_entries(tokenizer), info.vocab_size) as words:
-        sets = {
-            part: PromptSet(some, prompt_tokens(words, some, info.context_length), config.seed)
-            for part, some in parts.items()
-        }
+        try:
+            sets = {
+                part: PromptSet(some, prompt_tokens(words, some, info.context_length), config.seed)
+                for part, some in parts.items()
+            }
+        except (ChatTemplateError, UserError) as error:
+            raise type(error)(f"{error}; or do without a safety head (--safety-labels none)") from None
     return SafetyData(config.safety.labels, digest(prompts), sets["train"], sets["validation"], sets["test"])

@@ -20,6 +20,7 @@ from distill.capturing import capture_only
 from distill.cli import main
 from distill.config import load_config
 from distill.console import Console
+from distill.errors import UserError
 from distill.heads import MIN_CALIBRATED, calibrate, halves, score_heads
 from distill.pipeline import Places, run, train_from_store
 from distill.run_folder import RunFolder
@@ -297,3 +298,13 @@ def test_halves() -> None:
     """What calibrates does not score, unless there is a single sequence."""
     assert halves([4, 5, 6, 7, 8]) == ([4, 6, 8], [5, 7])
     assert halves([4]) == ([4], [4])
+
+
+def test_another_label_file_is_another_run(tiny_teacher_path: Path, tmp_path: Path) -> None:
+    """Labels that have changed since a run began are not mixed into it, nor is its result given for theirs."""
+    path = own_labels(tmp_path)
+    config = small_config(tiny_teacher_path, *FEW, f"safety.labels={path}", samples=24)
+    run(config, Places(out=tmp_path / "run"), Console())
+    path.write_text(path.read_text().replace("ALLOW 1", "ALLOW one"))
+    with pytest.raises(UserError, match="another safety prompts"):
+        run(config, Places(out=tmp_path / "run"), Console())

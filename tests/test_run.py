@@ -441,7 +441,7 @@ def test_ctrl_c_of_the_command_itself(tiny_teacher_path: Path, tmp_path: Path) -
             process.send_signal(signal.SIGINT)
             break
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 130 and "interrupted" in said and "Traceback" not in said
+    assert process.returncode == 130 and "interrupted" in said and "Traceback" not in said, said
     assert cli(*command, *settings, cwd=tmp_path).returncode == 0
     assert (tmp_path / "r" / "results.json").exists()
 

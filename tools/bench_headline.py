@@ -187,6 +187,10 @@ def our_command(job: Job, material: Material, out: Path) -> list[str]:
         "loss.temperature": job.temperature,
         "loss.alpha": job.alpha,
         "loss.beta": job.beta,
+        # What the other side does not do either.
+        "student.init": "embeddings",
+        "safety.labels": "none",
+        "loss.lambda_verification": 0,
     }
     chosen = [f"{key}={value}" for key, value in settings.items()] + list(job.settings)
     return child_command(
