@@ -381,7 +381,9 @@ def test_figures_are_plotlys(run: Path) -> None:
             text = json.dumps({key: chart.figure[key] for key in ("data", "layout")})
             plain = text.replace('"@heat"', '"Blues"')
             figure = json.loads(re.sub(r'"@[a-z]+"', '"#000000"', plain))
-            go.Figure(figure)
+            assert len(go.Figure(figure).data) == len(
+                chart.figure["data"]
+            )  # raises at a name it does not know
             for choice in chart.figure.get("choices", []):
                 go.Figure(figure).update_layout(
                     {key.replace(".", "_"): v for key, v in choice["layout"].items()}
