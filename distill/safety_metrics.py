@@ -16,7 +16,7 @@ from distill.calibration import expected_calibration_error
 from students.heads import ALLOW, DECISIONS, ESCALATE, REFUSE, decide
 
 # What thresholds aim at. A little more than what is promised: validation prompts are few.
-REFUSE_RECALL, ALLOW_PRECISION, ESCALATE_PRECISION = 0.97, 0.92, 0.85
+REFUSE_RECALL, ALLOW_PRECISION, ESCALATE_PRECISION = 0.97, 0.97, 0.85
 GRID = 49  # thresholds tried on each axis
 MIN_REFUSE, MAX_REFUSE = (
     0.005,
