@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,9 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.held_out import HeldOutScore, best_step
 from distill.objective import Objective
-from distill.randomness import random_state, restore_random_state
 from distill.sharding import full_tensor, laid_out_like
+from stability.guard import Guard
+from stability.randomness import random_state, restore_random_state
 from students.model import SO8TForCausalLM
 from teachers.store import write_whole
 
@@ -40,7 +43,8 @@ class TrainingState:
     """Everything that changes while training, as the loop holds it.
 
     ``best``: the weights with the best held-out KL so far, on the CPU; ``None`` where there is no score yet, or
-    training is at its planned end and the newest are the best.
+    training is at its planned end and the newest are the best. ``guard``: watches this training, if one does;
+    ``lines_logged``: of ``metrics.jsonl``.
     """
 
     student: SO8TForCausalLM
@@ -51,13 +55,16 @@ class TrainingState:
     tokens_seen: int = 0
     scores: dict[int, HeldOutScore] = field(default_factory=dict)
     best: Weights | None = None
+    guard: Guard | None = None
+    lines_logged: int | None = None
 
 
 def save_checkpoint(folder: Path, state: TrainingState, data_key: str, *, finished: bool = False) -> Path:
     """Write ``folder/step-NNNNNN`` whole or not at all and drop all but the newest two.
 
-    Every process of a launch takes part; the first one writes. ``finished``: nothing will be trained after it, so
-    the optimizer's moments (two thirds of a checkpoint) are left out.
+    Every process of a launch takes part; the first one writes. Checkpoints of later steps, from which training went
+    back, are put aside then. ``finished``: nothing will be trained after it, so the optimizer's moments (two thirds of
+    a checkpoint) are left out.
 
     Raises:
         OSError: the disk refuses; earlier checkpoints stay.
@@ -74,6 +81,8 @@ def save_checkpoint(folder: Path, state: TrainingState, data_key: str, *, finish
             "data_key": data_key,
             "finished": finished,
             "best_apart": apart,
+            "guard": None if state.guard is None else state.guard.state_dict(),
+            "lines_logged": state.lines_logged,
             "schedule": state.schedule.state_dict(),
             "optimizer": scalars,
             "scores": [{"step": step, **asdict(score)} for step, score in state.scores.items()],
@@ -82,7 +91,12 @@ def save_checkpoint(folder: Path, state: TrainingState, data_key: str, *, finish
         if apart:
             assert state.best is not None
             files["best"] = state.best
+        content["checksums"] = {
+            name: {key: checksum(tensor) for key, tensor in tensors.items()}
+            for name, tensors in files.items()
+        }
         _write(final, files, content)
+        _undo(folder, state.step)
         for old in _complete(folder)[:-KEEP]:
             _discard(old)
     return final
@@ -97,18 +111,24 @@ def _write(final: Path, files: dict[str, Weights], content: dict[str, Any]) -> N
         for name, tensors in files.items():
             write_whole(temporary / f"{name}.safetensors", safetensors.torch.save(tensors))
         write_whole(temporary / "state.json", (json.dumps(content, indent=2) + "\n").encode())
-        if final.exists():
-            _discard(final)
+        before = _out_of_the_way(final) if final.exists() else None
         temporary.replace(final)
+        if before is not None:
+            shutil.rmtree(before)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _discard(path: Path) -> None:
     """Delete a checkpoint; killed meanwhile, it is a leftover that the next start removes, not half a checkpoint."""
+    shutil.rmtree(_out_of_the_way(path))
+
+
+def _out_of_the_way(path: Path) -> Path:
+    """Rename a checkpoint to what the next start removes."""
     leftover = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     path.replace(leftover)
-    shutil.rmtree(leftover)
+    return leftover
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -117,16 +137,93 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def load_newest(
+    folder: Path, state: TrainingState, data_key: str
+) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """Load the newest checkpoint that is sound; one that is damaged is put aside, as ``refused-step-NNNNNN``.
+
+    Returns:
+        The one that was loaded (``None``: there is none at all), and those that were put aside with what is wrong.
+
+    Raises:
+        UserError: none is sound, or it was made with other data.
+    """
+    refused: list[tuple[Path, str]] = []
+    found = _complete(folder)
+    for path in reversed(found):
+        try:
+            load_checkpoint(path, state, data_key)
+        except DamagedCheckpoint as error:
+            refused.append((path, error.reason))
+            if path == found[0]:
+                raise
+        else:
+            if refused and PartialState().is_main_process:
+                _put_aside([bad for bad, _ in refused], "refused")
+            return path, refused
+    return None, []
+
+
+def _undo(folder: Path, after: int) -> None:
+    """Put the checkpoints of later steps aside, as ``undone-step-NNNNNN``: training went back to before them."""
+    later = [path for path in _complete(folder) if int(path.name.rpartition("-")[2]) > after]
+    if later:
+        _put_aside(later, "undone")
+
+
+def _put_aside(paths: Sequence[Path], why: str) -> None:
+    """Rename checkpoints so that nothing continues from them; those put aside earlier for the same reason go."""
+    for old in paths[0].parent.glob(f"{why}-step-*"):
+        shutil.rmtree(old)
+    for path in paths:
+        path.replace(path.with_name(f"{why}-{path.name}"))
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes."""
+    content: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return zlib.crc32(content)
+
+
+def _read_sound(path: Path, file: str, checksums: Mapping[str, Any]) -> Weights:
+    """The tensors of one file of a checkpoint, if they are what was saved.
+
+    Raises:
+        ValueError: names the tensor that is not.
+    """
+    tensors: Weights = safetensors.torch.load_file(path / f"{file}.safetensors")
+    known = checksums.get(file, {})
+    if gone := known.keys() - tensors.keys():
+        raise ValueError(f"{file}.safetensors: {min(gone)} is missing")
+    for name, tensor in tensors.items():
+        if name in known and known[name] != checksum(tensor):
+            raise ValueError(f"{file}.safetensors: {name} is not what was saved")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{file}.safetensors: {name} has values that are not finite")
+    return tensors
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that cannot be used; ``reason`` says what is wrong with it."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"checkpoint {path} is damaged ({reason}); delete that folder to use the one before")
+        self.reason = reason
+
+
 def load_checkpoint(path: Path, state: TrainingState, data_key: str) -> None:
     """Put a checkpoint's contents into ``state``, so that training continues bit for bit (on CPU).
 
     Raises:
-        UserError: damaged, of another student, or made with other data.
+        DamagedCheckpoint: its files are not whole, not what was saved, or of another student.
+        UserError: made with other data.
     """
     try:
         content: dict[str, Any] = json.loads((path / "state.json").read_text())
-        weights = safetensors.torch.load_file(path / "model.safetensors")
-        training = safetensors.torch.load_file(path / "training.safetensors")
+        checksums = content.get("checksums", {})
+        weights = _read_sound(path, "model", checksums)
+        training = _read_sound(path, "training", checksums)
+        best = _read_sound(path, "best", checksums) if content["best_apart"] else None
         if content["data_key"] != data_key:
             raise UserError(
                 f"checkpoint {path} was trained on other soft targets; choose another --out folder"
@@ -144,22 +241,37 @@ def load_checkpoint(path: Path, state: TrainingState, data_key: str) -> None:
         state.step, state.tokens_seen = int(content["step"]), int(content["tokens_seen"])
         state.scores = {int(score.pop("step")): HeldOutScore(**score) for score in content["scores"]}
         if content["best_apart"]:
-            state.best = safetensors.torch.load_file(path / "best.safetensors")
+            state.best = best
         elif state.scores and not content["finished"]:  # the weights of this very step
             state.best = {name: value.clone() for name, value in weights.items()}
         else:
             state.best = None
+        state.lines_logged = content.get("lines_logged")
+        if state.guard is not None and content.get("guard") is not None:
+            state.guard.load_state_dict(content["guard"])
+        elif state.guard is not None:
+            state.guard.steps = state.step
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(
-            f"checkpoint {path} is damaged ({error}); delete that folder to use the one before"
-        ) from None
+        raise DamagedCheckpoint(path, str(error)) from None
 
 
 def _complete(folder: Path) -> list[Path]:
+    """Whole checkpoints in the order in which they were written: after going back, that is not the order of steps."""
     found = [path for path in folder.glob("step-*") if (path / "state.json").exists()]
-    return sorted(found, key=lambda path: (len(path.name), path.name))  # by number, also beyond six digits
+    found.sort(key=lambda path: (len(path.name), path.name))  # by number, also beyond six digits
+    logged = {path: _logged(path) for path in found}
+    return found if None in logged.values() else sorted(found, key=lambda path: logged[path] or 0)
+
+
+def _logged(path: Path) -> int | None:
+    """How many lines were logged when a checkpoint was written, if it says so."""
+    try:
+        lines = json.loads((path / "state.json").read_text()).get("lines_logged")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return lines if isinstance(lines, int) else None
 
 
 def plain_weights(student: SO8TForCausalLM) -> Weights:

@@ -337,19 +337,23 @@ def judge(
 
 @app.command()
 def report(
-    runs: Annotated[
+    paths: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN [RUN]", help="Folder of a run, finished or not; or of two to compare."),
+        typer.Argument(
+            metavar="PATH [PATH]",
+            help="Folder of a run, finished or not; or weights: a checkpoint's folder, a .safetensors or .gguf file. "
+            "Two of a kind are compared.",
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", help="HTML file to write, which opens without a network.")
     ] = None,
 ) -> None:
-    """Say how a run went, from its own records; or compare two."""
-    from distill.report_text import report_runs
+    """Say how a run went, from its own records, or what a model's weights look like; or compare two."""
+    from distill.report_text import report_paths
 
-    report_runs(runs, as_json, output)
+    report_paths(paths, as_json, output)
 
 
 @app.command()

@@ -164,6 +164,25 @@ class SafetyConfig(Section):
         return every, min(self.together, -(-self.passes * every // max(1, steps)))
 
 
+class GuardConfig(Section):
+    """What keeps training from being spoilt (docs/stability.md). ``enabled``: without it a loss or gradient that is not
+    finite ends the run, and nothing else is watched. ``z_clip``: gradients are cut to so many standard deviations above
+    past norms. ``snapshot_every`` steps the state is kept in memory, the newest ``snapshots`` of them.
+    ``rollbacks``: how often in a row training goes back before it gives up; each time the learning rate is
+    multiplied by ``lower``, is reached again over ``rewarm`` steps and comes back over ``recover`` steps.
+    ``probe_every``: steps between looks at some held-out text."""
+
+    enabled: bool = True
+    z_clip: Positive = 5.0
+    snapshot_every: Count = 25
+    snapshots: Annotated[int, Field(ge=1, le=100)] = 3
+    rollbacks: Count = 3
+    lower: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    rewarm: Annotated[int, Field(ge=0)] = 10
+    recover: Count = 50
+    probe_every: Count = 25
+
+
 class TrainConfig(Section):
     """The training loop. ``epochs``; ``batch_size``: sequences per optimizer step, over all processes;
     ``accumulation``: into how many micro-batches a process divides its part of them; ``learning_rate``: peak
@@ -176,7 +195,7 @@ class TrainConfig(Section):
     ``gradient_checkpointing``: compute layers again in the backward pass instead of keeping what they computed;
     ``compile``: torch.compile. ``trackers``: tensorboard, wandb.
     ``on_policy``: share of each batch whose text, after its beginning, the student writes itself, at
-    ``on_policy_temperature``; the teacher stays loaded and scores it.
+    ``on_policy_temperature``; the teacher stays loaded and scores it. ``guard``: see ``GuardConfig``.
     """
 
     epochs: Count = 8
@@ -197,6 +216,7 @@ class TrainConfig(Section):
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     on_policy: Fraction = 0.0
     on_policy_temperature: Positive = 1.0
+    guard: GuardConfig = GuardConfig()
 
 
 class ExportConfig(Section):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import atexit
 import copy
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
@@ -20,29 +21,32 @@ from torch import Tensor, nn
 from distill.batches import MicroBatch, Split, epoch_order, load_batch, micro_batches
 from distill.checkpoint import (
     TrainingState,
-    latest_checkpoint,
-    load_checkpoint,
+    load_newest,
     plain_weights,
     save_checkpoint,
     set_weights,
 )
+from distill.clock import Clock
 from distill.config import TrainConfig
 from distill.cpu import keep_freed_memory, onednn_for_float32
 from distill.errors import TrainingAborted, UserError
+from distill.guarding import build_guard, event_line, tensors_of, write_events
 from distill.held_out import HeldOutScore, best_step, evaluation_steps, held_out_score, is_exhausted
 from distill.metrics import MetricsFile
 from distill.objective import Batch, Objective
+from distill.probing import SEQUENCES
 from distill.safety_prompts import PromptSet
 from distill.schedule import build_optimizer, build_schedule, parameter_groups
 from distill.sharding import full_tensor
 from distill.training_module import TrainingModule, choose_precision, exchange_gradients, is_sharded, wrap
 from distill.used_rows import only_used_rows, used_tokens
+from stability import Event, GaveUp
+from stability.detectors import Action
 from stability.signals import gradient_norm, non_finite
 from students.model import SHORT_ON_CPU, SO8TForCausalLM
 from teachers.store import SoftTargetStore
 
-CHECKPOINT_SECONDS = 30.0  # about so much training is lost when a process is killed
-SAVING_SHARE = 0.03  # of the time may go into checkpoints
+INSTEAD = 8  # stream of random numbers that chooses batches in place of those set aside
 
 Report = Callable[[int, str], None]
 """Called with the number of finished steps and one line about how training stands."""
@@ -94,6 +98,12 @@ class TrainingData:
         """Every token that training looks up, ascending."""
         return used_tokens(self.store, self.prompts.tokens if self.prompts is not None else ())
 
+    def fixed_text(self) -> Batch:
+        """A few of the held-out sequences, which the guard looks at now and then."""
+        indices = self.split.held_out
+        some = np.linspace(0, len(indices) - 1, min(len(indices), SEQUENCES)).astype(int)
+        return load_batch(self.store, indices[some])
+
     def held_out(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
         """The held-out sequences in batches."""
         indices = self.split.held_out
@@ -111,6 +121,20 @@ class Loop:
     config: TrainConfig
     plan: list[list[int]]
     own_words: OwnWords | None
+    folder: Path
+    metrics: MetricsFile
+    tell: Callable[[str], None]
+
+    def record(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """Log figures of one step."""
+        self.metrics.write(kind, step, values)
+        self.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step)
+
+    def refuse(self, path: Path, reason: str, step: int) -> None:
+        """Log that a checkpoint could not be used."""
+        words = f"checkpoint {path.name} is damaged ({reason}): it was put aside, and the one before was used"
+        self.metrics.write("event", step, event_line(Event(step, "checkpoint_refused", "checkpoint", words)))
+        self.tell(words)
 
 
 def train(
@@ -121,12 +145,15 @@ def train(
     folder: Path,
     report: Report,
     own_words: OwnWords | None = None,
+    tell: Callable[[str], None] = lambda words: None,
 ) -> TrainingSummary:
     """Train ``student`` in place, to the weights with the best held-out KL; continue from the newest checkpoint in
-    ``folder`` if there is one. Under a launcher, every process calls this with the same arguments.
+    ``folder`` if there is one. Under a launcher, every process calls this with the same arguments. ``tell`` is given a
+    sentence about everything out of the ordinary.
 
     Raises:
-        TrainingAborted: a loss or gradient is not finite; nothing of that step reaches the weights.
+        TrainingAborted: the guard gave up, and the last good state is saved; or, without a guard, a loss or gradient is
+            not finite, and nothing of that step reaches the weights.
         UserError: a setting does not fit this launch or machine.
         OSError: the disk refuses; earlier checkpoints stay.
     """
@@ -142,24 +169,21 @@ def train(
         plan = data.batches(config.epochs, config.batch_size)
         optimizer = build_optimizer(model, config, student.config.hidden_size)
         state = TrainingState(trained, optimizer, build_schedule(optimizer, config, len(plan)), objective)
-        newest = latest_checkpoint(folder / "checkpoints")
-        if newest:
-            load_checkpoint(newest, state, data.store.manifest.key)
+        if config.guard.enabled:
+            fixed = data.fixed_text().to(accelerator.device)
+            state.guard = build_guard(accelerator, model, state, config, fixed)
+        newest, refused = load_newest(folder / "checkpoints", state, data.store.manifest.key)
         clock = Clock(state.step, state.tokens_seen)
         metrics_file = folder / "metrics.jsonl" if accelerator.is_main_process else None
         with (
-            MetricsFile(metrics_file, state.step if newest else None) as metrics,
+            MetricsFile(metrics_file, state.step if newest else None, state.lines_logged) as metrics,
             _fast_products(data, accelerator),
         ):
+            loop = Loop(accelerator, model, data, config, plan, own_words, folder, metrics, tell)
+            for path, reason in refused:
+                loop.refuse(path, reason, state.step)
             try:
-                _run(
-                    Loop(accelerator, model, data, config, plan, own_words),
-                    state,
-                    folder,
-                    clock,
-                    metrics,
-                    report,
-                )
+                _run(loop, state, clock, report)
             finally:
                 for tracker in accelerator.trackers:
                     tracker.finish()
@@ -194,31 +218,37 @@ def require_trainable(config: TrainConfig, processes: int) -> None:
             raise UserError(f"train.trackers names {tracker}, which is not installed: pip install {tracker}")
 
 
-def _run(
-    loop: Loop, state: TrainingState, folder: Path, clock: Clock, metrics: MetricsFile, report: Report
-) -> None:
+def _run(loop: Loop, state: TrainingState, clock: Clock, report: Report) -> None:
     """The loop itself: evaluate, save, stop, step, log."""
-    config, plan = loop.config, loop.plan
+    config, plan, checkpoints = loop.config, loop.plan, loop.folder / "checkpoints"
     evaluate_at = evaluation_steps(len(plan), config.evaluations)
-
-    def record(kind: str, values: dict[str, float]) -> None:
-        metrics.write(kind, state.step, values)
-        loop.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, state.step)
-
+    if state.guard is not None:
+        write_events(state.guard, plan, loop.metrics, loop.tell)
+        state.guard.on_probe = lambda step, reading: loop.record("probe", step, reading.flat())
     while True:
         if state.step in evaluate_at and state.step not in state.scores:
-            record("held_out", vars(_evaluate(loop, state)))
+            loop.record("held_out", state.step, vars(_evaluate(loop, state)))
+            if state.guard is not None:
+                loop.record("weights", state.step, state.guard.monitor.weigh(full_tensor))
         finished = state.step == len(plan) or is_exhausted(state.scores, config.patience)
         if (finished and clock.trained_since_save(state.step)) or clock.save_is_due(loop.accelerator):
+            state.lines_logged = loop.metrics.lines
             with clock.saving(state.step):
-                save_checkpoint(
-                    folder / "checkpoints", state, loop.data.store.manifest.key, finished=finished
-                )
+                save_checkpoint(checkpoints, state, loop.data.store.manifest.key, finished=finished)
         if finished:
             break
-        values = _step(loop, state)
-        record("train", values)
-        report(state.step, clock.describe(state, values["loss"]))
+        before = state.step
+        try:
+            values = _step(loop, state)
+        except GaveUp as error:
+            state.lines_logged = loop.metrics.lines
+            save_checkpoint(checkpoints, state, loop.data.store.manifest.key)  # the last good state
+            raise TrainingAborted(f"{error}; see the report, and try a lower train.learning_rate") from None
+        if values is not None:
+            loop.record("train", state.step, values)
+            report(state.step, clock.describe(state, values["loss"]))
+        elif state.step <= before:  # gone back
+            clock.went_back()
 
 
 def _fast_products(data: TrainingData, accelerator: Accelerator) -> AbstractContextManager[object]:
@@ -274,47 +304,6 @@ def _prepared(
     return wrap(accelerator, TrainingModule(student, objective))
 
 
-class Clock:
-    """How long this process has trained, and when the next checkpoint is due."""
-
-    def __init__(self, from_step: int, from_tokens: int) -> None:
-        self.from_step = self.saved_step = from_step
-        self.from_tokens = from_tokens
-        self.begin = self.last_save = time.perf_counter()
-        self.interval = CHECKPOINT_SECONDS
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since this process began to train."""
-        return time.perf_counter() - self.begin
-
-    def trained_since_save(self, step: int) -> bool:
-        """Whether there is anything to save that is not saved."""
-        return step > self.saved_step
-
-    def save_is_due(self, accelerator: Accelerator) -> bool:
-        """Whether it is time for a checkpoint; all processes hear the first one's clock."""
-        due = time.perf_counter() - self.last_save > self.interval
-        if accelerator.num_processes > 1:
-            due = bool(broadcast(torch.tensor(int(due), device=accelerator.device)))
-        return due
-
-    @contextmanager
-    def saving(self, step: int) -> Iterator[None]:
-        """Around the writing of a checkpoint; one that takes long makes them rarer."""
-        begin = time.perf_counter()
-        yield
-        self.saved_step, self.last_save = step, time.perf_counter()
-        self.interval = max(CHECKPOINT_SECONDS, (self.last_save - begin) / SAVING_SHARE)
-
-    def describe(self, state: TrainingState, loss: float) -> str:
-        """One line about how training stands."""
-        speed = (state.tokens_seen - self.from_tokens) / max(self.seconds, 1e-9)
-        newest = state.scores[max(state.scores)] if state.scores else None
-        held_out = f", held-out KL {newest.kl:.3f}" if newest else ""
-        return f"loss {loss:.3f}{held_out}, {speed:,.0f} tokens/s"
-
-
 def _plain_again(student: SO8TForCausalLM) -> None:
     """Undo what only training needed."""
     disable = getattr(student, "activation_checkpointing_disable", None)
@@ -338,14 +327,54 @@ def _evaluate(loop: Loop, state: TrainingState) -> HeldOutScore:
     return score
 
 
-def _step(loop: Loop, state: TrainingState) -> dict[str, float]:
-    """One optimizer step; returns what is logged about it."""
+def _step(loop: Loop, state: TrainingState) -> dict[str, float] | None:
+    """One optimizer step; returns what is logged about it, or nothing where the guard did not let it stand."""
+    logged, total = _gradients(loop, state)
+    objective = state.objective
+    figures = objective.rotation_figures()
+    update = _plain_update if state.guard is None else _guarded_update
+    measured = update(loop, state, logged, figures)
+    state.optimizer.zero_grad(set_to_none=True)
+    if measured is None:
+        return None
+    state.schedule.step()
+    objective.after_step()
+    state.step += 1
+    state.tokens_seen += total
+    return (
+        {name: float(value) for name, value in logged.items()}
+        | measured
+        | figures
+        | {"tokens_seen": state.tokens_seen}
+    )
+
+
+def _sequences(loop: Loop, state: TrainingState) -> list[int]:
+    """The next step's batch, or in place of one that the guard has set aside, another that made no trouble; an earlier
+    one, if there is any."""
+    guard, step = state.guard, state.step
+    if guard is None or not guard.is_set_aside(step):
+        return loop.plan[step]
+    others = [other for other in range(len(loop.plan)) if not guard.is_under_suspicion(other)]
+    earlier = [other for other in others if other < step]
+    if not others:
+        raise TrainingAborted(f"step {step}: every batch has made trouble; the soft targets are not sound")
+    return loop.plan[np.random.default_rng([loop.data.seed, INSTEAD, step]).choice(earlier or others)]
+
+
+def _parts(loop: Loop, state: TrainingState) -> list[MicroBatch]:
+    """This process's micro-batches of the next step."""
+    accelerator, sequences = loop.accelerator, _sequences(loop, state)
+    return micro_batches(
+        sequences, loop.config.accumulation, accelerator.process_index, accelerator.num_processes
+    )
+
+
+def _gradients(loop: Loop, state: TrainingState) -> tuple[dict[str, Tensor], int]:
+    """Forward and backward of one step; the loss and its parts over all processes, and how many tokens it has."""
     loop.model.train()
     accelerator = loop.accelerator
-    indices = loop.plan[state.step]
-    parts = micro_batches(
-        indices, loop.config.accumulation, accelerator.process_index, accelerator.num_processes
-    )
+    parts = _parts(loop, state)
     batches = [_load(loop, state, part) for part in parts]
     counted = [batch for batch, part in zip(batches, parts, strict=True) if part.counts]
     total = int(_over_all_processes(accelerator, torch.tensor(sum(batch.count() for batch in counted))))
@@ -358,6 +387,13 @@ def _step(loop: Loop, state: TrainingState) -> dict[str, float]:
             values = _backward(loop, on_device, part.counts, total, state.step / len(loop.plan))
         sums = {name: sums.get(name, torch.zeros_like(value)) + value for name, value in values.items()}
     logged = dict(zip(sums, _over_all_processes(accelerator, torch.stack(list(sums.values()))), strict=True))
+    return logged, total
+
+
+def _plain_update(
+    loop: Loop, state: TrainingState, logged: dict[str, Tensor], figures: dict[str, float]
+) -> dict[str, float]:
+    """Clip and step; a loss or gradient that is not finite ends training."""
     # The heads are clipped by themselves: a few prompts' gradient varies much more than that of all tokens, and would
     # set the scale of both.
     groups = parameter_groups(loop.model)
@@ -372,16 +408,38 @@ def _step(loop: Loop, state: TrainingState) -> dict[str, float]:
         torch.nn.utils.clip_grads_with_norm_(parameters, loop.config.max_grad_norm, norms[name])
     rate = float(state.schedule.get_last_lr()[0])
     state.optimizer.step()
-    state.schedule.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    figures = state.objective.rotation_figures()
-    state.objective.after_step()
-    state.step += 1
-    state.tokens_seen += total
-    measured = {"grad_norm": float(gradients["student's gradient"]), "learning_rate": rate} | figures
-    return (
-        {name: float(value) for name, value in logged.items()} | measured | {"tokens_seen": state.tokens_seen}
-    )
+    return {"grad_norm": float(gradients["student's gradient"]), "learning_rate": rate}
+
+
+def _guarded_update(
+    loop: Loop, state: TrainingState, logged: dict[str, Tensor], figures: dict[str, float]
+) -> dict[str, float] | None:
+    """Let the guard clip and step; nothing where it skipped the step or went back.
+
+    Raises:
+        GaveUp: going back did not help.
+    """
+    assert state.guard is not None
+    # Of prompts there are some in every n-th step only, and the heads learn at a pace of their own.
+    heads = [logged[name] for name in ("safety", "verification") if name in logged]
+    loss = logged["loss"] - sum(heads)
+
+    def inputs() -> Mapping[str, Tensor]:
+        return tensors_of(_load(loop, state, part) for part in _parts(loop, state))
+
+    verdict = state.guard.step(loss, _sequences(loop, state), inputs, figures)
+    if verdict.action == Action.SKIP:
+        state.schedule.step()
+        state.step += 1
+    if verdict.action != Action.PROCEED:
+        return None
+    measured = {
+        "grad_norm": verdict.totals["student's"],
+        "learning_rate": verdict.learning_rate,
+        "update_ratio": verdict.update_ratio,
+    }
+    limit = verdict.limits["student's"]
+    return measured | ({"clip_limit": limit} if limit < loop.config.max_grad_norm else {})
 
 
 def _load(loop: Loop, state: TrainingState, part: MicroBatch) -> Batch:

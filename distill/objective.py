@@ -228,6 +228,15 @@ class Objective(nn.Module):
         }
 
     @torch.no_grad()
+    def worst_rotation(self) -> str | None:
+        """The gate whose rotations of the newest forward pass are farthest from the group."""
+        if self._rotations is None:
+            return None
+        errors = so8.orthogonality_error(self._rotations).flatten(1).amax(dim=1)
+        layer = int(errors.nan_to_num(nan=torch.inf).argmax())
+        return f"model.layers.{layer}.self_attn.gate"
+
+    @torch.no_grad()
     def after_step(self) -> None:
         """Move the rotations' average towards the rotations that the step just taken began from."""
         assert self._rotations is not None

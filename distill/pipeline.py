@@ -24,7 +24,7 @@ from distill.capturing import (
 from distill.config import RunConfig
 from distill.console import Console, human_bytes, human_count
 from distill.engine import TrainingData, TrainingSummary, require_trainable, train
-from distill.errors import UserError
+from distill.errors import TrainingAborted, UserError
 from distill.evaluate import Evaluation, evaluate, evaluate_stored, llama_scorer, student_scorer
 from distill.exporting import export_proved, metadata_entries, save_student
 from distill.full_store import open_full_store, require_complete, without_capture
@@ -282,7 +282,13 @@ def _train(
         own_words = OwnWords(source.teacher, data.store, share, temperature, config.seed, info.eos)
     steps = len(data.batches(config.train.epochs, config.train.batch_size))
     with console.stage("Train", total=steps) as stage:
-        summary = train(student, data, objective, config.train, folder.path, stage.update, own_words)
+        try:
+            summary = train(
+                student, data, objective, config.train, folder.path, stage.update, own_words, console.warn
+            )
+        except TrainingAborted:
+            write_run_report(folder, console)
+            raise
         stage.finish(_describe_training(summary))
     if source.teacher is not None:
         source.teacher.close()

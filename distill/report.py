@@ -8,29 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import load_config
+from distill.console import Console
+from distill.report_drawing import Curve
+from distill.report_final_weights import FinalWeights, final_facts, final_weights, full_ranks
+from distill.report_guard import guard_facts, health_facts
+from distill.report_metrics import LOSS_PARTS, GuardEvent, HeldOutPoint, Line, best_point, step_of
 from distill.report_records import (
-    HeldOutPoint,
     Records,
     Results,
     StudentPart,
     TeacherPart,
-    best_point,
     read_records,
 )
 from distill.report_verdict import Fact, max_grad_norm, verdict
+from distill.report_weights import without_infinities
 from distill.safety_metrics import SafetyScore
 
-CURVE_POINTS = 1000  # of one curve at most; a longer one keeps the extremes of each stretch
-LOSS_PARTS = ("kd", "ce", "hidden", "pet", "inertia", "non_commutation", "verification", "safety")
+CURVE_POINTS = 800  # of one curve at most; a longer one keeps the extremes of each stretch
 Z95 = 1.959963984540054  # standard normal, two-sided 95 %
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One figure over steps; ``None`` where it was not finite."""
-
-    steps: list[int]
-    values: list[float | None]
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,9 @@ class Report:
     """Everything about one run.
 
     ``state``: finished, running or stopped. ``curves``: training, by name; ``steps_logged``: how many steps that was.
-    ``safety_ratios``: by language, ``all`` first.
+    ``safety_ratios``: by language, ``all`` first. ``guarded``: a guard watched; ``undone``: logged steps taken back.
+    ``weights`` and ``probe``: figures of the student's inside over steps (``distill.report_metrics``); ``full_ranks``:
+    the smaller side of each matrix by name.
     """
 
     name: str
@@ -80,10 +77,18 @@ class Report:
     safety_ratios: dict[str, list[Ratio]]
     results: Results | None
     soft_targets: str
+    guarded: bool
+    events: list[GuardEvent]
+    undone: int
+    weights: list[Line]
+    probe: list[Line]
+    full_ranks: dict[str, int]
+    final_weights: FinalWeights | None
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON takes it."""
-        return asdict(self)
+        tree: dict[str, Any] = without_infinities(asdict(self))
+        return {"kind": "run", **tree}
 
 
 @dataclass(frozen=True)
@@ -110,16 +115,16 @@ class Comparison:
         }
 
 
-def read_report(path: Path) -> Report:
-    """The report on one run's folder.
+def read_report(path: Path, progress: Console | None = None) -> Report:
+    """The report on one run's folder; ``progress`` shows how far it is, where it takes long.
 
     Raises:
         UserError: see ``distill.report_records.read_records``.
     """
-    return build_report(read_records(path))
+    return build_report(read_records(path), progress)
 
 
-def build_report(records: Records) -> Report:
+def build_report(records: Records, progress: Console | None = None) -> Report:
     """The report on what is written down."""
     results, config = records.results, records.config
     seed = config.get("seed")
@@ -129,11 +134,14 @@ def build_report(records: Records) -> Report:
     size = _entry(config, "student", "size")
     best = best_point(records.held_out)
     state = "finished" if results is not None else "running" if records.held else "stopped"
+    metrics, final = records.metrics, final_weights(records, progress)
+    first, *facts = verdict(records)
+    facts = [first, *guard_facts(metrics, state == "finished"), *facts, *health_facts(metrics)]
     return Report(
         name=records.folder.resolve().name,
         folder=str(records.folder),
         state=state,
-        verdict=verdict(records),
+        verdict=[*facts, *final_facts(final)],
         teacher=teacher if results is None else results.teacher,
         student=StudentPart(None if size is None else str(size)) if results is None else results.student,
         settings=_differences(_flat(config), _flat(load_config(None, {}, []).model_dump(mode="json"))),
@@ -152,6 +160,13 @@ def build_report(records: Records) -> Report:
         safety_ratios=_safety_ratios(results),
         results=results,
         soft_targets=records.identity.get("soft_targets", ""),
+        guarded=metrics.guarded,
+        events=metrics.events,
+        undone=metrics.undone,
+        weights=metrics.weights,
+        probe=metrics.probe,
+        full_ranks=full_ranks(records, final) if metrics.weights else {},
+        final_weights=final,
     )
 
 
@@ -237,7 +252,7 @@ def _curves(records: Records) -> dict[str, Curve]:
     for name in names:
         if name in parts:
             there = [line for line in shared if name in line]
-            curves[name] = Curve([int(line["step"] or 0) for line in there], [line[name] for line in there])
+            curves[name] = Curve([step_of(line) for line in there], [line[name] for line in there])
         elif name != "step":
             steps, values = records.column(name)
             places = thinned(values)

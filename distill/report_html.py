@@ -21,9 +21,8 @@ from markupsafe import Markup
 from distill import __version__
 from distill.console import Console
 from distill.errors import UserError
-from distill.report import Comparison, Report, read_report
-from distill.report_charts import charts, comparison_charts
-from distill.report_tables import comparison_sections, sections
+from distill.report import read_report
+from distill.report_telling import Content, tell
 from distill.run_folder import RunFolder
 from teachers.store import write_whole
 
@@ -33,7 +32,7 @@ TEMPLATE, SCRIPT = "report.html.jinja", "report.js"
 def write_run_report(folder: RunFolder, console: Console) -> None:
     """Write the run's ``report.html``. The run is complete without it: a failure is said, not raised."""
     try:
-        write_page(read_report(folder.path), folder.report)
+        write_page(read_report(folder.path, console), folder.report)
     except Exception as error:  # whatever it is, it must not spoil a finished run
         words = " ".join(f"{type(error).__name__}: {error}".split())
         console.warn(
@@ -41,8 +40,8 @@ def write_run_report(folder: RunFolder, console: Console) -> None:
         )
 
 
-def write_page(content: Report | Comparison, path: Path) -> None:
-    """Write the page of a run or a comparison, whole or not at all.
+def write_page(content: Content, path: Path) -> None:
+    """Write the page of what is reported on, whole or not at all.
 
     Raises:
         UserError: the path is not one for a page.
@@ -55,21 +54,16 @@ def write_page(content: Report | Comparison, path: Path) -> None:
     write_whole(path, page(content).encode())
 
 
-def page(content: Report | Comparison) -> str:
+def page(content: Content) -> str:
     """The whole page."""
-    if isinstance(content, Comparison):
-        runs = [("A: ", content.first), ("B: ", content.second)]
-        title = f"{content.first.name} and {content.second.name}"
-        parts, drawn = comparison_sections(content), comparison_charts(content)
-    else:
-        runs = [("", content)]
-        title, parts, drawn = content.name, sections(content), charts(content)
-    figures = {chart.key: chart.figure for some in drawn.values() for chart in some}
+    told = tell(content)
+    figures = {chart.key: chart.figure for some in told.charts.values() for chart in some}
     plotly, script = _plotly(), _source(SCRIPT)
     return _template().render(
-        title=title,
-        runs=runs,
-        sections=[(part, drawn.get(part.key, [])) for part in parts],
+        title=told.title,
+        lead=told.lead,
+        verdicts=told.verdicts,
+        sections=[(part, told.charts.get(part.key, [])) for part in told.sections],
         figures=Markup(_script_json(figures)),
         plotly=Markup(plotly),
         script=Markup(script),

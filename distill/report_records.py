@@ -6,9 +6,7 @@ needs the run's settings to be valid today: an older run can be reported on too.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,13 @@ from pydantic import TypeAdapter, ValidationError
 from distill.checkpoint import latest_checkpoint
 from distill.errors import UserError
 from distill.prove import Proof
+from distill.report_metrics import GuardEvent, HeldOutPoint, Line, Metrics, read_metrics, step_of
+from distill.report_weight_files import WEIGHTS
 from distill.run_folder import RunFolder
 from distill.safety_metrics import SafetyScore
 from distill.verification import VerificationScore
 from students.heads import DECISIONS
 from teachers.store import LOCK, is_held
-
-Line = dict[str, float | None]
-"""The figures of one line of ``metrics.jsonl``; ``None`` where a value was not finite."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +59,6 @@ class StorePart:
     bytes: int
     reused: bool
     recipe: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class HeldOutPoint:
-    """Held-out figures after ``step`` steps (see ``distill.held_out.HeldOutScore``)."""
-
-    step: int
-    kl: float | None
-    agreement: float | None
-    cross_entropy: float | None
 
 
 @dataclass(frozen=True)
@@ -187,31 +174,45 @@ class Results:
 
 @dataclass(frozen=True)
 class Records:
-    """All that a run's folder says. ``train`` and ``held_out``: the lines of ``metrics.jsonl``, in order of steps.
+    """All that a run's folder says.
 
-    ``held``: a process works in the folder. ``cut_off``: the last line of ``metrics.jsonl`` was not written to its end.
-    ``checkpoint``: the step of the newest one.
+    ``held_out``: as logged, or as the results say. ``held``: a process works in the folder. ``checkpoint``: the
+    newest one.
     """
 
     folder: Path
     config: dict[str, Any]
     identity: dict[str, str]
-    train: list[Line]
+    metrics: Metrics
     held_out: list[HeldOutPoint]
     results: Results | None
     held: bool
-    cut_off: bool
-    checkpoint: int | None
+    checkpoint: Path | None
+
+    @property
+    def train(self) -> list[Line]:
+        """The lines of training that count, in order of steps."""
+        return self.metrics.train
+
+    @property
+    def events(self) -> list[GuardEvent]:
+        """What the guard did, in order."""
+        return self.metrics.events
+
+    @property
+    def checkpoint_step(self) -> int | None:
+        """The step of the newest checkpoint."""
+        return None if self.checkpoint is None else int(self.checkpoint.name.rpartition("-")[2])
 
     def column(self, name: str) -> tuple[list[int], list[float | None]]:
         """Steps and values of one figure of training, at the steps that have it."""
         lines = [line for line in self.train if name in line]
-        return [int(line["step"] or 0) for line in lines], [line[name] for line in lines]
+        return [step_of(line) for line in lines], [line[name] for line in lines]
 
     @property
     def last_step(self) -> int:
         """The last step that anything is known of."""
-        known = [int(line["step"] or 0) for line in self.train] + [point.step for point in self.held_out]
+        known = [step_of(line) for line in self.train] + [point.step for point in self.held_out]
         return max(known, default=0)
 
 
@@ -223,28 +224,30 @@ def read_records(path: Path) -> Records:
     """
     folder = RunFolder(path)
     if not path.is_dir():
-        raise UserError(f"{path} is not a run's folder: there is no such folder")
+        raise UserError(f"{path} is not a run's folder: there is no such folder, nor a file; check the path")
     if not folder.config_file.exists():
-        raise UserError(f"{path} is not a run's folder: it has no config.json")
+        raise UserError(
+            f"{path} is not a run's folder: it has no config.json, and no {WEIGHTS} either; give a run's folder, a "
+            "checkpoint's, or a .safetensors or .gguf file"
+        )
     config = folder.read_json(folder.config_file)
     identity = folder.read_identity() if folder.identity_file.exists() else {}
     results = _results(folder) if folder.results_file.exists() else None
-    train, held_out, cut_off = _metrics(path / "metrics.jsonl")
+    metrics = read_metrics(path / "metrics.jsonl")
+    held_out = metrics.held_out
     if results is not None and not held_out:
         held_out = results.training.held_out
-    if not train and not held_out:
+    if not metrics.train and not held_out and not metrics.events:
         raise UserError(f"{path}: nothing is logged yet; training has not begun. Try again when it has")
-    newest = latest_checkpoint(path / "checkpoints")
     return Records(
         folder=path,
         config=config,
         identity=identity,
-        train=train,
+        metrics=metrics,
         held_out=held_out,
         results=results,
         held=results is None and _is_held(path),
-        cut_off=cut_off,
-        checkpoint=None if newest is None else int(newest.name.rpartition("-")[2]),
+        checkpoint=latest_checkpoint(path / "checkpoints"),
     )
 
 
@@ -278,52 +281,3 @@ def _finite(tree: Any) -> Any:
     if isinstance(tree, list):
         return [_finite(value) for value in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
-
-
-def _metrics(path: Path) -> tuple[list[Line], list[HeldOutPoint], bool]:
-    """Lines of training, held-out points, and whether the last line is cut off."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return [], [], False
-    train: list[Line] = []
-    held_out: list[HeldOutPoint] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            kind, values = _line(line)
-            if kind == "train":
-                train.append(values)
-            elif kind == "held_out":
-                held_out.append(_held_out(values))
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            if number == len(lines):  # a killed process, or one that is writing it right now
-                return train, held_out, True
-            raise UserError(f"{path} is damaged (line {number}: {error})") from None
-    return train, held_out, False
-
-
-def _line(text: str) -> tuple[str, Line]:
-    content = json.loads(text)
-    if not isinstance(content, dict):
-        raise ValueError("not an object")
-    kind = str(content.pop("kind"))
-    values: Line = {}
-    for name, value in content.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ValueError(f"{name} is not a number")
-        values[str(name)] = value if value is not None and math.isfinite(value) else None
-    if values["step"] is None:
-        raise ValueError("step is not a number")
-    return kind, values
-
-
-def _held_out(values: Line) -> HeldOutPoint:
-    step = values["step"]
-    assert step is not None
-    return HeldOutPoint(int(step), values.get("kl"), values.get("agreement"), values.get("cross_entropy"))
-
-
-def best_point(points: Iterable[HeldOutPoint]) -> HeldOutPoint | None:
-    """The point with the lowest held-out KL; the later one of equals."""
-    known = [(point.kl, -point.step, point) for point in points if point.kl is not None]
-    return min(known, key=lambda entry: entry[:2])[2] if known else None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from distill.console import human_bytes, human_count
 from distill.evaluate import STORED_TARGETS
 from distill.report import Comparison, Ratio, Report
+from distill.report_guard import counted, guard_sections
+from distill.report_health_tables import health_sections
+from distill.report_parts import MISSING, Section, Table, figure, share
 from distill.report_records import (
     EvaluationPart,
     ModelScore,
@@ -20,32 +23,12 @@ from distill.report_records import (
     VerificationPart,
 )
 from distill.report_verdict import cascade_goal, number
+from distill.report_weight_tables import tensor_tables
+from distill.report_weights import summary_words
 from distill.safety_prompts import BUILT_IN, TEACHER
 from distill.verification import CASCADE_GOAL
 
-MISSING = "–"
 LANGUAGES = {"all": "all languages", "en": "English", "ja": "Japanese"}
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows under a head. ``wide``: the last column is text and not a figure."""
-
-    title: str
-    head: list[str]
-    rows: list[list[str]]
-    note: str = ""
-    wide: bool = False
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of a report. ``key`` names it for the charts that go with it."""
-
-    key: str
-    title: str
-    words: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
 
 
 def sections(report: Report) -> list[Section]:
@@ -54,7 +37,10 @@ def sections(report: Report) -> list[Section]:
     results = report.results
     if results is not None:
         found.append(_result(results))
-    found += [_training(report), _rotations(report)]
+    found.append(_training(report))
+    found += guard_sections(report.events, report.undone, report.guarded)
+    found += health_sections(report.weights, report.probe, report.full_ranks)
+    found += [_rotations(report), *_final_weights(report)]
     if results is not None and results.heads.safety is not None:
         found.append(_safety(results.heads.safety, report.safety_ratios))
     if results is not None and results.heads.verification is not None:
@@ -197,9 +183,9 @@ def _training(report: Report) -> Section:
         rows.append(
             [
                 f"{point.step:,}{best}",
-                _figure(point.kl),
-                _share(point.agreement),
-                _figure(point.cross_entropy),
+                figure(point.kl),
+                share(point.agreement),
+                figure(point.cross_entropy),
             ]
         )
     words = [
@@ -234,6 +220,18 @@ def _rotations(report: Report) -> Section:
             rows.append([title, *map(number, (known[0], min(known), max(known), known[-1]))])
     head = ["over all steps", "first", "smallest", "largest", "last"]
     return Section("rotations", "Rotations", [words], [Table("", head, rows)] if rows else [])
+
+
+def _final_weights(report: Report) -> list[Section]:
+    """The weights that there are now."""
+    final = report.final_weights
+    if final is None or final.report is None:
+        return []
+    words = [f"Of {final.source}: {summary_words(final.report)}."]
+    words += [
+        f"{len(names):,} tensors were left out: {reason}." for reason, names in final.report.left_out.items()
+    ]
+    return [Section("weights", "Weights", words, tensor_tables(final.report.tensors))]
 
 
 def _safety(safety: SafetyPart, ratios: dict[str, list[Ratio]]) -> Section:
@@ -346,20 +344,26 @@ def _summary(report: Report) -> Iterable[tuple[str, str]]:
     yield "steps", f"{report.last_step:,}"
     yield "tokens learnt from", MISSING if results is None else human_count(results.training.tokens_seen)
     yield "seconds of training", MISSING if results is None else f"{results.training.seconds:,.0f}"
+    actions = Counter(event.action for event in report.events)
+    words = ", ".join(counted(action, count) for action, count in actions.items()) or "nothing"
+    yield "the guard did", words if report.guarded else MISSING
+    yield "steps taken back", f"{report.undone:,}" if report.guarded else MISSING
+    told = [value for line in report.probe if (value := line.get("information")) is not None]
+    yield "information at the end (nats)", figure(told[-1]) if told else MISSING
     best = next((point for point in report.held_out if point.step == report.best_step), None)
     yield "best step", MISSING if report.best_step is None else f"{report.best_step:,}"
-    yield "best held-out KL", MISSING if best is None else _figure(best.kl)
-    yield "its agreement", MISSING if best is None else _share(best.agreement)
-    yield "its cross-entropy", MISSING if best is None else _figure(best.cross_entropy)
+    yield "best held-out KL", MISSING if best is None else figure(best.kl)
+    yield "its agreement", MISSING if best is None else share(best.agreement)
+    yield "its cross-entropy", MISSING if best is None else figure(best.cross_entropy)
     exported = None if results is None else results.evaluation.exported
     for name, key in (("KL", "kl"), ("agreement", "agreement"), ("perplexity", "perplexity")):
         yield f"exported file, {name}", MISSING if exported is None else _score(exported, key)
     found = report.safety_ratios.get("all", [])
     for place, name in enumerate(("refuse recall", "escalate precision", "allow precision")):
-        yield f"safety, {name}", _share(found[place].value) if found else MISSING
+        yield f"safety, {name}", share(found[place].value) if found else MISSING
     head = None if results is None else results.heads.verification
     goal = None if head is None else cascade_goal(head)
-    yield "verification, AUROC", MISSING if head is None else _figure(head.auroc)
+    yield "verification, AUROC", MISSING if head is None else figure(head.auroc)
     yield f"teacher answers, for {CASCADE_GOAL:.0%}", MISSING if goal is None else f"{goal.escalated:.1%}"
     speeds = {} if results is None else results.tokens_per_second
     yield "writing (tokens/s)", _speed(speeds, "student", "generation")
@@ -367,7 +371,7 @@ def _summary(report: Report) -> Iterable[tuple[str, str]]:
 
 def _score(score: ModelScore, key: str) -> str:
     value = getattr(score, key)
-    return _share(value) if key == "agreement" else _figure(value)
+    return share(value) if key == "agreement" else figure(value)
 
 
 def _speeds(results: Results, kind: str) -> list[str]:
@@ -379,14 +383,6 @@ def _speeds(results: Results, kind: str) -> list[str]:
 def _speed(speeds: dict[str, dict[str, float]], model: str, kind: str) -> str:
     value = speeds.get(model, {}).get(kind)
     return MISSING if value is None else f"{value:,.0f}"
-
-
-def _figure(value: float | None) -> str:
-    return MISSING if value is None else number(value)
-
-
-def _share(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.1%}"
 
 
 def _count(value: int | None) -> str:

@@ -9,56 +9,76 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from distill.console import Console
 from distill.errors import UserError
-from distill.report import Comparison, Report, compare, read_report
+from distill.report import compare, read_report
 from distill.report_html import write_page
-from distill.report_tables import Section, Table, comparison_sections, sections
+from distill.report_parts import Section, Table
+from distill.report_telling import Content, tell
 from distill.report_verdict import Fact
+from distill.report_weight_comparison import compare_weights
+from distill.report_weight_files import holds_weights
+from distill.report_weights import read_weights
 
+ROOMY = 140  # columns of a terminal that is wide enough for every table
 SIGNS = {"good": "[green]✓[/]", "plain": "[dim]·[/]", "warning": "[yellow]![/]"}
 
 
-def report_runs(paths: list[Path], as_json: bool, output: Path | None) -> None:
-    """``distill report``: print one run, or two side by side, and write the page where one is asked for.
+def report_paths(paths: list[Path], as_json: bool, output: Path | None) -> None:
+    """``distill report``: print what is to be said of one run or file of weights, or of two side by side, and write the
+    page where one is asked for.
 
     Raises:
-        UserError: not one or two runs' folders, nothing logged yet, a damaged file, or no place for a page.
+        UserError, TeacherFileError: not one or two runs or files, nothing logged yet, a damaged file, or no place for
+            a page.
         OSError: the disk refuses.
     """
-    if len(paths) > 2:
-        raise UserError(f"{len(paths)} runs are too many: give one, or two to compare")
-    reports = [read_report(path) for path in paths]
-    content = reports[0] if len(reports) == 1 else compare(*reports)
+    content = read_content(paths, None if as_json else Console())
     if output is not None:
         write_page(content, output)
     if as_json:
         print(json.dumps(content.to_json(), ensure_ascii=False, allow_nan=False))
         return
     console = RichConsole(highlight=False)
-    if isinstance(content, Comparison):
-        print_comparison(content, console)
-    else:
-        print_report(content, console)
+    print_report(content, console)
     if output is not None:
         console.print(f"\n[bold]Page[/] {escape(printable(str(output)))}", soft_wrap=True)
 
 
-def print_report(report: Report, console: RichConsole) -> None:
-    """Print one run's report: the verdict, then its tables."""
-    console.print(f"[bold]{escape(printable(report.name))}[/]", soft_wrap=True)
-    _print_verdict(report.verdict, console)
-    for section in sections(report):
-        _print_section(section, console)
+def read_content(paths: list[Path], progress: Console | None = None) -> Content:
+    """Read what is to be reported on; ``progress`` shows how far that is, where it takes long.
+
+    Raises:
+        UserError, TeacherFileError: see ``report_paths``.
+    """
+    if len(paths) > 2:
+        raise UserError(f"{len(paths)} paths are too many: give one, or two to compare")
+    weights = [path for path in paths if holds_weights(path)]
+    if not weights:
+        reports = [read_report(path, progress) for path in paths]
+        return reports[0] if len(reports) == 1 else compare(*reports)
+    if len(weights) < len(paths):
+        run = next(path for path in paths if path not in weights)
+        raise UserError(
+            f"{run} is a run's folder and {weights[0]} holds weights alone: they cannot be compared; give two runs, or "
+            f"two of weights (such as {run / 'student'})"
+        )
+    return read_weights(paths[0], progress) if len(paths) == 1 else compare_weights(paths, progress)
 
 
-def print_comparison(comparison: Comparison, console: RichConsole) -> None:
-    """Print two runs side by side, after each one's verdict."""
-    for letter, report in (("A", comparison.first), ("B", comparison.second)):
-        console.print(f"[bold]{letter}: {escape(printable(report.name))}[/]", soft_wrap=True)
-        _print_verdict(report.verdict, console)
-        console.print()
-    for section in comparison_sections(comparison):
-        if section.tables:
+def print_report(content: Content, console: RichConsole) -> None:
+    """Print a report: the verdict, or one for each, then its tables."""
+    told = tell(content)
+    if len(told.verdicts) == 1:
+        console.print(f"[bold]{escape(printable(told.title))}[/]", soft_wrap=True)
+        _print_verdict(told.verdicts[0][1], console)
+    else:
+        for heading, facts in told.verdicts:
+            console.print(f"[bold]{escape(printable(heading))}[/]", soft_wrap=True)
+            _print_verdict(facts, console)
+            console.print()
+    for section in told.sections:
+        if section.tables or len(told.verdicts) == 1:
             _print_section(section, console)
 
 
@@ -79,18 +99,21 @@ def _print_section(section: Section, console: RichConsole) -> None:
     for words in section.words:
         console.print(escape(printable(words)))
     for table in section.tables:
-        console.print(_rich(table))
+        console.print(_rich(table, console.width))
 
 
-def _rich(table: Table) -> RichTable:
-    """The same table for the terminal."""
+def _rich(table: Table, width: int) -> RichTable:
+    """The same table for a terminal of that width."""
     title = escape(printable(table.title)) or None
     rich = RichTable(title=title, title_justify="left", show_header=any(table.head))
-    for place, head in enumerate(table.head):
+    columns = [place for place in range(len(table.head)) if width >= ROOMY or place not in table.spare]
+    for place, head in ((place, table.head[place]) for place in columns):
         right = place > 0 and not table.wide
         rich.add_column(escape(printable(head)), justify="right" if right else "left", overflow="fold")
-    for row in table.rows:
-        rich.add_row(*(escape(printable(cell)) for cell in row))
-    if table.note:
-        rich.caption, rich.caption_justify = escape(printable(table.note)), "left"
+    for row in table.rows[: table.shown or None]:
+        rich.add_row(*(escape(printable(row[place])) for place in columns))
+    left = len(table.rows) - table.shown if table.shown else 0
+    note = f"{table.note} {left:,} more rows are on the page (--output)." if left > 0 else table.note
+    if note:
+        rich.caption, rich.caption_justify = escape(printable(note.strip())), "left"
     return rich

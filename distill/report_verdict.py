@@ -9,7 +9,8 @@ from statistics import fmean, median, stdev
 from typing import Literal
 
 from distill.console import human_count
-from distill.report_records import Records, Results, SafetyPart, VerificationPart, best_point
+from distill.report_metrics import best_point, step_of
+from distill.report_records import Records, Results, SafetyPart, VerificationPart
 from distill.safety_metrics import ALLOW_PRECISION, ESCALATE_PRECISION, REFUSE_RECALL
 from distill.verification import CASCADE_GOAL, CascadePoint
 from students.heads import ALLOW, ESCALATE, REFUSE
@@ -75,12 +76,13 @@ def _end(records: Records) -> Fact:
             "plain", f"Still running: {step:,} steps are logged so far. There are no final results yet."
         )
     words = f"Not finished: the last thing it logged is step {step:,}, and no process works on it"
-    if records.cut_off:
+    if records.metrics.cut_off:
         words += " (the last line was cut off while it was written)"
     if records.checkpoint is None:
         return Fact("warning", words + ". It has no checkpoint: the same command starts training again.")
     return Fact(
-        "warning", f"{words}. The same command continues from the checkpoint of step {records.checkpoint:,}."
+        "warning",
+        f"{words}. The same command continues from the checkpoint of step {records.checkpoint_step:,}.",
     )
 
 
@@ -128,7 +130,7 @@ def _not_finite(records: Records) -> list[Fact]:
     for line in records.train:
         for name, value in line.items():
             if value is None:
-                broken.setdefault(name, []).append(int(line["step"] or 0))
+                broken.setdefault(name, []).append(step_of(line))
     for point in records.held_out:
         for name in ("kl", "agreement", "cross_entropy"):
             if getattr(point, name) is None:
@@ -178,13 +180,28 @@ def _gradient(records: Records) -> list[Fact]:
         return []
     first, last = median(before), median(after)
     words = f"median {number(first)} in the middle tenth of the steps, {number(last)} in the last"
-    limit = max_grad_norm(records)
-    if limit is not None:
-        clipped = sum(value > limit for value in _known(values)) / len(_known(values))
-        words += f"; {clipped:.0%} of the steps were clipped (above {limit:g})"
+    words += _clipped(records)
     if last > GROWN * first:
         return [Fact("warning", f"The gradient norm before clipping more than doubled: {words}.")]
     return [Fact("good", f"The gradient norm before clipping did not double: {words}.")]
+
+
+def _clipped(records: Records) -> str:
+    """How many steps were scaled down; a line's own limit counts before the one of all steps."""
+    fixed = max_grad_norm(records)
+    lines = [
+        (norm, line.get("clip_limit") or fixed)
+        for line in records.train
+        if (norm := line.get("grad_norm")) is not None
+    ]
+    cut = [norm > limit for norm, limit in lines if limit is not None]
+    if not cut:
+        return ""
+    adaptive = any(line.get("clip_limit") is not None for line in records.train)
+    above = "" if fixed is None else f"above {fixed:g}"
+    if adaptive:
+        above += f"{', or' if above else 'above'} a lower limit that follows the norms before"
+    return f"; {sum(cut) / len(cut):.0%} of the steps were clipped ({above})"
 
 
 def max_grad_norm(records: Records) -> float | None:

@@ -71,6 +71,16 @@ def wrap(accelerator: Accelerator, module: TrainingModule) -> nn.Module:
     return module
 
 
+def forget_gathered(model: nn.Module) -> None:
+    """Make FSDP gather the weights anew for the next forward pass.
+
+    After a forward pass it keeps those outside the layers gathered for the backward pass; where a step is taken without
+    one, they would be the weights of before the step.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def exchange_gradients(accelerator: Accelerator, model: nn.Module, now: bool) -> AbstractContextManager[None]:
     """A context whose backward pass exchanges gradients between processes, or leaves that to a later one."""
     if isinstance(model, FSDPModule):

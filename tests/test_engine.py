@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from distill import checkpoint, engine
+from distill import checkpoint, clock, engine
 from distill.batches import split
-from distill.config import LossConfig, TrainConfig
+from distill.config import GuardConfig, LossConfig, TrainConfig
 from distill.engine import TrainingData, train
 from distill.errors import TrainingAborted, UserError
 from distill.held_out import evaluation_steps, held_out_score
@@ -35,6 +35,7 @@ RECIPES = {
 }
 LOSS = LossConfig(temperature=2.0)
 TRAIN = TrainConfig(epochs=2, batch_size=4, evaluations=4, learning_rate=0.01, precision="fp32")
+UNGUARDED = TRAIN.model_copy(update={"guard": GuardConfig(enabled=False)})
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -97,8 +98,8 @@ class Killed(BaseException):
 
 def save_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint before every step."""
-    monkeypatch.setattr(engine, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(engine, "SAVING_SHARE", float("inf"))
+    monkeypatch.setattr(clock, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(clock, "SAVING_SHARE", float("inf"))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,8 @@ def test_accumulation_gives_the_same_trajectory(tmp_path: Path) -> None:
 def test_non_finite_steps_never_reach_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """A NaN loss or gradient at step 3 stops the run with the weights of step 3 and the checkpoint kept."""
+    """Without the guard, a NaN loss or gradient at step 3 stops the run with the weights of step 3 and the checkpoint
+    kept. (With it: tests/test_guarded_training.py.)"""
     seen: dict[str, object] = {}
     real = Objective.forward
 
@@ -189,7 +191,14 @@ def test_non_finite_steps_never_reach_the_weights(
     student = fresh_student()
     (tmp_path / "run").mkdir()
     with pytest.raises(TrainingAborted, match=r"step 3.*not finite"):
-        train(student, make_data(tmp_path), Objective(LOSS), TRAIN, tmp_path / "run", lambda step, text: None)
+        train(
+            student,
+            make_data(tmp_path),
+            Objective(LOSS),
+            UNGUARDED,
+            tmp_path / "run",
+            lambda step, text: None,
+        )
     assert weights(student) == seen["before"]
     assert checkpoint.latest_checkpoint(tmp_path / "run" / "checkpoints") is not None
 

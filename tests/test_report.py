@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,179 +17,31 @@ from rich.console import Console as RichConsole
 
 import distill.report_html
 from distill.cli import main
-from distill.config import load_config
 from distill.console import Console
 from distill.errors import UserError
 from distill.report import CURVE_POINTS, compare, read_report, thinned, wilson
 from distill.report_charts import charts, comparison_charts
 from distill.report_html import page, write_page, write_run_report
-from distill.report_text import print_comparison, print_report
+from distill.report_text import print_report
 from distill.run_folder import RunFolder
 from teachers.store import exclusive
-
-HOSTILE = "</script><script>alert(1)</script>{{ 7*7 }}<img src=x onerror=alert(2)> [red]\x1b[31m"
-MAX_BYTES = 6_000_000
-STEPS = 60
-
-
-def train_line(step: int, **changes: float | None) -> dict[str, Any]:
-    """One line of a healthy training."""
-    loss = 5.0 * math.exp(-step / 30) + 1.0 + 0.05 * math.sin(7 * step)
-    line = {"loss": loss, "kd": 0.7 * loss, "ce": 0.3 * loss - 0.01, "pet": 0.01, "safety": 0.0}
-    line |= {"second_difference": 0.3, "grad_norm": 2.0 + 0.1 * math.cos(step), "learning_rate": 1e-3 / step}
-    line |= {"rotation_error": 2e-7, "min_commutator": 0.05, "mean_commutator": 0.07, "rotation_drift": 1e-4}
-    return {"kind": "train", "step": step, **line, "tokens_seen": 100 * step, **changes}
-
-
-def held_out_line(step: int, kl: float | None) -> dict[str, Any]:
-    agreement = None if kl is None else 1 / (1 + kl)
-    return {"kind": "held_out", "step": step, "kl": kl, "agreement": agreement, "cross_entropy": kl}
-
-
-def lines_of_a_run(steps: int = STEPS) -> list[dict[str, Any]]:
-    """Training with a held-out score every twenty steps."""
-    lines = [held_out_line(0, 6.0)]
-    for step in range(1, steps + 1):
-        lines.append(train_line(step))
-        if step % 20 == 0:
-            lines.append(held_out_line(step, 6.0 / (1 + step / 20)))
-    return lines
-
-
-def safety_score(confusion: list[list[int]]) -> dict[str, Any]:
-    count = sum(map(sum, confusion))
-    right = sum(confusion[place][place] for place in range(3))
-    ratio = {
-        f"{name}_{kind}": 0.5 for name in ("refuse", "escalate", "allow") for kind in ("recall", "precision")
-    }
-    score = {"labels": ["ALLOW", "ESCALATE", "REFUSE"], "prompts": count, "accuracy": right / count}
-    return {**score, **ratio, "refuse_recall": 0.98, "calibration_error": 0.1, "confusion": confusion}
-
-
-def results_of_a_run(teacher: str) -> dict[str, Any]:
-    """A ``results.json`` as ``distill.results`` writes it."""
-    score = {"kl": 1.5, "agreement": 0.4, "cross_entropy": 1.5, "perplexity": 4.5}
-    cascade = [
-        {"escalated": x / 10, "agreement": min(1.0, 0.4 + 0.075 * x), "threshold": x / 10} for x in range(11)
-    ]
-    held_out = [line for line in lines_of_a_run() if line["kind"] == "held_out"]
-    return {
-        "teacher": {"name": teacher, "architecture": "phi3", "parameters": 4_787_456, "file_bytes": 5_133_792}
-        | {"vocab_size": 1024, "width": 256, "layers": 6, "sha256": "ab" * 32, "shape": {"heads": 4}},
-        "student": {"size": "64x2", "parameters": 177_700, "file_bytes": 238_500, "quant": "q8_0"},
-        "soft_targets": {
-            "folder": "/tmp/store",
-            "sequences": 40,
-            "tokens": 4000,
-            "bytes": 90_000,
-            "reused": True,
-        }
-        | {"recipe": {"kind": "compact", "num_topk": 16}},
-        "training": {"steps": STEPS, "planned_steps": STEPS, "best_step": STEPS, "tokens_seen": 6000}
-        | {"seconds": 12.5, "continued_from_step": 0, "precision": "fp32", "held_out": held_out},
-        "evaluation": {"against": "teacher", "positions": 100, "kl_over": "whole vocabulary"}
-        | {"teacher": {"cross_entropy": 0.2, "perplexity": 1.2, "approximate": False}}
-        | {"before": score, "after": score, "exported": score},
-        "heads": {
-            "safety": {
-                "labels_from": "builtin",
-                "prompts_sha256": "cd" * 32,
-                "prompts": {"train": 30, "validation": 10, "test": 12},
-                "scenarios": {"train": 9, "validation": 3, "test": 3},
-                "thresholds": {"refuse": 0.3, "allow": 0.5},
-                "test": safety_score([[1, 1, 2], [0, 2, 2], [0, 0, 4]]),
-                "languages": {"en": safety_score([[1, 0, 1], [0, 1, 1], [0, 0, 2]])},
-            },
-            "verification": {
-                "trust": 0.6,
-                "positions": 100,
-                "agreement": 0.4,
-                "auroc": 0.8,
-                "cascade": cascade,
-            }
-            | {
-                "calibration_error": 0.05,
-                "reliability": [{"count": 9, "mean_probability": 0.5, "share_true": 0.4}],
-            },
-        },
-        "proof": {"quant": "q8_0", "positions": 90, "max_logit_difference": 0.1, "mean_kl": 3e-5}
-        | {"agreement": 0.99, "token_lines": 64},
-        "rotations": {
-            "max_orthogonality_error": 2e-7,
-            "min_commutator_norm": 0.05,
-            "mean_commutator_norm": 0.07,
-        },
-        "tokens_per_second": {"student": {"prompt": 1000.0, "generation": 500.0}},
-        "stage_seconds": {"Train": 12.5},
-        "environment": {"python": "3.11.7", "machine": "x86_64", "cpu": "AVX2", "threads": 2}
-        | {"packages": {"torch": "2.13.0", "numpy": "2.4.6"}},
-    }
-
-
-def make_run(
-    path: Path,
-    *,
-    lines: list[dict[str, Any]] | None = None,
-    finished: bool = True,
-    teacher: str = "example",
-    settings: tuple[str, ...] = (),
-) -> Path:
-    """A run's folder with everything that a report reads."""
-    path.mkdir(parents=True)
-    config = load_config(None, {"student.size": "64x2"}, list(settings))
-    (path / "config.json").write_text(config.model_dump_json())
-    identity = {"teacher_name": teacher, "teacher_sha256": "ab" * 32, "soft_targets": "store-1"}
-    (path / "identity.json").write_text(json.dumps(identity))
-    logged = lines_of_a_run() if lines is None else lines
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
-    if finished:
-        (path / "results.json").write_text(json.dumps(results_of_a_run(teacher)))
-    return path
+from tests.report_run import (
+    HOSTILE,
+    MAX_BYTES,
+    Page,
+    held_out_line,
+    in_a_browser,
+    lines_of_a_run,
+    make_run,
+    printed,
+    said,
+    train_line,
+)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     return make_run(tmp_path / "first")
-
-
-def said(path: Path) -> str:
-    return "\n".join(f"{fact.level}: {fact.text}" for fact in read_report(path).verdict)
-
-
-def printed(path: Path) -> str:
-    console = RichConsole(file=io.StringIO(), width=200, highlight=False)
-    print_report(read_report(path), console)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text of each script."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
-        self.words: list[str] = []
-        self._open: list[str] = []
-        self.feed(text)
-        assert not self._open, f"{self._open} are not closed"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "link", "br", "img"):
-            self._open.append(tag)
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self._open and self._open[-1] == "script":
-            self.scripts[-1] += data
-        else:
-            self.words.append(data)
 
 
 def test_verdict_of_a_healthy_run(run: Path) -> None:
@@ -420,7 +270,7 @@ def test_comparison(run: Path, tmp_path: Path) -> None:
     ]
     assert both.cautions == ["Another seed or held-out share chose other held-out text."]
     console = RichConsole(file=io.StringIO(), width=200)
-    print_comparison(both, console)
+    print_report(both, console)
     assert isinstance(console.file, io.StringIO) and "A: first" in console.file.getvalue()
     keys = [chart.key for chart in comparison_charts(both)["curves"]]
     assert keys == ["both-kl", "both-agreement", "both-cross_entropy", "both-loss", "both-grad_norm"]
@@ -451,22 +301,6 @@ def test_a_report_that_cannot_be_written_spoils_nothing(
     write_run_report(RunFolder(run), Console())
     words = " ".join(capsys.readouterr().out.split())
     assert "could not be written" in words and "No space left" in words
-
-
-def in_a_browser(path: Path, width: int) -> tuple[str, str]:
-    """The page as headless Chromium has built it, and what the browser said; no name is resolved meanwhile."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("Chromium is not installed: the page was not opened in a browser")
-    names = (
-        "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-sync "
-        "disable-component-update enable-logging=stderr virtual-time-budget=20000 dump-dom"
-    )
-    options = [f"--{name}" for name in names.split()]
-    options += [f"--user-data-dir={path.parent / f'profile-{width}'}", f"--window-size={width},900"]
-    options += ["--host-resolver-rules=MAP * ~NOTFOUND", path.as_uri()]
-    done = subprocess.run([browser, *options], capture_output=True, text=True, timeout=120)
-    return done.stdout, done.stderr
 
 
 @pytest.mark.slow

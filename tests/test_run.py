@@ -300,17 +300,17 @@ def test_an_interrupted_run_continues(
     """Ctrl-C in training loses nothing: the same command continues and ends at the same bytes."""
     out = finished.path.parent / "interrupted"
 
-    def interrupted(student, data, objective, config, folder, report, own_words):  # type: ignore[no-untyped-def]
+    def interrupted(student, data, objective, config, folder, report, *rest):  # type: ignore[no-untyped-def]
         def stop(step: int, text: str) -> None:
             if step == 6:
                 raise KeyboardInterrupt
 
-        return train(student, data, objective, config, folder, stop, own_words)
+        return train(student, data, objective, config, folder, stop, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(distill.pipeline, "train", interrupted)
-        patch.setattr("distill.engine.CHECKPOINT_SECONDS", 0.0)
-        patch.setattr("distill.engine.SAVING_SHARE", float("inf"))
+        patch.setattr("distill.clock.CHECKPOINT_SECONDS", 0.0)
+        patch.setattr("distill.clock.SAVING_SHARE", float("inf"))
         with pytest.raises(KeyboardInterrupt):
             run(small_config(tiny_teacher_path), Places(out=out), Console())
     assert not (out / "results.json").exists()

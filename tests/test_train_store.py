@@ -231,17 +231,17 @@ def test_an_interrupted_training_continues(
     """In the folder it chooses by itself, named after the store; to the same bytes."""
     monkeypatch.chdir(tmp_path)
 
-    def interrupted(student, data, objective, config, folder, report, own_words):  # type: ignore[no-untyped-def]
+    def interrupted(student, data, objective, config, folder, report, *rest):  # type: ignore[no-untyped-def]
         def stop(step: int, text: str) -> None:
             if step == 6:
                 raise KeyboardInterrupt
 
-        return train(student, data, objective, config, folder, stop, own_words)
+        return train(student, data, objective, config, folder, stop, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(distill.pipeline, "train", interrupted)
-        patch.setattr("distill.engine.CHECKPOINT_SECONDS", 0.0)
-        patch.setattr("distill.engine.SAVING_SHARE", float("inf"))
+        patch.setattr("distill.clock.CHECKPOINT_SECONDS", 0.0)
+        patch.setattr("distill.clock.SAVING_SHARE", float("inf"))
         with pytest.raises(KeyboardInterrupt):
             train_from_store(train_config(made[1]), None, Console())
     folder = train_from_store(train_config(made[1]), None, Console())

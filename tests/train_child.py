@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.torch
 from accelerate import PartialState
 
-from distill import engine
+from distill import clock
 from distill.batches import split
 from distill.checkpoint import plain_weights
 from distill.config import LossConfig, TrainConfig
@@ -71,7 +71,7 @@ def run(store_folder: Path, folder: Path, settings: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     how_often = {"CHECKPOINT_SECONDS": 0.0, "SAVING_SHARE": float("inf")} if stop_at else {}
     try:
-        with patch.multiple(engine, **how_often) if how_often else nullcontext():
+        with patch.multiple(clock, **how_often) if how_often else nullcontext():
             summary = train(student, data, objective, config, folder, report)
     except Stopped:
         return

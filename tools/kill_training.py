@@ -9,7 +9,7 @@ plus a random part of a step; in every third one the kill waits for the next che
 file and metrics must be equal to the reference's byte for byte, and training must have continued where it was saved.
 
 The killed processes save every 0.3 s instead of every 30 s, else this would take hours: they are started through a
-few lines that set ``distill.engine.CHECKPOINT_SECONDS`` and ``SAVING_SHARE`` before ``distill.cli.main()``. Nothing
+few lines that set ``distill.clock.CHECKPOINT_SECONDS`` and ``SAVING_SHARE`` before ``distill.cli.main()``. Nothing
 else about them is changed. A kill counts where training had begun and its last checkpoint was not there yet.
 """
 
@@ -36,8 +36,8 @@ from distill.checkpoint import latest_checkpoint
 from tools.benching import child_command, child_environment
 
 FREQUENT = """
-import distill.engine
-distill.engine.CHECKPOINT_SECONDS, distill.engine.SAVING_SHARE = 0.3, 1.0
+import distill.clock
+distill.clock.CHECKPOINT_SECONDS, distill.clock.SAVING_SHARE = 0.3, 1.0
 from distill.cli import main
 main()
 """
