@@ -25,6 +25,7 @@ from students.sizes import Budget, choose_size, decoder_parameters, parse_reques
 from teachers.base import TeacherInfo
 
 NOTABLE = 1.02  # times as many parameters in training as in the exported file
+SNAPSHOT_COPIES = 3
 TRAINING_COPIES = 4  # float32 weights, gradients and two moments: what training needs at the very least
 
 
@@ -99,17 +100,26 @@ def judge_size(config: RunConfig, shape: SO8TConfig, info: TeacherInfo, console:
     """
     parameters, trained = decoder_parameters(shape), decoder_parameters(shape, gates=True)
     console.note(f"student {config.student.size}: {describe_parameters(shape, info)}")
-    needed, memory = 4 * trained * TRAINING_COPIES, psutil.virtual_memory().total
+    snapshots = snapshot_bytes(config, trained)
+    needed, memory = 4 * trained * TRAINING_COPIES + snapshots, psutil.virtual_memory().total
     if needed > memory:
+        words = f", {human_bytes(snapshots)} of that for the guard's snapshots (train.guard.snapshots)"
         raise UserError(
             f"student {config.student.size} has {human_count(trained)} parameters; training it needs at least "
-            f"{human_bytes(needed)} of memory, this machine has {human_bytes(memory)}; choose a smaller size"
+            f"{human_bytes(needed)} of memory{words if snapshots else ''}, this machine has {human_bytes(memory)}; "
+            "choose a smaller size"
         )
     if parameters >= info.parameters:
         console.warn(
             f"student {config.student.size} has {human_count(parameters)} parameters, not fewer than the "
             f"teacher's {human_count(info.parameters)}; choose a smaller --student-size to compress"
         )
+
+
+def snapshot_bytes(config: RunConfig, trained: int) -> int:
+    """Main memory that the guard's snapshots of so many parameters take: weights and two moments each, in float32."""
+    guard = config.train.guard
+    return 4 * trained * SNAPSHOT_COPIES * guard.snapshots if guard.enabled else 0
 
 
 def describe_parameters(shape: SO8TConfig, info: TeacherInfo) -> str:

@@ -16,7 +16,7 @@ from distill.capturing import largest_size, load_teacher, read_data, recipe_for
 from distill.config import RunConfig
 from distill.console import Console, human_bytes, human_count
 from distill.corpus import Corpus
-from distill.new_student import describe_parameters, student_shape, with_size
+from distill.new_student import describe_parameters, snapshot_bytes, student_shape, with_size
 from distill.objective import Batch, Objective
 from distill.schedule import build_optimizer
 from distill.teacher_source import find_gguf
@@ -158,7 +158,7 @@ def _combine(
         parameters=parameters,
         steps=steps,
         train_seconds=steps * step_seconds * config.train.batch_size / sequences,
-        train_memory=train_memory,
+        train_memory=train_memory + snapshot_bytes(config, parameters),
     )
 
 

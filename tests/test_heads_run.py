@@ -38,6 +38,7 @@ from tests.test_engine import VOCAB, make_store
 from tests.test_run import small_config
 
 FEW = ["train.epochs=1", "train.evaluations=2"]
+BUILT_IN = [*FEW, "safety.labels=builtin"]
 
 
 def own_labels(folder: Path) -> Path:
@@ -52,7 +53,7 @@ def own_labels(folder: Path) -> Path:
 def finished(tiny_teacher_path: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """One run with the built-in prompts, as is the default."""
     out = tmp_path_factory.mktemp("heads") / "run"
-    return run(small_config(tiny_teacher_path, *FEW, samples=24), Places(out=out), Console())
+    return run(small_config(tiny_teacher_path, *BUILT_IN, samples=24), Places(out=out), Console())
 
 
 # -- a whole run -------------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ def test_the_same_seed_gives_the_same_bytes(
     finished: RunFolder, tiny_teacher_path: Path, tmp_path: Path
 ) -> None:
     """Heads, thresholds and their scores included."""
-    again = run(small_config(tiny_teacher_path, *FEW, samples=24), Places(tmp_path / "run"), Console())
+    again = run(small_config(tiny_teacher_path, *BUILT_IN, samples=24), Places(tmp_path / "run"), Console())
     for name in ("student/model.safetensors", "student/config.json", "student.gguf"):
         assert (again.path / name).read_bytes() == (finished.path / name).read_bytes(), name
     assert again.read_results()["heads"] == finished.read_results()["heads"]

@@ -30,7 +30,9 @@ from teachers.gguf_file import read_gguf
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.store import SoftTargetStore, StoreError, exclusive, read_manifest
 
+FEW_PROMPTS = Path(__file__).parent / "few_prompts.jsonl"  # of the built-in ones, so that runs are short
 SMALL = [
+    f"safety.labels={FEW_PROMPTS}",
     "data.max_length=24",
     "data.held_out=0.2",
     "train.epochs=2",
