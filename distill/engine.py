@@ -236,6 +236,7 @@ def _run(loop: Loop, state: TrainingState, clock: Clock, report: Report) -> None
             with clock.saving(state.step):
                 save_checkpoint(checkpoints, state, loop.data.store.manifest.key, finished=finished)
         if finished:
+            _require_trained(state)
             break
         before = state.step
         try:
@@ -249,6 +250,16 @@ def _run(loop: Loop, state: TrainingState, clock: Clock, report: Report) -> None
             report(state.step, clock.describe(state, values["loss"]))
         elif state.step <= before:  # gone back
             clock.went_back()
+
+
+def _require_trained(state: TrainingState) -> None:
+    """See that training has not ended without a single step.
+
+    Raises:
+        TrainingAborted: the guard had to skip them all.
+    """
+    if state.guard is not None and state.guard.newest is not None and not state.tokens_seen:
+        raise TrainingAborted(f"not one of {state.step} steps could be taken; {state.guard.newest.words}")
 
 
 def _fast_products(data: TrainingData, accelerator: Accelerator) -> AbstractContextManager[object]:

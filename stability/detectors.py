@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -79,6 +79,15 @@ class LossSpike:
     def forget(self) -> None:
         """What is seen now is the new normal."""
         self.average, self.largest = MovingAverage(), 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep."""
+        return asdict(self.average) | {"largest": self.largest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of ``state_dict``."""
+        self.largest = float(state["largest"])
+        self.average = MovingAverage(**{name: value for name, value in state.items() if name != "largest"})
 
 
 class RateLeap:
@@ -164,6 +173,20 @@ class WeightLeap:
         """The weights were put back: nothing is known of their norms."""
         self.known = [None] * len(self.names)
         self.allowed = [0.0] * len(self.names)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep."""
+        return {"known": list(self.known), "allowed": list(self.allowed)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of ``state_dict``.
+
+        Raises:
+            KeyError, TypeError, ValueError: this is no such state, or one of another number of weights.
+        """
+        if len(state["known"]) != len(self.names) or len(state["allowed"]) != len(self.names):
+            raise ValueError(f"{len(state['known'])} weights were watched, not {len(self.names)}")
+        self.known, self.allowed = list(state["known"]), list(state["allowed"])
 
 
 class UpdateLeap:

@@ -109,6 +109,7 @@ class Guard:
         self.loss, self.rates, self.collapse = LossSpike(), RateLeap(), Collapse()
         self.weights, self.updates = WeightLeap(self.monitor.names), UpdateLeap(self.monitor.names, weights)
         self.steps = 0
+        self.newest: Event | None = None
         self.reading: ProbeReading | None = None  # of the fixed text, not judged yet
         self.information: float | None = None  # of the newest reading
         self.fine_at = 0  # the step of the newest probe that was fine
@@ -179,16 +180,12 @@ class Guard:
         """What a checkpoint must keep, as JSON takes it; snapshots are not among it."""
         return {
             "steps": self.steps,
-            "loss": [
-                self.loss.average.count,
-                self.loss.average.first,
-                self.loss.average.second,
-                self.loss.largest,
-            ],
+            "loss": self.loss.state_dict(),
             "clips": {name: clip.state_dict() for name, clip in self.clips.items()},
             "rates": [self.rates.count, self.rates.largest],
             "updates": self.updates.state_dict(),
-            "weights": [self.weights.known, self.weights.allowed],
+            # Of weights that are spread each process knows the norm of its own part.
+            "weights": None if self.monitor.spread else self.weights.state_dict(),
             "fixed_text": [self.collapse.most, self.collapse.loss],
             "information": self.information,
             "fine_at": self.fine_at,
@@ -208,13 +205,13 @@ class Guard:
             KeyError, TypeError, ValueError: this is no such state.
         """
         self.steps = int(state["steps"])
-        average = self.loss.average
-        average.count, average.first, average.second, self.loss.largest = state["loss"]
+        self.loss.load_state_dict(state["loss"])
         for name, clip in self.clips.items():
             clip.load_state_dict(state["clips"][name])
         self.rates.count, self.rates.largest = state["rates"]
         self.updates.load_state_dict(state["updates"])
-        self.weights.known, self.weights.allowed = map(list, state["weights"])
+        if state["weights"] is not None and not self.monitor.spread:
+            self.weights.load_state_dict(state["weights"])
         self.collapse.most, self.collapse.loss = state["fixed_text"]
         self.information, self.fine_at = state["information"], int(state["fine_at"])
         self.monitor.turn = int(state["turn"])
@@ -497,4 +494,5 @@ class Guard:
         self.updates.still[:] = 0
 
     def _tell(self, event: Event) -> None:
+        self.newest = event
         self.on_event(event)

@@ -60,6 +60,7 @@ class Monitor:
             id(one): number for number, group in enumerate(optimizer.param_groups) for one in group["params"]
         }
         self._groups = [groups.get(id(one)) for one in self.weights]
+        self.spread = any(hasattr(one, "full_tensor") for one in self.weights)  # over processes, by FSDP
         self._sample = UpdateSample(self.weights)
         self.turn = 0
         self.totals: dict[str, Tensor] = {}  # norms of the clip groups as they lie on the device
@@ -69,9 +70,8 @@ class Monitor:
         """Figures after the backward pass and before the optimizer's step; read back from the device once."""
         gradients = [weight.grad for weight in self.weights]
         each = norms(gradients)
-        spread = any(hasattr(gradient, "full_tensor") for gradient in gradients)
         self.totals = {
-            name: _whole_norm(group) if spread else self._total(name, each)
+            name: _whole_norm(group) if self.spread else self._total(name, each)
             for name, group in self.clip_groups.items()
         }
         turn = list(range(self.turn % TURNS, len(self.weights), TURNS))
