@@ -22,6 +22,7 @@ from distill.schedule import peak_learning_rate
 from distill.training_module import TrainingModule
 from students.builder import build_student
 from students.model import SO8TForCausalLM
+from students.student import Student
 from teachers import example_teacher
 from teachers.base import TeacherInfo, Tokens
 from teachers.gguf_file import TeacherFileError, file_sha256, read_gguf
@@ -60,7 +61,7 @@ def settle_beginning(config: RunConfig, info: TeacherInfo, gguf: Path | None, co
 
 
 def with_learning_rate(
-    config: TrainConfig, student: SO8TForCausalLM, init: str, held_out: Iterable[Batch]
+    config: TrainConfig, student: Student, init: str, held_out: Iterable[Batch]
 ) -> TrainConfig:
     """The settings with a peak learning rate that suits the beginning, where none is given.
 

@@ -30,7 +30,7 @@ from distill.objective import Objective
 from distill.sharding import full_tensor, laid_out_like
 from stability.guard import Guard
 from stability.randomness import random_state, restore_random_state
-from students.model import SO8TForCausalLM
+from students.student import Student
 from teachers.store import write_whole
 
 KEEP = 2
@@ -47,7 +47,7 @@ class TrainingState:
     ``lines_logged``: of ``metrics.jsonl``.
     """
 
-    student: SO8TForCausalLM
+    student: Student
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LambdaLR
     objective: Objective
@@ -274,26 +274,19 @@ def _logged(path: Path) -> int | None:
     return lines if isinstance(lines, int) else None
 
 
-def plain_weights(student: SO8TForCausalLM) -> Weights:
-    """The student's weights by name, whole; a tied output matrix is left out, as it is the embedding."""
-    tied = student.config.tie_word_embeddings
-    return {
-        name: full_tensor(tensor.detach()).contiguous()
-        for name, tensor in student.state_dict().items()
-        if not (tied and name == "lm_head.weight")
-    }
+def plain_weights(student: Student) -> Weights:
+    """The student's own weights by name, whole."""
+    return {name: full_tensor(tensor.detach()).contiguous() for name, tensor in student.own_weights().items()}
 
 
 @torch.no_grad()
-def set_weights(student: SO8TForCausalLM, weights: Weights) -> None:
+def set_weights(student: Student, weights: Weights) -> None:
     """The inverse of ``plain_weights``.
 
     Raises:
         KeyError, ValueError: names or shapes do not fit; nothing has been changed.
     """
-    own = student.state_dict()
-    if student.config.tie_word_embeddings:
-        own.pop("lm_head.weight")
+    own = student.own_weights()
     if odd := own.keys() ^ weights.keys():
         raise KeyError(f"tensors do not match: {sorted(odd)}")
     for name, tensor in own.items():

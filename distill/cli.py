@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import sys
@@ -23,26 +22,11 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 
 from distill import __version__
+from distill.exit_codes import EXIT_INTERRUPTED, exit_code, one_line
 from distill.interrupts import watch
 
 if TYPE_CHECKING:
     from distill.console import Console
-
-EXIT_OURS, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
-# What the operating system refuses because of something the user can change.
-REMEDIES = {
-    errno.ENOSPC: "free some space and run the same command again",
-    errno.EDQUOT: "free some of your quota and run the same command again",
-    errno.EACCES: "check the permissions or choose another folder",
-    errno.EPERM: "check the permissions or choose another folder",
-    errno.EROFS: "choose a folder that can be written to",
-    errno.ENOTDIR: "check the path",
-    errno.EISDIR: "check the path",
-    errno.ENAMETOOLONG: "choose a shorter path",
-    errno.EFBIG: "choose a file system that takes larger files",
-    errno.EMFILE: "allow this process more open files",
-    errno.EIO: "check the disk",
-}
 
 app = typer.Typer(
     add_completion=False,
@@ -124,6 +108,21 @@ Init = Annotated[
         help="Where the student's weights begin. Default: auto, at the teacher's where its architecture allows it.",
     ),
 ]
+StudentBase = Annotated[
+    Path | None,
+    typer.Option(
+        "--student-base",
+        metavar="FOLDER",
+        help="A transformers model with the teacher's vocabulary (llama, phi3, qwen2, qwen3) that becomes the student: "
+        "frozen, with LoRA and SO(8) gates. In place of --student-size.",
+    ),
+]
+LoraRank = Annotated[
+    int | None, typer.Option("--lora-r", help="Rank of LoRA, with --student-base. Default: 16.")
+]
+LoadIn4bit = Annotated[
+    bool, typer.Option("--load-in-4bit", help="The base in NF4, through bitsandbytes, with --student-base.")
+]
 SafetyLabels = Annotated[
     str | None,
     typer.Option(
@@ -149,6 +148,9 @@ Settings = Annotated[
 def run(
     teacher: Teacher = None,
     student_size: StudentSize = None,
+    student_base: StudentBase = None,
+    lora_r: LoraRank = None,
+    load_in_4bit: LoadIn4bit = False,
     data: Data = None,
     out: Out = None,
     samples: Samples = None,
@@ -170,6 +172,7 @@ def run(
 
     overrides = _what_to_capture(teacher, data, samples, targets, seed) | {
         "student.size": student_size,
+        **_base(student_base, lora_r, load_in_4bit),
         "train.epochs": epochs,
         "export.quant": quant,
         "safety.labels": safety_labels,
@@ -206,6 +209,9 @@ def capture(
 def train(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="Folder that `distill capture` has filled.")],
     student_size: StudentSize = None,
+    student_base: StudentBase = None,
+    lora_r: LoraRank = None,
+    load_in_4bit: LoadIn4bit = False,
     teacher: Annotated[
         Path | None,
         typer.Option(
@@ -229,6 +235,7 @@ def train(
     overrides = {
         "store": str(store),
         "student.size": student_size,
+        **_base(student_base, lora_r, load_in_4bit),
         "train.epochs": epochs,
         "seed": seed,
         "export.quant": quant,
@@ -243,27 +250,41 @@ def train(
 def plan(
     teacher: Teacher = None,
     student_size: StudentSize = None,
+    student_base: StudentBase = None,
+    lora_r: LoraRank = None,
+    load_in_4bit: LoadIn4bit = False,
     data: Data = None,
     samples: Samples = None,
     epochs: Epochs = None,
     targets: Targets = None,
     seed: Seed = None,
     init: Init = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Memory that training is to fit into, such as 12GiB; says what would help."),
+    ] = None,
     preset: Preset = "recommended",
     config: ConfigFile = None,
     set_: Settings = None,
 ) -> None:
     """Say before a run what it will take: tokens, disk, time and memory, from a short measured probe."""
+    from distill.adapter_memory import parse_memory
     from distill.config import load_config
     from distill.console import Console
+    from distill.errors import UserError
     from distill.plan import plan_run
 
     overrides = _what_to_capture(teacher, data, samples, targets, seed) | {
         "student.size": student_size,
+        **_base(student_base, lora_r, load_in_4bit),
         "student.init": init,
         "train.epochs": epochs,
     }
-    plan_run(load_config(config, overrides, set_ or [], preset), Console())
+    try:
+        limit = None if memory is None else parse_memory(memory)
+    except ValueError as error:
+        raise UserError(f"--memory {error}") from None
+    plan_run(load_config(config, overrides, set_ or [], preset), Console(), limit)
 
 
 def _console() -> Console:
@@ -272,6 +293,21 @@ def _console() -> Console:
     from distill.launch import launched_share
 
     return Console(quiet=launched_share().rank > 0)
+
+
+def _base(folder: Path | None, rank: int | None, load_in_4bit: bool) -> dict[str, object]:
+    """The flags of a student made of a base, as settings."""
+    if folder is None and (rank is not None or load_in_4bit):
+        from distill.errors import UserError
+
+        raise UserError(
+            "--lora-r and --load-in-4bit are for a student made of a base; name one with --student-base"
+        )
+    return {
+        "student.base": str(folder) if folder else None,
+        "student.lora_rank": rank,
+        "student.load_in_4bit": load_in_4bit or None,
+    }
 
 
 def _what_to_capture(
@@ -403,51 +439,12 @@ def main() -> NoReturn:
             _complain("interrupted; everything saved is kept, and the same command continues from there")
         raise
     except Exception as error:
-        code = _exit_code(error)
+        code = exit_code(error)
         if code is None:
             raise  # a defect of ours: the traceback is what a report needs (Python exits with 1)
-        _complain(_one_line(error))
+        _complain(one_line(error))
         sys.exit(code)
     sys.exit(0)
-
-
-def _exit_code(error: Exception) -> int | None:
-    """The exit code of an expected error, or nothing for a defect."""
-    from distill.errors import ProofFailed, TrainingAborted, UserError
-    from students.export import ExportError
-    from students.fold import FoldError
-    from teachers.capture import CaptureError
-    from teachers.chat_template import ChatTemplateError
-    from teachers.ensemble import EnsembleError
-    from teachers.gguf_file import TeacherFileError
-    from teachers.store import StoreError
-    from teachers.worker import TeacherError
-
-    if isinstance(
-        error,
-        (
-            UserError,
-            StoreError,
-            TeacherFileError,
-            TeacherError,
-            ChatTemplateError,
-            CaptureError,
-            EnsembleError,
-        ),
-    ):
-        return EXIT_USER
-    if isinstance(error, OSError) and error.errno in REMEDIES:
-        return EXIT_USER
-    if isinstance(error, (TrainingAborted, ProofFailed, ExportError, FoldError)):
-        return EXIT_OURS
-    return None
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno is not None:
-        where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror}{where}; {REMEDIES.get(error.errno, 'check the path')}"
-    return " ".join(str(error).split())
 
 
 def _complain(message: str) -> None:

@@ -50,9 +50,18 @@ class StudentConfig(Section):
     ``tie_embeddings``: one matrix for the input embedding and the output. ``heads``, ``kv_heads`` (which the heads
     share), ``head_width`` (of each) and ``ffn_width`` (of the feed-forward): none follows the teacher's shape (see
     ``students.builder.student_config``). ``init``: where the weights begin: teacher (projected from the teacher's own),
-    embeddings (random ones, with the teacher's token embeddings), random, or auto (teacher where that can be)."""
+    embeddings (random ones, with the teacher's token embeddings), random, or auto (teacher where that can be).
+
+    ``base``: folder of a transformers model with the teacher's vocabulary, which becomes the student in place of a new
+    one: frozen, with LoRA of ``lora_rank``, counted ``lora_alpha / lora_rank`` times, and ``lora_dropout``.
+    ``load_in_4bit``: its matrices in NF4, through bitsandbytes."""
 
     size: str | None = None
+    base: str | None = None
+    lora_rank: Annotated[int, Field(ge=1, le=1 << 12)] = 16
+    lora_alpha: Positive = 32.0
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    load_in_4bit: bool = False
     init: Literal["auto", "teacher", "embeddings", "random"] = "auto"
     tie_embeddings: bool = True
     heads: Annotated[int, Field(ge=1, le=1 << 12)] | None = None
@@ -74,6 +83,30 @@ class StudentConfig(Section):
         if isinstance(size, StudentSize) and (self.heads or self.head_width):
             attention_shape(size.width, chosen=self.chosen)
         return self
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> StudentConfig:
+        """Refuse settings of a new student together with a base, and a base's without one."""
+        if self.base is None:
+            if self.load_in_4bit:
+                raise ValueError("load_in_4bit is for a student made of a base; name one with --student-base")
+            return self
+        new = {"size": self.size, "heads": self.heads, "kv_heads": self.kv_heads}
+        new |= {"head_width": self.head_width, "ffn_width": self.ffn_width}
+        new |= {"init": None if self.init == "auto" else self.init}
+        if given := [name for name, value in new.items() if value is not None]:
+            raise ValueError(
+                f"{', '.join(given)} would be of a new student, but base = {self.base} is what the student is made "
+                "of; give the one or the other"
+            )
+        return self
+
+    @property
+    def label(self) -> str | None:
+        """A short name: its size, or its base and the rank of LoRA."""
+        if self.base is None:
+            return self.size
+        return f"{Path(self.base).resolve().name}-lora{self.lora_rank}"
 
     @property
     def chosen(self) -> ChosenShape:
@@ -192,7 +225,8 @@ class TrainConfig(Section):
     ``precision``: ``bf16`` autocast, ``fp32``, or ``auto``; ``evaluations``: how often held-out KL is measured, first
     and last step included; ``patience``: stop after so many of them without a better one (none: never).
 
-    ``gradient_checkpointing``: compute layers again in the backward pass instead of keeping what they computed;
+    ``gradient_checkpointing``: compute layers again in the backward pass instead of keeping what they computed (none:
+    only for a student made of a base);
     ``compile``: torch.compile. ``trackers``: tensorboard, wandb.
     ``on_policy``: share of each batch whose text, after its beginning, the student writes itself, at
     ``on_policy_temperature``; the teacher stays loaded and scores it. ``guard``: see ``GuardConfig``.
@@ -211,7 +245,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     evaluations: Annotated[int, Field(ge=2)] = 12
     patience: Count | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = None
     compile: bool = False
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     on_policy: Fraction = 0.0

@@ -43,7 +43,8 @@ from distill.used_rows import only_used_rows, used_tokens
 from stability import Event, GaveUp
 from stability.detectors import Action
 from stability.signals import gradient_norm, non_finite
-from students.model import SHORT_ON_CPU, SO8TForCausalLM
+from students.model import SHORT_ON_CPU
+from students.student import Student
 from teachers.store import SoftTargetStore
 
 INSTEAD = 8  # stream of random numbers that chooses batches in place of those set aside
@@ -51,7 +52,7 @@ INSTEAD = 8  # stream of random numbers that chooses batches in place of those s
 Report = Callable[[int, str], None]
 """Called with the number of finished steps and one line about how training stands."""
 
-OwnWords = Callable[[SO8TForCausalLM, list[int], int], Batch]
+OwnWords = Callable[[Student, list[int], int], Batch]
 """Some sequences of the store, by index, with the student's own words in them, for a step (``distill.on_policy``)."""
 
 
@@ -138,7 +139,7 @@ class Loop:
 
 
 def train(
-    student: SO8TForCausalLM,
+    student: Student,
     data: TrainingData,
     objective: Objective,
     config: TrainConfig,
@@ -302,24 +303,21 @@ def _leave(launch: PartialState) -> None:
 
 
 def _prepared(
-    student: SO8TForCausalLM, objective: Objective, config: TrainConfig, accelerator: Accelerator
+    student: Student, objective: Objective, config: TrainConfig, accelerator: Accelerator
 ) -> nn.Module:
     """Student and objective as one module, on its device and wrapped for this launch."""
     if config.gradient_checkpointing:
-        # Older transformers (for Python 3.10) know it by its older name.
-        enable = getattr(student, "activation_checkpointing_enable", None)
-        (enable or student.gradient_checkpointing_enable)({"use_reentrant": False})
+        student.checkpoint_activations(True)
     if config.compile:
-        for layer in student.model.layers:
+        for layer in student.layers():
             layer.compile()
     return wrap(accelerator, TrainingModule(student, objective))
 
 
-def _plain_again(student: SO8TForCausalLM) -> None:
+def _plain_again(student: Student) -> None:
     """Undo what only training needed."""
-    disable = getattr(student, "activation_checkpointing_disable", None)
-    (disable or student.gradient_checkpointing_disable)()
-    for layer in student.model.layers:
+    student.checkpoint_activations(False)
+    for layer in student.layers():
         layer._compiled_call_impl = None
 
 

@@ -13,3 +13,7 @@ class TrainingAborted(RuntimeError):
 
 class ProofFailed(RuntimeError):
     """The exported file is not the trained model. Exit code 1; the file does not get its name."""
+
+
+class GradientsDoNotFlow(RuntimeError):
+    """A weight that is to be trained gets no gradient, or one that is frozen does. Exit code 1."""

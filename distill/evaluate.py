@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill import losses
-from students.model import SO8TForCausalLM
+from distill.checkpoint import set_weights
+from students.student import Student
 from teachers.base import Teacher, Tokens
 from teachers.records import Targets, join
 from teachers.store import SoftTargetStore
@@ -65,7 +66,7 @@ def perplexity(cross_entropy: float) -> float:
     return math.exp(min(cross_entropy, 700.0))
 
 
-def student_scorer(student: SO8TForCausalLM) -> Scorer:
+def student_scorer(student: Student) -> Scorer:
     """Score with PyTorch in float32, one sequence at a time."""
 
     @torch.no_grad()
@@ -76,6 +77,21 @@ def student_scorer(student: SO8TForCausalLM) -> Scorer:
             inputs = torch.from_numpy(tokens[:-1].astype(np.int64))[None].to(student.device)
             rows.append(student(inputs).logits[0].float().cpu())
         return torch.cat(rows)
+
+    return score
+
+
+def scorer_with(student: Student, weights: dict[str, Tensor]) -> Scorer:
+    """Score the student with other weights of its own, which it has for that time only."""
+    scorer = student_scorer(student)
+
+    def score(sequences: Sequence[Tokens]) -> Tensor:
+        now = {name: weight.clone() for name, weight in student.own_weights().items()}
+        set_weights(student, weights)
+        try:
+            return scorer(sequences)
+        finally:
+            set_weights(student, now)
 
     return score
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -40,6 +41,10 @@ def build_guard(
         forget_gathered(model)  # the optimizer's step comes next
         return launch.agreed(reading)  # all decide by the same figures
 
+    # The schedule goes on over a step that was skipped, which may be the very first.
+    warnings.filterwarnings(
+        "ignore", message=r"Detected call of `lr_scheduler.step\(\)`", category=UserWarning
+    )
     settings = config.guard.model_dump(exclude={"enabled"})
     return Guard(
         model,

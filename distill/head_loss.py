@@ -63,6 +63,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         states, matrix = hidden.to(narrow), weight.to(narrow)
         grad_hidden = torch.zeros_like(hidden)
         grad_weight: Tensor | None = None
+        trained = ctx.needs_input_grad[1]  # the output matrix of a frozen base is not
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden), chunk):
@@ -71,6 +72,8 @@ class _ChunkedHeadLoss(torch.autograd.Function):
                 total += loss
                 narrow_grad = grad.to(narrow)
                 grad_hidden[span] = narrow_grad @ matrix
+                if not trained:
+                    continue
                 if grad_weight is None:  # the first chunk is often the only one
                     grad_weight = (narrow_grad.T @ states[span]).to(weight.dtype)
                 elif narrow == weight.dtype:
@@ -78,14 +81,16 @@ class _ChunkedHeadLoss(torch.autograd.Function):
                 else:
                     grad_weight += narrow_grad.T @ states[span]
         # Not saved for backward: whoever accumulates a gradient takes it over if nobody else holds it, else copies it.
-        ctx.gradients = (grad_hidden, torch.zeros_like(weight) if grad_weight is None else grad_weight)
+        if trained and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
+        ctx.gradients = (grad_hidden, grad_weight)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
         if (
             grad.device.type == "cpu" and float(grad) == 1.0
         ):  # nothing to scale: spare the copy of a [V, D] matrix
             return grad_hidden, grad_weight, None, None
-        return grad * grad_hidden, grad * grad_weight, None, None
+        return grad * grad_hidden, None if grad_weight is None else grad * grad_weight, None, None

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from students.heads import VerificationHead, certainty
-from students.model import SO8TForCausalLM
+from students.student import Student
 from teachers.records import Targets
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def verification_loss(head: VerificationHead, states: Tensor, verified: Verified
     return F.binary_cross_entropy_with_logits(log_odds, verified.agreed, reduction="sum")
 
 
-def safety_loss(student: SO8TForCausalLM, prompts: Prompts | None) -> Tensor:
+def safety_loss(student: Student, prompts: Prompts | None) -> Tensor:
     """Weighted sum over prompts of the cross-entropy between labels and decisions at the last token, in nats.
 
     Its gradient reaches the student's layers at ``BODY_GRADIENT`` of its strength. Without prompts it is 0, and so is

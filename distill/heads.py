@@ -20,7 +20,7 @@ from distill.safety_metrics import SafetyScore, fit_temperature, fit_thresholds,
 from distill.safety_prompts import PromptSet
 from distill.verification import VerificationScore, fit_trust, score_verification
 from students.heads import Heads, certainty
-from students.model import SO8TForCausalLM
+from students.student import Student
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.store import SoftTargetStore
 
@@ -47,7 +47,7 @@ def halves(held_out: Sequence[int]) -> tuple[list[int], list[int]]:
 
 @torch.no_grad()
 def calibrate(
-    student: SO8TForCausalLM, data: SafetyData | None, store: SoftTargetStore, sequences: Sequence[int]
+    student: Student, data: SafetyData | None, store: SoftTargetStore, sequences: Sequence[int]
 ) -> None:
     """Make the heads' probabilities fit data that training has not seen, and choose their thresholds, in place.
 
@@ -149,7 +149,7 @@ def decisions(prompts: PromptSet) -> Tensor:
     return torch.from_numpy(prompts.labels).argmax(dim=-1)
 
 
-def _last_states(student: SO8TForCausalLM, prompts: PromptSet) -> Tensor:
+def _last_states(student: Student, prompts: PromptSet) -> Tensor:
     """The final hidden state of each prompt's last token, ``[N, D]``."""
     rows = []
     for tokens in prompts.tokens:
@@ -158,9 +158,7 @@ def _last_states(student: SO8TForCausalLM, prompts: PromptSet) -> Tensor:
     return torch.stack(rows)
 
 
-def _verified(
-    student: SO8TForCausalLM, store: SoftTargetStore, sequences: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def _verified(student: Student, store: SoftTargetStore, sequences: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Log-odds of the verification head, and whether the top tokens do agree, at all positions, ``[N]`` each."""
     log_odds, agreed = [], []
     for index in sequences:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distill import losses
 from distill.head_loss import chunk_size
 from distill.objective import Batch
-from students.model import SO8TForCausalLM
+from students.student import Student
 
 TEMPERATURE = 1.0
 
@@ -43,16 +43,16 @@ def held_out_score(model: nn.Module, batches: Iterable[Batch]) -> HeldOutScore:
     return HeldOutScore(kl, agreement, cross_entropy)
 
 
-def _sums(student: SO8TForCausalLM, batch: Batch) -> Tensor:
+def _sums(student: Student, batch: Batch) -> Tensor:
     """KL, agreement and cross-entropy summed over a batch's positions, float64 ``[3]``."""
     device = batch.tokens.device.type
     with torch.autocast(device, enabled=False):  # which Accelerate puts around the module's forward pass
         states = student(batch.tokens, with_logits=False).last_hidden_state[batch.valid]
         labels, sums = batch.labels, []
-        together = chunk_size(student.lm_head.weight.shape[0])
+        together = chunk_size(student.output_matrix().shape[0])
         for start in range(0, len(states), together):
             span = slice(start, start + together)
-            logits = (states[span] @ student.lm_head.weight.T).float()
+            logits = (states[span] @ student.output_matrix().T).float()
             targets = batch.targets.select(span)
             values = (
                 losses.known_kl(logits, targets, TEMPERATURE),

@@ -15,7 +15,8 @@ from distill.head_terms import VERIFIED_EVERY, Verified, safety_loss, verificati
 from distill.hidden_loss import HiddenStateLoss, pair_layers
 from distill.losses import IGNORE_INDEX, Divergence
 from students import so8
-from students.model import SO8TForCausalLM, SO8TOutput
+from students.model import SO8TOutput
+from students.student import Student
 from teachers.records import Targets
 from teachers.store import SoftTargetStore
 
@@ -126,10 +127,10 @@ class Objective(nn.Module):
         kept = self.hidden.student_layers if self.hidden is not None else set()
         output: SO8TOutput = student(batch.tokens, with_logits=False, layers_to_keep=kept)
         assert output.last_hidden_state is not None and output.rotations is not None
-        assert isinstance(student, SO8TForCausalLM)
+        assert isinstance(student, Student)
         states = output.last_hidden_state[batch.valid]  # [n, D]
         verified = self._verified(student, batch)
-        loss, parts = self._distillation(states, student.lm_head.weight, batch, total, fraction, verified)
+        loss, parts = self._distillation(states, student.output_matrix(), batch, total, fraction, verified)
         others: dict[str, Tensor] = {}
         if self.hidden is not None:
             assert output.layer_states is not None
@@ -182,7 +183,7 @@ class Objective(nn.Module):
 
         return chunked_head_loss(states, matrix, chunk), parts
 
-    def _verified(self, student: SO8TForCausalLM, batch: Batch) -> Verified | None:
+    def _verified(self, student: Student, batch: Batch) -> Verified | None:
         """Where the verification head is to be trained, or nothing if it is not."""
         if not self.config.lambda_verification or not student.config.verification_head:
             return None
@@ -255,7 +256,7 @@ class Objective(nn.Module):
 
 
 def build_objective(
-    config: LossConfig, store: SoftTargetStore, student: SO8TForCausalLM, teacher_layers: int, seed: int
+    config: LossConfig, store: SoftTargetStore, student: Student, teacher_layers: int, seed: int
 ) -> Objective:
     """The objective for a store: with the hidden-state loss where γ > 0 and the store holds hidden states.
 

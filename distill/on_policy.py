@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from distill.batches import load_batch, padded
 from distill.objective import Batch
-from students.model import SO8TForCausalLM
+from students.student import Student
 from teachers.base import Sampling, Teacher, Tokens
 from teachers.records import join
 from teachers.sampling import sample_rows
@@ -43,7 +43,7 @@ class OwnWords:
     seed: int
     eos: int | None
 
-    def __call__(self, student: SO8TForCausalLM, indices: list[int], step: int) -> Batch:
+    def __call__(self, student: Student, indices: list[int], step: int) -> Batch:
         """The sequences ``indices`` of the store for one step, some of them continued by the student."""
         chosen = [index for index in indices if self._is_chosen(index, step)]
         if not chosen:
@@ -86,7 +86,7 @@ class OwnWords:
 
 @torch.no_grad()
 def continue_texts(
-    student: SO8TForCausalLM,
+    student: Student,
     starts: Sequence[Tokens],
     uniform: Sequence[NDArray[np.float64]],
     temperature: float,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGUFValueType
 
+from distill.base_student import Base, judge_base, load_base_student, open_base, with_checkpointing
 from distill.batches import split
 from distill.beginning import begin, find_teacher, settle_beginning, with_learning_rate
 from distill.capturing import (
@@ -21,12 +23,21 @@ from distill.capturing import (
     read_data,
     recipe_for,
 )
+from distill.checkpoint import plain_weights
 from distill.config import RunConfig
 from distill.console import Console, human_bytes, human_count
 from distill.engine import TrainingData, TrainingSummary, require_trainable, train
 from distill.errors import TrainingAborted, UserError
-from distill.evaluate import Evaluation, evaluate, evaluate_stored, llama_scorer, student_scorer
-from distill.exporting import export_proved, metadata_entries, save_student
+from distill.evaluate import (
+    Evaluation,
+    Scorer,
+    evaluate,
+    evaluate_stored,
+    llama_scorer,
+    scorer_with,
+    student_scorer,
+)
+from distill.exporting import export_proved, metadata_entries, origin_of
 from distill.full_store import open_full_store, require_complete, without_capture
 from distill.heads import calibrate, describe_scores, halves, heads_results, score_heads
 from distill.hidden_loss import pair_layers
@@ -34,17 +45,23 @@ from distill.launch import Launch
 from distill.new_student import judge_size, student_shape, with_size
 from distill.objective import build_objective
 from distill.on_policy import OwnWords
+from distill.probe_gradients import probe_gradients
 from distill.prove import Proof
 from distill.report_html import write_run_report
 from distill.results import Outcome, build_results, print_table
 from distill.run_folder import HeldOut, RunFolder, choose_folder
 from distill.safety_data import SafetyData, labelled_prompts, read_safety_prompts, safety_data
 from distill.safety_prompts import SafetyPrompt, digest
+from distill.saved_student import save_plain, save_student
 from distill.teacher_source import find_gguf, open_teacher, require_gguf, teacher_stem, tokenizer_of
+from distill.training_module import fsdp_is_asked_for
+from students.adapter import AdaptedStudent
+from students.adapter_merge import merge
 from students.export import ExportNames
-from students.model import SO8TForCausalLM
+from students.student import Student
 from teachers.base import Teacher, TeacherInfo
 from teachers.capture import WHOLE
+from teachers.gguf_file import Field
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.inheritance import Inheritance, need_inheritance
 from teachers.store import SoftTargetStore, exclusive
@@ -67,7 +84,7 @@ class Source:
     """All that a student is made from: a complete store, what it keeps of the teacher, and prompts to decide on.
 
     ``reused``: nothing had to be captured. ``gguf``: whose weights it can begin at. ``teacher``: open only
-    where the student's own words are scored.
+    where the student's own words are scored. ``base``: the model that it is made of, if it is not a new one.
     """
 
     config: RunConfig
@@ -77,6 +94,7 @@ class Source:
     safety: SafetyData | None
     gguf: Path | None
     teacher: Teacher | None = None
+    base: Base | None = None
 
 
 def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
@@ -93,13 +111,12 @@ def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
     require_trainable(config.train, launch.share.world)
     with load_teacher(config, console) as teacher:
         gguf = find_gguf(config.teacher)
-        config = settle_beginning(with_size(config, teacher.info), teacher.info, gguf, console)
-        judge_size(config, student_shape(config, teacher.info), teacher.info, console)
+        config, base = _settle(config, tokenizer_of(config.teacher), teacher.info, gguf, console)
         stem = teacher_stem(config.teacher)
         folder = _choose(places.out, config, stem, launch)
         corpus = read_data(config, teacher, console)
         recipe = recipe_for(config.targets, teacher, console)
-        layers = student_shape(config, teacher.info).num_hidden_layers
+        layers = base.layers if base else student_shape(config, teacher.info).num_hidden_layers
         pair_layers(config.loss.layer_map, recipe.layers, layers, teacher.info.layers)
         store = open_store(teacher, corpus, recipe, StorePlace(places.store, folder.path.parent, stem))
 
@@ -118,9 +135,9 @@ def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
             labelled = labelled_prompts(config, prompts, None, store, console)
             if labelled is not prompts:
                 safety = safety_data(config, labelled, words, info)
-            return Source(config, store, need_inheritance(store), reused, safety, gguf, teacher)
+            return Source(config, store, need_inheritance(store), reused, safety, gguf, teacher, base)
 
-        _work_in(folder, config, _identity(teacher.info, store, prompts), capture, launch, console)
+        _work_in(folder, config, _identity(teacher.info, store, prompts, base), capture, launch, console)
     return folder
 
 
@@ -143,13 +160,12 @@ def train_from_store(config: RunConfig, out: Path | None, console: Console) -> R
     prompts = read_safety_prompts(config)
     store, inheritance = open_full_store(Path(config.store))
     info = inheritance.info
-    config = with_size(without_capture(config, store.manifest.recipe, console), info)
+    config = without_capture(config, store.manifest.recipe, console)
     gguf = find_teacher(config.teacher.path, info)
-    config = settle_beginning(config, info, gguf, console)
     console.note(
         f"soft targets of {info.name}: {info.architecture}, {human_count(info.parameters)} parameters"
     )
-    judge_size(config, student_shape(config, info), info, console)
+    config, base = _settle(config, inheritance.tokenizer, info, gguf, console)
     folder = _choose(out, config, store.folder.resolve().name, launch)
     if not folder.finished:
         require_complete(store, console)
@@ -157,10 +173,30 @@ def train_from_store(config: RunConfig, out: Path | None, console: Console) -> R
     def prepare() -> Source:
         labelled = labelled_prompts(config, prompts, None, store, console)
         safety = safety_data(config, labelled, inheritance.tokenizer, info)
-        return Source(config, store, inheritance, True, safety, gguf)
+        return Source(config, store, inheritance, True, safety, gguf, base=base)
 
-    _work_in(folder, config, _identity(info, store, prompts), prepare, launch, console)
+    _work_in(folder, config, _identity(info, store, prompts, base), prepare, launch, console)
     return folder
+
+
+def _settle(
+    config: RunConfig, tokenizer: Mapping[str, Field], info: TeacherInfo, gguf: Path | None, console: Console
+) -> tuple[RunConfig, Base | None]:
+    """The settings with what depends on the teacher, and the base that the student is made of, if it is not a new one;
+    says how large it will be, and sees that it can be trained here."""
+    if config.student.base is None:
+        config = settle_beginning(with_size(config, info), info, gguf, console)
+        judge_size(config, student_shape(config, info), info, console)
+        return config, None
+    base = open_base(config, tokenizer, info.vocab_size)
+    if fsdp_is_asked_for():
+        raise UserError(
+            "--student-base cannot be spread over processes by FSDP: its frozen weights are there whole in each; leave "
+            "out --use_fsdp"
+        )
+    config = with_checkpointing(config)
+    judge_base(base, config, info.vocab_size, console)
+    return config, base
 
 
 def _choose(out: Path | None, config: RunConfig, stem: str, launch: Launch) -> RunFolder:
@@ -171,10 +207,16 @@ def _choose(out: Path | None, config: RunConfig, stem: str, launch: Launch) -> R
 
 
 def _identity(
-    info: TeacherInfo, store: SoftTargetStore, prompts: list[SafetyPrompt] | None
+    info: TeacherInfo,
+    store: SoftTargetStore,
+    prompts: list[SafetyPrompt] | None,
+    base: Base | None,
 ) -> dict[str, str]:
     """What a run's folder must not be continued without."""
-    return {
+    of_base = (
+        {} if base is None else {"base_name": base.folder.path.resolve().name, "base_sha256": base.sha256}
+    )
+    return of_base | {
         "teacher_name": info.name,
         "teacher_sha256": info.sha256,
         "soft_targets": store.manifest.key,
@@ -217,25 +259,56 @@ def _make_student(source: Source, folder: RunFolder, launch: Launch, console: Co
         data = replace(data, prompts=prompts, prompts_every=every, prompts_together=together)
     held_out = HeldOut([store.tokens(int(index)) for index in data.split.held_out], source.inheritance.lines)
     student = _begin(source, data, folder, launch, console)
+    first = {name: weight.clone() for name, weight in plain_weights(student).items()} if source.base else {}
     source = _with_learning_rate(source, data, student, launch)
+    gradients: dict[str, Any] = {}
+    if isinstance(student, AdaptedStudent):
+        gradients = probe_gradients(student, data, source.config, info.layers, console)
     summary = _train(source, data, student, folder, console)
     if not launch.first:
         return
     for_calibration, for_scores = halves(parts.held_out.tolist())
     calibrate(student, source.safety, store, for_calibration)
     folder.write_held_out(held_out)
-    name = f"{info.name} distilled {config.student.size} SO8T"
+    # Not the base's name: llama.cpp reads a tokenizer in a way of its own where a file's name has "phi3" in it.
+    size = config.student.size or f"LoRA {config.student.lora_rank}"
+    name = f"{info.name} distilled {size} SO8T"
     tokenizer = metadata_entries(source.inheritance.tokenizer)
     save_student(student, folder, tokenizer, name)
     with console.stage("Export and prove") as stage:
-        names = ExportNames(name, {"teacher_name": info.name, "teacher_sha256": info.sha256})
-        proof = export_proved(student, folder.gguf, config.export.quant, tokenizer, names, held_out)
+        names = ExportNames(name, origin_of(folder.read_identity()))
+        plain = merge(student) if isinstance(student, AdaptedStudent) else None
+        proof = export_proved(student, folder.gguf, config.export.quant, tokenizer, names, held_out, plain)
         stage.finish(_describe_proof(proof, folder.gguf))
-    untrained = _begin(source, data, folder, Launch(WHOLE), console)
-    evaluation, speeds = _evaluate(source, data, folder, {"before": untrained, "after": student}, console)
+    if source.base is not None and plain is not None:
+        with console.stage("Merged folder") as stage:
+            # What a tokenizer does may depend on the model's name.
+            named = {
+                "general.name": Field(info.name, GGUFValueType.STRING, None),
+                **source.inheritance.tokenizer,
+            }
+            written = save_plain(plain, source.base.dtype, named, folder.plain)
+            stage.finish(f"{folder.plain}, {human_bytes(written)}, for transformers")
+        del plain
+    if source.base is not None:
+        before = scorer_with(student, first)
+    else:
+        before = student_scorer(_begin(source, data, folder, Launch(WHOLE), console))
+    scorers = {"before": before, "after": student_scorer(student)}
+    evaluation, speeds = _evaluate(source, data, folder, scorers, console)
     heads = _score_heads(source, folder, student, for_scores, console)
     outcome = Outcome(
-        source.config, info, student, store, source.reused, summary, proof, evaluation, speeds, heads
+        source.config,
+        info,
+        student,
+        store,
+        source.reused,
+        summary,
+        proof,
+        evaluation,
+        speeds,
+        heads,
+        gradients,
     )
     folder.write_results(build_results(outcome, folder.gguf.stat().st_size, console.seconds))
     _round_off(folder, console)
@@ -250,17 +323,20 @@ def _round_off(folder: RunFolder, console: Console) -> None:
 
 def _begin(
     source: Source, data: TrainingData, folder: RunFolder, launch: Launch, console: Console
-) -> SO8TForCausalLM:
-    """The student as training begins, from the teacher's weights on some of the training text where it can."""
+) -> Student:
+    """The student as training begins: made of its base, or from the teacher's weights on some of the training text."""
+    if source.base is not None:
+        with console.stage("Load base") as stage:
+            adapted = load_base_student(source.base, source.config, source.inheritance.info.vocab_size)
+            stage.finish(f"{human_count(adapted.trainable_parameters())} parameters are trained")
+        return adapted
     train = data.split.train
     some = train[np.linspace(0, len(train) - 1, min(len(train), BEGINNING_SEQUENCES)).astype(int)]
     sequences = [source.store.tokens(int(index)) for index in some]
     return begin(source.config, source.inheritance, source.gguf, sequences, folder.beginning, launch, console)
 
 
-def _with_learning_rate(
-    source: Source, data: TrainingData, student: SO8TForCausalLM, launch: Launch
-) -> Source:
+def _with_learning_rate(source: Source, data: TrainingData, student: Student, launch: Launch) -> Source:
     """The source with a peak learning rate in its settings, the same in all processes."""
     config = source.config
     held_out = data.held_out(config.train.batch_size, torch.device("cpu"))
@@ -271,7 +347,7 @@ def _with_learning_rate(
 
 
 def _train(
-    source: Source, data: TrainingData, student: SO8TForCausalLM, folder: RunFolder, console: Console
+    source: Source, data: TrainingData, student: Student, folder: RunFolder, console: Console
 ) -> TrainingSummary:
     config, info = source.config, source.inheritance.info
     objective = build_objective(config.loss, data.store, student, info.layers, config.seed)
@@ -319,7 +395,7 @@ def _evaluate(
     source: Source,
     data: TrainingData,
     folder: RunFolder,
-    students: dict[str, SO8TForCausalLM],
+    students: dict[str, Scorer],
     console: Console,
 ) -> tuple[Evaluation, dict[str, tuple[float, float]]]:
     """Score ``students`` and the exported file against the teacher, or where the run has none against its stored
@@ -330,8 +406,7 @@ def _evaluate(
         console.stage("Evaluate", total=len(indices)) as stage,
         GGUFTeacher(folder.gguf, gpu_layers=config.teacher.gpu_layers) as exported,
     ):
-        models = {name: student_scorer(student) for name, student in students.items()}
-        models["exported"] = llama_scorer(exported)
+        models = students | {"exported": llama_scorer(exported)}
         speeds = {}
         if config.store is None:
             with open_teacher(config.teacher) as teacher:
@@ -349,7 +424,7 @@ def _evaluate(
 
 
 def _score_heads(
-    source: Source, folder: RunFolder, student: SO8TForCausalLM, sequences: list[int], console: Console
+    source: Source, folder: RunFolder, student: Student, sequences: list[int], console: Console
 ) -> dict[str, Any]:
     """What the exported file's safety and verification head are worth, as ``results.json`` says it."""
     heads = student.heads()

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from distill import losses
 from distill.objective import Batch
 from stability.probe import ProbeReading, evaluating, hidden_rank
-from stability.signals import attention_entropy, dead_units, output_entropy, output_information
+from stability.signals import attention_entropy, dead_units, output_figures
 from students.model import DecoderLayer, SO8TForCausalLM, apply_rotary, rotary_tables
+from students.student import Student
 
 SEQUENCES = 4  # of held-out text that are looked at ...
 ATTENDED = 2  # ... those whose attention is ...
@@ -35,7 +36,7 @@ class StudentProbe:
             reading: ProbeReading = self.model(lambda student, _: self._read(student))
         return reading
 
-    def _read(self, student: SO8TForCausalLM) -> ProbeReading:
+    def _read(self, student: Student) -> ProbeReading:
         batch, valid = self.batch, self.batch.valid
         seen = _Seen(student) if self.inside else None
         with torch.autocast(batch.tokens.device.type, enabled=False), seen or ExitStack():
@@ -43,7 +44,7 @@ class StudentProbe:
             output = student(batch.tokens, with_logits=False, layers_to_keep=numbers)
         states = output.last_hidden_state[valid]
         some = torch.linspace(0, len(states) - 1, min(len(states), POSITIONS), device=states.device).long()
-        logits = (states[some] @ student.lm_head.weight.T).float()
+        logits = (states[some] @ student.output_matrix().T).float()
         kl = losses.known_kl(logits, batch.targets.select(some), 1.0).double().mean()
         found = {
             "hidden_rank": {
@@ -52,29 +53,31 @@ class StudentProbe:
             }
         }
         if seen is not None:
-            found["attention_entropy"] = seen.attention(student, valid)
+            found["attention_entropy"] = seen.attention(valid)
             found["dead_units"] = {
                 name: float(dead_units(units[valid])) for name, units in seen.units.items()
             }
-        return ProbeReading(
-            float(output_information(logits)), float(output_entropy(logits)), float(kl), **found
-        )
+        information, entropy = output_figures(logits)
+        return ProbeReading(float(information), float(entropy), float(kl), **found)
 
 
 class _Seen(ExitStack):
-    """Hooks that keep queries, keys and feed-forward units of one forward pass."""
+    """Hooks that keep feed-forward units of one forward pass and, of layers whose attention is known, its queries and
+    keys."""
 
-    def __init__(self, student: SO8TForCausalLM) -> None:
+    def __init__(self, student: Student) -> None:
         super().__init__()
+        self.student = student
         self.queries: list[Tensor] = []
         self.keys: list[Tensor] = []
         self.units: dict[str, Tensor] = {}
-        for number, layer in enumerate(student.model.layers):
-            assert isinstance(layer, DecoderLayer)
+        for number, layer in enumerate(student.layers()):
             name = f"model.layers.{number}.mlp.down_proj"
-            self._hook(layer.self_attn.q_proj, lambda _, __, out: self.queries.append(out))
-            self._hook(layer.self_attn.k_proj, lambda _, __, out: self.keys.append(out))
-            self._hook(layer.mlp.down_proj, lambda _, given, __, name=name: self._keep_units(name, given))
+            if isinstance(layer, DecoderLayer):
+                self._hook(layer.self_attn.q_proj, lambda _, __, out: self.queries.append(out))
+                self._hook(layer.self_attn.k_proj, lambda _, __, out: self.keys.append(out))
+            last = layer.get_submodule("mlp.down_proj")
+            self._hook(last, lambda _, given, __, name=name: self._keep_units(name, given))
 
     def _hook(self, module: nn.Module, hook: Any) -> None:
         self.callback(module.register_forward_hook(hook).remove)
@@ -82,9 +85,11 @@ class _Seen(ExitStack):
     def _keep_units(self, name: str, given: tuple[Tensor, ...]) -> None:
         self.units[name] = given[0]
 
-    def attention(self, student: SO8TForCausalLM, valid: Tensor) -> dict[str, float]:
-        """Entropy of each layer's attention at the valid positions of the first sequences."""
-        config, valid = student.config, valid[:ATTENDED]
+    def attention(self, valid: Tensor) -> dict[str, float]:
+        """Entropy of each layer's attention at the valid positions of the first sequences, where it is known."""
+        if not isinstance(self.student, SO8TForCausalLM):
+            return {}
+        config, valid = self.student.config, valid[:ATTENDED]
         tokens = valid.shape[1]
         rotary = rotary_tables(config, torch.arange(tokens, device=valid.device)[None])
         rotary = (rotary[0][:, None], rotary[1][:, None])

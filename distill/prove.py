@@ -10,7 +10,7 @@ from typing import Any
 from distill import losses
 from distill.errors import ProofFailed
 from distill.evaluate import Scorer, llama_scorer, student_scorer
-from students.model import SO8TForCausalLM
+from students.student import Student
 from teachers.base import Tokens
 from teachers.gguf_file import TeacherFileError
 from teachers.gguf_teacher import GGUFTeacher
@@ -47,7 +47,7 @@ class Proof:
 def prove(
     path: Path,
     quant: str,
-    student: SO8TForCausalLM,
+    student: Student,
     sequences: Sequence[Tokens],
     reference_tokens: TokenizedLines,
 ) -> Proof:

@@ -74,6 +74,8 @@ def guard_facts(metrics: Metrics, finished: bool) -> list[Fact]:
     after = len([line for line in metrics.train if (line["step"] or 0) > (last.to_step or last.step)])
     if finished:
         words += " Training recovered and came to its end."
+    elif not metrics.train and not metrics.undone:
+        words += " Not one step of training was taken."
     elif after:
         words += f" Training went on: {after:,} steps are logged after the last of these."
     else:
@@ -229,7 +231,8 @@ def _quoted(events: Sequence[GuardEvent], action: str) -> str:
 
 def _information(lines: Sequence[Line]) -> list[Fact]:
     """Whether the student's distributions came to say less about where in the text they are."""
-    known = [value for line in lines if (value := line.get("information")) is not None]
+    # Rounding makes of none at all a little less than none.
+    known = [max(0.0, value) for line in lines if (value := line.get("information")) is not None]
     if len(known) < 2:
         return []
     most, last = max(known), known[-1]

@@ -22,8 +22,9 @@ from distill.errors import UserError
 from distill.evaluate import STORED_TARGETS, Evaluation, perplexity
 from distill.prove import Proof
 from distill.run_folder import RunFolder
+from students.adapter import AdaptedStudent
 from students.export import rotation_figures
-from students.model import SO8TForCausalLM
+from students.student import Student
 from teachers.base import TeacherInfo
 from teachers.store import SoftTargetStore
 
@@ -31,11 +32,11 @@ from teachers.store import SoftTargetStore
 @dataclass(frozen=True)
 class Outcome:
     """Everything the stages of a run found. ``speeds``: prompt and generation tokens per second. ``heads``: see
-    ``distill.heads.heads_results``."""
+    ``distill.heads.heads_results``. ``gradients``: of the probe batch, where the student is made of a base."""
 
     config: RunConfig
     teacher: TeacherInfo
-    student: SO8TForCausalLM
+    student: Student
     store: SoftTargetStore
     store_reused: bool
     training: TrainingSummary
@@ -43,6 +44,7 @@ class Outcome:
     evaluation: Evaluation
     speeds: dict[str, tuple[float, float]]
     heads: dict[str, Any]
+    gradients: dict[str, Any]
 
 
 def build_results(outcome: Outcome, file_bytes: int, seconds: dict[str, float]) -> dict[str, Any]:
@@ -52,8 +54,9 @@ def build_results(outcome: Outcome, file_bytes: int, seconds: dict[str, float]) 
     return {
         "teacher": teacher,
         "student": {
-            "size": outcome.config.student.size,
-            "parameters": outcome.student.num_parameters(),
+            "size": outcome.config.student.label,
+            "parameters": outcome.student.parameter_count(),
+            **_of_base(outcome),
             "file_bytes": file_bytes,
             "quant": outcome.proof.quant,
         },
@@ -86,6 +89,21 @@ def build_results(outcome: Outcome, file_bytes: int, seconds: dict[str, float]) 
         },
         "stage_seconds": seconds,
         "environment": environment(),
+    }
+
+
+def _of_base(outcome: Outcome) -> dict[str, Any]:
+    """What is to be said of a student that is made of a base."""
+    if not isinstance(outcome.student, AdaptedStudent):
+        return {}
+    chosen = outcome.config.student
+    return {
+        "base": chosen.base,
+        "architecture": outcome.student.base.config.model_type,
+        "load_in_4bit": chosen.load_in_4bit,
+        "lora": {"rank": chosen.lora_rank, "alpha": chosen.lora_alpha, "dropout": chosen.lora_dropout},
+        "trained_parameters": outcome.student.trainable_parameters(),
+        "gradients": outcome.gradients,
     }
 
 

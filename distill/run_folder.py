@@ -2,7 +2,8 @@
 
 ``config.json`` (as resolved), ``identity.json`` (teacher and soft targets), ``metrics.jsonl``,
 ``beginning.safetensors`` (weights that training begins at, until the run is finished), ``checkpoints/``, ``student/``
-(PyTorch weights and ``tokenizer.gguf``), ``held_out.json``, ``student.gguf``,
+(PyTorch weights and ``tokenizer.gguf``), ``held_out.json``, ``student.gguf``, ``transformers/`` (of a student made of a
+base: the plain model),
 and last ``results.json``: a folder with results is a finished run. ``report.html`` shows all of it.
 """
 
@@ -45,6 +46,7 @@ class RunFolder:
         self.student = path / "student"
         self.tokenizer = self.student / "tokenizer.gguf"
         self.gguf = path / "student.gguf"
+        self.plain = path / "transformers"
         self.beginning = path / "beginning.safetensors"
         self.report = path / "report.html"
 
@@ -179,7 +181,7 @@ def choose_folder(config: RunConfig, stem: str) -> RunFolder:
     number = 1
     while True:
         suffix = f"-{number}" if number > 1 else ""
-        folder = RunFolder(RUNS / f"{stem}-{config.student.size}{suffix}")
+        folder = RunFolder(RUNS / f"{stem}-{config.student.label}{suffix}")
         if not folder.path.exists():
             return folder
         if folder.config_file.exists() and not folder.finished and folder.is_of(config):

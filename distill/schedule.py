@@ -23,10 +23,12 @@ def peak_learning_rate(config: TrainConfig, width: int) -> float:
 
 
 def parameter_groups(module: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameters of a training module whose gradients are clipped together: those of the safety and verification
-    heads, where there are any, and all others."""
+    """The parameters that a training module trains, by whose gradients are clipped together: those of the safety and
+    verification heads, where there are any, and all others."""
     groups: dict[str, list[nn.Parameter]] = {"student's": [], "heads'": []}
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         of_head = any(part in HEADS for part in name.split("."))
         groups["heads'" if of_head else "student's"].append(parameter)
     return {name: parameters for name, parameters in groups.items() if parameters}
@@ -38,8 +40,8 @@ def decays(name: str) -> bool:
 
 
 def build_optimizer(module: nn.Module, config: TrainConfig, width: int) -> AdamW:
-    """AdamW (Loshchilov & Hutter 2019) over a training module's parameters; decay on matrices only."""
-    parameters = list(module.named_parameters())
+    """AdamW (Loshchilov & Hutter 2019) over what a training module trains; decay on matrices only."""
+    parameters = [(name, one) for name, one in module.named_parameters() if one.requires_grad]
     groups = [
         {"params": [p for name, p in parameters if decays(name)], "weight_decay": config.weight_decay},
         {"params": [p for name, p in parameters if not decays(name)], "weight_decay": 0.0},

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from distill.config import TrainConfig
 from distill.objective import Objective
-from students.model import SO8TForCausalLM
+from students.student import Student
 
 BF16_WIDTH_ON_CPU = 256  # below this width, converting to bfloat16 costs a CPU more than it saves
 
@@ -29,12 +29,12 @@ class TrainingModule(nn.Module):
     loss reads, and the projectors, are whole where they are used and their gradients are averaged.
     """
 
-    def __init__(self, student: SO8TForCausalLM, objective: Objective) -> None:
+    def __init__(self, student: Student, objective: Objective) -> None:
         super().__init__()
         self.student = student
         self.objective = objective
 
-    def forward(self, compute: Callable[[SO8TForCausalLM, Objective], Result]) -> Result:
+    def forward(self, compute: Callable[[Student, Objective], Result]) -> Result:
         """``compute(student, objective)``."""
         return compute(self.student, self.objective)
 
@@ -51,7 +51,12 @@ def choose_precision(config: TrainConfig, width: int, device: torch.device) -> s
 
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether the launcher asked for FSDP (``accelerate launch --use_fsdp``)."""
-    return accelerator.num_processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return accelerator.num_processes > 1 and fsdp_is_asked_for()
+
+
+def fsdp_is_asked_for() -> bool:
+    """Whether the launcher's settings say FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def wrap(accelerator: Accelerator, module: TrainingModule) -> nn.Module:
@@ -65,7 +70,7 @@ def wrap(accelerator: Accelerator, module: TrainingModule) -> nn.Module:
         return wrapped
     module.to(accelerator.device)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for layer in module.student.model.layers:
+    for layer in module.student.layers():
         fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh)
     return module

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from students.model import SO8TForCausalLM
+from students.student import Student
 from teachers.store import SoftTargetStore
 
 
@@ -48,12 +49,13 @@ def used_tokens(store: SoftTargetStore, prompts: Iterable[NDArray[np.int32]] = (
 
 
 @contextmanager
-def only_used_rows(student: SO8TForCausalLM, used: Tensor) -> Iterator[None]:
+def only_used_rows(student: Student, used: Tensor) -> Iterator[None]:
     """Leave out, meanwhile, the rows of an untied student's input embedding that are not among ``used``."""
-    whole = student.model.embed_tokens
+    whole = student.model.embed_tokens if isinstance(student, SO8TForCausalLM) else None
     if student.config.tie_word_embeddings or not isinstance(whole, nn.Embedding):
         yield
         return
+    assert isinstance(student, SO8TForCausalLM)
     rows = UsedRows(whole, used)
     student.model.embed_tokens = rows  # type: ignore[assignment]
     try:

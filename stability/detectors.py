@@ -7,6 +7,8 @@ costs more than a step found out four steps later.
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
@@ -55,6 +57,7 @@ class LossSpike:
         self.z, self.warm, self.floor = z, warm, floor
         self.average = MovingAverage()
         self.largest = 0.0
+        self.recent: deque[float] = deque(maxlen=warm)
 
     def limit(self) -> float:
         """The largest loss that is none; infinite while too few are known, and where losses are nearly all 0."""
@@ -62,6 +65,18 @@ class LossSpike:
         if self.average.count < self.warm or abs(mean) <= 1e-3 * self.largest:
             return math.inf
         return mean + self.z * max(self.average.deviation, self.floor * abs(mean), 1e-6)
+
+    def usual(self) -> tuple[float, float]:
+        """The median of the newest losses, and the largest that is still like them: three deviations higher.
+
+        A deviation is at least a twentieth of the median, and robust: found from the median of the distances from the
+        median, which is 0.6745 deviations of a normal distribution.
+        """
+        if len(self.recent) < self.warm:
+            return math.nan, math.inf
+        middle = statistics.median(self.recent)
+        deviation = statistics.median(abs(loss - middle) for loss in self.recent) / 0.6745
+        return middle, middle + 3.0 * max(deviation, 0.05 * abs(middle))
 
     def judge(self, loss: float) -> Trouble | None:
         """Whether this loss is a spike; one that is not is averaged in with ``took``."""
@@ -74,20 +89,24 @@ class LossSpike:
     def took(self, loss: float) -> None:
         """A step with this loss was taken. It counts as the limit at most: one odd batch is no new normal."""
         self.average.add(min(loss, self.limit()))
+        self.recent.append(loss)
         self.largest = max(self.largest, abs(loss))
 
     def forget(self) -> None:
         """What is seen now is the new normal."""
         self.average, self.largest = MovingAverage(), 0.0
+        self.recent.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep."""
-        return asdict(self.average) | {"largest": self.largest}
+        return {"average": asdict(self.average), "largest": self.largest, "recent": list(self.recent)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of ``state_dict``."""
         self.largest = float(state["largest"])
-        self.average = MovingAverage(**{name: value for name, value in state.items() if name != "largest"})
+        self.average = MovingAverage(**state["average"])
+        self.recent.clear()
+        self.recent.extend(map(float, state["recent"]))
 
 
 class RateLeap:

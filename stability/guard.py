@@ -40,9 +40,10 @@ from stability.detectors import (
     WeightLeap,
 )
 from stability.diagnosis import Inputs, find_cause, with_poisoned_state
+from stability.guard_state import guard_state, restore_guard
 from stability.monitor import Before, ClipGroups, Monitor
 from stability.probe import Probe, ProbeReading
-from stability.processes import Processes
+from stability.processes import Processes, nearest_the_cause
 from stability.snapshot import Extra, Keeper, Snapshot
 from stability.verdict import Event, GaveUp, GuardSettings, Limit, Verdict, event_of
 
@@ -52,14 +53,14 @@ MOST_SKIPPED = 60  # ... and so many of them are too many
 ROW = 10  # skipped in a row, and skipping does not help
 SAME_PLACE = 50  # an alarm within so many steps of the last is the same trouble again
 CLOSE = 5  # while that lasts, the fixed text is looked at so often
-CAREFUL = (
-    25  # after a collapse that the data may have caused, so many steps beyond it are watched closely ...
-)
-SLIGHTLY, LEAST = (
-    0.15,
-    0.1,
-)  # ... and go back for a loss there that is by such a share of it (or of this) larger ...
+# After a collapse that the data may have caused, so many steps beyond it are watched closely and go back for a loss on
+# the fixed text that is by such a share of it (or of LEAST) larger ...
+CAREFUL, SLIGHTLY, LEAST = 25, 0.15, 0.1
 MOST_CAREFUL = 40  # ... so often at most
+FOREIGN = (
+    3.0,
+    0.05,
+)  # a batch under suspicion is one whose loss is so many deviations high, at least this share each
 
 
 class Guard:
@@ -108,19 +109,19 @@ class Guard:
         }
         self.loss, self.rates, self.collapse = LossSpike(), RateLeap(), Collapse()
         self.weights, self.updates = WeightLeap(self.monitor.names), UpdateLeap(self.monitor.names, weights)
-        self.steps = 0
+        self.steps = self.row = 0
         self.newest: Event | None = None
         self.reading: ProbeReading | None = None  # of the fixed text, not judged yet
         self.information: float | None = None  # of the newest reading
         self.fine_at = 0  # the step of the newest probe that was fine
         self.skipped: deque[int] = deque()
-        self.row = 0
         self.tries, self.alarm = 0, -SAME_PLACE
         self.lowered, self.since = 1.0, 0
         self.careful_until, self.careful_turns = -1, 0
         self.reference: float | None = None  # the lowest loss on the fixed text while it is careful
         self.blamed: Counter[int] = Counter()
         self.set_aside: set[int] = set()
+        self.losses: dict[int, dict[str, Any]] = {}  # what losses were like at each state that is kept
 
     def step(
         self,
@@ -144,8 +145,10 @@ class Guard:
         """
         self._look_at_fixed_text()
         before = self.monitor.before(loss)
-        trouble = self._judge_before(before, inputs, figures or {})
+        trouble = self._judge_before(before, self._judge_figures(before, inputs, figures or {}))
         if self._all_proceed(trouble):
+            if self._is_foreign(before.loss):
+                return self._leave_out(before, batch)
             if self.steps % self.settings.snapshot_every == 0 or not self.keeper.kept:
                 self._keep()
             verdict = self._take(before)
@@ -166,6 +169,7 @@ class Guard:
     def weights_changed(self) -> None:
         """The caller has changed weights outside the optimizer (pruned, clamped, loaded): that is no damage."""
         self.weights.forget()
+        self.monitor.forget()
 
     def learning_rate_scale(self) -> float:
         """What the schedule's learning rate is multiplied by now: 1 except for a while after going back."""
@@ -178,25 +182,7 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep, as JSON takes it; snapshots are not among it."""
-        return {
-            "steps": self.steps,
-            "loss": self.loss.state_dict(),
-            "clips": {name: clip.state_dict() for name, clip in self.clips.items()},
-            "rates": [self.rates.count, self.rates.largest],
-            "updates": self.updates.state_dict(),
-            # Of weights that are spread each process knows the norm of its own part.
-            "weights": None if self.monitor.spread else self.weights.state_dict(),
-            "fixed_text": [self.collapse.most, self.collapse.loss],
-            "information": self.information,
-            "fine_at": self.fine_at,
-            "turn": self.monitor.turn,
-            "skipped": [self.row, *self.skipped],
-            "tries": [self.tries, self.alarm],
-            "lowered": [self.lowered, self.since],
-            "careful": [self.careful_until, self.careful_turns, self.reference],
-            "blamed": sorted(self.blamed.items()),
-            "set_aside": sorted(self.set_aside),
-        }
+        return guard_state(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of ``state_dict``.
@@ -204,24 +190,7 @@ class Guard:
         Raises:
             KeyError, TypeError, ValueError: this is no such state.
         """
-        self.steps = int(state["steps"])
-        self.loss.load_state_dict(state["loss"])
-        for name, clip in self.clips.items():
-            clip.load_state_dict(state["clips"][name])
-        self.rates.count, self.rates.largest = state["rates"]
-        self.updates.load_state_dict(state["updates"])
-        if state["weights"] is not None and not self.monitor.spread:
-            self.weights.load_state_dict(state["weights"])
-        self.collapse.most, self.collapse.loss = state["fixed_text"]
-        self.information, self.fine_at = state["information"], int(state["fine_at"])
-        self.monitor.turn = int(state["turn"])
-        self.row, *skipped = map(int, state["skipped"])
-        self.skipped = deque(skipped)
-        self.tries, self.alarm = map(int, state["tries"])
-        self.lowered, self.since = float(state["lowered"][0]), int(state["lowered"][1])
-        self.careful_until, self.careful_turns, self.reference = state["careful"]
-        self.blamed = Counter({int(step): int(count) for step, count in state["blamed"]})
-        self.set_aside = set(map(int, state["set_aside"]))
+        restore_guard(self, state)
 
     def _look_at_fixed_text(self) -> None:
         """Read the probe when it is due, and where a snapshot is, before the step is judged."""
@@ -233,12 +202,20 @@ class Guard:
             self.information = self.reading.information
             self.on_probe(self.steps, self.reading)
 
-    def _judge_before(
+    def _judge_before(self, before: Before, trouble: Trouble | None) -> Trouble | None:
+        """What is wrong before the step is taken, the worst first; ``trouble``: what its figures say."""
+        # By all processes or by none: what is known of it, and which states are kept for it, must be the same in all.
+        if self.reading is not None and self._all_proceed(trouble):
+            trouble, self.reading = self._judge_fixed_text(self.reading), None
+        if trouble is None and (spike := self.loss.judge(before.loss)) is not None:
+            return self._damaged_weight() or (None if self._is_foreign(before.loss) else spike)
+        return trouble
+
+    def _judge_figures(
         self, before: Before, inputs: Inputs | None, figures: Mapping[str, float]
     ) -> Trouble | None:
-        """What is wrong before the step is taken, the worst first."""
-        broken = not all(map(math.isfinite, [before.loss, *before.totals.values()]))
-        if broken:
+        """What this process sees in the figures of the step, but for how high the loss is."""
+        if not all(map(math.isfinite, [before.loss, *before.totals.values()])):
             return find_cause(before, self.monitor, self.weights, inputs)
         for name, value in figures.items():
             limit = self.limits.get(name)
@@ -247,13 +224,7 @@ class Guard:
                 words = f"{name} is {value:.3g}" + (f" in {where}" if where else "")
                 return Trouble(Action.ROLLBACK, name, where, value, limit.at_most, words)
         planned = None if self.schedule is None else [float(rate) for rate in self.schedule.get_last_lr()]
-        trouble = self.weights.judge(before.weights) or self.rates.judge(before.rates, planned)
-        if trouble is None and self.reading is not None:
-            trouble = self._judge_fixed_text(self.reading)
-        self.reading = None
-        if trouble is None and (spike := self.loss.judge(before.loss)) is not None:
-            return self._damaged_weight() or spike
-        return trouble
+        return self.weights.judge(before.weights) or self.rates.judge(before.rates, planned)
 
     def _judge_fixed_text(self, reading: ProbeReading) -> Trouble | None:
         """What a new reading of the probe says about the model."""
@@ -280,8 +251,26 @@ class Guard:
             words = f"the loss on the fixed text went from {reference:.3g} to {loss:.3g} on batches under suspicion"
             return Trouble(Action.ROLLBACK, FIXED_TEXT_LOSS, None, loss, limit, words, blames_data=True)
         self.reference = loss if reference is None else min(loss, reference)
-        self.keeper.take(self.steps, reading.information, keep_first=True)
+        self._take_snapshot(reading.information, keep_first=True)
         return None
+
+    def _is_foreign(self, loss: float) -> bool:
+        """Whether a batch in the wake of a collapse is unlike those before it: it need not do its harm once more."""
+        here = self.steps <= self.careful_until and self.steps not in self.set_aside
+        return here and self.keeper.extra is not None and loss > self.loss.usual()[1]
+
+    def _leave_out(self, before: Before, batch: Sequence[int] | None) -> Verdict:
+        """Set the batch aside; nothing has been done with it, so there is nothing to take back."""
+        for parameter in self.monitor.weights:
+            parameter.grad = None
+        words = (
+            f"the loss on the batch of step {self.steps} is {before.loss:.3g}, and was {self.loss.usual()[0]:.3g} "
+            "before the collapse: another takes its place"
+        )
+        self.blamed[self.steps] += 1
+        self.lowered = 1.0  # it is the data that is to blame
+        self._put_aside(self.steps, words, None if batch is None else list(batch))
+        return Verdict(Action.ROLLBACK, before.totals, event=self.newest)
 
     def _damaged_weight(self) -> Trouble | None:
         """A weight whose norm leapt, of all of them."""
@@ -289,15 +278,13 @@ class Guard:
 
     def _all_proceed(self, trouble: Trouble | None) -> bool:
         """Whether no process of the launch has found anything."""
-        return (
-            self.processes.most(int(Action.PROCEED if trouble is None else trouble.action)) == Action.PROCEED
-        )
+        mine = Action.PROCEED if trouble is None else trouble.action
+        return self.processes.most(int(mine)) == Action.PROCEED
 
     def _worst(self, mine: Trouble | None) -> Trouble:
         """The most severe trouble of any process, the same in all of them. Where that is a spike of the loss, the fixed
         text tells whether it is the model's fault or the batch's."""
-        found: list[Trouble] = [one for one in self.processes.all(mine) if one is not None]
-        trouble = max(found, key=lambda one: one.action)  # the first of equals
+        trouble = nearest_the_cause(self.processes.all(mine))
         if trouble.signal == LOSS and self.probe is not None:
             trouble = self.collapse.judge(self.probe()) or trouble
         return trouble
@@ -364,7 +351,13 @@ class Guard:
         there = any(one.step == self.steps for one in self.keeper.kept)
         fine = self.steps > self.careful_until and self.collapse.is_fine(self.information)
         if not self.keeper.kept or (fine and not there):
-            self.keeper.take(self.steps, self.information)
+            self._take_snapshot(self.information)
+
+    def _take_snapshot(self, information: float | None, *, keep_first: bool = False) -> None:
+        """Keep the state, and what losses were like so far."""
+        self.keeper.take(self.steps, information, keep_first=keep_first)
+        self.losses[self.steps] = self.loss.state_dict()
+        self.losses = {one.step: self.losses[one.step] for one in self.keeper.kept if one.step in self.losses}
 
     def _act(self, trouble: Trouble, before: Before, batch: Sequence[int] | None) -> Verdict:
         """Skip, go back, or give up."""
@@ -429,6 +422,8 @@ class Guard:
         self.keeper.restore(found)
         self._forget()
         self.steps = found.step
+        if found.step in self.losses:
+            self.loss.load_state_dict(self.losses[found.step])
         self.fine_at = min(self.fine_at, found.step)
         self.skipped = deque(step for step in self.skipped if step < found.step)
         if not careful:
@@ -483,13 +478,17 @@ class Guard:
             return
         self.blamed[step] += 1
         if self.blamed[step] >= 2 and step not in self.set_aside:
-            self.set_aside.add(step)
             words = f"the batch of step {step} made trouble twice: another takes its place"
-            self._tell(Event(self.steps, "set_aside", "batch", words, batch=batch, value=float(step)))
+            self._put_aside(step, words, batch)
+
+    def _put_aside(self, step: int, words: str, batch: list[int] | None) -> None:
+        """Another batch is to take the place of that of a step."""
+        self.set_aside.add(step)
+        self._tell(Event(self.steps, "set_aside", "batch", words, batch=batch, value=float(step)))
 
     def _forget(self) -> None:
         """The model was put back: what was known of its weights' norms, and what was under way, is void."""
-        self.weights.forget()
+        self.weights_changed()
         self.row, self.reading = 0, None
         self.updates.still[:] = 0
 

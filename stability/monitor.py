@@ -103,6 +103,10 @@ class Monitor:
         found: list[float] = self._sample.ratios().tolist()
         return found
 
+    def forget(self) -> None:
+        """The weights have changed, and not by the optimizer's step."""
+        self._sample.forget()
+
     def rates(self, of_groups: Sequence[float]) -> list[float]:
         """The learning rate of each weight, from those of the optimizer's groups; 0 for one it does not have."""
         return [0.0 if group is None else of_groups[group] for group in self._groups]

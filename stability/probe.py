@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stability.signals import dead_units, output_entropy, output_information
+from stability.signals import dead_units, output_figures
 from stability.spectrum import effective_rank, fast_singular_values
 
 ACTIVATIONS = (
@@ -99,10 +99,10 @@ class ModuleProbe:
             stack.enter_context(evaluating(self.model))
             result = self.run()
         logits, loss = result if isinstance(result, tuple) else (result, None)
-        flat = rows(logits)
+        information, entropy = output_figures(rows(logits))
         return ProbeReading(
-            information=float(output_information(flat)),
-            output_entropy=float(output_entropy(flat)),
+            information=float(information),
+            output_entropy=float(entropy),
             loss=None if loss is None else float(loss),
             hidden_rank={
                 name: hidden_rank(outputs[one]) for name, one in self._hidden.items() if one in outputs

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import distributed
+
+from stability.detectors import Trouble
+
+BATCH = "batch: "  # how ``stability.diagnosis`` begins the name of a batch's tensor
 
 
 class Processes:
@@ -32,3 +37,17 @@ class Processes:
         values: list[Any] = [None] * self.count
         distributed.all_gather_object(values, value)
         return values
+
+
+def nearest_the_cause(found: Sequence[Trouble | None]) -> Trouble:
+    """The most severe of what the processes found in one step; of equals what is nearest to the cause.
+
+    The process that has the damage can name it; the others see what came of it: a loss that is not finite though their
+    own batch is, or a collapse that they would blame on the data.
+    """
+
+    def rank(one: Trouble) -> tuple[int, bool, bool, bool]:
+        named = one.tensor or ""
+        return int(one.action), not one.blames_data, named.startswith(BATCH), bool(named)
+
+    return max((one for one in found if one is not None), key=rank)  # the first process's of equals

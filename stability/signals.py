@@ -62,7 +62,8 @@ class UpdateSample:
     """How much one optimizer step changes each weight, seen on at most 1,024 of its elements, evenly spread.
 
     Reading a whole weight twice per step would cost what the optimizer itself costs; the relative size of a change is
-    known to about 1/√1024 = 3 % from so many.
+    known to about 1/√1024 = 3 % from so many. For the same reason what was read after a step is what the next one
+    begins from, unless ``forget`` says that the weights have changed meanwhile.
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
@@ -78,10 +79,17 @@ class UpdateSample:
         self._after = torch.zeros(len(flat), width, device=device)
         self._places: list[int] = []
         self._sources: list[Tensor] = []
+        self._known = False
 
     def before(self) -> None:
         """Remember the weights as they are before the step."""
-        self._read(self._before)
+        if not self._known:
+            self._read(self._before)
+            self._known = True
+
+    def forget(self) -> None:
+        """The weights have changed, and not by a step."""
+        self._known = False
 
     def ratios(self) -> Tensor:
         """‖change‖ / ‖weight before‖ of each weight since ``before``, ``[N]``; 0 where that was all zeros, which has no
@@ -89,6 +97,7 @@ class UpdateSample:
         self._read(self._after)
         change = torch.linalg.vector_norm(self._after - self._before, dim=1)
         size = torch.linalg.vector_norm(self._before, dim=1)
+        self._before, self._after = self._after, self._before
         return torch.where((size == 0) & change.isfinite(), 0.0, change / size)
 
     def _read(self, rows: Tensor) -> None:
@@ -106,21 +115,19 @@ class UpdateSample:
             torch._foreach_copy_(targets, self._sources)
 
 
-def output_entropy(logits: Tensor) -> Tensor:
-    """Mean entropy of the distributions that ``logits [n, V]`` give, in nats: 0 for certainty, log V for none."""
-    logs = torch.log_softmax(logits.double(), dim=-1)
-    return -(logs.exp() * logs).sum(dim=-1).mean()
+def output_figures(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Information and entropy of the output, in nats, from ``logits [n, V]``.
 
-
-def output_information(logits: Tensor) -> Tensor:
-    """How much the output says about its input, in nats: entropy of the mean distribution minus the mean entropy of
-    ``logits [n, V]``. 0 for a model that says the same at every position, whatever that is; at most log n.
-
-    (It is the Jensen–Shannon divergence of the n distributions: Lin 1991.)
+    Entropy is the mean of that of the n distributions: 0 for certainty, log V for none. Information is how much the
+    output says about its input: entropy of the mean distribution minus the mean entropy. 0 for a model that says the
+    same at every position, whatever that is; at most log n. (It is the Jensen–Shannon divergence of the n
+    distributions: Lin 1991.)
     """
     logs = torch.log_softmax(logits.double(), dim=-1)
-    mean = logs.exp().mean(dim=0)
-    return -torch.special.xlogy(mean, mean).sum() - output_entropy(logits)
+    shares = logs.exp()
+    entropy = -(shares * logs).sum(dim=-1).mean()
+    mean = shares.mean(dim=0)
+    return -torch.special.xlogy(mean, mean).sum() - entropy, entropy
 
 
 def attention_entropy(probabilities: Tensor) -> Tensor:

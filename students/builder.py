@@ -226,7 +226,7 @@ def _ffn_width(width: int, like: TeacherLikeness) -> int:
 def count_parameters(config: SO8TConfig) -> int:
     """Number of parameters of a student, without allocating one; tied matrices count once."""
     with torch.device("meta"):
-        return SO8TForCausalLM(config).num_parameters()
+        return SO8TForCausalLM(config).parameter_count()
 
 
 def build_student(config: SO8TConfig, seed: int) -> SO8TForCausalLM:

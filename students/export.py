@@ -7,7 +7,7 @@ and key projections are permuted accordingly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from students.fold import fold
 from students.gguf_names import to_gguf_name
 from students.heads import head_values
 from students.model import SO8TForCausalLM
+from students.student import Student
 
 QUANTS = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -31,6 +32,7 @@ QUANTS = {
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 MetadataEntry = tuple[Any, GGUFValueType, "GGUFValueType | None"]
+ExtraValue = list[float] | list[str] | float | int
 
 
 class ExportError(ValueError):
@@ -68,16 +70,11 @@ def write_gguf(
         UnmappedTensor: a weight has no GGUF name.
         OSError: the disk refuses.
     """
-    if quant not in QUANTS:
-        raise ExportError(f"quant {quant!r} is not supported; choose one of {', '.join(QUANTS)}")
-    tokens = tokenizer.get("tokenizer.ggml.tokens")
-    if tokens is None or len(tokens[0]) != student.config.vocab_size:
-        found = 0 if tokens is None else len(tokens[0])
-        raise ExportError(f"the student has {student.config.vocab_size} tokens, the tokenizer {found}")
+    require_format(quant, tokenizer, student.config.vocab_size)
     writer = GGUFWriter(path, "llama")
     try:
         _add_metadata(writer, student, quant, names)
-        _add_tokenizer(writer, tokenizer)
+        add_tokenizer(writer, tokenizer)
         _add_tensors(writer, student, QUANTS[quant][0])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -95,7 +92,7 @@ def write_tokenizer(path: Path, tokenizer: Mapping[str, MetadataEntry], name: st
     writer = GGUFWriter(path, "llama")
     try:
         writer.add_name(name)
-        _add_tokenizer(writer, tokenizer)
+        add_tokenizer(writer, tokenizer)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -103,7 +100,22 @@ def write_tokenizer(path: Path, tokenizer: Mapping[str, MetadataEntry], name: st
         writer.close()
 
 
-def _add_tokenizer(writer: GGUFWriter, tokenizer: Mapping[str, MetadataEntry]) -> None:
+def require_format(quant: str, tokenizer: Mapping[str, MetadataEntry], vocab_size: int) -> None:
+    """Refuse what no file can be written from, before there is one.
+
+    Raises:
+        ExportError: unknown ``quant``, or a tokenizer that does not have ``vocab_size`` tokens.
+    """
+    if quant not in QUANTS:
+        raise ExportError(f"quant {quant!r} is not supported; choose one of {', '.join(QUANTS)}")
+    tokens = tokenizer.get("tokenizer.ggml.tokens")
+    if tokens is None or len(tokens[0]) != vocab_size:
+        found = 0 if tokens is None else len(tokens[0])
+        raise ExportError(f"the student has {vocab_size} tokens, the tokenizer {found}")
+
+
+def add_tokenizer(writer: GGUFWriter, tokenizer: Mapping[str, MetadataEntry]) -> None:
+    """Add the ``tokenizer.*`` entries as they are."""
     for key, (value, kind, element) in tokenizer.items():
         if kind == GGUFValueType.ARRAY and not value:
             continue  # the writer refuses empty arrays, and an absent one means the same to llama.cpp
@@ -121,9 +133,7 @@ def _as_bytes(value: Any) -> Any:
 
 def _add_metadata(writer: GGUFWriter, student: SO8TForCausalLM, quant: str, names: ExportNames) -> None:
     config = student.config
-    writer.add_name(names.name)
-    writer.add_file_type(QUANTS[quant][1])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_general(writer, quant, names)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -137,16 +147,31 @@ def _add_metadata(writer: GGUFWriter, student: SO8TForCausalLM, quant: str, name
         writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
-    for key, value in names.origin.items():
-        writer.add_string(f"so8t.{key}", value)
-    _add_heads(writer, student)
+    add_origin(writer, names)
+    add_values(writer, head_values(student.heads()))
     for key, number in rotation_figures(student).items():
         writer.add_float32(f"so8t.{key}", number)
 
 
-def _add_heads(writer: GGUFWriter, student: SO8TForCausalLM) -> None:
-    """The heads as ``so8t.*`` keys, which llama.cpp carries along without reading them."""
-    for key, value in head_values(student.heads()).items():
+def add_general(writer: GGUFWriter, quant: str, names: ExportNames) -> None:
+    """The file's name and the format of its weights."""
+    writer.add_name(names.name)
+    writer.add_file_type(QUANTS[quant][1])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def add_origin(writer: GGUFWriter, names: ExportNames) -> None:
+    """Where the file came from, as ``so8t.*`` keys."""
+    for key, value in names.origin.items():
+        writer.add_string(f"so8t.{key}", value)
+
+
+def add_values(writer: GGUFWriter, values: Mapping[str, ExtraValue]) -> None:
+    """Add ``so8t.*`` keys, the heads for instance, which llama.cpp carries along without reading them.
+
+    Numbers in lists become float32; no list may be empty.
+    """
+    for key, value in values.items():
         if isinstance(value, float):
             writer.add_float32(key, value)
         elif isinstance(value, int):
@@ -156,7 +181,7 @@ def _add_heads(writer: GGUFWriter, student: SO8TForCausalLM) -> None:
             writer.add_key_value(key, value, GGUFValueType.ARRAY, element)
 
 
-def rotation_figures(student: SO8TForCausalLM) -> dict[str, float]:
+def rotation_figures(student: Student) -> dict[str, float]:
     """How exact the rotations are and how far from commuting, over all layers and blocks."""
     rotations = student.rotations().detach()
     commutators = so8.commutator_norm(rotations[:, 1], rotations[:, 0])
@@ -176,16 +201,19 @@ def _add_tensors(writer: GGUFWriter, student: SO8TForCausalLM, kind: GGMLQuantiz
             weight = permute_for_rope(weight, config.num_attention_heads)
         elif name.endswith("k_proj.weight"):
             weight = permute_for_rope(weight, config.num_key_value_heads)
-        stored = _storage_type(weight, kind)
+        stored = storage_type(weight.shape, kind)
         data = quantize(np.ascontiguousarray(weight), stored)
         writer.add_tensor(to_gguf_name(name), data, raw_dtype=stored)
 
 
-def _storage_type(weight: NDArray[np.float32], kind: GGMLQuantizationType) -> GGMLQuantizationType:
-    """Norms stay float32; rows that do not divide into Q8_0's blocks stay float16, as llama.cpp does."""
-    if weight.ndim == 1:
+def storage_type(shape: Sequence[int], kind: GGMLQuantizationType) -> GGMLQuantizationType:
+    """How a tensor of ``shape`` is stored in a file of ``kind``.
+
+    Vectors (norms, biases) stay float32; rows that do not divide into Q8_0's blocks stay float16, as llama.cpp does.
+    """
+    if len(shape) == 1:
         return GGMLQuantizationType.F32
-    if kind == GGMLQuantizationType.Q8_0 and weight.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+    if kind == GGMLQuantizationType.Q8_0 and shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
         return GGMLQuantizationType.F16
     return kind
 

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from students import so8
 from students.config import SO8TConfig
 from students.heads import Heads, SafetyHead, VerificationHead
+from students.student import Student
 
 SHORT_ON_CPU = (
     256  # tokens up to which attention is computed without a fused kernel on a CPU (docs/benchmarks.md)
@@ -188,9 +189,10 @@ class SO8TModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class SO8TForCausalLM(PreTrainedModel, GenerationMixin):
+class SO8TForCausalLM(PreTrainedModel, GenerationMixin, Student):
     """The SO8T student as transformers knows a model: saves, loads, generates."""
 
+    config: SO8TConfig
     config_class = SO8TConfig
     base_model_prefix = "model"
     _supports_sdpa = True
@@ -208,7 +210,7 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin):
                 self.safety_head = SafetyHead(config.hidden_size)
             if config.verification_head:
                 self.verification_head = VerificationHead(config.hidden_size)
-        self.post_init()
+        self.post_init()  # type: ignore[operator]  # of transformers
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -298,3 +300,18 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin):
     def gates(self) -> list[SO8Gate]:
         """The gate of every layer, in order."""
         return [module for module in self.modules() if isinstance(module, SO8Gate)]
+
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers, in order."""
+        return self.model.layers
+
+    def output_matrix(self) -> Tensor:
+        """The language-model head's weight ``[V, D]``."""
+        return self.lm_head.weight
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """All weights; a tied output matrix is left out, as it is the embedding."""
+        weights: dict[str, Tensor] = self.state_dict()
+        if self.config.tie_word_embeddings:
+            weights.pop("lm_head.weight")
+        return weights

@@ -146,13 +146,21 @@ def _no_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def load_model(folder: ModelFolder, device: torch.device, dtype: torch.dtype, *, load_in_4bit: bool) -> Any:
-    """The folder's causal language model, for inference; ``load_in_4bit`` rounds its matrices to NF4.
+def load_model(
+    folder: ModelFolder,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    load_in_4bit: bool,
+    double_quantization: bool = False,
+) -> Any:
+    """The folder's causal language model, for inference; ``load_in_4bit`` rounds its matrices to NF4, with
+    ``double_quantization`` the scales of their blocks too (Dettmers et al. 2023).
 
     Raises:
         TeacherFileError: bitsandbytes is missing, transformers cannot load it, or weights are missing.
     """
-    quantization = _nf4(folder, dtype) if load_in_4bit else None
+    quantization = _nf4(folder, dtype, double_quantization) if load_in_4bit else None
     try:
         with _no_progress_bars():
             model, found = AutoModelForCausalLM.from_pretrained(
@@ -179,7 +187,7 @@ def load_model(folder: ModelFolder, device: torch.device, dtype: torch.dtype, *,
     return model.eval().requires_grad_(False)
 
 
-def _nf4(folder: ModelFolder, dtype: torch.dtype) -> Any:
+def _nf4(folder: ModelFolder, dtype: torch.dtype, double: bool) -> Any:
     if "quantization_config" in folder.config:
         raise TeacherFileError(f"{folder.path} is quantised already; load it without load_in_4bit")
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -189,7 +197,12 @@ def _nf4(folder: ModelFolder, dtype: torch.dtype) -> Any:
         )
     # On some CPUs it advises a package that fetches compiled code from the network.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=double,
+    )
 
 
 def load_tokenizer(folder: ModelFolder, vocab_size: int) -> Any:

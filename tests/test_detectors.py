@@ -90,6 +90,29 @@ def test_a_spike_is_measured_in_deviations_where_losses_vary() -> None:
     assert detector.limit() == pytest.approx(mean + 8 * deviation, rel=1e-6)
 
 
+def test_what_is_usual_is_robust_and_of_the_newest_losses() -> None:
+    """Median and three deviations by the median distance, of the last twenty; an outlier among them hardly counts."""
+    losses = np.random.default_rng(5).normal(2.0, 0.3, 33)
+    losses[-3] = 500.0
+    detector = LossSpike()
+    for place, loss in enumerate(losses.tolist()):
+        if place < 20:
+            assert detector.usual()[1] == math.inf
+        detector.took(loss)
+    newest = losses[-20:]
+    median = np.median(newest)
+    deviation = np.median(np.abs(newest - median)) / 0.6745
+    assert deviation > 0.05 * median
+    assert detector.usual() == pytest.approx((median, median + 3 * deviation))
+    steady = LossSpike()
+    for _ in range(20):
+        steady.took(2.0)
+    assert steady.usual() == pytest.approx((2.0, 2.3))
+    again = LossSpike()
+    again.load_state_dict(detector.state_dict())
+    assert again.usual() == detector.usual() and again.limit() == detector.limit()
+
+
 @pytest.mark.parametrize("kind", RATES)
 def test_schedules_make_no_leap(kind: str) -> None:
     """Of any of the usual learning rates, in two groups."""

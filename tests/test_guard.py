@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stability import Event, Extra, GaveUp, Guard, GuardSettings, Limit, Verdict
+from stability import Event, Extra, GaveUp, Guard, GuardSettings, Limit, ProbeReading, Verdict
 from stability.detectors import Action
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
@@ -371,6 +371,40 @@ def test_a_batch_that_makes_trouble_twice_is_set_aside() -> None:
     assert loop.events[2].value == 55 and loop.events[2].batch == [55]
     assert [step for step in range(80) if loop.guard.is_set_aside(step)] == [55]
     assert [step for step in range(80) if loop.guard.is_under_suspicion(step)] == [55]
+
+
+def test_after_a_collapse_batches_unlike_those_before_are_set_aside_untouched() -> None:
+    """Ten batches in a row spoil the model, too little each to be noticed. Once the fixed text shows it, each is set
+    aside by its own loss with nothing to take back, and at the full learning rate; sound batches are not."""
+    model = make_model()
+    optim = OPTIMIZERS["AdamW"](model)
+    state = {"step": 0, "harm": 0}  # goes back with the weights
+    events: list[Event] = []
+    guard = Guard(
+        model,
+        optim,
+        settings=GuardSettings(snapshot_every=10, probe_every=5),
+        probe=lambda: ProbeReading(2.0 if state["harm"] < 6 else 0.1, 1.0),
+        extra=Extra(lambda: dict(state), state.update),
+        on_event=events.append,
+    )
+    while (step := state["step"]) < 110:
+        spoils = 60 <= step < 70 and not guard.is_set_aside(step)
+        inputs, wanted = batch(step)
+        (model(inputs) - wanted).square().mean().backward()
+        before, known = bytes_of(model), len(events)
+        verdict = guard.step(1.5 if spoils else 1.0 + 0.02 * (step % 3), batch=[step])
+        optim.zero_grad()
+        if verdict.action == Action.PROCEED:
+            state["step"] += 1
+            state["harm"] += spoils
+        elif [one.action for one in events[known:]] == ["set_aside"]:
+            assert bytes_of(model) == before and state["step"] == step
+    actions = [one.action for one in events]
+    assert actions == ["rollback", *["set_aside"] * 10]
+    assert [one.value for one in events[1:]] == list(range(60, 70)) and state["harm"] == 0
+    assert events[1].words.startswith("the loss on the batch of step 60 is 1.5, and was 1.02 before")
+    assert guard.learning_rate_scale() == 1.0
 
 
 @pytest.mark.parametrize("value", [2.0, math.nan])

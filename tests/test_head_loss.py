@@ -89,6 +89,24 @@ def test_gradients_under_autocast(chunk: int) -> None:
         assert float((rounded - exact).norm() / exact.norm()) < 0.02
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("chunk", [5, N])
+def test_a_frozen_matrix_costs_no_gradient(chunk: int, narrow: bool) -> None:
+    """The output matrix of a frozen base gets none, and the states the same as otherwise."""
+    hidden, weight, targets, labels = problem(2)
+    chunk_loss = chunk_loss_of(targets, labels)
+    found = []
+    for trained in (True, False):
+        inputs = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+            loss = chunked_head_loss(*inputs, by_autograd(chunk_loss), chunk)
+        (2 * loss).backward()
+        found.append((loss.detach(), inputs[0].grad))
+        assert (inputs[1].grad is not None) == trained
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] is not None and found[1][1] is not None and torch.equal(found[0][1], found[1][1])
+
+
 def test_no_positions_give_zero() -> None:
     """An empty batch of positions has loss 0 and gradient 0."""
     hidden, weight = torch.zeros(0, D, requires_grad=True), torch.ones(V, D, requires_grad=True)

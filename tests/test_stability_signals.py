@@ -18,9 +18,16 @@ from stability.signals import (
     attention_entropy,
     dead_units,
     norms,
-    output_entropy,
-    output_information,
+    output_figures,
 )
+
+
+def output_information(logits: Tensor) -> Tensor:
+    return output_figures(logits)[0]
+
+
+def output_entropy(logits: Tensor) -> Tensor:
+    return output_figures(logits)[1]
 
 
 def drawn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -111,6 +118,23 @@ def test_a_sample_is_not_of_some_columns_only(shape: tuple[int, int]) -> None:
     expected = loop_norm(change) / loop_norm(weight)
     weight.add_(change)
     assert float(sample.ratios()[0]) == pytest.approx(expected, rel=5 / math.sqrt(SAMPLED))
+
+
+def test_weights_changed_otherwise_are_read_again_when_told() -> None:
+    """What was read after a step stands for the weights before the next; ``forget`` says that it does not."""
+    weight = torch.ones(40)
+    sample = UpdateSample([weight])
+    for told in (False, True):
+        sample.forget()
+        sample.before()
+        weight.mul_(1.5)
+        assert float(sample.ratios()[0]) == pytest.approx(0.5)
+        weight.mul_(2.0)
+        if told:
+            sample.forget()
+        sample.before()
+        weight.mul_(1.25)
+        assert float(sample.ratios()[0]) == pytest.approx(0.25 if told else 1.5)
 
 
 def test_updates_of_zeros_and_to_what_is_not_finite() -> None:

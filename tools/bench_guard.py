@@ -28,7 +28,7 @@ from distill.config import TrainConfig
 from distill.schedule import peak_learning_rate
 from tools.benching import machine, machine_line, write_json
 from tools.faults import FAULTS
-from tools.guarded_training import CHECKPOINT, Job, Outcome, run_job, timed
+from tools.guarded_training import CHECKPOINT, Job, Outcome, Times, run_job, timed, weighing_seconds
 
 CHECKPOINT_WORDS = "poisoned checkpoint on resume"
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -181,22 +181,41 @@ def cost(
     rounds: int = 5,
     threads: int = 2,
 ) -> None:
-    """The same steps with the guard and without, in turns, in one process; the first round is not counted."""
+    """The same steps with the guard and without, in turns, in one process; the first round is not counted.
+
+    The last line is the steadiest: only what differs is timed, from the gradient to the stepped weights, against the
+    whole step. Processor time does not mind other programs on the machine, and says most with ``--threads 1``.
+    """
     console = Console(width=120)
     console.print(machine_line(machine(threads)))
     torch.set_num_threads(threads)
     width, layers = map(int, size.split("x"))
-    times: dict[bool, list[float]] = {True: [], False: []}
+    times: dict[bool, list[Times]] = {True: [], False: []}
     for turn in range(rounds + 1):
         for guard in (True, False) if turn % 2 else (False, True):
             seconds = timed(Job(str(store), (width, layers), 0, 1, guard=guard), steps, batch)
             if turn:
                 times[guard].append(seconds)
-    ratios = sorted(on / off for on, off in zip(times[True], times[False], strict=True))
-    middle = {guard: statistics.median(found) / steps * 1000 for guard, found in times.items()}
+    console.print(f"{size}, {steps} steps of {batch} sequences, {rounds} rounds")
+    for kind, name in (("wall", "by the clock"), ("processor", "processor time")):
+        found = {guard: [getattr(one, kind) for one in many] for guard, many in times.items()}
+        ratios = sorted(on / off for on, off in zip(found[True], found[False], strict=True))
+        middle = {guard: statistics.median(many) / steps * 1000 for guard, many in found.items()}
+        console.print(
+            f"  {name}: {middle[False]:.1f} ms a step without the guard, {middle[True]:.1f} ms with it; "
+            f"ratio {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+        )
+    more = sorted(on.update - off.update for on, off in zip(times[True], times[False], strict=True))
+    whole = statistics.median(one.wall for one in times[False])
+    middle_more = statistics.median(more)
     console.print(
-        f"{size}, {steps} steps of {batch} sequences: {middle[False]:.1f} ms a step without the guard, "
-        f"{middle[True]:.1f} ms with it; ratio {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+        f"  from gradient to stepped weights: {middle_more / steps * 1000:.2f} ms a step more with the guard, "
+        f"{middle_more / whole:.2%} of a step ({more[0] / whole:.2%} to {more[-1] / whole:.2%})"
+    )
+    deep = weighing_seconds(Job(str(store), (width, layers), 0, 1))
+    console.print(
+        f"  deep figures of all weights, at each evaluation: {deep * 1000:.0f} ms, as much as "
+        f"{deep / (whole / steps):.1f} steps"
     )
 
 

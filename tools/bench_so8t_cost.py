@@ -173,7 +173,7 @@ def measure_steps(job: CostJob, rounds: int, warmup: int) -> dict[str, Any]:
     return {
         "title": job.title,
         "precision": "bf16" if sides["plain"].narrow else "fp32",
-        "parameters": {name: side.student.num_parameters() for name, side in sides.items()},
+        "parameters": {name: side.student.parameter_count() for name, side in sides.items()},
         "median_seconds": medians,
         "ratio_to_plain": {name: ratios(whole[name], whole["plain"]) for name in SIDES[1:]},
         "seconds": whole,

@@ -21,6 +21,7 @@ from distill.batches import load_batch
 from distill.objective import Batch
 from students import so8
 from students.model import SO8TForCausalLM
+from students.student import Student
 from teachers.store import SoftTargetStore
 
 RATE_FACTOR, RATE_STEPS = 1000.0, 5
@@ -63,8 +64,9 @@ class Injector:
         self.optimizer: Optimizer | None = None
         self._done: set[int] = set()
 
-    def __call__(self, student: SO8TForCausalLM, indices: list[int], step: int) -> Batch:
+    def __call__(self, student: Student, indices: list[int], step: int) -> Batch:
         """The batch of a step, with the fault in it where it is due."""
+        assert isinstance(student, SO8TForCausalLM)
         batch, offset = load_batch(self.store, indices), step - self.place.step
         if self.fault.state is not None and 0 <= offset < self.fault.steps and step not in self._done:
             self._done.add(step)

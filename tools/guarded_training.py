@@ -8,6 +8,7 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from distill import clock
+from distill import clock, engine
 from distill.batches import split
 from distill.checkpoint import latest_checkpoint
 from distill.config import LossConfig, TrainConfig
@@ -27,6 +28,7 @@ from distill.errors import TrainingAborted
 from distill.full_store import open_full_store
 from distill.new_student import new_student
 from distill.objective import Objective, build_objective
+from stability import Monitor
 from students.builder import StudentSize, student_config
 from students.model import SO8TForCausalLM
 from tools.faults import EXPONENT_BIT, FAULTS, Injector, Place
@@ -146,6 +148,16 @@ def _run(trial: Trial, folder: Path) -> Outcome:
     )
 
 
+def weighing_seconds(job: Job) -> float:
+    """Seconds of the deep figures of every weight, which are taken at each evaluation."""
+    student, _ = Trial(job).student()
+    monitor = Monitor(student, torch.optim.AdamW(student.parameters()))
+    monitor.weigh()
+    begin = time.perf_counter()
+    monitor.weigh()
+    return time.perf_counter() - begin
+
+
 def _quiet(step: int, words: str) -> None:
     """Say nothing."""
 
@@ -205,20 +217,49 @@ def _poison_checkpoint(trial: Trial, folder: Path) -> None:
     safetensors.torch.save_file(tensors, file)
 
 
-def timed(job: Job, steps: int, batch: int) -> float:
-    """Seconds of so many steps, evaluations apart from the first not among them."""
+@dataclass(frozen=True)
+class Times:
+    """Seconds of some steps: ``wall`` by the clock, ``processor`` of this process's processor time, and ``update``, by
+    the clock, from the gradient to the stepped weights: with a guard, all that it does."""
+
+    wall: float
+    processor: float
+    update: float
+
+
+def timed(job: Job, steps: int, batch: int) -> Times:
+    """Time so many steps; evaluations are not among them."""
     first = Trial(job, batch, "auto")
     epochs = -(-(steps + 2) // len(first.plan))
     trial = Trial(Job(job.store, job.size, job.seed, epochs, guard=job.guard), batch, "auto")
     config = trial.config.model_copy(update={"evaluations": 2})
-    marks: dict[int, float] = {}
+    marks: dict[int, Times] = {}
+    spent = 0.0
+
+    def watched(update: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            nonlocal spent
+            begin = time.perf_counter()
+            result = update(*arguments)
+            spent += time.perf_counter() - begin
+            return result
+
+        return call
 
     def stop(step: int, words: str) -> None:
-        marks[step] = time.perf_counter()
+        marks[step] = Times(time.perf_counter(), time.process_time(), spent)
         if step == steps + 1:
             raise Stopped
 
     student, objective = trial.student()
-    with tempfile.TemporaryDirectory() as name, suppress(Stopped):
+    updates = patch.multiple(
+        engine,
+        _plain_update=watched(engine._plain_update),
+        _guarded_update=watched(engine._guarded_update),
+    )
+    with updates, tempfile.TemporaryDirectory() as name, suppress(Stopped):
         train(student, trial.data, objective, config, Path(name), stop)
-    return marks[steps + 1] - marks[1]
+    first_step, last = marks[1], marks[steps + 1]
+    return Times(
+        last.wall - first_step.wall, last.processor - first_step.processor, last.update - first_step.update
+    )

@@ -1,0 +1,312 @@
+"""A student made of an existing model, the whole way: adapted, trained in NF4, exported, proved, continued, refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import distill.pipeline
+from distill.cli import main
+from distill.config import RunConfig, load_config
+from distill.console import Console
+from distill.engine import train
+from distill.errors import UserError
+from distill.exporting import export_run
+from distill.judge import Judge
+from distill.pipeline import Places, run
+from distill.run_folder import RunFolder
+from distill.saved_student import load_student
+from students.adapter import AdaptedStudent
+from students.adapter_merge import merge
+from teachers.gguf_file import read_gguf
+from teachers.gguf_teacher import GGUFTeacher
+from tests.test_run import FEW_PROMPTS
+from tests.tiny_base import make_base
+
+SMALL = [
+    f"safety.labels={FEW_PROMPTS}",
+    "data.max_length=24",
+    "data.held_out=0.2",
+    "train.epochs=2",
+    "train.learning_rate=0.01",
+    "train.batch_size=8",
+    "train.evaluations=3",
+]
+
+
+def base_config(teacher: Path, base: Path, *settings: str, four_bits: bool = True) -> RunConfig:
+    overrides = {
+        "teacher.path": str(teacher),
+        "student.base": str(base),
+        "student.load_in_4bit": four_bits,
+        "student.lora_rank": 8,
+        "data.samples": 40,
+    }
+    return load_config(None, overrides, [*SMALL, *settings])
+
+
+@pytest.fixture(scope="module")
+def base(tiny_teacher_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base") / "small-qwen", tiny_teacher_path, extra_rows=6)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_teacher_path: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """One finished run in NF4."""
+    out = tmp_path_factory.mktemp("runs") / "first"
+    return run(base_config(tiny_teacher_path, base), Places(out=out), Console())
+
+
+def test_the_run_says_what_was_trained(finished: RunFolder) -> None:
+    """Less KL than the base had, a proof, the probe's gradients, and that nothing of the base got one."""
+    results = finished.read_results()
+    scores, student = results["evaluation"], results["student"]
+    assert scores["after"]["kl"] < scores["before"]["kl"]
+    assert results["proof"]["mean_kl"] <= 5e-3
+    assert student["size"] == "small-qwen-lora8" and student["architecture"] == "qwen2"
+    assert student["load_in_4bit"] and student["lora"]["rank"] == 8
+    assert 0 < student["trained_parameters"] < student["parameters"]
+    gradients = student["gradients"]
+    assert gradients["base"]["with_gradient"] == 0
+    for kind in ("LoRA A", "LoRA B", "gates", "safety head", "verification head"):
+        assert gradients[kind]["with_gradient"] == gradients[kind]["tensors"] > 0
+    assert results["rotations"]["max_orthogonality_error"] <= 1e-5
+    assert results["rotations"]["min_commutator_norm"] > 0
+
+
+def test_only_what_is_trained_is_kept(finished: RunFolder) -> None:
+    """Checkpoints and student/ hold LoRA, gates and heads, and no weight of the base."""
+    newest = sorted((finished.path / "checkpoints").glob("step-*"))[-1]
+    for file in (newest / "model.safetensors", finished.student / "model.safetensors"):
+        names = set(safetensors.torch.load_file(file))
+        kinds = ("lora_A", "lora_B", "gate.", "safety_head.", "verification_head.")
+        assert names and all(any(kind in name for kind in kinds) for name in names)
+
+
+def test_the_export_is_the_merged_model(finished: RunFolder, tiny_teacher_path: Path) -> None:
+    """In F32 within 1e-3 of the merged PyTorch model, of the base's own architecture, with the teacher's tokens."""
+    path, proof = export_run(finished, "f32", None)
+    assert proof.max_logit_difference <= 1e-3
+    file, teacher = read_gguf(path), read_gguf(tiny_teacher_path)
+    assert file.value("general.architecture") == "qwen2"
+    assert file.value("tokenizer.ggml.tokens") == teacher.value("tokenizer.ggml.tokens")
+    tokens = finished.read_held_out(len(file.value("tokenizer.ggml.tokens"))).sequences[0]
+    student = load_student(finished)
+    assert isinstance(student, AdaptedStudent)
+    plain = merge(student)
+    with torch.no_grad(), GGUFTeacher(path, threads=1) as exported:
+        expected = plain(torch.tensor([tokens[:-1].tolist()])).logits[0]
+        found = torch.from_numpy(exported.logits([tokens], exact=True))
+        near = student(torch.tensor([tokens[:-1].tolist()])).logits[0].float()
+    assert float((expected - found).abs().max()) <= 1e-3
+    assert float((expected - near).abs().max()) < 0.05 * float(
+        expected.abs().max()
+    )  # bfloat16 against float32
+    path.unlink()
+
+
+def test_transformers_loads_the_merged_folder(finished: RunFolder, tiny_teacher_path: Path) -> None:
+    """Without anything of this project in it, and with the teacher's own ids."""
+    assert not (finished.plain / "adapter.json").exists()
+    model = AutoModelForCausalLM.from_pretrained(finished.plain)
+    assert model.config.model_type == "qwen2" and not hasattr(model.config, "quantization_config")
+    plain = merge(load_student(finished))  # type: ignore[arg-type]
+    tokens = torch.tensor([finished.read_held_out(model.config.vocab_size).sequences[0].tolist()])
+    with torch.no_grad():
+        assert (model(tokens).logits - plain(tokens).logits).abs().max() <= 1e-5
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(finished.plain)
+    with GGUFTeacher(tiny_teacher_path, threads=1) as teacher:
+        text = "What is 12 + 7? The answer: 19.\n  Naïve café 東京"
+        (expected,) = teacher.tokenize([text], add_special=True, parse_special=True)
+    assert tokenizer(text)["input_ids"] == expected.tolist()
+
+
+def test_the_exported_file_judges(finished: RunFolder) -> None:
+    """The heads are in the file, of whatever architecture it is."""
+    with Judge(finished.gguf) as judge:
+        assert judge.judge(["Hello there"])[0].decision in ("ALLOW", "ESCALATE", "REFUSE")
+
+
+def test_continued_training_ends_at_the_same_bytes(
+    finished: RunFolder,
+    tiny_teacher_path: Path,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stopped after a few steps and begun again: adapters, gates and heads come back as they were."""
+    out = finished.path.parent / "stopped"
+    stop_after(monkeypatch, 5)
+    config = base_config(tiny_teacher_path, base)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, Places(out=out), Console())
+    monkeypatch.undo()
+    again = run(config, Places(out=out), Console())
+    weights = "student/model.safetensors"
+    assert (again.path / weights).read_bytes() == (finished.path / weights).read_bytes()
+    assert again.gguf.read_bytes() == finished.gguf.read_bytes()
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Interrupt training after so many steps."""
+
+    def interrupted(*arguments: object, **more: object) -> object:
+        report: Callable[[int, str], None] = arguments[5]  # type: ignore[assignment]
+
+        def stop(step: int, words: str) -> None:
+            report(step, words)
+            if step == steps:
+                raise KeyboardInterrupt
+
+        return train(*arguments[:5], stop, *arguments[6:], **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(distill.pipeline, "train", interrupted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied", "checkpointing"), [("llama", True, "false"), ("phi3", False, "true")]
+)
+def test_other_architectures_unquantised(
+    tiny_teacher_path: Path, tmp_path: Path, kind: str, tied: bool, checkpointing: str
+) -> None:
+    """llama with tied embeddings and without checkpointing; phi3 with its fused matrices."""
+    base = make_base(tmp_path / kind, tiny_teacher_path, kind, tie_word_embeddings=tied)
+    settings = [f"train.gradient_checkpointing={checkpointing}", "export.quant=f32", "train.epochs=1"]
+    config = base_config(tiny_teacher_path, base, *settings, four_bits=False)
+    folder = run(config, Places(out=tmp_path / "run"), Console())
+    results = folder.read_results()
+    assert results["proof"]["max_logit_difference"] <= 1e-3
+    assert read_gguf(folder.gguf).value("general.architecture") == kind
+    assert results["evaluation"]["after"]["kl"] < results["evaluation"]["before"]["kl"]
+
+
+def test_a_changed_base_is_noticed(
+    finished: RunFolder, tiny_teacher_path: Path, base: Path, tmp_path: Path
+) -> None:
+    """Exporting again, or continuing, with other weights in the base's folder is refused."""
+    copy = tmp_path / "run"
+    shutil.copytree(finished.path, copy)
+    moved = tmp_path / "base"
+    shutil.copytree(base, moved)
+    config = json.loads((copy / "config.json").read_text())
+    config["student"]["base"] = str(moved)
+    (copy / "config.json").write_text(json.dumps(config))
+    make_base(moved, tiny_teacher_path, extra_rows=6, seed=1)
+    with pytest.raises(UserError, match="has changed since this run"):
+        export_run(RunFolder(copy), "f16", None)
+    shutil.rmtree(moved)
+    with pytest.raises(UserError, match="does not exist"):
+        export_run(RunFolder(copy), "f16", None)
+
+
+def test_a_damaged_adapter_is_refused(finished: RunFolder, tmp_path: Path) -> None:
+    """Facts or weights that are not those of this student: one line that says so."""
+    for place, change in enumerate((cut_facts, cut_weights, shorten)):
+        copy = tmp_path / str(place)
+        shutil.copytree(finished.path, copy)
+        change(copy / "student")
+        with pytest.raises(UserError, match="damaged"):
+            export_run(RunFolder(copy), "f16", None)
+
+
+def cut_facts(student: Path) -> None:
+    content = json.loads((student / "adapter.json").read_text())
+    del content["config"]["trust"]
+    (student / "adapter.json").write_text(json.dumps(content))
+
+
+def cut_weights(student: Path) -> None:
+    file = student / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def shorten(student: Path) -> None:
+    file = student / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    weights.pop(sorted(weights)[0])
+    safetensors.torch.save_file(weights, file)
+
+
+def test_bad_input_is_one_line_and_exit_2(
+    tiny_teacher_path: Path,
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Refused before anything is captured: exit code 2, one line that names what is wrong."""
+    monkeypatch.chdir(tmp_path)
+    other = change_config(base, tmp_path / "other", model_type="gpt_neox")
+    scaled = change_config(base, tmp_path / "scaled", hidden_act="gelu")
+    narrow = change_config(
+        base, tmp_path / "narrow", hidden_size=60, num_attention_heads=5, num_key_value_heads=1
+    )
+    quantised = change_config(base, tmp_path / "quantised", quantization_config={"quant_method": "gptq"})
+    foreign = swap_tokens(base, tmp_path / "foreign")
+    start = ["run", "--teacher", str(tiny_teacher_path), "--student-base"]
+    cases = [
+        ([*start, "nowhere"], ["nowhere", "does not exist"]),
+        ([*start, str(tiny_teacher_path)], ["is not a folder"]),
+        ([*start, str(other)], ["gpt_neox", "llama, phi3, qwen2"]),
+        ([*start, str(scaled)], ["gelu"]),
+        ([*start, str(narrow)], ["60", "divisible by 8"]),
+        ([*start, str(quantised)], ["quantised already", "--load-in-4bit"]),
+        ([*start, str(foreign)], ["2 of 1,024 tokens differ", "first token 300"]),
+        ([*start, str(base), "--student-size", "64x2"], ["size", "base"]),
+        ([*start, str(base), "--init", "random"], ["init"]),
+        ([*start, str(base), "--lora-r", "0"], ["lora_rank"]),
+        ([*start[:-1], "--lora-r", "4"], ["--lora-r", "--student-base"]),
+        ([*start[:-1], "--load-in-4bit"], ["--load-in-4bit", "--student-base"]),
+        (["plan", *start[1:], str(base), "--memory", "much"], ["--memory", "much", "12GiB"]),
+    ]
+    for arguments, words in cases:
+        monkeypatch.setattr(sys, "argv", ["distill", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2, (arguments, said)
+        assert "Traceback" not in said
+        for word in words:
+            assert word in said, (arguments, said)
+    assert not (tmp_path / "runs").exists()
+
+
+def change_config(base: Path, copy: Path, **changes: object) -> Path:
+    shutil.copytree(base, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    return copy
+
+
+def swap_tokens(base: Path, copy: Path) -> Path:
+    """Tokens 300 and 301 exchanged."""
+    shutil.copytree(base, copy)
+    content = json.loads((copy / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    names = {number: token for token, number in vocabulary.items()}
+    vocabulary[names[300]], vocabulary[names[301]] = 301, 300
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    return copy
+
+
+def test_plan_says_what_would_fit(
+    tiny_teacher_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory by what it is for, and what helps where it is too much."""
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    command = ["plan", "--teacher", str(tiny_teacher_path), "--student-base", str(base), "--load-in-4bit"]
+    monkeypatch.setattr(sys, "argv", ["distill", *command, "--samples", "40", "--memory", "3MB", *settings])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    for words in ("base weights", "LoRA, gates and heads", "optimizer's moments", "activations", "loss"):
+        assert words in said
+    assert "what would help" in said and "train.accumulation" in said
