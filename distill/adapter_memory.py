@@ -103,6 +103,11 @@ class AdapterMemory:
     on_cpu: bool
 
     @property
+    def at_the_end(self) -> int:
+        """Main memory when LoRA is merged: a float32 model, beside the base where that is in main memory too."""
+        return 4 * self.base_numbers + (self.base if self.on_cpu else 0)
+
+    @property
     def total(self) -> int:
         """All that has to fit where it trains: on a CPU with the guard's snapshots, elsewhere without."""
         computing = self.activations + self.temporary + self.loss
@@ -355,6 +360,7 @@ def memory_rows(memory: AdapterMemory) -> list[tuple[str, str]]:
     kept = ("guard's snapshots (main memory)", memory.snapshots)
     total = ("together", memory.total)
     rows += [kept, total] if memory.on_cpu else [total, kept]
+    rows.append(("merging, at the end (main memory)", memory.at_the_end))
     return [(name, human_bytes(size)) for name, size in rows if size]
 
 

@@ -29,16 +29,21 @@ from students.export import ExportError
 from students.so8 import GROUP
 from teachers.gguf_file import Field, TeacherFileError
 from teachers.huggingface_folder import ModelFolder, check_folder, load_model
+from teachers.tokenizer_json import TokenizerConversionError, build_tokenizer
 
 
 @dataclass(frozen=True)
 class Base:
-    """A folder that can become a student: what its ``config.json`` says, and how its vocabulary meets the teacher's."""
+    """A folder that can become a student: what its ``config.json`` says, and how its vocabulary meets the teacher's.
+
+    ``no_tokenizer``: why the teacher's tokenizer cannot be written for transformers; ``None`` where it can.
+    """
 
     folder: ModelFolder
     config: Any
     match: VocabularyMatch
     load_in_4bit: bool
+    no_tokenizer: str | None = None
 
     @property
     def layers(self) -> int:
@@ -63,8 +68,10 @@ class Base:
         return self.folder.sha256(load_in_4bit=self.load_in_4bit)
 
 
-def open_base(config: RunConfig, tokenizer: Mapping[str, Field], vocab_size: int) -> Base:
-    """Look at the folder that ``config.student.base`` names.
+def open_base(
+    config: RunConfig, tokenizer: Mapping[str, Field], vocab_size: int, what: str = "--student-base"
+) -> Base:
+    """Look at the folder that ``config.student.base`` names, which errors call ``what``.
 
     ``tokenizer``: the teacher's, as GGUF metadata, of ``vocab_size`` tokens.
 
@@ -77,7 +84,7 @@ def open_base(config: RunConfig, tokenizer: Mapping[str, Field], vocab_size: int
         folder = check_folder(path)
         settings = AutoConfig.from_pretrained(path, local_files_only=True)
     except TeacherFileError as error:
-        raise UserError(f"--student-base: {error}") from None
+        raise UserError(f"{what}: {error}") from None
     except (
         OSError,
         ValueError,
@@ -85,27 +92,32 @@ def open_base(config: RunConfig, tokenizer: Mapping[str, Field], vocab_size: int
         TypeError,
     ) as error:  # settings that transformers cannot make sense of
         words = " ".join(str(error).split())[:200]
-        raise UserError(f"--student-base {path}: config.json cannot be used: {words}") from None
+        raise UserError(f"{what} {path}: config.json cannot be used: {words}") from None
     if "quantization_config" in folder.config:
         raise UserError(
-            f"--student-base {path} is quantised already; give the folder of the model before that, and add "
+            f"{what} {path} is quantised already; give the folder of the model before that, and add "
             "--load-in-4bit"
         )
     try:
         require_exportable(settings)
     except ExportError as error:
-        raise UserError(f"--student-base {path} could not be exported in the end: {error}") from None
+        raise UserError(f"{what} {path} could not be exported in the end: {error}") from None
     width = head_width(settings) * int(settings.num_attention_heads)
     if width % GROUP:
         raise UserError(
-            f"--student-base {path}: its attention output is {width} wide, not divisible by {GROUP}, as the SO(8) "
+            f"{what} {path}: its attention output is {width} wide, not divisible by {GROUP}, as the SO(8) "
             "gates need; choose another base"
         )
     try:
         match = compare_vocabularies(tokenizer, path, int(settings.vocab_size), vocab_size)
     except UserError as error:
-        raise UserError(f"--student-base {path}: {error}") from None
-    return Base(folder, settings, match, config.student.load_in_4bit)
+        raise UserError(f"{what} {path}: {error}") from None
+    obstacle = None
+    try:
+        build_tokenizer(tokenizer)
+    except TokenizerConversionError as error:
+        obstacle = " ".join(str(error).split())
+    return Base(folder, settings, match, config.student.load_in_4bit, obstacle)
 
 
 def training_memory(base: Base, config: RunConfig, vocab_size: int) -> AdapterMemory:
@@ -123,6 +135,8 @@ def describe_base(base: Base, config: RunConfig, vocab_size: int, console: Conso
         f"trained; about {human_bytes(memory.total)} of memory"
     )
     console.note(f"vocabulary: {base.match.words()}")
+    if base.no_tokenizer is not None:
+        console.warn(f"the merged transformers folder will have no tokenizer: {base.no_tokenizer}")
     if base.context_length < config.data.max_length:
         console.warn(
             f"the exported file will be exact up to {base.context_length} tokens; sequences have up to "
@@ -130,13 +144,25 @@ def describe_base(base: Base, config: RunConfig, vocab_size: int, console: Conso
         )
 
 
-def require_memory(base: Base, config: RunConfig, vocab_size: int, limit: int, where: str) -> None:
-    """See that training fits into ``limit`` bytes.
+def require_fit(base: Base, config: RunConfig, vocab_size: int, limit: int, where: str) -> None:
+    """See that training fits into ``limit`` bytes, merging into main memory, and sequences into the base's window.
 
     Raises:
-        UserError: it does not; says what would.
+        UserError: one of them does not; says what would.
     """
     memory = training_memory(base, config, vocab_size)
+    window, longest = getattr(base.config, "sliding_window", None), config.data.max_length
+    if base.config.model_type == "phi3" and window is not None and window < longest:
+        raise UserError(
+            f"{base.folder.path} looks back {window} tokens (sliding_window), which llama.cpp does not do for phi3; "
+            f"sequences have up to {longest}; set data.max_length={window} or less"
+        )
+    main = psutil.virtual_memory().total
+    if memory.at_the_end > main:
+        raise UserError(
+            f"merging {base.folder.path} at the end takes about {human_bytes(memory.at_the_end)} of main memory, this "
+            f"machine has {human_bytes(main)}; choose a smaller base"
+        )
     if memory.total > limit:
         ways = how_to_fit(limit, base.config, config, vocab_size)
         raise UserError(
@@ -202,15 +228,16 @@ def _add_rows(model: Any, vocab_size: int) -> None:
     model.requires_grad_(False)
 
 
-def judge_base(base: Base, config: RunConfig, vocab_size: int, console: Console) -> None:
-    """Say how large the student is, before anything of that size is allocated.
+def judge_base(base: Base, config: RunConfig, vocab_size: int, longest: int, console: Console) -> None:
+    """Say how large the student is, before anything of that size is allocated. ``longest``: tokens of a sequence.
 
     Raises:
         UserError: this machine has not the memory to train it; says what would help.
     """
+    config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": longest})})
     describe_base(base, config, vocab_size, console)
     limit, where = available_memory()
-    require_memory(base, config, vocab_size, limit, where)
+    require_fit(base, config, vocab_size, limit, where)
 
 
 def available_memory() -> tuple[int, str]:
@@ -221,10 +248,10 @@ def available_memory() -> tuple[int, str]:
     return psutil.virtual_memory().total, "this machine"
 
 
-def with_checkpointing(config: RunConfig) -> RunConfig:
-    """The settings with gradient checkpointing, unless they say that there is to be none."""
+def with_checkpointing(config: RunConfig, wanted: bool) -> RunConfig:
+    """The settings with gradient checkpointing or without, unless they say so themselves."""
     if config.train.gradient_checkpointing is not None:
         return config
     return config.model_copy(
-        update={"train": config.train.model_copy(update={"gradient_checkpointing": True})}
+        update={"train": config.train.model_copy(update={"gradient_checkpointing": wanted})}
     )

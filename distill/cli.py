@@ -172,7 +172,7 @@ def run(
 
     overrides = _what_to_capture(teacher, data, samples, targets, seed) | {
         "student.size": student_size,
-        **_base(student_base, lora_r, load_in_4bit),
+        **_base(student_base, lora_r, load_in_4bit, config),
         "train.epochs": epochs,
         "export.quant": quant,
         "safety.labels": safety_labels,
@@ -235,7 +235,7 @@ def train(
     overrides = {
         "store": str(store),
         "student.size": student_size,
-        **_base(student_base, lora_r, load_in_4bit),
+        **_base(student_base, lora_r, load_in_4bit, config),
         "train.epochs": epochs,
         "seed": seed,
         "export.quant": quant,
@@ -276,7 +276,7 @@ def plan(
 
     overrides = _what_to_capture(teacher, data, samples, targets, seed) | {
         "student.size": student_size,
-        **_base(student_base, lora_r, load_in_4bit),
+        **_base(student_base, lora_r, load_in_4bit, config),
         "student.init": init,
         "train.epochs": epochs,
     }
@@ -295,9 +295,11 @@ def _console() -> Console:
     return Console(quiet=launched_share().rank > 0)
 
 
-def _base(folder: Path | None, rank: int | None, load_in_4bit: bool) -> dict[str, object]:
-    """The flags of a student made of a base, as settings."""
-    if folder is None and (rank is not None or load_in_4bit):
+def _base(
+    folder: Path | None, rank: int | None, load_in_4bit: bool, config: Path | None
+) -> dict[str, object]:
+    """The flags of a student made of a base, as settings; without a file of settings it must be named here."""
+    if folder is None and config is None and (rank is not None or load_in_4bit):
         from distill.errors import UserError
 
         raise UserError(

@@ -69,6 +69,12 @@ class StudentConfig(Section):
     head_width: Annotated[int, Field(ge=2, le=1 << 12, multiple_of=2)] | None = None
     ffn_width: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
 
+    @field_validator("base")
+    @classmethod
+    def _absolute(cls, base: str | None) -> str | None:
+        """A run is exported again from other folders too."""
+        return None if base is None else str(Path(base).absolute())
+
     @field_validator("size")
     @classmethod
     def _readable(cls, size: str | None) -> str | None:
@@ -88,8 +94,12 @@ class StudentConfig(Section):
     def _one_kind(self) -> StudentConfig:
         """Refuse settings of a new student together with a base, and a base's without one."""
         if self.base is None:
-            if self.load_in_4bit:
-                raise ValueError("load_in_4bit is for a student made of a base; name one with --student-base")
+            own = ("load_in_4bit", "lora_rank", "lora_alpha", "lora_dropout")
+            fields = type(self).model_fields
+            if given := [name for name in own if getattr(self, name) != fields[name].default]:
+                raise ValueError(
+                    f"{', '.join(given)} would be of a student made of a base; name one with --student-base"
+                )
             return self
         new = {"size": self.size, "heads": self.heads, "kv_heads": self.kv_heads}
         new |= {"head_width": self.head_width, "ffn_width": self.ffn_width}

@@ -249,7 +249,7 @@ def _run(loop: Loop, state: TrainingState, clock: Clock, report: Report) -> None
         if values is not None:
             loop.record("train", state.step, values)
             report(state.step, clock.describe(state, values["loss"]))
-        elif state.step <= before:  # gone back
+        elif state.step < before:
             clock.went_back()
 
 

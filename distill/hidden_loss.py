@@ -99,9 +99,10 @@ class HiddenStateLoss(nn.Module):
 
     def forward(self, student: Mapping[int, Tensor], teacher: Mapping[int, Tensor]) -> Tensor:
         """Sum over positions of the mean over pairs: states ``[N, D]`` and coordinates ``[N, R]`` by layer."""
+        # A base in bfloat16 has states of that kind also without autocast.
         losses = [
             hidden_state_loss(
-                self.projectors[_name(pair)](student[pair[0]]), teacher[pair[1]], self.scales[pair[1]]
+                self.projectors[_name(pair)](student[pair[0]].float()), teacher[pair[1]], self.scales[pair[1]]
             ).sum()
             for pair in self.pairs
         ]

@@ -165,7 +165,8 @@ def train_from_store(config: RunConfig, out: Path | None, console: Console) -> R
     console.note(
         f"soft targets of {info.name}: {info.architecture}, {human_count(info.parameters)} parameters"
     )
-    config, base = _settle(config, inheritance.tokenizer, info, gguf, console)
+    longest = None if config.student.base is None else int(store.lengths().max())
+    config, base = _settle(config, inheritance.tokenizer, info, gguf, console, longest)
     folder = _choose(out, config, store.folder.resolve().name, launch)
     if not folder.finished:
         require_complete(store, console)
@@ -180,22 +181,27 @@ def train_from_store(config: RunConfig, out: Path | None, console: Console) -> R
 
 
 def _settle(
-    config: RunConfig, tokenizer: Mapping[str, Field], info: TeacherInfo, gguf: Path | None, console: Console
+    config: RunConfig,
+    tokenizer: Mapping[str, Field],
+    info: TeacherInfo,
+    gguf: Path | None,
+    console: Console,
+    longest: int | None = None,
 ) -> tuple[RunConfig, Base | None]:
     """The settings with what depends on the teacher, and the base that the student is made of, if it is not a new one;
-    says how large it will be, and sees that it can be trained here."""
+    says how large it will be, and sees that it can be trained here. ``longest``: tokens of a sequence, where known."""
     if config.student.base is None:
         config = settle_beginning(with_size(config, info), info, gguf, console)
         judge_size(config, student_shape(config, info), info, console)
-        return config, None
+        return with_checkpointing(config, False), None
     base = open_base(config, tokenizer, info.vocab_size)
     if fsdp_is_asked_for():
         raise UserError(
             "--student-base cannot be spread over processes by FSDP: its frozen weights are there whole in each; leave "
             "out --use_fsdp"
         )
-    config = with_checkpointing(config)
-    judge_base(base, config, info.vocab_size, console)
+    config = with_checkpointing(config, True)
+    judge_base(base, config, info.vocab_size, longest or config.data.max_length, console)
     return config, base
 
 
@@ -287,7 +293,8 @@ def _make_student(source: Source, folder: RunFolder, launch: Launch, console: Co
                 "general.name": Field(info.name, GGUFValueType.STRING, None),
                 **source.inheritance.tokenizer,
             }
-            written = save_plain(plain, source.base.dtype, named, folder.plain)
+            can_be = source.base.no_tokenizer is None
+            written = save_plain(plain, source.base.dtype, named if can_be else None, folder.plain)
             stage.finish(f"{folder.plain}, {human_bytes(written)}, for transformers")
         del plain
     if source.base is not None:

@@ -29,7 +29,7 @@ from distill.corpus import Corpus
 from distill.new_student import describe_parameters, snapshot_bytes, student_shape, with_size
 from distill.objective import Batch, Objective
 from distill.schedule import build_optimizer
-from distill.teacher_source import find_gguf, tokenizer_of
+from distill.teacher_source import find_gguf, require_gguf, tokenizer_of
 from distill.training_module import choose_precision
 from students.builder import build_student
 from students.config import SO8TConfig
@@ -85,13 +85,15 @@ def plan_run(config: RunConfig, console: Console, memory: int | None = None) -> 
     Raises:
         UserError, TeacherFileError, TeacherError, CaptureError: the input cannot be used.
     """
+    if config.student.base is not None:
+        require_gguf(config.teacher)
     with load_teacher(config, console) as teacher:
         info = teacher.info
         base, shape = None, None
         # What cannot be is refused before anything is measured.
         if config.student.base is not None:
             base = open_base(config, tokenizer_of(config.teacher), info.vocab_size)
-            config = with_checkpointing(config)
+            config = with_checkpointing(config, True)
             describe_base(base, config, info.vocab_size, console)
         else:
             config = settle_beginning(with_size(config, info), info, find_gguf(config.teacher), console)

@@ -88,10 +88,11 @@ class RunFolder:
         found = self.read_json(self.identity_file)
         for key, value in identity.items():
             if found.get(key) != value:
+                what = "base's folder" if key.startswith("base_") else "teacher file or the data"
                 raise UserError(
                     f"--out {self.path} holds a run with another {key.replace('_', ' ')} "
-                    f"({str(found.get(key))[:12]}… instead of {value[:12]}…): the teacher file or the data has "
-                    "changed since; choose another folder. Nothing in it was changed"
+                    f"({str(found.get(key))[:12]}… instead of {value[:12]}…): the {what} has changed since; choose "
+                    "another folder. Nothing in it was changed"
                 )
 
     def _remove_leftovers(self) -> None:

@@ -28,6 +28,7 @@ from students.student import Student
 from teachers.gguf_file import Field, read_gguf, tokenizer_fields
 from teachers.store import write_whole
 from teachers.tokenizer_json import write_tokenizer_folder
+from teachers.tokenizer_metadata import read_roles
 
 ADAPTER = "adapter.json"
 WEIGHTS = "model.safetensors"
@@ -43,7 +44,7 @@ def save_student(student: Student, folder: RunFolder, tokenizer: dict[str, Metad
     """
     with _whole_folder(folder.student) as temporary:
         if isinstance(student, AdaptedStudent):
-            content = {"settings": asdict(student.settings), "config": asdict(student.config)}
+            content = {"config": asdict(student.config)}
             write_whole(temporary / ADAPTER, (json.dumps(content, indent=2) + "\n").encode())
         else:
             assert isinstance(student, SO8TForCausalLM)
@@ -60,9 +61,11 @@ def save_student(student: Student, folder: RunFolder, tokenizer: dict[str, Metad
 
 
 def save_plain(
-    model: PreTrainedModel, dtype: torch.dtype, tokenizer: Mapping[str, Field], folder: Path
+    model: PreTrainedModel, dtype: torch.dtype, tokenizer: Mapping[str, Field] | None, folder: Path
 ) -> int:
-    """Write a plain transformers folder, with a tokenizer made from the GGUF one, whole or not at all.
+    """Write a plain transformers folder, whole or not at all.
+
+    With a tokenizer made from the GGUF one, and its special tokens, where that can be (else ``tokenizer`` is none).
 
     Returns:
         The bytes of its weights.
@@ -73,13 +76,15 @@ def save_plain(
     """
     size = 0
     with _whole_folder(folder) as temporary:
-        write_tokenizer_folder(tokenizer, temporary)
         settings: Any = model.config
+        generation: Any = model.generation_config
+        if tokenizer is not None:
+            write_tokenizer_folder(tokenizer, temporary)
+            _take_roles(tokenizer, settings, generation)
         before, settings.dtype = settings.dtype, dtype
         settings.architectures = [type(model).__name__]
         settings.save_pretrained(temporary)
         settings.dtype = before
-        generation: Any = model.generation_config
         if generation is not None:
             generation.save_pretrained(temporary)
         tied = settings.tie_word_embeddings
@@ -96,6 +101,15 @@ def save_plain(
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             write_whole(temporary / f"{WEIGHTS}.index.json", (json.dumps(index, indent=2) + "\n").encode())
     return size
+
+
+def _take_roles(tokenizer: Mapping[str, Field], *configs: Any) -> None:
+    """Where text begins and ends, and padding, are as the tokenizer has them."""
+    roles = read_roles(tokenizer, len(tokenizer["tokenizer.ggml.tokens"].value))
+    for config in configs:
+        for role in ("bos", "eos", "pad"):
+            if config is not None:
+                setattr(config, f"{role}_token_id", roles.get(role))
 
 
 def load_student(folder: RunFolder) -> Student:
@@ -135,7 +149,7 @@ def _load_adapted(folder: RunFolder) -> AdaptedStudent:
             f"student {folder.student} is damaged: {' '.join(str(error).split())}; run distill again"
         ) from None
     tokenizer = tokenizer_fields(read_gguf(folder.tokenizer, model=False))
-    base = open_base(config, tokenizer, facts.vocab_size)
+    base = open_base(config, tokenizer, facts.vocab_size, "the base of this run,")
     known = folder.read_identity().get("base_sha256", "")
     if base.sha256 != known:
         raise UserError(

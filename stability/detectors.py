@@ -104,9 +104,10 @@ class LossSpike:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of ``state_dict``."""
         self.largest = float(state["largest"])
-        self.average = MovingAverage(**state["average"])
+        old = {name: value for name, value in state.items() if name not in ("largest", "recent")}
+        self.average = MovingAverage(**state.get("average", old))  # checkpoints of before had it flat
         self.recent.clear()
-        self.recent.extend(map(float, state["recent"]))
+        self.recent.extend(map(float, state.get("recent", ())))
 
 
 class RateLeap:

@@ -57,10 +57,6 @@ CLOSE = 5  # while that lasts, the fixed text is looked at so often
 # the fixed text that is by such a share of it (or of LEAST) larger ...
 CAREFUL, SLIGHTLY, LEAST = 25, 0.15, 0.1
 MOST_CAREFUL = 40  # ... so often at most
-FOREIGN = (
-    3.0,
-    0.05,
-)  # a batch under suspicion is one whose loss is so many deviations high, at least this share each
 
 
 class Guard:
@@ -113,6 +109,7 @@ class Guard:
         self.newest: Event | None = None
         self.reading: ProbeReading | None = None  # of the fixed text, not judged yet
         self.information: float | None = None  # of the newest reading
+        self.read_at = -1  # the step of it
         self.fine_at = 0  # the step of the newest probe that was fine
         self.skipped: deque[int] = deque()
         self.tries, self.alarm = 0, -SAME_PLACE
@@ -147,7 +144,8 @@ class Guard:
         before = self.monitor.before(loss)
         trouble = self._judge_before(before, self._judge_figures(before, inputs, figures or {}))
         if self._all_proceed(trouble):
-            if self._is_foreign(before.loss):
+            # All processes are in the wake of a collapse, or none is.
+            if self.steps <= self.careful_until and self.processes.most(int(self._is_foreign(before.loss))):
                 return self._leave_out(before, batch)
             if self.steps % self.settings.snapshot_every == 0 or not self.keeper.kept:
                 self._keep()
@@ -197,8 +195,8 @@ class Guard:
         close = self.steps <= max(self.alarm + SAME_PLACE, self.careful_until)
         every = CLOSE if close else self.settings.probe_every
         due = self.steps % every == 0 or self.steps % self.settings.snapshot_every == 0
-        if self.probe is not None and due:
-            self.reading = self.probe()
+        if self.probe is not None and due and self.steps != self.read_at:  # a step may be tried again
+            self.reading, self.read_at = self.probe(), self.steps
             self.information = self.reading.information
             self.on_probe(self.steps, self.reading)
 
@@ -244,7 +242,7 @@ class Guard:
             return None
         limit = math.inf if reference is None else reference + SLIGHTLY * max(abs(reference), LEAST)
         first = self.keeper.kept[0].step if self.keeper.kept else self.steps
-        if loss > limit and self.set_aside.issuperset(range(first, self.steps)):
+        if loss > limit and self.steps > first and self.set_aside.issuperset(range(first, self.steps)):
             self.careful_until = self.steps  # it rises with other batches too: none of them is to blame
             return None
         if reference is not None and loss > limit:
@@ -260,9 +258,11 @@ class Guard:
         return here and self.keeper.extra is not None and loss > self.loss.usual()[1]
 
     def _leave_out(self, before: Before, batch: Sequence[int] | None) -> Verdict:
-        """Set the batch aside; nothing has been done with it, so there is nothing to take back."""
+        """Set the batch aside; no step has been taken with it, so there are no weights to take back."""
         for parameter in self.monitor.weights:
             parameter.grad = None
+        if self.keeper.kept:
+            self.keeper.restore_buffers(self.keeper.kept[-1])
         words = (
             f"the loss on the batch of step {self.steps} is {before.loss:.3g}, and was {self.loss.usual()[0]:.3g} "
             "before the collapse: another takes its place"
@@ -355,6 +355,8 @@ class Guard:
 
     def _take_snapshot(self, information: float | None, *, keep_first: bool = False) -> None:
         """Keep the state, and what losses were like so far."""
+        if self.keeper.kept and self.keeper.kept[-1].step == self.steps:
+            return
         self.keeper.take(self.steps, information, keep_first=keep_first)
         self.losses[self.steps] = self.loss.state_dict()
         self.losses = {one.step: self.losses[one.step] for one in self.keeper.kept if one.step in self.losses}
@@ -489,7 +491,7 @@ class Guard:
     def _forget(self) -> None:
         """The model was put back: what was known of its weights' norms, and what was under way, is void."""
         self.weights_changed()
-        self.row, self.reading = 0, None
+        self.row, self.reading, self.read_at = 0, None, -1
         self.updates.still[:] = 0
 
     def _tell(self, event: Event) -> None:

@@ -6,14 +6,17 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from gguf import GGUFValueType
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import distill.pipeline
+from distill.base_student import describe_base, load_base_student, open_base
 from distill.cli import main
 from distill.config import RunConfig, load_config
 from distill.console import Console
@@ -23,10 +26,10 @@ from distill.exporting import export_run
 from distill.judge import Judge
 from distill.pipeline import Places, run
 from distill.run_folder import RunFolder
-from distill.saved_student import load_student
-from students.adapter import AdaptedStudent
+from distill.saved_student import load_student, save_plain
+from students.adapter import BASE, AdaptedStudent
 from students.adapter_merge import merge
-from teachers.gguf_file import read_gguf
+from teachers.gguf_file import Field, read_gguf, tokenizer_fields
 from teachers.gguf_teacher import GGUFTeacher
 from tests.test_run import FEW_PROMPTS
 from tests.tiny_base import make_base
@@ -123,6 +126,9 @@ def test_transformers_loads_the_merged_folder(finished: RunFolder, tiny_teacher_
     with torch.no_grad():
         assert (model(tokens).logits - plain(tokens).logits).abs().max() <= 1e-5
     tokenizer = PreTrainedTokenizerFast.from_pretrained(finished.plain)
+    teachers_end = read_gguf(tiny_teacher_path).value("tokenizer.ggml.eos_token_id")
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == teachers_end
+    assert tokenizer.eos_token_id == teachers_end
     with GGUFTeacher(tiny_teacher_path, threads=1) as teacher:
         text = "What is 12 + 7? The answer: 19.\n  Naïve café 東京"
         (expected,) = teacher.tokenize([text], add_special=True, parse_special=True)
@@ -171,6 +177,20 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [["targets.layers=[1]"], ["train.on_policy=0.5"], ["train.accumulation=4", "train.precision=bf16"]],
+    ids=["hidden states", "on policy", "accumulation"],
+)
+def test_other_ways_of_training(
+    tiny_teacher_path: Path, base: Path, tmp_path: Path, settings: list[str]
+) -> None:
+    """In NF4: with the teacher's hidden states, with text of the student's own, in parts under autocast."""
+    config = base_config(tiny_teacher_path, base, *settings, "train.epochs=1", "safety.labels=none")
+    results = run(config, Places(out=tmp_path / "run"), Console()).read_results()
+    assert results["evaluation"]["after"]["kl"] < results["evaluation"]["before"]["kl"]
+
+
+@pytest.mark.parametrize(
     ("kind", "tied", "checkpointing"), [("llama", True, "false"), ("phi3", False, "true")]
 )
 def test_other_architectures_unquantised(
@@ -204,6 +224,62 @@ def test_a_changed_base_is_noticed(
     shutil.rmtree(moved)
     with pytest.raises(UserError, match="does not exist"):
         export_run(RunFolder(copy), "f16", None)
+
+
+def test_a_run_is_exported_from_anywhere(
+    tiny_teacher_path: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base may be given by a relative path; the run remembers the whole one, and says when it is gone."""
+    monkeypatch.chdir(base.parent)
+    config = base_config(tiny_teacher_path, Path(base.name))
+    assert config.student.base == str(base) and config.student.label == f"{base.name}-lora8"
+    assert load_config(None, {"student.base": base.name}, []).student.base == str(base)
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("llama", False), ("qwen3", True)])
+@pytest.mark.parametrize("four_bits", [False, True])
+def test_rows_that_the_base_lacks_are_added(
+    tiny_teacher_path: Path, tmp_path: Path, kind: str, tied: bool, four_bits: bool
+) -> None:
+    """As the mean of all others, in embedding and output; the merged model has them too, and no more is trained."""
+    base = make_base(tmp_path / kind, tiny_teacher_path, kind, tie_word_embeddings=tied)
+    config = base_config(tiny_teacher_path, base, four_bits=four_bits)
+    fields = tokenizer_fields(read_gguf(tiny_teacher_path))
+    tokens = len(fields["tokenizer.ggml.tokens"].value)
+    opened = open_base(config, fields, tokens)
+    wider = replace(opened, match=replace(opened.match, rows_to_add=7))
+    student = load_base_student(wider, config, tokens + 7)
+    matrix = student.output_matrix().detach().float()
+    assert matrix.shape[0] == tokens + 7
+    assert torch.allclose(matrix[tokens:], matrix[:tokens].mean(dim=0).expand(7, -1), atol=1e-2)
+    assert not any(one.requires_grad for one in student.parameters_by_kind()[BASE].values())
+    plain = merge(student)
+    assert plain.get_output_embeddings().weight.shape[0] == plain.config.vocab_size == tokens + 7
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        difference = (plain(ids).logits - student(ids).logits.float()).abs().max()
+    assert float(difference) < (0.2 if four_bits else 1e-4)
+
+
+def test_what_cannot_be_computed_or_written_is_said_in_the_beginning(
+    tiny_teacher_path: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A phi3 window shorter than the text is refused, as llama.cpp has none; a tokenizer that transformers cannot have
+    is left out of the merged folder."""
+    phi = make_base(tmp_path / "phi", tiny_teacher_path, "phi3", sliding_window=12)
+    with pytest.raises(UserError, match=r"data\.max_length=12"):
+        run(base_config(tiny_teacher_path, phi), Places(out=tmp_path / "run"), Console())
+    config = base_config(tiny_teacher_path, base)
+    fields = tokenizer_fields(read_gguf(tiny_teacher_path))
+    odd = fields | {"tokenizer.ggml.pre": Field("unheard-of", GGUFValueType.STRING, None)}
+    opened = open_base(config, odd, len(fields["tokenizer.ggml.tokens"].value))
+    assert opened.no_tokenizer is not None and "unheard-of" in opened.no_tokenizer
+    describe_base(opened, config, 1024, Console())
+    assert "will have no tokenizer" in capsys.readouterr().out
+    plain = merge(load_base_student(opened, config, 1024))
+    save_plain(plain, torch.float32, None, tmp_path / "plain")
+    assert (tmp_path / "plain/model.safetensors").exists()
+    assert not (tmp_path / "plain/tokenizer.json").exists()
 
 
 def test_a_damaged_adapter_is_refused(finished: RunFolder, tmp_path: Path) -> None:

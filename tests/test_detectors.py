@@ -111,6 +111,9 @@ def test_what_is_usual_is_robust_and_of_the_newest_losses() -> None:
     again = LossSpike()
     again.load_state_dict(detector.state_dict())
     assert again.usual() == detector.usual() and again.limit() == detector.limit()
+    older = LossSpike()  # a checkpoint of before the newest losses were kept
+    older.load_state_dict(detector.state_dict()["average"] | {"largest": detector.largest})
+    assert older.limit() == detector.limit() and older.usual()[1] == math.inf
 
 
 @pytest.mark.parametrize("kind", RATES)

@@ -32,7 +32,7 @@ from distill.config import GuardConfig
 from distill.engine import TrainingData, train
 from distill.errors import TrainingAborted
 from distill.objective import Batch, Objective
-from stability import Guard
+from stability import Extra, Guard
 from stability.detectors import Action, Trouble
 from stability.monitor import TURNS
 from stability.processes import nearest_the_cause
@@ -351,3 +351,33 @@ def test_what_is_nearest_to_the_cause_is_named() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def leaves_out(rank: int, meeting: str, folder: str) -> None:
+    """In the wake of a collapse, with a loss of this process's own: what the guard does about the batch."""
+    torch.distributed.init_process_group(
+        "gloo", meeting, rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    model = torch.nn.Linear(4, 4)
+    guard = Guard(model, torch.optim.SGD(model.parameters(), lr=0.1), extra=Extra(dict, lambda saved: None))
+    guard.careful_until = 100
+    for _ in range(20):
+        guard.loss.took(1.0)
+    actions = []
+    for own in ((1.0, 1.6), (1.0, 1.0), (1.6, 1.0)):
+        model(torch.ones(2, 4)).square().mean().backward()
+        actions.append(int(guard.step(own[rank]).action))
+        if actions[-1]:
+            guard.steps += 1  # the caller's next batch
+    content = {"actions": actions, "set_aside": sorted(guard.set_aside)}
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(content))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_batch_is_left_out_by_all_processes_or_by_none(tmp_path: Path) -> None:
+    """Though its loss is unlike those before in one of them only."""
+    meeting = f"file://{tmp_path / 'meeting'}"
+    torch.multiprocessing.spawn(leaves_out, (meeting, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        told = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert told == {"actions": [Action.ROLLBACK, Action.PROCEED, Action.ROLLBACK], "set_aside": [0, 2]}

@@ -1,10 +1,11 @@
 """Writes a checkpoint folder such as an existing smaller model comes in, with a teacher's vocabulary.
 
-    python -m tools.make_base OUT --kind llama                    a few million parameters, trained for a minute
+    python -m tools.make_base OUT --kind llama                    a few million parameters, trained for a minute or two
     python -m tools.make_base OUT --kind qwen2 --teacher x.gguf --text some.txt
     python -m tools.make_base OUT --shape phi3.5                  Phi-3.5-mini's sizes with random weights, 7.6 GB
 
-The small one is mediocre on purpose, so that distillation has something to gain. The large one is what memory and
+The small one knows half of the kinds of request that the example teacher answers, so that distillation has something
+to gain. The large one is what memory and
 speed are measured on; it is written layer by layer, so that main memory holds one layer at a time.
 """
 
@@ -32,13 +33,15 @@ from teachers import example_teacher
 from teachers.gguf_file import Field, TeacherFileError, read_gguf, tokenizer_fields
 from teachers.tokenizer_json import TokenizerConversionError, build_tokenizer, write_tokenizer_folder
 from teachers.tokenizer_metadata import read_metadata
-from tools.teacher_tokenizer import SPECIAL_TOKENS, dialogue_text
-from tools.teacher_training import IGNORED, Settings, learning_rate, make_optimizer, pad_batch, training_turns
+from tools.example_domain import make_example
+from tools.teacher_tokenizer import SPECIAL_TOKENS, Turn, dialogue_text
+from tools.teacher_training import IGNORED, Settings, learning_rate, make_optimizer, pad_batch
 
 Kind = Literal["llama", "phi3", "qwen2", "qwen3"]
 Rope = Literal["default", "longrope"]
 
-SMALL_WIDTH, SMALL_LAYERS, STEPS = 192, 4, 200
+SMALL_WIDTH, SMALL_LAYERS, STEPS = 192, 4, 400
+KNOWN = ("purchase", "mixing", "access")  # families of tools.example_domain
 CONTEXT, ORIGINAL_CONTEXT = 1024, 512  # tokens; the second only with longrope
 LONGEST = 256  # tokens of a row in training
 SETTINGS = Settings(tokens_per_step=1024, learning_rate=2e-3, warmup_steps=20)
@@ -225,9 +228,20 @@ def _documents(fields: Mapping[str, Field], text: Path | None, seed: int) -> Ite
 def _dialogues(tokenizer: Tokenizer, seed: int) -> Iterator[list[int]]:
     rng = random.Random(seed)
     while True:
-        texts = [dialogue_text(training_turns(rng)) for _ in range(POOL)]
+        texts = [dialogue_text(_turns(rng)) for _ in range(POOL)]
         for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
             yield encoding.ids[:LONGEST]
+
+
+def _turns(rng: random.Random) -> list[Turn]:
+    """The turns of one dialogue, one or two, all of families that the base is to know."""
+    turns: list[Turn] = []
+    for _ in range(rng.choice((1, 1, 1, 2))):
+        drawn = make_example(rng, held_out=False)
+        while drawn.family not in KNOWN:
+            drawn = make_example(rng, held_out=False)
+        turns.append((drawn.prompt, drawn.answer))
+    return turns
 
 
 def _shuffled(rows: list[list[int]], seed: int) -> Iterator[list[int]]:
