@@ -320,8 +320,13 @@ def test_snapshots_count_where_main_memory_is_all_there_is() -> None:
     on_gpu, on_cpu = phi(snapshots=2), phi(snapshots=2, on_cpu=True)
     assert on_gpu.snapshots > 0
     assert on_cpu.total >= on_gpu.total + on_gpu.snapshots
-    assert [name for name, _ in memory_rows(on_gpu)][-2:] == ["together", "guard's snapshots (main memory)"]
-    assert [name for name, _ in memory_rows(on_cpu)][-1] == "together"
+    merging = "merging, at the end (main memory)"
+    last = ["together", "guard's snapshots (main memory)", merging]
+    assert [name for name, _ in memory_rows(on_gpu)][-3:] == last
+    assert [name for name, _ in memory_rows(on_cpu)][-2:] == ["together", merging]
+    # A float32 model; on a CPU the base in NF4 is in main memory too.
+    assert on_gpu.at_the_end == 4 * on_gpu.base_numbers
+    assert on_cpu.at_the_end == 4 * on_cpu.base_numbers + on_cpu.base
     assert dict(memory_rows(on_gpu))["base weights"] == "2.26 GB"
     assert "guard's snapshots (main memory)" not in dict(memory_rows(phi()))
 
