@@ -85,12 +85,8 @@ def open_base(
         settings = AutoConfig.from_pretrained(path, local_files_only=True)
     except TeacherFileError as error:
         raise UserError(f"{what}: {error}") from None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ) as error:  # settings that transformers cannot make sense of
+    # Settings that transformers cannot make sense of.
+    except (OSError, ValueError, KeyError, TypeError) as error:
         words = " ".join(str(error).split())[:200]
         raise UserError(f"{what} {path}: config.json cannot be used: {words}") from None
     if "quantization_config" in folder.config:

@@ -27,7 +27,7 @@ from students.adapter_base import (
     logical_numbers,
 )
 from students.gated_projection import TURNS, StartingGate, add_gate, turn
-from students.heads import DEFAULT_THRESHOLDS, DEFAULT_TRUST, Heads, SafetyHead, VerificationHead
+from students.heads import DEFAULT_THRESHOLDS, DEFAULT_TRUST, SafetyHead, VerificationHead
 from students.model import SO8TOutput
 from students.student import Student
 
@@ -132,16 +132,6 @@ class AdaptedStudent(Student):
         """The rotations as the parameters stand now, ``[L, 2, N, 8, 8]``: R_safe (0) and R_cmd (1)."""
         return so8.rotation(torch.stack([torch.stack((gate.safety, gate.command)) for gate in self.gates()]))
 
-    def heads(self) -> Heads:
-        """The safety and the verification head, as far as this student has them, with their thresholds."""
-        refuse, allow = self.config.decision_thresholds
-        return Heads(
-            self.safety_head if self.config.safety_head else None,
-            self.verification_head if self.config.verification_head else None,
-            (refuse, allow),
-            self.config.trust,
-        )
-
     def layers(self) -> nn.ModuleList:
         """The base's layers, in order."""
         layers: nn.ModuleList = self.base.model.layers
@@ -158,28 +148,6 @@ class AdaptedStudent(Student):
         for number, gate in enumerate(self.gates()):
             weights[f"model.layers.{number}.self_attn.gate.start"] = gate.start
         return weights
-
-    @torch.no_grad()
-    def set_own_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """The inverse of ``own_weights``; nothing is set where something does not fit.
-
-        Raises:
-            KeyError: the names are others.
-            ValueError: a shape is another (of another rank, or another base).
-        """
-        own = self.own_weights()
-        if own.keys() != weights.keys():
-            missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-            raise KeyError(
-                f"{len(missing)} weights are missing, {len(extra)} unknown, first {[*missing, *extra][0]}"
-            )
-        for name, tensor in own.items():
-            if tensor.shape != weights[name].shape:
-                raise ValueError(
-                    f"{name} is {list(weights[name].shape)}, this student has {list(tensor.shape)}"
-                )
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
 
     def parameters_by_kind(self) -> dict[str, dict[str, nn.Parameter]]:
         """Every parameter by its kind (``KINDS``, those that there are), then by its name in ``own_weights``."""

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from students import so8
 from students.config import SO8TConfig
-from students.heads import Heads, SafetyHead, VerificationHead
+from students.heads import SafetyHead, VerificationHead
 from students.student import Student
 
 SHORT_ON_CPU = (
@@ -286,16 +286,6 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin, Student):
     def rotations(self) -> Tensor:
         """The rotations as the parameters stand now, ``[L, 2, N, 8, 8]``: R_safe (0) and R_cmd (1)."""
         return torch.stack([gate() for gate in self.gates()])
-
-    def heads(self) -> Heads:
-        """The safety and the verification head, as far as this student has them, with their thresholds."""
-        refuse, allow = self.config.decision_thresholds
-        return Heads(
-            self.safety_head if self.config.safety_head else None,
-            self.verification_head if self.config.verification_head else None,
-            (refuse, allow),
-            self.config.trust,
-        )
 
     def gates(self) -> list[SO8Gate]:
         """The gate of every layer, in order."""

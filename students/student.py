@@ -77,10 +77,6 @@ class Student(nn.Module, ABC):
         """The rotations as the parameters stand now, ``[L, 2, N, 8, 8]``: R_safe (0) and R_cmd (1)."""
 
     @abstractmethod
-    def heads(self) -> Heads:
-        """The safety and the verification head, as far as this student has them, with their thresholds."""
-
-    @abstractmethod
     def layers(self) -> nn.ModuleList:
         """The decoder's layers, in order."""
 
@@ -92,6 +88,16 @@ class Student(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where it computes."""
         return next(self.parameters()).device
+
+    def heads(self) -> Heads:
+        """The safety and the verification head, as far as this student has them, with their thresholds."""
+        refuse, allow = self.config.decision_thresholds
+        return Heads(
+            self.safety_head if self.config.safety_head else None,
+            self.verification_head if self.config.verification_head else None,
+            (refuse, allow),
+            self.config.trust,
+        )
 
     def parameter_count(self) -> int:
         """Numbers that it is made of, those of gates and heads among them; tied matrices count once."""

@@ -23,7 +23,6 @@ from distill.schedule import build_optimizer, build_schedule
 from distill.training_module import TrainingModule, choose_precision
 from students import so8
 from students.adapter import AdapterFacts
-from students.heads import DEFAULT_THRESHOLDS, DEFAULT_TRUST, Heads
 from students.model import SHORT_ON_CPU, SO8Gate, SO8TOutput
 from students.student import Student
 from teachers.huggingface_folder import load_model
@@ -91,11 +90,6 @@ class WholeBase(Student):
     def rotations(self) -> Tensor:
         """The identity, ``[1, 1, 1, 8, 8]``."""
         return self.rotation
-
-    def heads(self) -> Heads:
-        """None."""
-        refuse, allow = DEFAULT_THRESHOLDS
-        return Heads(None, None, (refuse, allow), DEFAULT_TRUST)
 
     def layers(self) -> nn.ModuleList:
         """The base's layers, in order."""
