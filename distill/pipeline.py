@@ -28,7 +28,7 @@ from distill.config import RunConfig
 from distill.console import Console, human_bytes, human_count
 from distill.engine import TrainingData, TrainingSummary, require_trainable, train
 from distill.errors import TrainingAborted, UserError
-from distill.evaluate import (
+from distill.evaluation.scores import (
     Evaluation,
     Scorer,
     evaluate,
@@ -47,7 +47,7 @@ from distill.objective import build_objective
 from distill.on_policy import OwnWords
 from distill.probe_gradients import probe_gradients
 from distill.prove import Proof
-from distill.report_html import write_run_report
+from distill.reports.html import write_run_report
 from distill.results import Outcome, build_results, print_table
 from distill.run_folder import HeldOut, RunFolder, choose_folder
 from distill.safety_data import SafetyData, labelled_prompts, read_safety_prompts, safety_data

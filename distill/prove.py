@@ -9,7 +9,7 @@ from typing import Any
 
 from distill import losses
 from distill.errors import ProofFailed
-from distill.evaluate import Scorer, llama_scorer, student_scorer
+from distill.evaluation.scores import Scorer, llama_scorer, student_scorer
 from students.student import Student
 from teachers.base import Tokens
 from teachers.gguf_file import TeacherFileError

@@ -19,7 +19,7 @@ from distill.config import RunConfig
 from distill.console import Console, human_bytes, human_count
 from distill.engine import TrainingSummary
 from distill.errors import UserError
-from distill.evaluate import STORED_TARGETS, Evaluation, perplexity
+from distill.evaluation.scores import STORED_TARGETS, Evaluation, perplexity
 from distill.prove import Proof
 from distill.run_folder import RunFolder
 from students.adapter import AdaptedStudent

@@ -17,8 +17,8 @@ from rich.console import Console as RichConsole
 from safetensors.torch import save_file
 
 from distill.config import load_config
-from distill.report import read_report
-from distill.report_text import print_report
+from distill.reports.report import read_report
+from distill.reports.text import print_report
 
 HOSTILE = "</script><script>alert(1)</script>{{ 7*7 }}<img src=x onerror=alert(2)> [red]\x1b[31m"
 MAX_BYTES = 6_000_000

@@ -15,14 +15,14 @@ import plotly.graph_objects as go
 import pytest
 from rich.console import Console as RichConsole
 
-import distill.report_html
+import distill.reports.html
 from distill.cli import main
 from distill.console import Console
 from distill.errors import UserError
-from distill.report import CURVE_POINTS, compare, read_report, thinned, wilson
-from distill.report_charts import charts, comparison_charts
-from distill.report_html import page, write_page, write_run_report
-from distill.report_text import print_report
+from distill.reports.charts import charts, comparison_charts
+from distill.reports.html import page, write_page, write_run_report
+from distill.reports.report import CURVE_POINTS, compare, read_report, thinned, wilson
+from distill.reports.text import print_report
 from distill.run_folder import RunFolder
 from teachers.store import exclusive
 from tests.report_run import (
@@ -88,7 +88,7 @@ def test_running_crashed_and_cut_off(tmp_path: Path) -> None:
     assert "last line was cut off" in said(path) and "continues from the checkpoint of step 40" in said(path)
     assert report.teacher.name == "example" and report.student.size == "64x2"
     assert "Held-out scores" in printed(path) and page(report)
-    code = "import sys, pathlib, distill.report as r; print(r.read_report(pathlib.Path(sys.argv[1])).state)"
+    code = "import sys, pathlib, distill.reports.report as r; print(r.read_report(pathlib.Path(sys.argv[1])).state)"
     with exclusive(path):
         seen = subprocess.run(
             [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
@@ -297,7 +297,7 @@ def test_a_report_that_cannot_be_written_spoils_nothing(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(distill.report_html, "write_whole", full)
+    monkeypatch.setattr(distill.reports.html, "write_whole", full)
     write_run_report(RunFolder(run), Console())
     words = " ".join(capsys.readouterr().out.split())
     assert "could not be written" in words and "No space left" in words

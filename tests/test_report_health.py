@@ -14,12 +14,12 @@ import pytest
 from rich.console import Console as RichConsole
 
 from distill.errors import UserError
-from distill.report import compare, read_report
-from distill.report_charts import charts, comparison_charts
-from distill.report_html import page, write_page
-from distill.report_metrics import LOSS_PARTS, Metrics, read_metrics, step_of
-from distill.report_telling import Content
-from distill.report_text import print_report
+from distill.reports.charts import charts, comparison_charts
+from distill.reports.html import page, write_page
+from distill.reports.metrics import LOSS_PARTS, Metrics, read_metrics, step_of
+from distill.reports.report import compare, read_report
+from distill.reports.telling import Content
+from distill.reports.text import print_report
 from tests.report_run import (
     HOSTILE,
     MAX_BYTES,
@@ -266,7 +266,7 @@ def test_large_students_are_looked_at_in_some_layers(tmp_path: Path, monkeypatch
     """By the Gram matrix, and it is said which part was left out."""
     path = make_run(tmp_path / "run", lines=guarded_lines())
     add_student(path, layers=12, width=32)
-    monkeypatch.setattr("distill.report_final_weights.LARGE", 1000)
+    monkeypatch.setattr("distill.reports.final_weights.LARGE", 1000)
     final = read_report(path).final_weights
     assert final is not None and final.report is not None
     assert {one.place.layer for one in final.report.tensors} == {None, 0, 2, 3, 5, 6, 8, 9, 11}

@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 
 from distill.cli import main
 from distill.console import Console
-from distill.report_html import page, write_page
-from distill.report_layers import Place, places_of
-from distill.report_telling import Content, tell
-from distill.report_text import print_report, read_content
-from distill.report_weight_comparison import WeightsComparison
-from distill.report_weights import WeightsReport
+from distill.reports.html import page, write_page
+from distill.reports.layers import Place, places_of
+from distill.reports.telling import Content, tell
+from distill.reports.text import print_report, read_content
+from distill.reports.weight_comparison import WeightsComparison
+from distill.reports.weights import WeightsReport
 from teachers import example_teacher
 from tests.report_run import (
     HOSTILE,
@@ -197,7 +197,7 @@ def test_progress_is_shown_where_it_takes_long(
     path = write_safetensors(tmp_path / "w.safetensors", weights_of_a_student(1, 32))
     read_content([path], Console())
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr("distill.report_weights.WORTH_SHOWING", 1.0)
+    monkeypatch.setattr("distill.reports.weights.WORTH_SHOWING", 1.0)
     read_content([path, path], Console())
     words = capsys.readouterr().out
     assert words.count("Weigh") == 2 and "Compare" in words and "10 tensors" in words

@@ -20,7 +20,7 @@ from distill.config import RunConfig, load_config
 from distill.console import Console
 from distill.engine import train
 from distill.errors import UserError
-from distill.evaluate import STORED_TARGETS, evaluate, evaluate_stored, llama_scorer, student_scorer
+from distill.evaluation.scores import STORED_TARGETS, evaluate, evaluate_stored, llama_scorer, student_scorer
 from distill.exporting import export_run
 from distill.pipeline import Places, run, train_from_store
 from distill.run_folder import RunFolder

@@ -11,14 +11,14 @@ from rich.table import Table as RichTable
 
 from distill.console import Console
 from distill.errors import UserError
-from distill.report import compare, read_report
-from distill.report_html import write_page
-from distill.report_parts import Section, Table
-from distill.report_telling import Content, tell
-from distill.report_verdict import Fact
-from distill.report_weight_comparison import compare_weights
-from distill.report_weight_files import holds_weights
-from distill.report_weights import read_weights
+from distill.reports.html import write_page
+from distill.reports.parts import Section, Table
+from distill.reports.report import compare, read_report
+from distill.reports.telling import Content, tell
+from distill.reports.verdict import Fact
+from distill.reports.weight_comparison import compare_weights
+from distill.reports.weight_files import holds_weights
+from distill.reports.weights import read_weights
 
 ROOMY = 140  # columns of a terminal that is wide enough for every table
 SIGNS = {"good": "[green]✓[/]", "plain": "[dim]·[/]", "warning": "[yellow]![/]"}

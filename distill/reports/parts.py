@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from distill.report_verdict import number
+from distill.reports.verdict import number
 
 MISSING = "–"
 

@@ -16,8 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 from distill.checkpoint import latest_checkpoint
 from distill.errors import UserError
 from distill.prove import Proof
-from distill.report_metrics import GuardEvent, HeldOutPoint, Line, Metrics, read_metrics, step_of
-from distill.report_weight_files import WEIGHTS
+from distill.reports.metrics import GuardEvent, HeldOutPoint, Line, Metrics, read_metrics, step_of
+from distill.reports.weight_files import WEIGHTS
 from distill.run_folder import RunFolder
 from distill.safety_metrics import SafetyScore
 from distill.verification import VerificationScore

@@ -9,8 +9,8 @@ from statistics import fmean, median, stdev
 from typing import Literal
 
 from distill.console import human_count
-from distill.report_metrics import best_point, step_of
-from distill.report_records import Records, Results, SafetyPart, VerificationPart
+from distill.reports.metrics import best_point, step_of
+from distill.reports.records import Records, Results, SafetyPart, VerificationPart
 from distill.safety_metrics import ALLOW_PRECISION, ESCALATE_PRECISION, REFUSE_RECALL
 from distill.verification import CASCADE_GOAL, CascadePoint
 from students.heads import ALLOW, ESCALATE, REFUSE

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distill.report import Comparison, Report
-from distill.report_charts import charts, comparison_charts
-from distill.report_drawing import Chart
-from distill.report_parts import Section
-from distill.report_tables import comparison_sections, sections
-from distill.report_verdict import Fact
-from distill.report_weight_charts import weight_charts, weight_comparison_charts
-from distill.report_weight_comparison import WeightsComparison
-from distill.report_weight_tables import weight_comparison_sections, weight_sections
-from distill.report_weights import WeightsReport
+from distill.reports.charts import charts, comparison_charts
+from distill.reports.drawing import Chart
+from distill.reports.parts import Section
+from distill.reports.report import Comparison, Report
+from distill.reports.tables import comparison_sections, sections
+from distill.reports.verdict import Fact
+from distill.reports.weight_charts import weight_charts, weight_comparison_charts
+from distill.reports.weight_comparison import WeightsComparison
+from distill.reports.weight_tables import weight_comparison_sections, weight_sections
+from distill.reports.weights import WeightsReport
 
 Content = Report | Comparison | WeightsReport | WeightsComparison
 

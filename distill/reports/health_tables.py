@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from distill.report_metrics import Line, names_of
-from distill.report_parts import Section, Table
-from distill.report_verdict import number
+from distill.reports.metrics import Line, names_of
+from distill.reports.parts import Section, Table
+from distill.reports.verdict import number
 
 WORDS = (
     "Figures of every weight, and of the student's answers to a text that stays the same, taken while it learnt. Of "

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from distill.console import Console
 from distill.errors import UserError
-from distill.report_drawing import thin_places
-from distill.report_layers import layers_of, places_of
-from distill.report_records import Records
-from distill.report_verdict import Fact
-from distill.report_weight_files import WEIGHTS, Stored, WeightFile, open_weights, shapes_in
-from distill.report_weights import WeightsReport, weigh_file
+from distill.reports.drawing import thin_places
+from distill.reports.layers import layers_of, places_of
+from distill.reports.records import Records
+from distill.reports.verdict import Fact
+from distill.reports.weight_files import WEIGHTS, Stored, WeightFile, open_weights, shapes_in
+from distill.reports.weights import WeightsReport, weigh_file
 from distill.run_folder import RunFolder
 from stability.weights import EXACT_SIDE
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from distill import report_drawing as draw
-from distill.report_layers import Place, kinds_of, layers_of, places_of
-from distill.report_metrics import Line, names_of, step_of
-from distill.report_weight_charts import ratio_range
+from distill.reports import drawing as draw
+from distill.reports.layers import Place, kinds_of, layers_of, places_of
+from distill.reports.metrics import Line, names_of, step_of
+from distill.reports.weight_charts import ratio_range
 
 WEIGHT_CELLS, PROBE_CELLS = 45_000, 18_000  # of all heat maps together: a page has room for so many
 FEWEST_COLUMNS, WEIGHT_COLUMNS, PROBE_COLUMNS = 8, 30, 120

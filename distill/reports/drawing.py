@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distill.report_metrics import Line, step_of
+from distill.reports.metrics import Line, step_of
 
 COLOURS = ("@blue", "@orange", "@green", "@purple", "@sky", "@red", "@yellow", "@grey")
 STEPS = {"title": {"text": "step"}, "rangemode": "tozero"}

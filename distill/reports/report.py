@@ -9,19 +9,19 @@ from typing import Any
 
 from distill.config import load_config
 from distill.console import Console
-from distill.report_drawing import Curve
-from distill.report_final_weights import FinalWeights, final_facts, final_weights, full_ranks
-from distill.report_guard import guard_facts, health_facts
-from distill.report_metrics import LOSS_PARTS, GuardEvent, HeldOutPoint, Line, best_point, step_of
-from distill.report_records import (
+from distill.reports.drawing import Curve
+from distill.reports.final_weights import FinalWeights, final_facts, final_weights, full_ranks
+from distill.reports.guard import guard_facts, health_facts
+from distill.reports.metrics import LOSS_PARTS, GuardEvent, HeldOutPoint, Line, best_point, step_of
+from distill.reports.records import (
     Records,
     Results,
     StudentPart,
     TeacherPart,
     read_records,
 )
-from distill.report_verdict import Fact, max_grad_norm, verdict
-from distill.report_weights import without_infinities
+from distill.reports.verdict import Fact, max_grad_norm, verdict
+from distill.reports.weights import without_infinities
 from distill.safety_metrics import SafetyScore
 
 CURVE_POINTS = 800  # of one curve at most; a longer one keeps the extremes of each stretch
@@ -55,7 +55,7 @@ class Report:
 
     ``state``: finished, running or stopped. ``curves``: training, by name; ``steps_logged``: how many steps that was.
     ``safety_ratios``: by language, ``all`` first. ``guarded``: a guard watched; ``undone``: logged steps taken back.
-    ``weights`` and ``probe``: figures of the student's inside over steps (``distill.report_metrics``); ``full_ranks``:
+    ``weights`` and ``probe``: figures of the student's inside over steps (``distill.reports.metrics``); ``full_ranks``:
     the smaller side of each matrix by name.
     """
 
@@ -119,7 +119,7 @@ def read_report(path: Path, progress: Console | None = None) -> Report:
     """The report on one run's folder; ``progress`` shows how far it is, where it takes long.
 
     Raises:
-        UserError: see ``distill.report_records.read_records``.
+        UserError: see ``distill.reports.records.read_records``.
     """
     return build_report(read_records(path), progress)
 

@@ -21,8 +21,8 @@ from markupsafe import Markup
 from distill import __version__
 from distill.console import Console
 from distill.errors import UserError
-from distill.report import read_report
-from distill.report_telling import Content, tell
+from distill.reports.report import read_report
+from distill.reports.telling import Content, tell
 from distill.run_folder import RunFolder
 from teachers.store import write_whole
 
@@ -96,7 +96,7 @@ def _plotly() -> str:
 
 
 def _source(name: str) -> str:
-    return (resources.files("distill") / name).read_text(encoding="utf-8").replace("\r\n", "\n")
+    return (resources.files("distill.reports") / name).read_text(encoding="utf-8").replace("\r\n", "\n")
 
 
 @cache

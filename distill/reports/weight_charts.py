@@ -8,11 +8,11 @@ from html import escape
 from statistics import median
 from typing import Any
 
-from distill import report_drawing as draw
-from distill.report_layers import kinds_of, layers_of
-from distill.report_verdict import number
-from distill.report_weight_comparison import WeightsComparison
-from distill.report_weights import Weighed, WeightsReport
+from distill.reports import drawing as draw
+from distill.reports.layers import kinds_of, layers_of
+from distill.reports.verdict import number
+from distill.reports.weight_comparison import WeightsComparison
+from distill.reports.weights import Weighed, WeightsReport
 
 MOST_LINES = 600  # spectra on one page
 MANY_LINES = 200  # from which on each has half the points

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distill.report_layers import kinds_of
-from distill.report_parts import MISSING, Section, Table, figure, share
-from distill.report_verdict import number
-from distill.report_weight_comparison import WeightsComparison
-from distill.report_weights import Weighed, WeightsReport, summary_words
+from distill.reports.layers import kinds_of
+from distill.reports.parts import MISSING, Section, Table, figure, share
+from distill.reports.verdict import number
+from distill.reports.weight_comparison import WeightsComparison
+from distill.reports.weights import Weighed, WeightsReport, summary_words
 from stability.weights import GRAM
 
 FEW = 40  # tensors that are listed in the order they lie in

@@ -9,9 +9,9 @@ from typing import Any
 
 from distill.console import Console
 from distill.errors import UserError
-from distill.report_verdict import Fact, number
-from distill.report_weight_files import GGUF, Stored, WeightFile, open_weights
-from distill.report_weights import (
+from distill.reports.verdict import Fact, number
+from distill.reports.weight_files import GGUF, Stored, WeightFile, open_weights
+from distill.reports.weights import (
     NAMED,
     Weighed,
     WeightsReport,

@@ -8,12 +8,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from distill.console import human_bytes, human_count
-from distill.evaluate import STORED_TARGETS
-from distill.report import Comparison, Ratio, Report
-from distill.report_guard import counted, guard_sections
-from distill.report_health_tables import health_sections
-from distill.report_parts import MISSING, Section, Table, figure, share
-from distill.report_records import (
+from distill.evaluation.scores import STORED_TARGETS
+from distill.reports.guard import counted, guard_sections
+from distill.reports.health_tables import health_sections
+from distill.reports.parts import MISSING, Section, Table, figure, share
+from distill.reports.records import (
     EvaluationPart,
     ModelScore,
     Results,
@@ -22,9 +21,10 @@ from distill.report_records import (
     TeacherPart,
     VerificationPart,
 )
-from distill.report_verdict import cascade_goal, number
-from distill.report_weight_tables import tensor_tables
-from distill.report_weights import summary_words
+from distill.reports.report import Comparison, Ratio, Report
+from distill.reports.verdict import cascade_goal, number
+from distill.reports.weight_tables import tensor_tables
+from distill.reports.weights import summary_words
 from distill.safety_prompts import BUILT_IN, TEACHER
 from distill.verification import CASCADE_GOAL
 

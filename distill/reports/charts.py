@@ -5,16 +5,16 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from distill import report_drawing as draw
-from distill.report import Comparison, Report
-from distill.report_drawing import Curve
-from distill.report_guard import add_marks
-from distill.report_health_charts import health_charts
-from distill.report_metrics import LOSS_PARTS, HeldOutPoint
-from distill.report_records import VerificationPart
-from distill.report_tables import LANGUAGES
-from distill.report_verdict import ROTATION_ERROR, cascade_goal
-from distill.report_weight_charts import weight_charts
+from distill.reports import drawing as draw
+from distill.reports.drawing import Curve
+from distill.reports.guard import add_marks
+from distill.reports.health_charts import health_charts
+from distill.reports.metrics import LOSS_PARTS, HeldOutPoint
+from distill.reports.records import VerificationPart
+from distill.reports.report import Comparison, Report
+from distill.reports.tables import LANGUAGES
+from distill.reports.verdict import ROTATION_ERROR, cascade_goal
+from distill.reports.weight_charts import weight_charts
 from distill.safety_metrics import SafetyScore
 from distill.verification import CASCADE_GOAL
 from students.heads import DECISIONS

@@ -9,10 +9,10 @@ from html import escape
 from textwrap import wrap
 from typing import Any
 
-from distill import report_drawing as draw
-from distill.report_metrics import ABORT, CLIP, ROLLBACK, GuardEvent, Line, Metrics, names_of
-from distill.report_parts import MISSING, Section, Table, figure
-from distill.report_verdict import Fact, number
+from distill.reports import drawing as draw
+from distill.reports.metrics import ABORT, CLIP, ROLLBACK, GuardEvent, Line, Metrics, names_of
+from distill.reports.parts import MISSING, Section, Table, figure
+from distill.reports.verdict import Fact, number
 
 
 @dataclass(frozen=True)

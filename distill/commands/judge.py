@@ -1,0 +1,34 @@
+"""``judge``: what a student's heads say of a prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+commands = typer.Typer()
+
+
+@commands.command()
+def judge(
+    student: Annotated[
+        Path, typer.Argument(metavar="STUDENT.gguf", help="A student that `distill run` has made.")
+    ],
+    prompt: Annotated[str | None, typer.Argument(help="What to judge.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="JSONL file; its prompt of every line is judged.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt.")] = False,
+) -> None:
+    """ALLOW, ESCALATE or REFUSE, and whether to ask the teacher: from the exported file alone."""
+    from distill.console import Console
+    from distill.errors import UserError
+    from distill.judge import judge_file, judge_one
+
+    if (prompt is None) == (prompts is None):
+        raise UserError("give one prompt to judge, or --prompts FILE.jsonl")
+    if prompts is not None:
+        judge_file(student, prompts, as_json, Console())
+    elif prompt is not None:
+        judge_one(student, prompt, as_json, Console())

@@ -1,0 +1,31 @@
+"""``report``: how a run went, or what weights look like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+commands = typer.Typer()
+
+
+@commands.command()
+def report(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PATH [PATH]",
+            help="Folder of a run, finished or not; or weights: a checkpoint's folder, a .safetensors or .gguf file. "
+            "Two of a kind are compared.",
+        ),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="HTML file to write, which opens without a network.")
+    ] = None,
+) -> None:
+    """Say how a run went, from its own records, or what a model's weights look like; or compare two."""
+    from distill.reports.text import report_paths
+
+    report_paths(paths, as_json, output)

@@ -1,0 +1,215 @@
+"""``run``, ``capture``, ``train`` and ``plan``: from a teacher to a student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distill.commands.options import (
+    ConfigFile,
+    Data,
+    Epochs,
+    Init,
+    LoadIn4bit,
+    LoraRank,
+    Out,
+    Preset,
+    SafetyLabels,
+    Samples,
+    Seed,
+    Settings,
+    Store,
+    StudentBase,
+    StudentQuant,
+    StudentSize,
+    Targets,
+    Teacher,
+)
+
+if TYPE_CHECKING:
+    from distill.console import Console
+
+commands = typer.Typer()
+
+
+@commands.command()
+def run(
+    teacher: Teacher = None,
+    student_size: StudentSize = None,
+    student_base: StudentBase = None,
+    lora_r: LoraRank = None,
+    load_in_4bit: LoadIn4bit = False,
+    data: Data = None,
+    out: Out = None,
+    samples: Samples = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    targets: Targets = None,
+    quant: StudentQuant = None,
+    safety_labels: SafetyLabels = None,
+    store: Store = None,
+    init: Init = None,
+    preset: Preset = "recommended",
+    config: ConfigFile = None,
+    set_: Settings = None,
+) -> None:
+    """Teacher in, proved student out: capture, train, export, prove, evaluate."""
+    from distill.config import load_config
+    from distill.pipeline import Places
+    from distill.pipeline import run as run_pipeline
+
+    overrides = _what_to_capture(teacher, data, samples, targets, seed) | {
+        "student.size": student_size,
+        **_base(student_base, lora_r, load_in_4bit, config),
+        "train.epochs": epochs,
+        "export.quant": quant,
+        "safety.labels": safety_labels,
+        "student.init": init,
+    }
+    run_pipeline(load_config(config, overrides, set_ or [], preset), Places(out, store), _console())
+
+
+@commands.command()
+def capture(
+    teacher: Teacher = None,
+    data: Data = None,
+    samples: Samples = None,
+    targets: Targets = None,
+    store: Store = None,
+    seed: Seed = None,
+    safety_labels: SafetyLabels = None,
+    config: ConfigFile = None,
+    set_: Settings = None,
+) -> None:
+    """Only the teacher's part: fill a store of soft targets, or continue one.
+
+    Under torchrun or accelerate launch each process captures its own shards of the same store.
+    """
+    from distill.capturing import capture_only
+    from distill.config import load_config
+    from distill.console import Console
+
+    overrides = _what_to_capture(teacher, data, samples, targets, seed) | {"safety.labels": safety_labels}
+    capture_only(load_config(config, overrides, set_ or []), store, Console())
+
+
+@commands.command()
+def train(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="Folder that `distill capture` has filled.")],
+    student_size: StudentSize = None,
+    student_base: StudentBase = None,
+    lora_r: LoraRank = None,
+    load_in_4bit: LoadIn4bit = False,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            help="The store's own teacher, for the student to begin at its weights. Default: not here."
+        ),
+    ] = None,
+    out: Out = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    quant: StudentQuant = None,
+    safety_labels: SafetyLabels = None,
+    init: Init = None,
+    preset: Preset = "recommended",
+    config: ConfigFile = None,
+    set_: Settings = None,
+) -> None:
+    """Only the student's part: from a store to a proved student, with no teacher on this machine."""
+    from distill.config import load_config
+    from distill.pipeline import train_from_store
+
+    overrides = {
+        "store": str(store),
+        "student.size": student_size,
+        **_base(student_base, lora_r, load_in_4bit, config),
+        "train.epochs": epochs,
+        "seed": seed,
+        "export.quant": quant,
+        "safety.labels": safety_labels,
+        "student.init": init,
+        "teacher.path": str(teacher) if teacher else None,
+    }
+    train_from_store(load_config(config, overrides, set_ or [], preset), out, _console())
+
+
+@commands.command()
+def plan(
+    teacher: Teacher = None,
+    student_size: StudentSize = None,
+    student_base: StudentBase = None,
+    lora_r: LoraRank = None,
+    load_in_4bit: LoadIn4bit = False,
+    data: Data = None,
+    samples: Samples = None,
+    epochs: Epochs = None,
+    targets: Targets = None,
+    seed: Seed = None,
+    init: Init = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Memory that training is to fit into, such as 12GiB; says what would help."),
+    ] = None,
+    preset: Preset = "recommended",
+    config: ConfigFile = None,
+    set_: Settings = None,
+) -> None:
+    """Say before a run what it will take: tokens, disk, time and memory, from a short measured probe."""
+    from distill.adapter_memory import parse_memory
+    from distill.config import load_config
+    from distill.console import Console
+    from distill.errors import UserError
+    from distill.plan import plan_run
+
+    overrides = _what_to_capture(teacher, data, samples, targets, seed) | {
+        "student.size": student_size,
+        **_base(student_base, lora_r, load_in_4bit, config),
+        "student.init": init,
+        "train.epochs": epochs,
+    }
+    try:
+        limit = None if memory is None else parse_memory(memory)
+    except ValueError as error:
+        raise UserError(f"--memory {error}") from None
+    plan_run(load_config(config, overrides, set_ or [], preset), Console(), limit)
+
+
+def _console() -> Console:
+    """Where a command prints; in a launch of several processes the first one speaks."""
+    from distill.console import Console
+    from distill.launch import launched_share
+
+    return Console(quiet=launched_share().rank > 0)
+
+
+def _base(
+    folder: Path | None, rank: int | None, load_in_4bit: bool, config: Path | None
+) -> dict[str, object]:
+    """The flags of a student made of a base, as settings; without a file of settings it must be named here."""
+    if folder is None and config is None and (rank is not None or load_in_4bit):
+        from distill.errors import UserError
+
+        raise UserError(
+            "--lora-r and --load-in-4bit are for a student made of a base; name one with --student-base"
+        )
+    return {
+        "student.base": str(folder) if folder else None,
+        "student.lora_rank": rank,
+        "student.load_in_4bit": load_in_4bit or None,
+    }
+
+
+def _what_to_capture(
+    teacher: Path | None, data: Path | None, samples: int | None, targets: str | None, seed: int | None
+) -> dict[str, object]:
+    """The flags that decide the soft targets, as settings."""
+    return {
+        "teacher.path": str(teacher) if teacher else None,
+        "data.path": str(data) if data else None,
+        "data.samples": samples,
+        "targets.kind": targets,
+        "seed": seed,
+    }

@@ -1,0 +1,1 @@
+"""Students against their teacher: what is measured, and how it is shown."""
