@@ -18,7 +18,7 @@ from distill.launch import launched_share
 from distill.run_folder import RUNS
 from distill.safety_data import labelled_prompts, read_safety_prompts
 from distill.teacher_source import find_gguf, open_teacher, teacher_stem
-from teachers.base import Teacher
+from teachers.base import Teacher, TeacherInfo
 from teachers.capture import WHOLE, CaptureError, Share, capture, require_linear_output
 from teachers.embeddings import stored_columns
 from teachers.ensemble import EnsembleError
@@ -190,11 +190,17 @@ def fill_store(
 
 
 def keep_inheritance(
-    teacher: Teacher, gguf: Path | None, store: SoftTargetStore, console: Console, share: Share = WHOLE
+    teacher: Teacher,
+    gguf: Path | None,
+    store: SoftTargetStore,
+    console: Console,
+    share: Share = WHOLE,
+    text: str = "",
 ) -> Inheritance:
     """What the store keeps of its teacher beside soft targets; made now where it is missing or damaged.
 
-    ``gguf``: whose tokenizer and embeddings. The lines come from this process's own shards.
+    ``gguf``: whose tokenizer and embeddings. The lines come from this process's own shards. ``text``: what the
+    sequences are, in words.
     """
     found = find_inheritance(store)
     # An older version did not keep the teacher's shape, which the student's follows.
@@ -205,11 +211,18 @@ def keep_inheritance(
     with console.stage("Keep teacher") as stage:
         spans = (range(*store.span(shard)) for shard in range(share.rank, store.manifest.shards, share.world))
         sequences = (store.tokens(index) for span in spans for index in span)
-        made = inherit(teacher, read_gguf(gguf) if gguf else None, sequences)
+        made = inherit(teacher, read_gguf(gguf) if gguf else None, sequences, text)
         write_inheritance(store, made)
         size = human_bytes((store.folder / TEACHER).stat().st_size)
         stage.finish(f"tokenizer and embeddings, {size}" if gguf else "no GGUF file, so no tokenizer is kept")
     return made
+
+
+def text_of(config: RunConfig, info: TeacherInfo) -> str:
+    """What the sequences of a store are, in words: a file's name without its folders, which may be private."""
+    return (
+        f"text written by {info.name}" if config.data.path is None else Path(config.data.path).resolve().name
+    )
 
 
 def _sequences(store: SoftTargetStore, share: Share) -> int:
@@ -234,7 +247,8 @@ def capture_only(config: RunConfig, where: Path | None, console: Console) -> Sof
         with exclusive(store.folder, share.rank):
             fill_store(teacher, corpus, store, console, share)
             if share.rank == 0:
-                keep_inheritance(teacher, find_gguf(config.teacher), store, console, share)
+                text = text_of(config, teacher.info)
+                keep_inheritance(teacher, find_gguf(config.teacher), store, console, share, text)
                 labelled_prompts(config, prompts, teacher, store, console)
         if share.world == 1:
             _print_store(store, recipe, teacher, console)

@@ -21,7 +21,7 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 
 from distill import __version__
-from distill.commands import chat, export, judge, report, run
+from distill.commands import audit, chat, evaluate, export, judge, report, run
 from distill.exit_codes import EXIT_INTERRUPTED, exit_code, one_line
 from distill.interrupts import watch
 
@@ -49,7 +49,7 @@ def _main(
     pass
 
 
-for module in (run, report, export, judge, chat):
+for module in (run, evaluate, report, export, judge, chat, audit):
     app.add_typer(module.commands)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -22,7 +22,7 @@ Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
 LayerNumber = Annotated[int, Field(ge=0)]
-Quant = Literal["f32", "f16", "q8_0"]
+Quant = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_nl"]
 
 
 class Section(BaseModel):
@@ -264,7 +264,7 @@ class TrainConfig(Section):
 
 
 class ExportConfig(Section):
-    """The exported file. ``quant``: f32, f16 or q8_0."""
+    """The exported file. ``quant``: one of llama.cpp's file types (see ``students.file_types``)."""
 
     quant: Quant = "q8_0"
 
@@ -388,13 +388,15 @@ def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[key] = value
 
 
-def parse_quant(quant: str) -> ExportConfig:
-    """Check the name of an export format.
+def parse_quants(text: str) -> tuple[Quant, ...]:
+    """File types with commas between them, each once, in their order; ``all`` for every one.
 
     Raises:
-        UserError: there is no such format.
+        UserError: there is no such type.
     """
-    try:
-        return ExportConfig.model_validate({"quant": quant})
-    except ValidationError:
-        raise UserError(f"--quant {quant!r} is not a format; choose f32, f16 or q8_0") from None
+    known = get_args(Quant)
+    names = known if text == "all" else tuple(dict.fromkeys(name.strip() for name in text.lower().split(",")))
+    for name in names:
+        if name not in known:
+            raise UserError(f"--quant {name!r} is not a file type; choose from {', '.join(known)}, or all")
+    return cast(tuple[Quant, ...], names)

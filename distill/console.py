@@ -54,10 +54,11 @@ class Stage:
 
 
 class Console:
-    """Prints to the terminal (or plain lines to a file). ``quiet``: not at all, in all processes but the first."""
+    """Prints to the terminal (or plain lines to a file). ``quiet``: not at all, in all processes but the first.
+    ``stderr``: to standard error, where standard output is for other programs."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.rich = RichConsole(highlight=False, quiet=quiet)
+    def __init__(self, *, quiet: bool = False, stderr: bool = False) -> None:
+        self.rich = RichConsole(highlight=False, quiet=quiet, stderr=stderr)
         self.seconds: dict[str, float] = {}
 
     @contextmanager

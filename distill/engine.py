@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
+from distill.audit import record_checkpoint, record_guard, record_resumed
 from distill.batches import MicroBatch, Split, epoch_order, load_batch, micro_batches
 from distill.checkpoint import (
     TrainingState,
@@ -134,8 +135,19 @@ class Loop:
     def refuse(self, path: Path, reason: str, step: int) -> None:
         """Log that a checkpoint could not be used."""
         words = f"checkpoint {path.name} is damaged ({reason}): it was put aside, and the one before was used"
-        self.metrics.write("event", step, event_line(Event(step, "checkpoint_refused", "checkpoint", words)))
+        event = event_line(Event(step, "checkpoint_refused", "checkpoint", words))
+        self.metrics.write("event", step, event)
+        if self.accelerator.is_main_process:
+            record_guard(self.folder, step, {**event, "checkpoint": path.name})
         self.tell(words)
+
+    def save(self, state: TrainingState, *, finished: bool = False) -> None:
+        """Save a checkpoint, and write down which."""
+        state.lines_logged = self.metrics.lines
+        key = self.data.store.manifest.key
+        path = save_checkpoint(self.folder / "checkpoints", state, key, finished=finished)
+        if self.accelerator.is_main_process:
+            record_checkpoint(self.folder, path, state.step)
 
 
 def train(
@@ -181,6 +193,8 @@ def train(
             _fast_products(data, accelerator),
         ):
             loop = Loop(accelerator, model, data, config, plan, own_words, folder, metrics, tell)
+            if newest is not None and accelerator.is_main_process:
+                record_resumed(folder, newest, state.step)
             for path, reason in refused:
                 loop.refuse(path, reason, state.step)
             try:
@@ -221,10 +235,11 @@ def require_trainable(config: TrainConfig, processes: int) -> None:
 
 def _run(loop: Loop, state: TrainingState, clock: Clock, report: Report) -> None:
     """The loop itself: evaluate, save, stop, step, log."""
-    config, plan, checkpoints = loop.config, loop.plan, loop.folder / "checkpoints"
+    config, plan = loop.config, loop.plan
     evaluate_at = evaluation_steps(len(plan), config.evaluations)
     if state.guard is not None:
-        write_events(state.guard, plan, loop.metrics, loop.tell)
+        audited = loop.folder if loop.accelerator.is_main_process else None
+        write_events(state.guard, plan, loop.metrics, audited, loop.tell)
         state.guard.on_probe = lambda step, reading: loop.record("probe", step, reading.flat())
     while True:
         if state.step in evaluate_at and state.step not in state.scores:
@@ -233,9 +248,8 @@ def _run(loop: Loop, state: TrainingState, clock: Clock, report: Report) -> None
                 loop.record("weights", state.step, state.guard.monitor.weigh(full_tensor))
         finished = state.step == len(plan) or is_exhausted(state.scores, config.patience)
         if (finished and clock.trained_since_save(state.step)) or clock.save_is_due(loop.accelerator):
-            state.lines_logged = loop.metrics.lines
             with clock.saving(state.step):
-                save_checkpoint(checkpoints, state, loop.data.store.manifest.key, finished=finished)
+                loop.save(state, finished=finished)
         if finished:
             _require_trained(state)
             break
@@ -243,8 +257,7 @@ def _run(loop: Loop, state: TrainingState, clock: Clock, report: Report) -> None
         try:
             values = _step(loop, state)
         except GaveUp as error:
-            state.lines_logged = loop.metrics.lines
-            save_checkpoint(checkpoints, state, loop.data.store.manifest.key)  # the last good state
+            loop.save(state)  # the last good state
             raise TrainingAborted(f"{error}; see the report, and try a lower train.learning_rate") from None
         if values is not None:
             loop.record("train", state.step, values)

@@ -1,29 +1,72 @@
-"""Write a GGUF file, prove it, and only then give it its name."""
+"""Write a student as GGUF files, prove each, and only then give it its name."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from distill.config import Quant
-from distill.errors import UserError
-from distill.prove import Proof, prove
-from distill.run_folder import HeldOut, RunFolder
-from distill.saved_student import load_student
+from distill.errors import ProofFailed
+from distill.prove import Proof, prove, prove_quantized
+from distill.run_folder import HeldOut
 from students.adapter import AdaptedStudent
 from students.adapter_merge import merge
 from students.base_export import write_base_gguf
 from students.export import ExportNames, MetadataEntry, rotation_figures, write_gguf
+from students.file_types import FILE_TYPES
 from students.heads import head_values
 from students.model import SO8TForCausalLM
+from students.quantize import quantize_gguf
 from students.student import Student
-from teachers.gguf_file import Field, GGUFFile, read_gguf, tokenizer_fields
+from teachers.gguf_file import Field, GGUFFile, tokenizer_fields
+from teachers.gguf_teacher import GGUFTeacher
 
 ORIGIN = ("teacher_name", "teacher_sha256", "base_name", "base_sha256")
+IMPORTANCE_WORDS = "training text of the run"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is to be exported: the student, the teacher's tokenizer metadata, what the files say of themselves.
+
+    ``merged``: a student made of a base, merged already. ``importance``: mean squares by matrix for the quantizer
+    (``students.importance``), if there are any.
+    """
+
+    student: Student
+    tokenizer: Mapping[str, MetadataEntry]
+    names: ExportNames
+    held_out: HeldOut
+    merged: PreTrainedModel | None = None
+    importance: Mapping[str, NDArray[np.float32]] | None = None
+
+
+@dataclass(frozen=True)
+class Proofs:
+    """``original``: of the F32 file, against PyTorch; ``files``: of what was asked for, by type; ``failed``: why a type
+    was not written, in words."""
+
+    original: Proof
+    files: dict[Quant, Proof]
+    failed: dict[Quant, str]
+
+    def need(self, quant: Quant) -> Proof:
+        """The proof of a file.
+
+        Raises:
+            ProofFailed: it failed.
+        """
+        if quant in self.failed:
+            raise ProofFailed(self.failed[quant])
+        return self.files[quant]
 
 
 def tokenizer_entries(file: GGUFFile) -> dict[str, MetadataEntry]:
@@ -42,59 +85,95 @@ def origin_of(identity: Mapping[str, str]) -> dict[str, str]:
 
 
 def export_proved(
-    student: Student,
-    path: Path,
-    quant: Quant,
-    tokenizer: dict[str, MetadataEntry],
-    names: ExportNames,
-    held_out: HeldOut,
-    merged: PreTrainedModel | None = None,
-) -> Proof:
-    """Export ``student`` to ``path``; a file that is there already is replaced only by a proved one.
+    export: Export,
+    wanted: Mapping[Quant, Path],
+    progress: Callable[[str], None] = lambda what: None,
+) -> Proofs:
+    """Export to every path of ``wanted``; a file that is there already is replaced only by a proved one.
 
-    One made of a base is merged first (``merged``: it has been already), and the proof is against the merged model.
+    The student is written as F32 and compared with PyTorch; llama.cpp's own quantizer makes the other types from that
+    file, and each is compared with it; one that fails is left out. ``progress`` gets what is being done.
 
     Raises:
         ProofFailed: llama.cpp computes something else than PyTorch.
+        ExportError: llama.cpp's quantizer refuses.
         OSError: the disk refuses.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.gguf")
+    first = next(iter(wanted.values()))
+    sequences, lines = export.held_out.sequences, export.held_out.lines
+    failed: dict[Quant, str] = {}
+    proofs: dict[Quant, Proof] = {}
+    with _temporary(first, "f32") as original:
+        progress("f32")
+        model = _write(export, original)
+        proof = prove(original, model, sequences, lines)
+        quantized = {quant: path for quant, path in wanted.items() if quant != "f32"}
+        if quantized:
+            with GGUFTeacher(original) as loaded:
+                for quant, path in quantized.items():
+                    progress(quant)
+                    with _temporary(path, quant) as temporary:
+                        _quantize(original, temporary, quant, export)
+                        try:
+                            proofs[quant] = prove_quantized(temporary, quant, loaded, sequences, lines)
+                        except ProofFailed as failure:
+                            failed[quant] = str(failure)
+                            continue
+                        _replace(temporary, path)
+        if "f32" in wanted:
+            _replace(original, wanted["f32"])
+            proofs["f32"] = proof
+    return Proofs(proof, {quant: proofs[quant] for quant in wanted if quant in proofs}, failed)
+
+
+def _write(export: Export, path: Path) -> Any:
+    """Write the F32 file; returns the PyTorch model that it is to be compared with."""
+    student = export.student
+    if isinstance(student, AdaptedStudent):
+        model = export.merged if export.merged is not None else merge(student)
+        figures = {f"so8t.{key}": value for key, value in rotation_figures(student).items()}
+        extras = {**head_values(student.heads()), **figures}
+        with _naming(path):
+            write_base_gguf(model, path, "f32", export.tokenizer, export.names, extras)
+        return model
+    assert isinstance(student, SO8TForCausalLM)
+    with _naming(path):
+        write_gguf(student, path, "f32", export.tokenizer, export.names)
+    return student
+
+
+def _quantize(source: Path, target: Path, quant: Quant, export: Export) -> None:
+    importance = export.importance if FILE_TYPES[quant].weighted else None
+    labels: dict[str, int | str] = {}
+    if importance:
+        labels = {
+            "quantize.imatrix.dataset": IMPORTANCE_WORDS,
+            "quantize.imatrix.entries_count": len(importance),
+        }
+    with _naming(target):
+        quantize_gguf(source, target, quant, importance=importance, labels=labels)
+
+
+@contextmanager
+def _temporary(path: Path, quant: Quant) -> Iterator[Path]:
+    """A path beside ``path`` that nothing is left of."""
+    temporary = path.with_name(f".{path.stem}.{quant}.{os.getpid()}.tmp.gguf")
     try:
-        if isinstance(student, AdaptedStudent):
-            model: Any = merged if merged is not None else merge(student)
-            figures = {f"so8t.{key}": value for key, value in rotation_figures(student).items()}
-            extras = {**head_values(student.heads()), **figures}
-            write_base_gguf(model, temporary, quant, tokenizer, names, extras)
-        else:
-            assert isinstance(student, SO8TForCausalLM)
-            model = student
-            write_gguf(student, temporary, quant, tokenizer, names)
-        proof = prove(temporary, quant, model, held_out.sequences, held_out.lines)
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a failing write() does not say where
-        raise
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
-    return proof
 
 
-def export_run(folder: RunFolder, quant: Quant, output: Path | None) -> tuple[Path, Proof]:
-    """Export a finished run's student again, in another format; returns where and how it was proved.
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An error of the disk says where: a failing write() does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
-    Raises:
-        UserError: not a run's folder, or ``output`` exists already.
-    """
-    folder.read_config()
-    if not folder.tokenizer.exists():
-        raise UserError(f"{folder.path} has no trained student yet; let its command finish first")
-    path = output or folder.path / f"student-{quant}.gguf"
-    if output and output.exists():
-        raise UserError(f"--output {output} exists; choose another name")
-    if output and not output.parent.is_dir():
-        raise UserError(f"--output {output}: the folder {output.parent} does not exist")
-    student = load_student(folder)
-    tokenizer = read_gguf(folder.tokenizer, model=False)
-    names = ExportNames(str(tokenizer.value("general.name", "student")), origin_of(folder.read_identity()))
-    held_out = folder.read_held_out(student.config.vocab_size)
-    return path, export_proved(student, path, quant, tokenizer_entries(tokenizer), names, held_out)
+
+def _replace(temporary: Path, path: Path) -> None:
+    with _naming(path):
+        temporary.replace(path)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from distill.audit import record_guard
 from distill.checkpoint import TrainingState
 from distill.config import TrainConfig
 from distill.launch import Launch
@@ -60,15 +62,22 @@ def build_guard(
 
 
 def write_events(
-    guard: Guard, plan: list[list[int]], metrics: MetricsFile, tell: Callable[[str], None]
+    guard: Guard,
+    plan: list[list[int]],
+    metrics: MetricsFile,
+    folder: Path | None,
+    tell: Callable[[str], None],
 ) -> None:
-    """Let everything the guard does go to ``metrics.jsonl`` and to the console."""
+    """Let everything the guard does go to ``metrics.jsonl``, to the log of the run in ``folder`` (``None`` in all
+    processes but the first) and to the console."""
 
     def on_event(event: Event) -> None:
         content = event_line(event)
         if event.action == "set_aside" and event.value is not None:
             content["batch"] = plan[int(event.value)]
         metrics.write("event", event.step, content)
+        if folder is not None:
+            record_guard(folder, event.step, content)
         tell(event.words + (f" (sequences {_some(content['batch'])})" if content["batch"] else ""))
 
     guard.on_event = on_event

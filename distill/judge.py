@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +14,20 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from distill.audit import record_judgments
 from distill.console import Console
 from distill.errors import UserError
+from distill.reasoning import holds_tags, visible
 from distill.safety_prompts import read_prompts, require_length
-from students.heads import DECISIONS, HeadError, decide, read_heads
+from distill.terminal import coloured, json_line, printable
+from students.heads import DECISIONS, HeadError, Heads, decide, read_heads
 from teachers.base import Sampling, Tokens
 from teachers.conversation import request_tokens
-from teachers.gguf_file import read_gguf
+from teachers.gguf_file import GGUFFile, read_gguf
 from teachers.gguf_teacher import GGUFTeacher
 
 ANSWER_TOKENS = 32  # of the student's own answer that the verification head looks at
 TOGETHER = 32
-COLOURS = {"ALLOW": "green", "ESCALATE": "yellow", "REFUSE": "red"}
 
 
 @dataclass(frozen=True)
@@ -45,40 +47,54 @@ class Judgment:
     ask_teacher: bool | None
 
     def to_json(self) -> dict[str, Any]:
-        """The judgment as JSON takes it, with the prompt's SHA-256."""
+        """The judgment as JSON takes it: of the prompt what is not private reasoning, and the SHA-256 of all of it."""
         digest = hashlib.sha256(self.prompt.encode("utf-8", errors="surrogateescape")).hexdigest()
-        return {**vars(self), "prompt_sha256": digest}
+        return {**vars(self), "prompt": shown(self.prompt), "prompt_sha256": digest}
+
+
+def shown(prompt: str) -> str:
+    """What of a prompt is printed: all of it, or where it holds reasoning tags, only what they leave visible."""
+    return visible(prompt) if holds_tags(prompt) else prompt
+
+
+def heads_in(file: GGUFFile) -> Heads:
+    """The heads that a GGUF file carries, which may be none.
+
+    Raises:
+        UserError: they are broken.
+    """
+    values = {key: field.value for key, field in file.fields.items() if key.startswith("so8t.")}
+    try:
+        return read_heads(values, file.tensors["token_embd.weight"].shape[1])
+    except HeadError as error:
+        raise UserError(f"{file.path} has broken heads: {error}; export the student again") from None
 
 
 class Judge:
     """An exported student with its heads. Use as a context manager."""
 
-    def __init__(self, path: Path) -> None:
-        """Load the file.
+    def __init__(self, path: Path, model: GGUFTeacher | None = None) -> None:
+        """Load the file, or share ``model``, which is that file loaded and stays the caller's to close.
 
         Raises:
             UserError: it carries no heads, or broken ones.
             TeacherFileError, TeacherError: it is no GGUF file that llama.cpp can load.
         """
-        file = read_gguf(path)
-        values = {key: field.value for key, field in file.fields.items() if key.startswith("so8t.")}
-        width = file.tensors["token_embd.weight"].shape[1]
-        try:
-            self.heads = read_heads(values, width)
-        except HeadError as error:
-            raise UserError(f"{path} has broken heads: {error}; export the student again") from None
+        self.heads = heads_in(read_gguf(path) if model is None else model.file)
         if self.heads.safety is None and self.heads.verification is None:
             raise UserError(
                 f"{path} carries no heads (so8t.safety.*, so8t.verification.*); give a student that `distill run` has "
                 "made, with safety.labels and loss.lambda_safety as they are by default"
             )
-        self.model = GGUFTeacher(path)
+        self._shared = model is not None
+        self.model = GGUFTeacher(path) if model is None else model
 
     def __enter__(self) -> Judge:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.model.close()
+        if not self._shared:
+            self.model.close()
 
     def judge(self, prompts: Sequence[str]) -> list[Judgment]:
         """Judge each prompt as a conversation that waits for the answer.
@@ -91,15 +107,32 @@ class Judge:
             found += self._judge(prompts[start : start + TOGETHER])
         return found
 
+    def decide(self, prompts: Sequence[Tokens]) -> list[tuple[str, dict[str, float]]]:
+        """The safety head's decision on each prompt, up to where the answer begins, and the probabilities of all."""
+        probabilities = self.heads.probabilities(torch.from_numpy(self.model.last_states(prompts)))
+        taken = decide(probabilities, self.heads.thresholds).tolist()
+        rows = probabilities.tolist()
+        return [
+            (DECISIONS[place], dict(zip(DECISIONS, row, strict=True)))
+            for place, row in zip(taken, rows, strict=True)
+        ]
+
+    def agreement(self, prompt: Tokens, said: Tokens) -> float:
+        """Mean probability that the student's most probable token is the teacher's, over the answer in ``said``, which
+        begins with ``prompt`` (without an answer: over what would be its first token)."""
+        # One token longer than what is looked at: a state is known for every token but the last.
+        longer = np.append(said, said[-1]).astype(np.int32)
+        states = torch.from_numpy(self.model.states([longer], exact=True)["final"])
+        logits = torch.from_numpy(self.model.logits([longer], exact=True))
+        answer = slice(len(prompt) - 1, max(len(prompt), len(said) - 1))
+        return float(self.heads.agreement(states[answer], logits[answer]).mean())
+
     def _judge(self, prompts: Sequence[str]) -> list[Judgment]:
-        tokens = [self._tokens(prompt) for prompt in prompts]
+        tokens = [self.tokens(prompt) for prompt in prompts]
         chances: list[dict[str, float] | None] = [None] * len(prompts)
         taken: list[str | None] = [None] * len(prompts)
         if self.heads.safety is not None:
-            states = torch.from_numpy(self.model.last_states(tokens))
-            probabilities = self.heads.probabilities(states)
-            taken = [DECISIONS[place] for place in decide(probabilities, self.heads.thresholds).tolist()]
-            chances = [dict(zip(DECISIONS, row, strict=True)) for row in probabilities.tolist()]
+            taken, chances = map(list, zip(*self.decide(tokens), strict=True))
         agreement = [None] * len(prompts) if self.heads.verification is None else self._agreement(tokens)
         return [
             Judgment(
@@ -113,11 +146,11 @@ class Judge:
             for prompt, decision, chance, agreed in zip(prompts, taken, chances, agreement, strict=True)
         ]
 
-    def _tokens(self, prompt: str) -> Tokens:
+    def tokens(self, prompt: str) -> Tokens:
         if not prompt.strip():
             raise UserError("the prompt is empty; write something to judge")
         tokens = request_tokens(self.model, [prompt])[0]
-        require_length(tokens, self.model.info.context_length, prompt)
+        require_length(tokens, self.model.info.context_length, shown(prompt))
         return tokens
 
     def _agreement(self, prompts: Sequence[Tokens]) -> list[float | None]:
@@ -126,17 +159,12 @@ class Judge:
         found: list[float | None] = []
         for tokens in prompts:
             length = min(room, len(tokens) + ANSWER_TOKENS)
-            # One token longer than what is looked at: a state is known for every token but the last.
             said = (
                 self.model.speak([[tokens]], Sampling(0.0, 1.0, length))[0]
                 if length > len(tokens)
                 else tokens
             )
-            longer = np.append(said, said[-1]).astype(np.int32)
-            states = torch.from_numpy(self.model.states([longer], exact=True)["final"])
-            logits = torch.from_numpy(self.model.logits([longer], exact=True))
-            answer = slice(len(tokens) - 1, max(len(tokens), len(said) - 1))
-            found.append(float(self.heads.agreement(states[answer], logits[answer]).mean()))
+            found.append(self.agreement(tokens, said))
         return found
 
 
@@ -144,9 +172,10 @@ def judge_one(path: Path, prompt: str, as_json: bool, console: Console) -> None:
     """Judge one prompt and print what comes of it."""
     with Judge(path) as judge:
         judgment = judge.judge([prompt])[0]
+        _write_down(path, [judgment])
         name, refuses_from = judge.model.info.name, judge.heads.thresholds[0]
     if as_json:
-        print(json.dumps(judgment.to_json(), ensure_ascii=False))
+        print(json_line(judgment.to_json()))
         return
     console.rich.print(_table(judgment, name, refuses_from))
 
@@ -156,27 +185,40 @@ def judge_file(path: Path, prompts: Path, as_json: bool, console: Console) -> No
     texts = [prompt.text for prompt in read_prompts(prompts, labelled=False)]
     with Judge(path) as judge:
         judgments = judge.judge(texts)
+    _write_down(path, judgments)
     if as_json:
         for judgment in judgments:
-            print(json.dumps(judgment.to_json(), ensure_ascii=False))
+            print(json_line(judgment.to_json()))
         return
     table = Table(title=f"{len(judgments)} prompts", title_justify="left")
     for column in ("decision", "probability", "agreement", "prompt"):
         table.add_column(column)
     for judgment in judgments:
         table.add_row(
-            _coloured(judgment.decision),
+            coloured(judgment.decision),
             _share(judgment.confidence),
             _agreement(judgment),
-            escape(judgment.prompt),
+            escape(printable(shown(judgment.prompt))),
         )
     console.rich.print(table)
 
 
+def _write_down(path: Path, judgments: list[Judgment]) -> None:
+    """Put the decisions of a run's student into the run's log, before anybody sees them; where the run lies so that
+    nobody may write there, say that they are not in it."""
+    try:
+        record_judgments(path, judgments)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        words = f"{path.parent} cannot be written to ({error.strerror}): the decision is not in the run's log"
+        Console(stderr=True).warn(words)
+
+
 def _table(judgment: Judgment, name: str, refuses_from: float) -> Table:
-    table = Table(title=escape(name), title_justify="left", show_header=False)
+    table = Table(title=escape(printable(name)), title_justify="left", show_header=False)
     if judgment.probabilities is not None:
-        table.add_row("decision", _coloured(judgment.decision))
+        table.add_row("decision", coloured(judgment.decision))
         for decision, chance in judgment.probabilities.items():
             table.add_row(decision, f"{chance:6.1%}  {'█' * round(30 * chance)}")
         table.add_row("confidence", _share(judgment.confidence))
@@ -184,10 +226,6 @@ def _table(judgment: Judgment, name: str, refuses_from: float) -> Table:
     if judgment.agreement is not None:
         table.add_row("answers as the teacher would", _agreement(judgment))
     return table
-
-
-def _coloured(decision: str | None) -> str:
-    return "" if decision is None else f"[bold {COLOURS[decision]}]{decision}[/]"
 
 
 def _share(value: float | None) -> str:

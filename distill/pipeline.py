@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFValueType
 
+from distill.audit import anchor, record_capture, record_finish, record_start, record_training
 from distill.base_student import Base, judge_base, load_base_student, open_base, with_checkpointing
 from distill.batches import split
 from distill.beginning import begin, find_teacher, settle_beginning, with_learning_rate
@@ -22,10 +22,12 @@ from distill.capturing import (
     open_store,
     read_data,
     recipe_for,
+    text_of,
 )
+from distill.card import write_card
 from distill.checkpoint import plain_weights
 from distill.config import RunConfig
-from distill.console import Console, human_bytes, human_count
+from distill.console import Console, human_count
 from distill.engine import TrainingData, TrainingSummary, require_trainable, train
 from distill.errors import TrainingAborted, UserError
 from distill.evaluation.scores import (
@@ -37,7 +39,6 @@ from distill.evaluation.scores import (
     scorer_with,
     student_scorer,
 )
-from distill.exporting import export_proved, metadata_entries, origin_of
 from distill.full_store import open_full_store, require_complete, without_capture
 from distill.heads import calibrate, describe_scores, halves, heads_results, score_heads
 from distill.hidden_loss import pair_layers
@@ -46,18 +47,16 @@ from distill.new_student import judge_size, student_shape, with_size
 from distill.objective import build_objective
 from distill.on_policy import OwnWords
 from distill.probe_gradients import probe_gradients
-from distill.prove import Proof
+from distill.prove import measure_speed
+from distill.publishing import Publication, publish
 from distill.reports.html import write_run_report
-from distill.results import Outcome, build_results, print_table
+from distill.results import Outcome, build_results, environment, print_table
 from distill.run_folder import HeldOut, RunFolder, choose_folder
 from distill.safety_data import SafetyData, labelled_prompts, read_safety_prompts, safety_data
 from distill.safety_prompts import SafetyPrompt, digest
-from distill.saved_student import save_plain, save_student
 from distill.teacher_source import find_gguf, open_teacher, require_gguf, teacher_stem, tokenizer_of
 from distill.training_module import fsdp_is_asked_for
 from students.adapter import AdaptedStudent
-from students.adapter_merge import merge
-from students.export import ExportNames
 from students.student import Student
 from teachers.base import Teacher, TeacherInfo
 from teachers.capture import WHOLE
@@ -67,8 +66,6 @@ from teachers.inheritance import Inheritance, need_inheritance
 from teachers.store import SoftTargetStore, exclusive
 
 BEGINNING_SEQUENCES = 512  # of training text that a head start may look at
-SPEED_PROMPT_TOKENS = 128
-SPEED_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,8 @@ def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
             with exclusive(store.folder, launch.share.rank):
                 reused = fill_store(teacher, corpus, store, console, launch.share)
                 if launch.first:
-                    keep_inheritance(teacher, gguf, store, console, launch.share)
+                    text = text_of(config, info)
+                    keep_inheritance(teacher, gguf, store, console, launch.share, text)
                     labelled_prompts(config, prompts, teacher, store, console)
                 launch.wait()
             if not config.train.on_policy:
@@ -242,6 +240,7 @@ def _work_in(
     with exclusive(folder.path, launch.share.rank):
         if launch.first:
             folder.claim(config, identity)
+            record_start(folder, config.model_dump(mode="json"), identity, environment())
         launch.wait()
         if folder.finished:
             console.note(f"{folder.path} already holds this run, finished; nothing was done again")
@@ -256,6 +255,8 @@ def _work_in(
 def _make_student(source: Source, folder: RunFolder, launch: Launch, console: Console) -> None:
     """Train in all processes; export, prove, evaluate and write down in the first."""
     config, info, store = source.config, source.inheritance.info, source.store
+    if launch.first:
+        record_capture(folder.path, store, source.reused)
     parts = split(store, config.data.held_out, config.seed)
     data = TrainingData(store, parts, config.seed)
     if source.safety is not None:
@@ -273,30 +274,13 @@ def _make_student(source: Source, folder: RunFolder, launch: Launch, console: Co
     summary = _train(source, data, student, folder, console)
     if not launch.first:
         return
+    record_training(folder.path, summary, source.config.train.learning_rate)
     for_calibration, for_scores = halves(parts.held_out.tolist())
     calibrate(student, source.safety, store, for_calibration)
-    folder.write_held_out(held_out)
-    # Not the base's name: llama.cpp reads a tokenizer in a way of its own where a file's name has "phi3" in it.
-    size = config.student.size or f"LoRA {config.student.lora_rank}"
-    name = f"{info.name} distilled {size} SO8T"
-    tokenizer = metadata_entries(source.inheritance.tokenizer)
-    save_student(student, folder, tokenizer, name)
-    with console.stage("Export and prove") as stage:
-        names = ExportNames(name, origin_of(folder.read_identity()))
-        plain = merge(student) if isinstance(student, AdaptedStudent) else None
-        proof = export_proved(student, folder.gguf, config.export.quant, tokenizer, names, held_out, plain)
-        stage.finish(_describe_proof(proof, folder.gguf))
-    if source.base is not None and plain is not None:
-        with console.stage("Merged folder") as stage:
-            # What a tokenizer does may depend on the model's name.
-            named = {
-                "general.name": Field(info.name, GGUFValueType.STRING, None),
-                **source.inheritance.tokenizer,
-            }
-            can_be = source.base.no_tokenizer is None
-            written = save_plain(plain, source.base.dtype, named if can_be else None, folder.plain)
-            stage.finish(f"{folder.plain}, {human_bytes(written)}, for transformers")
-        del plain
+    publication = Publication(
+        student, config, source.inheritance, store, data.split.train, held_out, source.base
+    )
+    proofs = publish(publication, folder, console)
     if source.base is not None:
         before = scorer_with(student, first)
     else:
@@ -311,20 +295,25 @@ def _make_student(source: Source, folder: RunFolder, launch: Launch, console: Co
         store,
         source.reused,
         summary,
-        proof,
+        proofs,
         evaluation,
         speeds,
         heads,
         gradients,
     )
-    folder.write_results(build_results(outcome, folder.gguf.stat().st_size, console.seconds))
+    results = build_results(outcome, folder.gguf.stat().st_size, console.seconds)
+    folder.write_results(results | {"audit": anchor(folder.path)})
     _round_off(folder, console)
 
 
 def _round_off(folder: RunFolder, console: Console) -> None:
-    """What is done last, and again if the process was killed there: the report, and no more file of first weights."""
+    """What is done last, and again if the process was killed there: the log's last line, the report, the model card,
+    and no more file of first weights."""
+    record_finish(folder)
     if not folder.report.exists():
         write_run_report(folder, console)
+    if not folder.card.exists():
+        write_card(folder)
     folder.beginning.unlink(missing_ok=True)
 
 
@@ -391,13 +380,6 @@ def _describe_training(summary: TrainingSummary) -> str:
     return words
 
 
-def _describe_proof(proof: Proof, path: Path) -> str:
-    return (
-        f"{proof.quant}, {human_bytes(path.stat().st_size)}; KL {proof.mean_kl:.1e} from PyTorch over "
-        f"{proof.positions} positions"
-    )
-
-
 def _evaluate(
     source: Source,
     data: TrainingData,
@@ -419,10 +401,10 @@ def _evaluate(
             with open_teacher(config.teacher) as teacher:
                 sequences = [source.store.tokens(index) for index in indices]
                 evaluation = evaluate(teacher, sequences, models, stage.update)
-                speeds["teacher"] = _speed(teacher)
+                speeds["teacher"] = measure_speed(teacher)
         else:
             evaluation = evaluate_stored(source.store, indices, models, stage.update)
-        speeds["student"] = _speed(exported)
+        speeds["student"] = measure_speed(exported)
         score = evaluation.models["exported"]
         stage.finish(
             f"KL {score.kl:.3f}, agreement {score.agreement:.1%} over {evaluation.positions} positions"
@@ -444,9 +426,3 @@ def _score_heads(
         scores = score_heads(exported, heads, source.safety, source.store, sequences)
         stage.finish(describe_scores(scores))
     return heads_results(scores, heads, source.safety)
-
-
-def _speed(model: Teacher) -> tuple[float, float]:
-    """Prompt and generation speed in tokens per second, within the model's context."""
-    prompt = min(SPEED_PROMPT_TOKENS, model.info.context_length // 2)
-    return model.speed(prompt, min(SPEED_NEW_TOKENS, model.info.context_length - prompt - 1))

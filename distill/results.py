@@ -20,7 +20,7 @@ from distill.console import Console, human_bytes, human_count
 from distill.engine import TrainingSummary
 from distill.errors import UserError
 from distill.evaluation.scores import STORED_TARGETS, Evaluation, perplexity
-from distill.prove import Proof
+from distill.exporting import Proofs
 from distill.run_folder import RunFolder
 from students.adapter import AdaptedStudent
 from students.export import rotation_figures
@@ -40,7 +40,7 @@ class Outcome:
     store: SoftTargetStore
     store_reused: bool
     training: TrainingSummary
-    proof: Proof
+    proofs: Proofs
     evaluation: Evaluation
     speeds: dict[str, tuple[float, float]]
     heads: dict[str, Any]
@@ -50,7 +50,7 @@ class Outcome:
 def build_results(outcome: Outcome, file_bytes: int, seconds: dict[str, float]) -> dict[str, Any]:
     """The content of ``results.json``. KL and cross-entropy are in nats per token at temperature 1."""
     teacher = {key: value for key, value in asdict(outcome.teacher).items() if key != "chat_template"}
-    training = outcome.training
+    training, proof = outcome.training, outcome.proofs.files[outcome.config.export.quant]
     return {
         "teacher": teacher,
         "student": {
@@ -58,7 +58,7 @@ def build_results(outcome: Outcome, file_bytes: int, seconds: dict[str, float]) 
             "parameters": outcome.student.parameter_count(),
             **_of_base(outcome),
             "file_bytes": file_bytes,
-            "quant": outcome.proof.quant,
+            "quant": proof.quant,
         },
         "soft_targets": {
             "folder": str(outcome.store.folder),
@@ -81,7 +81,8 @@ def build_results(outcome: Outcome, file_bytes: int, seconds: dict[str, float]) 
         },
         "evaluation": _evaluation(outcome.evaluation),
         "heads": outcome.heads,
-        "proof": outcome.proof.to_json(),
+        "proof": proof.to_json(),
+        "f32_proof": outcome.proofs.original.to_json(),
         "rotations": rotation_figures(outcome.student),
         "tokens_per_second": {
             name: {"prompt": round(prompt, 1), "generation": round(generation, 1)}

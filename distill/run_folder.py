@@ -2,9 +2,10 @@
 
 ``config.json`` (as resolved), ``identity.json`` (teacher and soft targets), ``metrics.jsonl``,
 ``beginning.safetensors`` (weights that training begins at, until the run is finished), ``checkpoints/``, ``student/``
-(PyTorch weights and ``tokenizer.gguf``), ``held_out.json``, ``student.gguf``, ``transformers/`` (of a student made of a
-base: the plain model),
-and last ``results.json``: a folder with results is a finished run. ``report.html`` shows all of it.
+(PyTorch weights and ``tokenizer.gguf``), ``held_out.json``, ``imatrix.gguf``, ``student.gguf``, ``exports.json`` (what
+is known of it and of later exports), ``Modelfile``, ``transformers/`` (the plain model), and last ``results.json``: a
+folder with results is a finished run. ``report.html`` shows all of it, ``README.md`` is the model card, ``audit.jsonl``
+the log.
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ class RunFolder:
         self.plain = path / "transformers"
         self.beginning = path / "beginning.safetensors"
         self.report = path / "report.html"
+        self.importance = path / "imatrix.gguf"
+        self.exports = path / "exports.json"
+        self.modelfile = path / "Modelfile"
+        self.card = path / "README.md"
 
     @property
     def finished(self) -> bool:

@@ -130,10 +130,11 @@ def built_in_prompts() -> list[SafetyPrompt]:
     return _parse(text, Path("safety_prompts.jsonl"), labelled=True)
 
 
-def read_prompts(path: Path, *, labelled: bool = True) -> list[SafetyPrompt]:
+def read_prompts(path: Path, *, labelled: bool = True, divided: bool = True) -> list[SafetyPrompt]:
     """Prompts of a JSONL file: ``prompt``, ``label`` and, if there, ``scenario`` and ``language``.
 
-    Without a scenario each prompt is one of its own. With ``labelled=False`` labels are not asked for.
+    Without a scenario each prompt is one of its own. With ``labelled=False`` labels are not asked for; with
+    ``divided=False`` there need not be enough of each for every part of the split.
 
     Raises:
         UserError: unreadable, not JSONL of that form, a label outside the three, or too few of a decision.
@@ -151,7 +152,7 @@ def read_prompts(path: Path, *, labelled: bool = True) -> list[SafetyPrompt]:
     prompts = _parse(text, path, labelled=labelled)
     if not prompts:
         raise UserError(f"safety prompts {path}: the file is empty")
-    if labelled:
+    if labelled and divided:
         require_examples(prompts, str(path))
     return prompts
 

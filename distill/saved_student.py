@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -20,24 +20,28 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from distill.base_student import load_base_student, open_base
 from distill.checkpoint import plain_weights, set_weights
 from distill.errors import UserError
+from distill.plain_tokenizer import write_plain_tokenizer
 from distill.run_folder import RunFolder
 from students.adapter import AdaptedStudent, AdapterFacts
 from students.export import MetadataEntry, write_tokenizer
+from students.lineage import Lineage
 from students.model import SO8TForCausalLM
 from students.student import Student
 from teachers.gguf_file import Field, read_gguf, tokenizer_fields
 from teachers.store import write_whole
-from teachers.tokenizer_json import write_tokenizer_folder
 from teachers.tokenizer_metadata import read_roles
 
 ADAPTER = "adapter.json"
+LINEAGE = "lineage.json"
 WEIGHTS = "model.safetensors"
 SHARD_BYTES = 2_000_000_000
 
 
-def save_student(student: Student, folder: RunFolder, tokenizer: dict[str, MetadataEntry], name: str) -> None:
-    """Write ``student/`` (weights, configuration, tokenizer) whole or not at all; of one made of a base only what was
-    trained.
+def save_student(
+    student: Student, folder: RunFolder, tokenizer: dict[str, MetadataEntry], name: str, lineage: Lineage
+) -> None:
+    """Write ``student/`` (weights, configuration, tokenizer, lineage) whole or not at all; of one made of a base only
+    what was trained.
 
     Raises:
         OSError: the disk refuses.
@@ -58,14 +62,21 @@ def save_student(student: Student, folder: RunFolder, tokenizer: dict[str, Metad
         weights = safetensors.torch.save(plain_weights(student), metadata={"format": "pt"})
         write_whole(temporary / WEIGHTS, weights)
         write_tokenizer(temporary / folder.tokenizer.name, tokenizer, name)
+        where_from = json.dumps(lineage.to_json(), indent=2, ensure_ascii=False) + "\n"
+        write_whole(temporary / LINEAGE, where_from.encode())
 
 
 def save_plain(
-    model: PreTrainedModel, dtype: torch.dtype, tokenizer: Mapping[str, Field] | None, folder: Path
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    tokenizer: Mapping[str, Field] | None,
+    folder: Path,
+    end_tokens: Sequence[int] = (),
 ) -> int:
     """Write a plain transformers folder, whole or not at all.
 
     With a tokenizer made from the GGUF one, and its special tokens, where that can be (else ``tokenizer`` is none).
+    ``generate`` stops at ``end_tokens``, if any are given.
 
     Returns:
         The bytes of its weights.
@@ -79,8 +90,10 @@ def save_plain(
         settings: Any = model.config
         generation: Any = model.generation_config
         if tokenizer is not None:
-            write_tokenizer_folder(tokenizer, temporary)
+            write_plain_tokenizer(tokenizer, temporary)
             _take_roles(tokenizer, settings, generation)
+        if generation is not None and end_tokens:
+            generation.eos_token_id = sorted(end_tokens)
         before, settings.dtype = settings.dtype, dtype
         settings.architectures = [type(model).__name__]
         settings.save_pretrained(temporary)

@@ -35,6 +35,7 @@ from students.export import (
     MetadataEntry,
     add_general,
     add_origin,
+    add_size_label,
     add_tokenizer,
     add_values,
     permute_for_rope,
@@ -155,6 +156,7 @@ def _write(writer: GGUFWriter, entries: list[_Entry], quant: str) -> None:
         block, block_bytes = GGML_QUANT_SIZES[kind]
         size = math.prod(shape) // block * block_bytes
         writer.add_tensor_info(entry.name, shape, np.dtype(np.float32), size, raw_dtype=kind)
+    add_size_label(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

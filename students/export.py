@@ -8,7 +8,7 @@ and key projections are permuted accordingly.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from students import so8
 from students.fold import fold
 from students.gguf_names import to_gguf_name
 from students.heads import head_values
+from students.lineage import Lineage, add_lineage
 from students.model import SO8TForCausalLM
 from students.student import Student
 
@@ -41,10 +42,12 @@ class ExportError(ValueError):
 
 @dataclass(frozen=True)
 class ExportNames:
-    """What the file says about itself: its name and, as ``so8t.*`` keys, where it came from."""
+    """What the file says about itself: its name and where it came from, as ``so8t.*`` keys and as the specification
+    has it."""
 
     name: str
     origin: Mapping[str, str]
+    lineage: Lineage = field(default_factory=Lineage)
 
 
 def permute_for_rope(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
@@ -76,6 +79,7 @@ def write_gguf(
         _add_metadata(writer, student, quant, names)
         add_tokenizer(writer, tokenizer)
         _add_tensors(writer, student, QUANTS[quant][0])
+        add_size_label(writer)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -154,10 +158,17 @@ def _add_metadata(writer: GGUFWriter, student: SO8TForCausalLM, quant: str, name
 
 
 def add_general(writer: GGUFWriter, quant: str, names: ExportNames) -> None:
-    """The file's name and the format of its weights."""
+    """The file's name, its lineage and the format of its weights."""
     writer.add_name(names.name)
+    add_lineage(writer, names.lineage)
     writer.add_file_type(QUANTS[quant][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def add_size_label(writer: GGUFWriter) -> None:
+    """The number of parameters, such as 46M; once all tensors are known to the writer."""
+    total, shared, expert, experts = writer.get_total_parameter_count()
+    writer.add_size_label(gguf.size_label(total, shared, expert, experts))
 
 
 def add_origin(writer: GGUFWriter, names: ExportNames) -> None:

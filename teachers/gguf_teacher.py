@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import platform
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from teachers.base import Floats, Progress, Sampling, TeacherInfo, TeacherShape, Tokens, speak_then_score
 from teachers.gguf_file import GGUFFile, file_sha256, read_gguf, tokenizer_sha256
+from teachers.interruption import uninterrupted
 from teachers.records import Recipe
 from teachers.sketch import Basis
 from teachers.soft_targets import Arrays
@@ -104,6 +106,22 @@ class GGUFTeacher:
         """See ``Teacher.memory``."""
         return int(psutil.Process(self.worker.process_id).memory_info().rss)
 
+    def peak_memory(self) -> int:
+        """The most bytes of main memory that the teacher's process has had since it began.
+
+        What pages of a mapped file it has touched is among them.
+        """
+        # Not getrusage on Linux: what it says of a process begins at what its parent had.
+        if platform.system() == "Linux":
+            status = Path(f"/proc/{self.worker.process_id}/status").read_text(
+                encoding="ascii", errors="replace"
+            )
+            peaks = [int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:")]
+            return peaks[0] if peaks else self.memory()  # some containers' kernels do not say
+        if platform.system() == "Windows":
+            return int(psutil.Process(self.worker.process_id).memory_info().peak_wset)
+        return int(self.worker.ask("peak_memory")[0]["bytes"])
+
     def __enter__(self) -> GGUFTeacher:
         return self
 
@@ -131,6 +149,27 @@ class GGUFTeacher:
         arrays = self._requests(requests)
         message = {"sampling": asdict(sampling), "first_index": first_index}
         return unpack_ragged(self.worker.ask("speak", message, arrays, progress)[1], "tokens")
+
+    def stream(self, tokens: Tokens, sampling: Sampling, *, number: int = 0) -> Iterator[tuple[int, bytes]]:
+        """Go on from ``tokens`` as ``speak`` does with ``first_index=number``, token by token.
+
+        Yields each new token, the end of its turn too, and the bytes it stands for: a character may be spread over
+        several. The worker computes only what is asked for, so the iterator may be left at any time, also by Ctrl-C;
+        any other request that computes something ends it.
+
+        Raises:
+            TeacherError: the worker failed, or another request came between.
+        """
+        request = {"sampling": asdict(sampling), "number": number}
+        with uninterrupted():
+            begun = self.worker.ask("stream", request, pack_ragged([tokens], "tokens"))[0]
+        while True:
+            with uninterrupted():
+                step = self.worker.ask("stream_next", begun)[0]
+            if step["over"]:
+                return
+            for token, piece in zip(step["tokens"], step["pieces"], strict=True):
+                yield token, piece.encode("latin-1")
 
     def speak_and_score(
         self,

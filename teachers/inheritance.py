@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,19 @@ from teachers.store import SoftTargetStore, StoreError
 TEACHER = "teacher.safetensors"
 LINE_SEQUENCES = 64
 LINE_TOKENS = 16_384
+ABOUT = (
+    "author",
+    "version",
+    "organization",
+    "url",
+    "doi",
+    "uuid",
+    "repo_url",
+    "license",
+    "license.name",
+    "license.link",
+)
+ABOUT_CHARACTERS = 500  # of one text that a teacher's file says about itself
 COUNTS = ("parameters", "vocab_size", "width", "layers", "context_length")
 
 
@@ -40,17 +53,19 @@ class Inheritance:
     """The teacher's facts, ``lines`` to check an exported tokenizer against, tokenizer and embeddings.
 
     ``tokenizer`` (GGUF metadata) is empty and ``embeddings`` (``[V, C]``, see ``principal_scores``) has no rows
-    where no teacher is a GGUF file.
+    where no teacher is a GGUF file. ``about``: what such a file says of itself (its ``general.*`` keys in ``ABOUT``,
+    and ``languages`` with commas), as far as it does, and under ``text`` what the sequences are.
     """
 
     info: TeacherInfo
     lines: TokenizedLines
     tokenizer: dict[str, Field]
     embeddings: NDArray[np.float16]
+    about: dict[str, str] = field(default_factory=dict)
 
     def arrays(self) -> Arrays:
         """Everything as named arrays; all but the embeddings as the bytes of one JSON text."""
-        card = {
+        card: dict[str, Any] = {
             "info": asdict(self.info),
             "texts": self.lines.texts,
             "text_tokens": [tokens.tolist() for tokens in self.lines.tokens],
@@ -58,6 +73,8 @@ class Inheritance:
                 key: [field.value, field.type, field.element_type] for key, field in self.tokenizer.items()
             },
         }
+        if self.about:
+            card["about"] = self.about
         text = np.frombuffer(json.dumps(card).encode("ascii"), dtype=np.uint8)
         return {"card": text} | ({"embeddings": self.embeddings} if self.tokenizer else {})
 
@@ -77,15 +94,22 @@ class Inheritance:
         if tokenizer and len(tokenizer["tokenizer.ggml.tokens"].value) != info.vocab_size:
             raise ValueError(f"a tokenizer of other than {info.vocab_size} tokens")
         lines = [np.array(ids, dtype=np.int32) for ids in card["text_tokens"]]
-        return cls(info, TokenizedLines([str(text) for text in card["texts"]], lines), tokenizer, embeddings)  # type: ignore[arg-type]
+        texts = TokenizedLines([str(text) for text in card["texts"]], lines)
+        about = {str(key): str(text) for key, text in card.get("about", {}).items()}
+        return cls(info, texts, tokenizer, embeddings, about)  # type: ignore[arg-type]
 
 
-def inherit(teacher: Teacher, file: GGUFFile | None, sequences: Iterable[Tokens]) -> Inheritance:
-    """Gather what a student takes from ``teacher``; ``file``: whose tokenizer and embeddings, if there is one."""
+def inherit(
+    teacher: Teacher, file: GGUFFile | None, sequences: Iterable[Tokens], text: str = ""
+) -> Inheritance:
+    """Gather what a student takes from ``teacher``; ``file``: whose tokenizer and embeddings, if there is one;
+    ``text``: what the sequences are, in words."""
     lines = tokenized_lines(teacher, first_sequences(sequences, LINE_SEQUENCES, LINE_TOKENS))
     if file is None:
-        return Inheritance(teacher.info, lines, {}, np.empty((0, 0), np.float16))
-    return Inheritance(teacher.info, lines, tokenizer_fields(file), principal_scores(file))
+        return Inheritance(teacher.info, lines, {}, np.empty((0, 0), np.float16), {"text": text})
+    return Inheritance(
+        teacher.info, lines, tokenizer_fields(file), principal_scores(file), {**_about(file), "text": text}
+    )
 
 
 def write_inheritance(store: SoftTargetStore, inheritance: Inheritance) -> None:
@@ -151,6 +175,20 @@ def _info(content: dict[str, Any]) -> TeacherInfo:
     if any(type(getattr(info, name)) is not int or getattr(info, name) < 1 for name in COUNTS):
         raise ValueError(f"facts {[(name, getattr(info, name)) for name in COUNTS]}")
     return info
+
+
+def _about(file: GGUFFile) -> dict[str, str]:
+    """What the file says of itself, in text that can be written elsewhere."""
+    found = {key: file.value(f"general.{key}") for key in ABOUT}
+    languages = file.value("general.languages")
+    if isinstance(languages, list):
+        found["languages"] = ",".join(name for name in languages if isinstance(name, str))
+    readable = {
+        key: " ".join(text.encode("utf-8", errors="replace").decode("utf-8").split())[:ABOUT_CHARACTERS]
+        for key, text in found.items()
+        if isinstance(text, str)
+    }
+    return {key: text for key, text in readable.items() if text}
 
 
 def _field(value: Any, kind: int, element: int | None) -> Field:

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -29,6 +30,8 @@ class Server:
         self.output = output
         self.model: Any = None
         self.lanes: list[Any] = []
+        self._stream: Iterator[list[int]] | None = None
+        self._streams = 0
         self._done = 0
         self._reporting = threading.Lock()
 
@@ -42,6 +45,7 @@ class Server:
         """So many contexts on the model, which share its threads; kept until another number is asked for."""
         from teachers.llama_cpp import LlamaContext
 
+        self._stream = None  # whoever asks for them clears what it was computed in
         if len(self.lanes) != count:
             for lane in self.lanes:
                 lane.release()
@@ -100,6 +104,25 @@ class Server:
         kept = {name: np.concatenate([part.arrays[name] for part in said]) for name in said[0].arrays}
         return {}, pack_ragged([tokens for part in said for tokens in part.sequences], "tokens") | kept
 
+    def stream(self, request: dict[str, Any], arrays: Arrays) -> Answer:
+        from teachers.base import Sampling
+        from teachers.speak import Speaker, Wanted
+
+        # The first of the lanes that `speak` would take, so that the same numbers come out to the last bit.
+        lane = self.lanes_of(self.model.speech_lanes)[0]
+        speaker = Speaker(lane, Sampling(**request["sampling"]), Wanted())
+        self._stream = speaker.stream(unpack_ragged(arrays, "tokens")[0], request["number"])
+        self._streams += 1
+        return {"stream": self._streams}, {}
+
+    def stream_next(self, request: dict[str, Any], arrays: Arrays) -> Answer:
+        if self._stream is None or request["stream"] != self._streams:
+            raise RuntimeError("another request has ended the stream; begin it again")
+        step = next(self._stream, None)
+        tokens = step or []
+        pieces = [self.model.piece(token).decode("latin-1") for token in tokens]
+        return {"tokens": tokens, "pieces": pieces, "over": step is None}, {}
+
     def score(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         from teachers.llama_cpp import ContextShape
         from teachers.records import reduce
@@ -138,6 +161,12 @@ class Server:
         finally:
             context.release()
         return {"prompt": prompt, "generation": generation}, {}
+
+    def peak_memory(self, request: dict[str, Any], arrays: Arrays) -> Answer:
+        import resource  # not on Windows, where the parent knows
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {"bytes": most if sys.platform == "darwin" else most << 10}, {}
 
     def run(self, source: BinaryIO) -> None:
         while True:

@@ -11,7 +11,7 @@ Runs inside the worker process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,14 +72,30 @@ class Speaker:
         A sequence ends with the teacher's end-of-turn token, which is kept, or at ``max_length`` tokens.
         ``numbers`` names each request's random stream; ``progress`` is told of each finished sequence.
         """
-        context, longest = self.context, self.sampling.max_length
-        exact = context.model.prefers_exact
         pairs = zip(requests, numbers, strict=True)
         speeches = [Speech.begin(request, self.sampling, number) for request, number in pairs]
+        for finished in self._write(speeches):
+            for _ in range(finished):
+                progress(1)
+        sequences = [np.array(speech.tokens, dtype=np.int32) for speech in speeches]
+        return Said(sequences, self._in_order(sequences))
+
+    def stream(self, beginning: Tokens, number: int) -> Iterator[list[int]]:
+        """Write one sequence as ``speak`` does, step by step: each step's new tokens, none while it reads."""
+        speech = Speech.begin([beginning], self.sampling, number)
+        given = len(speech.tokens)
+        for _ in self._write([speech]):
+            yield speech.tokens[given:]
+            given = len(speech.tokens)
+
+    def _write(self, speeches: list[Speech]) -> Iterator[int]:
+        """Write the speeches to their ends; says after each step how many it has finished."""
+        context, longest = self.context, self.sampling.max_length
+        exact = context.model.prefers_exact
         beginnings = [np.array(speech.tokens, dtype=np.int32) for speech in speeches]
         self._shared = common_prefix(beginnings)
         extra = int(self._shared > 0)  # the slot that keeps the shared beginning
-        wanted = min(PARALLEL_SEQUENCES, len(requests)) + extra
+        wanted = min(PARALLEL_SEQUENCES, len(speeches)) + extra
         parallel = max(1, context.parallel(wanted, longest, exact=exact) - extra)
         context.prepare(ContextShape(parallel + extra, longest, exact, states=self.wanted.states))
         if self._shared:
@@ -94,11 +110,10 @@ class Speaker:
                     slots[slot] = waiting.pop()
                     context.begin(slot, parallel if self._shared else None)
             self._step(speeches, slots)
-            for slot in [slot for slot, index in slots.items() if self._done(speeches[index])]:
+            finished = [slot for slot, index in slots.items() if self._done(speeches[index])]
+            for slot in finished:
                 del slots[slot]
-                progress(1)
-        sequences = [np.array(speech.tokens, dtype=np.int32) for speech in speeches]
-        return Said(sequences, self._in_order(sequences))
+            yield len(finished)
 
     def _begin_together(self, tokens: Tokens, slot: int) -> None:
         """Decode what all sequences begin with, once, into a slot of its own."""

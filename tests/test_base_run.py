@@ -22,7 +22,7 @@ from distill.config import RunConfig, load_config
 from distill.console import Console
 from distill.engine import train
 from distill.errors import UserError
-from distill.exporting import export_run
+from distill.export_run import export_run
 from distill.judge import Judge
 from distill.pipeline import Places, run
 from distill.run_folder import RunFolder
@@ -96,8 +96,9 @@ def test_only_what_is_trained_is_kept(finished: RunFolder) -> None:
 
 def test_the_export_is_the_merged_model(finished: RunFolder, tiny_teacher_path: Path) -> None:
     """In F32 within 1e-3 of the merged PyTorch model, of the base's own architecture, with the teacher's tokens."""
-    path, proof = export_run(finished, "f32", None)
-    assert proof.max_logit_difference <= 1e-3
+    [exported] = export_run(finished, ["f32"], None, Console())
+    path = finished.path / exported.file
+    assert exported.max_logit_difference <= 1e-3
     file, teacher = read_gguf(path), read_gguf(tiny_teacher_path)
     assert file.value("general.architecture") == "qwen2"
     first = read_gguf(finished.gguf)
@@ -130,7 +131,7 @@ def test_transformers_loads_the_merged_folder(finished: RunFolder, tiny_teacher_
         assert (model(tokens).logits - plain(tokens).logits).abs().max() <= 1e-5
     tokenizer = PreTrainedTokenizerFast.from_pretrained(finished.plain)
     teachers_end = read_gguf(tiny_teacher_path).value("tokenizer.ggml.eos_token_id")
-    assert model.config.eos_token_id == model.generation_config.eos_token_id == teachers_end
+    assert model.config.eos_token_id == teachers_end in model.generation_config.eos_token_id
     assert tokenizer.eos_token_id == teachers_end
     with GGUFTeacher(tiny_teacher_path, threads=1) as teacher:
         text = "What is 12 + 7? The answer: 19.\n  Naïve café 東京"
@@ -223,10 +224,10 @@ def test_a_changed_base_is_noticed(
     (copy / "config.json").write_text(json.dumps(config))
     make_base(moved, tiny_teacher_path, extra_rows=6, seed=1)
     with pytest.raises(UserError, match="has changed since this run"):
-        export_run(RunFolder(copy), "f16", None)
+        export_run(RunFolder(copy), ["f16"], None, Console())
     shutil.rmtree(moved)
     with pytest.raises(UserError, match="does not exist"):
-        export_run(RunFolder(copy), "f16", None)
+        export_run(RunFolder(copy), ["f16"], None, Console())
 
 
 def test_a_run_is_exported_from_anywhere(
@@ -292,7 +293,7 @@ def test_a_damaged_adapter_is_refused(finished: RunFolder, tmp_path: Path) -> No
         shutil.copytree(finished.path, copy)
         change(copy / "student")
         with pytest.raises(UserError, match="damaged"):
-            export_run(RunFolder(copy), "f16", None)
+            export_run(RunFolder(copy), ["f16"], None, Console())
 
 
 def cut_facts(student: Path) -> None:

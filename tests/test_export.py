@@ -10,13 +10,15 @@ import torch
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM
 
+from distill.config import Quant
 from distill.errors import ProofFailed
-from distill.exporting import export_proved, tokenizer_entries
-from distill.prove import TokenizedLines, prove
+from distill.exporting import Export, Proofs, export_proved, tokenizer_entries
+from distill.prove import Proof, TokenizedLines, prove
 from distill.run_folder import HeldOut
 from students.builder import ChosenShape, StudentSize, build_student, student_config
 from students.export import ExportError, ExportNames, permute_for_rope, write_gguf
 from students.gguf_names import from_gguf_name
+from students.model import SO8TForCausalLM
 from teachers import example_teacher
 from teachers.gguf_file import read_gguf
 from teachers.gguf_teacher import GGUFTeacher
@@ -41,6 +43,13 @@ def held_out(vocab_size: int, texts: list[str] | None = None) -> HeldOut:
     return HeldOut(sequences, TokenizedLines([], []))
 
 
+def proved(student: SO8TForCausalLM, path: Path, quant: Quant, tokenizer: dict, held: HeldOut) -> Proof:
+    """Export to one file; the proof of that."""
+    proofs: Proofs = export_proved(Export(student, tokenizer, NAMES, held), {quant: path})
+    assert proofs.original.max_logit_difference <= 1e-3 and proofs.original.against == "PyTorch"
+    return proofs.need(quant)
+
+
 @pytest.mark.parametrize(
     ("quant", "difference", "kl"), [("f32", 1e-4, 1e-8), ("f16", 0.1, 1e-4), ("q8_0", 1.0, 5e-3)]
 )
@@ -49,7 +58,7 @@ def test_llama_cpp_computes_what_pytorch_computes(
     tmp_path: Path,
     tokenizer: dict,
     vocab_size: int,
-    quant: str,
+    quant: Quant,
     difference: float,
     kl: float,
     width: int,
@@ -66,7 +75,7 @@ def test_llama_cpp_computes_what_pytorch_computes(
                 parameter.normal_(generator=torch.Generator().manual_seed(2))
             elif parameter.ndim == 2:
                 parameter.mul_(4.0)  # lively logits, so that a wrong computation shows
-    proof = export_proved(student, tmp_path / "s.gguf", quant, tokenizer, NAMES, held_out(vocab_size))  # type: ignore[arg-type]
+    proof = proved(student, tmp_path / "s.gguf", quant, tokenizer, held_out(vocab_size))
     assert proof.max_logit_difference <= difference and proof.mean_kl <= kl and proof.positions == 92
     assert [path.name for path in tmp_path.iterdir()] == ["s.gguf"]
 
@@ -77,7 +86,7 @@ def test_heads_of_their_own_width_in_llama_cpp(
     tmp_path: Path,
     tokenizer: dict,
     vocab_size: int,
-    quant: str,
+    quant: Quant,
     difference: float,
     heads: int,
     kv_heads: int,
@@ -98,7 +107,7 @@ def test_heads_of_their_own_width_in_llama_cpp(
             elif parameter.ndim == 2:
                 parameter.mul_(4.0)
     path, held = tmp_path / "s.gguf", held_out(vocab_size)
-    proof = export_proved(student, path, quant, tokenizer, NAMES, held)  # type: ignore[arg-type]
+    proof = proved(student, path, quant, tokenizer, held)
     assert proof.max_logit_difference <= difference and proof.positions == 92
     keys = ("attention.key_length", "attention.value_length", "rope.dimension_count")
     assert [read_gguf(path).value(f"llama.{key}") for key in keys] == [head_width] * 3
@@ -125,7 +134,7 @@ def test_another_model_fails_the_proof(tmp_path: Path, tokenizer: dict, vocab_si
     with torch.no_grad():
         student.gates()[1].safety += 0.05
     with pytest.raises(ProofFailed, match="differ from PyTorch"):
-        prove(path, "f32", student, held_out(vocab_size).sequences, TokenizedLines([], []))
+        prove(path, student, held_out(vocab_size).sequences, TokenizedLines([], []))
 
 
 def test_a_failed_proof_leaves_the_old_file(
@@ -136,7 +145,7 @@ def test_a_failed_proof_leaves_the_old_file(
     path.write_bytes(b"precious")
     monkeypatch.setattr("students.export.permute_for_rope", lambda weight, heads: weight)
     with pytest.raises(ProofFailed):
-        export_proved(make_student(64, 2, vocab_size), path, "f32", tokenizer, NAMES, held_out(vocab_size))
+        proved(make_student(64, 2, vocab_size), path, "f32", tokenizer, held_out(vocab_size))
     assert path.read_bytes() == b"precious" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -146,7 +155,7 @@ def test_a_foreign_tokenizer_fails_the_proof(tmp_path: Path, tokenizer: dict, vo
     lines = TokenizedLines(["Please book a room."], [np.array([1, 2, 3], dtype=np.int32)])
     held = HeldOut(held_out(vocab_size).sequences, lines)
     with pytest.raises(ProofFailed, match="tokenizer"):
-        export_proved(student, tmp_path / "s.gguf", "f32", tokenizer, NAMES, held)
+        proved(student, tmp_path / "s.gguf", "f32", tokenizer, held)
 
 
 def test_tokenizer_and_template_are_copied_as_they_are(

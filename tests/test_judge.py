@@ -398,3 +398,45 @@ def test_random_bytes_of_a_student_never_give_a_traceback(
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "Traceback" not in said
     assert codes == {2} and len(places) == 12
+
+
+# -- what is not printed -----------------------------------------------------------------------------------
+
+
+def test_private_reasoning_in_a_prompt_is_not_printed(
+    file: Path,
+    opened: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither as JSON nor in a table, nor by an error; the digest is of the whole prompt, which is judged whole."""
+    prompt = "Open\x1b[31m it <think note=1>secret</think>now\u202e"
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": prompt}), "utf-8")
+    assert command(monkeypatch, "judge", file, "--prompts", path, "--json") == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert found["prompt"] == "Open\x1b[31m it now\u202e" and "secret" not in said.out + said.err
+    assert "\x1b" not in said.out and "\u202e" not in said.out
+    assert found["prompt_sha256"] == hashlib.sha256(prompt.encode()).hexdigest()
+    with Judge(file) as judge:
+        whole = judge.judge([prompt])[0]
+        assert found["probabilities"] == pytest.approx(whole.probabilities)
+        assert judge.judge([found["prompt"]])[0].probabilities != pytest.approx(whole.probabilities, abs=1e-4)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert command(monkeypatch, "judge", file, "--prompts", path) == 0
+    table = capsys.readouterr().out
+    assert "Open␛[31m it now\\u202e" in table and "secret" not in table
+    assert command(monkeypatch, "judge", file, "<think>secret</think>" + "words and " * 400) == 2
+    said = capsys.readouterr()
+    assert "prompt 'words and" in said.err and "secret" not in said.err + said.out
+
+
+def test_a_judge_on_a_model_that_is_open_already(file: Path, kept: GGUFTeacher) -> None:
+    """Its heads, its judgments, and it stays open."""
+    with Judge(file, kept) as judge:
+        found = judge.judge(["Hello"])[0]
+    with Judge(file) as judge:
+        assert judge.judge(["Hello"])[0].probabilities == pytest.approx(found.probabilities, abs=1e-5)
+    assert kept.tokenize(["still there"], add_special=False, parse_special=False)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from distill.config import load_config
 from distill.console import Console
-from distill.exporting import export_proved, tokenizer_entries
+from distill.exporting import Export, export_proved, tokenizer_entries
 from distill.pipeline import Places, run
 from distill.prove import TokenizedLines
 from distill.run_folder import HeldOut
@@ -35,7 +35,8 @@ def test_every_line_keeps_its_ids(tmp_path: Path, name: str) -> None:
         tokens = [row[:64] for row in theirs if len(row) > 4][:4]
         held_out = HeldOut(tokens, TokenizedLines([], []))
         path = tmp_path / "student.gguf"
-        export_proved(build_student(shape, 0), path, "f16", tokenizer_entries(teacher.file), names, held_out)
+        export = Export(build_student(shape, 0), tokenizer_entries(teacher.file), names, held_out)
+        export_proved(export, {"f16": path})
     with GGUFTeacher(path, threads=1) as student:
         ours = student.tokenize(lines, add_special=True, parse_special=True)
     assert len(ours) == len(lines) > 300

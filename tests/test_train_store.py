@@ -21,7 +21,7 @@ from distill.console import Console
 from distill.engine import train
 from distill.errors import UserError
 from distill.evaluation.scores import STORED_TARGETS, evaluate, evaluate_stored, llama_scorer, student_scorer
-from distill.exporting import export_run
+from distill.export_run import export_run
 from distill.pipeline import Places, run, train_from_store
 from distill.run_folder import RunFolder
 from teachers.gguf_file import read_gguf, tokenizer_sha256
@@ -155,8 +155,9 @@ def test_the_run_can_be_used_like_any_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Exported again, talked to; the tokenizer is the teacher's."""
-    path, proof = export_run(trained, "f32", None)
-    assert proof.max_logit_difference <= 1e-3 and proof.token_lines > 0
+    [file] = export_run(trained, ["f32"], None, Console())
+    path = trained.path / file.file
+    assert file.max_logit_difference <= 1e-3
     assert tokenizer_sha256(read_gguf(path)) == tokenizer_sha256(read_gguf(tiny_teacher_path))
     assert read_gguf(path).value("so8t.teacher_name") == "tiny"
     path.unlink()
@@ -164,7 +165,7 @@ def test_the_run_can_be_used_like_any_other(
     monkeypatch.setattr(sys, "argv", ["distill", "chat", str(trained.gguf), "Hello", "--max-tokens", "4"])
     with pytest.raises(SystemExit) as stopped:
         main()
-    assert stopped.value.code == 0 and not capsys.readouterr().err
+    assert stopped.value.code == 0 and "expected agreement" in capsys.readouterr().err
 
 
 # --- against stored targets

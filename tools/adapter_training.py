@@ -22,7 +22,7 @@ from distill.checkpoint import latest_checkpoint
 from distill.config import RunConfig, load_config
 from distill.console import Console
 from distill.engine import TrainingData, train
-from distill.exporting import export_proved, metadata_entries
+from distill.exporting import Export, export_proved, metadata_entries
 from distill.full_store import open_full_store
 from distill.objective import build_objective
 from distill.run_folder import HeldOut
@@ -203,8 +203,8 @@ def _exported(trial: Trial, student: Student, folder: Path, figures: Figures) ->
     path, checkpoint = folder / "student.gguf", latest_checkpoint(folder / "checkpoints")
     assert checkpoint is not None
     tokenizer = metadata_entries(trial.kept.tokenizer)
-    names = ExportNames("benchmark", {})
-    proof = export_proved(student, path, "f32", tokenizer, names, trial.held_out())
+    export = Export(student, tokenizer, ExportNames("benchmark", {}), trial.held_out())
+    proof = export_proved(export, {"f32": path}).original
     return replace(
         figures,
         logit_difference=proof.max_logit_difference,

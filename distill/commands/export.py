@@ -13,22 +13,30 @@ commands = typer.Typer()
 @commands.command("export-gguf")
 def export_gguf(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
-    quant: Annotated[str, typer.Option(metavar="f32|f16|q8_0", help="Format of the weights.")] = "f16",
+    quant: Annotated[
+        str,
+        typer.Option(
+            metavar="TYPE,…|all",
+            help="File types: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, iq4_nl, with commas between them.",
+        ),
+    ] = "q4_k_m",
     output: Annotated[
-        Path | None, typer.Option(help="File to write. Default: RUN/student-QUANT.gguf.")
+        Path | None,
+        typer.Option(
+            help="File to write, for several types a folder that is there. Default: RUN/student-TYPE.gguf."
+        ),
     ] = None,
+    imatrix: Annotated[
+        bool,
+        typer.Option(
+            "--imatrix/--no-imatrix", help="Quantize with the importance matrix of the run's training text."
+        ),
+    ] = True,
 ) -> None:
-    """Export a run's student again in another format, proved against PyTorch before it gets its name."""
-    from distill.config import ExportConfig, parse_quant
-    from distill.console import Console, human_bytes
-    from distill.exporting import export_run
+    """Export a run's student again, in any of llama.cpp's file types, each proved before it gets its name."""
+    from distill.config import parse_quants
+    from distill.console import Console
+    from distill.export_run import export_run
     from distill.run_folder import RunFolder
 
-    console = Console()
-    wanted: ExportConfig = parse_quant(quant)
-    with console.stage("Export and prove") as stage:
-        path, proof = export_run(RunFolder(run_folder), wanted.quant, output)
-        stage.finish(
-            f"{path}, {human_bytes(path.stat().st_size)}; against PyTorch over {proof.positions} positions: max logit "
-            f"difference {proof.max_logit_difference:.1e}, KL {proof.mean_kl:.1e}"
-        )
+    export_run(RunFolder(run_folder), parse_quants(quant), output, Console(), imatrix=imatrix)

@@ -47,7 +47,7 @@ Store = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run. Default: a new one under runs/.")]
 StudentQuant = Annotated[
     str | None,
-    typer.Option("--quant", metavar="f32|f16|q8_0", help="Format of student.gguf. Default: q8_0."),
+    typer.Option("--quant", metavar="TYPE", help="File type of student.gguf, such as q4_k_m. Default: q8_0."),
 ]
 Preset = Annotated[
     str,

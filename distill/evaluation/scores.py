@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distill import losses
 from distill.checkpoint import set_weights
+from distill.evaluation.metrics import by_sequence, intervals
 from students.student import Student
 from teachers.base import Teacher, Tokens
 from teachers.records import Targets, join
@@ -29,14 +30,22 @@ WHOLE_VOCABULARY = "whole vocabulary"
 Scorer = Callable[[Sequence[Tokens]], Tensor]
 """Next-token logits of all positions of some sequences, ``[N, V]`` float32 (n − 1 rows for n tokens)."""
 
+Sums = NDArray[np.float64]
+"""KL, agreement and surprise summed over each sequence's positions, ``[S, 3]``."""
+
 
 @dataclass(frozen=True)
 class Score:
-    """One model against the teacher. ``kl`` and ``cross_entropy`` in nats per token, ``agreement`` a share."""
+    """One model against the teacher. ``kl`` and ``cross_entropy`` in nats per token, ``agreement`` a share.
+
+    ``intervals``: low and high end of the 95 % interval of kl, agreement, cross_entropy and perplexity (see
+    ``distill.evaluation.metrics.intervals``); empty where one sequence is all.
+    """
 
     kl: float
     agreement: float
     cross_entropy: float
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -108,20 +117,21 @@ def evaluate(
     report: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Compare ``models`` with the teacher on every position; ``report`` gets how many sequences are done."""
-    sums = {name: np.zeros(3) for name in models}
+    sums: dict[str, list[Sums]] = {name: [] for name in models}
     surprise, positions, finished = 0.0, 0, 0
     reference = llama_scorer(teacher)
-    for group in _groups(sequences, teacher.info.vocab_size):
-        expected, labels = reference(group), _labels(group)
+    for group in groups(sequences, teacher.info.vocab_size):
+        expected, labels = reference(group), next_tokens(group)
         best = expected.argmax(dim=-1)
         surprise += float(losses.cross_entropy(expected, labels).double().sum())
         for name, model in models.items():
             found = model(group)
-            sums[name] += _sums(losses.dense_forward_kl(expected, found), best, found, labels)
+            kl = losses.dense_forward_kl(expected, found)
+            sums[name].append(_sums(kl, best, found, labels, group))
         positions += len(labels)
         finished += len(group)
         report(finished)
-    scores = {name: Score(*(total / positions).tolist()) for name, total in sums.items()}
+    scores = {name: _score(np.concatenate(parts), sequences) for name, parts in sums.items()}
     return Evaluation(TEACHER, positions, WHOLE_VOCABULARY, surprise / positions, False, scores)
 
 
@@ -133,21 +143,22 @@ def evaluate_stored(
 ) -> Evaluation:
     """``evaluate`` without a teacher: against the stored soft targets of some of the store's sequences."""
     vocab_size = int(store.manifest.identity["vocab_size"])
-    sums = {name: np.zeros(3) for name in models}
+    sums: dict[str, list[Sums]] = {name: [] for name in models}
     surprise: float | None = 0.0
     positions = finished = 0
-    for group in _groups([store.tokens(index) for index in indices], vocab_size):
+    sequences = [store.tokens(index) for index in indices]
+    for group in groups(sequences, vocab_size):
         here = indices[finished : finished + len(group)]
-        targets, labels = join([store.targets(index) for index in here]), _labels(group)
+        targets, labels = join([store.targets(index) for index in here]), next_tokens(group)
         best, asked = targets.best(), _teachers_surprise(targets, labels)
         surprise = None if surprise is None or asked is None else surprise + asked
         for name, model in models.items():
             found = model(group)
-            sums[name] += _sums(losses.known_kl(found, targets, 1.0), best, found, labels)
+            sums[name].append(_sums(losses.known_kl(found, targets, 1.0), best, found, labels, group))
         positions += len(labels)
         finished += len(group)
         report(finished)
-    scores = {name: Score(*(total / positions).tolist()) for name, total in sums.items()}
+    scores = {name: _score(np.concatenate(parts), sequences) for name, parts in sums.items()}
     known = None if surprise is None else surprise / positions
     recipe = store.manifest.recipe
     over = f"{recipe.num_topk} top tokens and the rest" if recipe.kind == "compact" else WHOLE_VOCABULARY
@@ -165,26 +176,41 @@ def _teachers_surprise(targets: Targets, labels: Tensor) -> float | None:
     return -float(chosen.double().sum())
 
 
-def _labels(sequences: Sequence[Tokens]) -> Tensor:
+def next_tokens(sequences: Sequence[Tokens]) -> Tensor:
     """The actual next token of every position, ``[N]``."""
     return torch.from_numpy(np.concatenate([tokens[1:] for tokens in sequences]).astype(np.int64))
 
 
-def _sums(kl: Tensor, best: Tensor, logits: Tensor, labels: Tensor) -> NDArray[np.float64]:
-    same = (best == logits.argmax(dim=-1)).double().sum()
-    surprise = losses.cross_entropy(logits, labels).double().sum()
-    return np.array([float(kl.double().sum()), float(same), float(surprise)])
+def _sums(kl: Tensor, best: Tensor, logits: Tensor, labels: Tensor, sequences: Sequence[Tokens]) -> Sums:
+    """KL, agreement and surprise summed over the positions of each sequence."""
+    same = (best == logits.argmax(dim=-1)).double()
+    surprise = losses.cross_entropy(logits, labels).double()
+    values = torch.stack((kl.double(), same, surprise), dim=-1).numpy()
+    return by_sequence(values, [len(tokens) - 1 for tokens in sequences])
 
 
-def _groups(sequences: Sequence[Tokens], vocab_size: int) -> list[list[Tokens]]:
+def _score(sums: Sums, sequences: Sequence[Tokens]) -> Score:
+    """Means over all positions, with their intervals, of each sequence's ``sums [S, 3]``."""
+    counts = [len(tokens) - 1 for tokens in sequences]
+    kl, agreement, cross_entropy = (sums.sum(axis=0) / sum(counts)).tolist()
+    edges = intervals(sums, counts)
+    if edges is None:
+        return Score(kl, agreement, cross_entropy)
+    low, high = edges.tolist()
+    found = dict(zip(("kl", "agreement", "cross_entropy"), zip(low, high, strict=True), strict=True))
+    found["perplexity"] = (perplexity(low[2]), perplexity(high[2]))
+    return Score(kl, agreement, cross_entropy, found)
+
+
+def groups(sequences: Sequence[Tokens], vocab_size: int) -> list[list[Tokens]]:
     """Cut the sequences into groups whose logits fit into ``LOGITS_BYTES`` (at least one each)."""
     limit = max(1, LOGITS_BYTES // (4 * vocab_size))
-    groups: list[list[Tokens]] = []
+    found: list[list[Tokens]] = []
     room = 0
     for tokens in sequences:
-        if not groups or len(tokens) > room:
-            groups.append([])
+        if not found or len(tokens) > room:
+            found.append([])
             room = limit
-        groups[-1].append(tokens)
+        found[-1].append(tokens)
         room -= len(tokens)
-    return groups
+    return found

@@ -22,7 +22,7 @@ from distill import __version__
 from distill.console import Console
 from distill.errors import UserError
 from distill.reports.report import read_report
-from distill.reports.telling import Content, tell
+from distill.reports.telling import Content, Told, tell
 from distill.run_folder import RunFolder
 from teachers.store import write_whole
 
@@ -47,16 +47,29 @@ def write_page(content: Content, path: Path) -> None:
         UserError: the path is not one for a page.
         OSError: the disk refuses.
     """
+    require_page_path(path)
+    write_whole(path, page(content).encode())
+
+
+def require_page_path(path: Path) -> None:
+    """See that a page can go there.
+
+    Raises:
+        UserError: the path is not one for a page.
+    """
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--output {path} must end in .html")
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: there is no folder {path.parent}")
-    write_whole(path, page(content).encode())
 
 
 def page(content: Content) -> str:
     """The whole page."""
-    told = tell(content)
+    return render(tell(content))
+
+
+def render(told: Told) -> str:
+    """The page of what is told, whatever it is about."""
     figures = {chart.key: chart.figure for some in told.charts.values() for chart in some}
     plotly, script = _plotly(), _source(SCRIPT)
     return _template().render(

@@ -77,12 +77,16 @@ class TrainingPart:
 
 @dataclass(frozen=True)
 class ModelScore:
-    """One model against the teacher, at T = 1, in nats per token."""
+    """One model against the teacher, at T = 1, in nats per token.
+
+    ``intervals``: of 95 %, by the figure's name; older runs have none.
+    """
 
     kl: float | None
     agreement: float | None
     cross_entropy: float | None
     perplexity: float | None
+    intervals: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,7 @@ class Results:
     stage_seconds: dict[str, float]
     environment: EnvironmentPart
     heads: HeadsPart = HeadsPart()
+    f32_proof: Proof | None = None  # of the file that the exported one was made from; older runs have none
 
 
 @dataclass(frozen=True)

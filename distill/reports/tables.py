@@ -155,19 +155,22 @@ def _result(results: Results) -> Section:
     if stored:
         note += " The teacher was not there: its perplexity is what its stored targets give."
     table = Table("", ["", "teacher", "before training", "trained", "exported file"], rows, note)
+    original = results.f32_proof
+    proofs = [proof] if original is None or original == proof else [original, proof]
     shown = [
-        ["format", proof.quant],
-        ["positions compared", f"{proof.positions:,}"],
-        ["largest difference of a logit", f"{proof.max_logit_difference:.2e}"],
-        ["KL from PyTorch (nats/token)", f"{proof.mean_kl:.2e}"],
-        ["same top token", f"{proof.agreement:.2%}"],
-        ["texts with the teacher's token ids", f"{proof.token_lines:,} of {proof.token_lines:,}"],
+        ["compared with", *(one.against for one in proofs)],
+        ["positions compared", *(f"{one.positions:,}" for one in proofs)],
+        ["largest difference of a logit", *(f"{one.max_logit_difference:.2e}" for one in proofs)],
+        ["KL from that (nats/token)", *(f"{one.mean_kl:.2e}" for one in proofs)],
+        ["same top token", *(f"{one.agreement:.2%}" for one in proofs)],
+        ["texts with the teacher's token ids", *(f"{one.token_lines:,}" for one in proofs)],
     ]
+    heads = ["", *(one.quant for one in proofs)]
     return Section(
         "result",
         "Teacher, student and exported file",
         [],
-        [table, Table("Proof: llama.cpp on the exported file, against PyTorch", ["", ""], shown)],
+        [table, Table("Proof: the file in llama.cpp is the trained model", heads, shown)],
     )
 
 

@@ -277,8 +277,8 @@ def _exported(results: Results) -> Fact:
     proof = results.proof
     return Fact(
         "good",
-        f"The exported file is the trained model: llama.cpp and PyTorch differ by a KL of {proof.mean_kl:.1e} over "
-        f"{proof.positions:,} positions ({proof.quant}), with the same top token in {proof.agreement:.1%}.",
+        f"The exported file is the trained model: in llama.cpp ({proof.quant}) its KL from {proof.against} is "
+        f"{proof.mean_kl:.1e} over {proof.positions:,} positions, with the same top token in {proof.agreement:.1%}.",
     )
 
 

@@ -1,0 +1,126 @@
+"""``evaluate``: students against their teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+commands = typer.Typer()
+
+Students = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="STUDENT…", help="GGUF files, or runs' folders, which stand for their student.gguf."
+    ),
+]
+Teacher = Annotated[
+    Path | None,
+    typer.Option(help="GGUF file of the teacher. Default: the example teacher, if the students are its own."),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSONL (prompt, messages or text), plain text, or a folder of them. Default: what the students' run "
+        "held out, or else the teacher speaks."
+    ),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        min=8, help="Tokens of a sequence at most. Default: 512, or less where a context is smaller."
+    ),
+]
+DraftLength = Annotated[
+    int, typer.Option(min=1, max=64, help="Tokens that the student would draft in speculative decoding.")
+]
+SafetyPrompts = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSONL file of prompt and label for the safety head. Default: those that the run has kept for it, or the "
+        "built-in ones."
+    ),
+]
+Tasks = Annotated[
+    Path | None, typer.Option(help="JSONL file of prompts with their right answers, asked of every model.")
+]
+Harness = Annotated[
+    str | None,
+    typer.Option(metavar="TASK,TASK", help="Tasks of lm-evaluation-harness, if that is installed."),
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", help="HTML file to write, which opens without a network.")
+]
+
+
+@commands.command()
+def evaluate(
+    students: Students,
+    teacher: Teacher = None,
+    data: Data = None,
+    samples: Annotated[int, typer.Option(min=2, help="Sequences at most.")] = 256,
+    max_length: MaxLength = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=(1 << 32) - 1, help="Seed of what is chosen and spoken.")
+    ] = 0,
+    draft_length: DraftLength = 4,
+    safety_prompts: SafetyPrompts = None,
+    tasks: Tasks = None,
+    lm_eval: Harness = None,
+    lm_eval_limit: Annotated[
+        int | None, typer.Option(min=1, help="Examples of each such task at most.")
+    ] = None,
+    gpu_layers: Annotated[
+        int, typer.Option(min=-1, help="Layers of every model on the GPU; -1: all of them.")
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
+    output: Output = None,
+) -> None:
+    """Say how near students are to their teacher, how well they predict text, how fast and how large they are."""
+    import json
+
+    from distill.console import Console
+    from distill.evaluation.console_table import print_comparison
+    from distill.evaluation.measure import Request, evaluate_files
+    from distill.evaluation.text import Wanted
+
+    names = [name.strip() for name in (lm_eval or "").split(",") if name.strip()]
+    _check(lm_eval, names, lm_eval_limit, output)
+    request = Request(
+        students=students,
+        teacher=teacher,
+        text=Wanted(data, samples, max_length, seed),
+        draft_length=draft_length,
+        safety_prompts=safety_prompts,
+        tasks=tasks,
+        harness=names,
+        harness_limit=lm_eval_limit,
+        gpu_layers=gpu_layers,
+    )
+    console = Console(stderr=as_json)
+    comparison = evaluate_files(request, console)
+    if output is not None:
+        from distill.evaluation.page import write_page
+
+        write_page(comparison, output)
+    if as_json:
+        print(json.dumps(comparison.to_json(), ensure_ascii=False, allow_nan=False))
+        return
+    print_comparison(comparison, console)
+    if output is not None:
+        console.note(f"page: {output}")
+
+
+def _check(lm_eval: str | None, names: list[str], limit: int | None, output: Path | None) -> None:
+    """Refuse, before anything takes long, what could only fail at the end."""
+    from distill.errors import UserError
+
+    if lm_eval is not None and not names:
+        raise UserError(f"--lm-eval {lm_eval!r} names no task; write them with commas between them")
+    if limit is not None and not names:
+        raise UserError(f"--lm-eval-limit {limit} is for the tasks of --lm-eval; name some")
+    if output is not None and output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file")
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"--output {output}: the folder {output.parent} does not exist; make it first")

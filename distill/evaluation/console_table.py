@@ -1,0 +1,169 @@
+"""A comparison in the terminal: one column a model, the teacher's first, in several tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from distill.console import Console, human_bytes, human_count
+from distill.evaluation.records import Comparison, Fidelity, Figure, ModelEvaluation
+from distill.reports.report import ratios
+from distill.reports.text import printable
+from distill.safety_metrics import SafetyScore
+
+Cell = Callable[[ModelEvaluation], str]
+NOTHING = "–"
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Print what the models were compared on, and the tables."""
+    rich = console.rich
+    words = f"{comparison.sequences:,} sequences, {comparison.positions:,} next tokens: {comparison.text}"
+    rich.print(f"\n{escape(printable(words))}", soft_wrap=True)
+    if comparison.skipped:
+        rich.print(f"{comparison.skipped:,} more sequences were too long for a model's context.")
+    for table in tables(comparison):
+        rich.print(table)
+    rich.print("[dim]Below each mean its 95 % interval, from drawing whole sequences again.[/]")
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """The tables; those that nothing was measured for are left out."""
+    models = [comparison.teacher, *comparison.students]
+    found = [_table("Fidelity to the teacher", models, _fidelity_rows(comparison)), _language(models)]
+    if any(model.safety is not None for model in models):
+        found.append(_table("Safety head", models, _safety_rows(models)))
+    if names := _benchmarks(models):
+        found.append(_table("lm-evaluation-harness", models, [_benchmark_row(*name) for name in names]))
+    return [*found, _cost(models)]
+
+
+def _table(title: str, models: Sequence[ModelEvaluation], rows: Sequence[tuple[str, Cell]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for place, model in enumerate(models):
+        name = escape(printable(model.name))
+        table.add_column(f"{name}\n[dim]teacher[/]" if place == 0 else name, justify="right", overflow="fold")
+    for words, cell in rows:
+        table.add_row(words, *(cell(model) for model in models))
+    return table
+
+
+def _fidelity_rows(comparison: Comparison) -> list[tuple[str, Cell]]:
+    measured = [student.fidelity for student in comparison.students if student.fidelity is not None]
+    draft = measured[0].draft_length if measured else 0
+    prefix = max((fidelity.prefix_length for fidelity in measured), default=0)
+
+    def row(read: Callable[[Fidelity], str], of_teacher: str) -> Cell:
+        return lambda model: of_teacher if model.fidelity is None else read(model.fidelity)
+
+    rows = [
+        ("KL to teacher (nats/token)", row(lambda f: _number(f.kl), "0")),
+        ("KL from teacher, reverse", row(lambda f: _number(f.reverse_kl), "0")),
+        ("same top token", row(lambda f: _share(f.top1), "100 %")),
+        ("top 5 shared", row(lambda f: _share(f.top5), "100 %")),
+        ("drafted tokens accepted", row(lambda f: _share(f.acceptance), NOTHING)),
+        (f"tokens per teacher pass, {draft} drafted", row(lambda f: f"{f.tokens_per_pass:.2f}", NOTHING)),
+    ]
+    if prefix:
+        rows += [
+            (
+                f"greedy tokens alike, of {prefix}",
+                row(lambda f: _optional(f.greedy_prefix, _length), NOTHING),
+            ),
+            ("greedy answers alike", row(lambda f: _optional(f.greedy_same, _share), NOTHING)),
+        ]
+    return rows
+
+
+def _language(models: Sequence[ModelEvaluation]) -> Table:
+    rows: list[tuple[str, Cell]] = [
+        ("perplexity", lambda model: _perplexity(model.perplexity)),
+        ("calibration error", lambda model: f"{model.calibration_error:.4f}"),
+    ]
+    if (task := models[0].task) is not None:
+        name = f"right answers, {escape(printable(task.name))} ({task.prompts})"
+        rows.append((name, lambda model: NOTHING if model.task is None else _share(model.task.share)))
+    return _table("Language", models, rows)
+
+
+def _safety_rows(models: Sequence[ModelEvaluation]) -> list[tuple[str, Cell]]:
+    def of_score(read: Callable[[SafetyScore], str]) -> Cell:
+        return lambda model: NOTHING if model.safety is None else read(model.safety)
+
+    def ratio(place: int) -> Cell:
+        def read(score: SafetyScore) -> str:
+            found = ratios(score)[place]
+            return NOTHING if found.value is None else _share(Figure(found.value, found.low, found.high))
+
+        return of_score(read)
+
+    scores = [model.safety for model in models if model.safety is not None]
+    return [
+        *((found.name, ratio(place)) for place, found in enumerate(ratios(scores[0])[:3])),
+        ("accuracy", of_score(lambda score: f"{score.accuracy:.1%}")),
+        ("prompts", of_score(lambda score: f"{score.prompts:,}")),
+    ]
+
+
+def _benchmarks(models: Sequence[ModelEvaluation]) -> list[tuple[str, str]]:
+    """Tasks and metrics of the harness that any model has; standard errors stand beside their figure."""
+    names = {(task, metric) for model in models for task, found in model.harness.items() for metric in found}
+    return sorted((task, metric) for task, metric in names if "_stderr" not in metric)
+
+
+def _benchmark_row(task: str, metric: str) -> tuple[str, Cell]:
+    name, comma, chain = metric.partition(",")
+    error_name = f"{name}_stderr{comma}{chain}"
+
+    def cell(model: ModelEvaluation) -> str:
+        found = model.harness.get(task, {})
+        if metric not in found:
+            return NOTHING
+        error = found.get(error_name)
+        return f"{found[metric]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+    return f"{escape(printable(task))} {escape(printable(metric))}", cell
+
+
+def _cost(models: Sequence[ModelEvaluation]) -> Table:
+    rows: list[tuple[str, Cell]] = [
+        ("file type", lambda model: model.file_type or NOTHING),
+        ("parameters", lambda model: human_count(model.parameters)),
+        ("file size", lambda model: human_bytes(model.file_bytes)),
+        ("memory of llama.cpp's process, at most", lambda model: human_bytes(model.peak_memory)),
+        ("reading (tokens/s)", lambda model: f"{model.prompt_speed:,.0f}"),
+        ("writing (tokens/s)", lambda model: f"{model.generation_speed:,.0f}"),
+    ]
+    return _table("Speed and size", models, rows)
+
+
+def _optional(figure: Figure | None, write: Callable[[Figure], str]) -> str:
+    return NOTHING if figure is None else write(figure)
+
+
+def _with_interval(figure: Figure, write: Callable[[float], str]) -> str:
+    """A mean, and its interval on a line below."""
+    if figure.low is None or figure.high is None:
+        return write(figure.value)
+    return f"{write(figure.value)}\n[dim]{write(figure.low)} – {write(figure.high)}[/]"
+
+
+def _number(figure: Figure) -> str:
+    return _with_interval(
+        figure, lambda value: f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
+    )
+
+
+def _share(figure: Figure) -> str:
+    return _with_interval(figure, lambda value: f"{value:.1%}")
+
+
+def _length(figure: Figure) -> str:
+    return _with_interval(figure, lambda value: f"{value:.1f}")
+
+
+def _perplexity(figure: Figure) -> str:
+    return _with_interval(figure, lambda value: f"{value:,.2f}")

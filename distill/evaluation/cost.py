@@ -1,0 +1,36 @@
+"""What running a model costs: speed, and memory of llama.cpp's process."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+from teachers.gguf_teacher import GGUFTeacher
+
+PROMPT_TOKENS = 128
+NEW_TOKENS = 64
+TRIALS = 3
+UNSTEADY = 1.5  # between trials on a machine that has nothing else to do it is less
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Prompt and generation speed of one sequence in tokens per second, and the most bytes of main memory that
+    llama.cpp's process had had by then. ``spread``: the fastest trial of writing in parts of the slowest."""
+
+    prompt_speed: float
+    generation_speed: float
+    peak_memory: int
+    spread: float = 1.0
+
+
+def measure_cost(model: GGUFTeacher) -> Cost:
+    """Read a prompt and write some tokens, three times, and take the medians.
+
+    The model should be freshly loaded, and no other be at work: what else it is asked for takes memory of its own.
+    """
+    prompt = min(PROMPT_TOKENS, model.info.context_length // 2)
+    new = min(NEW_TOKENS, model.info.context_length - prompt - 1)
+    reading, writing = zip(*(model.speed(prompt, new) for _ in range(TRIALS)), strict=True)
+    spread = max(writing) / min(writing)
+    return Cost(statistics.median(reading), statistics.median(writing), model.peak_memory(), spread)

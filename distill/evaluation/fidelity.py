@@ -1,0 +1,101 @@
+"""Models on one text: how they predict it, and how near the students' distributions are to the teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.errors import UserError
+from distill.evaluation.metrics import (
+    COMPARED,
+    Floats,
+    Prediction,
+    by_sequence,
+    calibration_error,
+    compare,
+    joined,
+    mean_figures,
+    predict,
+)
+from distill.evaluation.records import Figure
+from distill.evaluation.scores import Scorer, groups, next_tokens, perplexity
+from teachers.base import Tokens
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """One model on the text. ``compared``: the figures ``COMPARED`` against the teacher, which itself has none."""
+
+    perplexity: Figure
+    calibration_error: float
+    compared: dict[str, Figure]
+
+
+def score_text(
+    teacher: str,
+    models: Mapping[str, Scorer],
+    sequences: Sequence[Tokens],
+    vocab_size: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, TextScore]:
+    """Score all ``models``, of which ``teacher`` is one, on all positions of ``sequences`` (≥ 2 tokens each).
+
+    Logits of one group of sequences are held at a time, of the teacher and one student. ``progress`` counts sequences
+    over all models.
+
+    Raises:
+        UserError: a model computes something that is not a number.
+    """
+    predictions: dict[str, list[Prediction]] = {name: [] for name in models}
+    compared: dict[str, list[Floats]] = {name: [] for name in models if name != teacher}
+    done = 0
+    for group in groups(sequences, vocab_size):
+        labels, lengths = next_tokens(group), _positions(group)
+        expected = _finite(models[teacher](group), teacher)
+        predictions[teacher].append(predict(expected, labels))
+        done += len(group)
+        progress(done)
+        for name, rows in compared.items():
+            found = _finite(models[name](group), name)
+            predictions[name].append(predict(found, labels))
+            rows.append(by_sequence(compare(expected, found), lengths))
+            done += len(group)
+            progress(done)
+    lengths = _positions(sequences)
+    return {
+        name: _score(joined(parts), compared.get(name, []), lengths) for name, parts in predictions.items()
+    }
+
+
+def _positions(sequences: Sequence[Tokens]) -> list[int]:
+    """How many next tokens each sequence has."""
+    return [len(tokens) - 1 for tokens in sequences]
+
+
+def _finite(logits: Tensor, name: str) -> Tensor:
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError(
+            f"{name} computes logits that are not finite; its weights are damaged, so export it again"
+        )
+    return logits
+
+
+def _score(prediction: Prediction, compared: Sequence[Floats], lengths: Sequence[int]) -> TextScore:
+    surprise = mean_figures(by_sequence(prediction.surprise.numpy()[:, None], lengths), lengths)[0]
+    figures = mean_figures(np.concatenate(compared), lengths) if compared else []
+    return TextScore(
+        perplexity=_exponential(surprise),
+        calibration_error=calibration_error(prediction),
+        compared=dict(zip(COMPARED if compared else (), figures, strict=True)),
+    )
+
+
+def _exponential(nats: Figure) -> Figure:
+    """A perplexity of a cross-entropy; exp keeps the order, so the interval's ends are those of the cross-entropy."""
+    if nats.low is None or nats.high is None:
+        return Figure(perplexity(nats.value))
+    return Figure(perplexity(nats.value), perplexity(nats.low), perplexity(nats.high))

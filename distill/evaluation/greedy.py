@@ -1,0 +1,76 @@
+"""How long a student writes what its teacher writes, both at temperature 0 behind the same beginnings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from distill.evaluation.metrics import agreeing_prefix, mean_figures
+from distill.evaluation.records import Figure
+from teachers.base import Sampling, Tokens
+from teachers.gguf_teacher import GGUFTeacher
+
+SEQUENCES = 32  # of the text, whose first halves are continued
+NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class GreedyScore:
+    """``prefix``: mean number of tokens alike; ``same``: share of the continuations that are alike to their end."""
+
+    prefix: Figure
+    same: Figure
+
+
+@dataclass(frozen=True)
+class Beginnings:
+    """What is continued, by at most ``new_tokens`` tokens each."""
+
+    prompts: list[Tokens]
+    new_tokens: int
+
+
+def beginnings(sequences: Sequence[Tokens], room: int) -> Beginnings | None:
+    """The first half of each of the first sequences; ``None`` where ``room`` tokens leave nothing to write."""
+    prompts = [tokens[: max(1, len(tokens) // 2)] for tokens in sequences[:SEQUENCES]]
+    new_tokens = min(NEW_TOKENS, room - max(map(len, prompts)))
+    return Beginnings(prompts, new_tokens) if new_tokens > 0 else None
+
+
+def continuations(model: GGUFTeacher, start: Beginnings, progress: Callable[[int], None]) -> list[Tokens]:
+    """What the model writes behind each beginning at temperature 0, with the token that ends its turn, if it does."""
+    longest = max(map(len, start.prompts)) + start.new_tokens
+    said = model.speak(
+        [[prompt] for prompt in start.prompts], Sampling(0.0, max_length=longest), progress=progress
+    )
+    # Behind a shorter beginning there was room for more.
+    return [
+        tokens[len(prompt) : len(prompt) + start.new_tokens]
+        for tokens, prompt in zip(said, start.prompts, strict=True)
+    ]
+
+
+def greedy_scores(
+    teacher: GGUFTeacher,
+    students: Mapping[str, GGUFTeacher],
+    start: Beginnings,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, GreedyScore]:
+    """Each student's score; ``progress`` counts continuations over all models."""
+    done = 0
+
+    def write(model: GGUFTeacher) -> list[list[int]]:
+        nonlocal done
+        found = continuations(model, start, lambda count: progress(done + count))
+        done += len(found)
+        return [tokens.tolist() for tokens in found]
+
+    expected = write(teacher)
+    scores = {}
+    for name, student in students.items():
+        pairs = list(zip(expected, write(student), strict=True))
+        values = [(agreeing_prefix(ours, theirs), ours == theirs) for ours, theirs in pairs]
+        scores[name] = GreedyScore(*mean_figures(np.array(values, dtype=np.float64), [1] * len(values)))
+    return scores

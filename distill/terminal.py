@@ -1,0 +1,35 @@
+"""What goes to a terminal: decisions in colour, and text of models, files and prompts, which may not steer it."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+# Control characters but tab and line end, and the signs that reorder what is around them (Unicode's bidi controls).
+_STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+COLOURS = {"ALLOW": "green", "ESCALATE": "yellow", "REFUSE": "red"}
+
+
+def coloured(decision: str | None) -> str:
+    """A safety decision as Rich's markup; nothing for none."""
+    return "" if decision is None else f"[bold {COLOURS[decision]}]{decision}[/]"
+
+
+def printable(text: str) -> str:
+    """``text`` with what would steer a terminal as a sign that shows it: ``␛[31m``, ``\\u202e``; all else as it is."""
+    return _STEERS.sub(lambda found: _sign(found[0]), text)
+
+
+def json_line(value: Any) -> str:
+    """``value`` as JSON on one line, characters beyond ASCII as they are, but for those that steer a terminal."""
+    line = json.dumps(value, ensure_ascii=False)
+    return _STEERS.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
+
+
+def _sign(character: str) -> str:
+    code = ord(character)
+    if code < 0x20:
+        return chr(0x2400 + code)  # Unicode's pictures of control characters
+    return "\u2421" if code == 0x7F else f"\\u{code:04x}"
