@@ -107,7 +107,7 @@ def record_export(
     """
     if not has_log(folder):
         return False
-    inside = [path for path in files if _is_inside(folder, path)]
+    inside = [path for path in files if _name_in(folder, path) is not None]
     content = {
         "quant": quant,
         "figures": dict(figures or {}),
@@ -123,11 +123,10 @@ def record_judgments(student: Path, judgments: Sequence[Judgment]) -> bool:
 
     Returns whether it was written: not of a student elsewhere, nor in a run that has no log.
     """
-    path = student.resolve()
-    folder = next((place for place in path.parents[:2] if has_log(place)), None)
+    folder = _run_of(student)
     if folder is None or not judgments:
         return False
-    described = _described(folder, [path])
+    described = _described(folder, [student])
     append(folder, [("judged", {**_decision(judgment), "read": described}) for judgment in judgments])
     return True
 
@@ -175,8 +174,8 @@ def _decision(judgment: Judgment) -> dict[str, Any]:
 
 def _described(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of files in a run's folder, by their names within it."""
-    place = folder.resolve()
-    return {path.resolve().relative_to(place).as_posix(): _file(path) for path in sorted(paths)}
+    named = {_name_in(folder, path): path for path in sorted(paths)}
+    return {name: _file(path) for name, path in named.items() if name is not None}
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -184,5 +183,25 @@ def _file(path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest}
 
 
-def _is_inside(folder: Path, path: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
+def _run_of(student: Path) -> Path | None:
+    """The run's folder with a log that a file lies in, or in a folder of."""
+    for path in (student.absolute(), student.resolve()):
+        for place in path.parents[:2]:
+            if has_log(place) and _name_in(place, path) is not None:
+                return place
+    return None
+
+
+def _name_in(folder: Path, path: Path) -> str | None:
+    """A file's name within the run's folder, ``None`` of one elsewhere.
+
+    A link in the folder keeps its own name, wherever it points: checkpoints may have been moved to another disk. A
+    link elsewhere that points into the folder has the name of what it points at.
+    """
+    place = folder.resolve()
+    for known in (path.absolute(), path.resolve()):
+        for parent in known.parents:
+            name = known.relative_to(parent)
+            if parent.resolve() == place and ".." not in name.parts:
+                return name.as_posix()
+    return None

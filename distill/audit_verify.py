@@ -265,7 +265,7 @@ def _check_files(folder: Path, chain: _Chain) -> tuple[list[str], list[str]]:
                 words = f"it was given another {name} than line {newest[name][0]} names"
                 chain.blame(words, number)
         newest |= {name: (number, described) for name, described in _named(line, "files")}
-    checked, gone = [], []
+    checked, gone, linked = [], [], []
     for name, (number, described) in newest.items():
         path = _inside(folder, name)
         if path is None or not isinstance(described, dict):
@@ -277,7 +277,15 @@ def _check_files(folder: Path, chain: _Chain) -> tuple[list[str], list[str]]:
             chain.findings.append(Finding(words, file=name))
         else:
             checked.append(name)
-    strangers = sorted(path.name for path in folder.glob("*.gguf") if path.name not in newest)
+        if path is not None and not path.resolve().is_relative_to(folder.resolve()):
+            linked.append(name)
+    if linked:
+        chain.notes.append(f"links in the folder lead out of it, to {', '.join(sorted(linked))}")
+    strangers = sorted(
+        path.name
+        for path in folder.glob("*.gguf")
+        if path.name not in newest and not path.name.startswith(".")  # being written just now
+    )
     if strangers:
         chain.notes.append(f"the log does not know {', '.join(strangers)}")
     return checked, gone
@@ -291,12 +299,12 @@ def _named(line: dict[str, Any], key: str) -> Iterator[tuple[str, Any]]:
 
 
 def _inside(folder: Path, name: str) -> Path | None:
-    """Where a file of the run lies; a log that was not written by us may name anything."""
+    """Where a file of the run lies; a log that was not written by us may name anything. Nothing in its name leads out
+    of the folder; a link that somebody has put there may, and is followed."""
     parts = PurePosixPath(name).parts
     if not parts or {"..", "/"} & set(parts) or "\\" in name or ":" in name or "\0" in name:
         return None
-    path = folder / name
-    return path if path.resolve().is_relative_to(folder.resolve()) else None
+    return folder / name
 
 
 def _difference(path: Path, described: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ Front matter: https://huggingface.co/docs/hub/model-cards and the model card spe
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -38,6 +39,7 @@ from distill.card_words import (
     teacher_name,
     verification_words,
 )
+from distill.console import Console
 from distill.markdown import Markdown, code, escaped, one_line
 from distill.run_folder import RunFolder
 from teachers.store import write_whole
@@ -55,6 +57,8 @@ pddl lgpl-lr deepfloyd-if-license llama2 llama3 llama3.1 llama3.2 llama3.3 gemma
 """
 HUB_LICENSES = frozenset(_HUB_IDENTIFIERS.split())
 
+SEAL = "\n<!-- written by distill; SHA-256 of what stands above: "
+
 
 def write_card(folder: RunFolder) -> Path:
     """Write the model card of a finished run, whole or not at all, in place of one that is there; returns where.
@@ -63,8 +67,33 @@ def write_card(folder: RunFolder) -> Path:
         UserError, TeacherFileError: see ``build_card``.
         OSError: the disk refuses.
     """
-    write_whole(folder.card, build_card(folder).encode())
+    text = build_card(folder)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    write_whole(folder.card, f"{text}{SEAL}{digest} -->\n".encode())
     return folder.card
+
+
+def is_ours(folder: RunFolder) -> bool:
+    """Whether the card is as this program wrote it: what people have added is theirs."""
+    try:
+        text, seal, digest = folder.card.read_text(encoding="utf-8").rpartition(SEAL)
+    except (OSError, UnicodeDecodeError):
+        return False
+    return bool(seal) and digest == f"{hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def update_card(folder: RunFolder, console: Console) -> None:
+    """Write the card again, unless somebody has edited it.
+
+    Raises:
+        UserError, TeacherFileError, OSError: see ``write_card``.
+    """
+    if folder.card.exists() and not is_ours(folder):
+        console.note(
+            f"{folder.card} has been edited and is left as it is; delete it to have it written again"
+        )
+        return
+    write_card(folder)
 
 
 def build_card(folder: RunFolder) -> str:

@@ -6,7 +6,6 @@ an older run does not have.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,16 +13,16 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from distill.audit_log import LOG, read_head
 from distill.errors import UserError
+from distill.exports import ExportedFile, read_exports
 from distill.reports.guard import guard_facts, health_facts
 from distill.reports.records import Records, Results, read_records
 from distill.reports.verdict import Fact, verdict
 from distill.run_folder import RunFolder
 from teachers.gguf_file import GGUFFile, file_sha256, read_gguf
 
-AUDIT = "audit.jsonl"
 MOST_MODELS = 16  # that a file may name as its origin
-TAIL_BYTES = 1 << 20  # of the audit log, whose last line alone is wanted
 _HUB_MODEL = re.compile(r"https://huggingface\.co/([\w.-]{1,96}/[\w.-]{1,96})/?")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _LANGUAGE = re.compile(r"[a-z]{2,3}")
@@ -109,26 +108,20 @@ class Further:
 
 
 @dataclass(frozen=True)
-class ExportedFile:
-    """One exported file, as ``exports.json`` says (see ``distill.export_run``). ``kl`` and ``agreement``: against the
-    F32 file, not known of a run without that list."""
+class UnlistedFile:
+    """The exported file of a run without ``exports.json``: what its header and the results say, as ``ExportedFile``
+    has it. How far it is from the F32 file is not known."""
 
     file: str
     quant: str
     bytes: int
-    bits_per_weight: float | None = None
-    sha256: str | None = None
-    kl: float | None = None
-    agreement: float | None = None
-    prompt: float | None = None
-    generation: float | None = None
+    bits_per_weight: float
+    sha256: str
+    generation: float | None
+    kl: None = None
+    agreement: None = None
     imatrix: bool = False
     types: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Exports:
-    files: list[ExportedFile]
 
 
 @dataclass(frozen=True)
@@ -163,8 +156,8 @@ class CardFacts:
 
     ``base_sha256``: of the model that the student was made of; may be empty. ``intervals``: 95 %, of the exported
     file's scores. ``verdict``: as the report has it, without what looking at all weights would add. ``files``: the
-    exported ones that are there. ``audit``: there is a log; ``audit_head``: the hash of its last line, where that can
-    be read.
+    exported ones that are there. ``audit``: there is a log; ``audit_head``: the SHA-256 of its last line, where
+    ``audit.head`` says it.
     """
 
     results: Results
@@ -175,7 +168,7 @@ class CardFacts:
     verdict: list[Fact]
     guarded: bool
     metadata: Metadata
-    files: list[ExportedFile]
+    files: list[ExportedFile | UnlistedFile]
     plain: TransformersFolder | None
     modelfile: bool
     audit: bool
@@ -195,7 +188,6 @@ def read_facts(folder: RunFolder) -> CardFacts:
     raw = folder.read_results()
     further = _read_as(Further, raw, folder.results_file)
     exported = read_gguf(folder.gguf) if folder.gguf.exists() else None
-    audit = folder.path / AUDIT
     return CardFacts(
         results=records.results,
         further=further,
@@ -208,8 +200,8 @@ def read_facts(folder: RunFolder) -> CardFacts:
         files=_files(folder, records.results, exported),
         plain=_plain(folder),
         modelfile=folder.modelfile.is_file(),
-        audit=audit.is_file(),
-        audit_head=_audit_head(audit) if audit.is_file() else None,
+        audit=(folder.path / LOG).is_file(),
+        audit_head=_audit_head(folder.path),
     )
 
 
@@ -264,28 +256,23 @@ def _metadata(file: GGUFFile) -> Metadata:
     )
 
 
-def _files(folder: RunFolder, results: Results, own: GGUFFile | None) -> list[ExportedFile]:
+def _files(folder: RunFolder, results: Results, own: GGUFFile | None) -> list[ExportedFile | UnlistedFile]:
     """The exported files that are there; of a run without a list of them only its own."""
-    listed: list[ExportedFile] = []
-    if folder.exports.exists():
-        listed = _read_as(_Exports, folder.read_json(folder.exports), folder.exports).files
-    found = [one for one in listed if Path(one.file).name == one.file and (folder.path / one.file).is_file()]
+    found: list[ExportedFile | UnlistedFile] = [*read_exports(folder)]
     if own is not None and all(one.file != folder.gguf.name for one in found):
         found.insert(0, _own_file(own, results))
     return found
 
 
-def _own_file(own: GGUFFile, results: Results) -> ExportedFile:
+def _own_file(own: GGUFFile, results: Results) -> UnlistedFile:
     """``student.gguf`` as its header and the results know it."""
-    speeds = results.tokens_per_second.get("student", {})
-    return ExportedFile(
+    return UnlistedFile(
         file=own.path.name,
         quant=results.student.quant or results.proof.quant,
         bytes=own.size,
         bits_per_weight=8 * sum(tensor.nbytes for tensor in own.tensors.values()) / own.parameters,
         sha256=file_sha256(own.path),
-        prompt=speeds.get("prompt"),
-        generation=speeds.get("generation"),
+        generation=results.tokens_per_second.get("student", {}).get("generation"),
     )
 
 
@@ -297,13 +284,7 @@ def _plain(folder: RunFolder) -> TransformersFolder | None:
     )
 
 
-def _audit_head(path: Path) -> str | None:
-    """The ``hash`` of the log's last line."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-        lines = file.read().splitlines()
-    try:
-        found = json.loads(lines[-1])["hash"]
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-        return None  # the card says so
-    return found if isinstance(found, str) and _HASH.fullmatch(found) else None
+def _audit_head(folder: Path) -> str | None:
+    """Where the log ends; nothing where that is damaged, which the card says."""
+    head = read_head(folder)
+    return head.sha256 if head is not None and _HASH.fullmatch(head.sha256) and head.lines > 0 else None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
-from distill.card_facts import CardFacts, ExportedFile
+from distill.card_facts import CardFacts, UnlistedFile
 from distill.console import human_bytes, human_count
 from distill.corpus import JSONL_SUFFIXES, TEXT_SUFFIXES
 from distill.evaluation.scores import STORED_TARGETS
+from distill.exports import ExportedFile
 from distill.markdown import Markdown, code, escaped, last_part, one_line, table, without_folders
 from distill.reports.parts import MISSING, figure, share
 from distill.reports.records import ModelScore
@@ -150,7 +151,7 @@ def files_table(facts: CardFacts) -> Markdown:
             code(one.file),
             f"{one.quant} (importance matrix)" if one.imatrix else one.quant,
             human_bytes(one.bytes),
-            MISSING if one.bits_per_weight is None else f"{one.bits_per_weight:.2f}",
+            f"{one.bits_per_weight:.2f}",
             MISSING if one.kl is None else "0" if one.kl == 0 else f"{one.kl:.1e}",
             MISSING if one.agreement is None else f"{one.agreement:.2%}",
             MISSING if one.generation is None else f"{one.generation:,.0f}",
@@ -181,7 +182,7 @@ def checksums(facts: CardFacts) -> Markdown:
         "\n".join(
             f"{one.sha256}  {one.file}"
             for one in facts.files
-            if one.sha256 is not None and _is_hash(one.sha256) and one.file.isprintable()
+            if _is_hash(one.sha256) and one.file.isprintable()
         )
     )
 
@@ -455,7 +456,7 @@ def _range(bounds: tuple[float, float], *, percent: bool = False) -> str:
     return f"{100 * low:.1f}–{high:.1%}" if percent else f"{figure(low)}–{figure(high)}"
 
 
-def _types(one: ExportedFile) -> str:
+def _types(one: ExportedFile | UnlistedFile) -> str:
     most_first = sorted(one.types.items(), key=lambda entry: (-entry[1], entry[0]))
     return ", ".join(f"{count:,} {kind}" for kind, count in most_first) + " tensors"
 

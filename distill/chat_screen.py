@@ -98,7 +98,8 @@ class _Screen:
             self._say(f"the conversation does not fit the context any more: its oldest {turns} left out")
         if question.decision is not None:
             decision, probability = question.decision
-            self.notes.print(f"{coloured(decision)} [dim]{_percent(probability)}[/]")
+            why = self._why(decision, probability)
+            self.notes.print(f"{coloured(decision)} [dim]{_percent(probability)}{why}[/]")
         try:
             self._answer(question)
         finally:
@@ -111,6 +112,17 @@ class _Screen:
         if agreement is not None and self.conversation.judge is not None:
             advice = "  → ask the teacher" if agreement < self.conversation.judge.heads.trust else ""
             self._say(f"expected agreement with the teacher: {_percent(agreement)} of the tokens{advice}")
+
+    def _why(self, decision: str, probability: float) -> str:
+        """Why a request is refused although that is not what is most probable."""
+        judge = self.conversation.judge
+        if judge is None:
+            return ""
+        from students.heads import DECISIONS, REFUSE  # loaded already; files without heads do without PyTorch
+
+        if decision != DECISIONS[REFUSE] or probability >= 0.5:
+            return ""
+        return f", refuses from {_percent(judge.heads.thresholds[0])} on, so that little is missed"
 
     def _answer(self, question: Question) -> None:
         waiting = self.notes.status("[dim]…[/]", spinner="dots") if self.notes.is_terminal else None

@@ -395,7 +395,10 @@ def parse_quants(text: str) -> tuple[Quant, ...]:
         UserError: there is no such type.
     """
     known = get_args(Quant)
-    names = known if text == "all" else tuple(dict.fromkeys(name.strip() for name in text.lower().split(",")))
+    asked = [name.strip() for name in text.lower().split(",") if name.strip()]
+    names = tuple(dict.fromkeys(one for name in asked for one in (known if name == "all" else (name,))))
+    if not names:
+        raise UserError(f"--quant {text!r} names no file type; choose from {', '.join(known)}, or all")
     for name in names:
         if name not in known:
             raise UserError(f"--quant {name!r} is not a file type; choose from {', '.join(known)}, or all")

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 from rich.markup import escape
 from rich.table import Table
 
 from distill.audit import record_export
-from distill.card import write_card
+from distill.card import update_card
 from distill.config import Quant
 from distill.console import Console, human_bytes
 from distill.errors import ProofFailed, UserError
 from distill.exporting import Export, Proofs, export_proved, origin_of, tokenizer_entries
+from distill.exports import ExportedFile, describe_file, read_exports, record_files
 from distill.lineage import read_lineage
 from distill.prove import Proof
 from distill.run_folder import RunFolder
@@ -27,53 +26,8 @@ from distill.saved_student import load_student
 from students.export import ExportNames
 from students.file_types import FILE_TYPES
 from students.importance import read_mean_squares
-from teachers.gguf_file import TeacherFileError, file_sha256, read_gguf
-from teachers.store import write_whole
-
-
-@dataclass(frozen=True)
-class ExportedFile:
-    """One proved file.
-
-    ``kl`` (nats per token), ``agreement`` and ``max_logit_difference`` are against the F32 file (its own: against
-    PyTorch). ``prompt`` and ``generation`` in tokens per second. ``types``: tensors by how they are stored, as
-    llama.cpp takes another type where a row does not divide into blocks; ``bits_per_weight`` over all of them.
-    """
-
-    file: str
-    quant: str
-    bytes: int
-    bits_per_weight: float
-    sha256: str
-    kl: float
-    agreement: float
-    max_logit_difference: float
-    positions: int
-    prompt: float
-    generation: float
-    imatrix: bool
-    types: dict[str, int]
-
-
-def describe_file(path: Path, proof: Proof, *, importance: bool) -> ExportedFile:
-    """All that is to be said of a proved file; ``importance``: the quantizer had a matrix, where the type takes one."""
-    file = read_gguf(path)
-    bits = 8 * sum(tensor.nbytes for tensor in file.tensors.values()) / file.parameters
-    return ExportedFile(
-        file=path.name,
-        quant=proof.quant,
-        bytes=file.size,
-        bits_per_weight=round(bits, 3),
-        sha256=file_sha256(path),
-        kl=proof.mean_kl,
-        agreement=proof.agreement,
-        max_logit_difference=proof.max_logit_difference,
-        positions=proof.positions,
-        prompt=round(proof.prompt_speed, 1),
-        generation=round(proof.generation_speed, 1),
-        imatrix=importance and FILE_TYPES[proof.quant].weighted,
-        types=dict(Counter(tensor.type.name for tensor in file.tensors.values()).most_common()),
-    )
+from teachers.gguf_file import TeacherFileError, read_gguf
+from teachers.store import exclusive
 
 
 def export_run(
@@ -90,14 +44,24 @@ def export_run(
     importance matrix help the quantizer.
 
     Raises:
-        UserError: not a run's folder, or something in the way of ``output``.
-        ProofFailed, ExportError: a file is not the trained model; the others have been made.
-        OSError: the disk refuses.
+        UserError: not a run's folder, one of its files is damaged, or something is in the way of ``output``.
+        StoreError: another process works in the run's folder.
+        ProofFailed: files are not the trained model; the others have been made and recorded.
+        ExportError, OSError: llama.cpp's quantizer or the disk refuses; so have those before.
     """
     folder.read_config()
     if not folder.tokenizer.exists():
         raise UserError(f"{folder.path} has no trained student yet; let its command finish first")
     wanted = _paths(folder, quants, output)
+    writable = os.access(folder.path, os.W_OK)
+    with exclusive(folder.path) if writable else nullcontext():
+        return _export_run(folder, wanted, console, imatrix, writable)
+
+
+def _export_run(
+    folder: RunFolder, wanted: dict[Quant, Path], console: Console, imatrix: bool, writable: bool
+) -> list[ExportedFile]:
+    read_exports(folder)  # a damaged one is better found now
     student = load_student(folder)
     tokenizer = read_gguf(folder.tokenizer, model=False)
     name = str(tokenizer.value("general.name", "student"))
@@ -106,34 +70,51 @@ def export_run(
         tokenizer_entries(tokenizer),
         ExportNames(name, origin_of(folder.read_identity()), read_lineage(folder)),
         folder.read_held_out(student.config.vocab_size),
-        importance=_importance(folder, quants, console) if imatrix else None,
+        importance=_importance(folder, list(wanted), console) if imatrix else None,
     )
-    proofs = _export(export, wanted, console)
-    wanted = {quant: path for quant, path in wanted.items() if quant in proofs.files}
-    helped = export.importance is not None
-    files = [describe_file(path, proofs.files[quant], importance=helped) for quant, path in wanted.items()]
-    here = [file for file, path in zip(files, wanted.values(), strict=True) if _is_in(folder, path)]
-    if here:
-        record_files(folder, here)
-    for file, (quant, path) in zip(files, wanted.items(), strict=True):
-        record_export(folder.path, [path], file.quant, proofs.files[quant].to_json())
-    if folder.finished:
-        write_card(folder)
+    files: list[ExportedFile] = []
+
+    def record(quant: Quant, path: Path, proof: Proof) -> None:
+        file = describe_file(path, quant, proof, importance=export.importance is not None)
+        files.append(file)
+        if not writable:
+            return
+        written = [path]
+        if path.parent.resolve() == folder.path.resolve():
+            record_files(folder, [file])
+            written.append(folder.exports)
+        record_export(folder.path, written, quant, proof.to_json())
+
+    proofs = _export(export, wanted, record, console)
+    if not writable:
+        console.warn(
+            f"{folder.path} cannot be written to, so neither its log nor its model card know of this"
+        )
+    elif folder.finished and any(path.parent.resolve() == folder.path.resolve() for path in wanted.values()):
+        update_card(folder, console)
+    places = list(proofs.files)
+    files.sort(key=lambda file: places.index(file.quant))
     console.rich.print(_table(name, proofs, files))
     if proofs.failed:
         raise ProofFailed("; ".join(proofs.failed.values()))
     return files
 
 
-def _export(export: Export, wanted: Mapping[Quant, Path], console: Console) -> Proofs:
+def _export(
+    export: Export,
+    wanted: dict[Quant, Path],
+    record: Callable[[Quant, Path, Proof], None],
+    console: Console,
+) -> Proofs:
     with console.stage("Export and prove", total=len(wanted)) as stage:
-        begun: list[str] = []
+        done: list[Quant] = []
 
-        def begin(quant: str) -> None:
-            stage.update(len(begun), quant)
-            begun.append(quant)
+        def finished(quant: Quant, path: Path, proof: Proof) -> None:
+            record(quant, path, proof)
+            done.append(quant)
+            stage.update(len(done), quant)
 
-        proofs = export_proved(export, wanted, begin)
+        proofs = export_proved(export, wanted, lambda quant: stage.update(len(done), quant), finished)
         original = proofs.original
         stage.finish(
             f"F32 against PyTorch over {original.positions} positions: max logit difference "
@@ -150,7 +131,11 @@ def _paths(folder: RunFolder, quants: Sequence[Quant], output: Path | None) -> d
     if several or output.is_dir():
         if not output.is_dir():
             raise UserError(f"--output {output} is not a folder; several types need one that is there")
-        return {quant: output / f"student-{quant}.gguf" for quant in quants}
+        paths = {quant: output / f"student-{quant}.gguf" for quant in quants}
+        there = [path for path in paths.values() if path.exists()]
+        if there and output.resolve() != folder.path.resolve():
+            raise UserError(f"--output {output} has a {there[0].name} already; choose another folder")
+        return paths
     if output.exists():
         raise UserError(f"--output {output} exists; choose another name")
     if not output.parent.is_dir():
@@ -185,43 +170,6 @@ def read_importance(folder: RunFolder) -> dict[str, NDArray[np.float32]] | None:
         raise UserError(
             f"{folder.importance} is damaged ({error}); delete it, or leave it out with --no-imatrix"
         ) from None
-
-
-def read_exports(folder: RunFolder) -> list[ExportedFile]:
-    """What ``exports.json`` says of the files in the run's folder that are still there.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    if not folder.exports.exists():
-        return []
-    try:
-        found = TypeAdapter(list[ExportedFile]).validate_python(folder.read_json(folder.exports).get("files"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(
-            f"{folder.exports} is damaged ({where}: {first['msg']}); delete it and export again"
-        ) from None
-    return [file for file in found if (folder.path / file.file).is_file()]
-
-
-def record_files(folder: RunFolder, files: Sequence[ExportedFile]) -> None:
-    """Write down in ``exports.json`` what is known of files in the run's folder, in place of what was of these names.
-
-    Raises:
-        UserError: that file is damaged.
-        OSError: the disk refuses.
-    """
-    names = {file.file for file in files}
-    rows = [file for file in read_exports(folder) if file.file not in names] + list(files)
-    rows.sort(key=lambda file: (list(FILE_TYPES).index(file.quant), file.file))
-    content = json.dumps({"files": [asdict(file) for file in rows]}, indent=2) + "\n"
-    write_whole(folder.exports, content.encode())
-
-
-def _is_in(folder: RunFolder, path: Path) -> bool:
-    return path.parent.resolve() == folder.path.resolve()
 
 
 def _table(name: str, proofs: Proofs, files: Sequence[ExportedFile]) -> Table:

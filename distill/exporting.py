@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from distill.config import Quant
-from distill.errors import ProofFailed
-from distill.prove import Proof, prove, prove_quantized
+from distill.errors import ProofFailed, UserError
+from distill.evaluation.scores import llama_scorer
+from distill.prove import Proof, prove, prove_quantized, remembering
 from distill.run_folder import HeldOut
 from students.adapter import AdaptedStudent
 from students.adapter_merge import merge
@@ -26,7 +29,7 @@ from students.heads import head_values
 from students.model import SO8TForCausalLM
 from students.quantize import quantize_gguf
 from students.student import Student
-from teachers.gguf_file import Field, GGUFFile, tokenizer_fields
+from teachers.gguf_file import Field, GGUFFile, read_gguf, tokenizer_fields
 from teachers.gguf_teacher import GGUFTeacher
 
 ORIGIN = ("teacher_name", "teacher_sha256", "base_name", "base_sha256")
@@ -88,42 +91,62 @@ def export_proved(
     export: Export,
     wanted: Mapping[Quant, Path],
     progress: Callable[[str], None] = lambda what: None,
+    done: Callable[[Quant, Path, Proof], None] = lambda quant, path, proof: None,
 ) -> Proofs:
     """Export to every path of ``wanted``; a file that is there already is replaced only by a proved one.
 
     The student is written as F32 and compared with PyTorch; llama.cpp's own quantizer makes the other types from that
-    file, and each is compared with it; one that fails is left out. ``progress`` gets what is being done.
+    file, and each is compared with it; one that fails is left out. ``progress`` gets what is being done; ``done`` is
+    called at once when a file has its name, so that nothing is known of files that are not there, and all of those that
+    are, however this ends.
 
     Raises:
+        UserError: an importance matrix of another model.
         ProofFailed: llama.cpp computes something else than PyTorch.
         ExportError: llama.cpp's quantizer refuses.
         OSError: the disk refuses.
     """
-    first = next(iter(wanted.values()))
     sequences, lines = export.held_out.sequences, export.held_out.lines
     failed: dict[Quant, str] = {}
     proofs: dict[Quant, Proof] = {}
-    with _temporary(first, "f32") as original:
+    with _temporary(next(iter(wanted.values())), "f32") as temporary:
         progress("f32")
-        model = _write(export, original)
-        proof = prove(original, model, sequences, lines)
+        proof = prove(temporary, _write(export, temporary), sequences, lines, timed="f32" in wanted)
+        original = temporary
+        if "f32" in wanted:
+            original, proofs["f32"] = wanted["f32"], proof
+            _replace(temporary, original)
+            done("f32", original, proof)
         quantized = {quant: path for quant, path in wanted.items() if quant != "f32"}
         if quantized:
+            _require_fit(export, original)
             with GGUFTeacher(original) as loaded:
+                reference = remembering(llama_scorer(loaded, exact=True))
                 for quant, path in quantized.items():
                     progress(quant)
-                    with _temporary(path, quant) as temporary:
-                        _quantize(original, temporary, quant, export)
+                    with _temporary(path, quant) as made:
+                        _quantize(original, made, quant, export)
                         try:
-                            proofs[quant] = prove_quantized(temporary, quant, loaded, sequences, lines)
+                            proofs[quant] = prove_quantized(made, quant, reference, sequences, lines)
                         except ProofFailed as failure:
                             failed[quant] = str(failure)
                             continue
-                        _replace(temporary, path)
-        if "f32" in wanted:
-            _replace(original, wanted["f32"])
-            proofs["f32"] = proof
+                        _replace(made, path)
+                    done(quant, path, proofs[quant])
     return Proofs(proof, {quant: proofs[quant] for quant in wanted if quant in proofs}, failed)
+
+
+def _require_fit(export: Export, original: Path) -> None:
+    """See that the importance matrix is one of this model."""
+    matrices = {
+        name: info.shape for name, info in read_gguf(original).tensors.items() if len(info.shape) == 2
+    }
+    for name, values in (export.importance or {}).items():
+        if name not in matrices or matrices[name][1] != len(values):
+            raise UserError(
+                f"the importance matrix is not of this student ({name} with {len(values)} columns); delete "
+                "imatrix.gguf, or leave it out with --no-imatrix"
+            )
 
 
 def _write(export: Export, path: Path) -> Any:
@@ -156,7 +179,11 @@ def _quantize(source: Path, target: Path, quant: Quant, export: Export) -> None:
 
 @contextmanager
 def _temporary(path: Path, quant: Quant) -> Iterator[Path]:
-    """A path beside ``path`` that nothing is left of."""
+    """A path beside ``path`` that nothing is left of; what killed processes have left there goes too."""
+    for left in path.parent.glob(f".{glob.escape(path.stem)}.{quant}.*.tmp.gguf"):
+        process = left.name.split(".")[-3]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.stem}.{quant}.{os.getpid()}.tmp.gguf")
     try:
         yield temporary

@@ -122,9 +122,10 @@ class Judge:
         begins with ``prompt`` (without an answer: over what would be its first token)."""
         # One token longer than what is looked at: a state is known for every token but the last.
         longer = np.append(said, said[-1]).astype(np.int32)
-        states = torch.from_numpy(self.model.states([longer], exact=True)["final"])
-        logits = torch.from_numpy(self.model.logits([longer], exact=True))
-        answer = slice(len(prompt) - 1, max(len(prompt), len(said) - 1))
+        last = len(longer) - len(prompt)
+        states = torch.from_numpy(self.model.states([longer], exact=True, last=last)["final"])
+        logits = torch.from_numpy(self.model.logits([longer], exact=True, last=last))
+        answer = slice(max(1, last - 1))  # what would follow the answer is none of it
         return float(self.heads.agreement(states[answer], logits[answer]).mean())
 
     def _judge(self, prompts: Sequence[str]) -> list[Judgment]:

@@ -22,7 +22,9 @@ def lineage_of(inheritance: Inheritance, store: SoftTargetStore, base_name: str 
     about, info = inheritance.about, inheritance.info
     teacher = Source(info.name, _details(about) | {"description": _teacher_words(info)})
     models = (teacher,) if base_name is None else (Source(base_name), teacher)
-    licence = {key: about[name] for key, name in LICENCE.items() if about.get(name)}
+    # The weights of a student made of a base are that base's, whose licence is not known here.
+    known = about if base_name is None else {}
+    licence = {key: known[name] for key, name in LICENCE.items() if known.get(name)}
     languages = tuple(name for name in about.get("languages", "").split(",") if name)
     return Lineage(licence, models, (_dataset(about, store),), languages)
 

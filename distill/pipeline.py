@@ -24,7 +24,7 @@ from distill.capturing import (
     recipe_for,
     text_of,
 )
-from distill.card import write_card
+from distill.card import is_ours, write_card
 from distill.checkpoint import plain_weights
 from distill.config import RunConfig
 from distill.console import Console, human_count
@@ -301,6 +301,9 @@ def _make_student(source: Source, folder: RunFolder, launch: Launch, console: Co
         heads,
         gradients,
     )
+    folder.report.unlink(missing_ok=True)  # of an attempt that was given up
+    if is_ours(folder):
+        folder.card.unlink()
     results = build_results(outcome, folder.gguf.stat().st_size, console.seconds)
     folder.write_results(results | {"audit": anchor(folder.path)})
     _round_off(folder, console)

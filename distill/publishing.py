@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,8 @@ from distill.audit import record_export
 from distill.base_student import Base
 from distill.config import RunConfig
 from distill.console import Console, human_bytes, human_count
-from distill.export_run import describe_file, record_files
-from distill.exporting import Export, Proofs, export_proved, metadata_entries, origin_of
+from distill.exporting import IMPORTANCE_WORDS, Export, Proofs, export_proved, metadata_entries, origin_of
+from distill.exports import describe_file, record_files
 from distill.lineage import lineage_of
 from distill.modelfile import write_modelfile
 from distill.plain_folder import publish_plain
@@ -32,12 +33,11 @@ from students.importance import measure_importance, write_importance
 from students.model import SO8TForCausalLM
 from students.student import Student
 from teachers.gguf_file import Field, read_gguf
-from teachers.inheritance import Inheritance, first_sequences
+from teachers.inheritance import Inheritance
 from teachers.store import SoftTargetStore
 
 # Enough for means of squares, and not more than a minute or two of computing even for a large base.
 IMPORTANCE_TOKENS, IMPORTANCE_LEAST, IMPORTANCE_FLOPS = 16_384, 2_048, 2e13
-IMPORTANCE_SEQUENCES = 1024
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,9 @@ def publish(publication: Publication, folder: RunFolder, console: Console) -> Pr
     )
     for warning in warnings:
         console.warn(f"Modelfile: {warning}")
-    record_files(folder, [describe_file(folder.gguf, proof, importance=True)])
-    record_export(folder.path, [folder.gguf, folder.modelfile], proof.quant, proof.to_json())
+    record_files(folder, [describe_file(folder.gguf, config.export.quant, proof, importance=True)])
+    written = [folder.gguf, folder.modelfile, folder.importance, folder.exports]
+    record_export(folder.path, written, proof.quant, proof.to_json())
     _plain_folder(publication, merged, folder, console)
     return proofs
 
@@ -108,12 +109,15 @@ def _importance(
         model, gguf_name = to_llama(student), to_gguf_name
     affordable = int(IMPORTANCE_FLOPS / (2 * model.num_parameters()))
     tokens = min(IMPORTANCE_TOKENS, max(IMPORTANCE_LEAST, affordable))
-    count = min(len(publication.train), IMPORTANCE_SEQUENCES)
-    spread = publication.train[np.linspace(0, len(publication.train) - 1, count).astype(int)]
-    chosen = first_sequences((store.tokens(int(index)) for index in spread), count, tokens)
+    train = publication.train
+    count = min(len(train), max(1, round(tokens / float(store.lengths()[train].mean()))))
+    spread = train[np.linspace(0, len(train) - 1, count).astype(int)]  # from the beginning to the end
+    chosen = [store.tokens(int(index)) for index in spread]
     with console.stage("Importance", total=len(chosen)) as stage:
         found = measure_importance(model, chosen, gguf_name, stage.update)
-        write_importance(found, folder.importance, ["training text of the run"])
+        temporary = folder.importance.with_name(f".{folder.importance.name}.{os.getpid()}.tmp")
+        write_importance(found, temporary, [IMPORTANCE_WORDS])
+        temporary.replace(folder.importance)
         stage.finish(
             f"{human_count(found.tokens)} tokens of training text, for quantizers: {folder.importance}"
         )

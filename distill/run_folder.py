@@ -158,6 +158,8 @@ class RunFolder:
             tokens = [_tokens(ids, vocab_size) for ids in content["text_tokens"]]
             if not sequences or min(map(len, sequences)) < 2:
                 raise ValueError("it holds no sequence of two tokens")
+            if len(tokens) != len(content["texts"]):
+                raise ValueError(f"it has {len(content['texts'])} texts and the tokens of {len(tokens)}")
             return HeldOut(sequences, TokenizedLines([str(text) for text in content["texts"]], tokens))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{self.held_out_file} is damaged ({error}); run distill again") from None

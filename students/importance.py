@@ -34,8 +34,9 @@ class Importance:
     sequences: int
 
     def mean_squares(self) -> dict[str, NDArray[np.float32]]:
-        """What the quantizer takes: the mean square of each column's input."""
-        return {name: (values / self.tokens).astype(np.float32) for name, values in self.sums.items()}
+        """What the quantizer takes: the mean square of each column's input, to the bit as the file gives it back."""
+        tokens = np.float32(self.tokens)
+        return {name: values.astype(np.float32) / tokens for name, values in self.sums.items()}
 
 
 @torch.no_grad()

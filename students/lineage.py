@@ -3,6 +3,7 @@ GGUF specification)."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,7 @@ class Lineage:
         Raises:
             KeyError, TypeError, ValueError, AttributeError: it is something else.
         """
+        json.dumps(content, ensure_ascii=False).encode()  # nothing that could not be written
         licence = {str(key): str(value) for key, value in content["licence"].items()}
         if not licence.keys() <= {"", "name", "link"}:
             raise ValueError(f"a licence with {sorted(licence)}")

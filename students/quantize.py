@@ -51,8 +51,8 @@ def quantize_gguf(
     if target.exists() and target.samefile(source):
         raise ExportError(f"{source} cannot be quantized onto itself")
     request = {
-        "source": str(source),
-        "target": str(target),
+        "source": os.fsencode(source).hex(),  # a name need not be text
+        "target": os.fsencode(target).hex(),
         "file_type": int(FILE_TYPES[quant].number),
         "threads": threads,
         "labels": dict(labels or {}),

@@ -57,7 +57,7 @@ def main() -> None:
         parameters.kv_overrides = ctypes.cast(overrides, type(parameters.kv_overrides))
         keep.append(overrides)
     status = native.llama_model_quantize(
-        request["source"].encode(), request["target"].encode(), ctypes.byref(parameters)
+        bytes.fromhex(request["source"]), bytes.fromhex(request["target"]), ctypes.byref(parameters)
     )
     print(json.dumps({"status": int(status)}), file=answers, flush=True)
 

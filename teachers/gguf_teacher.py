@@ -214,10 +214,16 @@ class GGUFTeacher:
         return self.worker.ask("score", {"recipe": recipe.to_json()}, arrays, progress)[1]
 
     def states(
-        self, sequences: Sequence[Tokens], layers: Sequence[int] = (), *, exact: bool = False
+        self,
+        sequences: Sequence[Tokens],
+        layers: Sequence[int] = (),
+        *,
+        exact: bool = False,
+        last: int | None = None,
     ) -> Mapping[str, Floats]:
-        """See ``Teacher.states``; ``exact`` uses a float32 KV cache without flash attention."""
-        request = {"layers": list(layers), "exact": exact}
+        """See ``Teacher.states``; ``exact`` uses a float32 KV cache without flash attention. ``last``: no more than so
+        many positions of each sequence, those at its end; the others never leave the worker."""
+        request = {"layers": list(layers), "exact": exact, "last": last}
         arrays = self.worker.ask("states", request, pack_ragged(sequences, "tokens"))[1]
         return {name: values.astype(np.float32, copy=False) for name, values in arrays.items()}
 
@@ -232,12 +238,15 @@ class GGUFTeacher:
         """The final hidden state of each prompt's last token, exactly computed, ``[P, D]``; prompts of ≥ 1 token."""
         # What follows a sequence's last token is never computed, so each gets one more, which nothing looks at.
         longer = [np.append(tokens, tokens[-1]).astype(np.int32) for tokens in prompts]
-        states = self.states(longer, exact=True)["final"]
-        return states[np.cumsum([len(tokens) for tokens in prompts]) - 1]
+        return self.states(longer, exact=True, last=1)["final"]
 
-    def logits(self, sequences: Sequence[Tokens], *, exact: bool = False) -> NDArray[np.float32]:
-        """See ``Teacher.logits``."""
-        arrays = self.worker.ask("logits", {"exact": exact}, pack_ragged(sequences, "tokens"))[1]
+    def logits(
+        self, sequences: Sequence[Tokens], *, exact: bool = False, last: int | None = None
+    ) -> NDArray[np.float32]:
+        """See ``Teacher.logits``; ``exact`` and ``last`` as in ``states``."""
+        arrays = self.worker.ask("logits", {"exact": exact, "last": last}, pack_ragged(sequences, "tokens"))[
+            1
+        ]
         return arrays["logits"].astype(np.float32, copy=False)
 
     def speed(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:

@@ -7,6 +7,7 @@ file. Letters: N tokens of a batch, V vocabulary.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ class LlamaModel:
         if Path(path).stat().st_size < MAPPED_SHARE * psutil.virtual_memory().total:
             # llama.cpp keeps a rearranged copy of some quantisations: mapped too, a file would take its size twice.
             parameters.load_mode = native.LLAMA_LOAD_MODE_NONE
-        self.model = native.llama_model_load_from_file(path.encode(), parameters)
+        self.model = native.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self.model:
             raise LlamaError("llama.cpp cannot load the file")
         self.vocab = native.llama_model_get_vocab(self.model)

@@ -1,6 +1,7 @@
 """Scoring many sequences in the worker: lanes, batches of like length, rows back in order.
 
-Runs inside the worker process. Letters: N rows over all sequences, in order.
+Runs inside the worker process; PyTorch, which takes a second to load, comes only with what needs it. Letters: N rows
+over all sequences, in order.
 """
 
 from __future__ import annotations
@@ -9,18 +10,19 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from teachers.llama_cpp import CACHE_STEP, ContextShape, LlamaContext, Outputs
-from teachers.records import Answer
-from teachers.soft_targets import Arrays
+from teachers.wire import Arrays
+
+if TYPE_CHECKING:
+    from teachers.records import Answer
 
 Tokens = NDArray[np.int32]
-Reduce = Callable[[Answer], Arrays]
+Reduce = Callable[[Outputs], Arrays]
 
 SHARED_TOKENS = 32  # a common beginning this long is decoded once and copied
 LIKE_LENGTH = 0.9  # sequences at least this part of the longest are filled up and decoded with it
@@ -94,30 +96,35 @@ class Scorer:
     do not depend on which lane happens to be free.
     """
 
-    def __init__(self, sequences: Sequence[Tokens], shape: ContextShape) -> None:
-        """``shape``: what is wanted of each token (its numbers of sequences and tokens are chosen here)."""
+    def __init__(self, sequences: Sequence[Tokens], shape: ContextShape, last: int | None = None) -> None:
+        """``shape``: what is wanted of each token (its numbers of sequences and tokens are chosen here).
+
+        ``last``: keep no more than so many rows of each sequence, those at its end; batches and rows are the same.
+        """
         self.sequences = sequences
         self.lengths = np.array([len(tokens) - 1 for tokens in sequences], dtype=np.int64)
-        self.starts = np.concatenate(([0], np.cumsum(self.lengths)))
+        kept = self.lengths if last is None else np.minimum(self.lengths, last)
+        self.dropped = self.lengths - kept
+        self.starts = np.concatenate(([0], np.cumsum(kept)))
         self.shape = shape
         self.prefix = common_prefix(sequences)
         self.result: Arrays = {}
 
     def run(self, server: Lanes, reduce: Reduce) -> Arrays:
-        """The reduced arrays of all rows, ``[N, …]``, in the sequences' order."""
+        """The reduced arrays of all kept rows, ``[N, …]``, in the sequences' order. ``reduce`` is called in the lanes'
+        threads and may return views of what it gets: they are copied."""
         lanes = server.lanes_of(server.model.score_lanes)
         shape, groups = self._planned(lanes[0])
         waiting = iter(groups)
         taking = threading.Lock()
 
         def work(lane: LlamaContext) -> None:
-            torch.set_num_threads(lane.threads)  # of this lane's thread
             lane.prepare(shape)
             for start, outputs in self._shared_beginning(lane, shape.sequences - 1):
                 if lane is lanes[0]:
-                    arrays = reduce(as_answer(outputs))
-                    for first in self.starts[:-1]:
-                        self._put(arrays, slice(None), int(first) + start)
+                    arrays = reduce(outputs)
+                    for index in range(len(self.sequences)):
+                        self._put(index, start, arrays, slice(None))
             while True:
                 with taking:
                     group = next(waiting, None)
@@ -126,7 +133,7 @@ class Scorer:
                 for slot in range(len(group)):
                     lane.begin(slot, shape.sequences - 1 if self.prefix else None)
                 for start, outputs in self._decoded(lane, group):
-                    self._place(group, start, reduce(as_answer(outputs)))
+                    self._place(group, start, reduce(outputs))
                 server.report(int(self.lengths[group].sum()))
 
         with ThreadPoolExecutor(len(lanes)) as pool:
@@ -174,27 +181,33 @@ class Scorer:
     def _place(self, group: list[int], start: int, arrays: Arrays) -> None:
         """Put a group's rows where they belong; a group of one may come in several pieces."""
         if len(group) == 1:
-            return self._put(arrays, slice(None), int(self.starts[group[0]]) + start)
+            return self._put(group[0], start, arrays, slice(None))
         taken = 0
         for index in group:
             count = int(self.lengths[index]) - start
-            self._put(arrays, slice(taken, taken + count), int(self.starts[index]) + start)
+            self._put(index, start, arrays, slice(taken, taken + count))
             taken += count
         return None
 
-    def _put(self, arrays: Arrays, rows: slice, start: int) -> None:
-        """Place some rows; the first of an array makes room for all."""
+    def _put(self, index: int, start: int, arrays: Arrays, rows: slice) -> None:
+        """Place some rows of a sequence, from its row ``start`` on; the first of an array makes room for all."""
+        dropped = int(self.dropped[index])
+        begin = int(self.starts[index]) + max(0, start - dropped)
         for name, values in arrays.items():
             whole = self.result.get(name)
             if whole is None:
                 room = np.empty((int(self.starts[-1]), *values.shape[1:]), values.dtype)
                 whole = self.result.setdefault(name, room)  # lanes may come here together; one wins
-            part = values[rows]
-            whole[start : start + len(part)] = part
+            part = values[rows][max(0, dropped - start) :]
+            whole[begin : begin + len(part)] = part
 
 
 def as_answer(outputs: Outputs) -> Answer:
     """llama.cpp's buffers as tensors, without a copy."""
+    import torch
+
+    from teachers.records import Answer
+
     return Answer(
         None if outputs.logits is None else torch.from_numpy(outputs.logits),
         None if outputs.states is None else torch.from_numpy(outputs.states),
@@ -202,11 +215,11 @@ def as_answer(outputs: Outputs) -> Answer:
     )
 
 
-def as_arrays(answer: Answer) -> Arrays:
-    """Everything in an answer as it is, as named arrays: ``logits``, ``final``, ``layer<i>``."""
+def as_arrays(outputs: Outputs) -> Arrays:
+    """Everything in a batch's outputs as it is, as named arrays without a copy: ``logits``, ``final``, ``layer<i>``."""
     arrays: Arrays = {}
-    if answer.logits is not None:
-        arrays["logits"] = answer.logits.numpy()
-    if answer.states is not None:
-        arrays["final"] = answer.states.numpy()
-    return arrays | {f"layer{layer}": values.numpy() for layer, values in (answer.layers or {}).items()}
+    if outputs.logits is not None:
+        arrays["logits"] = outputs.logits
+    if outputs.states is not None:
+        arrays["final"] = outputs.states
+    return arrays | {f"layer{layer}": values for layer, values in outputs.layers.items()}

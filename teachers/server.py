@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from teachers.wire import Arrays, pack_ragged, read_frame, unpack_ragged, write_frame
 
 if TYPE_CHECKING:
+    from teachers.llama_cpp import Outputs
     from teachers.records import Recipe
     from teachers.sketch import Basis
 
@@ -124,9 +125,11 @@ class Server:
         return {"tokens": tokens, "pieces": pieces, "over": step is None}, {}
 
     def score(self, request: dict[str, Any], arrays: Arrays) -> Answer:
+        import torch
+
         from teachers.llama_cpp import ContextShape
         from teachers.records import reduce
-        from teachers.scoring import Scorer
+        from teachers.scoring import Scorer, as_answer
 
         recipe, bases = _recipe(request, arrays)
         assert recipe is not None
@@ -134,7 +137,13 @@ class Server:
             1, 1, logits=recipe.needs_logits, states=recipe.needs_states, layers=recipe.layers
         )
         scorer = Scorer(unpack_ragged(arrays, "tokens"), shape)
-        return {}, scorer.run(self, lambda answer: reduce(answer, recipe, bases))
+        threads = max(1, self.model.threads // self.model.score_lanes)
+
+        def reduced(outputs: Outputs) -> Arrays:
+            torch.set_num_threads(threads)  # of this lane's thread
+            return reduce(as_answer(outputs), recipe, bases)
+
+        return {}, scorer.run(self, reduced)
 
     def states(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         from teachers.llama_cpp import ContextShape
@@ -142,14 +151,14 @@ class Server:
 
         layers = tuple(request["layers"])
         shape = ContextShape(1, 1, exact=request["exact"], logits=False, states=True, layers=layers)
-        return {}, Scorer(unpack_ragged(arrays, "tokens"), shape).run(self, as_arrays)
+        return {}, Scorer(unpack_ragged(arrays, "tokens"), shape, request["last"]).run(self, as_arrays)
 
     def logits(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         from teachers.llama_cpp import ContextShape
         from teachers.scoring import Scorer, as_arrays
 
         shape = ContextShape(1, 1, exact=request["exact"])
-        return {}, Scorer(unpack_ragged(arrays, "tokens"), shape).run(self, as_arrays)
+        return {}, Scorer(unpack_ragged(arrays, "tokens"), shape, request["last"]).run(self, as_arrays)
 
     def speed(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         from teachers.llama_cpp import LlamaContext

@@ -6,7 +6,8 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,13 @@ from unittest.mock import patch
 import pytest
 
 import distill.pipeline
-from distill.audit import record_export, record_finish, record_judgments
+from distill.audit import (
+    record_checkpoint,
+    record_export,
+    record_finish,
+    record_judgments,
+    record_resumed,
+)
 from distill.audit_log import HEAD, LOG, append, read_head
 from distill.audit_verify import verify
 from distill.cli import main
@@ -27,6 +34,7 @@ from distill.metrics import MetricsFile
 from distill.pipeline import Places, run
 from distill.run_folder import RunFolder
 from stability import Event
+from teachers.gguf_teacher import GGUFTeacher
 from tests.test_run import small_config
 
 SECRET = "the quince marmalade"
@@ -54,6 +62,15 @@ def command(*words: object) -> int | str | None:
     ):
         main()
     return stopped.value.code
+
+
+@contextmanager
+def loaded_once(student: Path) -> Iterator[None]:
+    """Commands that judge share one llama.cpp process."""
+    with GGUFTeacher(student, threads=1) as model, pytest.MonkeyPatch.context() as changed:
+        changed.setattr("distill.judge.GGUFTeacher", lambda path: model)
+        changed.setattr(model, "close", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +104,9 @@ def finished(tiny_teacher_path: Path, tmp_path_factory: pytest.TempPathFactory) 
         run(config, Places(out=out), Console())  # finished: nothing is done, and nothing written down
         asked = data.with_name("asked.jsonl")
         asked.write_text("\n".join(json.dumps({"prompt": f"{SECRET}? <think>{HIDDEN}"}) for _ in range(2)))
-        assert command("judge", out / "student.gguf", f"May I have {SECRET}?") == 0
-        assert command("judge", out / "student.gguf", "--prompts", asked, "--json") == 0
+        with loaded_once(out / "student.gguf"):
+            assert command("judge", out / "student.gguf", f"May I have {SECRET}?") == 0
+            assert command("judge", out / "student.gguf", "--prompts", asked, "--json") == 0
     return RunFolder(out)
 
 
@@ -364,14 +382,87 @@ def test_exports_replace_and_names_stay_within_the_run(copy: RunFolder, tmp_path
     assert told["files"] == {"student.gguf": {"bytes": 7, "sha256": hashlib.sha256(b"another").hexdigest()}}
     sha = hashlib.sha256(b"1234").hexdigest()
     assert told["elsewhere"] == [{"name": "elsewhere.gguf", "bytes": 4, "sha256": sha}]
-    names = ["../elsewhere.gguf", str(tmp_path / "elsewhere.gguf"), "", "a\\b", "link", "a\0b"]
-    (copy.path / "link").symlink_to(tmp_path / "elsewhere.gguf")
+    names = [
+        "../elsewhere.gguf",
+        str(tmp_path / "elsewhere.gguf"),
+        "",
+        "a\\b",
+        "student/../../elsewhere.gguf",
+        "a\0b",
+    ]
     append(copy.path, [("exported", {"files": {name: {"bytes": 4, "sha256": sha}}}) for name in names])
     append(copy.path, [("exported", {"files": {"held_out.json": None}}), ("exported", {"files": 3})])
     problems = [finding.problem for finding in verify(copy.path).findings]
     assert len(problems) == len(names) + 1 and all(
         "which is no file within the run" in words for words in problems
     )
+
+
+def move_and_link(path: Path, disk: Path) -> Path:
+    """Move a file or folder to another place, and link to it from where it was; returns where it is."""
+    disk.mkdir(exist_ok=True)
+    moved = Path(shutil.move(path, disk / path.name))
+    path.symlink_to(moved, target_is_directory=moved.is_dir())
+    return moved
+
+
+def test_what_was_moved_to_another_disk_keeps_its_name(copy: RunFolder, tmp_path: Path) -> None:
+    """Checkpoints, weights and the student linked back: everything goes on being written down by its own name, and is
+    checked where the links lead."""
+    step = max((copy.path / "checkpoints").iterdir()).name
+    moved = [move_and_link(path, tmp_path / "disk") for path in (copy.path / "checkpoints", copy.gguf)]
+    move_and_link(copy.student / "model.safetensors", tmp_path / "disk")
+    record_checkpoint(copy.path, copy.path / "checkpoints" / step, 99)
+    record_resumed(copy.path, copy.path / "checkpoints" / step, 99)
+    assert {name.rpartition("/")[0] for name in events_in(copy.path, "checkpoint")[-1]["files"]} == {
+        f"checkpoints/{step}"
+    }
+    assert record_judgments(copy.gguf, [SOME]) and record_finish_again(copy)
+    ended = events_in(copy.path, "run_finished")[-1]["files"]
+    assert {"student.gguf", "student/model.safetensors"} <= ended.keys()
+    found = verify(copy.path)
+    assert found.intact and {"student.gguf", f"checkpoints/{step}/state.json"} <= {*found.checked}
+    assert [note for note in found.notes if "lead out of it" in note and "student.gguf" in note]
+    flip(moved[1], 1000)
+    flip(moved[0] / step / "state.json", 3)
+    assert [finding.file for finding in verify(copy.path).findings] == [
+        f"checkpoints/{step}/state.json",
+        "student.gguf",
+    ]
+
+
+def record_finish_again(folder: RunFolder) -> bool:
+    append(folder.path, [("run_continued", {})])
+    return record_finish(folder)
+
+
+def test_a_run_by_another_name(copy: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link to the folder, one to the student, a relative path, dots in it: the same file; what lies beside the
+    folder is none of it."""
+    latest, shortcut = tmp_path / "latest", tmp_path / "shortcut.gguf"
+    latest.symlink_to(copy.path, target_is_directory=True)
+    shortcut.symlink_to(copy.gguf)
+    monkeypatch.chdir(copy.student)
+    ways = [latest / "student.gguf", shortcut, Path("../student.gguf"), copy.student / ".." / "student.gguf"]
+    for way in ways:
+        assert record_judgments(way, [SOME])
+        assert events_in(copy.path, "judged")[-1]["read"].keys() == {"student.gguf"}
+        for folder in (copy.path, latest, Path("..")):
+            assert record_export(folder, [way], "q8_0")
+            assert events_in(copy.path, "exported")[-1]["files"].keys() == {"student.gguf"}
+    beside = tmp_path / "beside.gguf"
+    beside.write_bytes(b"1")
+    for way in (beside, copy.path / ".." / "beside.gguf", latest / ".." / "beside.gguf"):
+        assert not record_judgments(way, [SOME])
+        assert record_export(latest, [way], "q8_0") and not events_in(copy.path, "exported")[-1]["files"]
+    found = verify(Path(".."))
+    assert found.intact and not found.notes
+
+
+def test_files_that_are_being_written_are_not_told_of(copy: RunFolder) -> None:
+    """An export that is at work has a file whose name begins with a dot."""
+    (copy.path / ".student-q4_0.gguf").write_bytes(b"half")
+    assert not verify(copy.path).notes
 
 
 def test_a_place_that_cannot_be_written_to_does_not_stop_a_decision(
@@ -387,12 +478,13 @@ def test_a_place_that_cannot_be_written_to_does_not_stop_a_decision(
         raise refused.pop(0)
 
     monkeypatch.setattr("distill.audit.append", refuse)
-    assert command("judge", copy.gguf, "Hello", "--json") == 0
-    said = capsys.readouterr()
-    assert json.loads(said.out)["decision"] and "the decision is not in the run's log" in " ".join(
-        said.err.split()
-    )
-    assert command("judge", copy.gguf, "Hello", "--json") == 2
+    with loaded_once(copy.gguf):
+        assert command("judge", copy.gguf, "Hello", "--json") == 0
+        said = capsys.readouterr()
+        assert json.loads(said.out)["decision"] and "the decision is not in the run's log" in " ".join(
+            said.err.split()
+        )
+        assert command("judge", copy.gguf, "Hello", "--json") == 2
     assert "No space left" in capsys.readouterr().err
 
 

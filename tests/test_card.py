@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
-from distill.card import build_card, write_card
+from distill.audit_log import HEAD, append
+from distill.audit_verify import verify
+from distill.card import SEAL, build_card, is_ours, write_card
 from distill.errors import UserError
 from distill.markdown import escaped
 from distill.run_folder import RunFolder
@@ -215,16 +218,16 @@ def test_the_transformers_snippet_runs(
 
 
 def test_exported_files(run: RunFolder) -> None:
-    """Those that are there, with their own figures; a list of another folder's files is not believed."""
+    """Those that are there, with their own figures; a list of another folder's files is refused."""
     known = {"quant": "q4_k_m", "bytes": 123_456, "bits_per_weight": 4.85, "sha256": "9f" * 32, "kl": 0.0321}
     known |= {"agreement": 0.915, "prompt": 900.0, "generation": 321.0, "imatrix": True}
-    known |= {"types": {"F32": 3, "Q4_K": 12}}
-    files = [{"file": name, **known} for name in ("student-q4_k_m.gguf", "gone.gguf", "../first/config.json")]
+    known |= {"types": {"F32": 3, "Q4_K": 12}, "max_logit_difference": 0.5, "positions": 64}
+    files = [{"file": name, **known} for name in ("student-q4_k_m.gguf", "gone.gguf")]
     run.exports.write_text(json.dumps({"files": files}))
     (run.path / "student-q4_k_m.gguf").write_bytes(b"")
     card = build_card(run)
     words = section(card, "Files")
-    assert "gone.gguf" not in words and "config.json" not in words
+    assert "gone.gguf" not in words
     cells = row(words, "`student-q4_k_m.gguf`")
     assert cells[1:] == [
         escaped("q4_k_m (importance matrix)"),
@@ -238,6 +241,9 @@ def test_exported_files(run: RunFolder) -> None:
     assert f"{file_sha256(run.gguf)}  student.gguf" in words
     own = row(words, "`student.gguf`")
     assert own[1] == escaped("q8_0") and own[3] == "32.00" and own[4:6] == ["–", "–"] and own[6] == "500"
+    run.exports.write_text(json.dumps({"files": [{"file": "../first/config.json", **known}]}))
+    with pytest.raises(UserError, match=r"exports\.json is damaged .*config\.json"):
+        build_card(run)
     run.exports.unlink()
     assert "KL" not in section(build_card(run), "Files")
     change(
@@ -363,13 +369,18 @@ def test_a_quantised_teacher_is_a_limit(run: RunFolder, bits: float, said: bool)
 
 
 def test_the_audit_log(run: RunFolder) -> None:
-    log = run.path / "audit.jsonl"
-    log.write_text(json.dumps({"hash": "aa" * 32}) + "\n" + json.dumps({"hash": "bb" * 32}) + "\n")
+    """The head is one that `audit verify --expect` takes; a damaged one is not shown."""
+    first = append(run.path, [("one", {})])
+    last = append(run.path, [("two", {}), ("three", {})])
     card = build_card(run)
-    assert "distill audit verify ." in card and "bb" * 32 in card and "aa" * 32 not in card
-    for broken in ("", "not json\n", '{"hash": "```\\n# evil"}\n', "[1]\n"):
-        log.write_text(broken)
-        assert "the last line could not be read" in build_card(run).replace("log's last line", "last line")
+    assert "distill audit verify ." in card and last.sha256 in card and first.sha256 not in card
+    assert verify(run.path, last.sha256).intact
+    evil = '{"lines":3,"sha256":"```\\n# evil"}\n'
+    for broken in ("", "not json\n", evil, "[1]\n", (run.path / HEAD).read_text().replace("3", "0", 1), None):
+        (run.path / HEAD).unlink()
+        if broken is not None:
+            (run.path / HEAD).write_text(broken)
+        assert "the hash of the log's last line could not be read" in build_card(run)
 
 
 def test_the_same_records_give_the_same_bytes(run: RunFolder, tmp_path: Path) -> None:
@@ -378,7 +389,11 @@ def test_the_same_records_give_the_same_bytes(run: RunFolder, tmp_path: Path) ->
     first, files = path.read_bytes(), sorted(run.path.iterdir())
     assert path == run.card and write_card(run).read_bytes() == first and sorted(run.path.iterdir()) == files
     shutil.copytree(run.path, tmp_path / "elsewhere" / "copy")
-    assert build_card(RunFolder(tmp_path / "elsewhere" / "copy")).encode() == first
+    again = build_card(RunFolder(tmp_path / "elsewhere" / "copy"))
+    assert first.decode() == f"{again}{SEAL}{hashlib.sha256(again.encode()).hexdigest()} -->\n"
+    assert is_ours(run)
+    path.write_bytes(first.replace(b"teacher", b"Teacher", 1))
+    assert not is_ours(run)
 
 
 def test_a_card_is_written_whole_or_not_at_all(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +428,7 @@ def test_what_cannot_be_told_of_is_refused_in_one_line(run: RunFolder, tmp_path:
     run.results_file.write_text(whole[:-20])
     refused(run, "results.json is damaged")
     run.results_file.write_text(whole)
-    for broken, where in (('{"files": [{"file": "a"}]}', "files.0.quant"), ("{}", "files")):
+    for broken, where in (('{"files": [{"file": "a"}]}', "0.quant"), ("{}", "")):
         run.exports.write_text(broken)
         refused(run, f"exports.json is damaged ({where}")
     run.exports.unlink()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import RunConfig, load_config, parse_quant
+from distill.config import RunConfig, load_config, parse_quants
 from distill.errors import UserError
 from students.builder import StudentSize, default_size, parse_size, student_config
 
@@ -122,7 +122,10 @@ def test_impossible_sizes(text: str) -> None:
 
 
 def test_quant_names() -> None:
-    """Formats are checked by name."""
-    assert parse_quant("f16").quant == "f16"
-    with pytest.raises(UserError, match="q4_k_m"):
-        parse_quant("q4_k_m")
+    """File types are checked by name; several have commas between them."""
+    assert parse_quants("f16") == ("f16",) and parse_quants("q4_k_m, F32,") == ("q4_k_m", "f32")
+    assert parse_quants("q8_0,all")[:2] == ("q8_0", "f32") and len(parse_quants("q8_0,all")) == 9
+    with pytest.raises(UserError, match="'q2_k' is not a file type"):
+        parse_quants("f16,q2_k")
+    with pytest.raises(UserError, match="names no file type"):
+        parse_quants(" ,")

@@ -207,6 +207,10 @@ def test_verdict_says_what_is_to_be_doubted() -> None:
     assert "warning: All is measured on 1 sequence, which is little" in words
     assert "warning: Left out, longer than a model's context holds: 2 sequences." in words
     assert "overlap" not in words and "Quantisation" not in words
+    words = said(replace(some_students(), warnings=["is it busy?", "the text is short"]))
+    assert (
+        "warning: Is it busy?" in words.splitlines() and "warning: The text is short." in words.splitlines()
+    )
     big = model("big", 300_000_000, 11.0, 50.0)
     words = said(comparison([replace(big, fidelity=fidelity(0.1))]))
     assert "warning: big takes 300.0 MB, 124.0% of the teacher's file." in words
@@ -355,6 +359,8 @@ def test_labels_are_short_and_different() -> None:
     alike = [model(f"runs-of-last-week-{place}-student-of-the-desk", 1, 1.0, 1.0) for place in range(3)]
     found = labels(alike)
     assert len(set(found)) == 3 and all(len(name) <= 24 for name in found)
+    twice = [model(name, 1, 1.0, 1.0) for name in ("student.gguf", "student-q5_k_m.gguf")]
+    assert labels(twice) == ["student", "student-q5_k_m"]
 
 
 def test_labels_do_not_cover_each_other() -> None:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import distill.exporting
 import distill.prove
+from distill.audit_verify import verify
 from distill.cli import main
 from distill.config import get_args, load_config, parse_quants
 from distill.console import Console
 from distill.errors import ProofFailed, UserError
-from distill.export_run import export_run, read_exports
+from distill.export_run import export_run
+from distill.exports import read_exports
 from distill.pipeline import Places, run
 from distill.run_folder import RunFolder
 from students.file_types import FILE_TYPES
+from students.importance import Importance, write_importance
 from students.lineage import Lineage
 from teachers.gguf_file import file_sha256, read_gguf
+from teachers.store import StoreError, exclusive
 from tests.test_run import SMALL
 
 
@@ -158,16 +166,123 @@ def test_where_files_go(finished: RunFolder, tmp_path: Path) -> None:
         export_run(finished, ["f16", "q8_0"], tmp_path / "nowhere", Console())
     with pytest.raises(UserError, match="exists; choose another name"):
         export_run(finished, ["f16"], there / "student-f16.gguf", Console())
+    with pytest.raises(UserError, match=r"has a student-q8_0\.gguf already"):  # it may be another run's
+        export_run(finished, ["q4_0", "q8_0"], there, Console())
     with pytest.raises(UserError, match=r"the folder .* does not exist"):
         export_run(finished, ["f16"], tmp_path / "nowhere" / "x.gguf", Console())
 
 
-@pytest.mark.parametrize("content", ["{}", '{"files": [{"file": "student.gguf"}]}', '{"files": 3}', "["])
+ROW = {
+    "file": "x.gguf",
+    "quant": "q2_k",
+    "bytes": 1,
+    "bits_per_weight": 1,
+    "sha256": "",
+    "kl": 0,
+    "agreement": 1,
+}
+ROW |= {
+    "max_logit_difference": 0,
+    "positions": 1,
+    "prompt": 1,
+    "generation": 1,
+    "imatrix": False,
+    "types": {},
+}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        '{"files": [{"file": "student.gguf"}]}',
+        '{"files": 3}',
+        "[",
+        json.dumps({"files": [ROW]}),
+        json.dumps({"files": [ROW | {"quant": "q8_0", "file": "../x.gguf"}]}),
+    ],
+)
 def test_damaged_records_are_named(copy: RunFolder, content: str) -> None:
     """exports.json that is none: one line, and the student can be exported again without it."""
     copy.exports.write_text(content)
     with pytest.raises(UserError, match=r"exports\.json is damaged"):
         export_run(copy, ["f16"], None, Console())
+
+
+def test_what_was_made_before_the_disk_filled_up_is_known(
+    copy: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure in one type: those before it have their names, their rows and their lines in the log."""
+    real = distill.exporting.quantize_gguf
+
+    def full(source: Path, target: Path, quant: str, **more: object) -> None:
+        if quant == "q5_k_m":
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        real(source, target, quant, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(distill.exporting, "quantize_gguf", full)
+    with pytest.raises(OSError, match="No space"):
+        export_run(copy, ["f32", "q8_0", "q5_k_m", "q4_0"], None, Console())
+    made = ["student-f32.gguf", "student-q8_0.gguf", "student.gguf"]
+    assert sorted(path.name for path in copy.path.glob("student*.gguf")) == made
+    assert sorted(row.file for row in read_exports(copy)) == made
+    assert verify(copy.path).intact and not list(copy.path.glob(".*.tmp*"))
+
+
+def test_leftovers_of_a_killed_export_go(copy: RunFolder) -> None:
+    """Those of processes that are gone, and no others."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left, busy, other = (
+        copy.path / f".student-q8_0.f32.{ended.pid}.tmp.gguf",
+        copy.path / f".student-q8_0.f32.{os.getppid()}.tmp.gguf",
+        copy.path / f".student-q8_01.f32.{ended.pid}.tmp.gguf",
+    )
+    for path in (left, busy, other):
+        path.write_bytes(b"left")
+    export_run(copy, ["q8_0"], None, Console())
+    assert not left.exists() and busy.exists() and other.exists()
+
+
+def test_one_export_at_a_time(copy: RunFolder) -> None:
+    """While a process works in the run's folder, another does not."""
+    with exclusive(copy.path), pytest.raises(StoreError, match="in use by another process"):
+        export_run(copy, ["f16"], None, Console())
+
+
+def test_a_run_that_cannot_be_written_to_is_exported_elsewhere(
+    copy: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file is made; that nothing is written down is said."""
+    before = {path: path.read_bytes() for path in copy.path.iterdir() if path.is_file()}
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    export_run(copy, ["f16"], tmp_path / "x.gguf", Console())
+    assert (tmp_path / "x.gguf").exists() and "cannot be written to" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in copy.path.iterdir() if path.is_file()}
+
+
+def test_an_edited_card_is_left_alone(copy: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """The card follows new exports until somebody writes in it."""
+    export_run(copy, ["f16"], None, Console())
+    assert "student-f16.gguf" in copy.card.read_text()
+    edited = copy.card.read_text().replace("## How to run it", "## My words")
+    copy.card.write_text(edited)
+    export_run(copy, ["bf16"], None, Console())
+    assert copy.card.read_text() == edited and "has been edited" in capsys.readouterr().out
+
+
+def test_an_importance_matrix_of_another_model(copy: RunFolder) -> None:
+    """Refused in one line, as a user's mistake."""
+    wrong = Importance({"blk.0.attn_q.weight": np.ones(12)}, 4, 1)
+    write_importance(wrong, copy.importance, ["x"])
+    with pytest.raises(UserError, match=r"not of this student .*--no-imatrix"):
+        export_run(copy, ["q4_0"], None, Console())
+
+
+def test_later_exports_have_the_runs_own_bytes(finished: RunFolder, tmp_path: Path) -> None:
+    """The same type again is the same file, and the matrix is the same to the bit."""
+    export_run(finished, ["q8_0"], tmp_path / "again.gguf", Console())
+    assert (tmp_path / "again.gguf").read_bytes() == finished.gguf.read_bytes()
 
 
 def test_every_type_of_a_wider_student_is_what_it_says(finished: RunFolder) -> None:

@@ -91,7 +91,7 @@ def test_the_file_gives_back_the_same(tmp_path: Path) -> None:
     again = read_mean_squares({name: file.tensor(name) for name in file.tensors})
     assert again.keys() == found.sums.keys()
     for name, values in found.mean_squares().items():
-        np.testing.assert_allclose(again[name], values, rtol=1e-6)
+        assert np.array_equal(again[name], values)  # or later exports would differ from the run's
 
 
 @pytest.mark.parametrize(

@@ -87,10 +87,12 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | 
     return stopped.value.code
 
 
-def test_the_numbers_are_pytorchs(student: SO8TForCausalLM, file: Path, tiny_teacher: GGUFTeacher) -> None:
+def test_the_numbers_are_pytorchs(
+    student: SO8TForCausalLM, file: Path, kept: GGUFTeacher, tiny_teacher: GGUFTeacher
+) -> None:
     """Probabilities, decision, confidence, agreement over its own answer, and the advice, for several prompts."""
     assert tiny_teacher.info.chat_template is not None
-    with Judge(file) as judge:
+    with Judge(file, kept) as judge:
         judgments = judge.judge(PROMPTS)
     for prompt, found in zip(PROMPTS, judgments, strict=True):
         chances, agreement = reference(student, tiny_teacher, prompt)
@@ -157,8 +159,39 @@ def test_a_prompt_may_fill_the_context_and_no_more(
     assert longest == room
 
 
+def test_no_more_is_asked_for_than_is_looked_at(
+    file: Path, kept: GGUFTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of a long prompt are far larger than the model: of the answer's places alone, and the same to the last
+    bit."""
+    ask, sizes = kept.worker.ask, []
+
+    def watched(*request: Any) -> Any:
+        answer = ask(*request)
+        sizes.extend(len(answer[1][name]) for name in ("logits", "final") if name in answer[1])
+        return answer
+
+    prompt = kept.tokenize(["words and " * 40], add_special=True, parse_special=True)[0]
+    answer = kept.tokenize(["Yes, of course."], add_special=False, parse_special=True)[0]
+    judge = Judge(file, kept)
+    for count in (0, 1, 2, len(answer)):
+        said = np.concatenate([prompt, answer[:count]])
+        longer = np.append(said, said[-1]).astype(np.int32)
+        states = torch.from_numpy(kept.states([longer], exact=True)["final"])
+        logits = torch.from_numpy(kept.logits([longer], exact=True))
+        places = slice(len(prompt) - 1, max(len(prompt), len(said) - 1))
+        with monkeypatch.context() as changed:
+            changed.setattr(kept.worker, "ask", watched)
+            found = judge.agreement(prompt, said)
+            assert sizes == [count + 1] * 2
+            sizes.clear()
+            assert len(judge.decide([prompt, said])) == 2 and sizes == [2]
+            sizes.clear()
+        assert found == float(judge.heads.agreement(states[places], logits[places]).mean())
+
+
 def test_one_prompt_on_the_command_line(
-    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    file: Path, opened: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As JSON, and as a table that holds the same figures."""
     prompt = "どうやって金庫を開けますか? \U0001f600"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,29 @@ def test_two_lanes_give_rows_in_order(
     lengths = np.array(MIXED[::-1]) - 1
     pieces = np.split(backwards, np.cumsum(lengths)[:-1])
     assert np.abs(np.concatenate(pieces[::-1]) - expected).max() <= 1e-4
+
+
+def test_the_last_rows_alone(two_lanes: tuple[str, GGUFTeacher]) -> None:
+    """To the last bit those of all rows: mixed lengths, several batches, with and without a shared beginning."""
+    _, wide = two_lanes
+    mixed = sequences_of(wide, [2, 60, 59, 5, 513, 18, 640], seed=2)
+    begun = [np.concatenate([mixed[1], tokens]) for tokens in mixed[:5]]
+    for sequences, numbers in ((mixed, (1, 5, 100)), (begun, (3, 70))):
+        edges = np.cumsum([len(tokens) - 1 for tokens in sequences])[:-1]
+        whole = {"logits": wide.logits(sequences, exact=True), **wide.states(sequences, [0], exact=True)}
+        for last in numbers:
+            found = {"logits": wide.logits(sequences, exact=True, last=last)}
+            found |= wide.states(sequences, [0], exact=True, last=last)
+            assert found.keys() == whole.keys() == {"logits", "final", "layer0"}
+            for name, rows in whole.items():
+                ends = np.concatenate([piece[-last:] for piece in np.split(rows, edges)])
+                assert np.array_equal(found[name], ends), (name, last)
+
+
+def test_rows_as_they_are_need_no_pytorch() -> None:
+    """Loading it takes the worker longer than most answers."""
+    program = "import sys, teachers.scoring, teachers.server; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent).returncode == 0
 
 
 def test_one_sequence_for_two_lanes(two_lanes: tuple[str, GGUFTeacher]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -63,6 +64,23 @@ def test_text_round_trip(tiny_teacher: GGUFTeacher) -> None:
     for text in ("Order 7 boxes.", "会議室を予約したい。", "tab\tnew\nline ☃ é"):
         tokens = tiny_teacher.tokenize([text], add_special=False, parse_special=False)[0]
         assert tiny_teacher.detokenize([tokens])[0] == text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names of files are Unicode there")
+def test_a_name_that_is_no_utf8(tiny_teacher_path: Path, tmp_path: Path) -> None:
+    """Linux takes any bytes for a name: the file is loaded, and named in an error."""
+    path = tmp_path / os.fsdecode(b"caf\xe9.gguf")
+    try:
+        path.symlink_to(tiny_teacher_path)
+    except (OSError, UnicodeError):
+        pytest.skip("the file system takes no such name")
+    with GGUFTeacher(path, threads=1) as teacher:
+        assert teacher.tokenize(["Hello"], add_special=False, parse_special=False)[0].size
+    path.unlink()
+    path.write_bytes(tiny_teacher_path.read_bytes()[:2000])
+    with pytest.raises(TeacherError) as refused:
+        Worker(path, threads=1)
+    assert str(path) in str(refused.value)
 
 
 def test_a_killed_worker_becomes_one_clear_error(tiny_teacher_path: Path) -> None:

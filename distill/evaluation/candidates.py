@@ -9,8 +9,9 @@ from pathlib import Path
 from gguf import LlamaFileType
 
 from distill.errors import UserError
+from distill.judge import heads_in
 from distill.run_folder import RunFolder
-from students.heads import HeadError, Heads, read_heads
+from students.heads import Heads
 from teachers import example_teacher
 from teachers.gguf_file import GGUFFile, file_sha256, read_gguf, tokenizer_fields, tokenizer_sha256
 
@@ -84,7 +85,7 @@ def find_candidates(students: Sequence[Path], teacher: Path | None) -> Candidate
     candidates = []
     for file, (_, run), name in zip(files, found, names[1:], strict=True):
         warnings += _compare_vocabularies(reference, file, name)
-        candidates.append(Candidate(name, file, run, _heads(file)))
+        candidates.append(Candidate(name, file, run, heads_in(file)))
     return Candidates(Candidate(names[0], reference), candidates, warnings)
 
 
@@ -174,11 +175,3 @@ def _compare_vocabularies(teacher: GGUFFile, student: GGUFFile, name: str) -> li
     return [
         f"{name} has the teacher's tokens, but differs in {', '.join(keys)}; the text is read as the teacher does"
     ]
-
-
-def _heads(file: GGUFFile) -> Heads:
-    values = {key: field.value for key, field in file.fields.items() if key.startswith("so8t.")}
-    try:
-        return read_heads(values, file.tensors["token_embd.weight"].shape[1])
-    except HeadError as error:
-        raise UserError(f"{file.path} has broken heads: {error}; export the student again") from None

@@ -60,6 +60,7 @@ def _plain(names: Sequence[str]) -> list[str]:
 
 def _short(name: str) -> str:
     """A name with its middle left out where it is long: its end tells files of one model apart."""
+    name = name.removesuffix(".gguf")
     if len(name) <= LABEL_LENGTH:
         return name
     half = LABEL_LENGTH // 2

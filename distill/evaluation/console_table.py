@@ -1,4 +1,4 @@
-"""A comparison in the terminal: one column a model, the teacher's first, in several tables."""
+"""A comparison in the terminal: one row a model, the teacher's first, in several tables."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from distill.safety_metrics import SafetyScore
 
 Cell = Callable[[ModelEvaluation], str]
 NOTHING = "–"
+NAME_WIDTH = 24
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
@@ -32,50 +33,72 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 def tables(comparison: Comparison) -> list[Table]:
     """The tables; those that nothing was measured for are left out."""
     models = [comparison.teacher, *comparison.students]
-    found = [_table("Fidelity to the teacher", models, _fidelity_rows(comparison)), _language(models)]
+    found = [
+        _table("Fidelity to the teacher (KL in nats per token)", models, _fidelity()),
+        _table("As the teacher's draft, and by itself", models, _drafting(comparison)),
+        _language(models),
+    ]
     if any(model.safety is not None for model in models):
-        found.append(_table("Safety head", models, _safety_rows(models)))
+        found.append(_table("Safety head", models, _safety(models)))
     if names := _benchmarks(models):
-        found.append(_table("lm-evaluation-harness", models, [_benchmark_row(*name) for name in names]))
+        found.append(_harness(models, names))
     return [*found, _cost(models)]
 
 
-def _table(title: str, models: Sequence[ModelEvaluation], rows: Sequence[tuple[str, Cell]]) -> Table:
+def _table(title: str, models: Sequence[ModelEvaluation], columns: Sequence[tuple[str, Cell]]) -> Table:
+    """One row a model, so that many of them find room."""
     table = Table(title=title, title_justify="left")
-    table.add_column("")
+    short = all(len(_words(model)) <= NAME_WIDTH for model in models)
+    table.add_column("", overflow="fold", no_wrap=short)
+    for words, _ in columns:
+        table.add_column(words, justify="right")
     for place, model in enumerate(models):
-        name = escape(printable(model.name))
-        table.add_column(f"{name}\n[dim]teacher[/]" if place == 0 else name, justify="right", overflow="fold")
-    for words, cell in rows:
-        table.add_row(words, *(cell(model) for model in models))
+        table.add_row(_name(model, place), *(cell(model) for _, cell in columns))
     return table
 
 
-def _fidelity_rows(comparison: Comparison) -> list[tuple[str, Cell]]:
+def _words(model: ModelEvaluation) -> str:
+    return printable(model.name).removesuffix(".gguf")
+
+
+def _name(model: ModelEvaluation, place: int) -> str:
+    name = escape(_words(model))
+    return f"{name}\n[dim]teacher[/]" if place == 0 else name
+
+
+def _of_student(read: Callable[[Fidelity], str], of_teacher: str) -> Cell:
+    return lambda model: of_teacher if model.fidelity is None else read(model.fidelity)
+
+
+def _fidelity() -> list[tuple[str, Cell]]:
+    return [
+        ("KL", _of_student(lambda f: _number(f.kl), "0")),
+        ("reverse KL", _of_student(lambda f: _number(f.reverse_kl), "0")),
+        ("top token", _of_student(lambda f: _share(f.top1), "100 %")),
+        ("top 5 shared", _of_student(lambda f: _share(f.top5), "100 %")),
+    ]
+
+
+def _drafting(comparison: Comparison) -> list[tuple[str, Cell]]:
     measured = [student.fidelity for student in comparison.students if student.fidelity is not None]
     draft = measured[0].draft_length if measured else 0
     prefix = max((fidelity.prefix_length for fidelity in measured), default=0)
-
-    def row(read: Callable[[Fidelity], str], of_teacher: str) -> Cell:
-        return lambda model: of_teacher if model.fidelity is None else read(model.fidelity)
-
-    rows = [
-        ("KL to teacher (nats/token)", row(lambda f: _number(f.kl), "0")),
-        ("KL from teacher, reverse", row(lambda f: _number(f.reverse_kl), "0")),
-        ("same top token", row(lambda f: _share(f.top1), "100 %")),
-        ("top 5 shared", row(lambda f: _share(f.top5), "100 %")),
-        ("drafted tokens accepted", row(lambda f: _share(f.acceptance), NOTHING)),
-        (f"tokens per teacher pass, {draft} drafted", row(lambda f: f"{f.tokens_per_pass:.2f}", NOTHING)),
+    columns = [
+        ("drafted tokens accepted", _of_student(lambda f: _share(f.acceptance), NOTHING)),
+        (
+            f"tokens a pass, {draft} drafted",
+            _of_student(lambda f: f"{f.tokens_per_pass:.2f}", NOTHING),
+        ),
     ]
     if prefix:
-        rows += [
+        columns += [
             (
                 f"greedy tokens alike, of {prefix}",
-                row(lambda f: _optional(f.greedy_prefix, _length), NOTHING),
+                _of_student(lambda f: _optional(f.greedy_prefix, _length), NOTHING),
             ),
-            ("greedy answers alike", row(lambda f: _optional(f.greedy_same, _share), NOTHING)),
+            ("greedy answers alike", _of_student(lambda f: _optional(f.greedy_same, _share), NOTHING)),
         ]
-    return rows
+    return columns
 
 
 def _language(models: Sequence[ModelEvaluation]) -> Table:
@@ -89,7 +112,7 @@ def _language(models: Sequence[ModelEvaluation]) -> Table:
     return _table("Language", models, rows)
 
 
-def _safety_rows(models: Sequence[ModelEvaluation]) -> list[tuple[str, Cell]]:
+def _safety(models: Sequence[ModelEvaluation]) -> list[tuple[str, Cell]]:
     def of_score(read: Callable[[SafetyScore], str]) -> Cell:
         return lambda model: NOTHING if model.safety is None else read(model.safety)
 
@@ -128,16 +151,27 @@ def _benchmark_row(task: str, metric: str) -> tuple[str, Cell]:
     return f"{escape(printable(task))} {escape(printable(metric))}", cell
 
 
+def _harness(models: Sequence[ModelEvaluation], names: Sequence[tuple[str, str]]) -> Table:
+    """One column a model here: the tasks may be many."""
+    table = Table(title="lm-evaluation-harness", title_justify="left")
+    table.add_column("")
+    for place, model in enumerate(models):
+        table.add_column(_name(model, place), justify="right", overflow="fold")
+    for words, cell in (_benchmark_row(*name) for name in names):
+        table.add_row(words, *(cell(model) for model in models))
+    return table
+
+
 def _cost(models: Sequence[ModelEvaluation]) -> Table:
     rows: list[tuple[str, Cell]] = [
-        ("file type", lambda model: model.file_type or NOTHING),
-        ("parameters", lambda model: human_count(model.parameters)),
-        ("file size", lambda model: human_bytes(model.file_bytes)),
-        ("memory of llama.cpp's process, at most", lambda model: human_bytes(model.peak_memory)),
-        ("reading (tokens/s)", lambda model: f"{model.prompt_speed:,.0f}"),
-        ("writing (tokens/s)", lambda model: f"{model.generation_speed:,.0f}"),
+        ("type", lambda model: model.file_type or NOTHING),
+        ("weights", lambda model: human_count(model.parameters)),
+        ("size", lambda model: human_bytes(model.file_bytes)),
+        ("memory", lambda model: human_bytes(model.peak_memory)),
+        ("reading", lambda model: f"{model.prompt_speed:,.0f}"),
+        ("writing", lambda model: f"{model.generation_speed:,.0f}"),
     ]
-    return _table("Speed and size", models, rows)
+    return _table("Size, peak memory of llama.cpp's process, speed in tokens per second", models, rows)
 
 
 def _optional(figure: Figure | None, write: Callable[[Figure], str]) -> str:
@@ -148,7 +182,7 @@ def _with_interval(figure: Figure, write: Callable[[float], str]) -> str:
     """A mean, and its interval on a line below."""
     if figure.low is None or figure.high is None:
         return write(figure.value)
-    return f"{write(figure.value)}\n[dim]{write(figure.low)} – {write(figure.high)}[/]"
+    return f"{write(figure.value)}\n[dim]{write(figure.low).removesuffix('%')}–{write(figure.high)}[/]"
 
 
 def _number(figure: Figure) -> str:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
+from distill.prove import SPEED_ROUNDS, measure_speed
 from teachers.gguf_teacher import GGUFTeacher
 
-PROMPT_TOKENS = 128
-NEW_TOKENS = 64
-TRIALS = 3
 UNSTEADY = 1.5  # between trials on a machine that has nothing else to do it is less
 
 
@@ -29,8 +27,6 @@ def measure_cost(model: GGUFTeacher) -> Cost:
 
     The model should be freshly loaded, and no other be at work: what else it is asked for takes memory of its own.
     """
-    prompt = min(PROMPT_TOKENS, model.info.context_length // 2)
-    new = min(NEW_TOKENS, model.info.context_length - prompt - 1)
-    reading, writing = zip(*(model.speed(prompt, new) for _ in range(TRIALS)), strict=True)
+    reading, writing = zip(*(measure_speed(model) for _ in range(SPEED_ROUNDS)), strict=True)
     spread = max(writing) / min(writing)
     return Cost(statistics.median(reading), statistics.median(writing), model.peak_memory(), spread)

@@ -157,7 +157,7 @@ def _safety(students: Sequence[ModelEvaluation]) -> list[Fact]:
 
 def _doubts(comparison: Comparison) -> list[Fact]:
     """Why the figures may be worth less than they seem."""
-    facts = [Fact("warning", f"{words[:1].upper()}{words[1:]}.") for words in comparison.warnings]
+    facts = [Fact("warning", _sentence(words)) for words in comparison.warnings]
     if comparison.sequences < FEW_SEQUENCES:
         words = f"All is measured on {counted(comparison.sequences, 'sequence')}, which is little"
         facts.append(Fact("warning", f"{words}: the real uncertainty is larger than it looks."))
@@ -165,6 +165,11 @@ def _doubts(comparison: Comparison) -> list[Fact]:
         words = f"Left out, longer than a model's context holds: {counted(comparison.skipped, 'sequence')}"
         facts.append(Fact("warning", f"{words}. The figures are of the shorter ones."))
     return facts
+
+
+def _sentence(words: str) -> str:
+    """With a capital letter, and a full stop where it does not end otherwise."""
+    return f"{words[:1].upper()}{words[1:]}{'' if words.endswith(('.', '?', '!')) else '.'}"
 
 
 def counted(number: int, thing: str) -> str:
