@@ -157,19 +157,24 @@ def _table(results: dict[str, Any]) -> Table:
         "parameters",
         human_count(teacher["parameters"]),
         human_count(student["parameters"]),
-        f"{teacher['parameters'] / student['parameters']:.1f}× fewer",
+        _times(teacher["parameters"] / student["parameters"], "fewer", "more"),
     )
     table.add_row(
         "file size",
         human_bytes(teacher["file_bytes"]),
         human_bytes(student["file_bytes"]),
-        f"{teacher['file_bytes'] / student['file_bytes']:.1f}× smaller ({student['quant']})",
+        f"{_times(teacher['file_bytes'] / student['file_bytes'], 'smaller', 'larger')} ({student['quant']})",
     )
     _add_scores(table, results["evaluation"])
     _add_heads(table, results.get("heads", {}))
     for kind, words in (("generation", "writing"), ("prompt", "reading")):
         _add_speed(table, f"llama.cpp, {words} (tokens/s)", results["tokens_per_second"], kind)
     return table
+
+
+def _times(ratio: float, less: str, more: str) -> str:
+    """How many times less than the teacher's, or more."""
+    return f"{ratio:.1f}× {less}" if ratio >= 1 else f"{1 / ratio:.1f}× {more}"
 
 
 def _add_scores(table: Table, evaluation: dict[str, Any]) -> None:
@@ -238,8 +243,12 @@ def _print_files(folder: RunFolder, console: Console) -> None:
     for title, text in (
         ("Files", f"{folder.gguf}   (everything of the run: {folder.path})"),
         ("Report", str(folder.report) if folder.report.exists() else again),
+        ("Model card", str(folder.card)),
         ("Chat", f"{_program()} chat {file}"),
-        ("Elsewhere", f"llama-cli -m {file}"),
+        (
+            "Elsewhere",
+            f"llama-cli -m {file}, or ollama create student -f {shlex.quote(str(folder.modelfile))}",
+        ),
     ):
         console.rich.print(f"[bold]{title:<10}[/] {escape(text)}", soft_wrap=True)
 
