@@ -227,6 +227,15 @@ def test_ollamas_prompt_is_the_chat_templates(name: str, add_bos: bool) -> None:
         assert compared(fields, template, end, rest, add_bos)[1] == 0 or refused
 
 
+def test_no_more_context_is_asked_for_than_memory_is_there_for() -> None:
+    """Ollama takes memory for all of num_ctx, so a model of a very long context does not ask for it."""
+    template, end, _ = TEMPLATES["chatml"]
+    text, _ = modelfile(
+        "student.gguf", fields_of(template, end), end_tokens=[], context_length=131_072, name="student"
+    )
+    assert "PARAMETER num_ctx 8192\n" in text
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_what_is_said_about_it(name: str) -> None:
     """Stop words, the file, the context, and a warning exactly where the chat template does more."""
