@@ -12,7 +12,7 @@ from distill.exports import ExportedFile
 from distill.markdown import Markdown, code, escaped, last_part, one_line, table, without_folders
 from distill.reports.parts import MISSING, figure, share
 from distill.reports.records import ModelScore
-from distill.reports.report import ratios
+from distill.reports.report import ratios, wilson
 from distill.reports.tables import LANGUAGES, cascade_words
 from distill.reports.verdict import cascade_goal
 from distill.safety_prompts import BUILT_IN, TEACHER
@@ -169,7 +169,7 @@ def files_note(facts: CardFacts) -> str:
     if any(one.kl is not None for one in facts.files):
         words.append(
             "KL (nats per token) and top token of each file are against the same student in 32-bit numbers; of the F32 "
-            "file itself, against PyTorch."
+            "file itself, against PyTorch. Speeds are those of the machine that made the files, at that moment."
         )
     others = (one for one in facts.files if one.types.keys() - {"F32", one.quant.upper()})
     words += [f"{one.file} has {_types(one)}." for one in others]
@@ -203,7 +203,7 @@ def safety_words(facts: CardFacts) -> str:
 
 
 def safety_table(facts: CardFacts) -> Markdown:
-    """The three ratios that the head is tuned for."""
+    """Recall and precision of every decision, those first that the head is tuned for, and how many are right."""
     safety = facts.results.heads.safety
     if safety is None:
         return Markdown("")
@@ -211,9 +211,12 @@ def safety_table(facts: CardFacts) -> Markdown:
         "of what should be refused, what it refuses",
         "of what it escalates, what should be",
         "of what it allows, what should be",
+        "of what should be allowed, what it allows",
+        "of what should be escalated, what it escalates",
+        "of what it refuses, what should be",
     )
     rows: list[list[object]] = []
-    for words, ratio in zip(says, ratios(safety.test), strict=False):
+    for words, ratio in zip(says, ratios(safety.test), strict=True):
         bounds = (
             MISSING
             if ratio.low is None or ratio.high is None
@@ -222,6 +225,12 @@ def safety_table(facts: CardFacts) -> Markdown:
         rows.append(
             [f"{ratio.name} ({words})", share(ratio.value), f"{ratio.right} of {ratio.cases}", bounds]
         )
+    right = sum(safety.test.confusion[place][place] for place in range(len(safety.test.confusion)))
+    low, high = wilson(right, safety.test.prompts)
+    cases = f"{right} of {safety.test.prompts}"
+    rows.append(
+        ["right in all", share(right / safety.test.prompts), cases, _range((low, high), percent=True)]
+    )
     return table(["", "share", "cases", "95 % interval (Wilson)"], rows)
 
 
@@ -442,8 +451,12 @@ def _safety_limits(facts: CardFacts) -> list[str]:
     asked = Markdown(
         "Its safety head is asked by `distill judge` alone: nothing else that runs it stops an answer."
     )
+    other = (
+        "It was measured on requests like those it learnt from. Of others it may refuse what is harmless and allow "
+        "what is not."
+    )
     few = f"The safety head knows {known:,} prompts in all: a start, not a safeguard."
-    return [asked, few] if known < FEW_PROMPTS else [asked]
+    return [asked, other, few] if known < FEW_PROMPTS else [asked, other]
 
 
 def _score(score: ModelScore, name: str) -> str:

@@ -29,10 +29,12 @@ HELP = """\
 /quit   end (so do an empty line and Ctrl-D)
 Ctrl-C stops an answer and keeps what is there of it.
 
-Before each answer stands what the student's safety head decides on the message alone, with its probability, and after
-it which share of its tokens the teacher is expected to have chosen too. Both are for you to look at: nothing is
-filtered, and the answer comes after REFUSE as well, since the student itself has learnt what to refuse.
-Reasoning between <think> tags is not shown, and not part of the conversation; of a <final> answer, only its content."""
+Before each answer stands what the student's safety head decides on the
+message alone, with its probability, and after it which share of its tokens
+the teacher is expected to have chosen too. Both are for you to look at:
+nothing is filtered, and the answer comes after REFUSE as well, since the
+student itself has learnt what to refuse. Reasoning between <think> tags is
+not shown, and not part of the conversation; of a <final>, only its content."""
 
 
 def chat_with(path: Path, prompt: str | None, settings: ChatSettings, safety: bool) -> None:

@@ -63,7 +63,9 @@ def main() -> NoReturn:
         app()
     except SystemExit as stop:
         if stop.code == EXIT_INTERRUPTED:  # typer's own answer to Ctrl-C, without a word
-            _complain("interrupted; everything saved is kept, and the same command continues from there")
+            _complain(
+                "interrupted; everything saved is kept, and the same command goes on from what is there"
+            )
         raise
     except Exception as error:
         code = exit_code(error)

@@ -20,7 +20,7 @@ from distill.errors import ProofFailed, UserError
 from distill.exporting import Export, Proofs, export_proved, origin_of, tokenizer_entries
 from distill.exports import ExportedFile, describe_file, read_exports, record_files
 from distill.lineage import read_lineage
-from distill.prove import Proof
+from distill.prove import UNSTEADY, Proof
 from distill.run_folder import RunFolder
 from distill.saved_student import load_student
 from students.export import ExportNames
@@ -92,6 +92,10 @@ def _export_run(
         )
     elif folder.finished and any(path.parent.resolve() == folder.path.resolve() for path in wanted.values()):
         update_card(folder, console)
+    if unsteady := [quant for quant, proof in proofs.files.items() if proof.unsteady_speed > UNSTEADY]:
+        console.warn(
+            f"speeds of {', '.join(unsteady)} differed from trial to trial; is the machine busy otherwise?"
+        )
     places = list(proofs.files)
     files.sort(key=lambda file: places.index(file.quant))
     console.rich.print(_table(name, proofs, files))
@@ -136,6 +140,8 @@ def _paths(folder: RunFolder, quants: Sequence[Quant], output: Path | None) -> d
         if there and output.resolve() != folder.path.resolve():
             raise UserError(f"--output {output} has a {there[0].name} already; choose another folder")
         return paths
+    if output.suffix != ".gguf":
+        raise UserError(f"--output {output} must end in .gguf, or be a folder that is there")
     if output.exists():
         raise UserError(f"--output {output} exists; choose another name")
     if not output.parent.is_dir():

@@ -222,7 +222,7 @@ def _table(judgment: Judgment, name: str, refuses_from: float) -> Table:
         table.add_row("decision", coloured(judgment.decision))
         for decision, chance in judgment.probabilities.items():
             table.add_row(decision, f"{chance:6.1%}  {'█' * round(30 * chance)}")
-        table.add_row("confidence", _share(judgment.confidence))
+        table.add_row("probability of that", _share(judgment.confidence))
         table.add_row("refuses from", f"{refuses_from:.1%} on (fitted, so that little is missed)")
     if judgment.agreement is not None:
         table.add_row("answers as the teacher would", _agreement(judgment))

@@ -30,6 +30,7 @@ REMEMBERED_BYTES = 1 << 30
 SPEED_PROMPT_TOKENS = 128
 SPEED_NEW_TOKENS = 64
 SPEED_ROUNDS = 3
+UNSTEADY = 1.5  # between trials on a machine that has nothing else to do it is less
 MAX_LOGIT_DIFFERENCE = {"f32": 1e-3}
 # What the type's own rounding explains, with room for small models, which suffer most.
 MAX_MEAN_KL = {
@@ -52,7 +53,7 @@ class Proof:
     ``against``: PyTorch, or the F32 file. ``max_logit_difference`` over all positions and tokens; ``mean_kl`` KL(that ‖
     this file) in nats per token; ``agreement``: share of positions with the same most probable token; ``token_lines``:
     texts that this file's tokenizer turned into the teacher's own ids. Speeds of one sequence in tokens per second, the
-    median of three (0: not measured, in records of older runs).
+    median of three (0: not measured); ``unsteady_speed``: the fastest trial of generation in parts of the slowest.
     """
 
     quant: str
@@ -64,6 +65,7 @@ class Proof:
     against: str = "PyTorch"
     prompt_speed: float = 0.0
     generation_speed: float = 0.0
+    unsteady_speed: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         """For ``results.json``: what is the same in every run. Speeds stand elsewhere."""
@@ -154,6 +156,7 @@ def _prove(
         against=against,
         prompt_speed=statistics.median(prompt for prompt, _ in speeds),
         generation_speed=statistics.median(generation for _, generation in speeds),
+        unsteady_speed=max(one for _, one in speeds) / max(1e-9, min(one for _, one in speeds)),
     )
     _judge(proof)
     return proof

@@ -109,10 +109,8 @@ def _importance(
         model, gguf_name = to_llama(student), to_gguf_name
     affordable = int(IMPORTANCE_FLOPS / (2 * model.num_parameters()))
     tokens = min(IMPORTANCE_TOKENS, max(IMPORTANCE_LEAST, affordable))
-    train = publication.train
-    count = min(len(train), max(1, round(tokens / float(store.lengths()[train].mean()))))
-    spread = train[np.linspace(0, len(train) - 1, count).astype(int)]  # from the beginning to the end
-    chosen = [store.tokens(int(index)) for index in spread]
+    places = spread(store.lengths()[publication.train], tokens)
+    chosen = [store.tokens(int(index)) for index in publication.train[places]]
     with console.stage("Importance", total=len(chosen)) as stage:
         found = measure_importance(model, chosen, gguf_name, stage.update)
         temporary = folder.importance.with_name(f".{folder.importance.name}.{os.getpid()}.tmp")
@@ -122,6 +120,12 @@ def _importance(
             f"{human_count(found.tokens)} tokens of training text, for quantizers: {folder.importance}"
         )
     return found.mean_squares()
+
+
+def spread(lengths: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:
+    """Places of about as many sequences as make ``tokens`` tokens, evenly from the first to the last; one at least."""
+    count = min(len(lengths), max(1, round(tokens / float(lengths.mean()))))
+    return np.linspace(0, len(lengths) - 1, count).astype(np.int64)
 
 
 def _plain_folder(

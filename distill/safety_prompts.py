@@ -260,6 +260,8 @@ def _prompt(line: str, where: str, *, labelled: bool) -> SafetyPrompt:
     share = (1 / 3, 1 / 3, 1 / 3)
     if labelled:
         if label not in DECISIONS:
+            if label is None:
+                raise UserError(f"{where} has no 'label'; give one of {', '.join(DECISIONS)}")
             raise UserError(f"{where}: label {label!r} is none of {', '.join(DECISIONS)}")
         one = [float(label == name) for name in DECISIONS]
         share = (one[0], one[1], one[2])

@@ -156,6 +156,10 @@ def test_safety_ratios_come_with_wilsons_interval(run: RunFolder) -> None:
         ("Refuse Recall", 4, 4),
         ("Escalate Precision", 2, 3),
         ("Allow Precision", 1, 1),
+        ("Allow Recall", 1, 4),  # not only what the head is tuned for
+        ("Escalate Recall", 2, 4),
+        ("Refuse Precision", 4, 8),
+        ("right in all", 7, 12),
     ):
         share, square = right / cases, 1.959963984540054**2 / cases
         roots = np.sort(np.roots([1 + square, -(2 * share + square), share**2]).real)

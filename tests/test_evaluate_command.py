@@ -417,8 +417,8 @@ def test_tables_side_by_side(comparison: Comparison, capsys: pytest.CaptureFixtu
     rows = [
         [cell.strip() for cell in line.split("│")[1:3]] for line in table.splitlines() if line.startswith("│")
     ]
-    found = {name: kl for name, kl in rows[:8] if name in ("student", "copy")}
-    assert rows[0][1] == "0" and rows[1][0] == "teacher"
+    found = {name: kl for name, kl in rows[:5] if name in ("student", "copy")}
+    assert rows[0][0].endswith("(teacher)") and rows[0][1] == "0"
     assert found == {"student": f"{student.fidelity.kl.value:.4f}", "copy": "0.0000"}
     for words in ("Safety head", f"{student.perplexity.value:,.2f}", "95 % interval"):
         assert words in said
@@ -446,7 +446,8 @@ def test_what_is_refused(
         ([other], "was not made of the example teacher (it names none); name its teacher with --teacher"),
         ([run, "--teacher", tmp_path], "is a folder; evaluate needs the teacher's GGUF file"),
         ([run, "--teacher", __file__], "is not a GGUF file"),
-        ([run, "--output", tmp_path / "no" / "x.html"], "does not exist"),
+        ([run, "--output", tmp_path / "no" / "x.html"], "there is no folder"),
+        ([run, "--output", tmp_path / "x.pdf"], "must end in .html"),
         ([run, "--lm-eval", ","], "names no task"),
         ([run, "--lm-eval-limit", 3], "is for the tasks of --lm-eval"),
         ([run, "--tasks", "none.jsonl"], "none.jsonl"),

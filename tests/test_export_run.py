@@ -168,6 +168,8 @@ def test_where_files_go(finished: RunFolder, tmp_path: Path) -> None:
         export_run(finished, ["f16"], there / "student-f16.gguf", Console())
     with pytest.raises(UserError, match=r"has a student-q8_0\.gguf already"):  # it may be another run's
         export_run(finished, ["q4_0", "q8_0"], there, Console())
+    with pytest.raises(UserError, match=r"must end in \.gguf"):
+        export_run(finished, ["f16"], tmp_path / "x.txt", Console())
     with pytest.raises(UserError, match=r"the folder .* does not exist"):
         export_run(finished, ["f16"], tmp_path / "nowhere" / "x.gguf", Console())
 
@@ -259,6 +261,17 @@ def test_a_run_that_cannot_be_written_to_is_exported_elsewhere(
     export_run(copy, ["f16"], tmp_path / "x.gguf", Console())
     assert (tmp_path / "x.gguf").exists() and "cannot be written to" in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in copy.path.iterdir() if path.is_file()}
+
+
+def test_unsteady_speeds_are_said_to_be(
+    copy: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A machine that is busy otherwise makes figures that mean nothing."""
+    speeds = iter([(1000.0, 100.0), (1000.0, 160.0), (1000.0, 130.0), *[(1000.0, 100.0)] * 3])
+    monkeypatch.setattr(distill.prove, "measure_speed", lambda model: next(speeds))
+    [busy, quiet] = export_run(copy, ["q8_0", "f16"], None, Console())
+    assert (busy.generation, quiet.generation) == (130.0, 100.0)
+    assert "speeds of q8_0 differed" in " ".join(capsys.readouterr().out.split())
 
 
 def test_an_edited_card_is_left_alone(copy: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from distill.publishing import spread
 from students.architectures import architecture_of
 from students.base_export import write_base_gguf
 from students.export import ExportNames, write_gguf
@@ -118,6 +119,16 @@ def test_what_is_none_is_refused(tensors: dict, words: str) -> None:
     """Nothing of a damaged file reaches the quantizer."""
     with pytest.raises(ValueError, match=words):
         read_mean_squares(tensors)
+
+
+@pytest.mark.parametrize(("count", "tokens", "expected"), [(20_000, 16_384, 32), (10, 16_384, 10), (9, 3, 1)])
+def test_text_is_taken_from_beginning_to_end(count: int, tokens: int, expected: int) -> None:
+    """Data may be in order of topics: what is looked at comes from all of it, and is about as much as was asked for."""
+    places = spread(np.full(count, 512), tokens)
+    assert len(places) == len(set(places.tolist())) == expected and places[0] == 0
+    if expected > 1:
+        steps = np.diff(places)
+        assert places[-1] == count - 1 and steps.max() - steps.min() <= 1
 
 
 def _tokenizer() -> dict:

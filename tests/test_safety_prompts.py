@@ -182,7 +182,7 @@ BAD: list[tuple[str, str]] = [
     ('{"label": "ALLOW"}', r"line 1 has no text under 'prompt'"),
     ('{"prompt": "  ", "label": "ALLOW"}', r"no text under 'prompt'"),
     ('{"prompt": 7, "label": "ALLOW"}', r"no text under 'prompt'"),
-    ('{"prompt": "x"}', r"label None is none of ALLOW, ESCALATE, REFUSE"),
+    ('{"prompt": "x"}', r"has no 'label'; give one of ALLOW, ESCALATE, REFUSE"),
     ('{"prompt": "x", "label": "allow"}', r"label 'allow' is none of"),
     ('{"prompt": "x", "label": "DENY"}', r"label 'DENY' is none of"),
     ('{"prompt": "x", "label": 0}', r"label 0 is none of"),

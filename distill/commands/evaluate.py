@@ -43,7 +43,11 @@ SafetyPrompts = Annotated[
     ),
 ]
 Tasks = Annotated[
-    Path | None, typer.Option(help="JSONL file of prompts with their right answers, asked of every model.")
+    Path | None,
+    typer.Option(
+        help="JSONL file of prompts with their right answers, asked of every model (prompt, answer; match: exact, "
+        "contains or prefix)."
+    ),
 ]
 Harness = Annotated[
     str | None,
@@ -120,7 +124,9 @@ def _check(lm_eval: str | None, names: list[str], limit: int | None, output: Pat
         raise UserError(f"--lm-eval {lm_eval!r} names no task; write them with commas between them")
     if limit is not None and not names:
         raise UserError(f"--lm-eval-limit {limit} is for the tasks of --lm-eval; name some")
-    if output is not None and output.is_dir():
-        raise UserError(f"--output {output} is a folder; name a file")
-    if output is not None and not output.parent.is_dir():
-        raise UserError(f"--output {output}: the folder {output.parent} does not exist; make it first")
+    if output is not None:
+        from distill.reports.html import require_page_path
+
+        if output.is_dir():
+            raise UserError(f"--output {output} is a folder; name a file")
+        require_page_path(output)

@@ -15,7 +15,7 @@ from distill.safety_metrics import SafetyScore
 
 Cell = Callable[[ModelEvaluation], str]
 NOTHING = "–"
-NAME_WIDTH = 24
+NAME_WIDTH = 26
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
@@ -48,7 +48,7 @@ def tables(comparison: Comparison) -> list[Table]:
 def _table(title: str, models: Sequence[ModelEvaluation], columns: Sequence[tuple[str, Cell]]) -> Table:
     """One row a model, so that many of them find room."""
     table = Table(title=title, title_justify="left")
-    short = all(len(_words(model)) <= NAME_WIDTH for model in models)
+    short = max(len(_words(models[0])) + len(" (teacher)"), *map(len, map(_words, models))) <= NAME_WIDTH
     table.add_column("", overflow="fold", no_wrap=short)
     for words, _ in columns:
         table.add_column(words, justify="right")
@@ -63,7 +63,7 @@ def _words(model: ModelEvaluation) -> str:
 
 def _name(model: ModelEvaluation, place: int) -> str:
     name = escape(_words(model))
-    return f"{name}\n[dim]teacher[/]" if place == 0 else name
+    return f"{name} [dim](teacher)[/]" if place == 0 else name
 
 
 def _of_student(read: Callable[[Fidelity], str], of_teacher: str) -> Cell:

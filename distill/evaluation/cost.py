@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from distill.prove import SPEED_ROUNDS, measure_speed
 from teachers.gguf_teacher import GGUFTeacher
 
-UNSTEADY = 1.5  # between trials on a machine that has nothing else to do it is less
-
 
 @dataclass(frozen=True)
 class Cost:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from distill.console import Console, human_bytes, human_count
 from distill.evaluation.candidates import Candidate, Candidates, find_candidates
-from distill.evaluation.cost import UNSTEADY, Cost, measure_cost
+from distill.evaluation.cost import Cost, measure_cost
 from distill.evaluation.fidelity import TextScore, score_text
 from distill.evaluation.greedy import SEQUENCES, GreedyScore, beginnings, greedy_scores
 from distill.evaluation.metrics import tokens_per_pass
@@ -23,6 +23,7 @@ from distill.evaluation.records import Comparison, Fidelity, ModelEvaluation, Ta
 from distill.evaluation.safety import SafetyTest, choose_prompts, read_given, score_safety
 from distill.evaluation.scores import llama_scorer
 from distill.evaluation.text import Wanted, choose_text, digest
+from distill.prove import UNSTEADY
 from distill.results import environment
 from distill.safety_metrics import SafetyScore
 from teachers.base import Tokens
