@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.audit_log import append, has_log, last_event, read_head
+from distill.reasoning import digests
 
 if TYPE_CHECKING:
     from distill.engine import TrainingSummary
@@ -50,8 +51,12 @@ def record_start(
     append(folder.path, [(STARTED, {**about, "files": files})])
 
 
-def record_capture(folder: Path, store: SoftTargetStore, reused: bool) -> None:
-    """The soft targets are complete: the store's key and manifest, which has the hashes of data and tokenizer."""
+def record_capture(folder: Path, store: SoftTargetStore, reused: bool, texts: Sequence[str] = ()) -> None:
+    """The soft targets are complete: the store's key and manifest, which has the hashes of data and tokenizer.
+
+    ``texts``: those of the teacher that the run keeps in words (``held_out.json``); of private reasoning in them there
+    is the SHA-256.
+    """
     manifest = store.manifest
     content = {
         "store_key": manifest.key,
@@ -59,6 +64,7 @@ def record_capture(folder: Path, store: SoftTargetStore, reused: bool) -> None:
         "identity": {name: value for name, value in manifest.identity.items() if not isinstance(value, dict)},
         "sequences": manifest.sequences,
         "reused": reused,
+        "reasoning_sha256": [digest for text in texts for digest in digests(text)],
     }
     append(folder, [("captured", content)])
 
@@ -165,6 +171,7 @@ def _decision(judgment: Judgment) -> dict[str, Any]:
     chances = judgment.probabilities
     return {
         "prompt_sha256": found["prompt_sha256"],
+        "reasoning_sha256": digests(judgment.prompt),
         "decision": judgment.decision,
         "probabilities": None if chances is None else {name: round(p, DIGITS) for name, p in chances.items()},
         "agreement": None if judgment.agreement is None else round(judgment.agreement, DIGITS),

@@ -256,7 +256,7 @@ def _make_student(source: Source, folder: RunFolder, launch: Launch, console: Co
     """Train in all processes; export, prove, evaluate and write down in the first."""
     config, info, store = source.config, source.inheritance.info, source.store
     if launch.first:
-        record_capture(folder.path, store, source.reused)
+        record_capture(folder.path, store, source.reused, source.inheritance.lines.texts)
     parts = split(store, config.data.held_out, config.seed)
     data = TrainingData(store, parts, config.seed)
     if source.safety is not None:
