@@ -22,12 +22,12 @@ from teachers.base import Teacher, TeacherInfo
 from teachers.capture import WHOLE, CaptureError, Share, capture, require_linear_output
 from teachers.embeddings import stored_columns
 from teachers.ensemble import EnsembleError
+from teachers.errors import RequestRefused
 from teachers.gguf_file import read_gguf
 from teachers.inheritance import TEACHER, Inheritance, find_inheritance, inherit, write_inheritance
 from teachers.records import Recipe, default_sketch_bytes
 from teachers.sketch import FIT_RULES
 from teachers.store import MANIFEST, Manifest, SoftTargetStore, exclusive
-from teachers.worker import TeacherError
 
 SEQUENCES_PER_SHARD = 256
 SHARD_BYTES = 256 << 20
@@ -64,7 +64,7 @@ def _no_sketch(teacher: Teacher) -> str | None:
     tokens = (np.arange(1, PROBE_TOKENS + 1) % teacher.info.vocab_size).astype(np.int32)
     try:
         require_linear_output(teacher, tokens)
-    except (CaptureError, TeacherError, EnsembleError) as error:
+    except (CaptureError, RequestRefused, EnsembleError) as error:  # a dead worker is no answer to this
         return str(error)
     return None
 

@@ -24,6 +24,7 @@ from distill import __version__
 from distill.commands import audit, chat, evaluate, export, judge, report, run
 from distill.exit_codes import EXIT_INTERRUPTED, exit_code, one_line
 from distill.interrupts import watch
+from distill.terminal import show_warnings
 
 app = typer.Typer(
     add_completion=False,
@@ -59,6 +60,8 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):  # a redirected Windows console cannot write every sign
             stream.reconfigure(errors="replace")
     watch()
+    # In a launch of several processes the first one speaks.
+    show_warnings(quiet=os.environ.get("RANK", "0") != "0")
     try:
         app()
     except SystemExit as stop:

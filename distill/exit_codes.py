@@ -30,10 +30,10 @@ def exit_code(error: Exception) -> int | None:
     from teachers.capture import CaptureError
     from teachers.chat_template import ChatTemplateError
     from teachers.ensemble import EnsembleError
+    from teachers.errors import LibraryError, TeacherError
     from teachers.gguf_file import TeacherFileError
     from teachers.store import StoreError
     from teachers.tokenizer_json import TokenizerConversionError
-    from teachers.worker import TeacherError
 
     if isinstance(
         error,
@@ -51,7 +51,9 @@ def exit_code(error: Exception) -> int | None:
         return EXIT_USER
     if isinstance(error, OSError) and error.errno in REMEDIES:
         return EXIT_USER
-    if isinstance(error, (TrainingAborted, GradientsDoNotFlow, ProofFailed, ExportError, FoldError)):
+    if isinstance(
+        error, (TrainingAborted, GradientsDoNotFlow, ProofFailed, ExportError, FoldError, LibraryError)
+    ):
         return EXIT_OURS
     return None
 

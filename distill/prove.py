@@ -18,10 +18,10 @@ from distill.errors import ProofFailed
 from distill.evaluation.scores import Scorer, llama_scorer, student_scorer
 from students.student import Student
 from teachers.base import Teacher, Tokens
+from teachers.errors import TeacherError
 from teachers.gguf_file import TeacherFileError
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.inheritance import TokenizedLines, first_sequences
-from teachers.worker import TeacherError
 
 PROOF_SEQUENCES = 16
 PROOF_TOKENS = 4096

@@ -26,6 +26,7 @@ from students.adapter import AdaptedStudent
 from students.export import rotation_figures
 from students.student import Student
 from teachers.base import TeacherInfo
+from teachers.check_record import read_record
 from teachers.store import SoftTargetStore
 
 
@@ -125,6 +126,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """What computed the results."""
+    library = read_record()
     packages = ("so8t-distill", "torch", "transformers", "llama-cpp-python", "gguf", "accelerate", "numpy")
     return {
         "python": platform.python_version(),
@@ -132,6 +134,7 @@ def environment() -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "packages": {name: version(name) for name in packages},
+        "llama_cpp": {"extra_buffers": library.extra_buffers, "reason": library.reason},
     }
 
 

@@ -1,10 +1,14 @@
-"""What goes to a terminal: decisions in colour, and text of models, files and prompts, which may not steer it."""
+"""What goes to a terminal: decisions in colour, warnings, and the text of others, which may not steer it."""
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
 
 # Control characters but tab and line end, and the signs that reorder what is around them (Unicode's bidi controls).
 _STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -26,6 +30,22 @@ def json_line(value: Any) -> str:
     """``value`` as JSON on one line, characters beyond ASCII as they are, but for those that steer a terminal."""
     line = json.dumps(value, ensure_ascii=False)
     return _STEERS.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
+
+
+class WarningLines(logging.Handler):
+    """Shows what the lower packages log, warnings above all, as lines on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = escape(printable(" ".join(record.getMessage().split())))
+        RichConsole(stderr=True, highlight=False).print(f"[yellow]! {text}[/]", soft_wrap=True)
+
+
+def show_warnings(*, quiet: bool) -> None:
+    """Show what ``teachers``, ``students`` and ``stability`` warn of; ``quiet``: errors only."""
+    handler = WarningLines(logging.ERROR if quiet else logging.WARNING)
+    for package in ("teachers", "students", "stability"):
+        logger = logging.getLogger(package)
+        logger.handlers, logger.propagate = [handler], False
 
 
 def _sign(character: str) -> str:

@@ -15,6 +15,7 @@ from gguf import GGUFValueType
 from numpy.typing import NDArray
 
 from teachers.base import Floats, Progress, Sampling, TeacherInfo, TeacherShape, Tokens, speak_then_score
+from teachers.errors import RequestRefused
 from teachers.gguf_file import GGUFFile, file_sha256, read_gguf, tokenizer_sha256
 from teachers.interruption import uninterrupted
 from teachers.records import Recipe
@@ -67,12 +68,14 @@ class GGUFTeacher:
         Raises:
             TeacherFileError: the header is missing, damaged or not a language model's.
             TeacherError: llama.cpp cannot load the file.
+            LibraryError: llama.cpp does not work on this machine.
         """
         self.file: GGUFFile = read_gguf(path)
         # PyTorch's count is the number of physical cores this process may use, which suits llama.cpp too.
         self.threads = threads or torch.get_num_threads()
         self.gpu_layers = gpu_layers
-        self.worker = Worker(path, threads=self.threads, gpu_layers=gpu_layers)
+        types = {tensor.type.name for tensor in self.file.tensors.values()}
+        self.worker = Worker(path, threads=self.threads, gpu_layers=gpu_layers, types=types)
         self.info = self._info()
 
     def _info(self) -> TeacherInfo:
@@ -230,7 +233,7 @@ class GGUFTeacher:
     def output_rows(self, start: int, stop: int) -> Floats:
         """See ``Teacher.output_rows``."""
         if "output.bias" in self.file.tensors:
-            raise ValueError(f"{self.file.path}: its output layer has a bias besides the matrix")
+            raise RequestRefused(f"{self.file.path}: its output layer has a bias besides the matrix")
         name = "output.weight" if "output.weight" in self.file.tensors else "token_embd.weight"
         return self.file.rows(name, start, stop)
 

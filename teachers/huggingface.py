@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from teachers.base import Floats, Progress, Sampling, TeacherInfo, TeacherShape, Tokens, speak_then_score
+from teachers.errors import RequestRefused, TeacherError
 from teachers.gguf_file import TeacherFileError
 from teachers.huggingface_folder import TOKENIZER, ModelFolder, check_folder, load_model, load_tokenizer
 from teachers.huggingface_model import LoadedModel, batches, require_finite
@@ -26,7 +27,6 @@ from teachers.huggingface_speech import Decoder, SpeechError, speak
 from teachers.records import Recipe, reduce
 from teachers.sketch import Basis
 from teachers.soft_targets import Arrays
-from teachers.worker import TeacherError
 
 BATCH_TOKENS = 2048  # of one forward pass, padding included
 LOGITS_BYTES = 256 << 20  # one pass's logits stay below this (one sequence always fits)
@@ -249,7 +249,7 @@ class HuggingFaceTeacher:
         try:
             return self._model.output_rows(start, stop)
         except ValueError as error:
-            raise TeacherError(f"{self.folder.path}: {error}") from None
+            raise RequestRefused(f"{self.folder.path}: {error}") from None
 
     def _rows(
         self, sequences: Sequence[Tokens], work: Callable[[list[Tokens]], Arrays], progress: Progress

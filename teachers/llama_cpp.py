@@ -30,6 +30,7 @@ SMALL_MODEL_PARAMETERS = 50_000_000
 FLASH_HEAD_WIDTH = 32
 CACHE_BYTES = 512 << 20  # the KV caches stay below this (one sequence of each lane always fits)
 MAPPED_SHARE = 0.5  # of the memory: a larger file is mapped, so that it need not fit
+TOKEN_STRIDE = 7919  # a prime: the tokens of a first decode lie all over the vocabulary
 CACHE_STEP = 256  # llama.cpp rounds each sequence's share of the cache up to this many tokens
 MAX_LOG_LEVEL_IGNORED = 2  # ggml: 1 debug, 2 info, 3 warning, 4 error, 5 continuation of the line before
 
@@ -87,8 +88,16 @@ def _forward_log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
 class LlamaModel:
     """One loaded GGUF model: its weights and its vocabulary."""
 
-    def __init__(self, path: str, *, threads: int, gpu_layers: int = 0) -> None:
-        """Load the model at ``path``.
+    def __init__(
+        self,
+        path: str,
+        *,
+        threads: int,
+        gpu_layers: int = 0,
+        extra_buffers: bool = True,
+        mapped: bool = False,
+    ) -> None:
+        """Load the model at ``path``; for the ways of running it see ``teachers.worker_process.Way``.
 
         Raises:
             LlamaError: llama.cpp cannot load the file.
@@ -97,7 +106,9 @@ class LlamaModel:
         native.llama_backend_init()
         parameters = native.llama_model_default_params()
         parameters.n_gpu_layers = gpu_layers
-        if Path(path).stat().st_size < MAPPED_SHARE * psutil.virtual_memory().total:
+        parameters.use_extra_bufts = extra_buffers
+        small_file = Path(path).stat().st_size < MAPPED_SHARE * psutil.virtual_memory().total
+        if small_file and not mapped:
             # llama.cpp keeps a rearranged copy of some quantisations: mapped too, a file would take its size twice.
             parameters.load_mode = native.LLAMA_LOAD_MODE_NONE
         self.model = native.llama_model_load_from_file(os.fsencode(path), parameters)
@@ -143,6 +154,7 @@ class LlamaModel:
             "context_length": int(native.llama_model_n_ctx_train(self.model)),
             "layers": self.layers,
             "width": self.width,
+            "gpu": bool(native.llama_supports_gpu_offload()),
         }
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> Tokens:
@@ -300,6 +312,15 @@ class LlamaContext:
         native.llama_memory_seq_rm(memory, slot, -1, -1)
         if like is not None:
             native.llama_memory_seq_cp(memory, like, slot, -1, -1)
+
+    def first_decode(self, count: int, *, exact: bool) -> NDArray[np.float32]:
+        """Logits ``[count, V]`` of ``count`` tokens spread over the vocabulary, the same for every way of running."""
+        self.prepare(ContextShape(1, count, exact))
+        tokens = (np.arange(1, count + 1, dtype=np.int64) * TOKEN_STRIDE % self.vocab_size).astype(np.int32)
+        positions, slots = np.arange(count, dtype=np.int32), np.zeros(count, dtype=np.int32)
+        outputs = self.decode(tokens, positions, slots, np.ones(count, dtype=np.bool_))
+        assert outputs.logits is not None
+        return outputs.logits.copy()
 
     def speed(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
         """Measure prompt processing and generation of one sequence, both in tokens per second."""

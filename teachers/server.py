@@ -55,10 +55,30 @@ class Server:
         return self.lanes
 
     def load(self, request: dict[str, Any], arrays: Arrays) -> Answer:
-        from teachers.llama_cpp import LlamaModel
+        try:
+            from teachers.llama_cpp import LlamaModel
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+            # The package, its shared library or a function in it is missing: no file is to blame.
+            return {"library": " ".join(str(error).split()) or type(error).__name__}, {}
 
-        self.model = LlamaModel(request["path"], threads=request["threads"], gpu_layers=request["gpu_layers"])
+        self.model = LlamaModel(
+            request["path"],
+            threads=request["threads"],
+            gpu_layers=request["gpu_layers"],
+            extra_buffers=request["extra_buffers"],
+            mapped=request["mapped"],
+        )
         return self.model.describe(), {}
+
+    def first_decode(self, request: dict[str, Any], arrays: Arrays) -> Answer:
+        """Logits ``[N, V]`` of a few given tokens, in a context of their own: does this library run this file?"""
+        from teachers.llama_cpp import LlamaContext
+
+        context = LlamaContext(self.model, self.model.threads)
+        try:
+            return {}, {"logits": context.first_decode(request["tokens"], exact=request["exact"])}
+        finally:
+            context.release()
 
     def tokenize(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         special = {"add_special": request["add_special"], "parse_special": request["parse_special"]}

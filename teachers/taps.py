@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import llama_cpp.llama_cpp as native
 import numpy as np
 from llama_cpp._ctypes_extensions import load_shared_library
 from numpy.typing import NDArray
 
+from teachers.llama_library import library_folder
+
 FINAL_STATE = "result_norm"  # llama.cpp's name for the hidden state after the last norm
 TYPE_F32 = 0
 
-_ggml: Any = load_shared_library("ggml-base", Path(llama_cpp.__file__).parent / "lib")
+_folder = library_folder()
+assert _folder is not None, "llama_cpp was imported above"
+_ggml: Any = load_shared_library("ggml-base", _folder)
 for _name, _result, _arguments in (
     ("ggml_get_name", ctypes.c_char_p, [ctypes.c_void_p]),
     ("ggml_nbytes", ctypes.c_size_t, [ctypes.c_void_p]),

@@ -1,85 +1,123 @@
-"""The process llama.cpp lives in, and the parent's handle on it.
+"""llama.cpp running one file, on whatever machine this is: checked on its first decode, run another way if need be.
 
-llama.cpp may abort or crash on a damaged file; here that ends a child process, which the parent turns into
-one clear error with llama.cpp's own last words. Requests and answers are frames (``teachers.wire``) over the
-child's standard input and output; the child's standard error goes to a temporary log.
+A build of llama.cpp can crash, or compute other numbers, on one processor and be right on another: its kernels
+for AMX and for rearranged weights are chosen by the processor. So the first decode of every file is a trial of a
+few tokens. Where it dies or gives logits that are not finite, the file is run without those kernels ("extra
+buffers"). Where it works, its results are compared once, for each library, processor and tensor type, with those
+without them. What was found is remembered (``teachers.check_record``). Only when nothing works is an error
+raised, and the example teacher decides whether it names the file or the machine.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
-import time
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
-import psutil
+import numpy as np
+from numpy.typing import NDArray
 
-from teachers.wire import Arrays, read_frame, write_frame
+from teachers import example_teacher
+from teachers.check_record import CheckRecord, keep_record, read_record
+from teachers.errors import LibraryError, TeacherError, WorkerDied
+from teachers.wire import Arrays
+from teachers.worker_process import HUNG_SECONDS, Answer, Way, WorkerProcess
 
-LOG_TAIL_LINES = 3
-# A worker that has said nothing for so long is given up: hung if it computes nothing either, lost if it does.
-HUNG_SECONDS = 120.0
-LOST_SECONDS = 1800.0
-Answer = tuple[dict[str, Any], Arrays]
+# What needs llama.cpp to compute; the rest only looks at the vocabulary.
+COMPUTING = frozenset({"speak", "stream", "score", "states", "logits", "speed"})
+CHECK_TOKENS = 33  # two tiles of AMX and a rest
+KNOWN_TOKENS = (
+    2  # of a library that was compared already; a single token would take other kernels than many do
+)
+# Two ways may differ by rounding. How much that is depends on the model, so it is measured: as the mean KL between two
+# kinds of cache in the same way. Kernels that skip a few rows are 70 to 10,000 times as far off (docs/benchmarks.md).
+LEAST_ALLOWED_KL = 0.01
+ALLOWED_NOISE = 8.0
+REFERENCE = Way(gpu_layers=0, extra_buffers=False, mapped=True)
+REMEDY = "`distill doctor` says how to build it so that they work"
 
-# The child gets the parent's sys.path, so that a folder called `teachers` in the user's working directory
-# cannot take this package's place.
-_CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from teachers.server import serve; serve()"
+_log = logging.getLogger(__name__)
+_logged: set[str] = set()  # of this process: no line is said twice
+
+Logits = NDArray[np.float32]
 
 
-class TeacherError(ValueError):
-    """The teacher cannot be used: llama.cpp refused the file or died on it. Names the file and the cause."""
+@dataclass(frozen=True)
+class Failure:
+    """Why a way of running a file cannot be used: ``text`` goes on from "llama.cpp …"; ``log``: its last lines."""
 
+    text: str
+    log: str = ""
+    from_outside: bool = False
 
-class WorkerDefect(RuntimeError):
-    """The worker failed by a mistake of this package's own; carries the child's traceback."""
+    @classmethod
+    def of(cls, died: WorkerDied) -> Failure:
+        """The failure that a process ended."""
+        operation = died.operation.replace("_", " ")
+        return cls(f"died during {operation} ({died.ending})", died.log, died.from_outside)
 
 
 class Worker:
-    """A child process that runs one GGUF file through llama.cpp."""
+    """One GGUF file in llama.cpp, in a process of its own that works on this machine."""
 
     def __init__(
-        self, path: Path, *, threads: int, gpu_layers: int = 0, hung_seconds: float = HUNG_SECONDS
+        self,
+        path: Path,
+        *,
+        threads: int,
+        gpu_layers: int = 0,
+        types: Collection[str] = (),
+        hung_seconds: float = HUNG_SECONDS,
     ) -> None:
-        """Start the process and load the file.
+        """Start llama.cpp and load the file.
 
-        ``hung_seconds``: after so long without a sign of life or any computing the worker is given up.
+        ``types``: names of the file's tensor types, whose kernels are compared once. ``hung_seconds``: see
+        ``WorkerProcess``.
 
         Raises:
-            TeacherError: llama.cpp cannot load it.
+            TeacherError: llama.cpp cannot load it, or dies on it.
+            LibraryError: llama.cpp does not work on this machine.
         """
         self.path = path
+        self.threads = threads
         self.hung_seconds = hung_seconds
-        self.given_up = ""
-        self._sign = time.monotonic()
-        self._busy = False
-        self._closed = threading.Event()
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close())
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, json.dumps(sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-        )
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._types = frozenset(types)
+        self._checked = False
+        record = read_record()
+        self._way = Way(gpu_layers, extra_buffers=record.extra_buffers)
+        if not record.extra_buffers:
+            say_once(
+                f"llama.cpp runs without its extra CPU buffers, as its self-check of {record.time[:10]} found: "
+                f"with them it {record.reason}. That is slower; {REMEDY}"
+            )
         try:
-            load = {"path": str(path), "threads": threads, "gpu_layers": gpu_layers}
-            self.description = self.ask("load", load)[0]
-        except BaseException:
-            self.close()
-            raise
+            self._process = self._start(self._way)
+        except WorkerDied as died:
+            self._process = self._other_process(Failure.of(died))
+        for line in self._process.warnings:
+            say_once(f"llama.cpp, loading {path.name}: {line}")
 
     @property
     def process_id(self) -> int:
         """The child's process id."""
-        return self._process.pid
+        return self._process.process_id
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What llama.cpp says of the model (``LlamaModel.describe``)."""
+        return self._process.description
+
+    def way(self) -> Way:
+        """How llama.cpp runs the file on this machine, checked.
+
+        Raises:
+            TeacherError, LibraryError: see ``ask``.
+        """
+        if not self._checked:
+            self._check()
+        return self._way
 
     def ask(
         self,
@@ -88,93 +126,203 @@ class Worker:
         arrays: Arrays | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> Answer:
-        """Send one request and wait for its answer; ``progress`` gets the counts reported on the way.
+        """Send one request and wait for its answer; before the first that computes, the check is made.
 
         Raises:
             TeacherError: the request failed in the child, or the child died or hung.
+            LibraryError: llama.cpp does not work on this machine.
             WorkerDefect: the child failed by a mistake of ours.
         """
-        stdin, stdout = cast(BinaryIO, self._process.stdin), cast(BinaryIO, self._process.stdout)
-        self._sign, self._busy = time.monotonic(), True
+        if operation in COMPUTING:
+            self.way()
         try:
-            write_frame(stdin, {"operation": operation, **(arguments or {})}, arrays)
-            while True:
-                message, answer = read_frame(stdout)
-                self._sign = time.monotonic()
-                if "progress" not in message:
-                    break
-                progress(message["progress"])
-        except (EOFError, BrokenPipeError):
-            raise self._obituary(operation) from None
-        finally:
-            self._busy = False
-        if "error" in message:
-            raise TeacherError(f"{self.path}: {message['error']}{self._last_words()}")
-        return message, answer
-
-    def _watch(self) -> None:
-        """Kill a worker that gives no sign of life, so that whoever waits for it learns of it."""
-        process = psutil.Process(self._process.pid)
-        computed, since = 0.0, time.monotonic()
-        while not self._closed.wait(min(5.0, self.hung_seconds / 4)):
-            try:
-                times = process.cpu_times()
-            except psutil.Error:
-                return  # it has ended, which the waiting side sees by itself
-            now = time.monotonic()
-            if not self._busy or times.user + times.system > computed + 0.01:
-                computed, since = times.user + times.system, now
-            silent = now - self._sign
-            hung = silent > self.hung_seconds and now - since > self.hung_seconds
-            if self._busy and (hung or silent > LOST_SECONDS):
-                self.given_up = f"gave no sign of life for {silent:.0f} s and was stopped"
-                self._process.kill()
-                return
-
-    def _obituary(self, operation: str) -> Exception:
-        """What to raise about a child that has ended while it was asked for something."""
-        code = self._process.wait()
-        words = self._last_words()
-        if code == 1 and "Traceback" in self._log_tail():
-            return WorkerDefect(f"the llama.cpp worker failed during {operation}:\n{self._log_tail()}")
-        try:
-            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        except ValueError:
-            how = f"exit code {code}"
-        if self.given_up:
-            return TeacherError(
-                f"{self.path}: llama.cpp {self.given_up} during {operation}{words}; what was captured is kept, run the "
-                "same command again to continue"
-            )
-        return TeacherError(
-            f"{self.path}: llama.cpp died during {operation} ({how}){words}; the file is probably "
-            "damaged or of a kind this llama.cpp does not run"
-        )
-
-    def _log_tail(self) -> str:
-        """The end of the child's log."""
-        size = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, size - 4096))
-        text = self._log.read().decode("utf-8", errors="replace")
-        self._log.seek(0, os.SEEK_END)
-        return text
-
-    def _last_words(self) -> str:
-        """The end of the child's log, on one line, or nothing."""
-        lines = self._log_tail().splitlines()
-        said = [line.strip() for line in lines if line.strip() and not line.startswith(("[New LWP", "#"))]
-        return f"; it said: {' | '.join(said[-LOG_TAIL_LINES:])}" if said else ""
+            return self._process.ask(operation, arguments, arrays, progress)
+        except WorkerDied as died:
+            if self._checked or died.from_outside:
+                raise
+            raise self._verdict(Failure.of(died)) from None
 
     def close(self) -> None:
         """End the child process; safe to call twice."""
-        self._closed.set()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None and not pipe.closed:
-                try:
-                    pipe.close()
-                except BrokenPipeError:
-                    continue  # the child is gone already, which is what close wants
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
-        self._log.close()
+        self._process.close()
+
+    # -- the check ------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """See that the first decode works as the file is run now, or run it without extra buffers.
+
+        Raises:
+            TeacherError, LibraryError: nothing works.
+        """
+        failure = self._trial(self._process, self._way)
+        if failure is not None:
+            self._process.close()
+            self._process = self._other_process(failure)
+        self._checked = True
+
+    def _other_process(self, failure: Failure) -> WorkerProcess:
+        """A process that was tried, after ``failure`` of the first: without extra buffers, remembered from now on."""
+        if failure.from_outside:
+            # The system, short of memory, may have ended it, which says nothing of the library: once more.
+            process = self._tried(self._way)
+            if isinstance(process, WorkerProcess):
+                return process
+            failure = process
+        way = replace(self._way, extra_buffers=False)
+        if not self._way.extra_buffers or isinstance(process := self._tried(way), Failure):
+            raise self._verdict(failure)
+        self._way = way
+        say_once(
+            f"llama.cpp {failure.text} with its extra CPU buffers (AMX, repacked weights){failure.log}. It runs "
+            f"without them instead: right, but slower, up to three times where the processor has AMX; {REMEDY}"
+        )
+        remember(replace(read_record(), extra_buffers=False, reason=failure.text))
+        return process
+
+    def _tried(self, way: Way) -> WorkerProcess | Failure:
+        """A new process whose first decode works, or why there is none."""
+        try:
+            process = self._start(way)
+        except WorkerDied as died:
+            return Failure.of(died)
+        failure = self._trial(process, way)
+        if failure is None:
+            self._checked = True
+            return process
+        process.close()
+        return failure
+
+    def _trial(self, process: WorkerProcess, way: Way) -> Failure | None:
+        """Decode a few tokens; says why ``way`` cannot be used, or nothing. New tensor types are compared."""
+        on_gpu = way.gpu_layers != 0 and bool(process.description["gpu"])
+        types = {f"gpu:{name}" if on_gpu else name for name in self._types}
+        new = types - read_record().verified
+        compared = bool(new) and (way.extra_buffers or on_gpu)
+        try:
+            logits = first_logits(process, CHECK_TOKENS if compared else KNOWN_TOKENS)
+        except WorkerDied as died:
+            return Failure.of(died)
+        if not usable(logits):
+            return Failure("computes logits that are not finite")
+        if compared and (reference := self._reference_logits()) is not None:
+            kl, allowed = mean_kl(reference[0], logits), allowed_kl(*reference)
+            if not kl <= allowed:
+                return Failure(
+                    f"computes other numbers (mean KL {kl:.2g} nats, by rounding at most {allowed:.2g})"
+                )
+            record = read_record()
+            remember(replace(record, verified=record.verified | new))
+        return None
+
+    def _reference_logits(self) -> tuple[Logits, Logits] | None:
+        """The first logits from plain kernels on the processor, with both kinds of cache; nothing where they fail.
+
+        Where they fail there is nothing to compare with, and nothing is remembered as compared.
+        """
+        try:
+            process = self._start(REFERENCE)
+        except TeacherError as error:
+            _log.info("no reference for the self-check: %s", error)
+            return None
+        try:
+            logits = (first_logits(process, CHECK_TOKENS), first_logits(process, CHECK_TOKENS, exact=True))
+        except TeacherError as error:
+            _log.info("no reference for the self-check: %s", error)
+            return None
+        finally:
+            process.close()
+        return logits if all(usable(rows) for rows in logits) else None
+
+    def _verdict(self, failure: Failure) -> Exception:
+        """Whose fault ``failure`` is: the GPU's, the file's or the machine's."""
+        if failure.from_outside:
+            return TeacherError(
+                f"{self.path}: llama.cpp {failure.text}{failure.log}: something outside ended it, twice, usually the "
+                "system for want of memory. Close other programs or take a smaller file"
+            )
+        gpu_layers = self._way.gpu_layers
+        if gpu_layers != 0 and runs(self.path, self.threads):
+            return TeacherError(
+                f"{self.path}: llama.cpp {failure.text} with {gpu_layers} layers on the GPU{failure.log}; it runs "
+                "the file on the processor alone. Put fewer layers on the GPU, or none (gpu_layers 0)"
+            )
+        if runs(example_teacher(), self.threads):
+            return TeacherError(
+                f"{self.path}: llama.cpp {failure.text}{failure.log}; it runs the example teacher on this machine, so "
+                "the cause is in this file: damaged, or of a kind that this llama.cpp does not run"
+            )
+        return LibraryError(
+            f"llama.cpp does not work on this machine: it {failure.text}{failure.log}, and does not run the example "
+            f"teacher either, so {self.path} is not to blame. `distill doctor` says what can be done"
+        )
+
+    def _start(self, way: Way) -> WorkerProcess:
+        return WorkerProcess(self.path, way, threads=self.threads, hung_seconds=self.hung_seconds)
+
+
+def runs(path: Path, threads: int) -> bool:
+    """Whether llama.cpp decodes the file at ``path`` with plain kernels on the processor."""
+    try:
+        process = WorkerProcess(path, REFERENCE, threads=threads)
+    except (TeacherError, LibraryError):
+        return False
+    try:
+        return usable(first_logits(process, KNOWN_TOKENS))
+    except TeacherError:
+        return False
+    finally:
+        process.close()
+
+
+def first_logits(process: WorkerProcess, count: int, *, exact: bool = False) -> Logits:
+    """The logits ``[count, V]`` of a first decode.
+
+    Raises:
+        TeacherError: the process died, or llama.cpp refuses.
+    """
+    logits = process.ask("first_decode", {"tokens": count, "exact": exact})[1]["logits"]
+    return logits.astype(np.float32, copy=False)
+
+
+def usable(logits: Logits) -> bool:
+    """Whether every row ``[N, V]`` is a distribution: no NaN, no +∞, not −∞ alone (excluded tokens may be −∞)."""
+    return not np.isnan(logits).any() and bool(np.isfinite(logits.max(axis=1)).all())
+
+
+def mean_kl(reference: Logits, other: Logits) -> float:
+    """Mean over rows ``[N, V]`` of KL(reference‖other), in nats, computed in float64 row by row."""
+    return float(np.mean([_kl(*pair) for pair in zip(reference, other, strict=True)]))
+
+
+def _kl(reference: Logits, other: Logits) -> float:
+    p, q = (_log_softmax(row) for row in (reference, other))
+    likely = np.isfinite(p)
+    return float((np.exp(p[likely]) * (p[likely] - q[likely])).sum())
+
+
+def _log_softmax(row: Logits) -> NDArray[np.float64]:
+    shifted = row.astype(np.float64) - row.max()
+    return np.asarray(shifted - np.log(np.exp(shifted).sum()))
+
+
+def allowed_kl(plain: Logits, exact: Logits) -> float:
+    """How far results may be apart by rounding alone; the two are one way's, with a float16 and a float32 cache."""
+    return max(LEAST_ALLOWED_KL, ALLOWED_NOISE * mean_kl(plain, exact))
+
+
+def remember(record: CheckRecord) -> None:
+    """Keep ``record``, and say so in a line where there is no place for it."""
+    try:
+        keep_record(record)
+    except OSError as error:
+        say_once(
+            f"what the self-check of llama.cpp found cannot be kept, so every start makes it again ({error}); set "
+            "XDG_CACHE_HOME to a folder that can be written to"
+        )
+
+
+def say_once(text: str) -> None:
+    """Log a warning, unless this process has logged it before."""
+    if text not in _logged:
+        _logged.add(text)
+        _log.warning("%s", text)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,8 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What the check of llama.cpp finds is the tests' own, in this process and in those that it starts.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="distill-tests-")
 
 from distill.exporting import tokenizer_entries
 from students.builder import StudentSize, build_student, student_config
@@ -30,6 +34,11 @@ from teachers.soft_targets import Arrays, CompactTargets, DenseTargets, HiddenTa
 from teachers.store import Manifest, SoftTargetStore
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
+
+
+def pytest_unconfigure() -> None:
+    """Remove the tests' own cache folder."""
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def shared_file(name: str) -> Path:

@@ -49,7 +49,7 @@ import sys
 import numpy as np
 from teachers.llama_cpp import ContextShape, LlamaContext, LlamaModel
 path, tokens, room, answer = sys.argv[1], np.load(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-model = LlamaModel(path, threads=1)
+model = LlamaModel(path, threads=1, extra_buffers=False)
 context = LlamaContext(model, 1)
 context.prepare(ContextShape(1, room, exact=True))
 rows = []

@@ -43,7 +43,15 @@ pytestmark = pytest.mark.needs_gguf
 # llama.cpp by its package's high-level interface, which shares no code with ours: writes each sequence's logits.
 ASK_LLAMA = """
 import sys, json, numpy as np
+import llama_cpp.llama_cpp as native
 from llama_cpp import Llama
+defaults = native.llama_model_default_params
+def plain():
+    # Kernels that are right on every machine; a build of llama.cpp may crash with its others (AMX).
+    parameters = defaults()
+    parameters.use_extra_bufts = False
+    return parameters
+native.llama_model_default_params = plain
 path, sequences, output = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 model = Llama(path, n_ctx=256, n_batch=256, n_threads=1, logits_all=True, type_k=0, type_v=0, flash_attn=False,
               verbose=False)

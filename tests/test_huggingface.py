@@ -17,12 +17,12 @@ from teachers import huggingface
 from teachers.base import Sampling, Teacher, Tokens
 from teachers.chat_template import render_chat
 from teachers.conversation import conversation_tokens, opening_segments
+from teachers.errors import TeacherError
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.huggingface import HuggingFaceTeacher
 from teachers.huggingface_model import FloatHead, batches
 from teachers.records import Recipe, typed
 from teachers.sketch import fit_basis, tail_metric
-from teachers.worker import TeacherError
 from tests.conftest import make_student
 from tests.tiny_checkpoint import BOS, END, EOS, edit, make_folder, save_tokenizer, texts
 

@@ -16,11 +16,11 @@ import torch
 from students.model import SO8TForCausalLM
 from teachers import example_teacher
 from teachers.base import Sampling
+from teachers.errors import TeacherError
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.records import Answer, Recipe, reduce
 from teachers.scoring import LIKE_LENGTH, common_prefix, groups_of_like_length
 from teachers.sketch import Basis
-from teachers.worker import TeacherError
 
 # Two tokens, some of like length, some not, and two that are longer than a batch of 512 tokens.
 MIXED = [2, 60, 59, 5, 200, 61, 3, 17, 513, 18, 2, 64, 640, 7, 190, 33]

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from teachers.base import Sampling
+from teachers.errors import TeacherError
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.interruption import uninterrupted
-from teachers.worker import TeacherError
 from tests.test_worker import rewrite
 
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from teachers.chat_template import ChatTemplateError, render_chat
+from teachers.errors import TeacherError, WorkerDefect
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.records import Recipe, typed
 from teachers.soft_targets import NODES, CompactTargets
-from teachers.worker import TeacherError, Worker, WorkerDefect
+from teachers.worker import Worker
 
 
 def sequences_of(teacher: GGUFTeacher, lengths: list[int], seed: int = 0) -> list[np.ndarray]:
@@ -86,7 +87,7 @@ def test_a_name_that_is_no_utf8(tiny_teacher_path: Path, tmp_path: Path) -> None
 def test_a_killed_worker_becomes_one_clear_error(tiny_teacher_path: Path) -> None:
     """The parent survives its child's death and says how it died; later calls say so too."""
     teacher = GGUFTeacher(tiny_teacher_path, threads=1)
-    os.kill(teacher.worker._process.pid, signal.SIGKILL)
+    os.kill(teacher.worker.process_id, signal.SIGKILL)
     for _ in range(2):
         with pytest.raises(TeacherError, match=r"died.*SIGKILL"):
             teacher.tokenize(["x"], add_special=False, parse_special=False)

@@ -29,6 +29,7 @@ from teachers.capture import fit_companion
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.records import Recipe, default_sketch_bytes
 from teachers.sketch import Basis
+from tools.checked_llama import llama_cpp_as_checked
 from tools.random_teacher import shape_of, write
 
 Tokens = NDArray[np.int32]
@@ -114,11 +115,12 @@ def measure(path: Path, rounds: int, sequences: int, length: int) -> None:
             "hidden": Recipe("hidden"),
         }
         bases = {name: fit_companion(teacher, data, recipe).bases for name, recipe in recipes.items()}
-        bare = Bare(path, threads, 512, length)
-        high = llama_cpp.Llama(
-            str(path), n_ctx=length + 1, n_batch=length + 1, logits_all=True, n_threads=threads,
-            n_threads_batch=threads, verbose=False,
-        )  # fmt: skip
+        with llama_cpp_as_checked(path):
+            bare = Bare(path, threads, 512, length)
+            high = llama_cpp.Llama(
+                str(path), n_ctx=length + 1, n_batch=length + 1, logits_all=True, n_threads=threads,
+                n_threads_batch=threads, verbose=False,
+            )  # fmt: skip
 
         def evaluate_high() -> None:
             for tokens in data:

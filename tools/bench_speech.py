@@ -23,6 +23,7 @@ from teachers.conversation import opening_segments
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.records import Recipe, default_sketch_bytes
 from tools.bench_capture import quiet
+from tools.checked_llama import llama_cpp_as_checked
 
 
 def rate(speak: Callable[[], list[Tokens]], forced: int) -> float:
@@ -37,7 +38,7 @@ def rate(speak: Callable[[], list[Tokens]], forced: int) -> float:
 
 def high_level(path: Path, opening: Tokens, sampling: Sampling, threads: int) -> list[Tokens]:
     """Eight sequences, one after another, as llama-cpp-python's own interface writes them."""
-    with quiet():
+    with quiet(), llama_cpp_as_checked(path):
         model = llama_cpp.Llama(
             str(path), n_ctx=sampling.max_length, n_threads=threads, n_threads_batch=threads, verbose=False
         )

@@ -19,6 +19,8 @@ from typing import Any
 import psutil
 import torch
 
+from teachers.llama_library import processor
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "llama-cpp-python", "accelerate", "numpy", "safetensors")
 SAMPLE_SECONDS = 0.002
@@ -28,7 +30,7 @@ def machine(threads: int) -> dict[str, Any]:
     """Processor, memory, threads and versions."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "cpu": processor_name(),
+        "cpu": processor().name,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": threads,
@@ -48,16 +50,6 @@ def machine_line(found: dict[str, Any]) -> str:
         f"{found['gpu'] or found['cpu']} ({found['capability']}), {found['cores']} cores, {found['threads']} threads, "
         f"{found['memory_bytes'] / 2**30:.0f} GiB, Python {found['python']}, {packages}"
     )
-
-
-def processor_name() -> str:
-    """The processor's own name where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

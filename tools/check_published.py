@@ -95,7 +95,15 @@ import json
 import pathlib
 import sys
 import llama_cpp
+import llama_cpp.llama_cpp as native
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+defaults = native.llama_model_default_params
+def plain():
+    # Kernels that are right on every machine; a build of llama.cpp may crash with its others (AMX).
+    parameters = defaults()
+    parameters.use_extra_bufts = False
+    return parameters
+native.llama_model_default_params = plain
 name, asked, new_tokens = json.loads(sys.argv[1])
 path = pathlib.Path(name)
 if path.name == "Modelfile":

@@ -23,6 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from tokenizers import Tokenizer
 
+from tools.checked_llama import llama_cpp_as_checked
 from tools.example_domain import Example, check_answer, examples
 from tools.teacher_gguf import read_model
 from tools.teacher_tokenizer import BOS_ID, EOS_ID, encode, turn_text
@@ -56,17 +57,18 @@ def open_teacher(path: Path) -> llama_cpp.Llama:
 
     One thread, because a model this small gains nothing from more and loses much where cores are busy.
     """
-    return llama_cpp.Llama(
-        str(path),
-        n_ctx=512,
-        n_threads=1,
-        n_threads_batch=1,
-        logits_all=True,
-        flash_attn=False,
-        type_k=_F32,
-        type_v=_F32,
-        verbose=False,
-    )
+    with llama_cpp_as_checked(path):
+        return llama_cpp.Llama(
+            str(path),
+            n_ctx=512,
+            n_threads=1,
+            n_threads_batch=1,
+            logits_all=True,
+            flash_attn=False,
+            type_k=_F32,
+            type_v=_F32,
+            verbose=False,
+        )
 
 
 def held_out_examples(seed: int, count: int) -> list[Example]:

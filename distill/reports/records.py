@@ -149,14 +149,28 @@ class RotationsPart:
 
 
 @dataclass(frozen=True)
+class LibraryPart:
+    """How llama.cpp ran: with its extra CPU buffers, or why without (see ``teachers.worker``)."""
+
+    extra_buffers: bool = True
+    reason: str = ""
+
+    @property
+    def text(self) -> str:
+        """The same in words; empty where it ran as it does by default."""
+        return "" if self.extra_buffers else f"without its extra CPU buffers, with which it {self.reason}"
+
+
+@dataclass(frozen=True)
 class EnvironmentPart:
-    """What computed the results."""
+    """What computed the results; older runs do not say how llama.cpp ran."""
 
     python: str
     machine: str
     cpu: str
     threads: int
     packages: dict[str, str]
+    llama_cpp: LibraryPart = LibraryPart()
 
 
 @dataclass(frozen=True)

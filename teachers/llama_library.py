@@ -1,0 +1,82 @@
+"""Which llama.cpp is installed and on which processor, found without loading it: loading may end the process.
+
+Together they are the key under which a self-check's outcome is remembered.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+PACKAGE = "llama-cpp-python"
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What the operating system says of the processor; ``features`` as Linux names them, empty elsewhere."""
+
+    name: str
+    features: frozenset[str]
+
+    @property
+    def has_amx(self) -> bool:
+        """Whether it multiplies matrices of bytes in tiles (Intel, from Sapphire Rapids on)."""
+        return {"amx_tile", "amx_int8"} <= self.features
+
+
+@functools.cache
+def processor() -> Processor:
+    """This machine's processor."""
+    name, features = platform.processor() or platform.machine(), frozenset[str]()
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux, or hidden: the name is all there is
+        return Processor(name, features)
+    facts: dict[str, str] = {}
+    for line in text.split("\n\n", 1)[0].splitlines():
+        key, _, value = line.partition(":")
+        facts[key.strip()] = value.strip()
+    features = frozenset((facts.get("flags") or facts.get("Features") or "").split())
+    return Processor(facts.get("model name") or name, features)
+
+
+def library_folder() -> Path | None:
+    """Where the package keeps llama.cpp's shared libraries, or nothing where it is not installed."""
+    spec = find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        return None
+    # The package's own way to be given another build of the library.
+    other = os.environ.get("LLAMA_CPP_LIB_PATH")
+    return Path(other) if other else Path(spec.origin).parent / "lib"
+
+
+def library_version() -> str | None:
+    """The installed package's version, or nothing."""
+    try:
+        return version(PACKAGE)
+    except PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def fingerprint() -> str:
+    """SHA-256 over the installed library's files (name, size, time of change) and the processor, as hex.
+
+    A library that is built again has another one.
+    """
+    folder = library_folder()
+    files: list[tuple[str, int, int]] = []
+    if folder is not None and folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            stat = path.stat()
+            files.append((path.name, stat.st_size, stat.st_mtime_ns))
+    cpu = processor()
+    parts = [library_version(), str(folder), files, cpu.name, sorted(cpu.features)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
