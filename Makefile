@@ -2,8 +2,10 @@
 # are enough. On Windows, see the plain pip commands in README.md.
 PYTHON ?= python3
 BIN := .venv/bin
+# How llama-cpp-python is compiled, after what CMAKE_ARGS asks for already (-DGGML_CUDA=on, say).
+BUILD := CMAKE_ARGS="$$CMAKE_ARGS '-DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/teachers/llama_cpp_build.cmake'"
 
-.PHONY: demo test setup clean
+.PHONY: demo test setup doctor llama-cpp clean
 
 setup: .venv/.ready
 
@@ -11,8 +13,16 @@ setup: .venv/.ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "Installing (llama-cpp-python is compiled: about 5 minutes on 2 cores the first time) ..."
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BUILD) $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+doctor: setup
+	$(BIN)/distill doctor
+
+# Compile llama-cpp-python again, where an older wheel does not suit the processor (`distill doctor` says so).
+llama-cpp: setup
+	$(BUILD) $(BIN)/python -m pip install --constraint constraints.txt --force-reinstall --no-deps --no-cache-dir \
+	  --no-binary llama-cpp-python llama-cpp-python
 
 demo: setup
 	$(BIN)/distill run --student-size 128x3 --samples 2048 --epochs 4

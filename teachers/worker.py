@@ -97,7 +97,7 @@ class Worker:
         except WorkerDied as died:
             self._process = self._other_process(Failure.of(died))
         for line in self._process.warnings:
-            say_once(f"llama.cpp, loading {path.name}: {line}")
+            say_once(f"llama.cpp, loading {path.name}: {line}", line)
 
     @property
     def process_id(self) -> int:
@@ -321,8 +321,8 @@ def remember(record: CheckRecord) -> None:
         )
 
 
-def say_once(text: str) -> None:
-    """Log a warning, unless this process has logged it before."""
-    if text not in _logged:
-        _logged.add(text)
+def say_once(text: str, same: str = "") -> None:
+    """Log a warning, unless this process has logged it, or one about the ``same``, before."""
+    if (key := same or text) not in _logged:
+        _logged.add(key)
         _log.warning("%s", text)
