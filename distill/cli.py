@@ -21,7 +21,7 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 
 from distill import __version__
-from distill.commands import audit, chat, evaluate, export, judge, report, run
+from distill.commands import audit, chat, doctor, evaluate, export, judge, report, run
 from distill.exit_codes import EXIT_INTERRUPTED, exit_code, one_line
 from distill.interrupts import watch
 from distill.terminal import show_warnings
@@ -50,7 +50,7 @@ def _main(
     pass
 
 
-for module in (run, evaluate, report, export, judge, chat, audit):
+for module in (run, evaluate, report, export, judge, chat, audit, doctor):
     app.add_typer(module.commands)
 
 

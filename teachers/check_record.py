@@ -41,7 +41,7 @@ class CheckRecord:
 
 
 # Of this process, so that where nothing can be kept the check is still made only once.
-_current: dict[str, CheckRecord] = {}
+of_this_process: dict[str, CheckRecord] = {}
 
 
 def record_path() -> Path:
@@ -59,9 +59,9 @@ def record_path() -> Path:
 def read_record() -> CheckRecord:
     """What is remembered for this library and processor; an empty record where nothing is."""
     key = fingerprint()
-    if key not in _current:
-        _current[key] = _read()
-    return _current[key]
+    if key not in of_this_process:
+        of_this_process[key] = _read()
+    return of_this_process[key]
 
 
 def keep_record(record: CheckRecord) -> None:
@@ -77,7 +77,7 @@ def keep_record(record: CheckRecord) -> None:
         library=library_version() or "",
         processor=cpu.name,
     )
-    _current[fingerprint()] = record
+    of_this_process[fingerprint()] = record
     path = record_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     content = asdict(record) | {"verified": sorted(record.verified)}
@@ -95,7 +95,7 @@ def forget_record() -> None:
     Raises:
         OSError: the file is there and cannot be deleted; this process has forgotten it all the same.
     """
-    _current[fingerprint()] = CheckRecord()
+    of_this_process[fingerprint()] = CheckRecord()
     record_path().unlink(missing_ok=True)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 
 class TeacherError(ValueError):
     """The file cannot be used: llama.cpp refuses it or dies on it. Names the file and the cause."""
@@ -39,3 +41,13 @@ class LibraryError(RuntimeError):
 
 class WorkerDefect(RuntimeError):
     """The worker failed by a mistake of this package's own; carries the child's traceback."""
+
+
+def ending(code: int) -> str:
+    """How a process ended, in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"signal {-code}"

@@ -12,12 +12,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import llama_cpp.llama_cpp as native
 import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from teachers.ggml import devices
 from teachers.taps import FINAL_STATE, Taps, layer_output
 
 LOGITS_BYTES = 64 << 20  # one batch's logits stay near this, whatever the vocabulary
@@ -143,7 +145,7 @@ class LlamaModel:
 
     # -- vocabulary -----------------------------------------------------------------------------------
 
-    def describe(self) -> dict[str, int | bool | list[int]]:
+    def describe(self) -> dict[str, Any]:
         """Facts about the vocabulary and the model that only llama.cpp knows; a missing token is -1."""
         return {
             "vocab_size": self.vocab_size,
@@ -155,6 +157,7 @@ class LlamaModel:
             "layers": self.layers,
             "width": self.width,
             "gpu": bool(native.llama_supports_gpu_offload()),
+            "built_with": built_with(),
         }
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> Tokens:
@@ -363,3 +366,20 @@ def _view(pointer: object, shape: tuple[int, int]) -> NDArray[np.float32]:
     if not pointer:
         raise LlamaError("llama.cpp gives no such output for this model")
     return np.ctypeslib.as_array(pointer, shape=shape)
+
+
+def describe_library() -> dict[str, Any]:
+    """What the library was built with (``AVX2``, ``AMX_INT8``, …) and the GPUs that it sees."""
+    native.llama_backend_init()
+    return {
+        "built_with": built_with(),
+        "gpu": bool(native.llama_supports_gpu_offload()),
+        "devices": devices(),
+    }
+
+
+def built_with() -> list[str]:
+    """Which features of processors the library uses, in llama.cpp's words."""
+    text = native.llama_print_system_info().decode("utf-8", errors="replace")
+    pairs = (part.rpartition(":")[2].partition("=") for part in text.split("|"))
+    return sorted(name.strip() for name, _, value in pairs if value.strip() == "1")

@@ -10,12 +10,28 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGE = "llama-cpp-python"
+# What llama.cpp calls the processor's features, as it was built, and what Linux calls them.
+FEATURES = {
+    "AVX": "avx",
+    "AVX2": "avx2",
+    "F16C": "f16c",
+    "FMA": "fma",
+    "BMI2": "bmi2",
+    "AVX_VNNI": "avx_vnni",
+    "AVX512": "avx512f",
+    "AVX512_VBMI": "avx512vbmi",
+    "AVX512_VNNI": "avx512_vnni",
+    "AVX512_BF16": "avx512_bf16",
+    "AMX_INT8": "amx_int8",
+}
+_WORTH_BUILDING_FOR = ("AVX2", "AVX512", "AVX512_VNNI", "AMX_INT8")
 
 
 @dataclass(frozen=True)
@@ -24,11 +40,6 @@ class Processor:
 
     name: str
     features: frozenset[str]
-
-    @property
-    def has_amx(self) -> bool:
-        """Whether it multiplies matrices of bytes in tiles (Intel, from Sapphire Rapids on)."""
-        return {"amx_tile", "amx_int8"} <= self.features
 
 
 @functools.cache
@@ -80,3 +91,15 @@ def fingerprint() -> str:
     cpu = processor()
     parts = [library_version(), str(folder), files, cpu.name, sorted(cpu.features)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def unused_features(built_with: Collection[str]) -> list[str]:
+    """Features of this processor that make llama.cpp much faster, and that it was built without."""
+    has = processor().features
+    return [name for name in _WORTH_BUILDING_FOR if FEATURES[name] in has and name not in built_with]
+
+
+def foreign_features(built_with: Collection[str]) -> list[str]:
+    """Features that llama.cpp was built with and this processor lacks; empty where its features are not known."""
+    has = processor().features
+    return [name for name in built_with if has and name in FEATURES and FEATURES[name] not in has]

@@ -6,34 +6,16 @@ wanted one is there. Answering false the second time ends the computation of the
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable
-from typing import Any
 
 import llama_cpp.llama_cpp as native
 import numpy as np
-from llama_cpp._ctypes_extensions import load_shared_library
 from numpy.typing import NDArray
 
-from teachers.llama_library import library_folder
+from teachers.ggml import ggml_base
 
 FINAL_STATE = "result_norm"  # llama.cpp's name for the hidden state after the last norm
 TYPE_F32 = 0
-
-_folder = library_folder()
-assert _folder is not None, "llama_cpp was imported above"
-_ggml: Any = load_shared_library("ggml-base", _folder)
-for _name, _result, _arguments in (
-    ("ggml_get_name", ctypes.c_char_p, [ctypes.c_void_p]),
-    ("ggml_nbytes", ctypes.c_size_t, [ctypes.c_void_p]),
-    (
-        "ggml_backend_tensor_get",
-        None,
-        [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t],
-    ),
-):
-    _function = getattr(_ggml, _name)
-    _function.restype, _function.argtypes = _result, _arguments
 
 
 def layer_output(layer: int) -> str:
@@ -54,17 +36,17 @@ class Taps:
         self.callback = native.ggml_backend_sched_eval_callback(self._called)
 
     def _called(self, tensor: int, ask: bool, _: int) -> bool:
-        name = _ggml.ggml_get_name(tensor)
+        name = ggml_base.ggml_get_name(tensor)
         if name not in self.names:
             return not ask
         if ask:
             return True
-        size = int(_ggml.ggml_nbytes(tensor))
+        size = int(ggml_base.ggml_nbytes(tensor))
         if size % (4 * self.width):
             self.error = f"tensor {name.decode()} has {size} bytes, not rows of {self.width} float32"
             return False
         rows = np.empty((size // (4 * self.width), self.width), dtype=np.float32)
-        _ggml.ggml_backend_tensor_get(tensor, rows.ctypes.data, 0, size)
+        ggml_base.ggml_backend_tensor_get(tensor, rows.ctypes.data, 0, size)
         self._pieces.setdefault(name, []).append(rows)
         return name != self.stop_after
 

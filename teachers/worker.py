@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from teachers import example_teacher
 from teachers.check_record import CheckRecord, keep_record, read_record
 from teachers.errors import LibraryError, TeacherError, WorkerDied
+from teachers.llama_library import unused_features
 from teachers.wire import Arrays
 from teachers.worker_process import HUNG_SECONDS, Answer, Way, WorkerProcess
 
@@ -39,7 +40,7 @@ REFERENCE = Way(gpu_layers=0, extra_buffers=False, mapped=True)
 REMEDY = "`distill doctor` says how to build it so that they work"
 
 _log = logging.getLogger(__name__)
-_logged: set[str] = set()  # of this process: no line is said twice
+already_logged: set[str] = set()  # of this process: no line is said twice
 
 Logits = NDArray[np.float32]
 
@@ -96,6 +97,11 @@ class Worker:
             self._process = self._start(self._way)
         except WorkerDied as died:
             self._process = self._other_process(Failure.of(died))
+        if unused := unused_features(self.description["built_with"]):
+            say_once(
+                f"llama.cpp was built without {', '.join(unused)}, which this processor has: slower than need be. "
+                "`distill doctor` says how to build it"
+            )
         for line in self._process.warnings:
             say_once(f"llama.cpp, loading {path.name}: {line}", line)
 
@@ -323,6 +329,6 @@ def remember(record: CheckRecord) -> None:
 
 def say_once(text: str, same: str = "") -> None:
     """Log a warning, unless this process has logged it, or one about the ``same``, before."""
-    if (key := same or text) not in _logged:
-        _logged.add(key)
+    if (key := same or text) not in already_logged:
+        already_logged.add(key)
         _log.warning("%s", text)

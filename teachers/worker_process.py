@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, cast
 
 import psutil
 
-from teachers.errors import LibraryError, RequestRefused, TeacherError, WorkerDefect, WorkerDied
+from teachers.errors import LibraryError, RequestRefused, TeacherError, WorkerDefect, WorkerDied, ending
 from teachers.wire import Arrays, read_frame, write_frame
 
 LOG_TAIL_LINES = 3
@@ -193,13 +193,3 @@ class WorkerProcess:
             self._process.kill()
         self._process.wait()
         self._log.close()
-
-
-def ending(code: int) -> str:
-    """How a process ended, in words."""
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"signal {signal.Signals(-code).name}"
-    except ValueError:
-        return f"signal {-code}"

@@ -109,7 +109,7 @@ def llama_cpp_with(fault: Fault, folder: Path) -> Iterator[Path]:
         changed.syspath_prepend(str(folder))
         search = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
         changed.setenv("PYTHONPATH", search)  # of commands that a test starts
-        changed.setattr(worker, "_logged", set())
+        changed.setattr(worker, "already_logged", set())
         llama_library.fingerprint.cache_clear()
         yield mark
     llama_library.fingerprint.cache_clear()

@@ -42,7 +42,7 @@ def test_a_death_at_the_first_decode_is_survived_and_remembered(
         assert paid == (2 if number == signal.SIGKILL else 1)  # one that may come from outside is tried again
         record = read_record()
         assert not record.extra_buffers and signal.Signals(number).name in record.reason
-        check_record._current.clear()  # as another process would find it
+        check_record.of_this_process.clear()  # as another process would find it
         assert read_record() == record
         with GGUFTeacher(tiny_teacher_path, threads=1) as teacher:
             assert np.array_equal(teacher.logits([SEQUENCE], exact=True), found)

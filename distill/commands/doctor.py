@@ -1,0 +1,66 @@
+"""``doctor``: whether this machine does the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from distill.doctor import Finding
+
+commands = typer.Typer()
+COLORS = {"ok": "green", "slow": "yellow", "broken": "red"}
+
+
+@commands.command()
+def doctor(
+    teacher: Annotated[
+        Path | None,
+        typer.Option(help="GGUF file to try llama.cpp with. Default: the example teacher."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
+) -> None:
+    """Examine this machine: processor, memory, disk, packages, llama.cpp and its self-check, GPUs, speed.
+
+    Each line is ok, slow or broken, with what to do. Exits with 1 when the main job would not run here.
+    """
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from distill.doctor import examine
+    from distill.terminal import json_line, show_warnings
+    from teachers import example_teacher
+
+    show_warnings(quiet=True)  # what would be warned of is found and said here
+    console = Console(highlight=False, quiet=as_json)
+    found = []
+    with console.status("examining this machine …"):
+        for finding in examine(teacher or example_teacher()):
+            found.append(finding)
+            _print(finding, console)
+    broken = [finding.name for finding in found if finding.level == "broken"]
+    if as_json:
+        print(json_line({"main_job": not broken, "findings": [asdict(finding) for finding in found]}))
+    elif broken:
+        console.print(f"[red]The main job would not run here:[/] {', '.join(broken)} must be mended first.")
+    else:
+        console.print("[green]The main job runs here.[/] `distill run` shows it with the example teacher.")
+    if broken:
+        raise typer.Exit(1)
+
+
+def _print(finding: Finding, console: Console) -> None:
+    from rich.markup import escape
+
+    from distill.terminal import printable
+
+    color = COLORS[finding.level]
+    text = escape(printable(finding.text))
+    console.print(f"[{color}]{finding.level:<6}[/] {finding.name:<18} {text}", soft_wrap=True)
+    if finding.remedy:
+        console.print(f"{'':<26}→ {escape(printable(finding.remedy))}", soft_wrap=True)

@@ -1,0 +1,236 @@
+"""``distill doctor``: whether this machine does the main job, and what to do where it does not.
+
+Each check is a function that gives findings. Whatever may end a process (llama.cpp, PyTorch on a processor it was
+not built for) is asked in a process of its own, and nothing heavy is imported here, so that the first lines come at
+once.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+from distill.console import human_bytes
+from distill.machine import Finding, disk_finding, memory_finding, processor_finding, usable_cores
+from teachers.errors import LibraryError, TeacherError, ending
+from teachers.llama_library import (
+    PACKAGE,
+    foreign_features,
+    library_folder,
+    library_version,
+    unused_features,
+)
+
+PROJECT = "so8t-distill"
+CHILD_SECONDS = 180.0
+SPEED_PROMPT, SPEED_NEW = 128, 64  # tokens read and written to measure the speed
+_LIBRARY = """
+from teachers.llama_cpp import describe_library
+print(json.dumps(describe_library()))
+"""
+_PYTORCH = """
+import torch
+gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
+print(json.dumps({
+    "version": torch.__version__,
+    "capability": torch.backends.cpu.get_cpu_capability(),
+    "threads": torch.get_num_threads(),
+    "sum": float(torch.ones(8, 8).matmul(torch.ones(8, 8)).sum()),
+    "gpus": [{"name": gpu.name, "total_bytes": gpu.total_memory} for gpu in gpus]
+    + ([{"name": "Apple GPU (MPS)", "total_bytes": 0}] if torch.backends.mps.is_available() else []),
+}))
+"""
+
+
+def examine(teacher: Path) -> Iterator[Finding]:
+    """Every finding, as it is made; ``teacher``: the GGUF file that llama.cpp is tried with.
+
+    Raises:
+        TeacherFileError: ``teacher`` is no GGUF file.
+    """
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        machine_findings, package_findings, library_findings, lambda: self_check_findings(teacher), pytorch_findings
+    ]  # fmt: skip
+    for check in checks:
+        try:
+            yield from check()
+        except ImportError as error:
+            yield Finding("packages", "broken", f"{error.name} is not installed", _install_again())
+
+
+def machine_findings() -> Iterator[Finding]:
+    """Processor, memory and disk."""
+    yield processor_finding()
+    yield memory_finding()
+    yield disk_finding()
+
+
+def package_findings() -> Iterator[Finding]:
+    """Python and the packages that the project needs."""
+    try:
+        needed = [line for line in requires(PROJECT) or [] if "extra ==" not in line]
+    except PackageNotFoundError:
+        yield Finding("packages", "broken", f"{PROJECT} itself is not installed", _install_again())
+        return
+    found: dict[str, str] = {}
+    missing = []
+    for line in needed:
+        name = re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0]
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            missing.append(name)
+    shown = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "gguf") if name in found)
+    text = f"Python {platform.python_version()}; {shown}; {len(found)} of {len(needed)} there"
+    facts = {"python": platform.python_version(), "versions": found, "missing": missing}
+    if missing:
+        yield Finding("packages", "broken", f"{text}; missing: {', '.join(missing)}", _install_again(), facts)
+    else:
+        yield Finding("packages", "ok", text, "", facts)
+
+
+def library_findings() -> Iterator[Finding]:
+    """What llama.cpp was built with and for, and the GPUs that it sees."""
+    name = f"{PACKAGE} {library_version() or 'is not installed'}"
+    if library_folder() is None:
+        yield Finding("llama.cpp", "broken", name, _rebuild())
+        return
+    facts, problem = ask_child(_LIBRARY)
+    if facts is None:
+        yield Finding("llama.cpp", "broken", f"{name} cannot be loaded: {problem}", _rebuild())
+        return
+    built = facts["built_with"]
+    facts["version"] = library_version()
+    text = f"{name}, built with {', '.join(built) or 'no features of the processor'}"
+    if foreign := foreign_features(built):
+        text += f"; this processor has no {', '.join(foreign)}"
+        yield Finding("llama.cpp", "broken", text, _rebuild(), facts)
+    elif unused := unused_features(built):
+        text += f"; not for this processor's {', '.join(unused)}"
+        yield Finding("llama.cpp", "slow", text, _rebuild(), facts)
+    else:
+        yield Finding("llama.cpp", "ok", text, "", facts)
+    yield _gpus("GPUs of llama.cpp", facts["devices"], "gpu_layers stays 0")
+
+
+def self_check_findings(teacher: Path) -> Iterator[Finding]:
+    """The first decode with and without extra buffers, found anew, and how fast llama.cpp then is."""
+    import psutil
+
+    from teachers.check_record import forget_record, keep_record, read_record, record_path
+    from teachers.gguf_file import read_gguf
+    from teachers.worker import Worker
+
+    before = read_record()
+    kept = _kept(forget_record)
+    threads = psutil.cpu_count(logical=False) or 1
+    types = {tensor.type.name for tensor in read_gguf(teacher).tensors.values()}
+    try:
+        worker = Worker(teacher, threads=min(threads, usable_cores()), types=types)
+        try:
+            way = worker.way()
+            message = {"prompt_tokens": SPEED_PROMPT, "new_tokens": SPEED_NEW}
+            speed = worker.ask("speed", message)[0]
+        finally:
+            worker.close()
+    except (TeacherError, LibraryError) as error:
+        yield Finding("self-check", "broken", str(error), _rebuild())
+        return
+    record = read_record()
+    facts = {"extra_buffers": way.extra_buffers, "reason": record.reason, "compared": sorted(record.verified)}
+    if not way.extra_buffers:
+        text = f"right without llama.cpp's extra CPU buffers; with them it {record.reason}"
+        yield Finding("self-check", "slow", text, _rebuild(), facts)
+    elif not before.extra_buffers:
+        text = f"in order now; on {before.time[:10]} llama.cpp {before.reason} with its extra buffers"
+        yield Finding("self-check", "ok", f"{text}, which is forgotten", "", facts)
+    else:
+        text = (
+            f"the first decode works; results as without extra buffers: {', '.join(sorted(record.verified))}"
+        )
+        yield Finding("self-check", "ok", text, "", facts)
+    kept = kept or _kept(lambda: keep_record(record))
+    if kept:
+        remedy = "set XDG_CACHE_HOME to a folder that can be written to"
+        yield Finding("check kept", "slow", f"it is made again at every start: {kept}", remedy)
+    else:
+        yield Finding("check kept", "ok", f"kept in {record_path()}", "", {"path": str(record_path())})
+    text = f"{teacher.name}: reads {speed['prompt']:,.0f} tokens/s, writes {speed['generation']:,.0f}"
+    yield Finding("speed", "ok", text, "", dict(speed))
+
+
+def _kept(action: Callable[[], None]) -> str:
+    """Why something about the record could not be written, in words, or nothing."""
+    try:
+        action()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def pytorch_findings() -> Iterator[Finding]:
+    """Whether PyTorch computes here, and the GPUs that it sees."""
+    facts, problem = ask_child(_PYTORCH)
+    if facts is None:
+        remedy = f"install it again: {_pip()} install --force-reinstall --constraint constraints.txt torch"
+        yield Finding("PyTorch", "broken", f"it does not run here: {problem}", remedy)
+        return
+    text = f"{facts['version']}, {facts['capability']}, {facts['threads']} threads"
+    if facts["capability"] in ("DEFAULT", "NO AVX"):
+        remedy = "training uses no vector instructions of this processor"
+        yield Finding("PyTorch", "slow", text, remedy, facts)
+    else:
+        yield Finding("PyTorch", "ok", text, "", facts)
+    yield _gpus("GPUs of PyTorch", facts["gpus"], "students train on the processor")
+
+
+def _gpus(name: str, devices: list[dict[str, Any]], none: str) -> Finding:
+    """A line about the GPUs of a library; none is no fault."""
+    shown = [f"{gpu['name']}, {human_bytes(gpu['total_bytes'])}" for gpu in devices]
+    return Finding(name, "ok", "; ".join(shown) or f"none: {none}", "", {"devices": devices})
+
+
+def ask_child(code: str) -> tuple[dict[str, Any] | None, str]:
+    """What a process that runs ``code`` prints as JSON last, or nothing and why."""
+    child = f"import json, sys\nsys.path[:] = json.loads(sys.argv[1])\n{code}"
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-c", child, json.dumps(sys.path)],
+            capture_output=True, text=True, errors="replace", timeout=CHILD_SECONDS, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return None, f"no answer within {CHILD_SECONDS:.0f} s"
+    if answer.returncode != 0:
+        last = [line.strip() for line in answer.stderr.splitlines() if line.strip()][-1:]
+        return None, "; ".join([ending(answer.returncode), *last])
+    facts: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
+    return facts, ""
+
+
+def _pip() -> str:
+    """The command that is this environment's pip."""
+    return f"{sys.executable} -m pip"
+
+
+def _install_again() -> str:
+    return f"{_pip()} install --constraint constraints.txt --editable . (in the project's folder)"
+
+
+def _rebuild() -> str:
+    """The command that compiles llama.cpp for this processor."""
+    build = Path(__file__).parent.parent / "teachers" / "llama_cpp_build.cmake"
+    pinned = f"=={found}" if (found := library_version()) else ""
+    setting = f"CMAKE_ARGS=-DCMAKE_PROJECT_llama_cpp_INCLUDE={build}"
+    if sys.platform == "win32":
+        setting = f'set "{setting}" &&'
+    return (
+        f"compile it again: {setting} {_pip()} install --force-reinstall --no-deps --no-cache-dir "
+        f"--no-binary {PACKAGE} {PACKAGE}{pinned}"
+    )
