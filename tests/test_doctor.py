@@ -163,7 +163,10 @@ def test_a_container_has_the_memory_that_it_is_allowed(monkeypatch: pytest.Monke
 
 def test_the_first_lines_need_nothing_heavy() -> None:
     """The examiner comes at once, and asks PyTorch and llama.cpp in processes of their own."""
-    code = "import sys, distill.cli, distill.doctor as d; list(d.machine_findings()); list(d.package_findings()); print(*sys.modules)"
+    code = (
+        "import sys, distill.cli, distill.doctor as d; [*d.machine_findings(), *d.package_findings()]; "
+        "print(*sys.modules)"
+    )
     answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
