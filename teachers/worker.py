@@ -37,6 +37,7 @@ KNOWN_TOKENS = (
 LEAST_ALLOWED_KL = 0.01
 ALLOWED_NOISE = 8.0
 REFERENCE = Way(gpu_layers=0, extra_buffers=False, mapped=True)
+EXTRA_BUFFERS = "extra buffers"  # what two lines are about, of which a process says one
 REMEDY = "`distill doctor` says how to build it so that they work"
 
 _log = logging.getLogger(__name__)
@@ -91,7 +92,8 @@ class Worker:
         if not record.extra_buffers:
             say_once(
                 f"llama.cpp runs without its extra CPU buffers, as its self-check of {record.time[:10]} found: "
-                f"with them it {record.reason}. That is slower; {REMEDY}"
+                f"with them it {record.reason}. That is slower; {REMEDY}",
+                EXTRA_BUFFERS,
             )
         try:
             self._process = self._start(self._way)
@@ -180,7 +182,8 @@ class Worker:
         self._way = way
         say_once(
             f"llama.cpp {failure.text} with its extra CPU buffers (AMX, repacked weights){failure.log}. It runs "
-            f"without them instead: right, but slower, up to three times where the processor has AMX; {REMEDY}"
+            f"without them instead: right, but slower, up to three times where the processor has AMX; {REMEDY}",
+            EXTRA_BUFFERS,
         )
         remember(replace(read_record(), extra_buffers=False, reason=failure.text))
         return process

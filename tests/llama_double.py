@@ -27,6 +27,7 @@ real = pathlib.Path(fault["real"])
 __path__ = [str(real)]
 import numpy as np
 import llama_cpp.llama_cpp as native
+from llama_cpp.llama_cpp import *
 extra_buffers, gpu, example, decodes, vocab = True, False, False, 0, 0
 load, decode, get_logits = native.llama_model_load_from_file, native.llama_decode, native.llama_get_logits
 
