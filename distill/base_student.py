@@ -26,7 +26,7 @@ from students.adapter import AdaptedStudent, adapt
 from students.adapter_base import AdapterSettings
 from students.architectures import context_length, head_width, require_exportable
 from students.export import ExportError
-from students.so8 import GROUP
+from students.shape import GROUP
 from teachers.gguf_file import Field, TeacherFileError
 from teachers.huggingface_folder import ModelFolder, check_folder, load_model
 from teachers.tokenizer_json import TokenizerConversionError, build_tokenizer

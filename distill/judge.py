@@ -20,7 +20,8 @@ from distill.errors import UserError
 from distill.reasoning import holds_tags, visible
 from distill.safety_prompts import read_prompts, require_length
 from distill.terminal import coloured, json_line, printable
-from students.heads import DECISIONS, HeadError, Heads, decide, read_heads
+from students.decisions import DECISIONS
+from students.heads import HeadError, Heads, decide, read_heads
 from teachers.base import Sampling, Tokens
 from teachers.conversation import request_tokens
 from teachers.gguf_file import GGUFFile, read_gguf

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from distill.batches import padded
 from distill.errors import UserError
 from distill.objective import Prompts
-from students.heads import DECISIONS
+from students.decisions import DECISIONS
 from teachers.base import Teacher, Tokens
 from teachers.conversation import request_tokens
 

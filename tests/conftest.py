@@ -16,9 +16,10 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from distill.exporting import tokenizer_entries
-from students.builder import StudentSize, build_student, student_config
+from students.builder import build_student, student_config
 from students.export import ExportNames, write_gguf
 from students.model import SO8TForCausalLM
+from students.shape import StudentSize
 from teachers import example_teacher
 from teachers.base import Floats, Progress, TeacherInfo, Tokens
 from teachers.capture import fit_companion

@@ -23,8 +23,9 @@ from distill.new_student import student_shape, with_size
 from distill.objective import Objective
 from distill.pipeline import Places, run, train_from_store
 from distill.training_module import TrainingModule
-from students.builder import StudentSize, build_student, student_config
+from students.builder import build_student, student_config
 from students.model import SO8TForCausalLM
+from students.shape import StudentSize
 from teachers import example_teacher
 from teachers.base import TeacherInfo
 from teachers.capture import WHOLE

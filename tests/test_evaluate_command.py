@@ -27,8 +27,8 @@ from distill.evaluation.text import Wanted, choose_text
 from distill.exporting import tokenizer_entries
 from distill.run_folder import HeldOut, RunFolder
 from distill.safety_prompts import built_in_prompts, digest, split_by_scenario
+from students.decisions import DECISIONS
 from students.export import ExportNames, write_gguf
-from students.heads import DECISIONS
 from students.model import SO8TForCausalLM
 from teachers import example_teacher
 from teachers.base import Tokens

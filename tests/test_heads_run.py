@@ -28,7 +28,8 @@ from distill.safety_data import SafetyData
 from distill.safety_metrics import fit_temperature, fit_thresholds
 from distill.safety_prompts import PromptSet, SafetyPrompt, built_in_prompts, prompt_tokens, split_by_scenario
 from distill.verification import fit_trust
-from students.heads import DECISIONS, decide, head_values, read_heads
+from students.decisions import DECISIONS
+from students.heads import decide, head_values, read_heads
 from students.model import SO8TForCausalLM
 from teachers.gguf_file import read_gguf
 from teachers.gguf_teacher import GGUFTeacher

@@ -31,7 +31,7 @@ from distill.safety_prompts import (
     with_labels,
 )
 from distill.tokenizing import tokenizer_alone
-from students.heads import DECISIONS
+from students.decisions import DECISIONS
 from teachers import example_teacher
 from teachers.conversation import conversation_tokens
 from teachers.gguf_file import read_gguf

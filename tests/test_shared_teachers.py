@@ -15,8 +15,9 @@ from distill.exporting import Export, export_proved, tokenizer_entries
 from distill.pipeline import Places, run
 from distill.prove import TokenizedLines
 from distill.run_folder import HeldOut
-from students.builder import build_student, parse_size, student_config
+from students.builder import build_student, student_config
 from students.export import ExportNames
+from students.shape import parse_size
 from teachers.gguf_teacher import GGUFTeacher
 from tests.conftest import shared_file
 

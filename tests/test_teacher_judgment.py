@@ -19,7 +19,7 @@ from distill.errors import UserError
 from distill.safety_data import labelled_prompts, read_safety_prompts
 from distill.safety_prompts import SafetyPrompt, built_in_prompts
 from distill.teacher_judgment import OPENING, QUESTION, find_judgment, judge_prompts, keep_judgment
-from students.heads import DECISIONS
+from students.decisions import DECISIONS
 from teachers.base import Floats, Tokens
 from teachers.conversation import conversation_tokens
 from teachers.gguf_teacher import GGUFTeacher

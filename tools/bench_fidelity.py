@@ -22,8 +22,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from students.builder import StudentSize, build_student, student_config
+from students.builder import build_student, student_config
 from students.initialise import initialise_embeddings
+from students.shape import StudentSize
 from teachers import example_teacher
 from teachers.base import Sampling, Tokens
 from teachers.capture import fit_companion

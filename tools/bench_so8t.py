@@ -46,7 +46,8 @@ from distill.engine import TrainingData
 from distill.errors import UserError
 from distill.new_student import student_shape, with_size
 from distill.safety_data import SafetyData, read_safety_prompts, safety_data
-from students.builder import parse_size, student_config
+from students.builder import student_config
+from students.shape import parse_size
 from teachers.inheritance import Inheritance, need_inheritance
 from teachers.manifest import StoreError
 from teachers.store import SoftTargetStore

@@ -158,8 +158,7 @@ def plan(
     set_: Settings = None,
 ) -> None:
     """Say before a run what it will take: tokens, disk, time and memory, from a short measured probe."""
-    from distill.adapter_memory import parse_memory
-    from distill.config import load_config
+    from distill.config import load_config, parse_memory
     from distill.console import Console
     from distill.errors import UserError
     from distill.plan import plan_run

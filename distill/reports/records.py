@@ -21,7 +21,7 @@ from distill.reports.weight_files import WEIGHTS
 from distill.run_folder import RunFolder
 from distill.safety_metrics import SafetyScore
 from distill.verification import VerificationScore
-from students.heads import DECISIONS
+from students.decisions import DECISIONS
 from teachers.store import LOCK, is_held
 
 
