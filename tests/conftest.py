@@ -25,10 +25,12 @@ from teachers.base import Floats, Progress, TeacherInfo, Tokens
 from teachers.capture import fit_companion
 from teachers.gguf_file import read_gguf
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.records import Answer, Recipe, Targets, reduce
+from teachers.manifest import Manifest
+from teachers.recipe import Recipe
+from teachers.records import Answer, Targets, reduce
 from teachers.sketch import Basis
 from teachers.soft_targets import Arrays, CompactTargets, DenseTargets, HiddenTargets, OutputHead
-from teachers.store import Manifest, SoftTargetStore
+from teachers.store import SoftTargetStore
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 

@@ -20,7 +20,8 @@ from teachers.conversation import conversation_tokens, opening_segments
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.huggingface import HuggingFaceTeacher
 from teachers.huggingface_model import FloatHead, batches
-from teachers.records import Recipe, typed
+from teachers.recipe import Recipe
+from teachers.records import typed
 from teachers.sketch import fit_basis, tail_metric
 from teachers.worker import TeacherError
 from tests.conftest import make_student

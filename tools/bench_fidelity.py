@@ -31,7 +31,8 @@ from teachers.capture import fit_companion
 from teachers.conversation import opening_segments
 from teachers.embeddings import principal_scores
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.records import Answer, Recipe, Targets, default_sketch_bytes, reduce, typed
+from teachers.recipe import Recipe, default_sketch_bytes
+from teachers.records import Answer, Targets, reduce, typed
 from teachers.soft_targets import CompactTargets, HiddenTargets
 
 POSITIONS = 2048

@@ -52,10 +52,12 @@ from distill.objective import Batch, Objective, build_objective, temperature_at
 from students.builder import build_student, student_config
 from students.model import SO8TForCausalLM
 from students.shape import TeacherLikeness, parse_size
+from teachers.files import StoreError
 from teachers.inheritance import Inheritance, find_inheritance
+from teachers.manifest import read_manifest
 from teachers.records import Targets
 from teachers.soft_targets import CompactTargets
-from teachers.store import SoftTargetStore, StoreError, read_manifest
+from teachers.store import SoftTargetStore
 from tools.benching import machine, machine_line
 
 TOPK = 32

@@ -27,16 +27,16 @@ from distill.heads import calibrate, decisions, halves
 from distill.launch import Launch
 from distill.new_student import student_shape
 from distill.objective import build_objective
+from distill.prompt_set import PromptSet
 from distill.regularisers import second_difference
 from distill.safety_data import SafetyData
 from distill.safety_metrics import score_decisions
-from distill.safety_prompts import PromptSet
 from distill.verification import score_verification
 from students.builder import build_student
 from students.model import Attention, SO8TForCausalLM
 from students.shape import GROUP
-from teachers.capture import WHOLE
 from teachers.inheritance import Inheritance
+from teachers.share import WHOLE
 from teachers.store import SoftTargetStore
 from tools.bench_objectives import Bench, Results, Row
 from tools.bench_so8t_cost import freeze_identity

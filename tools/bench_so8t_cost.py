@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from distill.config import RunConfig
 from distill.cpu import keep_freed_memory, onednn_for_float32
 from distill.objective import Batch, Objective
-from distill.safety_prompts import PromptSet
+from distill.prompt_set import PromptSet
 from distill.schedule import build_optimizer, parameter_groups
 from distill.training_module import TrainingModule, choose_precision
 from stability.signals import gradient_norm

@@ -48,7 +48,8 @@ from distill.schedule import build_optimizer
 from students.builder import build_student, student_config
 from students.model import SO8TForCausalLM
 from students.shape import parse_size
-from teachers.records import Answer, Recipe, default_sketch_bytes, join, reduce, typed
+from teachers.recipe import Recipe, default_sketch_bytes
+from teachers.records import Answer, join, reduce, typed
 from teachers.sketch import FIT_POSITIONS, METRIC_POSITIONS, fit_basis, tail_metric
 from teachers.soft_targets import CompactTargets, OutputHead
 from tools.benching import (
