@@ -91,7 +91,9 @@ class Corpus:
 def build_corpus(
     config: DataConfig, teacher: Teacher, seed: int, entries: list[Entry] | None = None
 ) -> Corpus:
-    """Read the data (or plan what the teacher will say) and tokenise it; ``entries``: the data, if it has been read.
+    """Read the data (or plan what the teacher will say) and tokenise it.
+
+    ``entries``: the data, if it has been read already.
 
     Raises:
         UserError: missing, empty or malformed data; names file and line.
@@ -126,7 +128,8 @@ def read_entries(config: DataConfig) -> list[Entry] | None:
     """The data as it stands in its files, all of it; ``None`` where the teacher is to speak.
 
     Raises:
-        UserError: missing, empty or malformed data, naming file and line; or a teacher that would repeat itself.
+        UserError: missing, empty or malformed data, naming file and line; or a teacher that would
+            say one thing only.
     """
     if config.path is not None:
         return list(_read(Path(config.path)))

@@ -22,7 +22,8 @@ REMEDIES = {
 }
 
 
-# By name, as to import all of these modules takes seconds: an error whose module was never imported was not raised.
+# By name, as to import all of these modules takes seconds. An error whose module was never imported
+# has not been raised.
 EXIT_CODES = {
     "distill.errors.UserError": EXIT_USER,
     "teachers.capture.CaptureError": EXIT_USER,

@@ -46,7 +46,11 @@ class ExportedFile:
     types: dict[str, int]
 
 
-def export_paths(folder: RunFolder, quants: Sequence[Quant], output: Path | None) -> dict[Quant, Path]:
+def export_paths(
+    folder: RunFolder,
+    quants: Sequence[Quant],
+    output: Path | None,
+) -> dict[Quant, Path]:
     """Where each type goes.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What ``torchrun`` and ``accelerate launch`` say in the environment, before any process meets another."""
+"""What ``torchrun`` and ``accelerate launch`` have set, before any process meets another."""
 
 from __future__ import annotations
 

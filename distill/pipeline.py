@@ -88,7 +88,12 @@ class Source:
     base: Base | None = None
 
 
-def run(config: RunConfig, places: Places, console: Console, inputs: Inputs | None = None) -> RunFolder:
+def run(
+    config: RunConfig,
+    places: Places,
+    console: Console,
+    inputs: Inputs | None = None,
+) -> RunFolder:
     """Do a whole run, or what is left of it, and return its folder.
 
     ``inputs``: what ``check_run`` has read, if it was called.

@@ -1,8 +1,8 @@
-"""What each command can refuse before PyTorch is imported, which takes seconds: settings, files and folders.
+"""What each command can refuse before PyTorch is imported, which takes seconds.
 
-A command calls its check as soon as it has its settings, and hands on what was read. Whoever calls what is behind a
-command without that gets the same check there. Nothing here may import PyTorch, or what does
-(``tests/test_quick_refusals.py``).
+A command calls its check as soon as it has its settings, and hands on what was read. Whoever calls
+what is behind a command without that gets the same check there. Nothing here may import PyTorch, or
+what does (``tests/test_quick_refusals.py``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from distill.exports import export_paths, read_exports
 from distill.launched import launched_share, require_trainable
 from distill.reports.paths import require_page_path, weights_among
 from distill.run_folder import Places, RunFolder
-from distill.safety_prompts import SafetyPrompt, read_given, read_prompts, read_safety_prompts, require_words
+from distill.safety_prompts import (
+    SafetyPrompt,
+    read_given,
+    read_prompts,
+    read_safety_prompts,
+    require_words,
+)
 from distill.teacher_source import require_gguf, require_teachers
 from students.decisions import carries_heads
 from teachers.files import StoreError
@@ -33,8 +39,11 @@ from teachers.model_folder import ModelFolder, check_folder
 
 @dataclass
 class Inputs:
-    """What was read for a run. ``prompts``: of the safety head, if there is to be one; ``entries``: the data, until
-    somebody takes it, ``None`` where the teacher speaks."""
+    """What was read for a run.
+
+    ``prompts``: of the safety head, if there is to be one. ``entries``: the data, until somebody
+    takes it; ``None`` where the teacher speaks.
+    """
 
     prompts: list[SafetyPrompt] | None = None
     entries: list[Entry] | None = None
@@ -174,11 +183,16 @@ def check_report(paths: list[Path], output: Path | None) -> None:
         require_page_path(output)
 
 
-def check_export(folder: RunFolder, quants: Sequence[Quant], output: Path | None) -> dict[Quant, Path]:
+def check_export(
+    folder: RunFolder,
+    quants: Sequence[Quant],
+    output: Path | None,
+) -> dict[Quant, Path]:
     """Refuse what ``distill export-gguf`` cannot do; returns where each type goes.
 
     Raises:
-        UserError: not a run's folder or an unfinished one, a damaged file, or something in the way of ``output``.
+        UserError: not a run's folder or an unfinished one, a damaged file, or something in the
+            way of ``output``.
     """
     folder.read_config()
     if not folder.tokenizer.exists():
@@ -192,7 +206,8 @@ def check_judge(student: Path, prompt: str | None, prompts: Path | None) -> list
     """Refuse what ``distill judge`` cannot do; returns what is to be judged.
 
     Raises:
-        UserError: no prompt or two kinds of them, a file that cannot be used, or a student without heads.
+        UserError: no prompt or two kinds of them, a file that cannot be used, or a student
+            without heads.
         TeacherFileError: the student is no GGUF file, or damaged.
     """
     if (prompt is None) == (prompts is None):

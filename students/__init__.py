@@ -1,8 +1,8 @@
 """The SO8T student: SO(8) gates, the decoder, its construction, folding and GGUF export.
 
 Importing this package registers the architecture with transformers, so that
-``AutoModelForCausalLM.from_pretrained`` loads a saved student; transformers and PyTorch are not imported for that
-(see ``students.registration``).
+``AutoModelForCausalLM.from_pretrained`` loads a saved student; transformers and PyTorch are not
+imported for that (see ``students.registration``).
 """
 
 from __future__ import annotations

@@ -131,6 +131,7 @@ class SO8TConfig(PretrainedConfig):
             )
 
 
-# A configuration is registered together with its model, also where this module is the first that is imported: the
-# hook of ``students.registration`` leaves it to this line then. (It stands last: the model needs the class above.)
+# A configuration is registered together with its model, also where this module is the first that is
+# imported: the hook of ``students.registration`` leaves it to this line then, which stands last as
+# the model needs the class above.
 import students.model  # noqa: E402, F401

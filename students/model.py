@@ -315,6 +315,6 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin, Student):
         return weights
 
 
-# Whoever imports this module has transformers; ``students.registration`` sees that it is imported with it.
+# ``students.registration`` sees that this module is imported when transformers is.
 AutoConfig.register("so8t", SO8TConfig)
 AutoModelForCausalLM.register(SO8TConfig, SO8TForCausalLM)

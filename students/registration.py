@@ -1,9 +1,10 @@
-"""The SO8T architecture is known to transformers wherever ``students`` is, and ``students`` costs no import of it.
+"""transformers knows the SO8T architecture after ``import students``, which does not import it.
 
-``AutoModelForCausalLM.from_pretrained`` loads a student after ``import students``, whichever of the two was imported
-first. To register the model takes transformers and PyTorch, which need seconds to import, and much of this package
-does without them. So it is done when somebody imports transformers: a finder on ``sys.meta_path`` lets the other
-finders look for it, and has ``students.model``, which registers itself, imported once transformers has been.
+``AutoModelForCausalLM.from_pretrained`` then loads a student, whichever of the two was imported
+first. To register the model takes transformers and PyTorch, which need seconds to import, and much
+of this package does without them. So it is done when somebody imports transformers: a finder on
+``sys.meta_path`` lets the other finders look for it, and has ``students.model``, which registers
+itself, imported once transformers has been.
 """
 
 from __future__ import annotations
@@ -27,19 +28,20 @@ def register_with_transformers() -> None:
 
 
 def _import_model() -> None:
-    # Where students.model itself imports transformers this finds it half made and does nothing, and it registers
-    # itself at its end; students.config has it imported at its own end, and cannot be used by it before.
+    # Where students.model itself imports transformers this finds it half made and does nothing: it
+    # registers itself at its end. students.config is half made too where it imports transformers; it
+    # has the model imported at its own end.
     if "students.config" not in sys.modules:
         importlib.import_module("students.model")
 
 
 class _Awaiting(MetaPathFinder):
-    """Finds transformers as the other finders do. To be asked for it is not yet to import it: it stays till then."""
+    """Finds transformers as the other finders do; stays until that is not only found but imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Where transformers is, with a loader that sees to the registration; nothing of any other module."""
+        """Where transformers is, with a loader that sees to the registration."""
         if fullname != AWAITED:
             return None
         others = [one for one in sys.meta_path if one is not self and hasattr(one, "find_spec")]
@@ -54,5 +56,5 @@ class _Awaiting(MetaPathFinder):
             sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
             _import_model()
 
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]  # of this one import
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

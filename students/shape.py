@@ -1,4 +1,4 @@
-"""What a student's shape may be, and what a user says of it: ``512x4``, ``25%``, ``50M``, heads and widths.
+"""What a student's shape may be, and what a user says of it: ``512x4``, ``25%``, ``50M``, heads.
 
 Plain arithmetic, without PyTorch: a size that cannot be is refused before that is imported.
 """
@@ -78,7 +78,10 @@ class TeacherLikeness:
 
 @dataclass(frozen=True)
 class ChosenShape:
-    """What the user says about the student's shape; ``None``: by the rules of ``students.builder.student_config``."""
+    """What the user says about the student's shape.
+
+    ``None`` leaves it to the rules of ``students.builder.student_config``.
+    """
 
     heads: int | None = None
     kv_heads: int | None = None

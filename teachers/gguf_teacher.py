@@ -60,7 +60,7 @@ def _quiet(done: int) -> None:
 
 
 def _usual_threads() -> int:
-    """PyTorch's count is the number of physical cores this process may use, which suits llama.cpp too."""
+    """PyTorch's count: the physical cores that this process may use, which suits llama.cpp too."""
     import torch  # not before a file that is none is refused: it takes seconds
 
     return torch.get_num_threads()

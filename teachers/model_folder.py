@@ -1,6 +1,7 @@
 """A transformers checkpoint folder, checked before anything is loaded; without PyTorch and transformers.
 
-The folder is untrusted. Only JSON and the headers of safetensors are read: no pickle, no code that comes with a model.
+The folder is untrusted. Only JSON and the headers of safetensors are read: no pickle, no code that
+comes with a model.
 """
 
 from __future__ import annotations

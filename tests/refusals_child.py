@@ -1,7 +1,7 @@
-"""Runs command lines in one process, and says of each what it exited with, what it said, and what it imported.
+"""Runs command lines in one process: what each exited with, what it said, and what it imported.
 
-Reads a JSON list of ``[arguments, environment]`` on standard input; writes one object per command line, and stops at
-the first that imports one of ``HEAVY``.
+Reads a JSON list of ``[arguments, environment]`` on standard input; writes one object per command
+line, and stops at the first that imports one of ``HEAVY``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What needs no model is refused at once: nothing that takes seconds to import has been imported by then."""
+"""What needs no model is refused at once: nothing that takes seconds has been imported by then."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from distill.corpus import Entry
 from distill.exit_codes import EXIT_CODES
 from distill.preflight import Inputs
 from teachers import example_teacher
+from teachers.manifest import Manifest
+from teachers.recipe import Recipe
 from tests import refusals_child
 
 ROOT = Path(__file__).parent.parent
-STORED = {"vocab_size": 8, "recipe": {"kind": "dense", "num_topk": None, "sketch_bytes": None, "layers": []}}
-STORED["recipe"]["layer_bytes"] = None  # type: ignore[index]
-MANIFEST = {"format": 2, "identity": STORED, "sequences": 4, "sequences_per_shard": 2}
+IDENTITY = {"vocab_size": 8, "recipe": Recipe("dense").to_json()}
+MANIFEST = Manifest(IDENTITY, sequences=4, sequences_per_shard=2).to_json()
 ODD_HEADS = "--set student.heads=3"
 SAMPLING = "--set data.sampling_temperature=0"
 ON_POLICY = "--set train.on_policy=0.5"
 
-# Words in braces are files and folders of ``places``. Standard error must have what stands behind the code.
+# Words in braces are files and folders of ``places``; the last is part of what must be said.
 CASES: list[tuple[str, int, str]] = [
     # Nothing at all is wrong
     ("--help", 0, ""),
@@ -146,12 +147,12 @@ CASES: list[tuple[str, int, str]] = [
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The files and folders that the cases name."""
     root = tmp_path_factory.mktemp("refusals")
-    header = example_teacher().read_bytes()[:400]
+    teacher = example_teacher().read_bytes()
     contents: dict[str, str | bytes] = {
         "bad.yaml": "a: [",
         "unknown.json": '{"train": {"speed": 1}}',
         "garbage.gguf": "nothing of the kind",
-        "truncated.gguf": header,
+        "truncated.gguf": teacher[:400],
         "nothing.jsonl": "",
         "data.pdf": "%PDF-1.7 and more",
         "broken.jsonl": '{"text": "one"}\n{"text": \n',
@@ -162,11 +163,11 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "weights.bin": "weights",
         "others/notes.txt": "mine",
         "damaged/manifest.json": "{",
-        "manifest/manifest.json": json.dumps(MANIFEST),
-        "store/manifest.json": json.dumps(MANIFEST),
+        "manifest/manifest.json": MANIFEST,
+        "store/manifest.json": MANIFEST,
         "store/shard-00000.safetensors": "",
         "run/config.json": load_config(None, {}, []).model_dump_json(),
-        "copy": example_teacher().read_bytes(),
+        "copy": teacher,
     }
     for name, content in contents.items():
         path = root / name
@@ -178,12 +179,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     log = root / "tampered" / "audit.jsonl"
     log.write_text(log.read_text().replace('"seed":1', '"seed":2'))
     names = {name.partition("/")[0] for name in contents} | {"empty", "logged", "tampered"}
-    found = {name: str(root / name) for name in names}
-    return (
-        found
-        | {name: str(root / name) for name in ("missing", "page.pdf")}
-        | {"teacher": str(example_teacher())}
-    )
+    found = {name: str(root / name) for name in names | {"missing", "page.pdf"}}
+    return found | {"teacher": str(example_teacher())}
 
 
 def command_line(case: str, places: dict[str, str]) -> tuple[list[str], dict[str, str]]:

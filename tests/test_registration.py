@@ -1,4 +1,4 @@
-"""``import students`` costs no PyTorch, and still makes transformers know the architecture, in either order."""
+"""``import students`` costs no PyTorch, and still makes transformers know the architecture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files ``distill evaluate`` compares: found, checked and named by their headers alone, without PyTorch."""
+"""Which files ``distill evaluate`` compares: found, checked and named, without PyTorch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ TEACHER_SHA256 = "so8t.teacher_sha256"
 
 @dataclass(frozen=True)
 class Files:
-    """The teacher's file and its students'. ``runs``: the run's folder that each student lies in, if it does;
-    ``names``: of all, the teacher's first; ``warnings``: what about them the user should know."""
+    """The teacher's file and its students'.
+
+    ``runs``: the run's folder that each student lies in, if it does. ``names``: of all, the
+    teacher's first. ``warnings``: what about them the user should know.
+    """
 
     teacher: GGUFFile
     students: list[GGUFFile]

@@ -36,7 +36,11 @@ if TYPE_CHECKING:
 ARITHMETIC = "logits with a float32 KV cache, without flash attention"
 
 
-def evaluate_files(request: Request, console: Console, inputs: EvaluationInputs | None = None) -> Comparison:
+def evaluate_files(
+    request: Request,
+    console: Console,
+    inputs: EvaluationInputs | None = None,
+) -> Comparison:
     """Measure everything that is asked for; what is wrong with the input is said before anything takes long.
 
     ``inputs``: what ``check_evaluation`` has read, if it was called.

@@ -1,4 +1,4 @@
-"""What a report is made of and where it goes: told apart and refused before anything is read; without PyTorch."""
+"""What a report is made of and where it goes, refused before anything is read; without PyTorch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def weights_among(paths: list[Path]) -> list[Path]:
     """The paths that are to be read as weights: all of them, or none where they are runs' folders.
 
     Raises:
-        UserError: too many paths, one that is neither, files that cannot be weights, or one of either kind.
+        UserError: too many paths, one that is neither, files that cannot be weights, or one of
+            either kind.
     """
     if len(paths) > 2:
         raise UserError(f"{len(paths)} paths are too many: give one, or two to compare")
