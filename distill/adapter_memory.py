@@ -6,8 +6,6 @@ I feed-forward width, r rank, N = A / 8 blocks of a gate.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +18,9 @@ from distill.console import human_bytes
 from distill.head_loss import chunk_size
 from distill.training_module import choose_precision
 from students.architectures import head_width
-from students.heads import DECISIONS, VERIFICATION_UNITS
-from students.so8 import GROUP, PARAMETERS_PER_BLOCK
+from students.decisions import DECISIONS
+from students.heads import VERIFICATION_UNITS
+from students.shape import GROUP, PARAMETERS_PER_BLOCK
 
 NF4_BLOCK = 64  # numbers that share a scale
 SCALE_BLOCK = 256  # scales that share a scale, with double quantisation
@@ -31,9 +30,6 @@ PROMPT_TOKENS = 64  # of one of the safety head's prompts, roughly
 SNAPSHOT_COPIES = 3  # weights and two moments
 LEAST_RANK, LEAST_LENGTH = 4, 64
 NOTHING_FITS = "no change makes it fit; choose a smaller base"
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
 
 @dataclass(frozen=True)
@@ -448,20 +444,3 @@ def _changed(config: RunConfig, section: str, **values: Any) -> tuple[str, RunCo
     """The settings with others in one section, and how that is written."""
     words = ", ".join(f"{section}.{name}={str(value).lower()}" for name, value in values.items())
     return words, config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of a size such as ``12GiB``, ``1.5 GB`` or ``800MB``; a number without a unit is in bytes.
-
-    Raises:
-        ValueError: it is no size above 0.
-    """
-    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
-    unit = None if match is None else _UNITS.get(match[2].lower())
-    size = 0 if match is None or unit is None else math.floor(float(match[1]) * unit)
-    if size < 1:
-        raise ValueError(
-            f"{text!r} is no amount of memory; write a number above 0 and a unit, such as 12GiB or 800MB "
-            "(kB, MB, GB, TB; KiB, MiB, GiB, TiB)"
-        )
-    return size

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import filelock
 
 from distill.errors import UserError
-from teachers.store import LOCK, write_whole
+from teachers.files import LOCK, write_whole
 
 LOG, HEAD = "audit.jsonl", "audit.head"
 FIELDS = {"content", "event", "hash", "previous", "sequence", "time"}

@@ -21,14 +21,16 @@ from distill.adapter_memory import AdapterMemory, how_to_fit, memory_of
 from distill.config import RunConfig
 from distill.console import Console, human_bytes, human_count
 from distill.errors import UserError
+from distill.preflight import base_folder
 from distill.vocabulary import VocabularyMatch, compare_vocabularies
 from students.adapter import AdaptedStudent, adapt
 from students.adapter_base import AdapterSettings
 from students.architectures import context_length, head_width, require_exportable
 from students.export import ExportError
-from students.so8 import GROUP
+from students.shape import GROUP
 from teachers.gguf_file import Field, TeacherFileError
-from teachers.huggingface_folder import ModelFolder, check_folder, load_model
+from teachers.huggingface_folder import load_model
+from teachers.model_folder import ModelFolder
 from teachers.tokenizer_json import TokenizerConversionError, build_tokenizer
 
 
@@ -80,20 +82,13 @@ def open_base(
     """
     assert config.student.base is not None
     path = Path(config.student.base)
+    folder = base_folder(path, what)
     try:
-        folder = check_folder(path)
         settings = AutoConfig.from_pretrained(path, local_files_only=True)
-    except TeacherFileError as error:
-        raise UserError(f"{what}: {error}") from None
     # Settings that transformers cannot make sense of.
     except (OSError, ValueError, KeyError, TypeError) as error:
         words = " ".join(str(error).split())[:200]
         raise UserError(f"{what} {path}: config.json cannot be used: {words}") from None
-    if "quantization_config" in folder.config:
-        raise UserError(
-            f"{what} {path} is quantised already; give the folder of the model before that, and add "
-            "--load-in-4bit"
-        )
     try:
         require_exportable(settings)
     except ExportError as error:

@@ -25,9 +25,9 @@ from students.model import SO8TForCausalLM
 from students.student import Student
 from teachers import example_teacher
 from teachers.base import TeacherInfo, Tokens
+from teachers.files import write_whole
 from teachers.gguf_file import TeacherFileError, file_sha256, read_gguf
 from teachers.inheritance import Inheritance
-from teachers.store import write_whole
 
 # Weights that mean something already are spoilt by steps as large as random ones need, and the more so the nearer they
 # are to the teacher (docs/benchmarks.md).

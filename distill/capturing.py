@@ -12,22 +12,26 @@ from rich.table import Table
 
 from distill.config import RunConfig, TargetsConfig
 from distill.console import Console, human_bytes, human_count
-from distill.corpus import Corpus, build_corpus
+from distill.corpus import Corpus, Entry, build_corpus
 from distill.errors import UserError
-from distill.launch import launched_share
+from distill.launched import launched_share
+from distill.preflight import Inputs, check_capture
 from distill.run_folder import RUNS
-from distill.safety_data import labelled_prompts, read_safety_prompts
+from distill.safety_data import labelled_prompts
 from distill.teacher_source import find_gguf, open_teacher, teacher_stem
 from teachers.base import Teacher, TeacherInfo
-from teachers.capture import WHOLE, CaptureError, Share, capture, require_linear_output
+from teachers.capture import CaptureError, capture, require_linear_output
 from teachers.embeddings import stored_columns
 from teachers.ensemble import EnsembleError
 from teachers.errors import RequestRefused
+from teachers.files import exclusive
 from teachers.gguf_file import read_gguf
 from teachers.inheritance import TEACHER, Inheritance, find_inheritance, inherit, write_inheritance
-from teachers.records import Recipe, default_sketch_bytes
+from teachers.manifest import MANIFEST, Manifest
+from teachers.recipe import Recipe, default_sketch_bytes
+from teachers.share import WHOLE, Share
 from teachers.sketch import FIT_RULES
-from teachers.store import MANIFEST, Manifest, SoftTargetStore, exclusive
+from teachers.store import SoftTargetStore
 
 SEQUENCES_PER_SHARD = 256
 SHARD_BYTES = 256 << 20
@@ -123,13 +127,8 @@ def load_teacher(config: RunConfig, console: Console) -> Teacher:
     """Load the teacher and say what it is.
 
     Raises:
-        UserError, TeacherFileError, TeacherError, EnsembleError: it cannot be used, or none is wanted.
+        UserError, TeacherFileError, TeacherError, EnsembleError: it cannot be used.
     """
-    if config.store is not None:
-        raise UserError(
-            f"store = {config.store!r} in the configuration: only `distill train` learns from a store; use that, or "
-            "take it out to ask the teacher"
-        )
     with console.stage("Load teacher") as stage:
         teacher = open_teacher(config.teacher)
         info = teacher.info
@@ -137,10 +136,16 @@ def load_teacher(config: RunConfig, console: Console) -> Teacher:
     return teacher
 
 
-def read_data(config: RunConfig, teacher: Teacher, console: Console) -> Corpus:
-    """Read the data and say what is in it."""
+def read_data(
+    config: RunConfig, teacher: Teacher, console: Console, entries: list[Entry] | None = None
+) -> Corpus:
+    """Read the data, unless these ``entries`` are it, and say what is in it.
+
+    Raises:
+        UserError: it cannot be used.
+    """
     with console.stage("Read data") as stage:
-        corpus = build_corpus(config.data, teacher, config.seed)
+        corpus = build_corpus(config.data, teacher, config.seed, entries)
         spoken = f", the teacher writes in {corpus.spoken}" if corpus.spoken else ""
         stage.finish(f"{len(corpus)} sequences{spoken}")
     for note in corpus.notes:
@@ -231,17 +236,21 @@ def _sequences(store: SoftTargetStore, share: Share) -> int:
     return sum(stop - start for start, stop in spans)
 
 
-def capture_only(config: RunConfig, where: Path | None, console: Console) -> SoftTargetStore:
+def capture_only(
+    config: RunConfig, where: Path | None, console: Console, inputs: Inputs | None = None
+) -> SoftTargetStore:
     """``distill capture``: fill a store, or this process's share of one, and say what is in it.
+
+    ``inputs``: what ``check_capture`` has read, if it was called.
 
     Raises:
         UserError, StoreError, TeacherFileError, TeacherError, CaptureError: the input cannot be used.
         OSError: the disk refuses.
     """
-    share = launched_share()
-    prompts = read_safety_prompts(config)
+    inputs = inputs or check_capture(config, where)
+    share, prompts = launched_share(), inputs.prompts
     with load_teacher(config, console) as teacher:
-        corpus = read_data(config, teacher, console)
+        corpus = read_data(config, teacher, console, inputs.take_entries())
         recipe = recipe_for(config.targets, teacher, console)
         store = open_store(teacher, corpus, recipe, StorePlace(where, RUNS, teacher_stem(config.teacher)))
         with exclusive(store.folder, share.rank):

@@ -42,7 +42,7 @@ from distill.card_words import (
 from distill.console import Console
 from distill.markdown import Markdown, code, escaped, one_line
 from distill.run_folder import RunFolder
-from teachers.store import write_whole
+from teachers.files import write_whole
 
 TEMPLATE = "model_card.md.jinja"
 # Identifiers that the Hub knows (https://huggingface.co/docs/hub/repositories-licenses); others are "other" and a name.

@@ -17,7 +17,7 @@ from distill.reports.tables import LANGUAGES, cascade_words
 from distill.reports.verdict import cascade_goal
 from distill.safety_prompts import BUILT_IN, TEACHER
 from distill.verification import CASCADE_GOAL
-from students.heads import ESCALATE
+from students.decisions import ESCALATE
 
 WHOLE_BITS = 15.5  # bits per weight from which on a file counts as not quantised
 FEW_PROMPTS = 1000  # safety prompts below which the card calls them few

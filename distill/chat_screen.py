@@ -17,6 +17,7 @@ from distill.chat import ChatSettings, Conversation, Question
 from distill.console import human_count
 from distill.errors import UserError
 from distill.terminal import coloured, printable
+from students.decisions import DECISIONS, REFUSE, carries_heads
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.interruption import uninterrupted
 
@@ -55,7 +56,7 @@ def chat_with(path: Path, prompt: str | None, settings: ChatSettings, safety: bo
 
 def _judge_of(model: GGUFTeacher) -> Judge | None:
     """What reads the file's heads, if it has any; only then are PyTorch's models imported, which takes seconds."""
-    if not any(key.startswith(("so8t.safety.", "so8t.verification.")) for key in model.file.fields):
+    if not carries_heads(model.file.fields):
         return None
     from distill.judge import Judge
 
@@ -120,8 +121,6 @@ class _Screen:
         judge = self.conversation.judge
         if judge is None:
             return ""
-        from students.heads import DECISIONS, REFUSE  # loaded already; files without heads do without PyTorch
-
         if decision != DECISIONS[REFUSE] or probability >= 0.5:
             return ""
         return f", refuses from {_percent(judge.heads.thresholds[0])} on, so that little is missed"

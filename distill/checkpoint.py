@@ -31,7 +31,7 @@ from distill.sharding import full_tensor, laid_out_like
 from stability.guard import Guard
 from stability.randomness import random_state, restore_random_state
 from students.student import Student
-from teachers.store import write_whole
+from teachers.files import write_whole
 
 KEEP = 2
 

@@ -6,6 +6,8 @@ Nothing here looks at hardware or files, so a configuration can be checked anywh
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
@@ -13,15 +15,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from distill.errors import UserError
-from distill.losses import DivergenceName
-from students.builder import ChosenShape, StudentSize, attention_shape
-from students.sizes import parse_request
+from students.shape import ChosenShape, StudentSize, attention_shape, parse_request
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
 LayerNumber = Annotated[int, Field(ge=0)]
+DivergenceName = Literal[
+    "forward_kl", "reverse_kl", "jensen_shannon", "skewed_forward_kl", "skewed_reverse_kl"
+]
 Quant = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_nl"]
 
 
@@ -301,6 +304,9 @@ class RunConfig(Section):
 PRESETS: dict[str, dict[str, Any]] = {"recommended": {"loss.temperature": 1.0}, "formula": {}}
 RECOMMENDED = "recommended"
 
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
 
 def load_config(
     path: Path | None, overrides: dict[str, Any], settings: list[str], preset: str = RECOMMENDED
@@ -403,3 +409,20 @@ def parse_quants(text: str) -> tuple[Quant, ...]:
         if name not in known:
             raise UserError(f"--quant {name!r} is not a file type; choose from {', '.join(known)}, or all")
     return cast(tuple[Quant, ...], names)
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a size such as ``12GiB``, ``1.5 GB`` or ``800MB``; a number without a unit is in bytes.
+
+    Raises:
+        ValueError: it is no size above 0.
+    """
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
+    unit = None if match is None else _UNITS.get(match[2].lower())
+    size = 0 if match is None or unit is None else math.floor(float(match[1]) * unit)
+    if size < 1:
+        raise ValueError(
+            f"{text!r} is no amount of memory; write a number above 0 and a unit, such as 12GiB or 800MB "
+            "(kB, MB, GB, TB; KiB, MiB, GiB, TiB)"
+        )
+    return size

@@ -88,27 +88,29 @@ class Corpus:
         return [item.segments for item in chosen], self.sampling
 
 
-def build_corpus(config: DataConfig, teacher: Teacher, seed: int) -> Corpus:
+def build_corpus(
+    config: DataConfig, teacher: Teacher, seed: int, entries: list[Entry] | None = None
+) -> Corpus:
     """Read the data (or plan what the teacher will say) and tokenise it.
+
+    ``entries``: the data, if it has been read already.
 
     Raises:
         UserError: missing, empty or malformed data; names file and line.
     """
+    if entries is None:
+        entries = read_entries(config)
     max_length = min(config.max_length, teacher.info.context_length)
     sampling = Sampling(config.sampling_temperature, config.top_p, max_length, seed)
     notes: list[str] = []
     if max_length < config.max_length:
         notes.append(f"sequences are cut to the teacher's context of {max_length} tokens")
-    if config.path is None:
+    if entries is None:
         opening = opening_segments(teacher)
         if opening is None:
             raise UserError(f"teacher {teacher.info.name} has no token to start from; give --data")
-        if config.sampling_temperature == 0.0:
-            raise UserError(
-                "data.sampling_temperature=0 lets the teacher say one thing only; give --data or raise it"
-            )
         return Corpus([Item(opening, True)] * (config.samples or DEFAULT_SPOKEN_SAMPLES), sampling, notes)
-    items = _tokenise(list(_read(Path(config.path))), teacher, max_length, notes)
+    items = _tokenise(entries, teacher, max_length, notes)
     if config.samples is not None and config.samples < len(items):
         kept = np.random.default_rng(seed).permutation(len(items))[: config.samples]
         items = [items[index] for index in sorted(kept.tolist())]
@@ -120,6 +122,22 @@ def build_corpus(config: DataConfig, teacher: Teacher, seed: int) -> Corpus:
 
 
 # -- reading --------------------------------------------------------------------------------------------------
+
+
+def read_entries(config: DataConfig) -> list[Entry] | None:
+    """The data as it stands in its files, all of it; ``None`` where the teacher is to speak.
+
+    Raises:
+        UserError: missing, empty or malformed data, naming file and line; or a teacher that would
+            say one thing only.
+    """
+    if config.path is not None:
+        return list(_read(Path(config.path)))
+    if config.sampling_temperature == 0.0:
+        raise UserError(
+            "data.sampling_temperature=0 lets the teacher say one thing only; give --data or raise it"
+        )
+    return None
 
 
 def _read(path: Path) -> Iterator[Entry]:

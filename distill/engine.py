@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +29,14 @@ from distill.checkpoint import (
 from distill.clock import Clock
 from distill.config import TrainConfig
 from distill.cpu import keep_freed_memory, onednn_for_float32
-from distill.errors import TrainingAborted, UserError
+from distill.errors import TrainingAborted
 from distill.guarding import build_guard, event_line, tensors_of, write_events
 from distill.held_out import HeldOutScore, best_step, evaluation_steps, held_out_score, is_exhausted
+from distill.launched import require_trainable
 from distill.metrics import MetricsFile
 from distill.objective import Batch, Objective
 from distill.probing import SEQUENCES
-from distill.safety_prompts import PromptSet
+from distill.prompt_set import PromptSet
 from distill.schedule import build_optimizer, build_schedule, parameter_groups
 from distill.sharding import full_tensor
 from distill.training_module import TrainingModule, choose_precision, exchange_gradients, is_sharded, wrap
@@ -215,22 +215,6 @@ def train(
         best=best_step(state.scores),
         planned=len(plan),
     )
-
-
-def require_trainable(config: TrainConfig, processes: int) -> None:
-    """See that settings fit the launch and what is installed, before anything takes long.
-
-    Raises:
-        UserError: they do not.
-    """
-    if config.on_policy and processes > 1:
-        raise UserError(
-            f"train.on_policy = {config.on_policy:g} works in one process, not in {processes}; start it without a "
-            "launcher"
-        )
-    for tracker in config.trackers:
-        if find_spec(tracker) is None:
-            raise UserError(f"train.trackers names {tracker}, which is not installed: pip install {tracker}")
 
 
 def _run(loop: Loop, state: TrainingState, clock: Clock, report: Report) -> None:

@@ -22,40 +22,34 @@ REMEDIES = {
 }
 
 
-def exit_code(error: Exception) -> int | None:
-    """The exit code of an expected error, or nothing for a defect."""
-    from distill.errors import GradientsDoNotFlow, ProofFailed, TrainingAborted, UserError
-    from students.export import ExportError
-    from students.fold import FoldError
-    from teachers.capture import CaptureError
-    from teachers.chat_template import ChatTemplateError
-    from teachers.ensemble import EnsembleError
-    from teachers.errors import LibraryError, TeacherError
-    from teachers.gguf_file import TeacherFileError
-    from teachers.store import StoreError
-    from teachers.tokenizer_json import TokenizerConversionError
+# By name, as to import all of these modules takes seconds. An error whose module was never imported
+# has not been raised.
+EXIT_CODES = {
+    "distill.errors.UserError": EXIT_USER,
+    "teachers.capture.CaptureError": EXIT_USER,
+    "teachers.chat_template.ChatTemplateError": EXIT_USER,
+    "teachers.ensemble.EnsembleError": EXIT_USER,
+    "teachers.files.StoreError": EXIT_USER,
+    "teachers.gguf_file.TeacherFileError": EXIT_USER,
+    "teachers.tokenizer_metadata.TokenizerConversionError": EXIT_USER,
+    "teachers.errors.TeacherError": EXIT_USER,
+    "distill.errors.GradientsDoNotFlow": EXIT_OURS,
+    "distill.errors.ProofFailed": EXIT_OURS,
+    "distill.errors.TrainingAborted": EXIT_OURS,
+    "students.export.ExportError": EXIT_OURS,
+    "students.fold.FoldError": EXIT_OURS,
+    "teachers.errors.LibraryError": EXIT_OURS,
+    "teachers.errors.WorkerDied": EXIT_OURS,  # of a file that had worked: no fault of the user's
+}
 
-    if isinstance(
-        error,
-        (
-            UserError,
-            StoreError,
-            TeacherFileError,
-            TeacherError,
-            ChatTemplateError,
-            CaptureError,
-            EnsembleError,
-            TokenizerConversionError,
-        ),
-    ):
-        return EXIT_USER
-    if isinstance(error, OSError) and error.errno in REMEDIES:
-        return EXIT_USER
-    if isinstance(
-        error, (TrainingAborted, GradientsDoNotFlow, ProofFailed, ExportError, FoldError, LibraryError)
-    ):
-        return EXIT_OURS
-    return None
+
+def exit_code(error: Exception) -> int | None:
+    """The exit code of an expected error, or of one that derives from it; nothing for a defect."""
+    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__)
+    codes = [EXIT_CODES[name] for name in names if name in EXIT_CODES]
+    if codes:
+        return codes[0]
+    return EXIT_USER if isinstance(error, OSError) and error.errno in REMEDIES else None
 
 
 def one_line(error: Exception) -> str:

@@ -18,16 +18,17 @@ from distill.config import Quant
 from distill.console import Console, human_bytes
 from distill.errors import ProofFailed, UserError
 from distill.exporting import Export, Proofs, export_proved, origin_of, tokenizer_entries
-from distill.exports import ExportedFile, describe_file, read_exports, record_files
+from distill.exports import ExportedFile, describe_file, record_files
 from distill.lineage import read_lineage
+from distill.preflight import check_export
 from distill.prove import UNSTEADY, Proof
 from distill.run_folder import RunFolder
 from distill.saved_student import load_student
 from students.export import ExportNames
 from students.file_types import FILE_TYPES
 from students.importance import read_mean_squares
+from teachers.files import exclusive
 from teachers.gguf_file import TeacherFileError, read_gguf
-from teachers.store import exclusive
 
 
 def export_run(
@@ -49,10 +50,7 @@ def export_run(
         ProofFailed: files are not the trained model; the others have been made and recorded.
         ExportError, OSError: llama.cpp's quantizer or the disk refuses; so have those before.
     """
-    folder.read_config()
-    if not folder.tokenizer.exists():
-        raise UserError(f"{folder.path} has no trained student yet; let its command finish first")
-    wanted = _paths(folder, quants, output)
+    wanted = check_export(folder, quants, output)
     writable = os.access(folder.path, os.W_OK)
     with exclusive(folder.path) if writable else nullcontext():
         return _export_run(folder, wanted, console, imatrix, writable)
@@ -61,7 +59,6 @@ def export_run(
 def _export_run(
     folder: RunFolder, wanted: dict[Quant, Path], console: Console, imatrix: bool, writable: bool
 ) -> list[ExportedFile]:
-    read_exports(folder)  # a damaged one is better found now
     student = load_student(folder)
     tokenizer = read_gguf(folder.tokenizer, model=False)
     name = str(tokenizer.value("general.name", "student"))
@@ -125,28 +122,6 @@ def _export(
             f"{original.max_logit_difference:.1e}"
         )
     return proofs
-
-
-def _paths(folder: RunFolder, quants: Sequence[Quant], output: Path | None) -> dict[Quant, Path]:
-    """Where each type goes."""
-    several = len(quants) > 1
-    if output is None:
-        return {quant: folder.path / f"student-{quant}.gguf" for quant in quants}
-    if several or output.is_dir():
-        if not output.is_dir():
-            raise UserError(f"--output {output} is not a folder; several types need one that is there")
-        paths = {quant: output / f"student-{quant}.gguf" for quant in quants}
-        there = [path for path in paths.values() if path.exists()]
-        if there and output.resolve() != folder.path.resolve():
-            raise UserError(f"--output {output} has a {there[0].name} already; choose another folder")
-        return paths
-    if output.suffix != ".gguf":
-        raise UserError(f"--output {output} must end in .gguf, or be a folder that is there")
-    if output.exists():
-        raise UserError(f"--output {output} exists; choose another name")
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output}: the folder {output.parent} does not exist")
-    return {quants[0]: output}
 
 
 def _importance(

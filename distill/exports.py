@@ -7,16 +7,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
 from distill.config import Quant
 from distill.errors import UserError
-from distill.prove import Proof
 from distill.run_folder import RunFolder
 from students.file_types import FILE_TYPES
+from teachers.files import write_whole
 from teachers.gguf_file import file_sha256, read_gguf
-from teachers.store import write_whole
+
+if TYPE_CHECKING:  # PyTorch's
+    from distill.prove import Proof
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,36 @@ class ExportedFile:
     generation: float
     imatrix: bool
     types: dict[str, int]
+
+
+def export_paths(
+    folder: RunFolder,
+    quants: Sequence[Quant],
+    output: Path | None,
+) -> dict[Quant, Path]:
+    """Where each type goes.
+
+    Raises:
+        UserError: something is in the way of ``output``.
+    """
+    several = len(quants) > 1
+    if output is None:
+        return {quant: folder.path / f"student-{quant}.gguf" for quant in quants}
+    if several or output.is_dir():
+        if not output.is_dir():
+            raise UserError(f"--output {output} is not a folder; several types need one that is there")
+        paths = {quant: output / f"student-{quant}.gguf" for quant in quants}
+        there = [path for path in paths.values() if path.exists()]
+        if there and output.resolve() != folder.path.resolve():
+            raise UserError(f"--output {output} has a {there[0].name} already; choose another folder")
+        return paths
+    if output.suffix != ".gguf":
+        raise UserError(f"--output {output} must end in .gguf, or be a folder that is there")
+    if output.exists():
+        raise UserError(f"--output {output} exists; choose another name")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: the folder {output.parent} does not exist")
+    return {quants[0]: output}
 
 
 def describe_file(path: Path, quant: Quant, proof: Proof, *, importance: bool) -> ExportedFile:

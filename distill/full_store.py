@@ -8,9 +8,11 @@ from pathlib import Path
 from distill.config import RunConfig, Section
 from distill.console import Console, human_bytes, human_count
 from distill.errors import UserError
+from distill.preflight import filled_manifest
+from teachers.files import StoreError
 from teachers.inheritance import Inheritance, need_inheritance
-from teachers.records import Recipe
-from teachers.store import COMPANION, SoftTargetStore, StoreError, read_manifest
+from teachers.recipe import Recipe
+from teachers.store import COMPANION, SoftTargetStore
 
 # What of these sections a run from a store still looks at; everything else in them was decided by the capture.
 LOOKED_AT = {"teacher": {"gpu_layers", "path"}, "data": {"held_out"}, "targets": set[str]()}
@@ -42,14 +44,7 @@ def open_full_store(folder: Path) -> tuple[SoftTargetStore, Inheritance]:
         StoreError: not a store, damaged, or without what it should keep of its teacher.
         UserError: no student can be exported from it.
     """
-    if not folder.is_dir():
-        wrong = "is not a folder" if folder.exists() else "does not exist"
-        raise StoreError(f"store {folder} {wrong}; give the folder that `distill capture` has filled")
-    store = SoftTargetStore(folder, read_manifest(folder))
-    if not any(folder.glob("shard-*.safetensors")):
-        raise StoreError(
-            f"store {folder} holds no soft targets yet; run the capture again where the teacher is"
-        )
+    store = SoftTargetStore(folder, filled_manifest(folder))
     inheritance = need_inheritance(store)
     if not inheritance.tokenizer:
         raise UserError(

@@ -21,7 +21,7 @@ from distill.probing import StudentProbe
 from distill.schedule import parameter_groups
 from distill.training_module import forget_gathered
 from stability import Event, Extra, Guard, GuardSettings, Limit, ProbeReading
-from teachers.capture import Share
+from teachers.share import Share
 
 ROTATION_ERROR = 1e-5  # a rotation farther from orthogonal than that is none
 WRAPPERS = ("module.", "student.", "_orig_mod.")  # what wrapping puts before or into a parameter's name

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from distill.calibration import fit_platt
+from distill.prompt_set import PromptSet
 from distill.safety_data import SafetyData
 from distill.safety_metrics import SafetyScore, fit_temperature, fit_thresholds, score_decisions
-from distill.safety_prompts import PromptSet
 from distill.verification import VerificationScore, fit_trust, score_verification
 from students.heads import Heads, certainty
 from students.student import Student

@@ -17,10 +17,12 @@ from rich.table import Table
 from distill.audit import record_judgments
 from distill.console import Console
 from distill.errors import UserError
+from distill.preflight import require_heads
 from distill.reasoning import holds_tags, visible
-from distill.safety_prompts import read_prompts, require_length
+from distill.safety_prompts import require_length, require_words
 from distill.terminal import coloured, json_line, printable
-from students.heads import DECISIONS, HeadError, Heads, decide, read_heads
+from students.decisions import DECISIONS
+from students.heads import HeadError, Heads, decide, read_heads
 from teachers.base import Sampling, Tokens
 from teachers.conversation import request_tokens
 from teachers.gguf_file import GGUFFile, read_gguf
@@ -80,12 +82,9 @@ class Judge:
             UserError: it carries no heads, or broken ones.
             TeacherFileError, TeacherError: it is no GGUF file that llama.cpp can load.
         """
-        self.heads = heads_in(read_gguf(path) if model is None else model.file)
-        if self.heads.safety is None and self.heads.verification is None:
-            raise UserError(
-                f"{path} carries no heads (so8t.safety.*, so8t.verification.*); give a student that `distill run` has "
-                "made, with safety.labels and loss.lambda_safety as they are by default"
-            )
+        file = read_gguf(path) if model is None else model.file
+        require_heads(file)
+        self.heads = heads_in(file)
         self._shared = model is not None
         self.model = GGUFTeacher(path) if model is None else model
 
@@ -148,8 +147,7 @@ class Judge:
         ]
 
     def tokens(self, prompt: str) -> Tokens:
-        if not prompt.strip():
-            raise UserError("the prompt is empty; write something to judge")
+        require_words(prompt)
         tokens = request_tokens(self.model, [prompt])[0]
         require_length(tokens, self.model.info.context_length, shown(prompt))
         return tokens
@@ -181,9 +179,8 @@ def judge_one(path: Path, prompt: str, as_json: bool, console: Console) -> None:
     console.rich.print(_table(judgment, name, refuses_from))
 
 
-def judge_file(path: Path, prompts: Path, as_json: bool, console: Console) -> None:
-    """Judge every prompt of a JSONL file and print one line each."""
-    texts = [prompt.text for prompt in read_prompts(prompts, labelled=False)]
+def judge_all(path: Path, texts: Sequence[str], as_json: bool, console: Console) -> None:
+    """Judge every prompt and print one line each."""
     with Judge(path) as judge:
         judgments = judge.judge(texts)
     _write_down(path, judgments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -10,26 +9,12 @@ from typing import TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from distill.errors import UserError
-from teachers.capture import Share
+from distill.launched import launched_share
+from teachers.share import Share
 
 PATIENCE = timedelta(days=30)  # processes wait for the one that captures the largest share
 
 Value = TypeVar("Value")
-
-
-def launched_share() -> Share:
-    """This process's part of the work, from what ``torchrun`` and ``accelerate launch`` set.
-
-    Raises:
-        UserError: RANK and WORLD_SIZE are not numbers that fit together.
-    """
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not rank.isdigit() or not world.isdigit() or not int(rank) < int(world):
-        raise UserError(
-            f"RANK={rank!r} and WORLD_SIZE={world!r} in the environment do not fit together; unset them"
-        )
-    return Share(int(rank), int(world))
 
 
 @dataclass(frozen=True)

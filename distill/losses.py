@@ -18,20 +18,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.config import DivergenceName
 from teachers.records import Targets
 from teachers.soft_targets import CompactTargets
 
 IGNORE_INDEX = -100
-
-DivergenceName = Literal[
-    "forward_kl", "reverse_kl", "jensen_shannon", "skewed_forward_kl", "skewed_reverse_kl"
-]
 
 
 @dataclass(frozen=True)

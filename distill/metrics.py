@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from teachers.store import write_whole
+from teachers.files import write_whole
 
 
 class MetricsFile:

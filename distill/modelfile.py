@@ -18,8 +18,8 @@ from gguf import TokenType
 
 from distill.chat_segments import ROLES, START, Render, Segments, choose, find_segments, stand_in
 from teachers.chat_template import ChatTemplateError, Message, render_chat
+from teachers.files import write_whole
 from teachers.gguf_file import Field
-from teachers.store import write_whole
 from teachers.tokenizer_metadata import SENTENCEPIECE, read_roles, token_text
 from teachers.tokenizer_pretokenizers import PRE_TOKENIZERS
 

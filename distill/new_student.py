@@ -11,17 +11,12 @@ from numpy.typing import NDArray
 from distill.config import RunConfig
 from distill.console import Console, human_bytes, human_count
 from distill.errors import UserError
-from students.builder import (
-    StudentSize,
-    TeacherLikeness,
-    build_student,
-    default_size,
-    student_config,
-)
+from students.builder import build_student, student_config
 from students.config import SO8TConfig
 from students.initialise import initialise_embeddings
 from students.model import SO8TForCausalLM
-from students.sizes import Budget, choose_size, decoder_parameters, parse_request
+from students.shape import Budget, StudentSize, TeacherLikeness, default_size, parse_request
+from students.sizes import choose_size, decoder_parameters
 from teachers.base import TeacherInfo
 
 NOTABLE = 1.02  # times as many parameters in training as in the exported file

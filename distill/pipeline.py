@@ -28,7 +28,7 @@ from distill.card import is_ours, write_card
 from distill.checkpoint import plain_weights
 from distill.config import RunConfig
 from distill.console import Console, human_count
-from distill.engine import TrainingData, TrainingSummary, require_trainable, train
+from distill.engine import TrainingData, TrainingSummary, train
 from distill.errors import TrainingAborted, UserError
 from distill.evaluation.scores import (
     Evaluation,
@@ -43,37 +43,31 @@ from distill.full_store import open_full_store, require_complete, without_captur
 from distill.heads import calibrate, describe_scores, halves, heads_results, score_heads
 from distill.hidden_loss import pair_layers
 from distill.launch import Launch
+from distill.launched import fsdp_is_asked_for
 from distill.new_student import judge_size, student_shape, with_size
 from distill.objective import build_objective
 from distill.on_policy import OwnWords
+from distill.preflight import Inputs, check_run, check_train
 from distill.probe_gradients import probe_gradients
 from distill.prove import measure_speed
 from distill.publishing import Publication, publish
 from distill.reports.html import write_run_report
 from distill.results import Outcome, build_results, environment, print_table
-from distill.run_folder import HeldOut, RunFolder, choose_folder
-from distill.safety_data import SafetyData, labelled_prompts, read_safety_prompts, safety_data
+from distill.run_folder import HeldOut, Places, RunFolder, choose_folder
+from distill.safety_data import SafetyData, labelled_prompts, safety_data
 from distill.safety_prompts import SafetyPrompt, digest
-from distill.teacher_source import find_gguf, open_teacher, require_gguf, teacher_stem, tokenizer_of
-from distill.training_module import fsdp_is_asked_for
+from distill.teacher_source import find_gguf, open_teacher, teacher_stem, tokenizer_of
 from students.adapter import AdaptedStudent
 from students.student import Student
 from teachers.base import Teacher, TeacherInfo
-from teachers.capture import WHOLE
+from teachers.files import exclusive
 from teachers.gguf_file import Field
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.inheritance import Inheritance, need_inheritance
-from teachers.store import SoftTargetStore, exclusive
+from teachers.share import WHOLE
+from teachers.store import SoftTargetStore
 
 BEGINNING_SEQUENCES = 512  # of training text that a head start may look at
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where a run keeps its things, as the user asked: none means the default."""
-
-    out: Path | None = None
-    store: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -94,24 +88,30 @@ class Source:
     base: Base | None = None
 
 
-def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
+def run(
+    config: RunConfig,
+    places: Places,
+    console: Console,
+    inputs: Inputs | None = None,
+) -> RunFolder:
     """Do a whole run, or what is left of it, and return its folder.
+
+    ``inputs``: what ``check_run`` has read, if it was called.
 
     Raises:
         UserError, StoreError, TeacherFileError, TeacherError: the input cannot be used.
         TrainingAborted, ProofFailed: training or export went wrong.
         OSError: the disk refuses.
     """
-    require_gguf(config.teacher)
-    prompts = read_safety_prompts(config)
+    inputs = inputs or check_run(config, places)
+    prompts = inputs.prompts
     launch = Launch.join()
-    require_trainable(config.train, launch.share.world)
     with load_teacher(config, console) as teacher:
         gguf = find_gguf(config.teacher)
         config, base = _settle(config, tokenizer_of(config.teacher), teacher.info, gguf, console)
         stem = teacher_stem(config.teacher)
         folder = _choose(places.out, config, stem, launch)
-        corpus = read_data(config, teacher, console)
+        corpus = read_data(config, teacher, console, inputs.take_entries())
         recipe = recipe_for(config.targets, teacher, console)
         layers = base.layers if base else student_shape(config, teacher.info).num_hidden_layers
         pair_layers(config.loss.layer_map, recipe.layers, layers, teacher.info.layers)
@@ -139,8 +139,12 @@ def run(config: RunConfig, places: Places, console: Console) -> RunFolder:
     return folder
 
 
-def train_from_store(config: RunConfig, out: Path | None, console: Console) -> RunFolder:
+def train_from_store(
+    config: RunConfig, out: Path | None, console: Console, inputs: Inputs | None = None
+) -> RunFolder:
     """Make a student from the store that ``config`` names, or what is left to do of it; no teacher is needed.
+
+    ``inputs``: what ``check_train`` has read, if it was called.
 
     Raises:
         UserError, StoreError: the input cannot be used.
@@ -148,14 +152,8 @@ def train_from_store(config: RunConfig, out: Path | None, console: Console) -> R
         OSError: the disk refuses.
     """
     assert config.store is not None
-    if config.train.on_policy:
-        raise UserError(
-            f"train.on_policy = {config.train.on_policy:g} needs the teacher, which `distill train` does without; "
-            "use `distill run --teacher`"
-        )
+    prompts = (inputs or check_train(config, out)).prompts
     launch = Launch.join()
-    require_trainable(config.train, launch.share.world)
-    prompts = read_safety_prompts(config)
     store, inheritance = open_full_store(Path(config.store))
     info = inheritance.info
     config = without_capture(config, store.manifest.recipe, console)

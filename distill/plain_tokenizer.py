@@ -8,8 +8,8 @@ from pathlib import Path
 
 from distill.modelfile import adds_bos
 from teachers.chat_template import ChatTemplateError, render_chat
+from teachers.files import write_whole
 from teachers.gguf_file import Field
-from teachers.store import write_whole
 from teachers.tokenizer_json import write_tokenizer_folder
 
 _TOKENS = ("bos", "eos", "unk", "sep", "pad", "mask")

@@ -28,8 +28,9 @@ from distill.console import Console, human_bytes, human_count
 from distill.corpus import Corpus
 from distill.new_student import describe_parameters, snapshot_bytes, student_shape, with_size
 from distill.objective import Batch, Objective
+from distill.preflight import Inputs, check_plan
 from distill.schedule import build_optimizer
-from distill.teacher_source import find_gguf, require_gguf, tokenizer_of
+from distill.teacher_source import find_gguf, tokenizer_of
 from distill.training_module import choose_precision
 from students.builder import build_student
 from students.config import SO8TConfig
@@ -37,7 +38,8 @@ from students.sizes import decoder_parameters
 from students.student import Student
 from teachers.base import Teacher, TeacherInfo, Tokens
 from teachers.capture import fit_companion
-from teachers.records import Recipe, typed
+from teachers.recipe import Recipe
+from teachers.records import typed
 from teachers.store import Companion
 
 PROBE_SEQUENCES = 32
@@ -77,16 +79,18 @@ class Plan:
     train_memory: int
 
 
-def plan_run(config: RunConfig, console: Console, memory: int | None = None) -> Plan:
+def plan_run(
+    config: RunConfig, console: Console, memory: int | None = None, inputs: Inputs | None = None
+) -> Plan:
     """Measure a little of everything and print what the whole will take; nothing is written.
 
     ``memory``: bytes that training is to fit into; what would make it fit is said where it does not.
+    ``inputs``: what ``check_plan`` has read, if it was called.
 
     Raises:
         UserError, TeacherFileError, TeacherError, CaptureError: the input cannot be used.
     """
-    if config.student.base is not None:
-        require_gguf(config.teacher)
+    inputs = inputs or check_plan(config)
     with load_teacher(config, console) as teacher:
         info = teacher.info
         base, shape = None, None
@@ -98,7 +102,7 @@ def plan_run(config: RunConfig, console: Console, memory: int | None = None) -> 
         else:
             config = settle_beginning(with_size(config, info), info, find_gguf(config.teacher), console)
             shape = student_shape(config, info)
-        corpus = read_data(config, teacher, console)
+        corpus = read_data(config, teacher, console, inputs.take_entries())
         recipe = recipe_for(config.targets, teacher, console)
         with console.stage("Probe teacher") as stage:
             probe = _probe_teacher(teacher, corpus, recipe)

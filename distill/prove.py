@@ -17,11 +17,11 @@ from distill import losses
 from distill.errors import ProofFailed
 from distill.evaluation.scores import Scorer, llama_scorer, student_scorer
 from students.student import Student
-from teachers.base import Teacher, Tokens
+from teachers.base import Teacher, TokenizedLines, Tokens
 from teachers.errors import TeacherError
 from teachers.gguf_file import TeacherFileError
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.inheritance import TokenizedLines, first_sequences
+from teachers.inheritance import first_sequences
 
 PROOF_SEQUENCES = 16
 PROOF_TOKENS = 4096

@@ -20,11 +20,18 @@ import numpy as np
 
 from distill.config import RunConfig, parse_config
 from distill.errors import UserError
-from teachers.base import Tokens
-from teachers.inheritance import TokenizedLines
-from teachers.store import is_temporary, write_whole
+from teachers.base import TokenizedLines, Tokens
+from teachers.files import is_temporary, write_whole
 
 RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run keeps its things, as the user asked: none means the default."""
+
+    out: Path | None = None
+    store: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -60,22 +67,31 @@ class RunFolder:
         """Whether the run came to its end and its student is still there."""
         return self.results_file.exists() and self.gguf.exists() and self.tokenizer.exists()
 
+    def require_usable(self) -> None:
+        """See that the folder holds a run, or that one can begin in it; nothing in it is touched.
+
+        Raises:
+            UserError: it is a file or holds other files.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out {self.path} is a file; give a new or empty folder")
+        others = self.path.exists() and any(not is_temporary(path) for path in self.path.iterdir())
+        # After the listing: another process of the same launch may write its settings just now.
+        if others and not self.config_file.exists():
+            raise UserError(f"--out {self.path} holds other files; give a new or empty folder")
+
     def check(self, config: RunConfig) -> None:
         """See that the folder is, or can become, this run's; nothing in it is touched.
 
         Raises:
             UserError: it belongs to another run or holds other files.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--out {self.path} is a file; give a new or empty folder")
-        if self.config_file.exists():
-            if difference := _first_difference(self.read_config(), config):
-                raise UserError(
-                    f"--out {self.path} holds another run ({difference}); choose another folder. "
-                    "Nothing in it was changed"
-                )
-        elif self.path.exists() and any(not is_temporary(path) for path in self.path.iterdir()):
-            raise UserError(f"--out {self.path} holds other files; give a new or empty folder")
+        self.require_usable()
+        if self.config_file.exists() and (difference := _first_difference(self.read_config(), config)):
+            raise UserError(
+                f"--out {self.path} holds another run ({difference}); choose another folder. "
+                "Nothing in it was changed"
+            )
 
     def claim(self, config: RunConfig, identity: dict[str, str]) -> None:
         """Make the folder this run's, or see that it still is: same settings, teacher and soft targets.

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from distill.config import RunConfig
 from distill.console import Console
 from distill.errors import UserError
 from distill.exporting import metadata_entries
+from distill.prompt_set import PromptSet
 from distill.safety_prompts import (
-    BUILT_IN,
     TEACHER,
-    PromptSet,
     SafetyPrompt,
-    built_in_prompts,
     digest,
     prompt_tokens,
-    read_prompts,
     require_examples,
     split_by_scenario,
 )
@@ -38,31 +34,6 @@ class SafetyData:
     train: PromptSet
     validation: PromptSet
     test: PromptSet
-
-
-def read_safety_prompts(config: RunConfig) -> list[SafetyPrompt] | None:
-    """The prompts that the settings mean, without the teacher's labels yet; ``None`` where no head is wanted.
-
-    Raises:
-        UserError: the file cannot be used.
-    """
-    if not config.safety_head:
-        return None
-    safety = config.safety
-    if safety.prompts is not None and safety.labels != TEACHER:
-        raise UserError(
-            f"safety.prompts = {safety.prompts!r} is for safety.labels=teacher; a file with labels of its own is given "
-            "as safety.labels"
-        )
-    if safety.labels == BUILT_IN:
-        return built_in_prompts()
-    if safety.labels == TEACHER:
-        return (
-            built_in_prompts()
-            if safety.prompts is None
-            else read_prompts(Path(safety.prompts), labelled=False)
-        )
-    return read_prompts(Path(safety.labels))
 
 
 def labelled_prompts(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from distill.calibration import expected_calibration_error
-from students.heads import ALLOW, DECISIONS, ESCALATE, REFUSE, decide
+from students.decisions import ALLOW, DECISIONS, ESCALATE, REFUSE
+from students.heads import decide
 
 # What thresholds aim at. A little more than what is promised: validation prompts are few.
 REFUSE_RECALL, ALLOW_PRECISION, ESCALATE_PRECISION = 0.97, 0.97, 0.85

@@ -1,5 +1,7 @@
 """Prompts with a decision each: the built-in set, a user's file, or the teacher's own judgment; split, and as tokens.
 
+Without PyTorch: a file that cannot be used is refused before that is imported.
+
 A *scenario* is what a prompt is about. All prompts of a scenario go to the same side of the split, so that what is
 measured is how decisions carry over to other matters, not to other words for the same one.
 """
@@ -16,13 +18,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from distill.batches import padded
+from distill.config import RunConfig
 from distill.errors import UserError
-from distill.objective import Prompts
-from students.heads import DECISIONS
+from students.decisions import DECISIONS
 from teachers.base import Teacher, Tokens
 from teachers.conversation import request_tokens
 
@@ -31,11 +31,6 @@ TEACHER = "teacher"
 Part = Literal["train", "validation", "test"]
 SPLIT: tuple[Part, ...] = ("train", "validation", "train", "test", "train")  # of every five scenarios
 MAX_FILE_BYTES = 64 << 20
-CHANGED_SHARE = 0.2  # of a prompt's tokens, in training
-JOINED_SHARE = 0.5  # of the prompts
-JOINED_TOKENS = 128  # two prompts are joined up to this length, or that of the longest there is
-GRAVITY = np.arange(len(DECISIONS), dtype=np.float32)  # ALLOW 0, ESCALATE 1, REFUSE 2
-ORDER, VARIATION = 6, 7  # streams of random numbers
 
 
 @dataclass(frozen=True)
@@ -51,77 +46,6 @@ class SafetyPrompt:
     def decision(self) -> int:
         """The most probable decision, an index into ``DECISIONS``."""
         return int(np.argmax(self.label))
-
-
-class PromptSet:
-    """Tokenised prompts of one part of the split, and what training makes of them.
-
-    Training sees a prompt never twice alike: with others' words in place of some of its own, and now and then with
-    another prompt before or behind it, which then have the graver of their labels. What is left to learn from is what
-    prompts of a label have in common, not which prompt it is. The template around the words stays as it is.
-    """
-
-    def __init__(self, prompts: Sequence[SafetyPrompt], tokens: Sequence[Tokens], seed: int) -> None:
-        self.prompts = list(prompts)
-        self.tokens = list(tokens)
-        self.labels: NDArray[np.float32] = np.array([prompt.label for prompt in prompts], dtype=np.float32)
-        self.seed = seed
-        self.room = max(JOINED_TOKENS, *map(len, tokens))
-        before, behind = shared_ends(tokens)
-        self.before, self.behind = tokens[0][:before], tokens[0][len(tokens[0]) - behind :]
-        self.words = [row[before : len(row) - behind] for row in tokens]
-        self.all_words = np.concatenate(self.words)
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def batch(self, turn: int, count: int, place: int, places: int) -> Prompts:
-        """What micro-batch ``place`` of ``places`` gets of the ``count`` prompts that come together as turn ``turn``.
-
-        Over the places every prompt of the turn occurs once. A place that none falls to gets one that counts nothing,
-        so that every process takes part in the same computation.
-        """
-        numbers = range(turn * count, (turn + 1) * count)
-        mine = numbers[place::places]
-        weight = 1.0 / count if mine else 0.0
-        varied = [self.varied(number) for number in mine or numbers[:1]]
-        tokens, lengths = padded([row for row, _ in varied])
-        labels = torch.from_numpy(np.stack([label for _, label in varied]))
-        return Prompts(tokens, lengths, labels, torch.full((len(varied),), weight))
-
-    def varied(self, number: int) -> tuple[Tokens, NDArray[np.float32]]:
-        """Tokens and label ``[3]`` of the prompt that comes as number ``number`` in training, as it is seen there.
-
-        Each prompt passes once before any comes again.
-        """
-        turn, place = divmod(number, len(self))
-        index = int(self._order(turn)[place])
-        random = np.random.default_rng([self.seed, VARIATION, number])
-        words, label = self.words[index], self.labels[index]
-        if random.random() < JOINED_SHARE:
-            other = int(random.integers(len(self)))
-            both = [words, self.words[other]]
-            joined = np.concatenate(both if random.random() < 0.5 else both[::-1])
-            if len(joined) + len(self.before) + len(self.behind) <= self.room:
-                words = joined
-                label = max(label, self.labels[other], key=lambda chances: float(chances @ GRAVITY))
-        words = words.copy()
-        changed = random.random(len(words)) < CHANGED_SHARE
-        words[changed] = random.choice(self.all_words, int(changed.sum()))
-        return np.concatenate((self.before, words, self.behind)).astype(np.int32), label
-
-    def _order(self, turn: int) -> NDArray[np.int64]:
-        return np.random.default_rng([self.seed, ORDER, turn]).permutation(len(self))
-
-
-def shared_ends(rows: Sequence[Tokens]) -> tuple[int, int]:
-    """How many tokens all rows begin with, and how many they end with; at least one of each row is left."""
-    room = min(map(len, rows)) - 1
-    begins = np.stack([row[:room] for row in rows])
-    before = int((begins == begins[0]).all(axis=0).cumprod().sum())
-    room -= before
-    ends = np.stack([row[len(row) - room :][::-1] for row in rows])
-    return before, int((ends == ends[0]).all(axis=0).cumprod().sum())
 
 
 def built_in_prompts() -> list[SafetyPrompt]:
@@ -155,6 +79,40 @@ def read_prompts(path: Path, *, labelled: bool = True, divided: bool = True) -> 
     if labelled and divided:
         require_examples(prompts, str(path))
     return prompts
+
+
+def read_safety_prompts(config: RunConfig) -> list[SafetyPrompt] | None:
+    """The prompts that the settings mean, without the teacher's labels yet; ``None`` where no head is wanted.
+
+    Raises:
+        UserError: the file cannot be used.
+    """
+    if not config.safety_head:
+        return None
+    safety = config.safety
+    if safety.prompts is not None and safety.labels != TEACHER:
+        raise UserError(
+            f"safety.prompts = {safety.prompts!r} is for safety.labels=teacher; a file with labels of its own is given "
+            "as safety.labels"
+        )
+    if safety.labels == BUILT_IN:
+        return built_in_prompts()
+    if safety.labels == TEACHER:
+        return (
+            built_in_prompts()
+            if safety.prompts is None
+            else read_prompts(Path(safety.prompts), labelled=False)
+        )
+    return read_prompts(Path(safety.labels))
+
+
+def read_given(path: Path | None) -> list[SafetyPrompt] | None:
+    """The prompts of ``--safety-prompts``.
+
+    Raises:
+        UserError: the file cannot be used.
+    """
+    return None if path is None else read_prompts(path, divided=False)
 
 
 def require_examples(prompts: Sequence[SafetyPrompt], source: str) -> None:
@@ -237,6 +195,16 @@ def require_length(
             f"prompt {begin!r} has {len(tokens)} tokens{counted and ' '}{counted}, the {reader}'s context is "
             f"{context_length}; shorten it"
         )
+
+
+def require_words(prompt: str) -> None:
+    """See that there is something to judge.
+
+    Raises:
+        UserError: the prompt is empty.
+    """
+    if not prompt.strip():
+        raise UserError("the prompt is empty; write something to judge")
 
 
 def _parse(text: str, path: Path, *, labelled: bool) -> list[SafetyPrompt]:

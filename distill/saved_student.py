@@ -27,8 +27,8 @@ from students.export import MetadataEntry, write_tokenizer
 from students.lineage import Lineage
 from students.model import SO8TForCausalLM
 from students.student import Student
+from teachers.files import write_whole
 from teachers.gguf_file import Field, read_gguf, tokenizer_fields
-from teachers.store import write_whole
 from teachers.tokenizer_metadata import read_roles
 
 ADAPTER = "adapter.json"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from distill.console import Console
 from distill.safety_prompts import SafetyPrompt, digest, require_examples, require_length, with_labels
-from students.heads import DECISIONS
+from students.decisions import DECISIONS
 from teachers.base import Progress, Teacher, Tokens
 from teachers.conversation import request_tokens
 from teachers.store import SoftTargetStore

@@ -10,6 +10,7 @@ from teachers import example_teacher
 from teachers.base import Teacher
 from teachers.gguf_file import Field, read_gguf, tokenizer_fields
 from teachers.gguf_teacher import GGUFTeacher
+from teachers.model_folder import check_folder
 
 
 def teacher_paths(config: TeacherConfig) -> list[Path]:
@@ -53,21 +54,47 @@ def require_gguf(config: TeacherConfig) -> None:
         )
 
 
+def require_teachers(config: TeacherConfig) -> None:
+    """See that every teacher can be read, as far as a file's header and a folder's files say.
+
+    Raises:
+        UserError, TeacherFileError: one cannot be used, or with other settings only.
+    """
+    _require_fitting(config)
+    for path in teacher_paths(config):
+        if path.is_dir():
+            check_folder(path)
+        else:
+            read_gguf(path)
+
+
+def _require_fitting(config: TeacherConfig) -> None:
+    """See that the settings are of teachers like these.
+
+    Raises:
+        UserError: they are not.
+    """
+    if config.weights and not config.mix_with:
+        raise UserError("teacher.weights is for several teachers; name the others in teacher.mix_with")
+    for path in teacher_paths(config):
+        if config.load_in_4bit and not path.is_dir():
+            raise UserError(
+                f"teacher.load_in_4bit is for transformers folders; {path} is already as it is quantised"
+            )
+
+
 def open_teacher(config: TeacherConfig) -> Teacher:
     """Load the teacher, or all of them; close it after use.
 
     Raises:
         UserError, TeacherFileError, TeacherError, EnsembleError: it cannot be used.
     """
+    _require_fitting(config)
     members: list[Teacher] = []
     try:
         for path in teacher_paths(config):
             members.append(_open_one(path, config))
         if len(members) == 1:
-            if config.weights:
-                raise UserError(
-                    "teacher.weights is for several teachers; name the others in teacher.mix_with"
-                )
             return members[0]
         from teachers.ensemble import EnsembleTeacher
 
@@ -83,8 +110,4 @@ def _open_one(path: Path, config: TeacherConfig) -> Teacher:
         from teachers.huggingface import HuggingFaceTeacher
 
         return HuggingFaceTeacher(path, load_in_4bit=config.load_in_4bit)
-    if config.load_in_4bit:
-        raise UserError(
-            f"teacher.load_in_4bit is for transformers folders; {path} is already as it is quantised"
-        )
     return GGUFTeacher(path, gpu_layers=config.gpu_layers)

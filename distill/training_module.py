@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
@@ -14,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from distill.config import TrainConfig
+from distill.launched import fsdp_is_asked_for
 from distill.objective import Objective
 from students.student import Student
 
@@ -52,11 +52,6 @@ def choose_precision(config: TrainConfig, width: int, device: torch.device) -> s
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether the launcher asked for FSDP (``accelerate launch --use_fsdp``)."""
     return accelerator.num_processes > 1 and fsdp_is_asked_for()
-
-
-def fsdp_is_asked_for() -> bool:
-    """Whether the launcher's settings say FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def wrap(accelerator: Accelerator, module: TrainingModule) -> nn.Module:

@@ -12,7 +12,8 @@ from gguf import TokenType
 
 from distill.errors import UserError
 from teachers.gguf_file import Field, TeacherFileError
-from teachers.huggingface_folder import ModelFolder, load_tokenizer
+from teachers.huggingface_folder import load_tokenizer
+from teachers.model_folder import ModelFolder
 from teachers.tokenizer_metadata import TokenizerConversionError, read_roles, read_tokens, token_text
 
 # Names that converters and model makers give to rows without a token: [PAD32011], <unused7>, <|reserved_9|>, …

@@ -1,21 +1,34 @@
 """The SO8T student: SO(8) gates, the decoder, its construction, folding and GGUF export.
 
 Importing this package registers the architecture with transformers, so that
-``AutoModelForCausalLM.from_pretrained`` loads a saved student.
+``AutoModelForCausalLM.from_pretrained`` loads a saved student; transformers and PyTorch are not
+imported for that (see ``students.registration``).
 """
 
+from __future__ import annotations
+
 import logging
+from typing import TYPE_CHECKING, Any
+
+from students.registration import register_with_transformers
+
+if TYPE_CHECKING:
+    from students.config import SO8TConfig
+    from students.model import SO8TForCausalLM
 
 # On some CPUs bitsandbytes, which transformers loads through peft, advises a package that fetches compiled code from
 # the network.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
-
-from students.config import SO8TConfig  # noqa: E402
-from students.model import SO8TForCausalLM  # noqa: E402
-
-AutoConfig.register("so8t", SO8TConfig)
-AutoModelForCausalLM.register(SO8TConfig, SO8TForCausalLM)
-
 __all__ = ["SO8TConfig", "SO8TForCausalLM"]
+
+register_with_transformers()
+
+
+def __getattr__(name: str) -> Any:
+    """The package's two classes, imported when they are asked for (PEP 562)."""
+    if name in __all__:
+        from students import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

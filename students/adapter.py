@@ -29,6 +29,7 @@ from students.adapter_base import (
 from students.gated_projection import TURNS, StartingGate, add_gate, turn
 from students.heads import DEFAULT_THRESHOLDS, DEFAULT_TRUST, SafetyHead, VerificationHead
 from students.model import SO8TOutput
+from students.shape import GROUP
 from students.student import Student
 
 ROTATION_INIT_STD = 0.05  # radians, as SO8TConfig has it
@@ -235,7 +236,7 @@ def adapt(
         layers: Any = student.layers()
         for layer in layers:
             there = layer.self_attn.o_proj.lora_A[ADAPTER].weight.device
-            add_gate(layer.self_attn, StartingGate(width // so8.GROUP, ROTATION_INIT_STD).to(there))
+            add_gate(layer.self_attn, StartingGate(width // GROUP, ROTATION_INIT_STD).to(there))
         # Last, so that the other weights of a seed are the same with and without them.
         if safety_head:
             student.safety_head = SafetyHead(config.hidden_size).to(student.device)

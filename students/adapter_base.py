@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from students import so8
+from students.shape import GROUP
 
 MODEL_TYPES = ("llama", "phi3", "qwen2", "qwen3")
 PROJECTIONS = (
@@ -85,9 +85,9 @@ def check_base(base: Any, vocab_size: int) -> int:
                     f"layer {number}: {name} is {module.weight.dtype}; load the base in NF4 or unquantised"
                 )
     width: int = base.model.layers[0].self_attn.o_proj.in_features
-    if width % so8.GROUP:
+    if width % GROUP:
         raise ValueError(
-            f"the base's attention output is {width} wide, which is not divisible by {so8.GROUP}: the SO(8) gates "
+            f"the base's attention output is {width} wide, which is not divisible by {GROUP}: the SO(8) gates "
             "need whole blocks; use another base"
         )
     return width

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from students.heads import DEFAULT_THRESHOLDS, DEFAULT_TRUST
-from students.so8 import GROUP
+from students.shape import GROUP
 
 
 class SO8TConfig(PretrainedConfig):
@@ -129,3 +129,9 @@ class SO8TConfig(PretrainedConfig):
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+
+
+# A configuration is registered together with its model, also where this module is the first that is
+# imported: the hook of ``students.registration`` leaves it to this line then, which stands last as
+# the model needs the class above.
+import students.model  # noqa: E402, F401

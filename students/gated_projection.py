@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from students import so8
 from students.model import SO8Gate
+from students.shape import GROUP
 
 TURNS = "so8_turns"  # the keyword that takes every layer's turn through the decoder to its attention
 
@@ -45,10 +46,10 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
         ValueError: the vectors are not 8 × the number of blocks wide.
     """
     blocks = turn.shape[0]
-    if x.shape[-1] != blocks * so8.GROUP:
-        raise ValueError(f"the input is {x.shape[-1]} wide; {blocks} rotations need {blocks * so8.GROUP}")
+    if x.shape[-1] != blocks * GROUP:
+        raise ValueError(f"the input is {x.shape[-1]} wide; {blocks} rotations need {blocks * GROUP}")
     with so8.full_precision(x):
-        split = x.reshape(-1, blocks, so8.GROUP).to(turn.dtype).transpose(0, 1)  # [N, tokens, 8]
+        split = x.reshape(-1, blocks, GROUP).to(turn.dtype).transpose(0, 1)  # [N, tokens, 8]
         return torch.bmm(split, turn.mT).transpose(0, 1).reshape(x.shape).to(x.dtype)
 
 

@@ -14,18 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from students.decisions import ALLOW, DECISIONS, ESCALATE, REFUSE, SAFETY_KEYS, VERIFICATION_KEYS
 from students.so8 import full_precision
 
-DECISIONS = ("ALLOW", "ESCALATE", "REFUSE")
-ALLOW, ESCALATE, REFUSE = range(3)
 VERIFICATION_UNITS = 64
 DEFAULT_THRESHOLDS = (0.5, 0.5)
 DEFAULT_TRUST = 0.5
 MOST_CERTAIN = 13.8155  # log-odds of a probability of 1 − 10⁻⁶: nothing counts as more certain
 GREATEST_LEAD = 100.0
-
-_SAFETY = "so8t.safety."
-_VERIFICATION = "so8t.verification."
 
 
 class HeadError(ValueError):
@@ -121,19 +117,19 @@ def head_values(heads: Heads) -> dict[str, list[float] | list[str] | float | int
     """Both heads as the values of GGUF keys; matrices row by row."""
     values: dict[str, list[float] | list[str] | float | int] = {}
     if heads.safety is not None:
-        values[_SAFETY + "labels"] = list(DECISIONS)
-        values[_SAFETY + "weight"] = _numbers(heads.safety.linear.weight)
-        values[_SAFETY + "bias"] = _numbers(heads.safety.linear.bias)
-        values[_SAFETY + "thresholds"] = list(heads.thresholds)
+        values[SAFETY_KEYS + "labels"] = list(DECISIONS)
+        values[SAFETY_KEYS + "weight"] = _numbers(heads.safety.linear.weight)
+        values[SAFETY_KEYS + "bias"] = _numbers(heads.safety.linear.bias)
+        values[SAFETY_KEYS + "thresholds"] = list(heads.thresholds)
     if heads.verification is not None:
         head = heads.verification
-        values[_VERIFICATION + "units"] = head.hidden.out_features
-        values[_VERIFICATION + "hidden.weight"] = _numbers(head.hidden.weight)
-        values[_VERIFICATION + "hidden.bias"] = _numbers(head.hidden.bias)
-        values[_VERIFICATION + "output.weight"] = _numbers(head.output.weight)
-        values[_VERIFICATION + "output.bias"] = _numbers(head.output.bias)
-        values[_VERIFICATION + "certainty"] = _numbers(head.certainty)
-        values[_VERIFICATION + "trust"] = heads.trust
+        values[VERIFICATION_KEYS + "units"] = head.hidden.out_features
+        values[VERIFICATION_KEYS + "hidden.weight"] = _numbers(head.hidden.weight)
+        values[VERIFICATION_KEYS + "hidden.bias"] = _numbers(head.hidden.bias)
+        values[VERIFICATION_KEYS + "output.weight"] = _numbers(head.output.weight)
+        values[VERIFICATION_KEYS + "output.bias"] = _numbers(head.output.bias)
+        values[VERIFICATION_KEYS + "certainty"] = _numbers(head.certainty)
+        values[VERIFICATION_KEYS + "trust"] = heads.trust
     return values
 
 
@@ -145,27 +141,27 @@ def read_heads(values: Mapping[str, Any], width: int) -> Heads:
     """
     safety = verification = None
     thresholds, trust = DEFAULT_THRESHOLDS, DEFAULT_TRUST
-    if any(key.startswith(_SAFETY) for key in values):
-        if values.get(_SAFETY + "labels") != list(DECISIONS):
+    if any(key.startswith(SAFETY_KEYS) for key in values):
+        if values.get(SAFETY_KEYS + "labels") != list(DECISIONS):
             raise HeadError(
-                f"{_SAFETY}labels is {repr(values.get(_SAFETY + 'labels'))[:60]}, not {', '.join(DECISIONS)}"
+                f"{SAFETY_KEYS}labels is {repr(values.get(SAFETY_KEYS + 'labels'))[:60]}, not {', '.join(DECISIONS)}"
             )
         safety = SafetyHead(width)
-        _fill(safety.linear.weight, values, _SAFETY + "weight")
-        _fill(safety.linear.bias, values, _SAFETY + "bias")
-        refuse, allow = _shares(values, _SAFETY + "thresholds", 2)
+        _fill(safety.linear.weight, values, SAFETY_KEYS + "weight")
+        _fill(safety.linear.bias, values, SAFETY_KEYS + "bias")
+        refuse, allow = _shares(values, SAFETY_KEYS + "thresholds", 2)
         thresholds = (refuse, allow)
-    if any(key.startswith(_VERIFICATION) for key in values):
-        units = values.get(_VERIFICATION + "units")
+    if any(key.startswith(VERIFICATION_KEYS) for key in values):
+        units = values.get(VERIFICATION_KEYS + "units")
         if not isinstance(units, int) or isinstance(units, bool) or not 1 <= units <= 1 << 16:
-            raise HeadError(f"{_VERIFICATION}units is {units!r}, not a number of hidden units")
+            raise HeadError(f"{VERIFICATION_KEYS}units is {units!r}, not a number of hidden units")
         _floats(
-            values, _VERIFICATION + "hidden.weight", units * width
+            values, VERIFICATION_KEYS + "hidden.weight", units * width
         )  # before anything of that size is made
         verification = VerificationHead(width, units)
         for name, parameter in verification.named_parameters():
-            _fill(parameter, values, _VERIFICATION + name)
-        key = _VERIFICATION + "trust"
+            _fill(parameter, values, VERIFICATION_KEYS + name)
+        key = VERIFICATION_KEYS + "trust"
         trust = _shares({key: [values.get(key)]}, key, 1)[0]
     return Heads(safety, verification, thresholds, trust)
 

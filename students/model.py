@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -24,6 +31,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from students import so8
 from students.config import SO8TConfig
 from students.heads import SafetyHead, VerificationHead
+from students.shape import PARAMETERS_PER_BLOCK
 from students.student import Student
 
 SHORT_ON_CPU = (
@@ -78,8 +86,8 @@ class SO8Gate(nn.Module):
 
     def __init__(self, blocks: int) -> None:
         super().__init__()
-        self.safety = nn.Parameter(torch.zeros(blocks, so8.PARAMETERS_PER_BLOCK))
-        self.command = nn.Parameter(torch.zeros(blocks, so8.PARAMETERS_PER_BLOCK))
+        self.safety = nn.Parameter(torch.zeros(blocks, PARAMETERS_PER_BLOCK))
+        self.command = nn.Parameter(torch.zeros(blocks, PARAMETERS_PER_BLOCK))
 
     def forward(self) -> Tensor:
         """Return ``[2, N, 8, 8]``: R_safe and R_cmd of every block, exact rotations in float32."""
@@ -305,3 +313,8 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin, Student):
         if self.config.tie_word_embeddings:
             weights.pop("lm_head.weight")
         return weights
+
+
+# ``students.registration`` sees that this module is imported when transformers is.
+AutoConfig.register("so8t", SO8TConfig)
+AutoModelForCausalLM.register(SO8TConfig, SO8TForCausalLM)

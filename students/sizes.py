@@ -1,4 +1,4 @@
-"""From what a user asks for, ``512x4``, ``25%`` or ``50M``, to the width and depth of a student.
+"""From a number of parameters to the width and depth of a student.
 
 Parameters are those of the exported file: the gates are folded away at export. Letters: D width, L layers, V
 vocabulary, H heads, K key/value heads, W head width, F feed-forward width.
@@ -7,60 +7,16 @@ vocabulary, H heads, K key/value heads, W head width, F feed-forward width.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from students.builder import MAX_LAYERS, MAX_WIDTH, StudentSize, parse_size
-from students.config import SO8TConfig
-from students.so8 import GROUP, PARAMETERS_PER_BLOCK
+from students.shape import GROUP, MAX_LAYERS, MAX_WIDTH, PARAMETERS_PER_BLOCK, StudentSize
+
+if TYPE_CHECKING:
+    from students.config import SO8TConfig
 
 TOLERANCE = 0.05  # how far from the number asked for a student may be before its proportions count
-UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
-MAX_BUDGET = 10**12
-FORMS = (
-    "write WIDTHxLAYERS, a share of the teacher's parameters or their number, for example 512x4, 25% or 50M"
-)
-
-
-@dataclass(frozen=True)
-class Share:
-    """A student with this share of the teacher's parameters, between 0 and 1."""
-
-    share: float
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A student with this many parameters."""
-
-    parameters: int
-
-
-def parse_request(text: str) -> StudentSize | Share | Budget:
-    """Read a size as a user writes it.
-
-    Raises:
-        ValueError: none of the three forms, or a share or number that no student can have.
-    """
-    match = re.fullmatch(r"\s*([0-9]{1,12}(?:\.[0-9]{1,12})?)\s*([%KMBkmb])\s*", text)
-    if match is None:
-        if re.fullmatch(r"\s*[0-9]+\s*[xX×]\s*[0-9]+\s*", text):
-            return parse_size(text)
-        raise ValueError(f"student size {text!r} is not one; {FORMS}")
-    number, unit = float(match[1]), match[2].upper()
-    if unit == "%":
-        if not 0 < number < 100:
-            raise ValueError(
-                f"student size {text!r}: a share lies between 0% and 100%; write for example 25%"
-            )
-        return Share(number / 100)
-    parameters = round(number * UNITS[unit])
-    if not 1 <= parameters <= MAX_BUDGET:
-        raise ValueError(
-            f"student size {text!r} is out of range: 1 to {MAX_BUDGET // UNITS['B']}B parameters"
-        )
-    return Budget(parameters)
 
 
 def layer_parameters(config: SO8TConfig, *, gates: bool = False) -> int:

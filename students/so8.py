@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GROUP = 8
-PARAMETERS_PER_BLOCK = GROUP * (GROUP - 1) // 2
+from students.shape import GROUP, PARAMETERS_PER_BLOCK
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 from students.heads import Heads, SafetyHead, VerificationHead
 
 if TYPE_CHECKING:  # students.model derives its own student from this one
+    from transformers import Cache
+
     from students.model import SO8Gate, SO8TOutput
 
 

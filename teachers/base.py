@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from teachers.records import Recipe
-from teachers.sketch import Basis
-from teachers.soft_targets import Arrays
+if TYPE_CHECKING:  # PyTorch's
+    from teachers.recipe import Recipe
+    from teachers.sketch import Basis
+    from teachers.soft_targets import Arrays
 
 Tokens = NDArray[np.int32]
 Floats = NDArray[np.float32]
@@ -100,6 +101,14 @@ class TeacherInfo:
     sha256: str
     tokenizer_sha256: str
     shape: TeacherShape = TeacherShape()
+
+
+@dataclass(frozen=True)
+class TokenizedLines:
+    """Texts and the ids the teacher's own tokenizer gives them (control tokens parsed, BOS as it wants)."""
+
+    texts: list[str]
+    tokens: list[Tokens]
 
 
 Self = TypeVar("Self")

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from teachers.base import Progress, Sampling, Teacher, Tokens
-from teachers.records import Recipe
+from teachers.files import is_held
+from teachers.recipe import Recipe
+from teachers.share import WHOLE, Share
 from teachers.sketch import (
     FIT_LEAST,
     FIT_POSITIONS,
@@ -23,7 +25,7 @@ from teachers.sketch import (
     tail_metric,
 )
 from teachers.soft_targets import OutputHead
-from teachers.store import Companion, SoftTargetStore, is_held
+from teachers.store import Companion, SoftTargetStore
 
 Report = Callable[[int, str], None]
 """Called with the number of finished sequences (over the whole store) and what is being done."""
@@ -67,17 +69,6 @@ class CaptureSummary:
 
 
 _linear: WeakSet[Teacher] = WeakSet()  # teachers whose output has been found to be a matrix product
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which shards this process writes: those whose number leaves ``rank`` when divided by ``world``."""
-
-    rank: int = 0
-    world: int = 1
-
-
-WHOLE = Share()
 
 
 def capture(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from teachers.records import Recipe
+from teachers.recipe import Recipe
 from teachers.sketch import Basis
 from teachers.soft_targets import Arrays, OutputHead
 

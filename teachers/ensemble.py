@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teachers.base import Floats, Progress, Sampling, Teacher, TeacherInfo, Tokens, speak_then_score
-from teachers.records import Answer, Recipe, reduce
+from teachers.recipe import Recipe
+from teachers.records import Answer, reduce
 from teachers.sketch import Basis
 from teachers.soft_targets import Arrays
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
-import torch
 from gguf import GGUFValueType
 from numpy.typing import NDArray
 
@@ -18,11 +18,12 @@ from teachers.base import Floats, Progress, Sampling, TeacherInfo, TeacherShape,
 from teachers.errors import RequestRefused
 from teachers.gguf_file import GGUFFile, file_sha256, read_gguf, tokenizer_sha256
 from teachers.interruption import uninterrupted
-from teachers.records import Recipe
-from teachers.sketch import Basis
-from teachers.soft_targets import Arrays
-from teachers.wire import pack_ragged, unpack_ragged
+from teachers.wire import Arrays, pack_ragged, unpack_ragged
 from teachers.worker import Worker
+
+if TYPE_CHECKING:
+    from teachers.recipe import Recipe
+    from teachers.sketch import Basis
 
 
 def readable(value: object, default: str) -> str:
@@ -59,6 +60,13 @@ def _quiet(done: int) -> None:
     """Progress that nobody watches."""
 
 
+def _usual_threads() -> int:
+    """PyTorch's count: the physical cores that this process may use, which suits llama.cpp too."""
+    import torch  # not before a file that is none is refused: it takes seconds
+
+    return torch.get_num_threads()
+
+
 class GGUFTeacher:
     """Runs a GGUF file through llama.cpp in a process of its own. Use as a context manager."""
 
@@ -71,8 +79,7 @@ class GGUFTeacher:
             LibraryError: llama.cpp does not work on this machine.
         """
         self.file: GGUFFile = read_gguf(path)
-        # PyTorch's count is the number of physical cores this process may use, which suits llama.cpp too.
-        self.threads = threads or torch.get_num_threads()
+        self.threads = threads or _usual_threads()
         self.gpu_layers = gpu_layers
         types = {tensor.type.name for tensor in self.file.tensors.values()}
         self.worker = Worker(path, threads=self.threads, gpu_layers=gpu_layers, types=types)

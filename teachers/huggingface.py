@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 from teachers.base import Floats, Progress, Sampling, TeacherInfo, TeacherShape, Tokens, speak_then_score
 from teachers.errors import RequestRefused, TeacherError
 from teachers.gguf_file import TeacherFileError
-from teachers.huggingface_folder import TOKENIZER, ModelFolder, check_folder, load_model, load_tokenizer
+from teachers.huggingface_folder import load_model, load_tokenizer
 from teachers.huggingface_model import LoadedModel, batches, require_finite
 from teachers.huggingface_speech import Decoder, SpeechError, speak
-from teachers.records import Recipe, reduce
+from teachers.model_folder import TOKENIZER, ModelFolder, check_folder
+from teachers.recipe import Recipe
+from teachers.records import reduce
 from teachers.sketch import Basis
 from teachers.soft_targets import Arrays
 

@@ -15,11 +15,12 @@ import numpy as np
 from gguf import GGUFValueType
 from numpy.typing import NDArray
 
-from teachers.base import Teacher, TeacherInfo, TeacherShape, Tokens
+from teachers.base import Teacher, TeacherInfo, TeacherShape, TokenizedLines, Tokens
 from teachers.embeddings import principal_scores
+from teachers.files import StoreError
 from teachers.gguf_file import Field, GGUFFile, tokenizer_fields
 from teachers.soft_targets import Arrays
-from teachers.store import SoftTargetStore, StoreError
+from teachers.store import SoftTargetStore
 
 TEACHER = "teacher.safetensors"
 LINE_SEQUENCES = 64
@@ -38,14 +39,6 @@ ABOUT = (
 )
 ABOUT_CHARACTERS = 500  # of one text that a teacher's file says about itself
 COUNTS = ("parameters", "vocab_size", "width", "layers", "context_length")
-
-
-@dataclass(frozen=True)
-class TokenizedLines:
-    """Texts and the ids the teacher's own tokenizer gives them (control tokens parsed, BOS as it wants)."""
-
-    texts: list[str]
-    tokens: list[Tokens]
 
 
 @dataclass(frozen=True)

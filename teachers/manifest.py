@@ -8,14 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teachers.records import Recipe
+from teachers.files import StoreError, is_temporary
+from teachers.recipe import Recipe
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-
-
-class StoreError(ValueError):
-    """A store that cannot be used as asked; the message names the folder, the reason and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -88,3 +85,16 @@ def difference(found: Manifest, wanted: Manifest) -> str:
     if found.sequences != wanted.sequences:
         return f"{found.sequences} sequences, not {wanted.sequences}"
     return f"{found.sequences_per_shard} sequences per shard, not {wanted.sequences_per_shard}"
+
+
+def require_store_folder(folder: Path) -> bool:
+    """See that a folder is a store or can become one; returns whether it is one.
+
+    Raises:
+        StoreError: it holds other files.
+    """
+    others = [path for path in folder.iterdir() if not is_temporary(path)] if folder.is_dir() else []
+    there = (folder / MANIFEST).exists()  # after the listing: another process may write it just now
+    if others and not there:
+        raise StoreError(f"store folder {folder} holds other files; choose an empty or new folder")
+    return there

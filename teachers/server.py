@@ -18,7 +18,7 @@ from teachers.wire import Arrays, pack_ragged, read_frame, unpack_ragged, write_
 
 if TYPE_CHECKING:
     from teachers.llama_cpp import Outputs
-    from teachers.records import Recipe
+    from teachers.recipe import Recipe
     from teachers.sketch import Basis
 
 Answer = tuple[dict[str, Any], Arrays]
@@ -215,7 +215,7 @@ class Server:
 
 def _recipe(request: dict[str, Any], arrays: Arrays) -> tuple[Recipe | None, dict[str, Basis]]:
     """What a request wants to be kept, and how hidden states are encoded for it."""
-    from teachers.records import Recipe
+    from teachers.recipe import Recipe
     from teachers.sketch import Basis
 
     if request.get("recipe") is None:

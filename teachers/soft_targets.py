@@ -22,15 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from teachers.recipe import NODES
+
 Arrays = dict[str, NDArray[np.generic]]
 
 LOGITS_TOGETHER = 1 << 18  # looked at together: 1 MB, which stays in a core's own cache
 EMPTY_TAIL = -1e4  # log of a tail in which no token has any probability
-KINDS = ("compact", "hidden", "dense")
-# 1/T at which the tail's mass is stored: T = 6, 3, 2, 1.5, 1.2, 1. It is log(V − K) at 1/T = 0 whatever the
-# teacher, so seven points of a smooth convex function are known on [0, 1]; a polynomial through them gives the
-# mass at every T ≥ 1.
-NODES = (1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0)
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,10 @@ over its arrays and the store's key, so it proves itself and writers need no com
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
@@ -26,68 +23,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from teachers.companion import Companion
-from teachers.manifest import MANIFEST, Manifest, StoreError, difference, read_manifest
+from teachers.files import LOCK, StoreError, is_temporary, write_whole
+from teachers.manifest import MANIFEST, Manifest, difference, read_manifest, require_store_folder
 from teachers.records import Targets, array_names, typed
 from teachers.soft_targets import Arrays
 
 COMPANION = "companion.safetensors"
-LOCK = ".lock"
 Tokens = NDArray[np.int32]
-
-
-@contextmanager
-def exclusive(folder: Path, rank: int = 0) -> Iterator[None]:
-    """Hold a folder for this process alone; the lock ends with the process, however it ends.
-
-    Processes of one launch that share the work hold it under their ``rank``, one each.
-
-    Raises:
-        StoreError: another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / (f"{LOCK}.{rank}" if rank else LOCK))
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise StoreError(
-            f"{folder} is in use by another process; wait for it or choose another folder"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def is_held(folder: Path) -> bool:
-    """Whether a process holds the folder (the first of its launch, if there are several)."""
-    lock = filelock.FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        return True
-    lock.release()
-    return False
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it appears complete or not at all, also when the machine stops."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a failing write() does not say where
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def is_temporary(path: Path) -> bool:
-    """Whether a file is a lock, or what a killed writer may leave behind."""
-    return path.name.startswith(LOCK) or (path.name.startswith(".") and ".tmp" in path.name)
 
 
 class SoftTargetStore:
@@ -108,11 +50,8 @@ class SoftTargetStore:
         Raises:
             StoreError: the folder holds a store made from something else, or other files.
         """
-        others = [path for path in folder.iterdir() if not is_temporary(path)] if folder.is_dir() else []
-        # Another process of the same launch may have begun the store a moment ago: looked for after the listing.
-        if not (folder / MANIFEST).exists():
-            if others:
-                raise StoreError(f"store folder {folder} holds other files; choose an empty or new folder")
+        # Another process of the same launch may have begun the store a moment ago.
+        if not require_store_folder(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / MANIFEST, manifest.to_json().encode())
         found = read_manifest(folder)

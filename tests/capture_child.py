@@ -20,10 +20,13 @@ from typing import Any
 import numpy as np
 
 from teachers.base import Progress, Sampling, Teacher, Tokens
-from teachers.capture import Share, capture
+from teachers.capture import capture
+from teachers.files import exclusive
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.records import Recipe
-from teachers.store import Manifest, SoftTargetStore, exclusive
+from teachers.manifest import Manifest
+from teachers.recipe import Recipe
+from teachers.share import Share
+from teachers.store import SoftTargetStore
 
 SEQUENCES, PER_SHARD = 14, 4
 RECIPE = Recipe(num_topk=6, sketch_bytes=24)

@@ -20,18 +20,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="distill-tests-")
 
 from distill.exporting import tokenizer_entries
-from students.builder import StudentSize, build_student, student_config
+from students.builder import build_student, student_config
 from students.export import ExportNames, write_gguf
 from students.model import SO8TForCausalLM
+from students.shape import StudentSize
 from teachers import example_teacher
 from teachers.base import Floats, Progress, TeacherInfo, Tokens
 from teachers.capture import fit_companion
 from teachers.gguf_file import read_gguf
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.records import Answer, Recipe, Targets, reduce
+from teachers.manifest import Manifest
+from teachers.recipe import Recipe
+from teachers.records import Answer, Targets, reduce
 from teachers.sketch import Basis
 from teachers.soft_targets import Arrays, CompactTargets, DenseTargets, HiddenTargets, OutputHead
-from teachers.store import Manifest, SoftTargetStore
+from teachers.store import SoftTargetStore
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 

@@ -23,7 +23,8 @@ from students.adapter import AdaptedStudent, adapt
 from students.adapter_base import AdapterSettings
 from students.gated_projection import GatedProjection, StartingGate, rotate, turn
 from students.heads import certainty
-from teachers.huggingface_folder import ModelFolder, load_model
+from teachers.huggingface_folder import load_model
+from teachers.model_folder import ModelFolder
 
 KINDS = ("llama", "phi3", "qwen2", "qwen3")
 ROWS, VOCAB = 104, 96  # the bases have more rows than the teacher has tokens

@@ -27,9 +27,8 @@ from distill.adapter_memory import (
     how_to_fit,
     memory_of,
     memory_rows,
-    parse_memory,
 )
-from distill.config import RunConfig, parse_config
+from distill.config import RunConfig, parse_config, parse_memory
 from distill.head_loss import chunked_head_loss
 from stability.snapshot import Keeper
 from students.adapter import AdaptedStudent, adapt

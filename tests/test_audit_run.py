@@ -31,8 +31,8 @@ from distill.engine import Loop, train
 from distill.guarding import write_events
 from distill.judge import Judgment
 from distill.metrics import MetricsFile
-from distill.pipeline import Places, run
-from distill.run_folder import RunFolder
+from distill.pipeline import run
+from distill.run_folder import Places, RunFolder
 from stability import Event
 from teachers.gguf_teacher import GGUFTeacher
 from tests.test_run import small_config

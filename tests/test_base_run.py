@@ -24,8 +24,8 @@ from distill.engine import train
 from distill.errors import UserError
 from distill.export_run import export_run
 from distill.judge import Judge
-from distill.pipeline import Places, run
-from distill.run_folder import RunFolder
+from distill.pipeline import run
+from distill.run_folder import Places, RunFolder
 from distill.saved_student import load_student, save_plain
 from students.adapter import BASE, AdaptedStudent
 from students.adapter_merge import merge

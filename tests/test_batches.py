@@ -13,7 +13,7 @@ from distill.batches import MAX_HELD_OUT, epoch_order, load_batch, micro_batches
 from distill.config import TrainConfig
 from distill.errors import UserError
 from distill.schedule import build_optimizer, build_schedule, peak_learning_rate
-from teachers.records import Recipe
+from teachers.recipe import Recipe
 from teachers.soft_targets import CompactTargets, DenseTargets, HiddenTargets
 from teachers.store import SoftTargetStore
 from tests.conftest import BigramTeacher, make_student, write_store

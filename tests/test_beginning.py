@@ -21,16 +21,18 @@ from distill.held_out import HeldOutScore, held_out_score
 from distill.launch import Launch
 from distill.new_student import student_shape, with_size
 from distill.objective import Objective
-from distill.pipeline import Places, run, train_from_store
+from distill.pipeline import run, train_from_store
+from distill.run_folder import Places
 from distill.training_module import TrainingModule
-from students.builder import StudentSize, build_student, student_config
+from students.builder import build_student, student_config
 from students.model import SO8TForCausalLM
+from students.shape import StudentSize
 from teachers import example_teacher
 from teachers.base import TeacherInfo
-from teachers.capture import WHOLE
 from teachers.gguf_file import GGUFFile
 from teachers.inheritance import Inheritance
 from teachers.llama_weights import NotALlama
+from teachers.share import WHOLE
 from teachers.store import SoftTargetStore
 
 SHORT = [

@@ -9,8 +9,9 @@ import pytest
 from distill.config import load_config
 from distill.errors import UserError
 from distill.new_student import student_shape
-from students.builder import ChosenShape, StudentSize, TeacherLikeness, attention_shape, student_config
+from students.builder import student_config
 from students.config import SO8TConfig
+from students.shape import ChosenShape, StudentSize, TeacherLikeness, attention_shape
 from teachers.base import TeacherShape
 from tests.conftest import BigramTeacher
 

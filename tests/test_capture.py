@@ -21,10 +21,14 @@ from distill.console import Console
 from teachers import capture as capture_module
 from teachers import example_teacher
 from teachers import store as store_module
-from teachers.capture import CaptureError, CaptureSummary, Share, capture, require_linear_output
+from teachers.capture import CaptureError, CaptureSummary, capture, require_linear_output
+from teachers.files import StoreError, exclusive, is_temporary
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.records import Recipe, typed
-from teachers.store import COMPANION, MANIFEST, SoftTargetStore, StoreError, exclusive, is_temporary
+from teachers.manifest import MANIFEST
+from teachers.recipe import Recipe
+from teachers.records import typed
+from teachers.share import Share
+from teachers.store import COMPANION, SoftTargetStore
 from tests.capture_child import PER_SHARD, RECIPE, SEQUENCES, Source, begin
 from tests.conftest import Bent
 

@@ -12,10 +12,10 @@ from distill.config import TargetsConfig, load_config
 from distill.console import Console
 from distill.errors import UserError
 from teachers.base import TeacherInfo
-from teachers.capture import Share
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.inheritance import TEACHER, need_inheritance
-from teachers.records import Recipe
+from teachers.recipe import Recipe
+from teachers.share import Share
 from tests.conftest import Bent
 
 

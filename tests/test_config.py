@@ -8,7 +8,8 @@ import pytest
 
 from distill.config import RunConfig, load_config, parse_quants
 from distill.errors import UserError
-from students.builder import StudentSize, default_size, parse_size, student_config
+from students.builder import student_config
+from students.shape import StudentSize, default_size, parse_size
 
 
 def test_defaults_are_those_of_the_documented_formula() -> None:

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from accelerate import PartialState
 
-from teachers.records import Recipe
+from teachers.recipe import Recipe
 from tests import train_child
 from tests.conftest import BigramTeacher, write_store
 

@@ -21,7 +21,7 @@ from distill.schedule import build_optimizer, build_schedule
 from distill.training_module import TrainingModule
 from students import so8
 from students.model import SO8TForCausalLM
-from teachers.records import Recipe
+from teachers.recipe import Recipe
 from teachers.store import SoftTargetStore
 from tests.conftest import BigramTeacher, make_student, write_store
 from tests.test_losses import reference_bucket_kl

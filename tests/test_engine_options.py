@@ -18,7 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 
-from distill import engine
+from distill import engine, launched
 from distill.checkpoint import latest_checkpoint
 from distill.config import LossConfig, TrainConfig, parse_config
 from distill.engine import TrainingData, TrainingSummary, train
@@ -325,7 +325,7 @@ def test_a_tracker_that_is_not_installed_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str
 ) -> None:
     """Before anything is trained, with the command that installs it."""
-    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+    monkeypatch.setattr(launched, "find_spec", lambda name: None)
     data = make_data(tmp_path)
     with pytest.raises(UserError, match=rf"{tracker}, which is not installed: pip install {tracker}"):
         run_with(data, tmp_path / "run", TRAIN.model_copy(update={"trackers": (tracker,)}))
@@ -355,7 +355,7 @@ class FakeTracker(GeneralTracker):
 
 def test_trackers_are_told_what_metrics_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every line of metrics.jsonl under its own name, the settings once, and the end."""
-    monkeypatch.setattr(engine, "find_spec", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(launched, "find_spec", lambda name: SimpleNamespace(name=name))
     asked: list[dict[str, Any]] = []
 
     def accelerator(**settings: Any) -> Accelerator:

@@ -17,7 +17,8 @@ from teachers.base import Sampling, Teacher, TeacherInfo, Tokens
 from teachers.ensemble import EnsembleError, EnsembleTeacher
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.huggingface import HuggingFaceTeacher
-from teachers.records import Recipe, typed
+from teachers.recipe import Recipe
+from teachers.records import typed
 from tests.tiny_checkpoint import BOS, make_folder, save_tokenizer, texts
 
 VOCAB = 300

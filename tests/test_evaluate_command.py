@@ -18,24 +18,25 @@ from distill.config import load_config
 from distill.console import Console
 from distill.corpus import build_corpus
 from distill.errors import UserError
-from distill.evaluation.candidates import Candidate, Candidates, find_candidates, unique_names
+from distill.evaluation.candidates import Candidate, Candidates, find_candidates
+from distill.evaluation.files import find_files, unique_names
 from distill.evaluation.greedy import NEW_TOKENS, beginnings, greedy_scores
-from distill.evaluation.measure import Request, evaluate_files
+from distill.evaluation.measure import evaluate_files
 from distill.evaluation.records import Comparison
+from distill.evaluation.request import Request, Wanted
 from distill.evaluation.safety import choose_prompts
-from distill.evaluation.text import Wanted, choose_text
+from distill.evaluation.text import choose_text
 from distill.exporting import tokenizer_entries
 from distill.run_folder import HeldOut, RunFolder
 from distill.safety_prompts import built_in_prompts, digest, split_by_scenario
+from students.decisions import DECISIONS
 from students.export import ExportNames, write_gguf
-from students.heads import DECISIONS
 from students.model import SO8TForCausalLM
 from teachers import example_teacher
-from teachers.base import Tokens
+from teachers.base import TokenizedLines, Tokens
 from teachers.conversation import request_tokens
 from teachers.gguf_file import file_sha256, read_gguf
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.inheritance import TokenizedLines
 from tests.conftest import make_student, shared_file
 
 pytestmark = pytest.mark.needs_gguf
@@ -249,7 +250,7 @@ def test_greedy_prefixes_against_a_loop(example_gguf: GGUFTeacher, tiny_teacher:
 
 
 def chosen(files: Files, *students: Path) -> Candidates:
-    return find_candidates(students or [files.run.path], example_teacher())
+    return find_candidates(find_files(students or [files.run.path], example_teacher()))
 
 
 def test_held_out_sequences_are_cut_or_left_out(
@@ -279,7 +280,7 @@ def test_held_out_sequences_are_cut_or_left_out(
     roomy.config.max_position_embeddings = 1024
     whole = [np.full(600, 5, dtype=np.int32)]  # fits both contexts, but is more than is looked at
     wide = make_run(tmp_path / "wide", write(roomy, tmp_path / "roomy.gguf"), whole).gguf
-    text = choose_text(Wanted(), find_candidates([wide], tmp_path / "roomy.gguf"), example_gguf)
+    text = choose_text(Wanted(), find_candidates(find_files([wide], tmp_path / "roomy.gguf")), example_gguf)
     assert len(text.items[0].segments[0]) == 512 and text.skipped == 0 and "1 cut at 512" in text.words
 
 
@@ -389,7 +390,7 @@ def test_json_page_and_tasks(
         print("the harness says hello")
         return {task: {"acc": 0.5, "acc_stderr": 0.01, "limit": float(limit or 0)} for task in tasks}
 
-    monkeypatch.setattr(harness, "require_harness", lambda: None)
+    monkeypatch.setattr("distill.preflight.require_harness", lambda: None)
     monkeypatch.setattr(harness, "require_tasks", lambda tasks: None)
     monkeypatch.setattr(harness, "run_harness", run_harness)
     tasks = tmp_path / "tasks.jsonl"
@@ -475,15 +476,15 @@ def test_other_vocabularies_and_teachers(files: Files, tiny_teacher_path: Path, 
     with pytest.raises(
         UserError, match=r"another vocabulary .* 512 tokens against 1024, the first difference"
     ):
-        find_candidates([stories], example_teacher())
-    found = find_candidates([files.run.path], tiny_teacher_path)
+        find_files([stories], example_teacher())
+    found = find_files([files.run.path], tiny_teacher_path)
     assert len(found.warnings) == 1 and "was made of another teacher" in found.warnings[0]
     tokenizer = tokenizer_entries(read_gguf(example_teacher()))
     template = tokenizer["tokenizer.chat_template"]
     changed = tmp_path / "changed.gguf"
     tokenizer["tokenizer.chat_template"] = ("{{ messages }}", *template[1:])
     write_gguf(make_student(32, 1, vocab_size()), changed, "f32", tokenizer, ExportNames("changed", {}))
-    said = find_candidates([changed], example_teacher()).warnings
+    said = find_files([changed], example_teacher()).warnings
     assert len(said) == 1 and "differs in tokenizer.chat_template" in said[0]
 
 

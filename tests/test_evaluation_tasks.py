@@ -13,15 +13,8 @@ import numpy as np
 import pytest
 
 from distill.errors import UserError
-from distill.evaluation.tasks import (
-    MARGIN,
-    REASONING_TOKENS,
-    Task,
-    answer_tasks,
-    normalised,
-    read_tasks,
-    score_task,
-)
+from distill.evaluation.task_file import Task, normalised, read_tasks
+from distill.evaluation.tasks import MARGIN, REASONING_TOKENS, answer_tasks, score_task
 from distill.reports.report import wilson
 from teachers.base import Sampling, Tokens
 from teachers.conversation import request_tokens

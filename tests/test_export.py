@@ -15,10 +15,11 @@ from distill.errors import ProofFailed
 from distill.exporting import Export, Proofs, export_proved, tokenizer_entries
 from distill.prove import Proof, TokenizedLines, prove
 from distill.run_folder import HeldOut
-from students.builder import ChosenShape, StudentSize, build_student, student_config
+from students.builder import build_student, student_config
 from students.export import ExportError, ExportNames, permute_for_rope, write_gguf
 from students.gguf_names import from_gguf_name
 from students.model import SO8TForCausalLM
+from students.shape import ChosenShape, StudentSize
 from teachers import example_teacher
 from teachers.gguf_file import read_gguf
 from teachers.gguf_teacher import GGUFTeacher

@@ -22,13 +22,13 @@ from distill.console import Console
 from distill.errors import ProofFailed, UserError
 from distill.export_run import export_run
 from distill.exports import read_exports
-from distill.pipeline import Places, run
-from distill.run_folder import RunFolder
+from distill.pipeline import run
+from distill.run_folder import Places, RunFolder
 from students.file_types import FILE_TYPES
 from students.importance import Importance, write_importance
 from students.lineage import Lineage
+from teachers.files import StoreError, exclusive
 from teachers.gguf_file import file_sha256, read_gguf
-from teachers.store import StoreError, exclusive
 from tests.test_run import SMALL
 
 

@@ -38,7 +38,8 @@ from stability.monitor import TURNS
 from stability.processes import nearest_the_cause
 from stability.signals import local
 from students.model import SO8TForCausalLM
-from teachers.store import SoftTargetStore, read_manifest
+from teachers.manifest import read_manifest
+from teachers.store import SoftTargetStore
 from tests.test_distributed import LAUNCHERS
 from tests.test_engine import LOSS, TRAIN, fresh_student, make_store
 from tests.test_guarded_training import spoilt

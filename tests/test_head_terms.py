@@ -17,7 +17,8 @@ from distill.batches import micro_batches
 from distill.engine import TrainingData, train
 from distill.head_terms import BODY_GRADIENT, VERIFIED_EVERY, Verified, safety_loss, verification_loss
 from distill.objective import Objective, Prompts
-from distill.safety_prompts import PromptSet, SafetyPrompt
+from distill.prompt_set import PromptSet
+from distill.safety_prompts import SafetyPrompt
 from distill.schedule import build_optimizer
 from students.model import SO8TForCausalLM
 from tests.conftest import certainty_of, make_student

@@ -22,17 +22,20 @@ from distill.config import load_config
 from distill.console import Console
 from distill.errors import UserError
 from distill.heads import MIN_CALIBRATED, calibrate, halves, score_heads
-from distill.pipeline import Places, run, train_from_store
-from distill.run_folder import RunFolder
+from distill.pipeline import run, train_from_store
+from distill.prompt_set import PromptSet
+from distill.run_folder import Places, RunFolder
 from distill.safety_data import SafetyData
 from distill.safety_metrics import fit_temperature, fit_thresholds
-from distill.safety_prompts import PromptSet, SafetyPrompt, built_in_prompts, prompt_tokens, split_by_scenario
+from distill.safety_prompts import SafetyPrompt, built_in_prompts, prompt_tokens, split_by_scenario
 from distill.verification import fit_trust
-from students.heads import DECISIONS, decide, head_values, read_heads
+from students.decisions import DECISIONS
+from students.heads import decide, head_values, read_heads
 from students.model import SO8TForCausalLM
 from teachers.gguf_file import read_gguf
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.store import SoftTargetStore, read_manifest
+from teachers.manifest import read_manifest
+from teachers.store import SoftTargetStore
 from tests.conftest import certainty_of, make_student
 from tests.test_engine import VOCAB, make_store
 from tests.test_run import small_config

@@ -17,7 +17,7 @@ from distill.errors import UserError
 from distill.hidden_loss import HiddenStateLoss, hidden_state_loss, mean_squares, pair_layers
 from distill.objective import Objective, build_objective
 from students.model import SO8TForCausalLM
-from teachers.records import Recipe
+from teachers.recipe import Recipe
 from teachers.store import SoftTargetStore
 from tests.conftest import BigramTeacher, make_student, write_store
 from tests.test_engine import Killed, save_all_the_time

@@ -21,7 +21,8 @@ from teachers.errors import TeacherError
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.huggingface import HuggingFaceTeacher
 from teachers.huggingface_model import FloatHead, batches
-from teachers.records import Recipe, typed
+from teachers.recipe import Recipe
+from teachers.records import typed
 from teachers.sketch import fit_basis, tail_metric
 from tests.conftest import make_student
 from tests.tiny_checkpoint import BOS, END, EOS, edit, make_folder, save_tokenizer, texts

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from teachers.base import Sampling
 from teachers.gguf_file import TeacherFileError
 from teachers.huggingface import HuggingFaceTeacher
-from teachers.huggingface_folder import check_folder, load_model
+from teachers.huggingface_folder import load_model
 from teachers.huggingface_model import FloatHead, LoadedModel
 from teachers.huggingface_speech import speak
-from teachers.records import Recipe
+from teachers.model_folder import check_folder
+from teachers.recipe import Recipe
 from tests.tiny_checkpoint import BOS, edit, make_folder, make_model, save_tokenizer, texts
 
 needs_bitsandbytes = pytest.mark.skipif(

@@ -10,7 +10,7 @@ import pytest
 from teachers import huggingface_speech
 from teachers.base import Sampling, Tokens
 from teachers.huggingface import HuggingFaceTeacher
-from teachers.records import Recipe
+from teachers.recipe import Recipe
 from tests.tiny_checkpoint import BOS, END, EOS, make_folder
 
 VOCAB = 300

@@ -14,22 +14,22 @@ from distill.capturing import capture_only, keep_inheritance
 from distill.config import load_config
 from distill.console import Console
 from students.initialise import initialise_embeddings
-from teachers.base import TeacherInfo
+from teachers.base import TeacherInfo, TokenizedLines
 from teachers.embeddings import principal_scores
+from teachers.files import StoreError
 from teachers.gguf_file import Field, GGUFFile, TeacherFileError, TensorInfo, read_gguf, tokenizer_fields
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.inheritance import (
     LINE_SEQUENCES,
     TEACHER,
     Inheritance,
-    TokenizedLines,
     find_inheritance,
     first_sequences,
     inherit,
     need_inheritance,
     write_inheritance,
 )
-from teachers.store import SoftTargetStore, StoreError
+from teachers.store import SoftTargetStore
 from tests.capture_child import Source
 from tests.conftest import make_student
 from tests.test_capture import filled

@@ -21,8 +21,9 @@ from distill.errors import UserError
 from distill.exporting import tokenizer_entries
 from distill.judge import ANSWER_TOKENS, Judge
 from distill.safety_prompts import built_in_prompts
+from students.decisions import DECISIONS
 from students.export import ExportNames, write_gguf
-from students.heads import DECISIONS, decide, head_values
+from students.heads import decide, head_values
 from students.model import SO8TForCausalLM
 from teachers import example_teacher
 from teachers.conversation import conversation_tokens

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from students.architectures import require_exportable
 from teachers import example_teacher
 from teachers.gguf_file import TeacherFileError, read_gguf, tokenizer_fields
-from teachers.huggingface_folder import check_folder, load_model, load_tokenizer
+from teachers.huggingface_folder import load_model, load_tokenizer
+from teachers.model_folder import check_folder
 from teachers.tokenizer_json import build_tokenizer
 from tools import make_base as tool
 from tools.make_base import Kind, make_base, make_large

@@ -18,7 +18,7 @@ from distill.config import LossConfig, TrainConfig
 from distill.engine import TrainingData
 from distill.errors import UserError
 from distill.losses import FORWARD_KL, cross_entropy, divergence
-from teachers.records import Recipe
+from teachers.recipe import Recipe
 from teachers.store import SoftTargetStore
 from tests.conftest import BigramTeacher, exact_targets, make_student, write_store
 from tests.test_losses import drawn, probabilities, rows

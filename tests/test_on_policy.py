@@ -10,17 +10,17 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from distill import engine
 from distill.batches import load_batch, split
 from distill.config import LossConfig, TrainConfig
 from distill.engine import TrainingData, TrainingSummary, train
 from distill.errors import UserError
+from distill.launched import require_trainable
 from distill.losses import IGNORE_INDEX
 from distill.objective import Batch, Objective, build_objective
 from distill.on_policy import OwnWords, continue_texts
 from students.model import SO8TForCausalLM
 from teachers.base import Tokens
-from teachers.records import Recipe
+from teachers.recipe import Recipe
 from teachers.store import SoftTargetStore
 from tests.conftest import BigramTeacher, make_student, write_store
 from tests.test_engine import TRAIN, Killed, read_metrics, save_all_the_time
@@ -303,7 +303,7 @@ def test_a_killed_run_goes_on_with_the_same_words(tmp_path: Path, monkeypatch: p
 
 def test_several_processes_are_refused() -> None:
     """One teacher scores for one process; the setting is named."""
-    engine.require_trainable(TrainConfig(on_policy=0.5), 1)
-    engine.require_trainable(TrainConfig(), 2)
+    require_trainable(TrainConfig(on_policy=0.5), 1)
+    require_trainable(TrainConfig(), 2)
     with pytest.raises(UserError, match=r"train\.on_policy = 0\.5 works in one process, not in 2"):
-        engine.require_trainable(TrainConfig(on_policy=0.5), 2)
+        require_trainable(TrainConfig(on_policy=0.5), 2)

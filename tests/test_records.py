@@ -12,15 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from teachers.records import (
-    Answer,
-    Recipe,
-    array_names,
-    compact_bytes,
-    default_sketch_bytes,
-    reduce,
-    typed,
-)
+from teachers.recipe import Recipe, compact_bytes, default_sketch_bytes
+from teachers.records import Answer, array_names, reduce, typed
 from teachers.sketch import Basis, fit_basis
 from teachers.soft_targets import Arrays, CompactTargets, DenseTargets, HiddenTargets, OutputHead
 

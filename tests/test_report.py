@@ -24,7 +24,7 @@ from distill.reports.html import page, write_page, write_run_report
 from distill.reports.report import CURVE_POINTS, compare, read_report, thinned, wilson
 from distill.reports.text import print_report
 from distill.run_folder import RunFolder
-from teachers.store import exclusive
+from teachers.files import exclusive
 from tests.report_run import (
     HOSTILE,
     MAX_BYTES,

@@ -23,13 +23,15 @@ from distill.console import Console
 from distill.engine import train
 from distill.errors import UserError
 from distill.export_run import export_run
-from distill.pipeline import Places, run
-from distill.run_folder import RunFolder
+from distill.pipeline import run
+from distill.run_folder import Places, RunFolder
 from students.fold import to_llama
 from students.model import SO8TForCausalLM
+from teachers.files import StoreError, exclusive
 from teachers.gguf_file import read_gguf
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.store import SoftTargetStore, StoreError, exclusive, read_manifest
+from teachers.manifest import read_manifest
+from teachers.store import SoftTargetStore
 
 FEW_PROMPTS = Path(__file__).parent / "few_prompts.jsonl"  # of the built-in ones, so that runs are short
 SMALL = [

@@ -21,7 +21,7 @@ from distill.safety_metrics import (
     fit_thresholds,
     score_decisions,
 )
-from students.heads import ALLOW, DECISIONS, ESCALATE, REFUSE
+from students.decisions import ALLOW, DECISIONS, ESCALATE, REFUSE
 
 
 def drawn(count: int, seed: int = 0, skill: float = 1.5) -> tuple[Tensor, Tensor]:

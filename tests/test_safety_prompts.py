@@ -11,27 +11,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill import safety_prompts
+from distill import prompt_set as prompt_set_module
 from distill.config import load_config
 from distill.errors import UserError
 from distill.exporting import tokenizer_entries
 from distill.objective import Prompts
-from distill.safety_data import read_safety_prompts
+from distill.prompt_set import JOINED_SHARE, PromptSet, shared_ends
 from distill.safety_prompts import (
-    JOINED_SHARE,
-    PromptSet,
     SafetyPrompt,
     built_in_prompts,
     digest,
     prompt_tokens,
     read_prompts,
+    read_safety_prompts,
     require_examples,
-    shared_ends,
     split_by_scenario,
     with_labels,
 )
 from distill.tokenizing import tokenizer_alone
-from students.heads import DECISIONS
+from students.decisions import DECISIONS
 from teachers import example_teacher
 from teachers.conversation import conversation_tokens
 from teachers.gguf_file import read_gguf
@@ -270,8 +268,8 @@ def prompt_set(count: int, seed: int = 0) -> PromptSet:
 @pytest.fixture
 def unvaried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training sees the prompts as they are."""
-    monkeypatch.setattr(safety_prompts, "CHANGED_SHARE", 0.0)
-    monkeypatch.setattr(safety_prompts, "JOINED_SHARE", 0.0)
+    monkeypatch.setattr(prompt_set_module, "CHANGED_SHARE", 0.0)
+    monkeypatch.setattr(prompt_set_module, "JOINED_SHARE", 0.0)
 
 
 def rows_of(batch: Prompts) -> list[list[int]]:
@@ -346,8 +344,8 @@ def test_a_prompt_is_never_seen_twice_alike() -> None:
 
 def test_prompts_together_have_the_graver_label(monkeypatch: pytest.MonkeyPatch) -> None:
     """REFUSE over ESCALATE over ALLOW, in either order; the words of both are there, whole."""
-    monkeypatch.setattr(safety_prompts, "CHANGED_SHARE", 0.0)
-    monkeypatch.setattr(safety_prompts, "JOINED_SHARE", 1.0)
+    monkeypatch.setattr(prompt_set_module, "CHANGED_SHARE", 0.0)
+    monkeypatch.setattr(prompt_set_module, "JOINED_SHARE", 1.0)
     prompts, orders = prompt_set(11), set()
     for number in range(400):
         row, label = prompts.varied(number)

@@ -18,7 +18,8 @@ from teachers import example_teacher
 from teachers.base import Sampling
 from teachers.errors import TeacherError
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.records import Answer, Recipe, reduce
+from teachers.recipe import Recipe
+from teachers.records import Answer, reduce
 from teachers.scoring import LIKE_LENGTH, common_prefix, groups_of_like_length
 from teachers.sketch import Basis
 

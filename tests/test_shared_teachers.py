@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM
 from distill.config import load_config
 from distill.console import Console
 from distill.exporting import Export, export_proved, tokenizer_entries
-from distill.pipeline import Places, run
+from distill.pipeline import run
 from distill.prove import TokenizedLines
-from distill.run_folder import HeldOut
-from students.builder import build_student, parse_size, student_config
+from distill.run_folder import HeldOut, Places
+from students.builder import build_student, student_config
 from students.export import ExportNames
+from students.shape import parse_size
 from teachers.gguf_teacher import GGUFTeacher
 from tests.conftest import shared_file
 

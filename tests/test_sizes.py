@@ -12,10 +12,11 @@ from distill.cli import main
 from distill.config import load_config
 from distill.errors import UserError
 from distill.new_student import describe_parameters, student_shape, student_size, with_size
-from students.builder import ChosenShape, StudentSize, TeacherLikeness, build_student, student_config
+from students.builder import build_student, student_config
 from students.config import SO8TConfig
 from students.fold import to_llama
-from students.sizes import Budget, Share, choose_size, decoder_parameters, layer_parameters, parse_request
+from students.shape import Budget, ChosenShape, Share, StudentSize, TeacherLikeness, parse_request
+from students.sizes import choose_size, decoder_parameters, layer_parameters
 from teachers.base import TeacherInfo, TeacherShape
 from tests.conftest import BigramTeacher
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teachers import sketch
-from teachers.records import Answer, Recipe, reduce, typed
+from teachers.recipe import Recipe
+from teachers.records import Answer, reduce, typed
 from teachers.sketch import Basis, divide_bits, fit_basis, tail_metric
 from teachers.soft_targets import Arrays, CompactTargets
 

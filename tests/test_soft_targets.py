@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from teachers.records import Answer, Recipe, reduce, typed
+from teachers.recipe import Recipe
+from teachers.records import Answer, reduce, typed
 from teachers.soft_targets import CompactTargets, DenseTargets, HiddenTargets, OutputHead, topk
 
 NODE_TEMPERATURES = (6.0, 3.0, 2.0, 1.5, 1.2, 1.0)  # in the order of the record's columns

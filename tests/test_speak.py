@@ -11,7 +11,7 @@ import pytest
 from teachers.base import Sampling
 from teachers.capture import fit_companion
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.records import Recipe
+from teachers.recipe import Recipe
 from teachers.sampling import sample_rows
 
 

@@ -16,18 +16,12 @@ import safetensors.numpy
 import torch
 
 from teachers.capture import fit_companion
-from teachers.records import Answer, Recipe, reduce
+from teachers.files import StoreError, is_temporary, write_whole
+from teachers.manifest import MANIFEST, Manifest, read_manifest
+from teachers.recipe import Recipe
+from teachers.records import Answer, reduce
 from teachers.soft_targets import Arrays, CompactTargets, DenseTargets, HiddenTargets
-from teachers.store import (
-    COMPANION,
-    MANIFEST,
-    Manifest,
-    SoftTargetStore,
-    StoreError,
-    is_temporary,
-    read_manifest,
-    write_whole,
-)
+from teachers.store import COMPANION, SoftTargetStore
 from teachers.wire import MAX_HEADER_BYTES, pack_ragged, read_frame, unpack_ragged, write_frame
 from tests.conftest import BigramTeacher, write_store
 

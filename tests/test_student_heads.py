@@ -17,14 +17,11 @@ from distill.config import load_config
 from distill.exporting import tokenizer_entries
 from distill.new_student import student_shape
 from students.builder import build_student
+from students.decisions import ALLOW, DECISIONS, ESCALATE, REFUSE
 from students.export import ExportNames, write_gguf
 from students.fold import fold, to_llama
 from students.heads import (
-    ALLOW,
-    DECISIONS,
-    ESCALATE,
     GREATEST_LEAD,
-    REFUSE,
     HeadError,
     Heads,
     SafetyHead,

@@ -16,15 +16,16 @@ from distill import teacher_judgment
 from distill.config import load_config
 from distill.console import Console
 from distill.errors import UserError
-from distill.safety_data import labelled_prompts, read_safety_prompts
-from distill.safety_prompts import SafetyPrompt, built_in_prompts
+from distill.safety_data import labelled_prompts
+from distill.safety_prompts import SafetyPrompt, built_in_prompts, read_safety_prompts
 from distill.teacher_judgment import OPENING, QUESTION, find_judgment, judge_prompts, keep_judgment
-from students.heads import DECISIONS
+from students.decisions import DECISIONS
 from teachers.base import Floats, Tokens
 from teachers.conversation import conversation_tokens
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.records import Recipe
-from teachers.store import SoftTargetStore, read_manifest
+from teachers.manifest import read_manifest
+from teachers.recipe import Recipe
+from teachers.store import SoftTargetStore
 from tests.conftest import BigramTeacher, write_store
 
 THIRD = (1 / 3, 1 / 3, 1 / 3)

@@ -18,7 +18,7 @@ from teachers import example_teacher
 from teachers.ensemble import EnsembleError, EnsembleTeacher
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.huggingface import HuggingFaceTeacher
-from teachers.records import Recipe
+from teachers.recipe import Recipe
 from tests.tiny_checkpoint import make_folder
 
 

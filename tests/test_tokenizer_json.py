@@ -17,8 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distill.exporting import metadata_entries
-from students.builder import build_student, parse_size, student_config
+from students.builder import build_student, student_config
 from students.export import ExportNames, write_gguf
+from students.shape import parse_size
 from teachers import example_teacher
 from teachers.chat_template import render_chat
 from teachers.gguf_file import Field, read_gguf, tokenizer_fields

@@ -22,13 +22,15 @@ from distill.engine import train
 from distill.errors import UserError
 from distill.evaluation.scores import STORED_TARGETS, evaluate, evaluate_stored, llama_scorer, student_scorer
 from distill.export_run import export_run
-from distill.pipeline import Places, run, train_from_store
-from distill.run_folder import RunFolder
+from distill.pipeline import run, train_from_store
+from distill.run_folder import Places, RunFolder
+from teachers.files import StoreError
 from teachers.gguf_file import read_gguf, tokenizer_sha256
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.inheritance import TEACHER, need_inheritance, write_inheritance
+from teachers.manifest import MANIFEST, read_manifest
 from teachers.soft_targets import CompactTargets
-from teachers.store import COMPANION, MANIFEST, SoftTargetStore, StoreError, read_manifest
+from teachers.store import COMPANION, SoftTargetStore
 from tests.conftest import make_student
 from tests.test_run import SMALL, small_config
 from tests.tiny_checkpoint import make_folder
@@ -143,7 +145,7 @@ def test_the_teacher_is_never_opened(
     def fail(*_: object) -> None:
         raise AssertionError("a teacher was asked for")
 
-    for name in ("load_teacher", "open_teacher", "find_gguf", "require_gguf"):
+    for name in ("load_teacher", "open_teacher", "find_gguf"):
         monkeypatch.setattr(distill.pipeline, name, fail)
     assert train_from_store(train_config(made[1], "train.epochs=1"), tmp_path / "run", Console()).finished
 

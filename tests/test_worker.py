@@ -16,8 +16,9 @@ import torch
 from teachers.chat_template import ChatTemplateError, render_chat
 from teachers.errors import TeacherError, WorkerDefect
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.records import Recipe, typed
-from teachers.soft_targets import NODES, CompactTargets
+from teachers.recipe import NODES, Recipe
+from teachers.records import typed
+from teachers.soft_targets import CompactTargets
 from teachers.worker import Worker
 
 

@@ -24,8 +24,10 @@ from distill.checkpoint import plain_weights
 from distill.config import LossConfig, TrainConfig
 from distill.engine import TrainingData, train
 from distill.objective import build_objective
-from distill.safety_prompts import PromptSet, SafetyPrompt
-from teachers.store import SoftTargetStore, read_manifest
+from distill.prompt_set import PromptSet
+from distill.safety_prompts import SafetyPrompt
+from teachers.manifest import read_manifest
+from teachers.store import SoftTargetStore
 from tests.conftest import make_student
 
 LOSS = LossConfig(temperature=2.0, gamma=1.0)

@@ -26,7 +26,8 @@ from distill.exporting import Export, export_proved, metadata_entries
 from distill.full_store import open_full_store
 from distill.objective import build_objective
 from distill.run_folder import HeldOut
-from distill.safety_data import labelled_prompts, read_safety_prompts, safety_data
+from distill.safety_data import labelled_prompts, safety_data
+from distill.safety_prompts import read_safety_prompts
 from distill.schedule import peak_learning_rate
 from students.adapter_base import logical_numbers
 from students.export import ExportNames

@@ -33,7 +33,7 @@ from distill.console import Console as Stages
 from distill.console import human_bytes, human_count
 from distill.errors import TrainingAborted, UserError
 from distill.full_store import open_full_store, require_complete
-from teachers.store import StoreError
+from teachers.files import StoreError
 from tools.adapter_training import QLORA, USUAL_RATES, WAYS, Figures, Job, measure
 from tools.benching import machine, machine_line, write_json
 from tools.make_base import Kind, make_base

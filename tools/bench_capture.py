@@ -27,7 +27,7 @@ from rich.table import Table
 
 from teachers.capture import fit_companion
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.records import Recipe, default_sketch_bytes
+from teachers.recipe import Recipe, default_sketch_bytes
 from teachers.sketch import Basis
 from tools.checked_llama import llama_cpp_as_checked
 from tools.random_teacher import shape_of, write

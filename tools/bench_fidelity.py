@@ -22,15 +22,17 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from students.builder import StudentSize, build_student, student_config
+from students.builder import build_student, student_config
 from students.initialise import initialise_embeddings
+from students.shape import StudentSize
 from teachers import example_teacher
 from teachers.base import Sampling, Tokens
 from teachers.capture import fit_companion
 from teachers.conversation import opening_segments
 from teachers.embeddings import principal_scores
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.records import Answer, Recipe, Targets, default_sketch_bytes, reduce, typed
+from teachers.recipe import Recipe, default_sketch_bytes
+from teachers.records import Answer, Targets, reduce, typed
 from teachers.soft_targets import CompactTargets, HiddenTargets
 
 POSITIONS = 2048

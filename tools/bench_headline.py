@@ -35,7 +35,8 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.new_student import likeness
-from students.builder import count_parameters, parse_size, student_config
+from students.builder import count_parameters, student_config
+from students.shape import parse_size
 from teachers.base import Teacher, Tokens
 from teachers.gguf_file import GGUFFile, read_gguf
 from teachers.gguf_teacher import GGUFTeacher

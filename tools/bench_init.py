@@ -35,9 +35,9 @@ from distill.schedule import peak_learning_rate
 from students.builder import build_student
 from students.config import SO8TConfig
 from students.model import SO8TForCausalLM
+from teachers.files import StoreError
 from teachers.gguf_file import GGUFFile, TeacherFileError, read_gguf
 from teachers.inheritance import Inheritance
-from teachers.store import StoreError
 from tools.benching import machine, machine_line
 
 SPLIT_SEED = 0

@@ -39,22 +39,25 @@ from torch import Tensor
 
 from distill.batches import split
 from distill.checkpoint import latest_checkpoint, set_weights
-from distill.config import LossConfig, TrainConfig
+from distill.config import DivergenceName, LossConfig, TrainConfig
 from distill.console import Console
 from distill.engine import TrainingData, train
 from distill.errors import TrainingAborted, UserError
 from distill.full_store import require_complete
 from distill.head_loss import by_autograd, chunk_size, chunked_head_loss
 from distill.head_terms import Verified
-from distill.losses import DivergenceName, bucket_log_probs, cross_entropy, forward_kl_of_all
+from distill.losses import bucket_log_probs, cross_entropy, forward_kl_of_all
 from distill.new_student import likeness, new_student
 from distill.objective import Batch, Objective, build_objective, temperature_at
-from students.builder import TeacherLikeness, build_student, parse_size, student_config
+from students.builder import build_student, student_config
 from students.model import SO8TForCausalLM
+from students.shape import TeacherLikeness, parse_size
+from teachers.files import StoreError
 from teachers.inheritance import Inheritance, find_inheritance
+from teachers.manifest import read_manifest
 from teachers.records import Targets
 from teachers.soft_targets import CompactTargets
-from teachers.store import SoftTargetStore, StoreError, read_manifest
+from teachers.store import SoftTargetStore
 from tools.benching import machine, machine_line
 
 TOPK = 32

@@ -45,10 +45,12 @@ from distill.console import Console
 from distill.engine import TrainingData
 from distill.errors import UserError
 from distill.new_student import student_shape, with_size
-from distill.safety_data import SafetyData, read_safety_prompts, safety_data
-from students.builder import parse_size, student_config
+from distill.safety_data import SafetyData, safety_data
+from distill.safety_prompts import read_safety_prompts
+from students.builder import student_config
+from students.shape import parse_size
+from teachers.files import StoreError
 from teachers.inheritance import Inheritance, need_inheritance
-from teachers.manifest import StoreError
 from teachers.store import SoftTargetStore
 from tools.bench_objectives import SPLIT_SEED, Results, chosen_rows, run_missing
 from tools.bench_so8t_ablation import Ablation, ablation_tables, all_variants

@@ -27,16 +27,16 @@ from distill.heads import calibrate, decisions, halves
 from distill.launch import Launch
 from distill.new_student import student_shape
 from distill.objective import build_objective
+from distill.prompt_set import PromptSet
 from distill.regularisers import second_difference
 from distill.safety_data import SafetyData
 from distill.safety_metrics import score_decisions
-from distill.safety_prompts import PromptSet
 from distill.verification import score_verification
-from students import so8
 from students.builder import build_student
 from students.model import Attention, SO8TForCausalLM
-from teachers.capture import WHOLE
+from students.shape import GROUP
 from teachers.inheritance import Inheritance
+from teachers.share import WHOLE
 from teachers.store import SoftTargetStore
 from tools.bench_objectives import Bench, Results, Row
 from tools.bench_so8t_cost import freeze_identity
@@ -198,7 +198,7 @@ def group_figures(steps: Sequence[dict[str, Any]], student: SO8TForCausalLM) -> 
     """Where the rotations ended."""
     names = ("min_commutator", "mean_commutator", "rotation_error", "rotation_drift")
     rotations = student.rotations()
-    away = torch.linalg.matrix_norm(rotations - torch.eye(so8.GROUP, device=rotations.device))
+    away = torch.linalg.matrix_norm(rotations - torch.eye(GROUP, device=rotations.device))
     return {name: steps[-1][name] for name in names} | {
         "largest_drift": max(step["rotation_drift"] for step in steps),
         "from_identity": float(away.mean()),

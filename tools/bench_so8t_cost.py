@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from distill.config import RunConfig
 from distill.cpu import keep_freed_memory, onednn_for_float32
 from distill.objective import Batch, Objective
-from distill.safety_prompts import PromptSet
+from distill.prompt_set import PromptSet
 from distill.schedule import build_optimizer, parameter_groups
 from distill.training_module import TrainingModule, choose_precision
 from stability.signals import gradient_norm
-from students import so8
 from students.builder import build_student
 from students.config import SO8TConfig
 from students.export import ExportNames, MetadataEntry, write_gguf
 from students.model import SHORT_ON_CPU, Attention, SO8TForCausalLM
+from students.shape import GROUP
 from teachers.gguf_file import read_gguf
 from teachers.gguf_teacher import GGUFTeacher
 from tools.random_teacher import vocabulary
@@ -56,7 +56,7 @@ class NoGate(nn.Module):
 
     def __init__(self, blocks: int) -> None:
         super().__init__()
-        self.register_buffer("rotations", torch.eye(so8.GROUP).expand(2, blocks, -1, -1), persistent=False)
+        self.register_buffer("rotations", torch.eye(GROUP).expand(2, blocks, -1, -1), persistent=False)
 
     def forward(self) -> Tensor:
         """``[2, N, 8, 8]``, the same every time."""

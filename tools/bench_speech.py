@@ -21,7 +21,7 @@ from teachers.base import Sampling, Tokens
 from teachers.capture import fit_companion
 from teachers.conversation import opening_segments
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.records import Recipe, default_sketch_bytes
+from teachers.recipe import Recipe, default_sketch_bytes
 from tools.bench_capture import quiet
 from tools.checked_llama import llama_cpp_as_checked
 

@@ -45,9 +45,11 @@ from distill.config import LossConfig, TrainConfig
 from distill.cpu import keep_freed_memory, onednn_for_float32
 from distill.objective import Batch, Objective
 from distill.schedule import build_optimizer
-from students.builder import build_student, parse_size, student_config
+from students.builder import build_student, student_config
 from students.model import SO8TForCausalLM
-from teachers.records import Answer, Recipe, default_sketch_bytes, join, reduce, typed
+from students.shape import parse_size
+from teachers.recipe import Recipe, default_sketch_bytes
+from teachers.records import Answer, join, reduce, typed
 from teachers.sketch import FIT_POSITIONS, METRIC_POSITIONS, fit_basis, tail_metric
 from teachers.soft_targets import CompactTargets, OutputHead
 from tools.benching import (

@@ -19,7 +19,7 @@ from rich.table import Table
 from distill.judge import Judge
 from distill.safety_metrics import confusion_matrix
 from distill.safety_prompts import read_prompts
-from students.heads import ALLOW, DECISIONS, ESCALATE, REFUSE
+from students.decisions import ALLOW, DECISIONS, ESCALATE, REFUSE
 
 PROMPTS = Path(__file__).parent / "fresh_safety_prompts.jsonl"
 LANGUAGES = ("all", "en", "ja")

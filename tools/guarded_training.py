@@ -29,8 +29,9 @@ from distill.full_store import open_full_store
 from distill.new_student import new_student
 from distill.objective import Objective, build_objective
 from stability import Monitor
-from students.builder import StudentSize, student_config
+from students.builder import student_config
 from students.model import SO8TForCausalLM
+from students.shape import StudentSize
 from tools.faults import EXPONENT_BIT, FAULTS, Injector, Place
 
 CHECKPOINT = "checkpoint"

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from teachers.capture import fit_companion
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.records import Recipe, default_sketch_bytes
+from teachers.recipe import Recipe, default_sketch_bytes
 from tools.random_teacher import PRESETS, write
 
 

@@ -21,9 +21,9 @@ from distill.held_out import held_out_score
 from distill.objective import Objective
 from distill.schedule import build_optimizer, build_schedule
 from distill.training_module import TrainingModule, choose_precision
-from students import so8
 from students.adapter import AdapterFacts
 from students.model import SHORT_ON_CPU, SO8Gate, SO8TOutput
+from students.shape import GROUP
 from students.student import Student
 from teachers.huggingface_folder import load_model
 
@@ -48,7 +48,7 @@ class WholeBase(Student):
             safety_head=False,
             verification_head=False,
         )
-        self.register_buffer("rotation", torch.eye(so8.GROUP)[None, None, None], persistent=False)
+        self.register_buffer("rotation", torch.eye(GROUP)[None, None, None], persistent=False)
 
     def forward(
         self,

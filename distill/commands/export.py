@@ -35,8 +35,13 @@ def export_gguf(
 ) -> None:
     """Export a run's student again, in any of llama.cpp's file types, each proved before it gets its name."""
     from distill.config import parse_quants
-    from distill.console import Console
-    from distill.export_run import export_run
+    from distill.preflight import check_export
     from distill.run_folder import RunFolder
 
-    export_run(RunFolder(run_folder), parse_quants(quant), output, Console(), imatrix=imatrix)
+    folder, quants = RunFolder(run_folder), parse_quants(quant)
+    check_export(folder, quants, output)
+
+    from distill.console import Console
+    from distill.export_run import export_run
+
+    export_run(folder, quants, output, Console(), imatrix=imatrix)

@@ -22,13 +22,14 @@ def judge(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt.")] = False,
 ) -> None:
     """ALLOW, ESCALATE or REFUSE, and whether to ask the teacher: from the exported file alone."""
-    from distill.console import Console
-    from distill.errors import UserError
-    from distill.judge import judge_file, judge_one
+    from distill.preflight import check_judge
 
-    if (prompt is None) == (prompts is None):
-        raise UserError("give one prompt to judge, or --prompts FILE.jsonl")
-    if prompts is not None:
-        judge_file(student, prompts, as_json, Console())
-    elif prompt is not None:
+    texts = check_judge(student, prompt, prompts)
+
+    from distill.console import Console
+    from distill.judge import judge_all, judge_one
+
+    if prompt is not None:
         judge_one(student, prompt, as_json, Console())
+    else:
+        judge_all(student, texts, as_json, Console())

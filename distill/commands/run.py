@@ -57,8 +57,8 @@ def run(
 ) -> None:
     """Teacher in, proved student out: capture, train, export, prove, evaluate."""
     from distill.config import load_config
-    from distill.pipeline import Places
-    from distill.pipeline import run as run_pipeline
+    from distill.preflight import check_run
+    from distill.run_folder import Places
 
     overrides = _what_to_capture(teacher, data, samples, targets, seed) | {
         "student.size": student_size,
@@ -68,7 +68,12 @@ def run(
         "safety.labels": safety_labels,
         "student.init": init,
     }
-    run_pipeline(load_config(config, overrides, set_ or [], preset), Places(out, store), _console())
+    settings, places = load_config(config, overrides, set_ or [], preset), Places(out, store)
+    inputs = check_run(settings, places)
+
+    from distill.pipeline import run as run_pipeline
+
+    run_pipeline(settings, places, _console(), inputs)
 
 
 @commands.command()
@@ -87,12 +92,16 @@ def capture(
 
     Under torchrun or accelerate launch each process captures its own shards of the same store.
     """
-    from distill.capturing import capture_only
     from distill.config import load_config
-    from distill.console import Console
+    from distill.preflight import check_capture
 
     overrides = _what_to_capture(teacher, data, samples, targets, seed) | {"safety.labels": safety_labels}
-    capture_only(load_config(config, overrides, set_ or []), store, Console())
+    settings = load_config(config, overrides, set_ or [])
+    inputs = check_capture(settings, store)
+
+    from distill.capturing import capture_only
+
+    capture_only(settings, store, _console(every_process=True), inputs)
 
 
 @commands.command()
@@ -120,7 +129,7 @@ def train(
 ) -> None:
     """Only the student's part: from a store to a proved student, with no teacher on this machine."""
     from distill.config import load_config
-    from distill.pipeline import train_from_store
+    from distill.preflight import check_train
 
     overrides = {
         "store": str(store),
@@ -133,7 +142,12 @@ def train(
         "student.init": init,
         "teacher.path": str(teacher) if teacher else None,
     }
-    train_from_store(load_config(config, overrides, set_ or [], preset), out, _console())
+    settings = load_config(config, overrides, set_ or [], preset)
+    inputs = check_train(settings, out)
+
+    from distill.pipeline import train_from_store
+
+    train_from_store(settings, out, _console(), inputs)
 
 
 @commands.command()
@@ -158,11 +172,9 @@ def plan(
     set_: Settings = None,
 ) -> None:
     """Say before a run what it will take: tokens, disk, time and memory, from a short measured probe."""
-    from distill.adapter_memory import parse_memory
-    from distill.config import load_config
-    from distill.console import Console
+    from distill.config import load_config, parse_memory
     from distill.errors import UserError
-    from distill.plan import plan_run
+    from distill.preflight import check_plan
 
     overrides = _what_to_capture(teacher, data, samples, targets, seed) | {
         "student.size": student_size,
@@ -174,15 +186,26 @@ def plan(
         limit = None if memory is None else parse_memory(memory)
     except ValueError as error:
         raise UserError(f"--memory {error}") from None
-    plan_run(load_config(config, overrides, set_ or [], preset), Console(), limit)
+    settings = load_config(config, overrides, set_ or [], preset)
+    inputs = check_plan(settings)
+
+    from distill.plan import plan_run
+
+    plan_run(settings, _console(), limit, inputs)
 
 
-def _console() -> Console:
-    """Where a command prints; in a launch of several processes the first one speaks."""
+def _console(*, every_process: bool = False) -> Console:
+    """Where a command prints, first what of the machine is in its way.
+
+    In a launch of several processes the first one speaks, unless ``every_process`` does.
+    """
     from distill.console import Console
-    from distill.launch import launched_share
+    from distill.launched import launched_share
+    from distill.machine import warn_of_machine
 
-    return Console(quiet=launched_share().rank > 0)
+    console = Console(quiet=launched_share().rank > 0 and not every_process)
+    warn_of_machine(console)
+    return console
 
 
 def _base(

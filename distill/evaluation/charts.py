@@ -12,7 +12,7 @@ from distill.evaluation.front import fidelity_of, kl_of, size_front, speed_front
 from distill.evaluation.page_tables import harness_figure, harness_rows
 from distill.evaluation.records import Comparison, Figure, ModelEvaluation
 from distill.reports import drawing as draw
-from students.heads import DECISIONS
+from students.decisions import DECISIONS
 
 LABEL_LENGTH = 18  # letters of a model's name in a chart
 LOG_SPAN = 3.0  # from so many times on an axis is logarithmic

@@ -9,8 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.console import Console, human_bytes, human_count
@@ -20,9 +18,11 @@ from distill.evaluation.fidelity import TextScore, score_text
 from distill.evaluation.greedy import SEQUENCES, GreedyScore, beginnings, greedy_scores
 from distill.evaluation.metrics import tokens_per_pass
 from distill.evaluation.records import Comparison, Fidelity, ModelEvaluation, TaskScore
-from distill.evaluation.safety import SafetyTest, choose_prompts, read_given, score_safety
+from distill.evaluation.request import Request
+from distill.evaluation.safety import SafetyTest, choose_prompts, score_safety
 from distill.evaluation.scores import llama_scorer
-from distill.evaluation.text import Wanted, choose_text, digest
+from distill.evaluation.text import choose_text, digest
+from distill.preflight import EvaluationInputs, check_evaluation
 from distill.prove import UNSTEADY
 from distill.results import environment
 from distill.safety_metrics import SafetyScore
@@ -31,58 +31,35 @@ from teachers.gguf_file import file_sha256
 from teachers.gguf_teacher import GGUFTeacher
 
 if TYPE_CHECKING:
-    from distill.evaluation.tasks import Task
+    from distill.evaluation.task_file import Task
 
-DRAFT_LENGTH = 4
 ARITHMETIC = "logits with a float32 KV cache, without flash attention"
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for: the files, the text, and what else to measure.
-
-    ``harness``: tasks of lm-evaluation-harness, at most ``harness_limit`` examples of each.
-    """
-
-    students: Sequence[Path]
-    teacher: Path | None = None
-    text: Wanted = field(default_factory=Wanted)
-    draft_length: int = DRAFT_LENGTH
-    safety_prompts: Path | None = None
-    tasks: Path | None = None
-    harness: Sequence[str] = ()
-    harness_limit: int | None = None
-    gpu_layers: int = 0
-
-
-def evaluate_files(request: Request, console: Console) -> Comparison:
+def evaluate_files(
+    request: Request,
+    console: Console,
+    inputs: EvaluationInputs | None = None,
+) -> Comparison:
     """Measure everything that is asked for; what is wrong with the input is said before anything takes long.
+
+    ``inputs``: what ``check_evaluation`` has read, if it was called.
 
     Raises:
         UserError, TeacherFileError, TeacherError, ChatTemplateError: the input cannot be used.
     """
-    chosen = find_candidates(request.students, request.teacher)
-    tasks = _read_tasks(request)
-    given = read_given(request.safety_prompts)
-    tests = {student.name: choose_prompts(student, given) for student in chosen.students}
+    inputs = inputs or check_evaluation(request)
+    chosen = find_candidates(inputs.files)
+    if request.harness:
+        from distill.evaluation.harness import require_tasks
+
+        require_tasks(list(request.harness))
+    tests = {student.name: choose_prompts(student, inputs.prompts) for student in chosen.students}
     with ExitStack() as stack:
         measurement = Measurement(request, chosen, stack, console)
         for warning in [*chosen.warnings, *(test.note for test in tests.values() if test.note)]:
             measurement.warn(warning)
-        return measurement.run(tests, tasks)
-
-
-def _read_tasks(request: Request) -> list[Task]:
-    if request.harness:
-        from distill.evaluation.harness import require_harness, require_tasks
-
-        require_harness()
-        require_tasks(list(request.harness))
-    if request.tasks is None:
-        return []
-    from distill.evaluation.tasks import read_tasks
-
-    return read_tasks(request.tasks)
+        return measurement.run(tests, inputs)
 
 
 class Measurement:
@@ -113,12 +90,12 @@ class Measurement:
         """The students, once they are loaded."""
         return {student.name: self.models[student.name] for student in self.chosen.students}
 
-    def run(self, tests: dict[str, SafetyTest], tasks: list[Task]) -> Comparison:
+    def run(self, tests: dict[str, SafetyTest], inputs: EvaluationInputs) -> Comparison:
         """Load, time and compare the models."""
         with self.console.stage("Load teacher") as stage:
             info = self._load(self.chosen.teacher).info
             stage.finish(f"{info.name}: {info.architecture}, {human_count(info.parameters)} parameters")
-        text = choose_text(self.request.text, self.chosen, self.teacher)
+        text = choose_text(self.request.text, self.chosen, self.teacher, inputs.entries)
         for note in text.notes:
             self.console.note(note)
         for warning in text.warnings:
@@ -130,7 +107,7 @@ class Measurement:
         scores = self._score(sequences)
         greedy, prefix_length = self._write(sequences)
         safety = self._judge(tests)
-        answers = self._answer(tasks)
+        answers = self._answer(inputs.tasks)
         benchmarks = self._benchmark()
         found = []
         for model in self.everyone:

@@ -8,9 +8,10 @@ from distill.evaluation.charts import charts
 from distill.evaluation.page_tables import sections
 from distill.evaluation.page_verdict import verdict
 from distill.evaluation.records import Comparison
-from distill.reports.html import render, require_page_path
+from distill.reports.html import render
+from distill.reports.paths import require_page_path
 from distill.reports.telling import Told
-from teachers.store import write_whole
+from teachers.files import write_whole
 
 
 def write_page(comparison: Comparison, path: Path) -> None:

@@ -12,7 +12,7 @@ from distill.evaluation.records import Comparison, Figure, ModelEvaluation
 from distill.reports.parts import MISSING, Section, Table
 from distill.reports.report import Z95, ratios
 from distill.reports.verdict import number
-from students.heads import DECISIONS
+from students.decisions import DECISIONS
 
 
 def sections(comparison: Comparison) -> list[Section]:

@@ -9,7 +9,7 @@ from distill.evaluation.front import fidelity_of, kl_of, quantisations, size_fro
 from distill.evaluation.records import Comparison, Figure, ModelEvaluation
 from distill.reports.verdict import Fact, number
 from distill.safety_metrics import REFUSE_RECALL
-from students.heads import REFUSE
+from students.decisions import REFUSE
 
 FEW_SEQUENCES = 30  # with fewer, the intervals are themselves rough
 

@@ -11,7 +11,6 @@ import torch
 from distill.errors import UserError
 from distill.evaluation.candidates import Candidate
 from distill.run_folder import RunFolder
-from distill.safety_data import read_safety_prompts
 from distill.safety_metrics import SafetyScore, score_decisions
 from distill.safety_prompts import (
     TEACHER,
@@ -19,12 +18,14 @@ from distill.safety_prompts import (
     built_in_prompts,
     digest,
     prompt_tokens,
-    read_prompts,
+    read_safety_prompts,
     split_by_scenario,
 )
 from distill.teacher_judgment import find_judgment
+from teachers.files import StoreError
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.store import SoftTargetStore, StoreError, read_manifest
+from teachers.manifest import read_manifest
+from teachers.store import SoftTargetStore
 
 TOGETHER = 32  # prompts whose hidden states are held at once
 
@@ -39,15 +40,6 @@ class SafetyTest:
 
     prompts: list[SafetyPrompt]
     note: str = ""
-
-
-def read_given(path: Path | None) -> list[SafetyPrompt] | None:
-    """The prompts of ``--safety-prompts``.
-
-    Raises:
-        UserError: the file cannot be used.
-    """
-    return None if path is None else read_prompts(path, divided=False)
 
 
 def choose_prompts(student: Candidate, given: list[SafetyPrompt] | None) -> SafetyTest:

@@ -9,30 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.config import DataConfig
-from distill.corpus import Item, build_corpus
+from distill.corpus import Corpus, Entry, Item, build_corpus
 from distill.errors import UserError
 from distill.evaluation.candidates import Candidate, Candidates
+from distill.evaluation.request import DEFAULT_LENGTH, Wanted
 from distill.run_folder import RunFolder
 from teachers.base import Sampling, Teacher, Tokens
 
-DEFAULT_SAMPLES = 256
-DEFAULT_LENGTH = 512
 SHORTEST = 8  # tokens that a context or --max-length must have
 # What the teacher says here is drawn from streams of random numbers that no run's sequence has: with a run's own seed
 # and numbers it would say again what its student was trained on.
 FIRST_STREAM = 1 << 32
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What text the user asked for: ``data`` or none, at most ``samples`` sequences, of at most ``max_length`` tokens
-    (none: ``DEFAULT_LENGTH``)."""
-
-    data: Path | None = None
-    samples: int = DEFAULT_SAMPLES
-    max_length: int | None = None
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,8 +48,12 @@ class Text:
         return [next(spoken) if item.speaks else item.segments[0] for item in self.items]
 
 
-def choose_text(wanted: Wanted, models: Candidates, teacher: Teacher) -> Text:
+def choose_text(
+    wanted: Wanted, models: Candidates, teacher: Teacher, entries: list[Entry] | None = None
+) -> Text:
     """Read the data, or find the held-out sequences of the students' run, or plan what the teacher is to say.
+
+    ``entries``: the data, if it has been read.
 
     Raises:
         UserError: the data cannot be used, or no sequence fits the models' contexts.
@@ -73,7 +64,7 @@ def choose_text(wanted: Wanted, models: Candidates, teacher: Teacher) -> Text:
         raise UserError(
             f"sequences of {length} tokens are too short: a model's context is {room}; give other models"
         )
-    text = _choose(wanted, models, teacher, room, length)
+    text = _choose(wanted, models, teacher, (room, length), entries)
     if wanted.max_length is not None and wanted.max_length > room:
         text.notes.append(
             f"--max-length {wanted.max_length}: a model's context is {room} tokens; that is taken"
@@ -81,13 +72,22 @@ def choose_text(wanted: Wanted, models: Candidates, teacher: Teacher) -> Text:
     return text
 
 
-def _choose(wanted: Wanted, models: Candidates, teacher: Teacher, room: int, length: int) -> Text:
+def _choose(
+    wanted: Wanted,
+    models: Candidates,
+    teacher: Teacher,
+    lengths: tuple[int, int],
+    entries: list[Entry] | None,
+) -> Text:
+    """``lengths``: what every context holds, and what a sequence is to have at most."""
+    room, length = lengths
     if wanted.data is not None:
-        return _data(wanted, wanted.data, models.students, teacher, length)
+        corpus = build_corpus(wanted.settings(length), teacher, wanted.seed, entries)
+        return _data(wanted, wanted.data, models.students, corpus)
     held_out = _shared_held_out(models.students, teacher.info.vocab_size)
     if held_out is not None:
         return _held_out(wanted, *held_out, models.students, room, length)
-    corpus = build_corpus(DataConfig(samples=wanted.samples, max_length=length), teacher, wanted.seed)
+    corpus = build_corpus(wanted.settings(length), teacher, wanted.seed)
     words = (
         f"{len(corpus)} sequences of the teacher's own words (temperature 1, seed {wanted.seed}), new ones"
     )
@@ -105,9 +105,7 @@ def digest(sequences: Sequence[Tokens]) -> str:
 # -- data -----------------------------------------------------------------------------------------------------
 
 
-def _data(wanted: Wanted, data: Path, students: Sequence[Candidate], teacher: Teacher, length: int) -> Text:
-    config = DataConfig(path=str(data), samples=wanted.samples, max_length=length)
-    corpus = build_corpus(config, teacher, wanted.seed)
+def _data(wanted: Wanted, data: Path, students: Sequence[Candidate], corpus: Corpus) -> Text:
     words = f"{len(corpus)} sequences of {data}"
     if corpus.spoken:
         words += f", {corpus.spoken} of them with the teacher's answers (temperature 1, seed {wanted.seed})"

@@ -17,7 +17,7 @@ from distill.reports.verdict import ROTATION_ERROR, cascade_goal
 from distill.reports.weight_charts import weight_charts
 from distill.safety_metrics import SafetyScore
 from distill.verification import CASCADE_GOAL
-from students.heads import DECISIONS
+from students.decisions import DECISIONS
 
 PART_WORDS = {
     "kd": "KL to the teacher",

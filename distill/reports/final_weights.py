@@ -9,9 +9,10 @@ from distill.console import Console
 from distill.errors import UserError
 from distill.reports.drawing import thin_places
 from distill.reports.layers import layers_of, places_of
+from distill.reports.paths import WEIGHTS
 from distill.reports.records import Records
 from distill.reports.verdict import Fact
-from distill.reports.weight_files import WEIGHTS, Stored, WeightFile, open_weights, shapes_in
+from distill.reports.weight_files import Stored, WeightFile, open_weights, shapes_in
 from distill.reports.weights import WeightsReport, weigh_file
 from distill.run_folder import RunFolder
 from stability.weights import EXACT_SIDE

@@ -20,11 +20,11 @@ from markupsafe import Markup
 
 from distill import __version__
 from distill.console import Console
-from distill.errors import UserError
+from distill.reports.paths import require_page_path
 from distill.reports.report import read_report
 from distill.reports.telling import Content, Told, tell
 from distill.run_folder import RunFolder
-from teachers.store import write_whole
+from teachers.files import write_whole
 
 TEMPLATE, SCRIPT = "report.html.jinja", "report.js"
 
@@ -49,18 +49,6 @@ def write_page(content: Content, path: Path) -> None:
     """
     require_page_path(path)
     write_whole(path, page(content).encode())
-
-
-def require_page_path(path: Path) -> None:
-    """See that a page can go there.
-
-    Raises:
-        UserError: the path is not one for a page.
-    """
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--output {path} must end in .html")
-    if not path.parent.is_dir():
-        raise UserError(f"--output {path}: there is no folder {path.parent}")
 
 
 def page(content: Content) -> str:

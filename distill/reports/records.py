@@ -17,12 +17,12 @@ from distill.checkpoint import latest_checkpoint
 from distill.errors import UserError
 from distill.prove import Proof
 from distill.reports.metrics import GuardEvent, HeldOutPoint, Line, Metrics, read_metrics, step_of
-from distill.reports.weight_files import WEIGHTS
+from distill.reports.paths import require_run
 from distill.run_folder import RunFolder
 from distill.safety_metrics import SafetyScore
 from distill.verification import VerificationScore
-from students.heads import DECISIONS
-from teachers.store import LOCK, is_held
+from students.decisions import DECISIONS
+from teachers.files import LOCK, is_held
 
 
 @dataclass(frozen=True)
@@ -241,14 +241,8 @@ def read_records(path: Path) -> Records:
     Raises:
         UserError: it is not a run's folder, nothing is logged yet, or a file in it is damaged.
     """
+    require_run(path)
     folder = RunFolder(path)
-    if not path.is_dir():
-        raise UserError(f"{path} is not a run's folder: there is no such folder, nor a file; check the path")
-    if not folder.config_file.exists():
-        raise UserError(
-            f"{path} is not a run's folder: it has no config.json, and no {WEIGHTS} either; give a run's folder, a "
-            "checkpoint's, or a .safetensors or .gguf file"
-        )
     config = folder.read_json(folder.config_file)
     identity = folder.read_identity() if folder.identity_file.exists() else {}
     results = _results(folder) if folder.results_file.exists() else None

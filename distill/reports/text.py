@@ -10,14 +10,13 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from distill.console import Console
-from distill.errors import UserError
 from distill.reports.html import write_page
 from distill.reports.parts import Section, Table
+from distill.reports.paths import weights_among
 from distill.reports.report import compare, read_report
 from distill.reports.telling import Content, tell
 from distill.reports.verdict import Fact
 from distill.reports.weight_comparison import compare_weights
-from distill.reports.weight_files import holds_weights
 from distill.reports.weights import read_weights
 
 ROOMY = 140  # columns of a terminal that is wide enough for every table
@@ -51,18 +50,10 @@ def read_content(paths: list[Path], progress: Console | None = None) -> Content:
     Raises:
         UserError, TeacherFileError: see ``report_paths``.
     """
-    if len(paths) > 2:
-        raise UserError(f"{len(paths)} paths are too many: give one, or two to compare")
-    weights = [path for path in paths if holds_weights(path)]
+    weights = weights_among(paths)
     if not weights:
         reports = [read_report(path, progress) for path in paths]
         return reports[0] if len(reports) == 1 else compare(*reports)
-    if len(weights) < len(paths):
-        run = next(path for path in paths if path not in weights)
-        raise UserError(
-            f"{run} is a run's folder and {weights[0]} holds weights alone: they cannot be compared; give two runs, or "
-            f"two of weights (such as {run / 'student'})"
-        )
     return read_weights(paths[0], progress) if len(paths) == 1 else compare_weights(paths, progress)
 
 

@@ -13,7 +13,7 @@ from distill.reports.metrics import best_point, step_of
 from distill.reports.records import Records, Results, SafetyPart, VerificationPart
 from distill.safety_metrics import ALLOW_PRECISION, ESCALATE_PRECISION, REFUSE_RECALL
 from distill.verification import CASCADE_GOAL, CascadePoint
-from students.heads import ALLOW, ESCALATE, REFUSE
+from students.decisions import ALLOW, ESCALATE, REFUSE
 
 FEWEST = 20  # steps below which nothing is said about the end of training
 STANDARD_ERRORS = 3.0  # by so many the loss must rise to count as risen

@@ -6,8 +6,6 @@ The files are untrusted. Headers are checked before any value is read (safetenso
 
 from __future__ import annotations
 
-import json
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,11 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distill.errors import UserError
+from distill.reports.paths import files_of_weights, is_gguf
 from teachers.gguf_file import read_gguf
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SAFETENSORS, GGUF = "safetensors", "GGUF"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LONGEST_NAME = 512
 WHOLE_GGUF = {GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64")}
 
@@ -56,11 +53,6 @@ class WeightFile:
     tensors: list[Stored]
 
 
-def holds_weights(path: Path) -> bool:
-    """Whether the path is to be read as weights: a file, or a folder that has some and so is no run's."""
-    return bool(_in_folder(path)) if path.is_dir() else path.exists()
-
-
 @contextmanager
 def open_weights(path: Path) -> Iterator[WeightFile]:
     """The weights at ``path``: a file, or a folder with ``model.safetensors`` (whole or in several files).
@@ -69,12 +61,8 @@ def open_weights(path: Path) -> Iterator[WeightFile]:
         UserError: nothing of that kind, empty, cut off, or damaged.
         TeacherFileError: the same of a GGUF file.
     """
-    files = _in_folder(path) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{path} has no {WEIGHTS}; give a folder that has, or a .safetensors or .gguf file")
-    for file in files:
-        _require_file(file)
-    if _is_gguf(files[0]):
+    files = files_of_weights(path)
+    if is_gguf(files[0]):
         yield _open_gguf(files[0])
         return
     with ExitStack() as stack:
@@ -93,58 +81,6 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     """
     with open_weights(path) as file:
         return {one.name: one.shape for one in file.tensors}
-
-
-def _in_folder(path: Path) -> list[Path]:
-    """The files with a folder's weights."""
-    if (path / WEIGHTS).exists():
-        return [path / WEIGHTS]
-    index = path / INDEX
-    if not index.exists():
-        return []
-    _require_file(index)
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index} is damaged ({error}); copy it again") from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"{index} names {name!r}, which is no safetensors file beside it; copy it again")
-    return [path / name for name in names]
-
-
-def _require_file(path: Path) -> None:
-    """Refuse what is not a plain file with something in it: a FIFO would make a reader wait for ever."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; check the path") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{path} is not a regular file; give a .safetensors or .gguf file")
-    if found.st_size == 0:
-        raise UserError(f"{path} is empty; copy it again")
-    if path.suffix.lower() in PICKLES:
-        raise UserError(
-            f"{path} may be a pickle, which runs code when it is read, so it is not; save the weights as .safetensors"
-        )
-
-
-def _is_gguf(path: Path) -> bool:
-    """By its name; another file by its first bytes.
-
-    Raises:
-        UserError: it is no file of weights.
-    """
-    suffix = path.suffix.lower()
-    if suffix in (".gguf", ".safetensors"):
-        return suffix == ".gguf"
-    with path.open("rb") as file:
-        begin = file.read(9)
-    if begin[:4] == b"GGUF":
-        return True
-    if begin[8:9] == b"{":  # safetensors: eight bytes of length, then JSON
-        return False
-    raise UserError(f"{path} is no file of weights that can be read; give a .safetensors or .gguf file")
 
 
 def _open_gguf(path: Path) -> WeightFile:

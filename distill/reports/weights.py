@@ -13,8 +13,9 @@ from distill import interrupts
 from distill.console import Console, human_bytes, human_count
 from distill.errors import UserError
 from distill.reports.layers import Place, layers_of, places_of
+from distill.reports.paths import WEIGHTS
 from distill.reports.verdict import Fact
-from distill.reports.weight_files import WEIGHTS, Stored, WeightFile, open_weights
+from distill.reports.weight_files import Stored, WeightFile, open_weights
 from stability.weights import EXACT_SIDE, GRAM, WeightFigures, weigh
 
 WORTH_SHOWING = 5e9  # values times smaller side, over all matrices: about two seconds on two cores
