@@ -20,7 +20,7 @@ from distill.evaluation.request import Request
 from distill.evaluation.task_file import Task, read_tasks
 from distill.exports import export_paths, read_exports
 from distill.launched import launched_share, require_trainable
-from distill.reports.paths import require_page_path, weights_among
+from distill.reports.paths import require_logged, require_page_path, weights_among
 from distill.run_folder import Places, RunFolder
 from distill.safety_prompts import (
     SafetyPrompt,
@@ -176,11 +176,14 @@ def check_report(paths: list[Path], output: Path | None) -> None:
     """Refuse what ``distill report`` cannot do.
 
     Raises:
-        UserError: paths that are no runs or weights, or no place for a page.
+        UserError: paths that are no runs or weights, damaged ones, or no place for a page.
+        TeacherFileError: a GGUF file's header is damaged.
     """
-    weights_among(paths)
+    weights = weights_among(paths)
     if output is not None:
         require_page_path(output)
+    for path in paths if not weights else ():
+        require_logged(path)
 
 
 def check_export(

@@ -105,6 +105,9 @@ CASES: list[tuple[str, int, str]] = [
     # Reports and logs
     ("report {missing}", 2, "there is no such folder"),
     ("report {empty}", 2, "it has no config.json"),
+    ("report {run}", 2, "nothing is logged yet"),
+    ("report {halved}", 2, "results.json is damaged"),
+    ("report {truncated.gguf}", 2, "truncated"),
     ("report {run} {run} {run}", 2, "3 paths are too many"),
     ("report {run} {teacher}", 2, "cannot be compared"),
     ("report {run} --output {page.pdf}", 2, "must end in .html"),
@@ -166,6 +169,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "manifest/manifest.json": MANIFEST,
         "store/manifest.json": MANIFEST,
         "store/shard-00000.safetensors": "",
+        "halved/config.json": "{}",
+        "halved/results.json": '{"teacher": {',
         "run/config.json": load_config(None, {}, []).model_dump_json(),
         "copy": teacher,
     }

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from distill.errors import UserError
 from distill.run_folder import RunFolder
+from teachers.gguf_file import read_gguf
 
+METRICS = "metrics.jsonl"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -52,6 +54,26 @@ def require_run(path: Path) -> None:
         )
 
 
+def require_logged(path: Path) -> None:
+    """See that a run's folder can be reported on: its JSON files can be read, and something is logged.
+
+    Raises:
+        UserError: a file is damaged, or nothing is there yet.
+    """
+    folder = RunFolder(path)
+    folder.read_json(folder.config_file)
+    metrics = path / METRICS
+    if folder.results_file.exists():
+        folder.read_json(folder.results_file)
+    elif not metrics.exists() or metrics.stat().st_size == 0:
+        raise nothing_logged(path)
+
+
+def nothing_logged(path: Path) -> UserError:
+    """What is said of a run that has logged nothing."""
+    return UserError(f"{path}: nothing is logged yet; training has not begun. Try again when it has")
+
+
 def require_page_path(path: Path) -> None:
     """See that a page can go there.
 
@@ -74,13 +96,15 @@ def files_of_weights(path: Path) -> list[Path]:
 
     Raises:
         UserError: there are none; or one is empty, no plain file, or of another kind.
+        TeacherFileError: a GGUF file's header is damaged.
     """
     files = _files_in(path) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path} has no {WEIGHTS}; give a folder that has, or a .safetensors or .gguf file")
     for file in files:
         _require_file(file)
-    is_gguf(files[0])
+    if is_gguf(files[0]):
+        read_gguf(files[0], model=False)
     return files
 
 

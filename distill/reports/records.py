@@ -17,7 +17,7 @@ from distill.checkpoint import latest_checkpoint
 from distill.errors import UserError
 from distill.prove import Proof
 from distill.reports.metrics import GuardEvent, HeldOutPoint, Line, Metrics, read_metrics, step_of
-from distill.reports.paths import require_run
+from distill.reports.paths import METRICS, nothing_logged, require_run
 from distill.run_folder import RunFolder
 from distill.safety_metrics import SafetyScore
 from distill.verification import VerificationScore
@@ -246,12 +246,12 @@ def read_records(path: Path) -> Records:
     config = folder.read_json(folder.config_file)
     identity = folder.read_identity() if folder.identity_file.exists() else {}
     results = _results(folder) if folder.results_file.exists() else None
-    metrics = read_metrics(path / "metrics.jsonl")
+    metrics = read_metrics(path / METRICS)
     held_out = metrics.held_out
     if results is not None and not held_out:
         held_out = results.training.held_out
     if not metrics.train and not held_out and not metrics.events:
-        raise UserError(f"{path}: nothing is logged yet; training has not begun. Try again when it has")
+        raise nothing_logged(path)
     return Records(
         folder=path,
         config=config,
