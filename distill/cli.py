@@ -24,7 +24,7 @@ from distill import __version__
 from distill.commands import audit, chat, doctor, evaluate, export, judge, report, run
 from distill.exit_codes import EXIT_INTERRUPTED, exit_code, one_line
 from distill.interrupts import watch
-from distill.terminal import show_warnings
+from distill.terminal import printable, show_warnings
 
 app = typer.Typer(
     add_completion=False,
@@ -80,4 +80,6 @@ def main() -> NoReturn:
 
 
 def _complain(message: str) -> None:
-    RichConsole(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    RichConsole(stderr=True, highlight=False).print(
+        f"[bold red]error:[/] {escape(printable(message))}", soft_wrap=True
+    )

@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill.console import human_bytes
 from distill.machine import Finding, disk_finding, memory_finding, processor_finding, usable_cores
-from teachers.errors import LibraryError, TeacherError, ending
+from teachers.errors import LibraryError, TeacherError, WorkerDefect, ending
 from teachers.llama_library import (
     PACKAGE,
     foreign_features,
@@ -27,6 +29,9 @@ from teachers.llama_library import (
     library_version,
     unused_features,
 )
+
+if TYPE_CHECKING:
+    from teachers.check_record import CheckRecord
 
 PROJECT = "so8t-distill"
 CHILD_SECONDS = 180.0
@@ -49,15 +54,19 @@ print(json.dumps({
 """
 
 
-def examine(teacher: Path) -> Iterator[Finding]:
-    """Every finding, as it is made; ``teacher``: the GGUF file that llama.cpp is tried with.
+def examine(teacher: Path, gpu_layers: int = 0) -> Iterator[Finding]:
+    """Every finding, as it is made; ``teacher``: the GGUF file that llama.cpp is tried with, ``gpu_layers`` on a GPU.
 
     Raises:
         TeacherFileError: ``teacher`` is no GGUF file.
     """
     checks: list[Callable[[], Iterator[Finding]]] = [
-        machine_findings, package_findings, library_findings, lambda: self_check_findings(teacher), pytorch_findings
-    ]  # fmt: skip
+        machine_findings,
+        package_findings,
+        library_findings,
+        lambda: self_check_findings(teacher, gpu_layers),
+        pytorch_findings,
+    ]
     for check in checks:
         try:
             yield from check()
@@ -100,73 +109,97 @@ def library_findings() -> Iterator[Finding]:
     """What llama.cpp was built with and for, and the GPUs that it sees."""
     name = f"{PACKAGE} {library_version() or 'is not installed'}"
     if library_folder() is None:
-        yield Finding("llama.cpp", "broken", name, _rebuild())
+        yield Finding("llama.cpp", "broken", name, rebuild_command())
         return
     facts, problem = ask_child(_LIBRARY)
     if facts is None:
-        yield Finding("llama.cpp", "broken", f"{name} cannot be loaded: {problem}", _rebuild())
+        yield Finding("llama.cpp", "broken", f"{name} cannot be loaded: {problem}", rebuild_command())
         return
     built = facts["built_with"]
     facts["version"] = library_version()
     text = f"{name}, built with {', '.join(built) or 'no features of the processor'}"
     if foreign := foreign_features(built):
         text += f"; this processor has no {', '.join(foreign)}"
-        yield Finding("llama.cpp", "broken", text, _rebuild(), facts)
+        yield Finding("llama.cpp", "broken", text, rebuild_command(), facts)
     elif unused := unused_features(built):
         text += f"; not for this processor's {', '.join(unused)}"
-        yield Finding("llama.cpp", "slow", text, _rebuild(), facts)
+        if "AMX_INT8" in unused:
+            text += " (which takes GCC, or a Clang newer than 14)"
+        yield Finding("llama.cpp", "slow", text, rebuild_command(), facts)
     else:
         yield Finding("llama.cpp", "ok", text, "", facts)
     yield _gpus("GPUs of llama.cpp", facts["devices"], "gpu_layers stays 0")
 
 
-def self_check_findings(teacher: Path) -> Iterator[Finding]:
+def self_check_findings(teacher: Path, gpu_layers: int) -> Iterator[Finding]:
     """The first decode with and without extra buffers, found anew, and how fast llama.cpp then is."""
     import psutil
 
-    from teachers.check_record import forget_record, keep_record, read_record, record_path
+    from teachers.check_record import change_record, read_record, record_path
     from teachers.gguf_file import read_gguf
     from teachers.worker import Worker
 
     before = read_record()
-    kept = _kept(forget_record)
-    threads = psutil.cpu_count(logical=False) or 1
-    types = {tensor.type.name for tensor in read_gguf(teacher).tensors.values()}
+    threads = min(psutil.cpu_count(logical=False) or 1, usable_cores())
+    file = read_gguf(teacher)
+    types = frozenset(tensor.type.name for tensor in file.tensors.values())
     try:
-        worker = Worker(teacher, threads=min(threads, usable_cores()), types=types)
+        worker = Worker(teacher, threads=threads, gpu_layers=gpu_layers, types=types, anew=True)
         try:
-            way = worker.way()
+            extra_buffers = worker.way().extra_buffers
             message = {"prompt_tokens": SPEED_PROMPT, "new_tokens": SPEED_NEW}
             speed = worker.ask("speed", message)[0]
         finally:
             worker.close()
-    except (TeacherError, LibraryError) as error:
-        yield Finding("self-check", "broken", str(error), _rebuild())
+    except (TeacherError, LibraryError, WorkerDefect) as error:
+        yield Finding("self-check", "broken", str(error), rebuild_command())
         return
-    record = read_record()
-    facts = {"extra_buffers": way.extra_buffers, "reason": record.reason, "compared": sorted(record.verified)}
-    if not way.extra_buffers:
-        text = f"right without llama.cpp's extra CPU buffers; with them it {record.reason}"
-        yield Finding("self-check", "slow", text, _rebuild(), facts)
-    elif not before.extra_buffers:
-        text = f"in order now; on {before.time[:10]} llama.cpp {before.reason} with its extra buffers"
-        yield Finding("self-check", "ok", f"{text}, which is forgotten", "", facts)
-    else:
-        text = (
-            f"the first decode works; results as without extra buffers: {', '.join(sorted(record.verified))}"
-        )
-        yield Finding("self-check", "ok", text, "", facts)
-    kept = kept or _kept(lambda: keep_record(record))
-    if kept:
+    yield _verdict(before, types, file.size, extra_buffers=extra_buffers)
+    if problem := _problem_of(lambda: change_record(lambda record: record)):
         remedy = "set XDG_CACHE_HOME to a folder that can be written to"
-        yield Finding("check kept", "slow", f"it is made again at every start: {kept}", remedy)
+        yield Finding("check kept", "slow", f"it is made again at every start: {problem}", remedy)
     else:
-        yield Finding("check kept", "ok", f"kept in {record_path()}", "", {"path": str(record_path())})
+        yield Finding("check kept", "ok", f"in {record_path()}", "", {"path": str(record_path())})
     text = f"{teacher.name}: reads {speed['prompt']:,.0f} tokens/s, writes {speed['generation']:,.0f}"
     yield Finding("speed", "ok", text, "", dict(speed))
 
 
-def _kept(action: Callable[[], None]) -> str:
+def _verdict(before: CheckRecord, types: frozenset[str], size: int, *, extra_buffers: bool) -> Finding:
+    """What the self-check found now, in the light of what was remembered ``before``.
+
+    A remembered fault is forgotten where the kinds of tensors that it was found with work now.
+    """
+    from teachers.check_record import change_record, read_record
+
+    record = read_record()
+    facts = {"extra_buffers": extra_buffers, "reason": record.reason, "compared": sorted(record.verified)}
+    if not extra_buffers:
+        text = f"right without llama.cpp's extra CPU buffers; with them it {record.reason}"
+        return Finding("self-check", "slow", text, rebuild_command(), facts)
+    compared = f"results as without extra buffers: {', '.join(sorted(record.verified))}"
+    if not before.reason:
+        return Finding("self-check", "ok", f"the first decode works; {compared}", "", facts)
+    found = f"on {before.time[:10]} llama.cpp {before.reason}, with {_file_of(before.failed)}"
+    if not before.failed <= types or size < before.from_bytes:
+        text = f"{_file_of(types)} works; but {found}, and such files run without extra buffers"
+        remedy = f"try that file again with --teacher, or {rebuild_command()}"
+        return Finding("self-check", "slow", text, remedy, facts)
+    _problem_of(
+        lambda: change_record(
+            lambda known: replace(known, extra_buffers=True, from_bytes=0, reason="", failed=frozenset())
+        )
+    )
+    return Finding(
+        "self-check", "ok", f"works now, and what was is forgotten: {found}; {compared}", "", facts
+    )
+
+
+def _file_of(types: frozenset[str]) -> str:
+    """A file by the kinds of its tensors."""
+    return f"a file of {', '.join(sorted(types))}"
+
+
+def _problem_of(action: Callable[[], None]) -> str:
     """Why something about the record could not be written, in words, or nothing."""
     try:
         action()
@@ -216,21 +249,19 @@ def ask_child(code: str) -> tuple[dict[str, Any] | None, str]:
 
 def _pip() -> str:
     """The command that is this environment's pip."""
-    return f"{sys.executable} -m pip"
+    return f"{shlex.quote(sys.executable)} -m pip"
 
 
 def _install_again() -> str:
     return f"{_pip()} install --constraint constraints.txt --editable . (in the project's folder)"
 
 
-def _rebuild() -> str:
-    """The command that compiles llama.cpp for this processor."""
+def rebuild_command() -> str:
+    """The command that compiles llama.cpp for this processor, after what CMAKE_ARGS asks for already."""
     build = Path(__file__).parent.parent / "teachers" / "llama_cpp_build.cmake"
     pinned = f"=={found}" if (found := library_version()) else ""
-    setting = f"CMAKE_ARGS=-DCMAKE_PROJECT_llama_cpp_INCLUDE={build}"
+    setting = f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={build}"
+    install = f"install --force-reinstall --no-deps --no-cache-dir --no-binary {PACKAGE} {PACKAGE}{pinned}"
     if sys.platform == "win32":
-        setting = f'set "{setting}" &&'
-    return (
-        f"compile it again: {setting} {_pip()} install --force-reinstall --no-deps --no-cache-dir "
-        f"--no-binary {PACKAGE} {PACKAGE}{pinned}"
-    )
+        return f'compile it again: set "CMAKE_ARGS=%CMAKE_ARGS% {setting}" && {_pip()} {install}'
+    return f'compile it again: CMAKE_ARGS="$CMAKE_ARGS {shlex.quote(setting)}" {_pip()} {install}'

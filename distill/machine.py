@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
 from distill.console import Console, human_bytes
 from teachers.llama_library import FEATURES, processor
 
@@ -60,11 +58,12 @@ def usable_cores() -> int:
 
 def memory_finding() -> Finding:
     """Memory that is free for a run, within what a container is allowed."""
+    import psutil  # here, so that `distill doctor` can say that it is missing
+
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
-    limit, used = (container_bytes(name) for name in ("memory.max", "memory.current"))
-    if limit is not None:
-        total, available = min(total, limit), min(available, limit - (used or 0))
+    for limit, used in container_limits():
+        total, available = min(total, limit), min(available, limit - used)
     text = f"{human_bytes(available)} free of {human_bytes(total)}"
     facts = {"total_bytes": total, "available_bytes": available}
     if available < LEAST_MEMORY:
@@ -76,10 +75,49 @@ def memory_finding() -> Finding:
     return Finding("memory", "ok", text, "", facts)
 
 
-def container_bytes(name: str) -> int | None:
-    """Bytes that a container's control group says under ``name``; nothing where there is no group or no limit."""
+def container_limits(
+    groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> list[tuple[int, int]]:
+    """Bytes that this process's control group may use and uses, of each version of Linux's groups that limits it.
+
+    Files that the system keeps in memory until somebody needs it are not counted. ``groups`` says which groups those
+    are, ``root`` is where they are mounted; a container may see its own at the root.
+    """
     try:
-        text = Path("/sys/fs/cgroup", name).read_text(encoding="ascii").strip()
+        lines = groups.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            folder, names = root, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            folder, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        for place in (folder / path.lstrip("/"), folder):
+            limit, used = (_whole_number(place / name) for name in names)
+            if limit is not None:
+                found.append((limit, max(0, (used or 0) - _kept_files(place))))
+                break
+    return found
+
+
+def _kept_files(group: Path) -> int:
+    """Bytes of files that a control group holds in memory and has not used lately."""
+    try:
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return 0
+    stats = dict(line.split(" ", 1) for line in lines if " " in line)
+    return int(stats.get("total_inactive_file") or stats.get("inactive_file") or 0)
+
+
+def _whole_number(path: Path) -> int | None:
+    """The number in a file; nothing where it is not there, or says "max"."""
+    try:
+        text = path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):
         return None
     return int(text) if text.isdigit() else None

@@ -254,7 +254,8 @@ def check_evaluation(request: Request) -> EvaluationInputs:
     """
     if request.harness:
         require_harness()
-    files = find_files(request.students, request.teacher)
     tasks = [] if request.tasks is None else read_tasks(request.tasks)
     entries = None if request.text.data is None else read_entries(request.text.settings())
-    return EvaluationInputs(files, tasks, read_given(request.safety_prompts), entries)
+    prompts = read_given(request.safety_prompts)
+    files = find_files(request.students, request.teacher)  # last: it may hash a large teacher
+    return EvaluationInputs(files, tasks, prompts, entries)

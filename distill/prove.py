@@ -18,7 +18,7 @@ from distill.errors import ProofFailed
 from distill.evaluation.scores import Scorer, llama_scorer, student_scorer
 from students.student import Student
 from teachers.base import Teacher, TokenizedLines, Tokens
-from teachers.errors import TeacherError
+from teachers.errors import TeacherError, WorkerDied
 from teachers.gguf_file import TeacherFileError
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.inheritance import first_sequences
@@ -141,6 +141,8 @@ def _prove(
             figures = _compare(reference, llama_scorer(exported, exact=True), chosen)
             speeds = [measure_speed(exported) for _ in range(rounds)] or [(0.0, 0.0)]
             again = exported.tokenize(reference_tokens.texts, add_special=True, parse_special=True)
+    except WorkerDied:
+        raise  # after its first decode: no fault of the file
     except (TeacherError, TeacherFileError) as error:
         raise ProofFailed(f"llama.cpp does not run the exported {quant} file: {error}") from None
     for text, ours, theirs in zip(reference_tokens.texts, again, reference_tokens.tokens, strict=True):

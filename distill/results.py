@@ -26,8 +26,8 @@ from students.adapter import AdaptedStudent
 from students.export import rotation_figures
 from students.student import Student
 from teachers.base import TeacherInfo
-from teachers.check_record import read_record
 from teachers.store import SoftTargetStore
+from teachers.worker import without_extra_buffers
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def build_results(outcome: Outcome, file_bytes: int, seconds: dict[str, float]) 
             for name, (prompt, generation) in outcome.speeds.items()
         },
         "stage_seconds": seconds,
-        "environment": environment(),
+        "environment": environment() | {"llama_cpp": how_llama_cpp_ran()},
     }
 
 
@@ -126,7 +126,6 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """What computed the results."""
-    library = read_record()
     packages = ("so8t-distill", "torch", "transformers", "llama-cpp-python", "gguf", "accelerate", "numpy")
     return {
         "python": platform.python_version(),
@@ -134,8 +133,13 @@ def environment() -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "packages": {name: version(name) for name in packages},
-        "llama_cpp": {"extra_buffers": library.extra_buffers, "reason": library.reason},
     }
+
+
+def how_llama_cpp_ran() -> dict[str, Any]:
+    """Whether llama.cpp ran every file of this process with its extra CPU buffers, and if not, why."""
+    reasons = list(without_extra_buffers.values())
+    return {"extra_buffers": not reasons, "reason": reasons[0] if reasons else ""}
 
 
 def print_table(folder: RunFolder, console: Console) -> None:

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import filelock
 import platformdirs
 
 from teachers.llama_library import fingerprint, library_version, processor
+
+LOCK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -24,20 +28,28 @@ class CheckRecord:
 
     Attributes:
         extra_buffers: whether llama.cpp runs with its extra CPU buffers (AMX, repacked weights), its default.
-        reason: why it does not; empty where it does.
-        verified: tensor types whose results were compared between both ways and agree; ``gpu:`` before a
-            type whose results on a GPU agree with the processor's.
+        from_bytes: files of this size or more run without them all the same, for want of memory; 0 for none.
+        reason: why not, going on from "llama.cpp …"; empty where it does.
+        failed: tensor types of the file that it was found with.
+        verified: tensor types whose results were compared between both ways and agree; of results on a GPU with
+            the devices before the type.
         time: when it was written, ISO 8601 in UTC.
         library: the package's version, for people.
         processor: its name, for people.
     """
 
     extra_buffers: bool = True
+    from_bytes: int = 0
     reason: str = ""
+    failed: frozenset[str] = frozenset()
     verified: frozenset[str] = frozenset()
     time: str = ""
     library: str = ""
     processor: str = ""
+
+    def allows_extra_buffers(self, file_bytes: int) -> bool:
+        """Whether a file of this size runs with extra buffers."""
+        return self.extra_buffers and not 0 < self.from_bytes <= file_bytes
 
 
 # Of this process, so that where nothing can be kept the check is still made only once.
@@ -60,27 +72,38 @@ def read_record() -> CheckRecord:
     """What is remembered for this library and processor; an empty record where nothing is."""
     key = fingerprint()
     if key not in of_this_process:
-        of_this_process[key] = _read()
+        of_this_process[key] = _read() or CheckRecord()
     return of_this_process[key]
 
 
-def keep_record(record: CheckRecord) -> None:
-    """Remember ``record`` in this process and, where there is a place for it, for the next.
+def change_record(change: Callable[[CheckRecord], CheckRecord]) -> None:
+    """Remember what ``change`` makes of the record, in this process and, where there is a place for it, for the next.
+
+    Other processes may remember something at the same time: ``change`` is made to what is there by then.
 
     Raises:
         OSError: nothing can be written there; this process remembers all the same.
     """
-    cpu = processor()
-    record = replace(
-        record,
-        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        library=library_version() or "",
-        processor=cpu.name,
-    )
-    of_this_process[fingerprint()] = record
+    of_this_process[fingerprint()] = _described(change(read_record()))
     path = record_path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = asdict(record) | {"verified": sorted(record.verified)}
+    try:
+        with filelock.FileLock(path.with_suffix(".lock"), timeout=LOCK_SECONDS):
+            record = _described(change(_read() or read_record()))
+            of_this_process[fingerprint()] = record
+            _write(record, path)
+    except filelock.Timeout:
+        raise OSError(f"{path} is locked by another process") from None
+
+
+def _described(record: CheckRecord) -> CheckRecord:
+    """The record with when and where it is made."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return replace(record, time=now, library=library_version() or "", processor=processor().name)
+
+
+def _write(record: CheckRecord, path: Path) -> None:
+    content = asdict(record) | {"verified": sorted(record.verified), "failed": sorted(record.failed)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -89,25 +112,15 @@ def keep_record(record: CheckRecord) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def forget_record() -> None:
-    """Forget what is remembered for this library and processor, so that it is found again.
-
-    Raises:
-        OSError: the file is there and cannot be deleted; this process has forgotten it all the same.
-    """
-    of_this_process[fingerprint()] = CheckRecord()
-    record_path().unlink(missing_ok=True)
-
-
-def _read() -> CheckRecord:
+def _read() -> CheckRecord | None:
+    """The record in the file; nothing where there is none, no place for one, or a damaged one."""
     try:
         content: Any = json.loads(record_path().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return CheckRecord()  # none yet, no place for one, or damaged: the check is made again
-    try:
-        record = CheckRecord(**content | {"verified": frozenset(content["verified"])})
-    except (TypeError, KeyError):
-        return CheckRecord()
-    texts = (record.reason, record.time, record.library, record.processor, *record.verified)
-    sound = type(record.extra_buffers) is bool and all(isinstance(text, str) for text in texts)
-    return record if sound else CheckRecord()
+        sets = {name: frozenset(content[name]) for name in ("verified", "failed")}
+        record = CheckRecord(**content | sets)
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        return None
+    sound = all(type(getattr(record, field.name)) is type(field.default) for field in fields(record))
+    return (
+        record if sound and all(isinstance(name, str) for name in record.verified | record.failed) else None
+    )

@@ -14,24 +14,23 @@ class RequestRefused(TeacherError):
 
 
 class WorkerDied(TeacherError):
-    """The process that runs llama.cpp ended while it was asked for something.
+    """The process that runs llama.cpp ended, or hung and was stopped, while it was asked for something.
 
     Attributes:
-        operation: what it was asked for.
-        ending: how it ended, in words ("signal SIGSEGV").
+        what: what happened, going on from "llama.cpp …" ("died during score (signal SIGSEGV)").
         log: its last lines on one line, or nothing.
         from_outside: another process ended it (the system for want of memory, a user).
+        hung: it was stopped because it had given no sign of life.
     """
 
     def __init__(
-        self, path: str, operation: str, ending: str, log: str = "", from_outside: bool = False
+        self, path: str, what: str, log: str = "", *, from_outside: bool = False, hung: bool = False
     ) -> None:
-        self.path, self.operation, self.ending, self.log = path, operation, ending, log
-        self.from_outside = from_outside
+        self.what, self.log, self.from_outside, self.hung = what, log, from_outside, hung
         memory = "; the system may have run out of memory" if from_outside else ""
         super().__init__(
-            f"{path}: llama.cpp died during {operation} ({ending}){log}{memory}; what was captured is kept, "
-            "run the same command again to continue. `distill doctor` checks this machine"
+            f"{path}: llama.cpp {what}{log}{memory}. Nothing saved is lost: run the same command again; if it "
+            "comes to the same, `distill doctor` examines this machine"
         )
 
 

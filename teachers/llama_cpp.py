@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from teachers.ggml import devices
 from teachers.taps import FINAL_STATE, Taps, layer_output
+from teachers.way import Way
 
 LOGITS_BYTES = 64 << 20  # one batch's logits stay near this, whatever the vocabulary
 MAX_BATCH_TOKENS = 512  # llama.cpp computes no more at once; a batch is then never divided and reordered
@@ -90,16 +91,8 @@ def _forward_log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
 class LlamaModel:
     """One loaded GGUF model: its weights and its vocabulary."""
 
-    def __init__(
-        self,
-        path: str,
-        *,
-        threads: int,
-        gpu_layers: int = 0,
-        extra_buffers: bool = True,
-        mapped: bool = False,
-    ) -> None:
-        """Load the model at ``path``; for the ways of running it see ``teachers.worker_process.Way``.
+    def __init__(self, path: str, way: Way, *, threads: int) -> None:
+        """Load the model at ``path``.
 
         Raises:
             LlamaError: llama.cpp cannot load the file.
@@ -107,10 +100,13 @@ class LlamaModel:
         native.llama_log_set(_forward_log, ctypes.c_void_p(0))
         native.llama_backend_init()
         parameters = native.llama_model_default_params()
-        parameters.n_gpu_layers = gpu_layers
-        parameters.use_extra_bufts = extra_buffers
+        parameters.n_gpu_layers = way.gpu_layers
+        parameters.use_extra_bufts = way.extra_buffers
+        no_devices = (ctypes.c_void_p * 1)(None)  # llama.cpp's list of them ends with a null pointer
+        if way.processor_only:
+            parameters.devices = ctypes.addressof(no_devices)
         small_file = Path(path).stat().st_size < MAPPED_SHARE * psutil.virtual_memory().total
-        if small_file and not mapped:
+        if small_file and not way.mapped:
             # llama.cpp keeps a rearranged copy of some quantisations: mapped too, a file would take its size twice.
             parameters.load_mode = native.LLAMA_LOAD_MODE_NONE
         self.model = native.llama_model_load_from_file(os.fsencode(path), parameters)
@@ -123,7 +119,8 @@ class LlamaModel:
             token for token in range(self.vocab_size) if native.llama_vocab_is_eog(self.vocab, token)
         )
         self.threads = threads
-        on_cpu = gpu_layers == 0 or not native.llama_supports_gpu_offload()
+        self.processor_only = way.processor_only
+        on_cpu = way.gpu_layers == 0 or way.processor_only or not native.llama_supports_gpu_offload()
         # llama.cpp's own default, a float16 cache with flash attention, is how people run the model; but it slows
         # a CPU down where the heads are narrow.
         heads = max(1, int(native.llama_model_n_head(self.model)))
@@ -156,7 +153,7 @@ class LlamaModel:
             "context_length": int(native.llama_model_n_ctx_train(self.model)),
             "layers": self.layers,
             "width": self.width,
-            "gpu": bool(native.llama_supports_gpu_offload()),
+            "gpus": [] if self.processor_only else [gpu["name"] for gpu in devices()],
             "built_with": built_with(),
         }
 
@@ -224,6 +221,8 @@ class LlamaContext:
         if shape.exact:
             parameters.type_k = parameters.type_v = native.GGML_TYPE_F32
             parameters.flash_attn_type = native.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if self.model.processor_only:  # by default a GPU computes large products of weights in main memory
+            parameters.op_offload = parameters.offload_kqv = False
         parameters.embeddings = shape.states and shape.logits
         self._taps = self._tap(shape)
         if self._taps is not None:
@@ -317,7 +316,11 @@ class LlamaContext:
             native.llama_memory_seq_cp(memory, like, slot, -1, -1)
 
     def first_decode(self, count: int, *, exact: bool) -> NDArray[np.float32]:
-        """Logits ``[count, V]`` of ``count`` tokens spread over the vocabulary, the same for every way of running."""
+        """Logits ``[N, V]`` of ``count`` tokens spread over the vocabulary, the same for every way of running.
+
+        Fewer where the model's context is shorter.
+        """
+        count = max(1, min(count, int(native.llama_model_n_ctx_train(self.model.model))))
         self.prepare(ContextShape(1, count, exact))
         tokens = (np.arange(1, count + 1, dtype=np.int64) * TOKEN_STRIDE % self.vocab_size).astype(np.int32)
         positions, slots = np.arange(count, dtype=np.int32), np.zeros(count, dtype=np.int32)

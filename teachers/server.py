@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from teachers.way import Way
 from teachers.wire import Arrays, pack_ragged, read_frame, unpack_ragged, write_frame
 
 if TYPE_CHECKING:
@@ -56,18 +57,14 @@ class Server:
 
     def load(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         try:
-            from teachers.llama_cpp import LlamaModel
+            import llama_cpp.llama_cpp  # noqa: F401 (is it there, and does it load?)
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
             # The package, its shared library or a function in it is missing: no file is to blame.
             return {"library": " ".join(str(error).split()) or type(error).__name__}, {}
+        from teachers.llama_cpp import LlamaModel
 
-        self.model = LlamaModel(
-            request["path"],
-            threads=request["threads"],
-            gpu_layers=request["gpu_layers"],
-            extra_buffers=request["extra_buffers"],
-            mapped=request["mapped"],
-        )
+        way = Way(**request["way"])
+        self.model = LlamaModel(request["path"], way, threads=request["threads"])
         return self.model.describe(), {}
 
     def first_decode(self, request: dict[str, Any], arrays: Arrays) -> Answer:

@@ -16,16 +16,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import psutil
 
-from teachers.errors import LibraryError, RequestRefused, TeacherError, WorkerDefect, WorkerDied, ending
+from teachers.errors import LibraryError, RequestRefused, WorkerDefect, WorkerDied, ending
+from teachers.way import Way
 from teachers.wire import Arrays, read_frame, write_frame
 
 LOG_TAIL_LINES = 3
+LOG_BYTES = 64 << 10  # of the log's end that are looked at
 # llama.cpp aborts with its reason on standard error; without this a debugger's output follows and buries it.
 _QUIET_ABORT = {"GGML_NO_BACKTRACE": "1"}
 # Signals that a library does not send to itself: a user, or the system when memory runs out.
@@ -38,21 +40,6 @@ Answer = tuple[dict[str, Any], Arrays]
 # The child gets the parent's sys.path, so that a folder called `teachers` in the user's working directory
 # cannot take this package's place.
 _CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from teachers.server import serve; serve()"
-
-
-@dataclass(frozen=True)
-class Way:
-    """How llama.cpp runs a file.
-
-    Attributes:
-        gpu_layers: layers on the GPU, -1 for all; without effect where the library has no GPU.
-        extra_buffers: whether it may rearrange weights for the processor (AMX, repacking), its default.
-        mapped: whether the file is mapped instead of read, so that two processes share its memory.
-    """
-
-    gpu_layers: int = 0
-    extra_buffers: bool = True
-    mapped: bool = False
 
 
 class WorkerProcess:
@@ -83,7 +70,7 @@ class WorkerProcess:
         )
         threading.Thread(target=self._watch, daemon=True).start()
         try:
-            load = {"path": str(path), "threads": threads} | asdict(way)
+            load = {"path": str(path), "threads": threads, "way": asdict(way)}
             self.description = self.ask("load", load)[0]
             self.warnings = self._log_lines()
         except BaseException:
@@ -156,17 +143,18 @@ class WorkerProcess:
         code = self._process.wait()
         if code == 1 and "Traceback" in self._log_tail():
             return WorkerDefect(f"the llama.cpp worker failed during {operation}:\n{self._log_tail()}")
+        operation = operation.replace("_", " ")
+        what = f"died during {operation} ({ending(code)})"
         if self.given_up:
-            return TeacherError(
-                f"{self.path}: llama.cpp {self.given_up} during {operation}{self._last_words()}; what was captured "
-                "is kept, run the same command again to continue"
-            )
-        return WorkerDied(str(self.path), operation, ending(code), self._last_words(), -code in _FROM_OUTSIDE)
+            what = f"{self.given_up} during {operation}"
+        hung = bool(self.given_up)
+        outside = -code in _FROM_OUTSIDE and not hung
+        return WorkerDied(str(self.path), what, self._last_words(), from_outside=outside, hung=hung)
 
     def _log_tail(self) -> str:
         """The end of the child's log."""
         size = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, size - 4096))
+        self._log.seek(max(0, size - LOG_BYTES))
         text = self._log.read().decode("utf-8", errors="replace")
         self._log.seek(0, os.SEEK_END)
         return text

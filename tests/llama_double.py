@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -36,9 +37,17 @@ def applies():
         return not example
     return fault["where"] == "always" or (gpu if fault["where"] == "gpu" else extra_buffers)
 
+def note(**what):
+    with open(fault["notes"], "a") as file:
+        file.write(json.dumps(what) + "\\n")
+
 def llama_model_load_from_file(path, parameters):
     global extra_buffers, gpu, vocab, example
     extra_buffers, gpu = bool(parameters.use_extra_bufts), parameters.n_gpu_layers != 0
+    note(process=os.getpid(), extra_buffers=extra_buffers, gpu_layers=parameters.n_gpu_layers,
+         devices=parameters.devices is not None, load_mode=parameters.load_mode)
+    if fault["warning"]:
+        os.write(2, fault["warning"].encode() + b"\\n")
     example = path == fault["example"].encode()
     if applies() and fault["die_at"] == 0:
         die()
@@ -70,9 +79,19 @@ def llama_get_logits(context):
         rows[:] = np.nan if fault["logits"] == "nan" else np.roll(rows, 1, axis=1)
     return logits
 
+make_context = native.llama_init_from_model
+
+def llama_init_from_model(model, parameters):
+    note(op_offload=bool(parameters.op_offload), offload_kqv=bool(parameters.offload_kqv))
+    return None if applies() and fault["refuse"] else make_context(model, parameters)
+
+native.llama_init_from_model = llama_init_from_model
 native.llama_model_load_from_file = llama_model_load_from_file
 native.llama_decode, native.llama_get_logits = llama_decode, llama_get_logits
 native.llama_supports_gpu_offload = lambda: fault["where"] == "gpu"
+if fault["where"] == "gpu":
+    import teachers.ggml
+    teachers.ggml.devices = lambda: [{"name": "Pretended", "free_bytes": 1, "total_bytes": 2}]
 """
 
 
@@ -81,36 +100,48 @@ class Fault:
     """What goes wrong.
 
     ``die_at``: the decode of a process at which it dies of ``signal``, 0 at loading, -1 never; only ``times`` times
-    over all processes (0: always). ``logits``: "nan", or "wrong" for those of other tokens. ``where``: "extra
-    buffers", "gpu", "other files" than the example teacher's, or "always". ``import_error``: the package does not
-    load at all.
+    over all processes (0: always). ``logits``: "nan", or "wrong" for those of other tokens. ``refuse``: no context is
+    made. ``where``: "extra buffers", "gpu", "other files" than the example teacher's, or "always". ``warning``: what
+    loading a file writes to the log. ``import_error``: the package does not load at all.
     """
 
     die_at: int = -1
     signal: int = 11
     times: int = 0
     logits: str = ""
+    refuse: bool = False
+    warning: str = ""
     where: str = "extra buffers"
     import_error: str = ""
 
 
 @contextmanager
 def llama_cpp_with(fault: Fault, folder: Path) -> Iterator[Path]:
-    """Meanwhile new workers run a llama.cpp with ``fault``; gives the file with a sign for each death."""
+    """Meanwhile new workers run a llama.cpp with ``fault``; gives the file with a sign for each death.
+
+    Beside it ``notes`` has a JSON line for each model loaded and each context made: with which parameters.
+    """
     spec = importlib.util.find_spec("llama_cpp")
     assert spec is not None and spec.origin is not None
     real, package = Path(spec.origin).parent, folder / "llama_cpp"
     package.mkdir(parents=True)
     mark = folder / "deaths"
     (package / "__init__.py").write_text(_SOURCE, encoding="utf-8")
-    content = asdict(fault) | {"real": str(real), "mark": str(mark), "example": str(example_teacher())}
+    content = asdict(fault) | {
+        "real": str(real),
+        "mark": str(mark),
+        "notes": str(folder / "notes"),
+        "example": str(example_teacher()),
+    }
     (package / "fault.json").write_text(json.dumps(content), encoding="utf-8")
     (package / "lib").symlink_to(real / "lib")
     with pytest.MonkeyPatch.context() as changed:
+        changed.delitem(sys.modules, "llama_cpp", raising=False)  # where tools have imported it here
         changed.syspath_prepend(str(folder))
         search = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
         changed.setenv("PYTHONPATH", search)  # of commands that a test starts
         changed.setattr(worker, "already_logged", set())
+        changed.setattr(worker, "without_extra_buffers", {})
         llama_library.fingerprint.cache_clear()
         yield mark
     llama_library.fingerprint.cache_clear()

@@ -48,8 +48,9 @@ _CHILD = """
 import sys
 import numpy as np
 from teachers.llama_cpp import ContextShape, LlamaContext, LlamaModel
+from teachers.way import Way
 path, tokens, room, answer = sys.argv[1], np.load(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-model = LlamaModel(path, threads=1, extra_buffers=False)
+model = LlamaModel(path, Way(processor_only=True, extra_buffers=False), threads=1)
 context = LlamaContext(model, 1)
 context.prepare(ContextShape(1, room, exact=True))
 rows = []

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from distill import doctor, machine
 from distill.console import Console
 from teachers import llama_library
+from teachers.check_record import CheckRecord, change_record, of_this_process, read_record
 from teachers.llama_library import Processor
 from tests.llama_double import Fault, llama_cpp_with
 
@@ -73,6 +76,34 @@ def test_a_llama_cpp_that_does_not_suit_the_machine(
         found_code, found = examined()
     assert found_code == code and found[name]["level"] == level and text in found[name]["text"]
     assert "llama_cpp_build.cmake" in found[name]["remedy"]
+
+
+@pytest.mark.parametrize(("types", "level"), [(["F32", "Q8_0"], "ok"), (["Q4_K"], "slow")])
+def test_a_remembered_fault_is_not_forgotten_for_another_kind_of_file(
+    types: list[str], level: str, tmp_path: Path
+) -> None:
+    """Where the example works, only a fault that was found with its own kinds of tensors has gone."""
+    with llama_cpp_with(Fault(), tmp_path / "double"):
+        fault = CheckRecord(False, 0, "died during first decode (signal SIGSEGV)", frozenset(types))
+        change_record(lambda record: fault)
+        code, found = examined()
+        of_this_process.clear()
+        assert code == 0 and found["self-check"]["level"] == level
+        assert "SIGSEGV" in found["self-check"]["text"]
+        assert read_record().extra_buffers == (level == "ok")
+        assert ("llama_cpp_build.cmake" in found["self-check"]["remedy"]) == (level == "slow")
+
+
+def test_the_command_that_builds_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell takes its paths whole, and what CMAKE_ARGS asked for stays."""
+    monkeypatch.setattr(doctor, "__file__", "/home/my user/distill/doctor.py")
+    setting = doctor.rebuild_command().removeprefix("compile it again: ").partition(f" {sys.executable}")[0]
+    answer = subprocess.run(
+        ["sh", "-c", f"CMAKE_ARGS=-DGGML_CUDA=on; {setting} env"], capture_output=True, text=True, check=True
+    )
+    [setting] = [line for line in answer.stdout.splitlines() if line.startswith("CMAKE_ARGS=")]
+    include = "-DCMAKE_PROJECT_llama_cpp_INCLUDE=/home/my user/teachers/llama_cpp_build.cmake"
+    assert shlex.split(setting.partition("=")[2]) == ["-DGGML_CUDA=on", include]
 
 
 def test_no_place_to_remember(tmp_path: Path) -> None:
@@ -143,9 +174,9 @@ def test_small_machines(
 ) -> None:
     """One core, no AVX, 2 GB: each a line of its own in the run too."""
     memory = SimpleNamespace(total=total << 30, available=int(free * 2**30))
-    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(machine, "container_bytes", lambda name: None)
+    monkeypatch.setattr(machine, "container_limits", lambda: [])
     monkeypatch.setattr(machine, "usable_cores", lambda: cores)
     monkeypatch.setattr(machine, "processor", lambda: Processor("pretended", features))
     assert [machine.processor_finding().level, machine.memory_finding().level] == levels
@@ -153,10 +184,30 @@ def test_small_machines(
     assert capsys.readouterr().out.count("distill doctor") == sum(level != "ok" for level in levels)
 
 
-def test_a_container_has_the_memory_that_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its limit counts, less what is used of it."""
-    limits = {"memory.max": 3 << 30, "memory.current": 1 << 30}
-    monkeypatch.setattr(machine, "container_bytes", limits.get)
+def test_a_container_has_the_memory_that_it_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both versions of control groups, in the process's own group or at the root; files kept in memory are free."""
+    groups = tmp_path / "groups"
+    cases = {
+        "0::/box\n": ("box/memory.max", "box/memory.current"),
+        "0::/not/seen/from/inside\n": ("memory.max", "memory.current"),
+        "3:cpu:/\n7:memory:/box\n": ("memory/box/memory.limit_in_bytes", "memory/box/memory.usage_in_bytes"),
+    }
+    for number, (lines, names) in enumerate(cases.items()):
+        groups.write_text(lines, encoding="utf-8")
+        root = tmp_path / str(number)
+        assert machine.container_limits(groups, root) == []
+        for name, value in zip(names, (3 << 30, 1 << 30), strict=True):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(f"{value}\n", encoding="ascii")
+        assert machine.container_limits(groups, root) == [(3 << 30, 1 << 30)]
+        stats = "anon 7\ninactive_file 24\n"
+        (root / names[0]).with_name("memory.stat").write_text(stats, encoding="ascii")
+        assert machine.container_limits(groups, root) == [(3 << 30, (1 << 30) - 24)]
+        (root / names[0]).write_text("max\n", encoding="ascii")
+        assert machine.container_limits(groups, root) == []
+    monkeypatch.setattr(machine, "container_limits", lambda: [(3 << 30, 1 << 30)])
     facts = machine.memory_finding().facts
     assert facts["total_bytes"] <= 3 << 30 and facts["available_bytes"] <= 2 << 30
 

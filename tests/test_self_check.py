@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from distill.capturing import recipe_for
 from distill.config import TargetsConfig
 from distill.console import Console
-from teachers import check_record, example_teacher
-from teachers.check_record import CheckRecord, read_record, record_path
+from distill.exit_codes import exit_code
+from teachers import check_record, example_teacher, llama_library
+from teachers.check_record import CheckRecord, change_record, read_record, record_path
 from teachers.errors import LibraryError, TeacherError, WorkerDied
+from teachers.first_decode import allowed_kl, mean_kl, usable
 from teachers.gguf_teacher import GGUFTeacher
-from teachers.worker import allowed_kl, mean_kl, usable
 from tests.llama_double import Fault, llama_cpp_with
 
 pytestmark = [
@@ -41,7 +45,11 @@ def test_a_death_at_the_first_decode_is_survived_and_remembered(
         paid = len(deaths.read_text())
         assert paid == (2 if number == signal.SIGKILL else 1)  # one that may come from outside is tried again
         record = read_record()
-        assert not record.extra_buffers and signal.Signals(number).name in record.reason
+        assert signal.Signals(number).name in record.reason and record.failed == {"F32"}
+        size = tiny_teacher_path.stat().st_size
+        assert not record.allows_extra_buffers(size) and not record.allows_extra_buffers(2 * size)
+        # Want of memory says nothing of smaller files.
+        assert record.allows_extra_buffers(size - 1) == (number == signal.SIGKILL)
         check_record.of_this_process.clear()  # as another process would find it
         assert read_record() == record
         with GGUFTeacher(tiny_teacher_path, threads=1) as teacher:
@@ -139,14 +147,88 @@ def test_a_gpu_that_dies_is_named(tiny_teacher_path: Path, tmp_path: Path) -> No
     assert "Put fewer layers on the GPU" in str(failed.value)
 
 
-def test_a_gpu_that_computes_nonsense_is_named(tiny_teacher_path: Path, tmp_path: Path) -> None:
-    """Results on the GPU are compared with the processor's."""
+def test_a_gpu_that_computes_nonsense_is_named(
+    tiny_teacher_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Results on the GPU are compared with those of a processor that no GPU helps."""
     with (
-        llama_cpp_with(Fault(logits="wrong", where="gpu"), tmp_path / "double"),
+        llama_cpp_with(Fault(logits="wrong", where="gpu"), tmp_path / "double") as deaths,
         GGUFTeacher(tiny_teacher_path, threads=1, gpu_layers=7) as teacher,
-        pytest.raises(TeacherError, match=r"other numbers.*7 layers on the GPU"),
     ):
-        teacher.logits([SEQUENCE])
+        assert teacher.worker.way().extra_buffers and read_record() == CheckRecord()
+        notes = [json.loads(line) for line in deaths.with_name("notes").read_text().splitlines()]
+    models, contexts = [[note for note in notes if key in note] for key in ("devices", "op_offload")]
+    assert [(model["gpu_layers"], model["devices"]) for model in models] == [(7, False), (0, True)]
+    assert [context["op_offload"] or context["offload_kqv"] for context in contexts] == [True, False, False]
+    assert sum("Pretended computes other numbers" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_what_was_refused_leaves_no_process(tiny_teacher_path: Path, tmp_path: Path) -> None:
+    """After an error of the check the file can be asked again, with the same answer, and every process has ended."""
+    cases = {"refused": Fault(die_at=1), "died": Fault(die_at=1, where="always")}
+    for name, fault in cases.items():
+        with llama_cpp_with(fault, tmp_path / name) as deaths:
+            if name == "refused":  # the other way makes no context
+                code = deaths.with_name("llama_cpp") / "__init__.py"
+                text = code.read_text().replace('applies() and fault["refuse"]', "not extra_buffers")
+                code.write_text(text)
+            teacher = GGUFTeacher(tiny_teacher_path, threads=1)
+            said = []
+            for _ in range(2):
+                with pytest.raises((TeacherError, LibraryError)) as failed:
+                    teacher.logits([SEQUENCE])
+                said.append(str(failed.value))
+            assert said[0] == said[1]
+            with pytest.raises((TeacherError, LibraryError)):
+                teacher.tokenize(["a"], add_special=False, parse_special=False)
+            teacher.close()
+            notes = [json.loads(line) for line in deaths.with_name("notes").read_text().splitlines()]
+            assert not [
+                note["process"] for note in notes if psutil.pid_exists(note.get("process", 0) or 1 << 30)
+            ]
+
+
+def test_the_reference_takes_no_memory_of_its_own(tiny_teacher_path: Path, tmp_path: Path) -> None:
+    """The second process of a comparison maps the file, without extra buffers."""
+    with (
+        llama_cpp_with(Fault(), tmp_path / "double") as deaths,
+        GGUFTeacher(tiny_teacher_path, threads=1) as teacher,
+    ):
+        teacher.worker.way()
+        notes = [json.loads(line) for line in deaths.with_name("notes").read_text().splitlines()]
+    first, second = [note for note in notes if "load_mode" in note]
+    assert (
+        first["extra_buffers"] and not second["extra_buffers"] and first["load_mode"] != second["load_mode"]
+    )
+
+
+def test_warnings_of_loading_are_passed_on_once(
+    tiny_teacher_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What llama.cpp warns of while it loads reaches the user, with the file's name."""
+    with llama_cpp_with(Fault(warning="load: an odd token"), tmp_path / "double"):
+        for _ in range(2):
+            GGUFTeacher(tiny_teacher_path, threads=1).close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "llama.cpp, loading tiny.gguf: load: an odd token"
+    ]
+
+
+def test_what_another_process_found_is_kept(tmp_path: Path) -> None:
+    """A change is made to what is there by then: neither a verdict nor a comparison is lost."""
+    with llama_cpp_with(Fault(), tmp_path / "double"):
+        mine = read_record()  # as it was when this process began
+        change_record(lambda record: replace(record, extra_buffers=False, reason="died"))
+        check_record.of_this_process[llama_library.fingerprint()] = mine
+        change_record(lambda record: replace(record, verified=record.verified | {"Q8_0"}))
+        check_record.of_this_process.clear()
+        assert not read_record().extra_buffers and read_record().verified == {"Q8_0"}
+
+
+def test_exit_codes() -> None:
+    """The machine's fault is ours to the command line, the file's the user's."""
+    died = WorkerDied("x.gguf", "died during score (signal SIGSEGV)")
+    assert [exit_code(error) for error in (LibraryError("x"), died, TeacherError("x"))] == [1, 1, 2]
 
 
 def test_a_dead_worker_is_not_a_teacher_without_a_sketch(tiny_teacher_path: Path, tmp_path: Path) -> None:

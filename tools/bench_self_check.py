@@ -17,9 +17,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from teachers.first_decode import LONG, REFERENCE, Logits, allowed_kl, first_logits, mean_kl
 from teachers.gguf_file import read_gguf
-from teachers.worker import CHECK_TOKENS, REFERENCE, Logits, allowed_kl, first_logits, mean_kl
-from teachers.worker_process import Way, WorkerProcess
+from teachers.way import Way
+from teachers.worker_process import WorkerProcess
 
 EXACT_TYPES = {"F32", "F16", "BF16"}
 
@@ -28,7 +29,7 @@ def decode(path: Path, way: Way, *, exact: bool = False) -> Logits:
     """The logits of the self-check's first decode."""
     process = WorkerProcess(path, way, threads=1)
     try:
-        return first_logits(process, CHECK_TOKENS, exact=exact)
+        return first_logits(process, LONG, exact=exact)
     finally:
         process.close()
 

@@ -22,6 +22,7 @@ def doctor(
         Path | None,
         typer.Option(help="GGUF file to try llama.cpp with. Default: the example teacher."),
     ] = None,
+    gpu_layers: Annotated[int, typer.Option(min=-1, help="Layers of it on the GPU; -1: all of them.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
 ) -> None:
     """Examine this machine: processor, memory, disk, packages, llama.cpp and its self-check, GPUs, speed.
@@ -40,7 +41,7 @@ def doctor(
     console = Console(highlight=False, quiet=as_json)
     found = []
     with console.status("examining this machine …"):
-        for finding in examine(teacher or example_teacher()):
+        for finding in examine(teacher or example_teacher(), gpu_layers):
             found.append(finding)
             _print(finding, console)
     broken = [finding.name for finding in found if finding.level == "broken"]

@@ -24,7 +24,7 @@ from distill.evaluation.scores import llama_scorer
 from distill.evaluation.text import choose_text, digest
 from distill.preflight import EvaluationInputs, check_evaluation
 from distill.prove import UNSTEADY
-from distill.results import environment
+from distill.results import environment, how_llama_cpp_ran
 from distill.safety_metrics import SafetyScore
 from teachers.base import Tokens
 from teachers.gguf_file import file_sha256
@@ -140,7 +140,12 @@ class Measurement:
             positions=sum(len(tokens) - 1 for tokens in sequences),
             skipped=text.skipped,
             seed=self.request.text.seed,
-            environment=environment() | {"arithmetic": ARITHMETIC, "gpu_layers": self.request.gpu_layers},
+            environment=environment()
+            | {
+                "llama_cpp": how_llama_cpp_ran(),
+                "arithmetic": ARITHMETIC,
+                "gpu_layers": self.request.gpu_layers,
+            },
             warnings=self.warnings,
         )
 
