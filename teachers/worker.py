@@ -65,7 +65,9 @@ class Worker:
         self._anew = anew
         self._known = CheckRecord() if anew else read_record()
         self._bytes = path.stat().st_size if path.is_file() else 0
-        self._way = Way(gpu_layers, extra_buffers=self._known.allows_extra_buffers(self._bytes))
+        self._way = Way(gpu_layers)
+        if not self._known.allows_extra_buffers(self._bytes):
+            self._way = self._plain_way()
         self._checked = False
         self._failed: TeacherError | LibraryError | None = None  # once nothing works
         self._process = self._first_process()
@@ -159,8 +161,7 @@ class Worker:
             if isinstance(process, WorkerProcess):
                 return process
             failure = process
-        # A GPU that is not asked for can be at fault as well, so it is left alone.
-        other = replace(self._way, extra_buffers=False, processor_only=self._way.gpu_layers == 0)
+        other = self._plain_way()
         if not self._way.extra_buffers or isinstance(process := self._tried(other), Failure):
             raise self._verdict(failure)
         self._way = other
@@ -175,6 +176,10 @@ class Worker:
         ):
             remember(lambda record: self._with_failure(record, failure))
         return process
+
+    def _plain_way(self) -> Way:
+        """Without extra buffers; and a GPU that was not asked for, which can be at fault as well, is left alone."""
+        return replace(self._way, extra_buffers=False, processor_only=self._way.gpu_layers == 0)
 
     def _with_failure(self, record: CheckRecord, failure: Failure) -> CheckRecord:
         """The record with ``failure``; want of memory concerns files of this size alone."""

@@ -29,12 +29,14 @@ __path__ = [str(real)]
 import numpy as np
 import llama_cpp.llama_cpp as native
 from llama_cpp.llama_cpp import *
-extra_buffers, gpu, example, decodes, vocab = True, False, False, 0, 0
+extra_buffers, gpu, alone, example, decodes, vocab = True, False, False, False, 0, 0
 load, decode, get_logits = native.llama_model_load_from_file, native.llama_decode, native.llama_get_logits
 
 def applies():
     if fault["where"] == "other files":
         return not example
+    if fault["where"] == "driver":
+        return not alone
     return fault["where"] == "always" or (gpu if fault["where"] == "gpu" else extra_buffers)
 
 def note(**what):
@@ -42,7 +44,8 @@ def note(**what):
         file.write(json.dumps(what) + "\\n")
 
 def llama_model_load_from_file(path, parameters):
-    global extra_buffers, gpu, vocab, example
+    global extra_buffers, gpu, alone, vocab, example
+    alone = parameters.devices is not None  # an empty list of devices
     extra_buffers, gpu = bool(parameters.use_extra_bufts), parameters.n_gpu_layers != 0
     note(process=os.getpid(), extra_buffers=extra_buffers, gpu_layers=parameters.n_gpu_layers,
          devices=parameters.devices is not None, load_mode=parameters.load_mode)
@@ -101,7 +104,8 @@ class Fault:
 
     ``die_at``: the decode of a process at which it dies of ``signal``, 0 at loading, -1 never; only ``times`` times
     over all processes (0: always). ``logits``: "nan", or "wrong" for those of other tokens. ``refuse``: no context is
-    made. ``where``: "extra buffers", "gpu", "other files" than the example teacher's, or "always". ``warning``: what
+    made. ``where``: "extra buffers", "gpu", "driver" (wherever
+    a GPU is not shut out), "other files" than the example teacher's, or "always". ``warning``: what
     loading a file writes to the log. ``import_error``: the package does not load at all.
     """
 

@@ -163,6 +163,15 @@ def test_a_gpu_that_computes_nonsense_is_named(
     assert sum("Pretended computes other numbers" in record.getMessage() for record in caplog.records) == 1
 
 
+def test_a_gpu_that_nobody_asked_for_is_shut_out(tiny_teacher_path: Path, tmp_path: Path) -> None:
+    """A library that dies in its GPU's driver with no layers there runs on the processor alone, the next time too."""
+    with llama_cpp_with(Fault(die_at=1, where="driver"), tmp_path / "double") as deaths:
+        for _ in range(2):
+            with GGUFTeacher(tiny_teacher_path, threads=1) as teacher:
+                assert np.isfinite(teacher.logits([SEQUENCE])).all() and teacher.worker.way().processor_only
+        assert len(deaths.read_text()) == 1
+
+
 def test_what_was_refused_leaves_no_process(tiny_teacher_path: Path, tmp_path: Path) -> None:
     """After an error of the check the file can be asked again, with the same answer, and every process has ended."""
     cases = {"refused": Fault(die_at=1), "died": Fault(die_at=1, where="always")}
