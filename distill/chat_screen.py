@@ -46,6 +46,7 @@ def chat_with(path: Path, prompt: str | None, settings: ChatSettings, safety: bo
         TeacherFileError, TeacherError: it is no GGUF file that llama.cpp can load.
     """
     with GGUFTeacher(path) as model:
+        model.worker.way()  # the check of llama.cpp, while Ctrl-C still ends all of it at once
         conversation = Conversation(model, settings, _judge_of(model) if safety else None)
         screen = _Screen(conversation)
         if prompt is None:

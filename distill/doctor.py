@@ -8,20 +8,21 @@ once.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.console import human_bytes
 from distill.machine import Finding, disk_finding, memory_finding, processor_finding, usable_cores
-from teachers.errors import LibraryError, TeacherError, WorkerDefect, ending
+from teachers import example_teacher
+from teachers.errors import LibraryError, TeacherError, WorkerDefect, WorkerDied, ending
 from teachers.llama_library import (
     PACKAGE,
     foreign_features,
@@ -132,7 +133,11 @@ def library_findings() -> Iterator[Finding]:
 
 
 def self_check_findings(teacher: Path, gpu_layers: int) -> Iterator[Finding]:
-    """The first decode with and without extra buffers, found anew, and how fast llama.cpp then is."""
+    """The first decode with and without extra buffers, found anew, and how fast llama.cpp then is.
+
+    Raises:
+        TeacherFileError, TeacherError: the file alone is at fault, or the layers on the GPU are too many.
+    """
     import psutil
 
     from teachers.check_record import change_record, read_record, record_path
@@ -151,7 +156,13 @@ def self_check_findings(teacher: Path, gpu_layers: int) -> Iterator[Finding]:
             speed = worker.ask("speed", message)[0]
         finally:
             worker.close()
-    except (TeacherError, LibraryError, WorkerDefect) as error:
+    except (LibraryError, WorkerDefect) as error:
+        text = str(error).partition(" `distill doctor`")[0].rstrip(".")
+        yield Finding("self-check", "broken", text, rebuild_command())
+        return
+    except TeacherError as error:
+        if teacher != example_teacher() and not isinstance(error, WorkerDied):
+            raise
         yield Finding("self-check", "broken", str(error), rebuild_command())
         return
     yield _verdict(before, types, file.size, extra_buffers=extra_buffers)
@@ -169,7 +180,7 @@ def _verdict(before: CheckRecord, types: frozenset[str], size: int, *, extra_buf
 
     A remembered fault is forgotten where the kinds of tensors that it was found with work now.
     """
-    from teachers.check_record import change_record, read_record
+    from teachers.check_record import CheckRecord, change_record, read_record, record_path
 
     record = read_record()
     facts = {"extra_buffers": extra_buffers, "reason": record.reason, "compared": sorted(record.verified)}
@@ -184,14 +195,11 @@ def _verdict(before: CheckRecord, types: frozenset[str], size: int, *, extra_buf
         text = f"{_file_of(types)} works; but {found}, and such files run without extra buffers"
         remedy = f"try that file again with --teacher, or {rebuild_command()}"
         return Finding("self-check", "slow", text, remedy, facts)
-    _problem_of(
-        lambda: change_record(
-            lambda known: replace(known, extra_buffers=True, from_bytes=0, reason="", failed=frozenset())
-        )
-    )
-    return Finding(
-        "self-check", "ok", f"works now, and what was is forgotten: {found}; {compared}", "", facts
-    )
+    if problem := _problem_of(lambda: change_record(CheckRecord.without_fault)):
+        text = f"works now, but that cannot be remembered ({problem}), so runs stay slow: {found}"
+        return Finding("self-check", "slow", text, f"delete {record_path()}", facts)
+    text = f"works now, and what was is forgotten: {found}; {compared}"
+    return Finding("self-check", "ok", text, "", facts)
 
 
 def _file_of(types: frozenset[str]) -> str:
@@ -233,14 +241,16 @@ def _gpus(name: str, devices: list[dict[str, Any]], none: str) -> Finding:
 def ask_child(code: str) -> tuple[dict[str, Any] | None, str]:
     """What a process that runs ``code`` prints as JSON last, or nothing and why."""
     child = f"import json, sys\nsys.path[:] = json.loads(sys.argv[1])\n{code}"
+    command = [sys.executable, "-c", child, json.dumps(sys.path)]
     try:
         answer = subprocess.run(
-            [sys.executable, "-c", child, json.dumps(sys.path)],
-            capture_output=True, text=True, errors="replace", timeout=CHILD_SECONDS, check=False,
-        )  # fmt: skip
+            command, capture_output=True, text=True, errors="replace", timeout=CHILD_SECONDS, check=False
+        )
     except subprocess.TimeoutExpired:
         return None, f"no answer within {CHILD_SECONDS:.0f} s"
-    if answer.returncode != 0:
+    except OSError as error:
+        return None, f"no process can be started: {error}"
+    if answer.returncode != 0 or not answer.stdout.strip():
         last = [line.strip() for line in answer.stderr.splitlines() if line.strip()][-1:]
         return None, "; ".join([ending(answer.returncode), *last])
     facts: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
@@ -253,15 +263,23 @@ def _pip() -> str:
 
 
 def _install_again() -> str:
-    return f"{_pip()} install --constraint constraints.txt --editable . (in the project's folder)"
+    return f"in the project's folder: {_build_setting()} {_pip()} install --constraint constraints.txt --editable ."
+
+
+def _build_setting() -> str:
+    """What has llama.cpp compiled rightly, after what CMAKE_ARGS asks for already; for the system's shell."""
+    build = Path(__file__).parent.parent / "teachers" / "llama_cpp_build.cmake"
+    setting = f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={build}"
+    if sys.platform == "win32":
+        return f'set "CMAKE_ARGS=%CMAKE_ARGS% {setting}" &&'
+    return f'CMAKE_ARGS="$CMAKE_ARGS {shlex.quote(setting)}"'
 
 
 def rebuild_command() -> str:
-    """The command that compiles llama.cpp for this processor, after what CMAKE_ARGS asks for already."""
-    build = Path(__file__).parent.parent / "teachers" / "llama_cpp_build.cmake"
-    pinned = f"=={found}" if (found := library_version()) else ""
-    setting = f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={build}"
-    install = f"install --force-reinstall --no-deps --no-cache-dir --no-binary {PACKAGE} {PACKAGE}{pinned}"
-    if sys.platform == "win32":
-        return f'compile it again: set "CMAKE_ARGS=%CMAKE_ARGS% {setting}" && {_pip()} {install}'
-    return f'compile it again: CMAKE_ARGS="$CMAKE_ARGS {shlex.quote(setting)}" {_pip()} {install}'
+    """What to do about a llama.cpp that does not suit this machine: the command that compiles it again."""
+    if other := os.environ.get("LLAMA_CPP_LIB_PATH"):
+        return f"unset LLAMA_CPP_LIB_PATH, which is {other}"
+    if (pinned := library_version()) is None:
+        return _install_again()
+    options = f"--force-reinstall --no-deps --no-cache-dir --no-binary {PACKAGE}"
+    return f"compile it again: {_build_setting()} {_pip()} install {options} {PACKAGE}=={pinned}"

@@ -63,7 +63,7 @@ def memory_finding() -> Finding:
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
     for limit, used in container_limits():
-        total, available = min(total, limit), min(available, limit - used)
+        total, available = min(total, limit), max(0, min(available, limit - used))
     text = f"{human_bytes(available)} free of {human_bytes(total)}"
     facts = {"total_bytes": total, "available_bytes": available}
     if available < LEAST_MEMORY:
@@ -125,7 +125,10 @@ def _whole_number(path: Path) -> int | None:
 
 def disk_finding() -> Finding:
     """Room in the current folder, where runs are kept by default, and whether it can be written to."""
-    folder = Path.cwd()
+    try:
+        folder = Path.cwd()
+    except FileNotFoundError:
+        return Finding("disk", "broken", "the current folder has been deleted", "go to another folder")
     free = shutil.disk_usage(folder).free
     text, facts = f"{human_bytes(free)} free in {folder}", {"folder": str(folder), "free_bytes": free}
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
@@ -20,6 +21,7 @@ import platformdirs
 from teachers.llama_library import fingerprint, library_version, processor
 
 LOCK_SECONDS = 5.0
+MOST_BYTES = 1 << 20  # of a record's file
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,10 @@ class CheckRecord:
         """Whether a file of this size runs with extra buffers."""
         return self.extra_buffers and not 0 < self.from_bytes <= file_bytes
 
+    def without_fault(self) -> CheckRecord:
+        """The same, but for a fault that is gone."""
+        return replace(self, extra_buffers=True, from_bytes=0, reason="", failed=frozenset())
+
 
 # Of this process, so that where nothing can be kept the check is still made only once.
 of_this_process: dict[str, CheckRecord] = {}
@@ -62,9 +68,12 @@ def record_path() -> Path:
     Raises:
         OSError: there is no home folder, and so no cache folder.
     """
-    folder = platformdirs.user_cache_path("distill")
-    if not folder.is_absolute():  # "~" stays as it is where no home folder is known
-        raise FileNotFoundError(f"no home folder (HOME), and XDG_CACHE_HOME is not set: {folder}")
+    try:
+        folder = platformdirs.user_cache_path("distill")
+    except RuntimeError as error:
+        raise OSError(f"there is no home folder: {error}") from None
+    if not folder.is_absolute():
+        raise OSError(f"the cache folder {folder} is not an absolute path")
     return folder / f"llama-cpp-{fingerprint()[:16]}.json"
 
 
@@ -115,12 +124,24 @@ def _write(record: CheckRecord, path: Path) -> None:
 def _read() -> CheckRecord | None:
     """The record in the file; nothing where there is none, no place for one, or a damaged one."""
     try:
-        content: Any = json.loads(record_path().read_text(encoding="utf-8"))
+        path = record_path()
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
+            return None
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
         sets = {name: frozenset(content[name]) for name in ("verified", "failed")}
         record = CheckRecord(**content | sets)
     except (OSError, ValueError, RecursionError, TypeError, KeyError):
         return None
-    sound = all(type(getattr(record, field.name)) is type(field.default) for field in fields(record))
-    return (
-        record if sound and all(isinstance(name, str) for name in record.verified | record.failed) else None
-    )
+    return record if _is_sound(record) else None
+
+
+def _is_sound(record: CheckRecord) -> bool:
+    """Whether a record from a file has the types it should, nothing that steers a terminal, and a reason if need be."""
+    if not all(type(getattr(record, field.name)) is type(field.default) for field in fields(record)):
+        return False
+    if not all(isinstance(name, str) for name in record.verified | record.failed):
+        return False
+    texts = (record.reason, record.time, *record.verified, *record.failed)
+    in_order = record.extra_buffers and not record.from_bytes
+    return all(text.isprintable() for text in texts) and (in_order or bool(record.reason and record.time))

@@ -10,7 +10,11 @@ class TeacherError(ValueError):
 
 
 class RequestRefused(TeacherError):
-    """llama.cpp answered a request with an error and lives on."""
+    """A request was answered with an error (``message``) by a teacher that lives on; ``log``: its last lines."""
+
+    def __init__(self, path: str, message: str, log: str = "") -> None:
+        self.message, self.log = message, log
+        super().__init__(f"{path}: {message}{log}")
 
 
 class WorkerDied(TeacherError):
@@ -30,7 +34,7 @@ class WorkerDied(TeacherError):
         memory = "; the system may have run out of memory" if from_outside else ""
         super().__init__(
             f"{path}: llama.cpp {what}{log}{memory}. Nothing saved is lost: run the same command again; if it "
-            "comes to the same, `distill doctor` examines this machine"
+            "comes to the same, try DISTILL_PLAIN_KERNELS=1 in the environment, and `distill doctor`"
         )
 
 

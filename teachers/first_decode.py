@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from teachers.errors import LibraryError, TeacherError, WorkerDied
+from teachers.errors import LibraryError, RequestRefused, TeacherError, WorkerDied
 from teachers.way import Way
 from teachers.worker_process import WorkerProcess
 
@@ -40,11 +40,14 @@ class Failure:
     text: str
     log: str = ""
     from_outside: bool = False
+    refused: bool = False
 
     @classmethod
-    def of(cls, died: WorkerDied) -> Failure:
-        """The failure that a process ended."""
-        return cls(died.what, died.log, died.from_outside)
+    def of(cls, error: WorkerDied | RequestRefused) -> Failure:
+        """The failure that a process ended, or that llama.cpp answered with an error."""
+        if isinstance(error, RequestRefused):
+            return cls(f"refuses it ({error.message})", error.log, refused=True)
+        return cls(error.what, error.log, error.from_outside)
 
 
 @dataclass(frozen=True)
@@ -66,15 +69,11 @@ class Comparison:
 
 
 def try_first_decode(process: WorkerProcess, *, long: bool) -> Logits | Failure:
-    """The logits ``[N, V]`` of a first decode, or why they cannot be used.
-
-    Raises:
-        TeacherError: llama.cpp refuses and lives on.
-    """
+    """The logits ``[N, V]`` of a first decode, or why they cannot be used."""
     try:
         logits = first_logits(process, LONG if long else SHORT)
-    except WorkerDied as died:
-        return Failure.of(died)
+    except (WorkerDied, RequestRefused) as error:
+        return Failure.of(error)
     return logits if usable(logits) else Failure("computes logits that are not finite")
 
 
@@ -90,7 +89,7 @@ def compare(logits: Logits, start: Callable[[Way], WorkerProcess]) -> Comparison
             plain, exact = (first_logits(process, len(logits), exact=exact) for exact in (False, True))
         finally:
             process.close()
-    except TeacherError as error:
+    except (TeacherError, LibraryError) as error:
         _log.info("no reference for the first decode: %s", error)
         return None
     if not (usable(plain) and usable(exact)):
@@ -106,8 +105,6 @@ def works(path: Path, threads: int, way: Way) -> bool:
         return False
     try:
         return not isinstance(try_first_decode(process, long=False), Failure)
-    except TeacherError:
-        return False
     finally:
         process.close()
 

@@ -240,7 +240,7 @@ class GGUFTeacher:
     def output_rows(self, start: int, stop: int) -> Floats:
         """See ``Teacher.output_rows``."""
         if "output.bias" in self.file.tensors:
-            raise RequestRefused(f"{self.file.path}: its output layer has a bias besides the matrix")
+            raise RequestRefused(str(self.file.path), "its output layer has a bias besides the matrix")
         name = "output.weight" if "output.weight" in self.file.tensors else "token_embd.weight"
         return self.file.rows(name, start, stop)
 

@@ -251,7 +251,7 @@ class HuggingFaceTeacher:
         try:
             return self._model.output_rows(start, stop)
         except ValueError as error:
-            raise RequestRefused(f"{self.folder.path}: {error}") from None
+            raise RequestRefused(str(self.folder.path), str(error)) from None
 
     def _rows(
         self, sequences: Sequence[Tokens], work: Callable[[list[Tokens]], Arrays], progress: Progress

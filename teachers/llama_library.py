@@ -11,6 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -84,10 +85,12 @@ def fingerprint() -> str:
     """
     folder = library_folder()
     files: list[tuple[str, int, int]] = []
-    if folder is not None and folder.is_dir():
-        for path in sorted(folder.iterdir()):
-            stat = path.stat()
-            files.append((path.name, stat.st_size, stat.st_mtime_ns))
+    if folder is not None:
+        # A folder that cannot be read is found out where the library is loaded.
+        with suppress(OSError):
+            for path in sorted(folder.iterdir()):
+                stat = path.stat()
+                files.append((path.name, stat.st_size, stat.st_mtime_ns))
     cpu = processor()
     parts = [library_version(), str(folder), files, cpu.name, sorted(cpu.features)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from teachers.recipe import Recipe
     from teachers.sketch import Basis
 
+PARENT_SECONDS = 2.0  # how often a worker sees whether its parent is there
 Answer = tuple[dict[str, Any], Arrays]
 
 
@@ -57,15 +59,23 @@ class Server:
 
     def load(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         try:
-            import llama_cpp.llama_cpp  # noqa: F401 (is it there, and does it load?)
-        except (ImportError, OSError, RuntimeError, AttributeError) as error:
-            # The package, its shared library or a function in it is missing: no file is to blame.
-            return {"library": " ".join(str(error).split()) or type(error).__name__}, {}
-        from teachers.llama_cpp import LlamaModel
+            import llama_cpp.llama_cpp as native
 
-        way = Way(**request["way"])
-        self.model = LlamaModel(request["path"], way, threads=request["threads"])
-        return self.model.describe(), {}
+            import teachers.ggml  # noqa: F401
+        except Exception as error:
+            # The package or its shared library is missing or damaged in whatever way: no file is to blame.
+            return {"library": " ".join(str(error).split()) or type(error).__name__}, {}
+        try:
+            from teachers.llama_cpp import LlamaModel
+
+            self.model = LlamaModel(request["path"], Way(**request["way"]), threads=request["threads"])
+            return self.model.describe(), {}
+        except AttributeError as error:
+            if error.obj is not native:
+                raise
+            return {
+                "library": f"its package has no {error.name}: another version than this project needs"
+            }, {}
 
     def first_decode(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         """Logits ``[N, V]`` of a few given tokens, in a context of their own: does this library run this file?"""
@@ -223,9 +233,17 @@ def _recipe(request: dict[str, Any], arrays: Arrays) -> tuple[Recipe | None, dic
     return recipe, {name: basis for name, basis in found.items() if basis is not None}
 
 
+def _end_with(parent: int) -> None:
+    """End this process when its parent has been killed: busy in llama.cpp, it would not see the closed pipe."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os._exit(1)
+
+
 def serve() -> None:
     """Answer requests until the parent closes the pipe. Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     # llama.cpp's libraries may print to standard output; keep the protocol on a descriptor of its own.
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

@@ -11,6 +11,7 @@ it names the file or the machine.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 from teachers import example_teacher
 from teachers.check_record import CheckRecord, change_record, read_record
-from teachers.errors import LibraryError, TeacherError, WorkerDied
+from teachers.errors import LibraryError, RequestRefused, TeacherError, WorkerDied
 from teachers.first_decode import REFERENCE, Failure, compare, try_first_decode, works
 from teachers.llama_library import unused_features
 from teachers.way import Way
@@ -27,6 +28,7 @@ from teachers.worker_process import HUNG_SECONDS, Answer, WorkerProcess
 
 # What needs llama.cpp to compute; the rest only looks at the vocabulary.
 COMPUTING = frozenset({"speak", "stream", "score", "states", "logits", "speed"})
+PLAIN = "DISTILL_PLAIN_KERNELS"  # a way out where llama.cpp dies later than its check: 1 for no extra buffers
 EXTRA_BUFFERS = "extra buffers"  # what two lines are about, of which a process says one
 COST = "prompts take up to 3.7 times as long where the processor has AMX"  # docs/machines.md
 REMEDY = "`distill doctor` says how to build it so that they work"
@@ -66,7 +68,7 @@ class Worker:
         self._known = CheckRecord() if anew else read_record()
         self._bytes = path.stat().st_size if path.is_file() else 0
         self._way = Way(gpu_layers)
-        if not self._known.allows_extra_buffers(self._bytes):
+        if not self._known.allows_extra_buffers(self._bytes) or os.environ.get(PLAIN) == "1":
             self._way = self._plain_way()
         self._checked = False
         self._failed: TeacherError | LibraryError | None = None  # once nothing works
@@ -137,17 +139,18 @@ class Worker:
 
     def _first_process(self) -> WorkerProcess:
         """The process that the file is loaded in: as remembered, or the other way where that dies."""
-        if not self._way.extra_buffers:
+        if not self._known.allows_extra_buffers(self._bytes):
             say_once(
                 f"llama.cpp runs without its extra CPU buffers, as its self-check of {self._known.time[:10]} found: "
                 f"with them it {self._known.reason}. So {COST}; {REMEDY}",
                 EXTRA_BUFFERS,
             )
-            without_extra_buffers[self.path.name] = self._known.reason
+        if not self._way.extra_buffers:
+            without_extra_buffers[self.path.name] = self._known.reason or f"is told not to by {PLAIN}"
         try:
             return self._start(self._way)
-        except WorkerDied as died:
-            return self._other_process(Failure.of(died))
+        except (WorkerDied, RequestRefused) as error:
+            return self._other_process(Failure.of(error))
 
     def _other_process(self, failure: Failure) -> WorkerProcess:
         """A process that was tried, after ``failure`` of the first: without extra buffers, remembered from now on.
@@ -192,8 +195,8 @@ class Worker:
         """A new process whose first decode works, or why there is none."""
         try:
             process = self._start(way)
-        except WorkerDied as died:
-            return Failure.of(died)
+        except (WorkerDied, RequestRefused) as error:
+            return Failure.of(error)
         try:
             failure = self._trial(process, way)
         except BaseException:
@@ -244,6 +247,8 @@ class Worker:
                 "file on the processor alone. Put fewer layers on the GPU, or none (gpu_layers 0)"
             )
         if works(example_teacher(), self.threads, REFERENCE):
+            if failure.refused:
+                return TeacherError(f"{self.path}: llama.cpp {failure.text}{failure.log}")
             return TeacherError(
                 f"{self.path}: llama.cpp {failure.text}{failure.log}; it runs the example teacher on this machine, so "
                 "the cause is in this file: damaged, or of a kind that this llama.cpp does not run"

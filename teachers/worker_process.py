@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,12 +112,15 @@ class WorkerProcess:
         finally:
             self._busy = False
         if "library" in message:
+            other = os.environ.get("LLAMA_CPP_LIB_PATH")
+            remedy = (
+                f"unset LLAMA_CPP_LIB_PATH, which is {other}" if other else "install llama-cpp-python again"
+            )
             raise LibraryError(
-                f"llama.cpp cannot be loaded ({message['library']}); install llama-cpp-python again. "
-                "`distill doctor` says how"
+                f"llama.cpp cannot be loaded ({message['library']}); {remedy}. `distill doctor` says how"
             )
         if "error" in message:
-            raise RequestRefused(f"{self.path}: {message['error']}{self._last_words()}")
+            raise RequestRefused(str(self.path), message["error"], self._last_words())
         return message, answer
 
     def _watch(self) -> None:
@@ -161,7 +165,9 @@ class WorkerProcess:
 
     def _log_lines(self) -> list[str]:
         """The end of the child's log, without blank lines."""
-        return [line.strip() for line in self._log_tail().splitlines() if line.strip()]
+        lines = [line.strip() for line in self._log_tail().splitlines() if line.strip()]
+        # llama.cpp names its source files as they lay where it was built.
+        return [re.sub(r"/\S+/([\w.-]+\.(?:c|cc|cpp|cu|h|hpp|m):\d)", r"\1", line) for line in lines]
 
     def _last_words(self) -> str:
         """The end of the child's log, on one line, or nothing."""

@@ -54,6 +54,8 @@ def llama_model_load_from_file(path, parameters):
     example = path == fault["example"].encode()
     if applies() and fault["die_at"] == 0:
         die()
+    if applies() and fault["refuse"] and fault["die_at"] == -2:
+        return None
     model = load(path, parameters)
     if model:
         vocab = native.llama_vocab_n_tokens(native.llama_model_get_vocab(model))
@@ -104,7 +106,7 @@ class Fault:
 
     ``die_at``: the decode of a process at which it dies of ``signal``, 0 at loading, -1 never; only ``times`` times
     over all processes (0: always). ``logits``: "nan", or "wrong" for those of other tokens. ``refuse``: no context is
-    made. ``where``: "extra buffers", "gpu", "driver" (wherever
+    made, with ``die_at`` -2 no model. ``where``: "extra buffers", "gpu", "driver" (wherever
     a GPU is not shut out), "other files" than the example teacher's, or "always". ``warning``: what
     loading a file writes to the log. ``import_error``: the package does not load at all.
     """

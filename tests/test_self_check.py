@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from teachers.check_record import CheckRecord, change_record, read_record, recor
 from teachers.errors import LibraryError, TeacherError, WorkerDied
 from teachers.first_decode import allowed_kl, mean_kl, usable
 from teachers.gguf_teacher import GGUFTeacher
+from teachers.worker import Worker
 from tests.llama_double import Fault, llama_cpp_with
 
 pytestmark = [
@@ -132,6 +135,74 @@ def test_the_machine_is_blamed_only_where_it_is_at_fault(tiny_teacher_path: Path
         pytest.raises(TeacherError, match=r"tiny\.gguf.*SIGSEGV.*the cause is in this file"),
     ):
         teacher.logits([SEQUENCE])
+
+
+@pytest.mark.parametrize("status", ["-3", "no model"])
+def test_a_refusal_is_taken_like_a_death(status: str, tiny_teacher_path: Path, tmp_path: Path) -> None:
+    """llama.cpp may answer with an error where another build dies: tried without extra buffers, and blamed rightly."""
+    fault = Fault(refuse=True) if status == "-3" else Fault(refuse=True, die_at=-2)
+    for where, extra in (("extra buffers", False), ("other files", True), ("always", True)):
+        with llama_cpp_with(replace(fault, where=where), tmp_path / where.replace(" ", "-")):
+            if where == "extra buffers":
+                with GGUFTeacher(tiny_teacher_path, threads=1) as teacher:
+                    assert teacher.worker.way().extra_buffers == extra
+                continue
+            kind = LibraryError if where == "always" else TeacherError
+            with pytest.raises(kind) as refused, GGUFTeacher(tiny_teacher_path, threads=1) as teacher:
+                teacher.logits([SEQUENCE])
+            assert ("not to blame" in str(refused.value)) == (where == "always")
+            assert "llama.cpp cannot" in str(refused.value) and tiny_teacher_path.name in str(refused.value)
+
+
+def test_a_first_decode_that_hangs_is_taken_like_a_death(tiny_teacher_path: Path, tmp_path: Path) -> None:
+    """A worker that computes nothing and says nothing is stopped, and the file run the other way."""
+    with llama_cpp_with(Fault(die_at=1, signal=signal.SIGSTOP), tmp_path / "double"):
+        worker = Worker(tiny_teacher_path, threads=1, hung_seconds=1.0)
+        try:
+            assert not worker.way().extra_buffers and "no sign of life" in read_record().reason
+        finally:
+            worker.close()
+
+
+def test_a_damaged_package_is_the_machines_fault(tiny_teacher_path: Path, tmp_path: Path) -> None:
+    """Whatever importing the package or calling a function that it lacks raises, no file is blamed."""
+    for number, line in enumerate(
+        ("raise ValueError('bad magic')", "1 +", "del native.LLAMA_LOAD_MODE_NONE")
+    ):
+        with llama_cpp_with(Fault(), tmp_path / str(number)) as deaths:
+            code = deaths.with_name("llama_cpp") / "__init__.py"
+            code.write_text(f"{code.read_text()}\n{line}\n")
+            with pytest.raises(LibraryError) as failed:
+                GGUFTeacher(tiny_teacher_path, threads=1)
+            assert tiny_teacher_path.name not in str(failed.value) and "doctor" in str(failed.value)
+
+
+def test_a_worker_ends_with_its_parent(tiny_teacher_path: Path, tmp_path: Path) -> None:
+    """Also while it is busy: nobody would read what it computes."""
+    code = (
+        "import sys, time; from pathlib import Path; from teachers.worker import Worker; "
+        "w = Worker(Path(sys.argv[1]), threads=1); print(w.process_id, flush=True); time.sleep(60)"
+    )
+    with llama_cpp_with(Fault(), tmp_path / "double"):
+        parent = subprocess.Popen(
+            [sys.executable, "-c", code, str(tiny_teacher_path)], stdout=subprocess.PIPE
+        )
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        child.suspend()  # it cannot see that its pipe is closed
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+        child.resume()
+        child.wait(timeout=20)
+
+
+def test_a_way_out_by_hand(tiny_teacher_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where llama.cpp dies later than its check, the user can choose plain kernels."""
+    monkeypatch.setenv("DISTILL_PLAIN_KERNELS", "1")
+    with GGUFTeacher(tiny_teacher_path, threads=1) as teacher:
+        assert not teacher.worker.way().extra_buffers
+    assert read_record().extra_buffers
 
 
 def test_a_gpu_that_dies_is_named(tiny_teacher_path: Path, tmp_path: Path) -> None:
@@ -271,13 +342,34 @@ def test_where_nothing_can_be_kept_the_run_goes_on(
     ):
         changed.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         if place == "no home":
-            changed.setattr("platformdirs.user_cache_path", lambda name: Path("~/.cache") / name)
+
+            def unknown(user: int) -> None:
+                raise KeyError(user)
+
+            changed.delenv("XDG_CACHE_HOME")
+            changed.delenv("HOME", raising=False)
+            changed.setattr("pwd.getpwuid", unknown)
         for _ in range(2):
             with GGUFTeacher(tiny_teacher_path, threads=1) as teacher:
                 assert np.isfinite(teacher.logits([SEQUENCE])).all()
         assert len(deaths.read_text()) == 1
     lines = [record.getMessage() for record in caplog.records]
     assert sum("cannot be kept" in line and "XDG_CACHE_HOME" in line for line in lines) == 1
+
+
+def test_a_record_that_is_no_file_is_not_read(tmp_path: Path) -> None:
+    """A FIFO would be waited for, a device read without an end."""
+    with llama_cpp_with(Fault(), tmp_path / "double"):
+        record_path().parent.mkdir(parents=True, exist_ok=True)
+        for target in ("/dev/zero", None):
+            record_path().unlink(missing_ok=True)
+            if target is None:
+                os.mkfifo(record_path())
+            else:
+                record_path().symlink_to(target)
+            check_record.of_this_process.clear()
+            assert read_record() == CheckRecord()
+        record_path().unlink()
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"extra_buffers": 1}', '{"verified": 3}', "[" * 10**5, "\0"])

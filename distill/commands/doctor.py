@@ -36,6 +36,10 @@ def doctor(
     from distill.doctor import examine
     from distill.terminal import json_line, show_warnings
     from teachers import example_teacher
+    from teachers.gguf_file import read_gguf
+
+    if teacher is not None:
+        read_gguf(teacher)  # refused before anything is examined
 
     show_warnings(quiet=True)  # what would be warned of is found and said here
     console = Console(highlight=False, quiet=as_json)
@@ -48,7 +52,8 @@ def doctor(
     if as_json:
         print(json_line({"main_job": not broken, "findings": [asdict(finding) for finding in found]}))
     elif broken:
-        console.print(f"[red]The main job would not run here:[/] {', '.join(broken)} must be mended first.")
+        text = f"[red]The main job would not run here:[/] {', '.join(broken)} must be mended first."
+        console.print(text, soft_wrap=True)
     else:
         console.print("[green]The main job runs here.[/] `distill run` shows it with the example teacher.")
     if broken:
