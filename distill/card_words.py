@@ -332,7 +332,8 @@ def environment_words(facts: CardFacts) -> str:
     found = facts.results.environment
     threads = f"{found.threads} thread{'s' if found.threads != 1 else ''}"
     packages = ", ".join(f"{name} {version}" for name, version in found.packages.items())
-    library = f" llama.cpp ran {found.llama_cpp.text}." if found.llama_cpp.text else ""
+    ran = facts.results.llama_cpp.text
+    library = f" llama.cpp ran {ran}." if ran else ""
     return f"Computed on {found.machine} ({found.cpu}, {threads}) with Python {found.python}, {packages}.{library}"
 
 

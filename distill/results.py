@@ -27,7 +27,7 @@ from students.export import rotation_figures
 from students.student import Student
 from teachers.base import TeacherInfo
 from teachers.store import SoftTargetStore
-from teachers.worker import without_extra_buffers
+from teachers.worker import why_without_extra_buffers
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def build_results(outcome: Outcome, file_bytes: int, seconds: dict[str, float]) 
             for name, (prompt, generation) in outcome.speeds.items()
         },
         "stage_seconds": seconds,
-        "environment": environment() | {"llama_cpp": how_llama_cpp_ran()},
+        "environment": environment(),
+        "llama_cpp": how_llama_cpp_ran(),
     }
 
 
@@ -138,8 +139,8 @@ def environment() -> dict[str, Any]:
 
 def how_llama_cpp_ran() -> dict[str, Any]:
     """Whether llama.cpp ran every file of this process with its extra CPU buffers, and if not, why."""
-    reasons = list(without_extra_buffers.values())
-    return {"extra_buffers": not reasons, "reason": reasons[0] if reasons else ""}
+    reason = why_without_extra_buffers()
+    return {"extra_buffers": not reason, "reason": reason}
 
 
 def print_table(folder: RunFolder, console: Console) -> None:

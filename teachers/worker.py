@@ -272,6 +272,11 @@ class Worker:
             say_once(f"llama.cpp, loading {self.path.name}: {line}", line)
 
 
+def why_without_extra_buffers() -> str:
+    """Why a file of this process runs without extra buffers, going on from "llama.cpp …"; empty where none does."""
+    return next(iter(without_extra_buffers.values()), "")
+
+
 def remember(change: Callable[[CheckRecord], CheckRecord]) -> None:
     """Change the record, and say so in a line where there is no place for it."""
     try:

@@ -92,6 +92,11 @@ def test_every_section_is_there_and_the_code_fences_close(run: RunFolder) -> Non
         ("proof.token_lines", 4242, "4,242 texts"),
         ("environment.packages", {"torch": "9.8.7"}, "torch 9.8.7"),
         ("heads.verification.auroc", 0.654, "AUROC of 0.654"),
+        (
+            "llama_cpp",
+            {"extra_buffers": False, "reason": "died (signal SIGILL)"},
+            "llama.cpp ran without its extra CPU buffers, with which it died (signal SIGILL).",
+        ),
     ],
 )
 def test_figures_are_those_of_the_records(run: RunFolder, key: str, value: Any, shown: str) -> None:

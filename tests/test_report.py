@@ -158,6 +158,15 @@ def test_text_shows_the_figures_and_cannot_steer_the_terminal(tmp_path: Path) ->
     assert "\x1b" not in text and "[red]" in text
 
 
+def test_how_llama_cpp_ran_is_said(run: Path) -> None:
+    """Only where it did not run as it does by default; a record that says nothing is of an older run."""
+    assert "extra CPU buffers" not in page(read_report(run))
+    content = json.loads((run / "results.json").read_text())
+    content["llama_cpp"] = {"extra_buffers": False, "reason": "died (signal SIGILL)"}
+    (run / "results.json").write_text(json.dumps(content))
+    assert "without its extra CPU buffers, with which it died (signal SIGILL)" in page(read_report(run))
+
+
 def test_json_is_the_same_for_machines(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

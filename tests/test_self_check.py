@@ -19,6 +19,7 @@ from distill.capturing import recipe_for
 from distill.config import TargetsConfig
 from distill.console import Console
 from distill.exit_codes import exit_code
+from distill.results import how_llama_cpp_ran
 from teachers import check_record, example_teacher, llama_library
 from teachers.check_record import CheckRecord, change_record, read_record, record_path
 from teachers.errors import LibraryError, TeacherError, WorkerDied
@@ -43,6 +44,8 @@ def test_a_death_at_the_first_decode_is_survived_and_remembered(
         with caplog.at_level(logging.WARNING), GGUFTeacher(tiny_teacher_path, threads=1) as teacher:
             found = teacher.logits([SEQUENCE], exact=True)
             assert not teacher.worker.way().extra_buffers
+        how = how_llama_cpp_ran()
+        assert not how["extra_buffers"] and signal.Signals(number).name in how["reason"]
         [line] = [record.getMessage() for record in caplog.records]
         assert signal.Signals(number).name in line and "GGML_ASSERT(double)" in line and "doctor" in line
         paid = len(deaths.read_text())

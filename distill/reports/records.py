@@ -163,14 +163,13 @@ class LibraryPart:
 
 @dataclass(frozen=True)
 class EnvironmentPart:
-    """What computed the results; older runs do not say how llama.cpp ran."""
+    """What computed the results."""
 
     python: str
     machine: str
     cpu: str
     threads: int
     packages: dict[str, str]
-    llama_cpp: LibraryPart = LibraryPart()
 
 
 @dataclass(frozen=True)
@@ -188,6 +187,7 @@ class Results:
     stage_seconds: dict[str, float]
     environment: EnvironmentPart
     heads: HeadsPart = HeadsPart()
+    llama_cpp: LibraryPart = LibraryPart()  # older runs do not say
     f32_proof: Proof | None = None  # of the file that the exported one was made from; older runs have none
 
 

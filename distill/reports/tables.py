@@ -323,7 +323,7 @@ def _environment(results: Results, seed: int | None) -> Section:
         ],
         ["precision of training", results.training.precision],
         *([name, version] for name, version in found.packages.items()),
-        *([["llama.cpp ran", found.llama_cpp.text]] if found.llama_cpp.text else []),
+        *([["llama.cpp ran", results.llama_cpp.text]] if results.llama_cpp.text else []),
     ]
     stages = [[name, f"{seconds:,.1f} s"] for name, seconds in results.stage_seconds.items()]
     return Section(
