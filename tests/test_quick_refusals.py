@@ -129,6 +129,7 @@ CASES: list[tuple[str, int, str]] = [
     ("judge {truncated.gguf} hello", 2, "truncated"),
     ("judge {teacher} hello", 2, "carries no heads"),
     ("chat {missing} hello", 2, "does not exist"),
+    ("chat /nope/\x1b[31mevil.gguf hello", 2, "␛[31mevil.gguf"),
     ("chat {garbage.gguf} hello", 2, "is not a GGUF file"),
     ("chat {truncated.gguf} hello", 2, "truncated"),
     ("evaluate {missing}", 2, "does not exist"),
@@ -218,6 +219,7 @@ def test_refusals_import_nothing_that_takes_seconds(places: dict[str, str], tmp_
         assert answer["code"] == code, (
             f"distill {case}: exit code {answer['code']}; it said: {answer['said']}"
         )
+        assert "\x1b" not in answer["said"], f"distill {case!r} steers the terminal"
         assert words in answer["said"], f"distill {case} said: {answer['said']}"
         assert not code or "error:" in answer["said"], f"distill {case} said: {answer['said']}"
     assert len(answers) == len(CASES)

@@ -20,10 +20,9 @@ from distill.config import TargetsConfig
 from distill.console import Console
 from distill.exit_codes import exit_code
 from distill.results import how_llama_cpp_ran
-from teachers import check_record, example_teacher, llama_library
-from teachers.check_record import CheckRecord, change_record, read_record, record_path
+from teachers import check_record, example_teacher
+from teachers.check_record import CheckRecord, read_record
 from teachers.errors import LibraryError, TeacherError, WorkerDied
-from teachers.first_decode import allowed_kl, mean_kl, usable
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.worker import Worker
 from tests.llama_double import Fault, llama_cpp_with
@@ -297,17 +296,6 @@ def test_warnings_of_loading_are_passed_on_once(
     ]
 
 
-def test_what_another_process_found_is_kept(tmp_path: Path) -> None:
-    """A change is made to what is there by then: neither a verdict nor a comparison is lost."""
-    with llama_cpp_with(Fault(), tmp_path / "double"):
-        mine = read_record()  # as it was when this process began
-        change_record(lambda record: replace(record, extra_buffers=False, reason="died"))
-        check_record.of_this_process[llama_library.fingerprint()] = mine
-        change_record(lambda record: replace(record, verified=record.verified | {"Q8_0"}))
-        check_record.of_this_process.clear()
-        assert not read_record().extra_buffers and read_record().verified == {"Q8_0"}
-
-
 def test_exit_codes() -> None:
     """The machine's fault is ours to the command line, the file's the user's."""
     died = WorkerDied("x.gguf", "died during score (signal SIGSEGV)")
@@ -331,75 +319,3 @@ def test_a_library_that_does_not_load_is_said(tiny_teacher_path: Path, tmp_path:
         pytest.raises(LibraryError, match=r"cannot open shared object.*doctor"),
     ):
         GGUFTeacher(tiny_teacher_path, threads=1)
-
-
-@pytest.mark.parametrize("place", ["a file", "no home"])
-def test_where_nothing_can_be_kept_the_run_goes_on(
-    place: str, tiny_teacher_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A cache folder that cannot be written to: said in a line, remembered in this process alone."""
-    (tmp_path / "cache").write_text("", encoding="utf-8")
-    with (
-        pytest.MonkeyPatch.context() as changed,
-        llama_cpp_with(Fault(die_at=1), tmp_path / "double") as deaths,
-    ):
-        changed.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        if place == "no home":
-
-            def unknown(user: int) -> None:
-                raise KeyError(user)
-
-            changed.delenv("XDG_CACHE_HOME")
-            changed.delenv("HOME", raising=False)
-            changed.setattr("pwd.getpwuid", unknown)
-        for _ in range(2):
-            with GGUFTeacher(tiny_teacher_path, threads=1) as teacher:
-                assert np.isfinite(teacher.logits([SEQUENCE])).all()
-        assert len(deaths.read_text()) == 1
-    lines = [record.getMessage() for record in caplog.records]
-    assert sum("cannot be kept" in line and "XDG_CACHE_HOME" in line for line in lines) == 1
-
-
-def test_a_record_that_is_no_file_is_not_read(tmp_path: Path) -> None:
-    """A FIFO would be waited for, a device read without an end."""
-    with llama_cpp_with(Fault(), tmp_path / "double"):
-        record_path().parent.mkdir(parents=True, exist_ok=True)
-        for target in ("/dev/zero", None):
-            record_path().unlink(missing_ok=True)
-            if target is None:
-                os.mkfifo(record_path())
-            else:
-                record_path().symlink_to(target)
-            check_record.of_this_process.clear()
-            assert read_record() == CheckRecord()
-        record_path().unlink()
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"extra_buffers": 1}', '{"verified": 3}', "[" * 10**5, "\0"])
-def test_a_damaged_record_counts_as_none(content: str, tmp_path: Path) -> None:
-    """The record is found again, whatever has become of its file."""
-    with llama_cpp_with(Fault(), tmp_path / "double"):
-        record_path().parent.mkdir(parents=True, exist_ok=True)
-        record_path().write_text(content, encoding="utf-8")
-        assert read_record() == CheckRecord()
-
-
-def test_divergence_of_logits() -> None:
-    """Against the definition in float64; identity, direction, excluded tokens, and what cannot be used."""
-    draw = np.random.default_rng(0)
-    p, q = (draw.normal(0, 3, (5, 40)).astype(np.float32) for _ in range(2))
-    dense = [
-        np.exp(rows.astype(np.float64)) / np.exp(rows.astype(np.float64)).sum(1)[:, None] for rows in (p, q)
-    ]
-    expected = (dense[0] * np.log(dense[0] / dense[1])).sum(1).mean()
-    assert mean_kl(p, q) == pytest.approx(expected, rel=1e-6) and mean_kl(p, p) == 0.0
-    assert mean_kl(p, q) != pytest.approx(mean_kl(q, p), rel=1e-3)
-    p[:, 3] = q[:, 3] = -np.inf  # tokens that a model excludes
-    assert np.isfinite(mean_kl(p, q)) and usable(p)
-    assert allowed_kl(p, p) == 0.01 and allowed_kl(p, q) == pytest.approx(5 * mean_kl(p, q))
-    for bad in (np.nan, np.inf):
-        rows = p.copy()
-        rows[2, 5] = bad
-        assert not usable(rows)
-    rows[:] = -np.inf
-    assert not usable(rows)
