@@ -53,7 +53,7 @@ def test_a_machine_in_order() -> None:
         "PyTorch",
     }
     assert all(finding["remedy"] for finding in found.values() if finding["level"] != "ok")
-    assert found["self-check"]["facts"]["compared"] == ["F32", "Q8_0"]
+    assert {"F32", "Q8_0"} <= set(found["self-check"]["facts"]["compared"])
     assert found["speed"]["facts"]["prompt"] > 0 and found["speed"]["facts"]["generation"] > 0
 
 
