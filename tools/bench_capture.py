@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from teachers.capture import fit_companion
+from teachers.capture import CaptureError, fit_companion, require_linear_output
 from teachers.gguf_teacher import GGUFTeacher
 from teachers.recipe import Recipe, default_sketch_bytes
 from teachers.sketch import Basis
@@ -114,6 +114,11 @@ def measure(path: Path, rounds: int, sequences: int, length: int) -> None:
             "compact, no sketch": Recipe("compact", 16, 0),
             "hidden": Recipe("hidden"),
         }
+        try:
+            require_linear_output(teacher, data[0])
+        except CaptureError as error:
+            Console().print(f"no sketch, no hidden states: {error}")
+            recipes = {"compact, no sketch": recipes["compact, no sketch"]}
         bases = {name: fit_companion(teacher, data, recipe).bases for name, recipe in recipes.items()}
         with llama_cpp_as_checked(path):
             bare = Bare(path, threads, 512, length)
