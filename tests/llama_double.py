@@ -20,7 +20,7 @@ import pytest
 from teachers import example_teacher, llama_library, worker
 
 _SOURCE = """
-import ctypes, json, os, pathlib
+import ctypes, json, os, pathlib, time
 fault = json.loads(pathlib.Path(__file__).with_name("fault.json").read_text())
 if fault["import_error"]:
     raise RuntimeError(fault["import_error"])
@@ -67,6 +67,8 @@ def die():
         return
     with mark.open("a") as file:
         file.write("x")
+    if not fault["signal"]:
+        time.sleep(60)
     os.write(2, b"ggml.c:1: GGML_ASSERT(double) failed\\n")
     os.kill(os.getpid(), fault["signal"])
 
@@ -104,7 +106,7 @@ if fault["where"] == "gpu":
 class Fault:
     """What goes wrong.
 
-    ``die_at``: the decode of a process at which it dies of ``signal``, 0 at loading, -1 never; only ``times`` times
+    ``die_at``: the decode of a process at which it dies of ``signal`` (0: is busy for a minute), 0 at loading, -1 never; only ``times`` times
     over all processes (0: always). ``logits``: "nan", or "wrong" for those of other tokens. ``refuse``: no context is
     made, with ``die_at`` -2 no model. ``where``: "extra buffers", "gpu", "driver" (wherever
     a GPU is not shut out), "other files" than the example teacher's, or "always". ``warning``: what

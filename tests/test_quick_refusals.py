@@ -121,6 +121,7 @@ CASES: list[tuple[str, int, str]] = [
     # Exports
     ("export-gguf {missing}", 2, "is not a run's folder"),
     ("export-gguf {run}", 2, "has no trained student yet"),
+    ("export-gguf {exported}", 2, "exports.json is damaged"),
     ("export-gguf {run} --quant q9", 2, "--quant 'q9' is not a file type"),
     # Files that are used as they are
     ("judge {teacher}", 2, "give one prompt to judge"),
@@ -171,13 +172,16 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "store/manifest.json": MANIFEST,
         "store/shard-00000.safetensors": "",
         "halved/config.json": "{}",
+        "exported/config.json": load_config(None, {}, []).model_dump_json(),
+        "exported/student/tokenizer.gguf": "trained",
+        "exported/exports.json": "{",
         "halved/results.json": '{"teacher": {',
         "run/config.json": load_config(None, {}, []).model_dump_json(),
         "copy": teacher,
     }
     for name, content in contents.items():
         path = root / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     (root / "empty").mkdir()
     for name in ("logged", "tampered"):
