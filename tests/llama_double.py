@@ -106,10 +106,10 @@ if fault["where"] == "gpu":
 class Fault:
     """What goes wrong.
 
-    ``die_at``: the decode of a process at which it dies of ``signal`` (0: is busy for a minute), 0 at loading, -1 never; only ``times`` times
-    over all processes (0: always). ``logits``: "nan", or "wrong" for those of other tokens. ``refuse``: no context is
-    made, with ``die_at`` -2 no model. ``where``: "extra buffers", "gpu", "driver" (wherever
-    a GPU is not shut out), "other files" than the example teacher's, or "always". ``warning``: what
+    ``die_at``: the decode of a process at which it dies of ``signal`` (0: is busy for a minute); 0 is loading, -1
+    never. Only ``times`` times over all processes (0: always). ``logits``: "nan", or "wrong" for those of other
+    tokens. ``refuse``: no context is made, with ``die_at`` -2 no model. ``where``: "extra buffers", "gpu", "driver"
+    (wherever a GPU is not shut out), "other files" than the example teacher's, or "always". ``warning``: what
     loading a file writes to the log. ``import_error``: the package does not load at all.
     """
 
