@@ -185,9 +185,9 @@ class Worker:
         return replace(self._way, extra_buffers=False, processor_only=self._way.gpu_layers == 0)
 
     def _with_failure(self, record: CheckRecord, failure: Failure) -> CheckRecord:
-        """The record with ``failure``; want of memory concerns files of this size alone."""
+        """The record with ``failure``; what may be want of memory concerns files of this size or larger alone."""
         found = replace(record, reason=failure.text, failed=self._types)
-        if failure.from_outside and self._bytes:
+        if (failure.from_outside or failure.refused) and self._bytes:
             return replace(found, from_bytes=min(record.from_bytes or self._bytes, self._bytes))
         return replace(found, extra_buffers=False)
 
