@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # How llama-cpp-python is compiled, after what CMAKE_ARGS asks for already (-DGGML_CUDA=on, say).
-BUILD := CMAKE_ARGS="$$CMAKE_ARGS '-DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/teachers/llama_cpp_build.cmake'"
+BUILD := CMAKE_ARGS="$$CMAKE_ARGS '-DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/teachers/llama_cpp/library/build.cmake'"
 
 .PHONY: demo test setup doctor llama-cpp clean
 

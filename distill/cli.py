@@ -7,6 +7,16 @@ import os
 import sys
 from typing import Annotated, NoReturn
 
+import typer
+from rich.console import Console as RichConsole
+from rich.markup import escape
+
+from distill import __version__
+from distill.commands import audit, chat, doctor, evaluate, export, judge, report, run
+from distill.commands.exit_codes import EXIT_INTERRUPTED, exit_code, one_line
+from distill.runtime.interrupts import watch
+from distill.runtime.printable import printable, show_warnings
+
 # Set before torch and transformers are imported: no telemetry, no look-ups on the network, no progress bars
 # of theirs between ours.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,16 +25,6 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Threads that wait for each other give way after a few microseconds instead of milliseconds: nothing lost on a quiet
 # machine, and on a busy one a training step is several times as fast (docs/benchmarks.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-import typer
-from rich.console import Console as RichConsole
-from rich.markup import escape
-
-from distill import __version__
-from distill.commands import audit, chat, doctor, evaluate, export, judge, report, run
-from distill.exit_codes import EXIT_INTERRUPTED, exit_code, one_line
-from distill.interrupts import watch
-from distill.terminal import printable, show_warnings
 
 app = typer.Typer(
     add_completion=False,

@@ -3,11 +3,11 @@
 Works on any module and optimizer; knows nothing of teachers or SO8T. ``Guard`` is where to begin.
 """
 
+from stability.events import Event, GaveUp, GuardSettings, Limit, Verdict
 from stability.guard import Guard
-from stability.monitor import Monitor
-from stability.probe import ModuleProbe, ProbeReading
-from stability.snapshot import Extra
-from stability.verdict import Event, GaveUp, GuardSettings, Limit, Verdict
+from stability.measures.monitor import Monitor
+from stability.measures.probe import ModuleProbe, ProbeReading
+from stability.snapshots import Extra
 
 __all__ = [
     "Event",

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from stability.clipping import Floats, MovingAverage, MovingAverages
-from stability.monitor import TURNS
-from stability.probe import ProbeReading
-from stability.signals import local
+from stability.measures.monitor import TURNS
+from stability.measures.probe import ProbeReading
+from stability.measures.step import local
 
 LOSS, LEARNING_RATE, NON_FINITE = "loss", "learning rate", "non-finite"
 INFORMATION = "output information"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from stability.detectors import NON_FINITE, Action, Trouble, WeightLeap
-from stability.monitor import Before, Monitor
-from stability.signals import local
+from stability.measures.monitor import Before, Monitor
+from stability.measures.step import local
 
 Inputs = Callable[[], Mapping[str, Tensor]]
 

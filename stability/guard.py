@@ -10,6 +10,8 @@ Instead of ``optimizer.step()`` a loop calls ``guard.step(loss)``::
 
 It works on any ``nn.Module`` and optimizer, also under DDP and FSDP2 (``fully_shard``); ``docs/stability.md`` has a
 whole example and the measurements behind the bounds.
+
+Long because watching and recovering share one state.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from stability.clipping import AdaptiveClip
+from stability.consensus import Processes, nearest_the_cause
 from stability.detectors import (
     FIXED_TEXT,
     FIXED_TEXT_LOSS,
@@ -40,12 +43,10 @@ from stability.detectors import (
     WeightLeap,
 )
 from stability.diagnosis import Inputs, find_cause, with_poisoned_state
-from stability.guard_state import guard_state, restore_guard
-from stability.monitor import Before, ClipGroups, Monitor
-from stability.probe import Probe, ProbeReading
-from stability.processes import Processes, nearest_the_cause
-from stability.snapshot import Extra, Keeper, Snapshot
-from stability.verdict import Event, GaveUp, GuardSettings, Limit, Verdict, event_of
+from stability.events import Event, GaveUp, GuardSettings, Limit, Verdict, event_of
+from stability.measures.monitor import Before, ClipGroups, Monitor
+from stability.measures.probe import Probe, ProbeReading
+from stability.snapshots import Extra, Keeper, Snapshot
 
 CONFIRM = 10  # steps without trouble after which a snapshot counts as good
 WINDOW = 100  # steps over which skipped ones are counted ...
@@ -497,3 +498,56 @@ class Guard:
     def _tell(self, event: Event) -> None:
         self.newest = event
         self.on_event(event)
+
+
+def guard_state(guard: Guard) -> dict[str, Any]:
+    """The state of ``guard``."""
+    newest = guard.newest
+    return {
+        "steps": guard.steps,
+        "loss": guard.loss.state_dict(),
+        "clips": {name: clip.state_dict() for name, clip in guard.clips.items()},
+        "rates": [guard.rates.count, guard.rates.largest],
+        "updates": guard.updates.state_dict(),
+        # Of weights that are spread each process knows the norm of its own part.
+        "weights": None if guard.monitor.spread else guard.weights.state_dict(),
+        "fixed_text": [guard.collapse.most, guard.collapse.loss],
+        "information": guard.information,
+        "fine_at": guard.fine_at,
+        "turn": guard.monitor.turn,
+        "skipped": [guard.row, *guard.skipped],
+        "tries": [guard.tries, guard.alarm],
+        "lowered": [guard.lowered, guard.since],
+        "careful": [guard.careful_until, guard.careful_turns, guard.reference],
+        "blamed": sorted(guard.blamed.items()),
+        "set_aside": sorted(guard.set_aside),
+        "newest": newest and [newest.step, newest.action, newest.signal, newest.words],
+    }
+
+
+def restore_guard(guard: Guard, state: dict[str, Any]) -> None:
+    """The inverse of ``guard_state``.
+
+    Raises:
+        KeyError, TypeError, ValueError: this is no such state.
+    """
+    guard.steps = int(state["steps"])
+    guard.loss.load_state_dict(state["loss"])
+    for name, clip in guard.clips.items():
+        clip.load_state_dict(state["clips"][name])
+    guard.rates.count, guard.rates.largest = state["rates"]
+    guard.updates.load_state_dict(state["updates"])
+    if state["weights"] is not None and not guard.monitor.spread:
+        guard.weights.load_state_dict(state["weights"])
+    guard.collapse.most, guard.collapse.loss = state["fixed_text"]
+    guard.information, guard.fine_at = state["information"], int(state["fine_at"])
+    guard.monitor.turn = int(state["turn"])
+    guard.monitor.forget()
+    guard.row, *skipped = map(int, state["skipped"])
+    guard.skipped = deque(skipped)
+    guard.tries, guard.alarm = map(int, state["tries"])
+    guard.lowered, guard.since = float(state["lowered"][0]), int(state["lowered"][1])
+    guard.careful_until, guard.careful_turns, guard.reference = state["careful"]
+    guard.blamed = Counter({int(step): int(count) for step, count in state["blamed"]})
+    guard.set_aside = set(map(int, state["set_aside"]))
+    guard.newest = Event(*state["newest"]) if state.get("newest") else None

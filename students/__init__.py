@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from students.registration import register_with_transformers
 
 if TYPE_CHECKING:
-    from students.config import SO8TConfig
-    from students.model import SO8TForCausalLM
+    from students.model.config import SO8TConfig
+    from students.model.decoder import SO8TForCausalLM
+
 
 # On some CPUs bitsandbytes, which transformers loads through peft, advises a package that fetches compiled code from
 # the network.
@@ -28,7 +29,7 @@ register_with_transformers()
 def __getattr__(name: str) -> Any:
     """The package's two classes, imported when they are asked for (PEP 562)."""
     if name in __all__:
-        from students import model
+        from students.model import decoder
 
-        return getattr(model, name)
+        return getattr(decoder, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

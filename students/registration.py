@@ -3,8 +3,8 @@
 ``AutoModelForCausalLM.from_pretrained`` then loads a student, whichever of the two was imported
 first. To register the model takes transformers and PyTorch, which need seconds to import, and much
 of this package does without them. So it is done when somebody imports transformers: a finder on
-``sys.meta_path`` lets the other finders look for it, and has ``students.model``, which registers
-itself, imported once transformers has been.
+``sys.meta_path`` lets the other finders look for it, and has the decoder, which registers itself,
+imported once transformers has been.
 """
 
 from __future__ import annotations
@@ -16,33 +16,32 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+DECODER = "students.model.decoder"
 AWAITED = "transformers"
+# Modules of this package are awaited too: where one of them is what imports transformers, the decoder,
+# which may need it, has to wait until it is complete.
+OURS = "students."
 
 
 def register_with_transformers() -> None:
-    """Import ``students.model`` now if transformers is there already, else as soon as it is."""
+    """Import the decoder now if transformers is there already, else as soon as it is."""
     if AWAITED in sys.modules:
-        _import_model()
+        importlib.import_module(DECODER)
     elif not any(isinstance(finder, _Awaiting) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Awaiting())
 
 
-def _import_model() -> None:
-    # Where students.model itself imports transformers this finds it half made and does nothing: it
-    # registers itself at its end. students.config is half made too where it imports transformers; it
-    # has the model imported at its own end.
-    if "students.config" not in sys.modules:
-        importlib.import_module("students.model")
-
-
 class _Awaiting(MetaPathFinder):
-    """Finds transformers as the other finders do; stays until that is not only found but imported."""
+    """Finds what is awaited as the other finders do; stays until that is not only found but imported."""
+
+    def __init__(self) -> None:
+        self.unfinished = 0  # awaited modules that are being imported, one within the other
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Where transformers is, with a loader that sees to the registration."""
-        if fullname != AWAITED:
+        """Where the module is, with a loader that sees to the registration."""
+        if fullname != AWAITED and not fullname.startswith(OURS):
             return None
         others = [one for one in sys.meta_path if one is not self and hasattr(one, "find_spec")]
         found = (one.find_spec(fullname, path, target) for one in others)
@@ -52,9 +51,14 @@ class _Awaiting(MetaPathFinder):
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
-            execute(module)
-            sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
-            _import_model()
+            self.unfinished += 1
+            try:
+                execute(module)
+            finally:
+                self.unfinished -= 1
+            if self.unfinished == 0 and AWAITED in sys.modules:
+                sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
+                importlib.import_module(DECODER)
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:  # PyTorch's
-    from teachers.recipe import Recipe
-    from teachers.sketch import Basis
-    from teachers.soft_targets import Arrays
+if TYPE_CHECKING:
+    from teachers.targets.distributions import Arrays
+    from teachers.targets.recipe import Recipe
+    from teachers.targets.state_codec import Basis
+
 
 Tokens = NDArray[np.int32]
 Floats = NDArray[np.float32]
@@ -143,7 +144,7 @@ class Teacher(Protocol):
         first_index: int = 0,
         progress: Progress = ...,
     ) -> list[Tokens]:
-        """Write one sequence per request (see ``teachers.speak``); progress counts finished sequences."""
+        """Write one sequence per request (see ``teachers.llama_cpp.generation``); progress counts finished sequences."""
         ...
 
     def speak_and_score(
@@ -225,3 +226,14 @@ def speak_then_score(
         progress(count // 2 + (count - count // 2) * positions // max(1, total))
 
     return said, teacher.score(said, recipe, bases, scored)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which shards this process writes: those whose number leaves ``rank`` when divided by ``world``."""
+
+    rank: int = 0
+    world: int = 1
+
+
+WHOLE = Share()

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teachers.base import Floats, Progress, Sampling, Teacher, TeacherInfo, Tokens, speak_then_score
-from teachers.recipe import Recipe
-from teachers.records import Answer, reduce
-from teachers.sketch import Basis
-from teachers.soft_targets import Arrays
+from teachers.targets.distributions import Arrays
+from teachers.targets.recipe import Recipe
+from teachers.targets.state_codec import Basis
+from teachers.targets.stored_arrays import Answer, reduce
 
 GROUP_BYTES = 32 << 20  # of one member's logits; with the mixture and what is being computed, four times that
 TEXTS_TOGETHER = 4096  # tokens whose texts are compared together

@@ -9,7 +9,7 @@ from typing import Any
 
 import llama_cpp.llama_cpp as native
 
-from teachers.gguf_teacher import GGUFTeacher
+from teachers.llama_cpp.teacher import GGUFTeacher
 
 
 @contextmanager

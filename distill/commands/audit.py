@@ -33,6 +33,6 @@ def verify(
 
     Exits with 0 if so, with 2 if not.
     """
-    from distill.audit_report import report_verification
+    from distill.commands.audit_report import report_verification
 
     report_verification(run, expect, as_json)

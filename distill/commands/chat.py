@@ -36,7 +36,7 @@ def chat(
     shown, not applied: the answer comes after REFUSE as well, since the student itself has learnt what to refuse.
     Reasoning between <think> tags is never shown, and of a <final> answer only its content.
     """
-    from distill.chat import ChatSettings
-    from distill.chat_screen import chat_with
+    from distill.inference.chat import ChatSettings
+    from distill.inference.chat_screen import chat_with
 
     chat_with(model, prompt, ChatSettings(temperature, top_p, max_tokens, seed, system), safety)

@@ -10,7 +10,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from distill.doctor import Finding
+    from distill.runtime.machine_checks import Finding
+
 
 commands = typer.Typer()
 COLORS = {"ok": "green", "slow": "yellow", "broken": "red"}
@@ -33,10 +34,10 @@ def doctor(
 
     from rich.console import Console
 
-    from distill.doctor import examine
-    from distill.terminal import json_line, show_warnings
+    from distill.runtime.doctor import examine
+    from distill.runtime.printable import json_line, show_warnings
     from teachers import example_teacher
-    from teachers.gguf_file import read_gguf
+    from teachers.gguf.file import read_gguf
 
     if teacher is not None:
         read_gguf(teacher)  # refused before anything is examined
@@ -63,7 +64,7 @@ def doctor(
 def _print(finding: Finding, console: Console) -> None:
     from rich.markup import escape
 
-    from distill.terminal import printable
+    from distill.runtime.printable import printable
 
     color = COLORS[finding.level]
     text = escape(printable(finding.text))

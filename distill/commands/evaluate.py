@@ -84,8 +84,8 @@ def evaluate(
     """Say how near students are to their teacher, how well they predict text, how fast and how large they are."""
     import json
 
-    from distill.evaluation.request import Request, Wanted
-    from distill.preflight import check_evaluation
+    from distill.evaluation.inputs.check import check_evaluation
+    from distill.evaluation.inputs.request import Request, Wanted
 
     names = [name.strip() for name in (lm_eval or "").split(",") if name.strip()]
     _check(lm_eval, names, lm_eval_limit, output)
@@ -102,14 +102,14 @@ def evaluate(
     )
     inputs = check_evaluation(request)
 
-    from distill.console import Console
-    from distill.evaluation.console_table import print_comparison
-    from distill.evaluation.measure import evaluate_files
+    from distill.evaluation.compare import evaluate_files
+    from distill.reports.comparison.console_table import print_comparison
+    from distill.runtime.progress import Console
 
     console = Console(stderr=as_json)
     comparison = evaluate_files(request, console, inputs)
     if output is not None:
-        from distill.evaluation.page import write_page
+        from distill.reports.comparison.page import write_page
 
         write_page(comparison, output)
     if as_json:
@@ -129,7 +129,7 @@ def _check(lm_eval: str | None, names: list[str], limit: int | None, output: Pat
     if limit is not None and not names:
         raise UserError(f"--lm-eval-limit {limit} is for the tasks of --lm-eval; name some")
     if output is not None:
-        from distill.reports.paths import require_page_path
+        from distill.reports.inputs import require_page_path
 
         if output.is_dir():
             raise UserError(f"--output {output} is a folder; name a file")

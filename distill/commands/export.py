@@ -34,14 +34,14 @@ def export_gguf(
     ] = True,
 ) -> None:
     """Export a run's student again, in any of llama.cpp's file types, each proved before it gets its name."""
-    from distill.config import parse_quants
-    from distill.preflight import check_export
-    from distill.run_folder import RunFolder
+    from distill.config.loading import parse_quants
+    from distill.runs.exports import check_export
+    from distill.runs.folder import RunFolder
 
     folder, quants = RunFolder(run_folder), parse_quants(quant)
     check_export(folder, quants, output)
 
-    from distill.console import Console
-    from distill.export_run import export_run
+    from distill.export.export_again import export_run
+    from distill.runtime.progress import Console
 
     export_run(folder, quants, output, Console(), imatrix=imatrix)

@@ -22,12 +22,12 @@ def judge(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt.")] = False,
 ) -> None:
     """ALLOW, ESCALATE or REFUSE, and whether to ask the teacher: from the exported file alone."""
-    from distill.preflight import check_judge
+    from distill.inference.judge_inputs import check_judge
 
     texts = check_judge(student, prompt, prompts)
 
-    from distill.console import Console
-    from distill.judge import judge_all, judge_one
+    from distill.inference.judge_command import judge_all, judge_one
+    from distill.runtime.progress import Console
 
     if prompt is not None:
         judge_one(student, prompt, as_json, Console())

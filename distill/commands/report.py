@@ -26,10 +26,10 @@ def report(
     ] = None,
 ) -> None:
     """Say how a run went, from its own records, or what a model's weights look like; or compare two."""
-    from distill.preflight import check_report
+    from distill.reports.inputs import check_report
 
     check_report(paths, output)
 
-    from distill.reports.text import report_paths
+    from distill.reports.build import report_paths
 
     report_paths(paths, as_json, output)

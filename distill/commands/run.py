@@ -29,7 +29,8 @@ from distill.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from distill.console import Console
+    from distill.runtime.progress import Console
+
 
 commands = typer.Typer()
 
@@ -56,9 +57,9 @@ def run(
     set_: Settings = None,
 ) -> None:
     """Teacher in, proved student out: capture, train, export, prove, evaluate."""
-    from distill.config import load_config
-    from distill.preflight import check_run
-    from distill.run_folder import Places
+    from distill.config.loading import load_config
+    from distill.pipeline.preflight import check_run
+    from distill.runs.folder import Places
 
     overrides = _what_to_capture(teacher, data, samples, targets, seed) | {
         "student.size": student_size,
@@ -71,7 +72,7 @@ def run(
     settings, places = load_config(config, overrides, set_ or [], preset), Places(out, store)
     inputs = check_run(settings, places)
 
-    from distill.pipeline import run as run_pipeline
+    from distill.pipeline.run import run as run_pipeline
 
     run_pipeline(settings, places, _console(), inputs)
 
@@ -92,14 +93,14 @@ def capture(
 
     Under torchrun or accelerate launch each process captures its own shards of the same store.
     """
-    from distill.config import load_config
-    from distill.preflight import check_capture
+    from distill.config.loading import load_config
+    from distill.pipeline.preflight import check_capture
 
     overrides = _what_to_capture(teacher, data, samples, targets, seed) | {"safety.labels": safety_labels}
     settings = load_config(config, overrides, set_ or [])
     inputs = check_capture(settings, store)
 
-    from distill.capturing import capture_only
+    from distill.pipeline.capture import capture_only
 
     capture_only(settings, store, _console(every_process=True), inputs)
 
@@ -128,8 +129,8 @@ def train(
     set_: Settings = None,
 ) -> None:
     """Only the student's part: from a store to a proved student, with no teacher on this machine."""
-    from distill.config import load_config
-    from distill.preflight import check_train
+    from distill.config.loading import load_config
+    from distill.pipeline.preflight import check_train
 
     overrides = {
         "store": str(store),
@@ -145,7 +146,7 @@ def train(
     settings = load_config(config, overrides, set_ or [], preset)
     inputs = check_train(settings, out)
 
-    from distill.pipeline import train_from_store
+    from distill.pipeline.run import train_from_store
 
     train_from_store(settings, out, _console(), inputs)
 
@@ -172,9 +173,9 @@ def plan(
     set_: Settings = None,
 ) -> None:
     """Say before a run what it will take: tokens, disk, time and memory, from a short measured probe."""
-    from distill.config import load_config, parse_memory
+    from distill.config.loading import load_config, parse_memory
     from distill.errors import UserError
-    from distill.preflight import check_plan
+    from distill.pipeline.preflight import check_plan
 
     overrides = _what_to_capture(teacher, data, samples, targets, seed) | {
         "student.size": student_size,
@@ -189,7 +190,7 @@ def plan(
     settings = load_config(config, overrides, set_ or [], preset)
     inputs = check_plan(settings)
 
-    from distill.plan import plan_run
+    from distill.pipeline.plan import plan_run
 
     plan_run(settings, _console(), limit, inputs)
 
@@ -199,9 +200,9 @@ def _console(*, every_process: bool = False) -> Console:
 
     In a launch of several processes the first one speaks, unless ``every_process`` does.
     """
-    from distill.console import Console
-    from distill.launched import launched_share
-    from distill.machine import warn_of_machine
+    from distill.runtime.launch_environment import launched_share
+    from distill.runtime.machine_checks import warn_of_machine
+    from distill.runtime.progress import Console
 
     console = Console(quiet=launched_share().rank > 0 and not every_process)
     warn_of_machine(console)

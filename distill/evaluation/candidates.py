@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from gguf import LlamaFileType
 
 from distill.errors import UserError
-from distill.evaluation.files import Files
-from distill.judge import heads_in
-from distill.run_folder import RunFolder
-from students.heads import Heads
-from teachers.gguf_file import GGUFFile
+from distill.evaluation.inputs.files import Files
+from distill.heads.gguf_heads import heads_in
+from distill.runs.folder import RunFolder
+from students.model.heads import Heads
+from teachers.gguf.file import GGUFFile
 
 
 @dataclass(frozen=True)

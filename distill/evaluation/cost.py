@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from distill.prove import SPEED_ROUNDS, measure_speed
-from teachers.gguf_teacher import GGUFTeacher
+from teachers.base import Teacher
+from teachers.llama_cpp.teacher import GGUFTeacher
 
 
 @dataclass(frozen=True)
@@ -28,3 +28,15 @@ def measure_cost(model: GGUFTeacher) -> Cost:
     reading, writing = zip(*(measure_speed(model) for _ in range(SPEED_ROUNDS)), strict=True)
     spread = max(writing) / min(writing)
     return Cost(statistics.median(reading), statistics.median(writing), model.peak_memory(), spread)
+
+
+SPEED_PROMPT_TOKENS = 128
+SPEED_NEW_TOKENS = 64
+SPEED_ROUNDS = 3
+UNSTEADY = 1.5  # between trials on a machine that has nothing else to do it is less
+
+
+def measure_speed(model: Teacher) -> tuple[float, float]:
+    """Prompt and generation speed in tokens per second, within the model's context."""
+    prompt = min(SPEED_PROMPT_TOKENS, model.info.context_length // 2)
+    return model.speed(prompt, min(SPEED_NEW_TOKENS, model.info.context_length - prompt - 1))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserError
-from distill.evaluation.metrics import (
+from distill.evaluation.scorers import Scorer, groups, next_tokens, perplexity
+from distill.metrics.distributions import (
     COMPARED,
     Floats,
     Prediction,
@@ -21,8 +22,7 @@ from distill.evaluation.metrics import (
     mean_figures,
     predict,
 )
-from distill.evaluation.records import Figure
-from distill.evaluation.scores import Scorer, groups, next_tokens, perplexity
+from distill.metrics.intervals import Figure
 from teachers.base import Tokens
 
 

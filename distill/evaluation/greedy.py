@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distill.evaluation.metrics import agreeing_prefix, mean_figures
-from distill.evaluation.records import Figure
+from distill.metrics.distributions import agreeing_prefix, mean_figures
+from distill.metrics.intervals import Figure
 from teachers.base import Sampling, Tokens
-from teachers.gguf_teacher import GGUFTeacher
+from teachers.llama_cpp.teacher import GGUFTeacher
 
 SEQUENCES = 32  # of the text, whose first halves are continued
 NEW_TOKENS = 32

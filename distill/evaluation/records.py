@@ -5,16 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from distill.safety_metrics import SafetyScore
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A mean over the evaluated text with its 95 % interval over sequences (none where one sequence is all)."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
+from distill.metrics.intervals import Figure
+from distill.metrics.safety import SafetyScore
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,7 @@ import torch
 
 from distill.errors import UserError
 from distill.evaluation.candidates import Candidate
-from distill.run_folder import RunFolder
-from distill.safety_metrics import SafetyScore, score_decisions
-from distill.safety_prompts import (
+from distill.heads.prompts import (
     TEACHER,
     SafetyPrompt,
     built_in_prompts,
@@ -21,11 +19,13 @@ from distill.safety_prompts import (
     read_safety_prompts,
     split_by_scenario,
 )
-from distill.teacher_judgment import find_judgment
-from teachers.files import StoreError
-from teachers.gguf_teacher import GGUFTeacher
-from teachers.manifest import read_manifest
-from teachers.store import SoftTargetStore
+from distill.heads.teacher_labels import find_judgment
+from distill.metrics.safety import SafetyScore, score_decisions
+from distill.runs.folder import RunFolder
+from teachers.atomic_files import StoreError
+from teachers.llama_cpp.teacher import GGUFTeacher
+from teachers.store.manifest import read_manifest
+from teachers.store.store import SoftTargetStore
 
 TOGETHER = 32  # prompts whose hidden states are held at once
 

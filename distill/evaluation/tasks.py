@@ -1,6 +1,6 @@
 """Which share of prompts with known answers a model answers rightly at temperature 0.
 
-A reasoning model's private words are taken out of an answer first (``distill.reasoning``).
+A reasoning model's private words are taken out of an answer first (``distill.inference.reasoning``).
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from distill.errors import UserError
-from distill.evaluation.records import Figure, TaskScore
-from distill.evaluation.task_file import Task
-from distill.reasoning import ends_inside, holds_tags, visible
-from distill.reports.report import wilson
+from distill.evaluation.inputs.task_file import Task
+from distill.evaluation.records import TaskScore
+from distill.inference.reasoning import ends_inside, holds_tags, visible
+from distill.metrics.intervals import Figure, wilson
 from teachers.base import Sampling, Tokens
-from teachers.conversation import opening_segments, request_tokens
-from teachers.gguf_teacher import GGUFTeacher
+from teachers.llama_cpp.teacher import GGUFTeacher
+from teachers.tokenizer.conversation import opening_segments, request_tokens
 
 MARGIN = 64  # tokens that an answer may have beyond the longest right one
 REASONING_TOKENS = 1024  # besides, for a model whose chat template knows reasoning

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.corpus import Corpus, Entry, Item, build_corpus
+from distill.capture.corpus import Corpus, Entry, Item, build_corpus
 from distill.errors import UserError
 from distill.evaluation.candidates import Candidate, Candidates
-from distill.evaluation.request import DEFAULT_LENGTH, Wanted
-from distill.run_folder import RunFolder
+from distill.evaluation.inputs.request import DEFAULT_LENGTH, Wanted
+from distill.runs.folder import RunFolder
 from teachers.base import Sampling, Teacher, Tokens
 
 SHORTEST = 8  # tokens that a context or --max-length must have

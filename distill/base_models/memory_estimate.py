@@ -1,0 +1,357 @@
+"""What training an adapted student takes in memory, estimated before anything is loaded, and what would make it fit.
+
+Letters: n tokens of a micro-batch, V vocabulary, D width, L layers, H heads of width W, K key/value heads, A = H·W,
+I feed-forward width, r rank, N = A / 8 blocks of a gate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from distill.config.schema import RunConfig
+from distill.losses.chunked_lm_head import chunk_size
+from distill.runtime.device import choose_precision
+from distill.runtime.format import human_bytes
+from students.gguf.architectures import head_width
+from students.model.head_decisions import DECISIONS
+from students.model.heads import VERIFICATION_UNITS
+from students.model.shape import GROUP, PARAMETERS_PER_BLOCK
+
+NF4_BLOCK = 64  # numbers that share a scale
+SCALE_BLOCK = 256  # scales that share a scale, with double quantisation
+NF4_TABLES, SCALE_TABLES = 4 * 16, 4 * 256 + 4  # bytes for each matrix
+LOGITS_COPIES = 5  # float32 buffers of a chunk: logits, the teacher's, and what the losses compute with
+PROMPT_TOKENS = 64  # of one of the safety head's prompts, roughly
+SNAPSHOT_COPIES = 3  # weights and two moments
+
+
+@dataclass(frozen=True)
+class AdapterTraining:
+    """What the estimate depends on beside the base's own shape.
+
+    ``load_dtype``: of the base's embeddings, norms and biases, and of its matrices unless ``load_in_4bit``.
+    ``autocast``: the narrow dtype, or none. ``sequences`` of at most ``length`` tokens make a micro-batch;
+    ``prompt_tokens`` are the safety head's beside them. ``vocab_size``: the teacher's. ``on_cpu``: main memory is all
+    there is.
+    """
+
+    vocab_size: int
+    rank: int = 16
+    dropout: float = 0.0
+    load_in_4bit: bool = False
+    double_quantisation: bool = True
+    load_dtype: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+    sequences: int = 1
+    length: int = 256
+    prompt_tokens: int = 0
+    checkpointing: bool = True
+    snapshots: int = 0
+    safety_head: bool = False
+    verification_head: bool = False
+    on_cpu: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch, n."""
+        return self.sequences * self.length
+
+    @property
+    def load_bytes(self) -> int:
+        """Bytes of a number as it is loaded."""
+        return self.load_dtype.itemsize
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of what the base's matrices compute."""
+        return (self.autocast or self.load_dtype).itemsize
+
+    @property
+    def lora_bytes(self) -> int:
+        """Bytes of what LoRA computes."""
+        return (self.autocast or torch.float32).itemsize
+
+
+@dataclass(frozen=True)
+class AdapterMemory:
+    """Bytes, by what they are for; see ``estimate``.
+
+    ``snapshots`` lie in main memory. ``base_numbers`` and ``trained_numbers`` count parameters.
+    """
+
+    base: int
+    adapters: int
+    gradients: int
+    moments: int
+    activations: int
+    temporary: int
+    loss: int
+    snapshots: int
+    base_numbers: int
+    trained_numbers: int
+    on_cpu: bool
+
+    @property
+    def at_the_end(self) -> int:
+        """Main memory when LoRA is merged: a float32 model, beside the base where that is in main memory too."""
+        return 4 * self.base_numbers + (self.base if self.on_cpu else 0)
+
+    @property
+    def total(self) -> int:
+        """All that has to fit where it trains: on a CPU with the guard's snapshots, elsewhere without."""
+        computing = self.activations + self.temporary + self.loss
+        kept = self.base + self.adapters + self.gradients + self.moments
+        return kept + computing + (self.snapshots if self.on_cpu else 0)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A base's sizes; ``matrices`` are (rows, columns) of one layer's, ``vectors`` the numbers of its norms and
+    biases."""
+
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    feed_forward: int
+    rows: int
+    tied: bool
+    fused: bool
+    head_norms: bool
+    matrices: tuple[tuple[int, int], ...]
+    vectors: int
+
+    @property
+    def attention(self) -> int:
+        """Width of the attention output, A."""
+        return self.heads * self.head_width
+
+    @property
+    def keys(self) -> int:
+        """Width of all keys, or all values."""
+        return self.kv_heads * self.head_width
+
+    @property
+    def numbers(self) -> int:
+        """Parameters of the base."""
+        layer = sum(rows * columns for rows, columns in self.matrices) + self.vectors
+        return self.layers * layer + self.rows * self.width * (1 if self.tied else 2) + self.width
+
+    @property
+    def gates(self) -> int:
+        """Numbers of one of a gate's matrices, over all layers: L·N·64."""
+        return self.layers * self.attention * GROUP
+
+    def lora(self, rank: int) -> int:
+        """Numbers of all A and B."""
+        return self.layers * sum(rank * (rows + columns) for rows, columns in self.matrices)
+
+
+def _shape(base: Any, vocab_size: int) -> _Shape:
+    width, inner, one = base.hidden_size, base.intermediate_size, head_width(base)
+    heads, kv_heads = base.num_attention_heads, base.num_key_value_heads
+    attention, keys = heads * one, kv_heads * one
+    kind = base.model_type
+    fused, head_norms = kind == "phi3", kind == "qwen3"
+    if fused:
+        inputs, hidden = [(attention + 2 * keys, width)], [(2 * inner, width)]
+    else:
+        inputs, hidden = [(attention, width), (keys, width), (keys, width)], [(inner, width)] * 2
+    vectors = 2 * width + (2 * one if head_norms else 0)
+    if kind == "qwen2":
+        vectors += attention + 2 * keys
+    elif getattr(base, "attention_bias", False):
+        vectors += attention + 2 * keys + width
+    if getattr(base, "mlp_bias", False):
+        vectors += 2 * inner + width
+    return _Shape(
+        width=width,
+        layers=base.num_hidden_layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_width=one,
+        feed_forward=inner,
+        rows=max(base.vocab_size, vocab_size),  # rows for the teacher's padding tokens are added
+        tied=bool(base.tie_word_embeddings),
+        fused=fused,
+        head_norms=head_norms,
+        matrices=(*inputs, (width, attention), *hidden, (width, inner)),
+        vectors=vectors,
+    )
+
+
+def estimate(base: Any, training: AdapterTraining) -> AdapterMemory:
+    """Bytes that training takes, from the ``transformers`` configuration of a base that can be adapted.
+
+    - base: matrices of layers at the load dtype, or in NF4 (half a byte, and a scale for 64 numbers: a float32, or with
+      double quantisation a byte, and a float32 for 256 of those); all else, the output matrix too, at the load dtype.
+    - adapters: LoRA, gates with where they began, heads, in float32; gradients once, moments twice what is trained.
+    - snapshots: weights, moments and buffers of the guard's.
+    - activations: of a layer, see ``_layer_activations``. With checkpointing one layer's, and the L layers' inputs,
+      n·D each; without, all layers'. And the last norm's input in float32 and output, the gates' rotations (one float64
+      and three float32 matrices of 8 × 8 for each block), and LoRA's weights as autocast narrows them.
+    - temporary: of the backward pass of one layer: gradients on their way through the feed-forward part, 3·I + 2·D for
+      each token, and the largest matrix as unpacked from NF4.
+    - loss: a chunk of logits (``distill.losses.chunked_lm_head.chunk_size``) in ``LOGITS_COPIES`` float32 buffers and once narrow;
+      the last states and their gradient, n·D each; narrow copies of states and matrix where they were not narrow.
+
+    Not in it: what CUDA and its libraries take for themselves, projectors of the hidden-state loss, keys and values
+    while a student writes. Attention keeps no matrix of tokens × tokens (PyTorch's fused kernels).
+    """
+    shape = _shape(base, training.vocab_size)
+    trained = shape.lora(training.rank) + 2 * shape.layers * shape.attention // GROUP * PARAMETERS_PER_BLOCK
+    if training.safety_head:
+        trained += len(DECISIONS) * (shape.width + 1)
+    if training.verification_head:
+        trained += VERIFICATION_UNITS * (shape.width + 2) + 1 + 2
+    starts, frequencies = 4 * shape.gates, 4 * shape.head_width  # buffers
+    return AdapterMemory(
+        base=_base_bytes(shape, training),
+        adapters=4 * trained + starts,
+        gradients=4 * trained,
+        moments=8 * trained,
+        activations=_activations(shape, training),
+        temporary=_temporary(shape, training),
+        loss=_loss(shape, training),
+        snapshots=training.snapshots * (SNAPSHOT_COPIES * 4 * trained + starts + frequencies),
+        base_numbers=shape.numbers,
+        trained_numbers=trained,
+        on_cpu=training.on_cpu,
+    )
+
+
+def _base_bytes(shape: _Shape, training: AdapterTraining) -> int:
+    if not training.load_in_4bit:
+        return shape.numbers * training.load_bytes
+    matrices = [rows * columns for rows, columns in shape.matrices]
+    packed = shape.layers * sum(_nf4_bytes(numbers, training.double_quantisation) for numbers in matrices)
+    return packed + (shape.numbers - shape.layers * sum(matrices)) * training.load_bytes
+
+
+def _nf4_bytes(numbers: int, double: bool) -> int:
+    """Bytes of one matrix in NF4."""
+    blocks = -(-numbers // NF4_BLOCK)
+    scales = blocks + 4 * -(-blocks // SCALE_BLOCK) + SCALE_TABLES if double else 4 * blocks
+    return -(-numbers // 2) + scales + NF4_TABLES
+
+
+def _activations(shape: _Shape, training: AdapterTraining) -> int:
+    tokens = training.tokens + training.prompt_tokens
+    last = tokens * (4 * (shape.width + 1) + shape.width * training.load_bytes)
+    around = last + shape.gates * (8 + 3 * 4)
+    if training.autocast is not None:
+        around += training.lora_bytes * shape.lora(training.rank)
+    if not training.checkpointing:
+        return around + shape.layers * _layer_activations(shape, training, tokens)
+    inputs = shape.layers * tokens * shape.width * training.load_bytes
+    # Prompts go through by themselves, and are fewer.
+    return around + inputs + _layer_activations(shape, training, max(training.tokens, training.prompt_tokens))
+
+
+def _layer_activations(shape: _Shape, training: AdapterTraining, tokens: int) -> int:
+    """What one layer keeps of its forward pass, in bytes.
+
+    For each token: norms 2·(D + 1) float32 (and A + H + K·W + K where queries and keys have norms); attention
+    2·A + 2·K·W, and A + K·W where the values are part of a fused projection, as the base computes, and H float32; the
+    gate's input A in float32 where it was not; feed-forward 3·I; LoRA's inputs, the columns of all matrices, as each
+    has a copy of its own, and r for each matrix. Without autocast over a base in float32 there is one input for all
+    matrices that share it, as there is over NF4 on a GPU. For the layer: its matrices as autocast narrows them, unless
+    in NF4.
+    """
+    narrow, lora = training.base_bytes, training.lora_bytes
+    norms = 8 * (shape.width + 1)
+    if shape.head_norms:
+        norms += 4 * (shape.attention + shape.heads + shape.keys + shape.kv_heads)
+    attention = 2 * (shape.attention + shape.keys) + (shape.attention + shape.keys if shape.fused else 0)
+    gate = 4 * shape.attention if narrow != 4 else 0
+    columns = [columns for _, columns in shape.matrices]
+    uncast = training.autocast is None or (training.load_in_4bit and not training.on_cpu)
+    if uncast and training.load_bytes == lora and not training.dropout:
+        inputs = 2 * shape.width + shape.attention + shape.feed_forward
+    else:
+        inputs = sum(columns)
+    dropped = sum(columns) if training.dropout else 0  # a byte each: which were not
+    each = norms + attention * narrow + 4 * shape.heads + gate + 3 * shape.feed_forward * narrow
+    each += (inputs + training.rank * len(columns)) * lora + dropped
+    narrowed = 0
+    if not training.load_in_4bit and narrow != training.load_bytes:
+        narrowed = narrow * sum(rows * columns for rows, columns in shape.matrices)
+    return tokens * each + narrowed
+
+
+def _temporary(shape: _Shape, training: AdapterTraining) -> int:
+    gradients = training.tokens * (3 * shape.feed_forward + 2 * shape.width) * training.base_bytes
+    if not training.load_in_4bit:
+        return gradients
+    return gradients + max(rows * columns for rows, columns in shape.matrices) * training.base_bytes
+
+
+def _loss(shape: _Shape, training: AdapterTraining) -> int:
+    tokens, vocab, wide, narrow = (
+        training.tokens,
+        training.vocab_size,
+        training.load_bytes,
+        training.base_bytes,
+    )
+    chunk = min(tokens, chunk_size(vocab)) * vocab * (4 * LOGITS_COPIES + narrow)
+    narrowed = narrow if narrow != wide else 0
+    return chunk + (2 * wide + narrowed) * tokens * shape.width + narrowed * vocab * shape.width
+
+
+def memory_of(
+    base: Any, config: RunConfig, vocab_size: int, device: torch.device | None = None
+) -> AdapterMemory:
+    """The estimate for a run's settings; ``base``: the ``transformers`` configuration of ``config.student.base``.
+
+    ``vocab_size``: the teacher's. ``device``: where it trains, else where this process would; each process of a launch
+    takes as much.
+    """
+    processes = PartialState()
+    found = device or processes.device
+    on_cpu = found.type in ("cpu", "mps")  # nothing is trained on Metal
+    train, student = config.train, config.student
+    precision = choose_precision(train, base.hidden_size, torch.device("cpu") if on_cpu else found)
+    parts = train.accumulation * processes.num_processes
+    prompts = -(-config.safety.together // parts) if config.safety_head else 0
+    return estimate(
+        base,
+        AdapterTraining(
+            vocab_size=vocab_size,
+            rank=student.lora_rank,
+            dropout=student.lora_dropout,
+            load_in_4bit=student.load_in_4bit,
+            load_dtype=torch.float32 if on_cpu and not student.load_in_4bit else torch.bfloat16,
+            autocast=torch.bfloat16 if precision == "bf16" else None,
+            sequences=-(-train.batch_size // parts),
+            length=config.data.max_length,
+            prompt_tokens=prompts * PROMPT_TOKENS,
+            checkpointing=train.gradient_checkpointing is not False,
+            snapshots=train.guard.snapshots if train.guard.enabled else 0,
+            safety_head=config.safety_head,
+            verification_head=config.verification_head,
+            on_cpu=on_cpu,
+        ),
+    )
+
+
+def memory_rows(memory: AdapterMemory) -> list[tuple[str, str]]:
+    """The estimate as rows of a table, in words."""
+    rows = [
+        ("base weights", memory.base),
+        ("LoRA, gates and heads", memory.adapters),
+        ("gradients", memory.gradients),
+        ("optimizer's moments", memory.moments),
+        ("activations", memory.activations),
+        ("temporary", memory.temporary),
+        ("loss", memory.loss),
+    ]
+    kept = ("guard's snapshots (main memory)", memory.snapshots)
+    total = ("together", memory.total)
+    rows += [kept, total] if memory.on_cpu else [total, kept]
+    rows.append(("merging, at the end (main memory)", memory.at_the_end))
+    return [(name, human_bytes(size)) for name, size in rows if size]

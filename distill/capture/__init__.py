@@ -1,0 +1,1 @@
+"""From a teacher and text to a store of soft targets."""

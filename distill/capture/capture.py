@@ -1,0 +1,108 @@
+"""From a teacher and a corpus to a store full of soft targets: what ``run`` and ``capture`` share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distill.capture.corpus import Corpus, Entry, build_corpus
+from distill.capture.teachers import open_teacher
+from distill.config.schema import RunConfig
+from distill.runtime.format import human_bytes, human_count
+from distill.runtime.progress import Console
+from teachers.base import WHOLE, Share, Teacher, TeacherInfo
+from teachers.gguf.file import read_gguf
+from teachers.store.capture import capture
+from teachers.store.store import SoftTargetStore
+from teachers.store.teacher_record import TEACHER, Inheritance, find_inheritance, inherit, write_inheritance
+
+
+def load_teacher(config: RunConfig, console: Console) -> Teacher:
+    """Load the teacher and say what it is.
+
+    Raises:
+        UserError, TeacherFileError, TeacherError, EnsembleError: it cannot be used.
+    """
+    with console.stage("Load teacher") as stage:
+        teacher = open_teacher(config.teacher)
+        info = teacher.info
+        stage.finish(f"{info.name}: {info.architecture}, {human_count(info.parameters)} parameters")
+    return teacher
+
+
+def read_data(
+    config: RunConfig, teacher: Teacher, console: Console, entries: list[Entry] | None = None
+) -> Corpus:
+    """Read the data, unless these ``entries`` are it, and say what is in it.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    with console.stage("Read data") as stage:
+        corpus = build_corpus(config.data, teacher, config.seed, entries)
+        spoken = f", the teacher writes in {corpus.spoken}" if corpus.spoken else ""
+        stage.finish(f"{len(corpus)} sequences{spoken}")
+    for note in corpus.notes:
+        console.note(note)
+    return corpus
+
+
+def fill_store(
+    teacher: Teacher, corpus: Corpus, store: SoftTargetStore, console: Console, share: Share = WHOLE
+) -> bool:
+    """Capture what is missing; returns whether everything was there already."""
+    with console.stage("Capture", total=_sequences(store, share)) as stage:
+        summary = capture(teacher, corpus, store, stage.update, share)
+        size = f"{human_bytes(store.bytes_on_disk())} in {store.folder}"
+        if share.world == 1:
+            size = f"{human_count(int(store.lengths().sum()))} tokens, {size}"
+        if summary.written == 0:
+            stage.finish(f"skipped: soft targets of this teacher and data reused, {size}")
+        elif summary.reused:
+            stage.finish(f"{summary.written} shards captured, {summary.reused} reused, {size}")
+        else:
+            stage.finish(size)
+    for shard in summary.damaged:
+        console.warn(f"{store.shard_path(shard)} was damaged and has been captured again")
+    return summary.written == 0
+
+
+def keep_inheritance(
+    teacher: Teacher,
+    gguf: Path | None,
+    store: SoftTargetStore,
+    console: Console,
+    share: Share = WHOLE,
+    text: str = "",
+) -> Inheritance:
+    """What the store keeps of its teacher beside soft targets; made now where it is missing or damaged.
+
+    ``gguf``: whose tokenizer and embeddings. The lines come from this process's own shards. ``text``: what the
+    sequences are, in words.
+    """
+    found = find_inheritance(store)
+    # An older version did not keep the teacher's shape, which the student's follows.
+    if found is not None and (found.tokenizer or gguf is None) and found.info.shape == teacher.info.shape:
+        return found
+    if found is None and (store.folder / TEACHER).exists():
+        console.warn(f"{store.folder / TEACHER} was damaged and is made again")
+    with console.stage("Keep teacher") as stage:
+        spans = (range(*store.span(shard)) for shard in range(share.rank, store.manifest.shards, share.world))
+        sequences = (store.tokens(index) for span in spans for index in span)
+        made = inherit(teacher, read_gguf(gguf) if gguf else None, sequences, text)
+        write_inheritance(store, made)
+        size = human_bytes((store.folder / TEACHER).stat().st_size)
+        stage.finish(f"tokenizer and embeddings, {size}" if gguf else "no GGUF file, so no tokenizer is kept")
+    return made
+
+
+def text_of(config: RunConfig, info: TeacherInfo) -> str:
+    """What the sequences of a store are, in words: a file's name without its folders, which may be private."""
+    return (
+        f"text written by {info.name}" if config.data.path is None else Path(config.data.path).resolve().name
+    )
+
+
+def _sequences(store: SoftTargetStore, share: Share) -> int:
+    """How many sequences this process's shards hold."""
+    spans = [store.span(shard) for shard in range(share.rank, store.manifest.shards, share.world)]
+    return sum(stop - start for start, stop in spans)

@@ -1,0 +1,279 @@
+"""Prompts, conversations, plain text, or the teacher's own words → token sequences.
+
+A JSONL line is an object with exactly one of ``prompt`` (the teacher answers), ``messages`` (a conversation;
+the teacher answers if the last message is not the assistant's) or ``text`` (used as it stands); other keys
+are left alone. Everything else is plain text, cut into windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.config.schema import DataConfig
+from distill.errors import UserError
+from teachers.base import Progress, Sampling, Teacher, Tokens
+from teachers.tokenizer.chat_template import ChatTemplateError
+from teachers.tokenizer.conversation import conversation_tokens, opening_segments
+
+DEFAULT_SPOKEN_SAMPLES = 4096
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+TEXT_SUFFIXES = (".txt", ".md", ".text")
+MAX_TOKENIZED_AT_ONCE = 1 << 20  # characters of text sent to the tokenizer in one piece
+_KINDS = ("prompt", "messages", "text")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One piece of data and where it stands (``file:line``), for messages about it."""
+
+    kind: str
+    value: Any
+    where: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sequence to be: forced segments, and whether the teacher writes after each of them."""
+
+    segments: tuple[Tokens, ...]
+    speaks: bool
+
+
+class Corpus:
+    """The sequences of a run, in a fixed order; a ``teachers.store.capture.SequenceSource``."""
+
+    def __init__(self, items: list[Item], sampling: Sampling, notes: list[str]) -> None:
+        self.items = items
+        self.sampling = sampling
+        self.notes = notes
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def spoken(self) -> int:
+        """How many sequences the teacher writes (in part)."""
+        return sum(item.speaks for item in self.items)
+
+    def digest(self) -> str:
+        """SHA-256 over everything that decides the sequences."""
+        digest = hashlib.sha256(json.dumps(asdict(self.sampling), sort_keys=True).encode())
+        for item in self.items:
+            digest.update(f"{item.speaks} {[len(part) for part in item.segments]}".encode())
+            for part in item.segments:
+                digest.update(part.tobytes())
+        return digest.hexdigest()
+
+    def take(self, teacher: Teacher, start: int, stop: int, progress: Progress) -> list[Tokens]:
+        """See ``teachers.store.capture.SequenceSource``."""
+        chosen = self.items[start:stop]
+        requests = [item.segments for item in chosen if item.speaks]
+        spoken = iter(
+            teacher.speak(requests, self.sampling, first_index=start, progress=progress) if requests else ()
+        )
+        return [next(spoken) if item.speaks else item.segments[0] for item in chosen]
+
+    def requests(self, start: int, stop: int) -> tuple[list[Sequence[Tokens]], Sampling] | None:
+        """See ``teachers.store.capture.SequenceSource``."""
+        chosen = self.items[start:stop]
+        if not all(item.speaks for item in chosen):
+            return None
+        return [item.segments for item in chosen], self.sampling
+
+
+def build_corpus(
+    config: DataConfig, teacher: Teacher, seed: int, entries: list[Entry] | None = None
+) -> Corpus:
+    """Read the data (or plan what the teacher will say) and tokenise it.
+
+    ``entries``: the data, if it has been read already.
+
+    Raises:
+        UserError: missing, empty or malformed data; names file and line.
+    """
+    if entries is None:
+        entries = read_entries(config)
+    max_length = min(config.max_length, teacher.info.context_length)
+    sampling = Sampling(config.sampling_temperature, config.top_p, max_length, seed)
+    notes: list[str] = []
+    if max_length < config.max_length:
+        notes.append(f"sequences are cut to the teacher's context of {max_length} tokens")
+    if entries is None:
+        opening = opening_segments(teacher)
+        if opening is None:
+            raise UserError(f"teacher {teacher.info.name} has no token to start from; give --data")
+        return Corpus([Item(opening, True)] * (config.samples or DEFAULT_SPOKEN_SAMPLES), sampling, notes)
+    items = _tokenise(entries, teacher, max_length, notes)
+    if config.samples is not None and config.samples < len(items):
+        kept = np.random.default_rng(seed).permutation(len(items))[: config.samples]
+        items = [items[index] for index in sorted(kept.tolist())]
+    if len(items) < 2:
+        raise UserError(
+            f"data {config.path}: only {len(items)} sequence; at least 2 are needed (1 is held out)"
+        )
+    return Corpus(items, sampling, notes)
+
+
+# -- reading --------------------------------------------------------------------------------------------------
+
+
+def read_entries(config: DataConfig) -> list[Entry] | None:
+    """The data as it stands in its files, all of it; ``None`` where the teacher is to speak.
+
+    Raises:
+        UserError: missing, empty or malformed data, naming file and line; or a teacher that would
+            say one thing only.
+    """
+    if config.path is not None:
+        return list(_read(Path(config.path)))
+    if config.sampling_temperature == 0.0:
+        raise UserError(
+            "data.sampling_temperature=0 lets the teacher say one thing only; give --data or raise it"
+        )
+    return None
+
+
+def _read(path: Path) -> Iterator[Entry]:
+    readable = JSONL_SUFFIXES + TEXT_SUFFIXES
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in readable)
+        if not files:
+            raise UserError(f"data folder {path} has no {', '.join(readable)} file")
+    elif path.is_file():
+        files = [path]
+        if _suffix(path) not in readable:
+            raise UserError(f"data file {path} is none of {', '.join(readable)}; rename or convert it")
+    else:
+        reason = "is not a regular file or folder" if path.exists() else "does not exist"
+        raise UserError(f"data {path} {reason}; give a JSONL or text file, or a folder of them")
+    for file in files:
+        text = _read_text(file)
+        if not text.strip():
+            raise UserError(f"data file {file} is empty; remove it or fill it")
+        if _suffix(file) in JSONL_SUFFIXES:
+            yield from _read_jsonl(file, text)
+        else:
+            yield Entry("plain", text, str(file))
+
+
+def _suffix(file: Path) -> str:
+    return file.suffix.lower()
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"data file {file}, line {line}: not UTF-8 (byte {error.start}); convert it"
+        ) from None
+    except OSError as error:
+        raise UserError(f"data file {file} cannot be read: {error.strerror}") from None
+
+
+def _read_jsonl(file: Path, text: str) -> Iterator[Entry]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"data file {file}, line {number}"
+        try:
+            value = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{where}: not valid JSON ({error}); each line must be one JSON object") from None
+        kinds = [kind for kind in _KINDS if isinstance(value, dict) and kind in value]
+        if len(kinds) != 1:
+            found = f"has {' and '.join(kinds)}" if kinds else "has none of them"
+            raise UserError(f"{where}: needs exactly one of {', '.join(_KINDS)}; it {found}")
+        _check_value(kinds[0], value[kinds[0]], where)
+        yield Entry(kinds[0], value[kinds[0]], where)
+
+
+def _check_value(kind: str, value: Any, where: str) -> None:
+    if not _is_unicode(value):
+        raise UserError(f"{where}: has a lone surrogate (\\ud800 to \\udfff), which is not text; remove it")
+    if kind != "messages":
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{where}: {kind!r} must be text that is not empty, got {value!r}")
+        return
+    fitting = (
+        isinstance(value, list)
+        and value
+        and all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in value
+        )
+    )
+    if not fitting:
+        raise UserError(f"{where}: 'messages' must be a list of objects with 'role' and 'content' as text")
+
+
+def _is_unicode(value: Any) -> bool:
+    """Whether JSON text can be encoded (JSON may spell out half of a surrogate pair)."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# -- tokenising -----------------------------------------------------------------------------------------------
+
+
+def _tokenise(entries: list[Entry], teacher: Teacher, max_length: int, notes: list[str]) -> list[Item]:
+    items: list[Item] = []
+    cut = 0
+    for entry in entries:
+        if entry.kind in ("plain", "text"):
+            items += _windows(entry, teacher, max_length)
+            continue
+        messages = entry.value if entry.kind == "messages" else [{"role": "user", "content": entry.value}]
+        answers = messages[-1]["role"] != "assistant"
+        try:
+            tokens = conversation_tokens(teacher, messages, answer=answers)
+        except ChatTemplateError as error:
+            raise UserError(f"{entry.where}: {error}") from None
+        cut += len(tokens) > max_length or (answers and len(tokens) >= max_length)
+        tokens = tokens[:max_length]
+        if len(tokens):
+            items.append(Item((tokens,), answers and len(tokens) < max_length))
+    if cut:
+        notes.append(f"{cut} of {len(items)} sequences are cut at {max_length} tokens; raise data.max_length")
+    return [item for item in items if item.speaks or len(item.segments[0]) > 1]
+
+
+def _windows(entry: Entry, teacher: Teacher, max_length: int) -> list[Item]:
+    """Cut a text into sequences, each beginning with BOS where the model wants one.
+
+    Control tokens spelled out in the text stay text: data must not speak for the template.
+    """
+    pieces = _pieces(entry.value)
+    tokens = np.concatenate(
+        [teacher.tokenize([piece], add_special=False, parse_special=False)[0] for piece in pieces]
+    )
+    bos = teacher.info.bos if teacher.info.add_bos else None
+    start = np.array([] if bos is None else [bos], dtype=np.int32)
+    step = max_length - len(start)
+    windows = [np.concatenate((start, tokens[at : at + step])) for at in range(0, len(tokens), step)]
+    return [Item((window.astype(np.int32),), False) for window in windows if len(window) > 1]
+
+
+def _pieces(text: str) -> list[str]:
+    """Cut long text at line ends, so that no piece is much longer than ``MAX_TOKENIZED_AT_ONCE``."""
+    pieces: list[str] = []
+    start = 0
+    while len(text) - start > MAX_TOKENIZED_AT_ONCE:
+        end = text.rfind("\n", start, start + MAX_TOKENIZED_AT_ONCE)
+        end = start + MAX_TOKENIZED_AT_ONCE if end <= start else end
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]

@@ -1,0 +1,104 @@
+"""A store to train from: complete, undamaged, with what a student needs of its teacher."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from distill.config.schema import RunConfig, Section
+from distill.errors import UserError
+from distill.runtime.format import human_bytes, human_count
+from distill.runtime.progress import Console
+from teachers import example_teacher
+from teachers.atomic_files import StoreError
+from teachers.base import TeacherInfo
+from teachers.gguf.file import file_sha256, read_gguf
+from teachers.store.manifest import filled_manifest
+from teachers.store.store import COMPANION, SoftTargetStore
+from teachers.store.teacher_record import Inheritance, need_inheritance
+from teachers.targets.recipe import Recipe
+
+# What of these sections a run from a store still looks at; everything else in them was decided by the capture.
+LOOKED_AT = {"teacher": {"gpu_layers", "path"}, "data": {"held_out"}, "targets": set[str]()}
+
+
+def without_capture(config: RunConfig, recipe: Recipe, console: Console) -> RunConfig:
+    """The settings with those of the capture as the store has them, or at their defaults where it does not say.
+
+    Says which of them were given in vain.
+    """
+    unused = []
+    changes: dict[str, Section] = {}
+    for section, kept in LOOKED_AT.items():
+        given = getattr(config, section)
+        known = asdict(recipe) if section == "targets" else {}
+        changes[section] = type(given)(**known, **{name: getattr(given, name) for name in kept})
+        for name, field in type(given).model_fields.items():
+            if getattr(given, name) not in (field.default, getattr(changes[section], name)):
+                unused.append(f"{section}.{name}")
+    if unused:
+        console.warn(f"not looked at, as the capture of the store has decided it: {', '.join(unused)}")
+    return config.model_copy(update=changes)
+
+
+def open_full_store(folder: Path) -> tuple[SoftTargetStore, Inheritance]:
+    """An existing store and what it keeps of its teacher; its shards are not looked at yet.
+
+    Raises:
+        StoreError: not a store, damaged, or without what it should keep of its teacher.
+        UserError: no student can be exported from it.
+    """
+    store = SoftTargetStore(folder, filled_manifest(folder))
+    inheritance = need_inheritance(store)
+    if not inheritance.tokenizer:
+        raise UserError(
+            f"store {folder} was captured from {inheritance.info.name}, which is no GGUF file, whose tokenizer "
+            "the exported student needs; convert the teacher with llama.cpp's convert_hf_to_gguf.py and capture "
+            "from that"
+        )
+    return store, inheritance
+
+
+def require_complete(store: SoftTargetStore, console: Console) -> None:
+    """Prove every file of the store that training reads.
+
+    Raises:
+        StoreError: one is missing or damaged; names it.
+    """
+    shards = store.manifest.shards
+    with console.stage("Check targets", total=shards) as stage:
+        bad: dict[str, list[str]] = {"missing": [], "damaged": []}
+        for shard in range(shards):
+            if (state := store.state(shard)) != "complete":
+                bad[state].append(store.shard_path(shard).name)
+            stage.update(shard + 1)
+        if store.needs_companion and store.companion() is None:
+            bad["damaged" if (store.folder / COMPANION).exists() else "missing"].append(COMPANION)
+        for state, names in bad.items():
+            if names:
+                raise StoreError(
+                    f"store {store.folder} has {len(names)} file{'s' * (len(names) > 1)} {state} ({names[0]}"
+                    f"{', …' * (len(names) > 1)}); run the capture again where the teacher is, which makes just "
+                    "that, or copy the store again"
+                )
+        tokens = human_count(int(store.lengths().sum()))
+        size = human_bytes(store.bytes_on_disk())
+        stage.finish(f"{len(store)} sequences, {tokens} tokens, {size} in {store.folder}")
+
+
+def find_teacher(path: str | None, info: TeacherInfo) -> Path | None:
+    """The file of a store's teacher: ``path`` where it is given, or the example teacher where it is that one.
+
+    Raises:
+        UserError: ``path`` is another teacher.
+        TeacherFileError: it is no GGUF file.
+    """
+    if path is None:
+        return example_teacher() if file_sha256(example_teacher()) == info.sha256 else None
+    read_gguf(Path(path))
+    if file_sha256(Path(path)) != info.sha256:
+        raise UserError(
+            f"--teacher {path} is not the teacher whose soft targets the store holds ({info.name}, SHA-256 "
+            f"{info.sha256[:12]}…); leave it out, or give that file"
+        )
+    return Path(path)

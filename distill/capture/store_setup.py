@@ -1,0 +1,137 @@
+"""Which store soft targets belong in: recipe, manifest, folder, room on the disk."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.capture.corpus import Corpus
+from distill.config.schema import TargetsConfig
+from distill.errors import UserError
+from distill.runs.folder import RUNS
+from distill.runtime.format import human_bytes
+from distill.runtime.progress import Console
+from teachers.base import Teacher
+from teachers.ensemble import EnsembleError
+from teachers.errors import RequestRefused
+from teachers.gguf.embeddings import stored_columns
+from teachers.store.capture import CaptureError, require_linear_output
+from teachers.store.manifest import MANIFEST, Manifest
+from teachers.store.store import SoftTargetStore
+from teachers.store.teacher_record import TEACHER
+from teachers.targets.recipe import Recipe, default_sketch_bytes
+from teachers.targets.state_codec import FIT_RULES
+
+SEQUENCES_PER_SHARD = 256
+SHARD_BYTES = 256 << 20
+PROBE_TOKENS = 24
+
+
+def recipe_for(config: TargetsConfig, teacher: Teacher, console: Console) -> Recipe:
+    """What to keep of each position; how large the sketch is depends on the teacher.
+
+    Raises:
+        UserError: a layer that the teacher does not have.
+    """
+    info = teacher.info
+    for layer in config.layers:
+        if layer >= info.layers:
+            raise UserError(f"targets.layers = {layer}: {info.name} has layers 0 to {info.layers - 1}")
+    sketch = config.sketch_bytes
+    if config.kind == "compact" and sketch is None:
+        sketch = default_sketch_bytes(config.num_topk, info.vocab_size, info.width)
+        if sketch and (reason := _no_sketch(teacher)):
+            console.warn(f"no sketch of the tail: {reason}")
+            sketch = 0
+    return Recipe(
+        config.kind,
+        config.num_topk,
+        min(sketch or 0, info.width),
+        tuple(sorted(set(config.layers))),
+        config.layer_bytes,
+    )
+
+
+def _no_sketch(teacher: Teacher) -> str | None:
+    """Why hidden states cannot stand for this teacher's logits, or nothing if they can."""
+    tokens = (np.arange(1, PROBE_TOKENS + 1) % teacher.info.vocab_size).astype(np.int32)
+    try:
+        require_linear_output(teacher, tokens)
+    except (CaptureError, RequestRefused, EnsembleError) as error:  # a dead worker is no answer to this
+        return str(error)
+    return None
+
+
+def store_manifest(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> Manifest:
+    """What the store of these very soft targets says it is."""
+    info = teacher.info
+    identity: dict[str, Any] = {
+        "teacher_sha256": info.sha256,
+        "tokenizer_sha256": info.tokenizer_sha256,
+        "vocab_size": info.vocab_size,
+        "corpus_sha256": corpus.digest(),
+        "recipe": recipe.to_json(),
+        # The last bits of a logit, and so what a teacher says, depend on these.
+        "runtime": teacher.runtime,
+    }
+    if recipe.needs_states or recipe.layers:
+        # What a shard's codes mean depends on how directions were fitted to the store's own beginning.
+        identity["fit"] = FIT_RULES
+    # A shard is held in memory until it is written; dense targets of a large vocabulary need small ones.
+    sequence_bytes = corpus.sampling.max_length * recipe.bytes_per_position(info.vocab_size, info.width)
+    together = max(1, min(SEQUENCES_PER_SHARD, SHARD_BYTES // sequence_bytes))
+    return Manifest(identity, len(corpus), together)
+
+
+@dataclass(frozen=True)
+class StorePlace:
+    """Where a store goes: ``asked`` for by the user, or named after ``stem`` in ``beside``/stores."""
+
+    asked: Path | None
+    beside: Path
+    stem: str
+
+
+def open_store(teacher: Teacher, corpus: Corpus, recipe: Recipe, place: StorePlace) -> SoftTargetStore:
+    """Open the store these very soft targets belong in.
+
+    It lies beside the run's folder unless told otherwise; one that an earlier run in this working directory
+    has made is used where it is.
+
+    Raises:
+        StoreError: the folder asked for holds something else.
+        UserError: the disk has not enough room.
+    """
+    manifest = store_manifest(teacher, corpus, recipe)
+    name = f"{place.stem}-{manifest.key[:12]}"
+    usual = [root / "stores" / name for root in (place.beside, RUNS, Path())]
+    folder = place.asked or next((root for root in usual if (root / MANIFEST).exists()), usual[0])
+    info = teacher.info
+    embeddings = 2 * info.vocab_size * stored_columns(info.width)
+    _require_space(folder, largest_size(corpus, recipe, teacher) + embeddings)
+    return SoftTargetStore.create_or_open(folder, manifest)
+
+
+def largest_size(corpus: Corpus, recipe: Recipe, teacher: Teacher) -> int:
+    """Bytes that the soft targets take at most: every sequence as long as it may be."""
+    positions = sum(
+        corpus.sampling.max_length if item.speaks else len(item.segments[0]) for item in corpus.items
+    )
+    return positions * (recipe.bytes_per_position(teacher.info.vocab_size, teacher.info.width) + 4)
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    """Refuse soft targets that cannot fit, before any of them is made."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    kept = [*folder.glob("shard-*"), *folder.glob(TEACHER)] if folder.is_dir() else []
+    there = sum(path.stat().st_size for path in kept)
+    free = shutil.disk_usage(existing).free + there
+    if needed > free:
+        raise UserError(
+            f"the soft targets need up to {human_bytes(needed)}, {existing} has {human_bytes(free)} free; free some "
+            "space, choose --store on another disk, or lower --samples or targets.num_topk"
+        )

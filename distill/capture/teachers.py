@@ -1,0 +1,113 @@
+"""Which teacher the settings mean: a GGUF file, a transformers folder, or several mixed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distill.config.schema import TeacherConfig
+from distill.errors import UserError
+from teachers import example_teacher
+from teachers.base import Teacher
+from teachers.gguf.file import Field, read_gguf, tokenizer_fields
+from teachers.huggingface.folder import check_folder
+from teachers.llama_cpp.teacher import GGUFTeacher
+
+
+def teacher_paths(config: TeacherConfig) -> list[Path]:
+    """Every teacher's file or folder, the main one first; the example teacher where none is given."""
+    first = Path(config.path) if config.path else example_teacher()
+    return [first, *(Path(path) for path in config.mix_with)]
+
+
+def teacher_stem(config: TeacherConfig) -> str:
+    """A short name for folders."""
+    return Path(config.path).resolve().stem if config.path else "example"
+
+
+def find_gguf(config: TeacherConfig) -> Path | None:
+    """The GGUF file whose tokenizer and embeddings the student takes: the first of the teachers that is one."""
+    return next((path for path in teacher_paths(config) if not path.is_dir()), None)
+
+
+def tokenizer_of(config: TeacherConfig) -> dict[str, Field]:
+    """The tokenizer that the student takes, as GGUF metadata.
+
+    Raises:
+        TeacherFileError: the file is damaged.
+    """
+    path = find_gguf(config)
+    assert path is not None, "see require_gguf"
+    return tokenizer_fields(read_gguf(path))
+
+
+def require_gguf(config: TeacherConfig) -> None:
+    """See that one of the teachers is a GGUF file.
+
+    Raises:
+        UserError: every teacher is a transformers folder.
+    """
+    if find_gguf(config) is None:
+        raise UserError(
+            f"teacher {teacher_paths(config)[0]} is a folder: not a GGUF file, whose tokenizer the exported student "
+            "needs; capture from a transformers folder with `distill capture`, or convert it with llama.cpp's "
+            "convert_hf_to_gguf.py"
+        )
+
+
+def require_teachers(config: TeacherConfig) -> None:
+    """See that every teacher can be read, as far as a file's header and a folder's files say.
+
+    Raises:
+        UserError, TeacherFileError: one cannot be used, or with other settings only.
+    """
+    _require_fitting(config)
+    for path in teacher_paths(config):
+        if path.is_dir():
+            check_folder(path)
+        else:
+            read_gguf(path)
+
+
+def _require_fitting(config: TeacherConfig) -> None:
+    """See that the settings are of teachers like these.
+
+    Raises:
+        UserError: they are not.
+    """
+    if config.weights and not config.mix_with:
+        raise UserError("teacher.weights is for several teachers; name the others in teacher.mix_with")
+    for path in teacher_paths(config):
+        if config.load_in_4bit and not path.is_dir():
+            raise UserError(
+                f"teacher.load_in_4bit is for transformers folders; {path} is already as it is quantised"
+            )
+
+
+def open_teacher(config: TeacherConfig) -> Teacher:
+    """Load the teacher, or all of them; close it after use.
+
+    Raises:
+        UserError, TeacherFileError, TeacherError, EnsembleError: it cannot be used.
+    """
+    _require_fitting(config)
+    members: list[Teacher] = []
+    try:
+        for path in teacher_paths(config):
+            members.append(_open_one(path, config))
+        if len(members) == 1:
+            return members[0]
+        from teachers.ensemble import EnsembleTeacher
+
+        return EnsembleTeacher(members, config.weights or [1.0] * len(members))
+    except BaseException:
+        for member in members:
+            member.close()
+        raise
+
+
+def _open_one(path: Path, config: TeacherConfig) -> Teacher:
+    if path.is_dir():
+        from teachers.huggingface.teacher import HuggingFaceTeacher
+
+        return HuggingFaceTeacher(path, load_in_4bit=config.load_in_4bit)
+    return GGUFTeacher(path, gpu_layers=config.gpu_layers)

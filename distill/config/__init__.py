@@ -1,0 +1,1 @@
+"""Settings: the schema and how it is read."""

@@ -1,0 +1,143 @@
+"""How settings are read: presets, YAML files and options become one ``RunConfig``."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from distill.config.schema import Quant, RunConfig
+from distill.errors import UserError
+
+# Where settings start from. ``formula``: the loss with its own defaults, T = 3. ``recommended``: what measured best
+# (docs/benchmarks.md): the temperature the student will be used at.
+PRESETS: dict[str, dict[str, Any]] = {"recommended": {"loss.temperature": 1.0}, "formula": {}}
+RECOMMENDED = "recommended"
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
+
+def load_config(
+    path: Path | None, overrides: dict[str, Any], settings: list[str], preset: str = RECOMMENDED
+) -> RunConfig:
+    """Combine a preset, a JSON or YAML file, named flags and ``section.key=value`` settings; later ones win.
+
+    ``overrides`` maps dotted keys to values (``None``: not given).
+
+    Raises:
+        UserError: unreadable file, unknown key, or a value out of range; names every one of them.
+    """
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset!r} does not exist; choose {' or '.join(PRESETS)}")
+    tree: dict[str, Any] = _read_tree(path) if path else {}
+    for key, value in PRESETS[preset].items():
+        section, _, name = key.partition(".")
+        given = tree.setdefault(section, {})
+        if isinstance(given, dict):  # else it is refused below, by its own name
+            given.setdefault(name, value)
+    for key, value in overrides.items():
+        if value is not None:
+            _put(tree, key, value)
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator or not key:
+            raise UserError(
+                f"--set {setting!r}: write section.key=value, for example train.learning_rate=0.001"
+            )
+        try:
+            _put(tree, key, yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise UserError(f"--set {setting!r}: the value {text!r} cannot be read") from None
+    return parse_config(tree, f" in {path}" if path else "")
+
+
+def parse_config(tree: Any, where: str = "") -> RunConfig:
+    """Check a tree of settings.
+
+    Raises:
+        UserError: names every unknown key and every value out of range.
+    """
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = [_problem(item) for item in error.errors()]
+        raise UserError(f"configuration{where}: " + "; ".join(problems)) from None
+
+
+def _problem(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_suggestion(item['loc'])}"
+    return f"{key} = {item['input']!r}: {item['msg'].removeprefix('Value error, ')}"
+
+
+def _suggestion(location: tuple[Any, ...]) -> str:
+    section: Any = RunConfig
+    for part in location[:-1]:
+        section = section.model_fields[part].annotation
+    return f" (there are: {', '.join(section.model_fields)})"
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"configuration {path} cannot be read: {error.strerror}") from None
+    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise UserError(f"configuration {path} is not valid {kind}: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"configuration {path} must be a mapping of sections, not {type(tree).__name__}")
+    return tree
+
+
+def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"configuration key {dotted!r}: {section!r} is not a section")
+    tree[key] = value
+
+
+def parse_quants(text: str) -> tuple[Quant, ...]:
+    """File types with commas between them, each once, in their order; ``all`` for every one.
+
+    Raises:
+        UserError: there is no such type.
+    """
+    known = get_args(Quant)
+    asked = [name.strip() for name in text.lower().split(",") if name.strip()]
+    names = tuple(dict.fromkeys(one for name in asked for one in (known if name == "all" else (name,))))
+    if not names:
+        raise UserError(f"--quant {text!r} names no file type; choose from {', '.join(known)}, or all")
+    for name in names:
+        if name not in known:
+            raise UserError(f"--quant {name!r} is not a file type; choose from {', '.join(known)}, or all")
+    return cast(tuple[Quant, ...], names)
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a size such as ``12GiB``, ``1.5 GB`` or ``800MB``; a number without a unit is in bytes.
+
+    Raises:
+        ValueError: it is no size above 0.
+    """
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
+    unit = None if match is None else _UNITS.get(match[2].lower())
+    size = 0 if match is None or unit is None else math.floor(float(match[1]) * unit)
+    if size < 1:
+        raise ValueError(
+            f"{text!r} is no amount of memory; write a number above 0 and a unit, such as 12GiB or 800MB "
+            "(kB, MB, GB, TB; KiB, MiB, GiB, TiB)"
+        )
+    return size

@@ -1,0 +1,294 @@
+"""One tree of settings. File and flags → ``RunConfig`` (frozen, unknown keys refused) → each part gets its own.
+
+Nothing here looks at hardware or files, so a configuration can be checked anywhere.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from students.model.shape import ChosenShape, StudentSize, attention_shape, parse_request
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+LayerNumber = Annotated[int, Field(ge=0)]
+DivergenceName = Literal[
+    "forward_kl", "reverse_kl", "jensen_shannon", "skewed_forward_kl", "skewed_reverse_kl"
+]
+Quant = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_nl"]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys and non-finite numbers refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TeacherConfig(Section):
+    """The teacher. ``path``: a GGUF file, or a transformers checkpoint folder to capture from; none means the
+    example teacher. ``gpu_layers``: layers given to a GPU where llama.cpp was built with one, −1 for all.
+    ``mix_with``: further teachers with the same vocabulary, mixed with it as distributions; ``weights``: of all of
+    them, the first included (none: equal). ``load_in_4bit``: NF4 for folders, through bitsandbytes."""
+
+    path: str | None = None
+    gpu_layers: int = -1
+    mix_with: tuple[str, ...] = ()
+    weights: tuple[Positive, ...] = ()
+    load_in_4bit: bool = False
+
+
+class StudentConfig(Section):
+    """The student. ``size``: hidden × layers, such as 512x4, or a share of the teacher's parameters, such as 25%, or a
+    number of parameters, such as 50M; none means half the teacher's width and depth.
+    ``tie_embeddings``: one matrix for the input embedding and the output. ``heads``, ``kv_heads`` (which the heads
+    share), ``head_width`` (of each) and ``ffn_width`` (of the feed-forward): none follows the teacher's shape (see
+    ``students.model.build.student_config``). ``init``: where the weights begin: teacher (projected from the teacher's own),
+    embeddings (random ones, with the teacher's token embeddings), random, or auto (teacher where that can be).
+
+    ``base``: folder of a transformers model with the teacher's vocabulary, which becomes the student in place of a new
+    one: frozen, with LoRA of ``lora_rank``, counted ``lora_alpha / lora_rank`` times, and ``lora_dropout``.
+    ``load_in_4bit``: its matrices in NF4, through bitsandbytes."""
+
+    size: str | None = None
+    base: str | None = None
+    lora_rank: Annotated[int, Field(ge=1, le=1 << 12)] = 16
+    lora_alpha: Positive = 32.0
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    load_in_4bit: bool = False
+    init: Literal["auto", "teacher", "embeddings", "random"] = "auto"
+    tie_embeddings: bool = True
+    heads: Annotated[int, Field(ge=1, le=1 << 12)] | None = None
+    kv_heads: Annotated[int, Field(ge=1, le=1 << 12)] | None = None
+    head_width: Annotated[int, Field(ge=2, le=1 << 12, multiple_of=2)] | None = None
+    ffn_width: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+
+    @field_validator("base")
+    @classmethod
+    def _absolute(cls, base: str | None) -> str | None:
+        """A run is exported again from other folders too."""
+        return None if base is None else str(Path(base).absolute())
+
+    @field_validator("size")
+    @classmethod
+    def _readable(cls, size: str | None) -> str | None:
+        if size is not None:
+            parse_request(size)
+        return size
+
+    @model_validator(mode="after")
+    def _fits(self) -> StudentConfig:
+        """Refuse heads that do not fit, as far as that does not depend on the teacher."""
+        size = parse_request(self.size) if self.size else None
+        if isinstance(size, StudentSize) and (self.heads or self.head_width):
+            attention_shape(size.width, chosen=self.chosen)
+        return self
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> StudentConfig:
+        """Refuse settings of a new student together with a base, and a base's without one."""
+        if self.base is None:
+            own = ("load_in_4bit", "lora_rank", "lora_alpha", "lora_dropout")
+            fields = type(self).model_fields
+            if given := [name for name in own if getattr(self, name) != fields[name].default]:
+                raise ValueError(
+                    f"{', '.join(given)} would be of a student made of a base; name one with --student-base"
+                )
+            return self
+        new = {"size": self.size, "heads": self.heads, "kv_heads": self.kv_heads}
+        new |= {"head_width": self.head_width, "ffn_width": self.ffn_width}
+        new |= {"init": None if self.init == "auto" else self.init}
+        if given := [name for name, value in new.items() if value is not None]:
+            raise ValueError(
+                f"{', '.join(given)} would be of a new student, but base = {self.base} is what the student is made "
+                "of; give the one or the other"
+            )
+        return self
+
+    @property
+    def label(self) -> str | None:
+        """A short name: its size, or its base and the rank of LoRA."""
+        if self.base is None:
+            return self.size
+        return f"{Path(self.base).resolve().name}-lora{self.lora_rank}"
+
+    @property
+    def chosen(self) -> ChosenShape:
+        """What is said here about the student's shape beside its size."""
+        return ChosenShape(self.heads, self.kv_heads, self.head_width, self.ffn_width)
+
+
+class DataConfig(Section):
+    """What the teacher reads or says. ``path``: JSONL, text or a folder; none means the teacher speaks.
+    ``samples``: how many sequences at most (none: all of the data, or 4,096 when the teacher speaks).
+    ``max_length``: tokens of a sequence at most. ``held_out``: share of the sequences kept for evaluation.
+    ``sampling_temperature`` and ``top_p``: how the teacher picks its words."""
+
+    path: str | None = None
+    samples: Annotated[int, Field(ge=2)] | None = None
+    max_length: Annotated[int, Field(ge=8)] = 256
+    held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.03
+    sampling_temperature: NonNegative = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+
+
+class TargetsConfig(Section):
+    """The soft targets. ``kind``: compact (top-k, the tail's mass, a sketch of its shape), hidden (the final
+    hidden state, which gives every logit back) or dense (every logit). ``num_topk``: tokens that compact
+    targets keep exactly. ``sketch_bytes``: bytes for the tail's shape (none: what is left of 200 a token; 0: no
+    sketch). ``layers``: layers whose output is kept too, counted from 0; ``layer_bytes``: bytes of each."""
+
+    kind: Literal["compact", "hidden", "dense"] = "compact"
+    num_topk: Count = 16
+    sketch_bytes: Annotated[int, Field(ge=0)] | None = None
+    layers: tuple[LayerNumber, ...] = ()
+    layer_bytes: Count = 128
+
+
+class LossConfig(Section):
+    """α·T²·KL_T(teacher‖student) + β·CE + γ·hidden + λ_so8t·(PET + inertia + non-commutation)
+    + λ_safety·safety + λ_verification·verification.
+
+    ``temperature`` T, ``alpha`` α, ``beta`` β, ``lambda_so8t`` λ_so8t. ``final_temperature``: T from
+    ``final_from`` of training on (none: T to the end). ``pet``: weight of the squared second
+    difference of the final hidden states in each third of training (to 30 %, to 70 %, to the end).
+    ``inertia``: weight of the rotations' squared distance from their moving average. ``inertia_decay``: of
+    that average, per step. ``commutator_margin``: below this norm the non-commutation term pushes.
+
+    ``divergence``: what stands for KL_T in the formula (see ``distill.losses.divergences``); ``js_mixing``: the teacher's
+    share b in the mixture of jensen_shannon; ``skew``: s of the skewed KLs. ``gamma`` γ: weight of the
+    hidden-state loss, where the store holds hidden states (``targets.layers``). ``layer_map``: pairs (student's
+    layer, teacher's layer) it compares, from 0; none: each kept layer with the one at the same relative depth.
+
+    ``lambda_safety`` λ_safety and ``lambda_verification`` λ_verification: weights of the two heads; 0: the student
+    has no such head.
+    """
+
+    temperature: Annotated[float, Field(ge=1.0)] = 3.0
+    final_temperature: Annotated[float, Field(ge=1.0)] | None = None
+    final_from: Fraction = 0.1
+    divergence: DivergenceName = "forward_kl"
+    js_mixing: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    skew: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    alpha: NonNegative = 0.7
+    beta: NonNegative = 0.3
+    gamma: NonNegative = 0.1
+    layer_map: tuple[tuple[LayerNumber, LayerNumber], ...] = ()
+    lambda_so8t: NonNegative = 0.5
+    pet: tuple[NonNegative, NonNegative, NonNegative] = (0.0, 0.001, 0.002)
+    inertia: NonNegative = 0.1
+    inertia_decay: Fraction = 0.99
+    commutator_margin: NonNegative = 0.1
+    lambda_safety: NonNegative = 0.3
+    lambda_verification: NonNegative = 0.2
+
+
+class SafetyConfig(Section):
+    """What the safety head learns. ``labels``: builtin (the prompts that come with the program), a JSONL file of
+    ``prompt`` and ``label`` (ALLOW, ESCALATE, REFUSE), teacher (its own judgment of the prompts, as probabilities), or
+    none. ``prompts``: JSONL file of the prompts that the teacher judges (none: the built-in ones).
+    ``passes``: how many prompts pass in training altogether, ``together`` at most in one step; where they need not
+    be in every step, all steps but every n-th have none."""
+
+    labels: str = "builtin"
+    prompts: str | None = None
+    passes: Count = 4096
+    together: Count = 16
+
+    def rhythm(self, steps: int) -> tuple[int, int]:
+        """For a training of so many steps: prompts come in every n-th of them, and how many then; (n, count)."""
+        every = max(1, self.together * steps // self.passes)
+        return every, min(self.together, -(-self.passes * every // max(1, steps)))
+
+
+class GuardConfig(Section):
+    """What keeps training from being spoilt (docs/stability.md). ``enabled``: without it a loss or gradient that is not
+    finite ends the run, and nothing else is watched. ``z_clip``: gradients are cut to so many standard deviations above
+    past norms. ``snapshot_every`` steps the state is kept in memory, the newest ``snapshots`` of them.
+    ``rollbacks``: how often in a row training goes back before it gives up; each time the learning rate is
+    multiplied by ``lower``, is reached again over ``rewarm`` steps and comes back over ``recover`` steps.
+    ``probe_every``: steps between looks at some held-out text."""
+
+    enabled: bool = True
+    z_clip: Positive = 5.0
+    snapshot_every: Count = 25
+    snapshots: Annotated[int, Field(ge=1, le=100)] = 3
+    rollbacks: Count = 3
+    lower: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    rewarm: Annotated[int, Field(ge=0)] = 10
+    recover: Count = 50
+    probe_every: Count = 25
+
+
+class TrainConfig(Section):
+    """The training loop. ``epochs``; ``batch_size``: sequences per optimizer step, over all processes;
+    ``accumulation``: into how many micro-batches a process divides its part of them; ``learning_rate``: peak
+    (none: 0.5 / width, less from the teacher's weights, see ``distill.initialization.start``); ``schedule``: after the warm-up a
+    cosine, a straight line, or wsd (constant until the last ``decay`` of the steps, then a cosine down); ``warmup``:
+    share of the steps; ``min_lr``: share of the peak it ends at; ``max_grad_norm``; ``weight_decay``: of matrices only;
+    ``precision``: ``bf16`` autocast, ``fp32``, or ``auto``; ``evaluations``: how often held-out KL is measured, first
+    and last step included; ``patience``: stop after so many of them without a better one (none: never).
+
+    ``gradient_checkpointing``: compute layers again in the backward pass instead of keeping what they computed (none:
+    only for a student made of a base);
+    ``compile``: torch.compile. ``trackers``: tensorboard, wandb.
+    ``on_policy``: share of each batch whose text, after its beginning, the student writes itself, at
+    ``on_policy_temperature``; the teacher stays loaded and scores it. ``guard``: see ``GuardConfig``.
+    """
+
+    epochs: Count = 8
+    batch_size: Count = 16
+    accumulation: Count = 1
+    learning_rate: Positive | None = None
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    decay: Fraction = 0.2
+    warmup: Fraction = 0.05
+    min_lr: Fraction = 0.02
+    max_grad_norm: Positive = 1.0
+    weight_decay: NonNegative = 0.01
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    evaluations: Annotated[int, Field(ge=2)] = 12
+    patience: Count | None = None
+    gradient_checkpointing: bool | None = None
+    compile: bool = False
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    on_policy: Fraction = 0.0
+    on_policy_temperature: Positive = 1.0
+    guard: GuardConfig = GuardConfig()
+
+
+class ExportConfig(Section):
+    """The exported file. ``quant``: one of llama.cpp's file types (see ``students.gguf.file_types``)."""
+
+    quant: Quant = "q8_0"
+
+
+class RunConfig(Section):
+    """Everything one run depends on. The same configuration and seed give the same bytes on CPU.
+
+    ``store``: the folder of soft targets that ``distill train`` learns from, without a teacher."""
+
+    teacher: TeacherConfig = TeacherConfig()
+    student: StudentConfig = StudentConfig()
+    data: DataConfig = DataConfig()
+    targets: TargetsConfig = TargetsConfig()
+    loss: LossConfig = LossConfig()
+    safety: SafetyConfig = SafetyConfig()
+    train: TrainConfig = TrainConfig()
+    export: ExportConfig = ExportConfig()
+    store: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
+
+    @property
+    def safety_head(self) -> bool:
+        """Whether the student gets a safety head."""
+        return self.safety.labels != "none" and self.loss.lambda_safety > 0
+
+    @property
+    def verification_head(self) -> bool:
+        """Whether the student gets a verification head."""
+        return self.loss.lambda_verification > 0

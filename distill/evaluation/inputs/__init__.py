@@ -1,0 +1,1 @@
+"""What an evaluation compares, checked before PyTorch is imported."""

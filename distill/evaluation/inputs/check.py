@@ -1,0 +1,52 @@
+"""What ``distill evaluate`` can refuse before PyTorch is imported."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+
+from distill.capture.corpus import Entry, read_entries
+from distill.errors import UserError
+from distill.evaluation.inputs.files import Files, find_files
+from distill.evaluation.inputs.request import Request
+from distill.evaluation.inputs.task_file import Task, read_tasks
+from distill.heads.prompts import SafetyPrompt, read_given
+
+
+def require_harness() -> None:
+    """See that lm-evaluation-harness is there.
+
+    Raises:
+        UserError: it is not.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "lm-evaluation-harness is not installed; its tasks need it: run `python -m pip install lm_eval` in this "
+            "environment, or leave them out"
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """What was read for an evaluation: the models' headers, and what the user's files hold."""
+
+    files: Files
+    tasks: list[Task]
+    prompts: list[SafetyPrompt] | None
+    entries: list[Entry] | None
+
+
+def check_evaluation(request: Request) -> EvaluationInputs:
+    """Refuse what ``distill evaluate`` cannot do.
+
+    Raises:
+        UserError, TeacherFileError: the input cannot be used.
+    """
+    if request.harness:
+        require_harness()
+    tasks = [] if request.tasks is None else read_tasks(request.tasks)
+    entries = None if request.text.data is None else read_entries(request.text.settings())
+    prompts = read_given(request.safety_prompts)
+    files = find_files(request.students, request.teacher)  # last: it may hash a large teacher
+    return EvaluationInputs(files, tasks, prompts, entries)

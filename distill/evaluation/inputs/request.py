@@ -1,0 +1,47 @@
+"""What the user of ``distill evaluate`` asked for; without PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from distill.config.schema import DataConfig
+
+DEFAULT_SAMPLES = 256
+DEFAULT_LENGTH = 512
+DRAFT_LENGTH = 4
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What text the user asked for: ``data`` or none, at most ``samples`` sequences, of at most ``max_length`` tokens
+    (none: ``DEFAULT_LENGTH``)."""
+
+    data: Path | None = None
+    samples: int = DEFAULT_SAMPLES
+    max_length: int | None = None
+    seed: int = 0
+
+    def settings(self, max_length: int = DEFAULT_LENGTH) -> DataConfig:
+        """The same as a run says it; ``max_length``: tokens of a sequence at most."""
+        path = None if self.data is None else str(self.data)
+        return DataConfig(path=path, samples=self.samples, max_length=max_length)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for: the files, the text, and what else to measure.
+
+    ``harness``: tasks of lm-evaluation-harness, at most ``harness_limit`` examples of each.
+    """
+
+    students: Sequence[Path]
+    teacher: Path | None = None
+    text: Wanted = field(default_factory=Wanted)
+    draft_length: int = DRAFT_LENGTH
+    safety_prompts: Path | None = None
+    tasks: Path | None = None
+    harness: Sequence[str] = ()
+    harness_limit: int | None = None
+    gpu_layers: int = 0

@@ -1,0 +1,216 @@
+"""Students against their teacher on held-out text: KL, top-1 agreement, perplexity.
+
+Everything is measured at temperature 1, per token, on the same positions: against the teacher itself over the
+whole vocabulary, or against its stored soft targets over what these know.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distill.losses import divergences
+from distill.metrics.distributions import by_sequence, intervals
+from students.model.interface import Student
+from students.weights import set_weights
+from teachers.base import Teacher, Tokens
+from teachers.store.store import SoftTargetStore
+from teachers.targets.stored_arrays import Targets, join
+
+LOGITS_BYTES = 128 << 20  # one model's logits held at a time
+TEACHER, STORED_TARGETS = "teacher", "stored soft targets"
+WHOLE_VOCABULARY = "whole vocabulary"
+
+Scorer = Callable[[Sequence[Tokens]], Tensor]
+"""Next-token logits of all positions of some sequences, ``[N, V]`` float32 (n − 1 rows for n tokens)."""
+
+Sums = NDArray[np.float64]
+"""KL, agreement and surprise summed over each sequence's positions, ``[S, 3]``."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model against the teacher. ``kl`` and ``cross_entropy`` in nats per token, ``agreement`` a share.
+
+    ``intervals``: low and high end of the 95 % interval of kl, agreement, cross_entropy and perplexity (see
+    ``distill.metrics.distributions.intervals``); empty where one sequence is all.
+    """
+
+    kl: float
+    agreement: float
+    cross_entropy: float
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the cross-entropy of the actual next tokens."""
+        return perplexity(self.cross_entropy)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of several models on the same held-out positions.
+
+    ``against``: ``TEACHER`` itself or its ``STORED_TARGETS``. ``kl_over``: what the KL is taken over.
+    ``teacher``: its own cross-entropy of the actual next tokens in nats per token; ``None`` where it is not known,
+    ``approximate`` where hidden states that were rounded for the store give it.
+    """
+
+    against: str
+    positions: int
+    kl_over: str
+    teacher: float | None
+    approximate: bool
+    models: dict[str, Score]
+
+
+def perplexity(cross_entropy: float) -> float:
+    """exp of a cross-entropy in nats."""
+    return math.exp(min(cross_entropy, 700.0))
+
+
+def student_scorer(student: Student) -> Scorer:
+    """Score with PyTorch in float32, one sequence at a time."""
+
+    @torch.no_grad()
+    def score(sequences: Sequence[Tokens]) -> Tensor:
+        student.eval()
+        rows = []
+        for tokens in sequences:
+            inputs = torch.from_numpy(tokens[:-1].astype(np.int64))[None].to(student.device)
+            rows.append(student(inputs).logits[0].float().cpu())
+        return torch.cat(rows)
+
+    return score
+
+
+def scorer_with(student: Student, weights: dict[str, Tensor]) -> Scorer:
+    """Score the student with other weights of its own, which it has for that time only."""
+    scorer = student_scorer(student)
+
+    def score(sequences: Sequence[Tokens]) -> Tensor:
+        now = {name: weight.clone() for name, weight in student.own_weights().items()}
+        set_weights(student, weights)
+        try:
+            return scorer(sequences)
+        finally:
+            set_weights(student, now)
+
+    return score
+
+
+def llama_scorer(model: Teacher, *, exact: bool = False) -> Scorer:
+    """Score with llama.cpp; ``exact`` uses a float32 KV cache without flash attention."""
+    return lambda sequences: torch.from_numpy(model.logits(sequences, exact=exact))
+
+
+def evaluate(
+    teacher: Teacher,
+    sequences: Sequence[Tokens],
+    models: dict[str, Scorer],
+    report: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Compare ``models`` with the teacher on every position; ``report`` gets how many sequences are done."""
+    sums: dict[str, list[Sums]] = {name: [] for name in models}
+    surprise, positions, finished = 0.0, 0, 0
+    reference = llama_scorer(teacher)
+    for group in groups(sequences, teacher.info.vocab_size):
+        expected, labels = reference(group), next_tokens(group)
+        best = expected.argmax(dim=-1)
+        surprise += float(divergences.cross_entropy(expected, labels).double().sum())
+        for name, model in models.items():
+            found = model(group)
+            kl = divergences.dense_forward_kl(expected, found)
+            sums[name].append(_sums(kl, best, found, labels, group))
+        positions += len(labels)
+        finished += len(group)
+        report(finished)
+    scores = {name: _score(np.concatenate(parts), sequences) for name, parts in sums.items()}
+    return Evaluation(TEACHER, positions, WHOLE_VOCABULARY, surprise / positions, False, scores)
+
+
+def evaluate_stored(
+    store: SoftTargetStore,
+    indices: Sequence[int],
+    models: dict[str, Scorer],
+    report: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """``evaluate`` without a teacher: against the stored soft targets of some of the store's sequences."""
+    vocab_size = int(store.manifest.identity["vocab_size"])
+    sums: dict[str, list[Sums]] = {name: [] for name in models}
+    surprise: float | None = 0.0
+    positions = finished = 0
+    sequences = [store.tokens(index) for index in indices]
+    for group in groups(sequences, vocab_size):
+        here = indices[finished : finished + len(group)]
+        targets, labels = join([store.targets(index) for index in here]), next_tokens(group)
+        best, asked = targets.best(), _teachers_surprise(targets, labels)
+        surprise = None if surprise is None or asked is None else surprise + asked
+        for name, model in models.items():
+            found = model(group)
+            sums[name].append(_sums(divergences.known_kl(found, targets, 1.0), best, found, labels, group))
+        positions += len(labels)
+        finished += len(group)
+        report(finished)
+    scores = {name: _score(np.concatenate(parts), sequences) for name, parts in sums.items()}
+    known = None if surprise is None else surprise / positions
+    recipe = store.manifest.recipe
+    over = f"{recipe.num_topk} top tokens and the rest" if recipe.kind == "compact" else WHOLE_VOCABULARY
+    return Evaluation(STORED_TARGETS, positions, over, known, recipe.kind != "dense", scores)
+
+
+def _teachers_surprise(targets: Targets, labels: Tensor) -> float | None:
+    """Σ −log p(label) of the teacher's own distribution; ``None`` where the targets do not give every token's.
+
+    A sketch's comes near: 0.005 nats too much where more than half of the labels are in the tail (WikiText teacher).
+    """
+    if not targets.has_tail_shape:
+        return None
+    chosen = targets.log_probs(1.0).gather(-1, labels[:, None])
+    return -float(chosen.double().sum())
+
+
+def next_tokens(sequences: Sequence[Tokens]) -> Tensor:
+    """The actual next token of every position, ``[N]``."""
+    return torch.from_numpy(np.concatenate([tokens[1:] for tokens in sequences]).astype(np.int64))
+
+
+def _sums(kl: Tensor, best: Tensor, logits: Tensor, labels: Tensor, sequences: Sequence[Tokens]) -> Sums:
+    """KL, agreement and surprise summed over the positions of each sequence."""
+    same = (best == logits.argmax(dim=-1)).double()
+    surprise = divergences.cross_entropy(logits, labels).double()
+    values = torch.stack((kl.double(), same, surprise), dim=-1).numpy()
+    return by_sequence(values, [len(tokens) - 1 for tokens in sequences])
+
+
+def _score(sums: Sums, sequences: Sequence[Tokens]) -> Score:
+    """Means over all positions, with their intervals, of each sequence's ``sums [S, 3]``."""
+    counts = [len(tokens) - 1 for tokens in sequences]
+    kl, agreement, cross_entropy = (sums.sum(axis=0) / sum(counts)).tolist()
+    edges = intervals(sums, counts)
+    if edges is None:
+        return Score(kl, agreement, cross_entropy)
+    low, high = edges.tolist()
+    found = dict(zip(("kl", "agreement", "cross_entropy"), zip(low, high, strict=True), strict=True))
+    found["perplexity"] = (perplexity(low[2]), perplexity(high[2]))
+    return Score(kl, agreement, cross_entropy, found)
+
+
+def groups(sequences: Sequence[Tokens], vocab_size: int) -> list[list[Tokens]]:
+    """Cut the sequences into groups whose logits fit into ``LOGITS_BYTES`` (at least one each)."""
+    limit = max(1, LOGITS_BYTES // (4 * vocab_size))
+    found: list[list[Tokens]] = []
+    room = 0
+    for tokens in sequences:
+        if not found or len(tokens) > room:
+            found.append([])
+            room = limit
+        found[-1].append(tokens)
+        room -= len(tokens)
+    return found

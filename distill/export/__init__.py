@@ -1,0 +1,1 @@
+"""From a student to a proved GGUF file, a transformers folder and an Ollama Modelfile."""

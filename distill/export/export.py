@@ -1,0 +1,197 @@
+"""Write a student as GGUF files, prove each, and only then give it its name."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from distill.config.schema import Quant
+from distill.errors import ProofFailed, UserError
+from distill.evaluation.scorers import llama_scorer
+from distill.export.proof import prove, prove_quantized, remembering
+from distill.runs.folder import HeldOut
+from distill.runs.proof_record import Proof
+from students.adapter.adapter import AdaptedStudent
+from students.adapter.merge import merge
+from students.gguf.file_types import FILE_TYPES
+from students.gguf.metadata import ExportNames, MetadataEntry
+from students.gguf.quantize import quantize_gguf
+from students.gguf.writer import rotation_figures, write_base_gguf, write_gguf
+from students.model.decoder import SO8TForCausalLM
+from students.model.heads import head_values
+from students.model.interface import Student
+from teachers.gguf.file import read_gguf
+from teachers.llama_cpp.teacher import GGUFTeacher
+
+ORIGIN = ("teacher_name", "teacher_sha256", "base_name", "base_sha256")
+IMPORTANCE_WORDS = "training text of the run"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is to be exported: the student, the teacher's tokenizer metadata, what the files say of themselves.
+
+    ``merged``: a student made of a base, merged already. ``importance``: mean squares by matrix for the quantizer
+    (``students.gguf.imatrix``), if there are any.
+    """
+
+    student: Student
+    tokenizer: Mapping[str, MetadataEntry]
+    names: ExportNames
+    held_out: HeldOut
+    merged: PreTrainedModel | None = None
+    importance: Mapping[str, NDArray[np.float32]] | None = None
+
+
+@dataclass(frozen=True)
+class Proofs:
+    """``original``: of the F32 file, against PyTorch; ``files``: of what was asked for, by type; ``failed``: why a type
+    was not written, in words."""
+
+    original: Proof
+    files: dict[Quant, Proof]
+    failed: dict[Quant, str]
+
+    def need(self, quant: Quant) -> Proof:
+        """The proof of a file.
+
+        Raises:
+            ProofFailed: it failed.
+        """
+        if quant in self.failed:
+            raise ProofFailed(self.failed[quant])
+        return self.files[quant]
+
+
+def origin_of(identity: Mapping[str, str]) -> dict[str, str]:
+    """What an exported file says of where it came from, out of a run's identity."""
+    return {key: identity[key] for key in ORIGIN if key in identity}
+
+
+def export_proved(
+    export: Export,
+    wanted: Mapping[Quant, Path],
+    progress: Callable[[str], None] = lambda what: None,
+    done: Callable[[Quant, Path, Proof], None] = lambda quant, path, proof: None,
+) -> Proofs:
+    """Export to every path of ``wanted``; a file that is there already is replaced only by a proved one.
+
+    The student is written as F32 and compared with PyTorch; llama.cpp's own quantizer makes the other types from that
+    file, and each is compared with it; one that fails is left out. ``progress`` gets what is being done; ``done`` is
+    called at once when a file has its name, so that nothing is known of files that are not there, and all of those that
+    are, however this ends.
+
+    Raises:
+        UserError: an importance matrix of another model.
+        ProofFailed: llama.cpp computes something else than PyTorch.
+        ExportError: llama.cpp's quantizer refuses.
+        OSError: the disk refuses.
+    """
+    sequences, lines = export.held_out.sequences, export.held_out.lines
+    failed: dict[Quant, str] = {}
+    proofs: dict[Quant, Proof] = {}
+    with _temporary(next(iter(wanted.values())), "f32") as temporary:
+        progress("f32")
+        proof = prove(temporary, _write(export, temporary), sequences, lines, timed="f32" in wanted)
+        original = temporary
+        if "f32" in wanted:
+            original, proofs["f32"] = wanted["f32"], proof
+            _replace(temporary, original)
+            done("f32", original, proof)
+        quantized = {quant: path for quant, path in wanted.items() if quant != "f32"}
+        if quantized:
+            _require_fit(export, original)
+            with GGUFTeacher(original) as loaded:
+                reference = remembering(llama_scorer(loaded, exact=True))
+                for quant, path in quantized.items():
+                    progress(quant)
+                    with _temporary(path, quant) as made:
+                        _quantize(original, made, quant, export)
+                        try:
+                            proofs[quant] = prove_quantized(made, quant, reference, sequences, lines)
+                        except ProofFailed as failure:
+                            failed[quant] = str(failure)
+                            continue
+                        _replace(made, path)
+                    done(quant, path, proofs[quant])
+    return Proofs(proof, {quant: proofs[quant] for quant in wanted if quant in proofs}, failed)
+
+
+def _require_fit(export: Export, original: Path) -> None:
+    """See that the importance matrix is one of this model."""
+    matrices = {
+        name: info.shape for name, info in read_gguf(original).tensors.items() if len(info.shape) == 2
+    }
+    for name, values in (export.importance or {}).items():
+        if name not in matrices or matrices[name][1] != len(values):
+            raise UserError(
+                f"the importance matrix is not of this student ({name} with {len(values)} columns); delete "
+                "imatrix.gguf, or leave it out with --no-imatrix"
+            )
+
+
+def _write(export: Export, path: Path) -> Any:
+    """Write the F32 file; returns the PyTorch model that it is to be compared with."""
+    student = export.student
+    if isinstance(student, AdaptedStudent):
+        model = export.merged if export.merged is not None else merge(student)
+        figures = {f"so8t.{key}": value for key, value in rotation_figures(student).items()}
+        extras = {**head_values(student.heads()), **figures}
+        with _naming(path):
+            write_base_gguf(model, path, "f32", export.tokenizer, export.names, extras)
+        return model
+    assert isinstance(student, SO8TForCausalLM)
+    with _naming(path):
+        write_gguf(student, path, "f32", export.tokenizer, export.names)
+    return student
+
+
+def _quantize(source: Path, target: Path, quant: Quant, export: Export) -> None:
+    importance = export.importance if FILE_TYPES[quant].weighted else None
+    labels: dict[str, int | str] = {}
+    if importance:
+        labels = {
+            "quantize.imatrix.dataset": IMPORTANCE_WORDS,
+            "quantize.imatrix.entries_count": len(importance),
+        }
+    with _naming(target):
+        quantize_gguf(source, target, quant, importance=importance, labels=labels)
+
+
+@contextmanager
+def _temporary(path: Path, quant: Quant) -> Iterator[Path]:
+    """A path beside ``path`` that nothing is left of; what killed processes have left there goes too."""
+    for left in path.parent.glob(f".{glob.escape(path.stem)}.{quant}.*.tmp.gguf"):
+        process = left.name.split(".")[-3]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.stem}.{quant}.{os.getpid()}.tmp.gguf")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An error of the disk says where: a failing write() does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    with _naming(path):
+        temporary.replace(path)

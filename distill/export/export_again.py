@@ -1,0 +1,194 @@
+"""``distill export-gguf``: a finished run's student in any number of file types, each proved, in one table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.markup import escape
+from rich.table import Table
+
+from distill.capture.tokenizer_only import tokenizer_entries
+from distill.config.schema import Quant
+from distill.errors import ProofFailed, UserError
+from distill.evaluation.cost import UNSTEADY
+from distill.export.export import Export, Proofs, export_proved, origin_of
+from distill.export.student_folder import load_student
+from distill.reports.card.card import update_card
+from distill.runs.audit_events import record_export
+from distill.runs.exports import ExportedFile, check_export, describe_file, record_files
+from distill.runs.folder import RunFolder
+from distill.runs.proof_record import Proof
+from distill.runs.provenance import read_lineage
+from distill.runtime.format import human_bytes
+from distill.runtime.progress import Console
+from students.gguf.file_types import FILE_TYPES
+from students.gguf.imatrix import read_mean_squares
+from students.gguf.metadata import ExportNames
+from teachers.atomic_files import exclusive
+from teachers.gguf.file import TeacherFileError, read_gguf
+
+
+def export_run(
+    folder: RunFolder,
+    quants: Sequence[Quant],
+    output: Path | None,
+    console: Console,
+    *,
+    imatrix: bool = True,
+) -> list[ExportedFile]:
+    """Export a finished run's student again, in ``quants``.
+
+    ``output``: for one type a file, for several a folder; none is the run's own folder. ``imatrix``: let the run's
+    importance matrix help the quantizer.
+
+    Raises:
+        UserError: not a run's folder, one of its files is damaged, or something is in the way of ``output``.
+        StoreError: another process works in the run's folder.
+        ProofFailed: files are not the trained model; the others have been made and recorded.
+        ExportError, OSError: llama.cpp's quantizer or the disk refuses; so have those before.
+    """
+    wanted = check_export(folder, quants, output)
+    writable = os.access(folder.path, os.W_OK)
+    with exclusive(folder.path) if writable else nullcontext():
+        return _export_run(folder, wanted, console, imatrix, writable)
+
+
+def _export_run(
+    folder: RunFolder, wanted: dict[Quant, Path], console: Console, imatrix: bool, writable: bool
+) -> list[ExportedFile]:
+    student = load_student(folder)
+    tokenizer = read_gguf(folder.tokenizer, model=False)
+    name = str(tokenizer.value("general.name", "student"))
+    export = Export(
+        student,
+        tokenizer_entries(tokenizer),
+        ExportNames(name, origin_of(folder.read_identity()), read_lineage(folder)),
+        folder.read_held_out(student.config.vocab_size),
+        importance=_importance(folder, list(wanted), console) if imatrix else None,
+    )
+    files: list[ExportedFile] = []
+
+    def record(quant: Quant, path: Path, proof: Proof) -> None:
+        file = describe_file(path, quant, proof, importance=export.importance is not None)
+        files.append(file)
+        if not writable:
+            return
+        written = [path]
+        if path.parent.resolve() == folder.path.resolve():
+            record_files(folder, [file])
+            written.append(folder.exports)
+        record_export(folder.path, written, quant, proof.to_json())
+
+    proofs = _export(export, wanted, record, console)
+    if not writable:
+        console.warn(
+            f"{folder.path} cannot be written to, so neither its log nor its model card know of this"
+        )
+    elif folder.finished and any(path.parent.resolve() == folder.path.resolve() for path in wanted.values()):
+        update_card(folder, console)
+    if unsteady := [quant for quant, proof in proofs.files.items() if proof.unsteady_speed > UNSTEADY]:
+        console.warn(
+            f"speeds of {', '.join(unsteady)} differed from trial to trial; is the machine busy otherwise?"
+        )
+    places = list(proofs.files)
+    files.sort(key=lambda file: places.index(file.quant))
+    console.rich.print(_table(name, proofs, files))
+    if proofs.failed:
+        raise ProofFailed("; ".join(proofs.failed.values()))
+    return files
+
+
+def _export(
+    export: Export,
+    wanted: dict[Quant, Path],
+    record: Callable[[Quant, Path, Proof], None],
+    console: Console,
+) -> Proofs:
+    with console.stage("Export and prove", total=len(wanted)) as stage:
+        done: list[Quant] = []
+
+        def finished(quant: Quant, path: Path, proof: Proof) -> None:
+            record(quant, path, proof)
+            done.append(quant)
+            stage.update(len(done), quant)
+
+        proofs = export_proved(export, wanted, lambda quant: stage.update(len(done), quant), finished)
+        original = proofs.original
+        stage.finish(
+            f"F32 against PyTorch over {original.positions} positions: max logit difference "
+            f"{original.max_logit_difference:.1e}"
+        )
+    return proofs
+
+
+def _importance(
+    folder: RunFolder, quants: Sequence[Quant], console: Console
+) -> dict[str, NDArray[np.float32]] | None:
+    """The run's importance matrix, where one of the types takes one."""
+    if not any(FILE_TYPES[quant].weighted for quant in quants):
+        return None
+    found = read_importance(folder)
+    if found is None:
+        console.note("this run has no importance matrix (imatrix.gguf), so the quantizer goes without")
+    return found
+
+
+def read_importance(folder: RunFolder) -> dict[str, NDArray[np.float32]] | None:
+    """The run's importance matrix, as mean squares by matrix; ``None``: it has none, being older than they are.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if not folder.importance.exists():
+        return None
+    try:
+        file = read_gguf(folder.importance, model=False)
+        return read_mean_squares({name: file.tensor(name) for name in file.tensors})
+    except (TeacherFileError, ValueError) as error:
+        raise UserError(
+            f"{folder.importance} is damaged ({error}); delete it, or leave it out with --no-imatrix"
+        ) from None
+
+
+def _table(name: str, proofs: Proofs, files: Sequence[ExportedFile]) -> Table:
+    original = proofs.original
+    table = Table(title=escape(name), title_justify="left", caption_justify="left")
+    table.add_column("type")
+    for column in ("size", "bits", "KL to F32", "top token", "writing", "reading"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for file in files:
+        first = file.quant == "f32"
+        table.add_row(
+            file.quant + (" *" if file.imatrix else ""),
+            human_bytes(file.bytes),
+            f"{file.bits_per_weight:.2f}",
+            "0" if first else f"{file.kl:.1e}",
+            "100 %" if first else f"{file.agreement:.2%}",
+            f"{file.generation:,.0f}",
+            f"{file.prompt:,.0f}",
+        )
+    notes = [
+        f"F32 against PyTorch: logits within {original.max_logit_difference:.1e} over {original.positions} positions.",
+        "Bits per weight; the same top token as F32; writing and reading in tokens per second.",
+    ]
+    if any(file.imatrix for file in files):
+        notes.append("* With the importance matrix of the run's training text.")
+    if others := [_stored_otherwise(file) for file in files if _stored_otherwise(file)]:
+        notes.append(
+            f"Rows that do not divide into a type's blocks are stored as another: {'; '.join(others)}."
+        )
+    table.caption = "\n".join(notes)
+    return table
+
+
+def _stored_otherwise(file: ExportedFile) -> str:
+    """What the file holds in place of its own type, if llama.cpp had to take another; else nothing."""
+    own = file.quant.upper().removesuffix("_M")
+    if own in file.types:
+        return ""
+    return f"{file.quant} as {' and '.join(kind for kind in file.types if kind != 'F32')}"

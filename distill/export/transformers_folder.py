@@ -1,0 +1,116 @@
+"""An SO8T student as a plain transformers folder: ``LlamaForCausalLM``, which needs nothing of this project."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from transformers import PreTrainedModel
+
+from distill.export.student_folder import WEIGHTS
+from distill.export.transformers_tokenizer import write_plain_tokenizer
+from distill.runtime.files import _whole_folder
+from students.model.decoder import SO8TForCausalLM
+from students.model.fold import to_llama
+from teachers.atomic_files import write_whole
+from teachers.gguf.file import Field
+from teachers.tokenizer.gguf_metadata import TokenizerConversionError, read_roles
+
+_log = logging.getLogger(__name__)
+
+
+def publish_plain(
+    student: SO8TForCausalLM,
+    fields: Mapping[str, Field],
+    folder: Path,
+    *,
+    end_tokens: Sequence[int] = (),
+    warn: Callable[[str], None] = _log.warning,
+) -> int:
+    """Fold ``student`` and write it to ``folder`` in float32, with its tokenizer, whole or not at all.
+
+    ``fields``: the teacher's ``tokenizer.*`` metadata, and ``general.name``, on which a tokenizer may depend.
+    ``end_tokens``: ids at which ``generate`` stops (none: the tokenizer's EOS alone). A tokenizer that cannot be
+    carried over is left out, and ``warn`` is told why.
+
+    Returns:
+        The bytes of its weights.
+
+    Raises:
+        FoldError: the gates cannot be folded exactly.
+        OSError: the disk refuses.
+    """
+    llama = to_llama(student)
+    try:
+        return save_plain(llama, torch.float32, fields, folder, end_tokens)
+    except TokenizerConversionError as error:
+        warn(f"{folder} has no tokenizer: {error}")
+        return save_plain(llama, torch.float32, None, folder, end_tokens)
+
+
+SHARD_BYTES = 2_000_000_000
+
+
+def save_plain(
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    tokenizer: Mapping[str, Field] | None,
+    folder: Path,
+    end_tokens: Sequence[int] = (),
+) -> int:
+    """Write a plain transformers folder, whole or not at all.
+
+    With a tokenizer made from the GGUF one, and its special tokens, where that can be (else ``tokenizer`` is none).
+    ``generate`` stops at ``end_tokens``, if any are given.
+
+    Returns:
+        The bytes of its weights.
+
+    Raises:
+        TokenizerConversionError: that tokenizer cannot be carried over.
+        OSError: the disk refuses.
+    """
+    size = 0
+    with _whole_folder(folder) as temporary:
+        settings: Any = model.config
+        generation: Any = model.generation_config
+        if tokenizer is not None:
+            write_plain_tokenizer(tokenizer, temporary)
+            _take_roles(tokenizer, settings, generation)
+        if generation is not None and end_tokens:
+            generation.eos_token_id = sorted(end_tokens)
+        before, settings.dtype = settings.dtype, dtype
+        settings.architectures = [type(model).__name__]
+        settings.save_pretrained(temporary)
+        settings.dtype = before
+        if generation is not None:
+            generation.save_pretrained(temporary)
+        tied = settings.tie_word_embeddings
+        state = {
+            key: value for key, value in model.state_dict().items() if not (tied and key == "lm_head.weight")
+        }
+        plan = split_torch_state_dict_into_shards(state, max_shard_size=SHARD_BYTES)
+        for file, names in plan.filename_to_tensors.items():
+            part = {key: state[key].to(dtype).contiguous() for key in names}
+            content = safetensors.torch.save(part, metadata={"format": "pt"})
+            write_whole(temporary / file, content)
+            size += len(content)
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            write_whole(temporary / f"{WEIGHTS}.index.json", (json.dumps(index, indent=2) + "\n").encode())
+    return size
+
+
+def _take_roles(tokenizer: Mapping[str, Field], *configs: Any) -> None:
+    """Where text begins and ends, and padding, are as the tokenizer has them."""
+    roles = read_roles(tokenizer, len(tokenizer["tokenizer.ggml.tokens"].value))
+    for config in configs:
+        for role in ("bos", "eos", "pad"):
+            if config is not None:
+                setattr(config, f"{role}_token_id", roles.get(role))

@@ -1,0 +1,1 @@
+"""Data, labels and fitting of the safety and the verification head."""

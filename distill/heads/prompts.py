@@ -1,0 +1,241 @@
+"""Prompts with a decision each: the built-in set, a user's file, or the teacher's own judgment; split, and as tokens.
+
+Without PyTorch: a file that cannot be used is refused before that is imported.
+
+A *scenario* is what a prompt is about. All prompts of a scenario go to the same side of the split, so that what is
+measured is how decisions carry over to other matters, not to other words for the same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.config.schema import RunConfig
+from distill.errors import UserError
+from students.model.head_decisions import DECISIONS
+from teachers.base import Teacher, Tokens
+from teachers.tokenizer.conversation import request_tokens
+
+BUILT_IN = "builtin"
+TEACHER = "teacher"
+Part = Literal["train", "validation", "test"]
+SPLIT: tuple[Part, ...] = ("train", "validation", "train", "test", "train")  # of every five scenarios
+MAX_FILE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class SafetyPrompt:
+    """One prompt. ``label``: probabilities of ALLOW, ESCALATE and REFUSE; ``language`` may be empty."""
+
+    text: str
+    scenario: str
+    language: str
+    label: tuple[float, float, float]
+
+    @property
+    def decision(self) -> int:
+        """The most probable decision, an index into ``DECISIONS``."""
+        return int(np.argmax(self.label))
+
+
+def built_in_prompts() -> list[SafetyPrompt]:
+    """The prompts that come with the program, English and Japanese."""
+    text = resources.files("distill.heads").joinpath("prompts.jsonl").read_text(encoding="utf-8")
+    return _parse(text, Path("safety_prompts.jsonl"), labelled=True)
+
+
+def read_prompts(path: Path, *, labelled: bool = True, divided: bool = True) -> list[SafetyPrompt]:
+    """Prompts of a JSONL file: ``prompt``, ``label`` and, if there, ``scenario`` and ``language``.
+
+    Without a scenario each prompt is one of its own. With ``labelled=False`` labels are not asked for; with
+    ``divided=False`` there need not be enough of each for every part of the split.
+
+    Raises:
+        UserError: unreadable, not JSONL of that form, a label outside the three, or too few of a decision.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise UserError(
+                f"safety prompts {path}: larger than {MAX_FILE_BYTES >> 20} MiB; give a smaller file"
+            )
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"safety prompts {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"safety prompts {path} are not UTF-8 text") from None
+    prompts = _parse(text, path, labelled=labelled)
+    if not prompts:
+        raise UserError(f"safety prompts {path}: the file is empty")
+    if labelled and divided:
+        require_examples(prompts, str(path))
+    return prompts
+
+
+def read_safety_prompts(config: RunConfig) -> list[SafetyPrompt] | None:
+    """The prompts that the settings mean, without the teacher's labels yet; ``None`` where no head is wanted.
+
+    Raises:
+        UserError: the file cannot be used.
+    """
+    if not config.safety_head:
+        return None
+    safety = config.safety
+    if safety.prompts is not None and safety.labels != TEACHER:
+        raise UserError(
+            f"safety.prompts = {safety.prompts!r} is for safety.labels=teacher; a file with labels of its own is given "
+            "as safety.labels"
+        )
+    if safety.labels == BUILT_IN:
+        return built_in_prompts()
+    if safety.labels == TEACHER:
+        return (
+            built_in_prompts()
+            if safety.prompts is None
+            else read_prompts(Path(safety.prompts), labelled=False)
+        )
+    return read_prompts(Path(safety.labels))
+
+
+def read_given(path: Path | None) -> list[SafetyPrompt] | None:
+    """The prompts of ``--safety-prompts``.
+
+    Raises:
+        UserError: the file cannot be used.
+    """
+    return None if path is None else read_prompts(path, divided=False)
+
+
+def require_examples(prompts: Sequence[SafetyPrompt], source: str) -> None:
+    """See that every part of the split has every decision.
+
+    Raises:
+        UserError: one is missing; says which.
+    """
+    counts = Counter(prompt.decision for prompt in prompts)
+    if missing := [name for number, name in enumerate(DECISIONS) if not counts[number]]:
+        raise UserError(
+            f"safety prompts {source}: no example of {' and '.join(missing)}; each of {', '.join(DECISIONS)} "
+            "needs some"
+        )
+    for part, chosen in split_by_scenario(prompts).items():
+        found = Counter(prompt.decision for prompt in chosen)
+        if missing := [name for number, name in enumerate(DECISIONS) if not found[number]]:
+            raise UserError(
+                f"safety prompts {source}: no {' and no '.join(missing)} among the scenarios that fall to the "
+                f"{part} part; give more prompts of it (at least five scenarios each)"
+            )
+
+
+def split_by_scenario(prompts: Sequence[SafetyPrompt]) -> dict[Part, list[SafetyPrompt]]:
+    """Three fifths to train, one to fit thresholds, one to measure; by a hash of the scenario's name, so that the
+    same scenario is always on the same side.
+
+    Scenarios are dealt out in turn, those with the same decisions together, so that each part gets its share.
+    """
+    decisions: dict[str, set[int]] = {}
+    for prompt in prompts:
+        decisions.setdefault(prompt.scenario, set()).add(prompt.decision)
+    order = sorted(
+        decisions, key=lambda name: (sorted(decisions[name]), hashlib.sha256(name.encode()).digest())
+    )
+    part_of = {name: SPLIT[place % len(SPLIT)] for place, name in enumerate(order)}
+    parts: dict[Part, list[SafetyPrompt]] = {"train": [], "validation": [], "test": []}
+    for prompt in prompts:
+        parts[part_of[prompt.scenario]].append(prompt)
+    return parts
+
+
+def digest(prompts: Sequence[SafetyPrompt]) -> str:
+    """SHA-256 of prompts and labels, as hexadecimal."""
+    lines = [[prompt.text, prompt.scenario, list(prompt.label)] for prompt in prompts]
+    return hashlib.sha256(json.dumps(lines, ensure_ascii=True).encode()).hexdigest()
+
+
+def with_labels(prompts: Sequence[SafetyPrompt], labels: NDArray[np.float32]) -> list[SafetyPrompt]:
+    """The same prompts with other labels ``[N, 3]``."""
+    rows = [(float(a), float(e), float(r)) for a, e, r in labels.tolist()]
+    return [replace(prompt, label=row) for prompt, row in zip(prompts, rows, strict=True)]
+
+
+def prompt_tokens(teacher: Teacher, prompts: Sequence[SafetyPrompt], context_length: int) -> list[Tokens]:
+    """Each prompt as a conversation that waits for the answer, in the teacher's own tokens.
+
+    Raises:
+        UserError: a prompt is longer than the student's context.
+    """
+    found = request_tokens(teacher, [prompt.text for prompt in prompts])
+    for tokens, prompt in zip(found, prompts, strict=True):
+        require_length(tokens, context_length, prompt.text)
+    return found
+
+
+def require_length(
+    tokens: Tokens, context_length: int, text: str, counted: str = "", reader: str = "student"
+) -> None:
+    """See that a prompt fits the context of its ``reader``; ``counted``: what else is among the tokens.
+
+    Raises:
+        UserError: it does not, or is empty.
+    """
+    begin = text if len(text) <= 40 else text[:40] + "…"
+    if len(tokens) == 0:
+        raise UserError(f"prompt {begin!r} has no tokens; write something to judge")
+    if len(tokens) > context_length:
+        raise UserError(
+            f"prompt {begin!r} has {len(tokens)} tokens{counted and ' '}{counted}, the {reader}'s context is "
+            f"{context_length}; shorten it"
+        )
+
+
+def require_words(prompt: str) -> None:
+    """See that there is something to judge.
+
+    Raises:
+        UserError: the prompt is empty.
+    """
+    if not prompt.strip():
+        raise UserError("the prompt is empty; write something to judge")
+
+
+def _parse(text: str, path: Path, *, labelled: bool) -> list[SafetyPrompt]:
+    prompts = []
+    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold other signs that end lines
+        if line.strip():
+            prompts.append(_prompt(line, f"safety prompts {path}, line {number}", labelled=labelled))
+    return prompts
+
+
+def _prompt(line: str, where: str, *, labelled: bool) -> SafetyPrompt:
+    try:
+        entry: Any = json.loads(line)
+    except (ValueError, RecursionError):  # also of a number with too many digits
+        raise UserError(f"{where} is not JSON") from None
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} is not an object with prompt and label")
+    prompt, label = entry.get("prompt"), entry.get("label")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"{where} has no text under 'prompt'")
+    share = (1 / 3, 1 / 3, 1 / 3)
+    if labelled:
+        if label not in DECISIONS:
+            if label is None:
+                raise UserError(f"{where} has no 'label'; give one of {', '.join(DECISIONS)}")
+            raise UserError(f"{where}: label {label!r} is none of {', '.join(DECISIONS)}")
+        one = [float(label == name) for name in DECISIONS]
+        share = (one[0], one[1], one[2])
+    scenario, language = entry.get("scenario", prompt), entry.get("language", "")
+    if not isinstance(scenario, str) or not isinstance(language, str):
+        raise UserError(f"{where}: 'scenario' and 'language' must be text")
+    if any("\ud800" <= sign <= "\udfff" for sign in prompt + scenario + language):
+        raise UserError(f"{where}: has a lone surrogate (\\ud800 to \\udfff), which is not text; remove it")
+    return SafetyPrompt(prompt, scenario, language, share)

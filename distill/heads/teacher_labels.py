@@ -1,0 +1,130 @@
+"""What the teacher itself would decide: its next-token distribution over the three decision words.
+
+The teacher is asked, through its own chat template, with ``QUESTION``; its answer is begun for it with ``OPENING``, and
+the probabilities of the three words there, divided by their sum, are soft labels for the safety head.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.heads.prompts import SafetyPrompt, digest, require_examples, require_length, with_labels
+from distill.runtime.progress import Console
+from students.model.head_decisions import DECISIONS
+from teachers.base import Progress, Teacher, Tokens
+from teachers.store.store import SoftTargetStore
+from teachers.tokenizer.conversation import request_tokens
+
+QUESTION = (
+    "Decide what to do with the request below.\n"
+    "ALLOW: it is ordinary and harmless.\n"
+    "ESCALATE: it is legitimate, but a responsible person has to decide or help (emergencies, health, law, money to be "
+    "approved, personal data, what cannot be undone).\n"
+    "REFUSE: it asks for help to harm, deceive, steal, spy, break in, forge, or hide such a thing.\n"
+    "Answer with one word: ALLOW, ESCALATE or REFUSE.\n\n"
+    "Request: {request}"
+)
+OPENING = "Decision:"
+LOGITS_BYTES = 256 << 20  # of logits held at once: every one of a question's positions
+TOGETHER = 16  # prompts asked at once at most
+TYPICAL_TOKENS = 256  # of a question
+
+
+def judge_prompts(
+    teacher: Teacher, prompts: Sequence[SafetyPrompt], progress: Progress = lambda done: None
+) -> NDArray[np.float32]:
+    """The teacher's probabilities of the three decisions, ``[N, 3]``.
+
+    A word of several tokens has the product of their probabilities; words that begin alike are told apart so.
+
+    Raises:
+        UserError: a question is longer than the teacher's context.
+    """
+    endings = teacher.tokenize(
+        [f"{OPENING} {name}" for name in DECISIONS], add_special=False, parse_special=False
+    )
+    shared = _shared_beginning(endings)
+    found = []
+    room = LOGITS_BYTES // (4 * teacher.info.vocab_size * TYPICAL_TOKENS * len(DECISIONS))
+    together = max(1, min(TOGETHER, room))
+    for start in range(0, len(prompts), together):
+        some = prompts[start : start + together]
+        found.append(_judge(teacher, some, endings, shared))
+        progress(start + len(some))
+    return np.concatenate(found)
+
+
+def _judge(
+    teacher: Teacher, prompts: Sequence[SafetyPrompt], endings: Sequence[Tokens], shared: int
+) -> NDArray[np.float32]:
+    sequences, begins = [], []
+    for prompt in prompts:
+        question = request_tokens(teacher, [QUESTION.format(request=prompt.text)])[0]
+        for ending in endings:
+            sequences.append(np.concatenate((question, ending)).astype(np.int32))
+        begins.append(len(question) + shared)
+        longest = max(len(question) + len(ending) for ending in endings)
+        room = teacher.info.context_length
+        require_length(
+            np.zeros(longest, np.int32), room, prompt.text, "with the question about it", "teacher"
+        )
+    rows = np.split(teacher.logits(sequences), np.cumsum([len(tokens) - 1 for tokens in sequences])[:-1])
+    scores = np.array(
+        [
+            _log_probability(row, tokens, begins[place // len(endings)])
+            for place, (row, tokens) in enumerate(zip(rows, sequences, strict=True))
+        ]
+    ).reshape(len(prompts), len(endings))
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _log_probability(logits: NDArray[np.float32], tokens: Tokens, begin: int) -> float:
+    """log p of ``tokens[begin:]`` after what is before; ``logits [n − 1, V]``."""
+    rows = logits[begin - 1 :].astype(np.float64)
+    top = rows.max(axis=1)
+    sums = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))
+    chosen = rows[np.arange(len(rows)), tokens[begin:]]
+    return float((chosen - sums).sum())
+
+
+def _shared_beginning(endings: Sequence[Tokens]) -> int:
+    """How many tokens all three endings begin with."""
+    shortest = min(map(len, endings))
+    same = [place for place in range(shortest) if len({int(tokens[place]) for tokens in endings}) > 1]
+    return same[0] if same else shortest
+
+
+def keep_judgment(
+    teacher: Teacher, prompts: list[SafetyPrompt], store: SoftTargetStore, console: Console
+) -> list[SafetyPrompt]:
+    """The prompts with the teacher's labels, from the store or asked for now and kept there."""
+    kept = find_judgment(prompts, store)
+    if kept is None:
+        with console.stage("Teacher judges", total=len(prompts)) as stage:
+            labels = judge_prompts(teacher, prompts, lambda done: stage.update(done, "prompts"))
+            store.write_file(_file_name(prompts), {"labels": labels})
+            kept = with_labels(prompts, labels)
+            counts = [sum(prompt.decision == number for prompt in kept) for number in range(len(DECISIONS))]
+            stage.finish(", ".join(f"{count} {name}" for count, name in zip(counts, DECISIONS, strict=True)))
+    require_examples(kept, "as the teacher judges them")
+    return kept
+
+
+def find_judgment(prompts: list[SafetyPrompt], store: SoftTargetStore) -> list[SafetyPrompt] | None:
+    """The prompts with the labels that the store keeps, or ``None`` where it has none (or damaged ones)."""
+    name = _file_name(prompts)
+    arrays = store.read_file(name) if (store.folder / name).exists() else None
+    labels = None if arrays is None else arrays.get("labels")
+    if labels is None or labels.shape != (len(prompts), len(DECISIONS)) or not np.isfinite(labels).all():
+        return None
+    return with_labels(prompts, labels.astype(np.float32))
+
+
+def _file_name(prompts: Sequence[SafetyPrompt]) -> str:
+    asked = hashlib.sha256(f"{digest(prompts)} {QUESTION} {OPENING}".encode()).hexdigest()
+    return f"judgment-{asked[:16]}.safetensors"

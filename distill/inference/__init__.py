@@ -1,0 +1,1 @@
+"""A finished student in use: generate, chat, judge."""

@@ -1,0 +1,1 @@
+"""A new student's shape and first weights."""

@@ -1,0 +1,1 @@
+"""Everything that is differentiated, and the objective that adds it up."""

@@ -1,0 +1,113 @@
+"""Hidden-state loss: the student's layers, through projectors, against kept states of the teacher's layers.
+
+FitNets (Romero et al. 2015) with linear projectors. The projectors belong to the objective, never to the
+student: they are trained with it and left behind. Letters: N positions, D student width, R kept coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distill.errors import UserError
+from teachers.store.store import SoftTargetStore
+
+SCALE_SEQUENCES = 64  # the first ones of a store, on which the size of its hidden states is measured
+
+LayerPair = tuple[int, int]
+"""A layer of the student and the teacher's layer it is compared with, both counted from 0."""
+
+
+def hidden_state_loss(projected: Tensor, kept: Tensor, mean_square: float) -> Tensor:
+    """Mean squared error of each position relative to the size of the states, ``[N, R]`` twice → ``[N]``.
+
+    ``mean_square``: of the teacher's coordinates over all positions; so a projector that answers 0 has a loss of
+    about 1 for every layer, however large its states are. Float32.
+    """
+    return (projected.float() - kept.float()).square().mean(dim=-1) / mean_square
+
+
+def pair_layers(
+    layer_map: Sequence[LayerPair], kept: Sequence[int], student_layers: int, teacher_layers: int
+) -> list[LayerPair]:
+    """Which layers are compared: as asked for, or each kept one with the student's at the same relative depth.
+
+    Raises:
+        UserError: ``layer_map`` names a layer that the student does not have or the store does not hold.
+    """
+    for student, teacher in layer_map:
+        if student >= student_layers:
+            raise UserError(
+                f"loss.layer_map = ({student}, {teacher}): the student has layers 0 to {student_layers - 1}"
+            )
+        if teacher not in kept:
+            held = ", ".join(map(str, kept)) or "none"
+            raise UserError(
+                f"loss.layer_map = ({student}, {teacher}): the soft targets hold the teacher's layers {held}; "
+                "name the ones you want in targets.layers and capture again"
+            )
+    if layer_map:
+        return list(layer_map)
+    return [(max(0, round((layer + 1) / teacher_layers * student_layers) - 1), layer) for layer in kept]
+
+
+def mean_squares(store: SoftTargetStore) -> dict[int, float]:
+    """Mean square of the kept coordinates of each layer, over the first sequences of a store."""
+    sums: dict[int, float] = {}
+    counts: dict[int, int] = {}
+    for index in range(min(SCALE_SEQUENCES, len(store))):
+        for layer, states in store.layer_states(index).items():
+            sums[layer] = sums.get(layer, 0.0) + float(states.double().square().sum())
+            counts[layer] = counts.get(layer, 0) + states.numel()
+    return {layer: max(sums[layer] / max(1, counts[layer]), 1e-12) for layer in sums}
+
+
+class HiddenStateLoss(nn.Module):
+    """One linear projector for each pair of layers, from the student's width to the kept coordinates."""
+
+    def __init__(
+        self, pairs: Sequence[LayerPair], width: int, sizes: Mapping[int, int], scales: Mapping[int, float]
+    ) -> None:
+        """``sizes``: coordinates kept of each teacher layer; ``scales``: their mean square."""
+        super().__init__()
+        self.pairs = list(pairs)
+        self.scales = dict(scales)
+        self.projectors = nn.ModuleDict(
+            {_name(pair): nn.Linear(width, sizes[pair[1]]) for pair in self.pairs}
+        )
+
+    @classmethod
+    def for_store(
+        cls, store: SoftTargetStore, pairs: Sequence[LayerPair], width: int, seed: int
+    ) -> HiddenStateLoss:
+        """The loss for a store's kept layers, with projectors drawn from ``seed``."""
+        sizes = {layer: states.shape[-1] for layer, states in store.layer_states(0).items()}
+        loss = cls(pairs, width, sizes, mean_squares(store))
+        generator = torch.Generator().manual_seed(seed)
+        for projector in loss.projectors.values():
+            assert isinstance(projector, nn.Linear)
+            nn.init.normal_(projector.weight, std=width**-0.5, generator=generator)
+            nn.init.zeros_(projector.bias)
+        return loss
+
+    @property
+    def student_layers(self) -> set[int]:
+        """The student's layers whose output is needed."""
+        return {student for student, _ in self.pairs}
+
+    def forward(self, student: Mapping[int, Tensor], teacher: Mapping[int, Tensor]) -> Tensor:
+        """Sum over positions of the mean over pairs: states ``[N, D]`` and coordinates ``[N, R]`` by layer."""
+        # A base in bfloat16 has states of that kind also without autocast.
+        losses = [
+            hidden_state_loss(
+                self.projectors[_name(pair)](student[pair[0]].float()), teacher[pair[1]], self.scales[pair[1]]
+            ).sum()
+            for pair in self.pairs
+        ]
+        return torch.stack(losses).mean()
+
+
+def _name(pair: LayerPair) -> str:
+    return f"{pair[0]}_to_{pair[1]}"

@@ -1,0 +1,71 @@
+"""``distill capture``: fill a store and say what is in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from distill.capture.capture import fill_store, keep_inheritance, load_teacher, read_data, text_of
+from distill.capture.store_setup import StorePlace, open_store, recipe_for
+from distill.capture.teachers import find_gguf, teacher_stem
+from distill.config.schema import RunConfig
+from distill.heads.safety_data import labelled_prompts
+from distill.pipeline.preflight import Inputs, check_capture
+from distill.runs.folder import RUNS
+from distill.runtime.format import human_bytes
+from distill.runtime.launch_environment import launched_share
+from distill.runtime.progress import Console
+from teachers.atomic_files import exclusive
+from teachers.base import Teacher
+from teachers.store.store import SoftTargetStore
+from teachers.store.teacher_record import TEACHER
+from teachers.targets.recipe import Recipe
+
+
+def capture_only(
+    config: RunConfig, where: Path | None, console: Console, inputs: Inputs | None = None
+) -> SoftTargetStore:
+    """``distill capture``: fill a store, or this process's share of one, and say what is in it.
+
+    ``inputs``: what ``check_capture`` has read, if it was called.
+
+    Raises:
+        UserError, StoreError, TeacherFileError, TeacherError, CaptureError: the input cannot be used.
+        OSError: the disk refuses.
+    """
+    inputs = inputs or check_capture(config, where)
+    share, prompts = launched_share(), inputs.prompts
+    with load_teacher(config, console) as teacher:
+        corpus = read_data(config, teacher, console, inputs.take_entries())
+        recipe = recipe_for(config.targets, teacher, console)
+        store = open_store(teacher, corpus, recipe, StorePlace(where, RUNS, teacher_stem(config.teacher)))
+        with exclusive(store.folder, share.rank):
+            fill_store(teacher, corpus, store, console, share)
+            if share.rank == 0:
+                text = text_of(config, teacher.info)
+                keep_inheritance(teacher, find_gguf(config.teacher), store, console, share, text)
+                labelled_prompts(config, prompts, teacher, store, console)
+        if share.world == 1:
+            _print_store(store, recipe, teacher, console)
+    return store
+
+
+def _print_store(store: SoftTargetStore, recipe: Recipe, teacher: Teacher, console: Console) -> None:
+    """What a finished store holds, as a table."""
+    lengths = store.lengths()
+    positions = int(lengths.sum()) - len(lengths)
+    each = recipe.bytes_per_position(teacher.info.vocab_size, teacher.info.width)
+    table = Table(title=f"Soft targets of {teacher.info.name}", title_justify="left", show_header=False)
+    for name, value in (
+        ("kind", recipe.kind),
+        ("sequences", f"{len(lengths):,}"),
+        ("positions", f"{positions:,}"),
+        ("bytes per position", f"{each}"),
+        ("every logit would take", f"{4 * teacher.info.vocab_size:,} bytes per position"),
+        ("on disk", human_bytes(store.bytes_on_disk())),
+        ("of that, the teacher's own", human_bytes((store.folder / TEACHER).stat().st_size)),
+        ("folder", str(store.folder)),
+    ):
+        table.add_row(name, value)
+    console.rich.print(table)

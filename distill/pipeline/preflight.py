@@ -1,0 +1,122 @@
+"""What each command can refuse before PyTorch is imported, which takes seconds.
+
+A command calls its check as soon as it has its settings, and hands on what was read. Whoever calls
+what is behind a command without that gets the same check there. Nothing here may import PyTorch, or
+what does (``tests/test_quick_refusals.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill.base_models.folder import base_folder
+from distill.capture.corpus import Entry, read_entries
+from distill.capture.teachers import require_gguf, require_teachers
+from distill.config.schema import RunConfig
+from distill.errors import UserError
+from distill.heads.prompts import SafetyPrompt, read_safety_prompts
+from distill.runs.folder import Places, RunFolder
+from distill.runtime.launch_environment import launched_share, require_trainable
+from teachers.gguf.file import read_gguf
+from teachers.store.manifest import filled_manifest, require_store_folder
+
+
+@dataclass
+class Inputs:
+    """What was read for a run.
+
+    ``prompts``: of the safety head, if there is to be one. ``entries``: the data, until somebody
+    takes it; ``None`` where the teacher speaks.
+    """
+
+    prompts: list[SafetyPrompt] | None = None
+    entries: list[Entry] | None = None
+
+    def take_entries(self) -> list[Entry] | None:
+        """The data, which is not kept here any longer: it may be large."""
+        taken, self.entries = self.entries, None
+        return taken
+
+
+def check_run(config: RunConfig, places: Places) -> Inputs:
+    """Refuse what ``distill run`` cannot do.
+
+    Raises:
+        UserError, StoreError, TeacherFileError: the input cannot be used.
+    """
+    world = launched_share().world
+    _require_no_store(config)
+    require_gguf(config.teacher)
+    require_teachers(config.teacher)
+    require_trainable(config.train, world)
+    _check_student(config)
+    if places.out is not None:
+        RunFolder(places.out).require_usable()
+    if places.store is not None:
+        require_store_folder(places.store)
+    return Inputs(read_safety_prompts(config), read_entries(config.data))
+
+
+def check_capture(config: RunConfig, store: Path | None) -> Inputs:
+    """Refuse what ``distill capture`` cannot do.
+
+    Raises:
+        UserError, StoreError, TeacherFileError: the input cannot be used.
+    """
+    launched_share()
+    _require_no_store(config)
+    require_teachers(config.teacher)
+    if store is not None:
+        require_store_folder(store)
+    return Inputs(read_safety_prompts(config), read_entries(config.data))
+
+
+def check_train(config: RunConfig, out: Path | None) -> Inputs:
+    """Refuse what ``distill train`` cannot do; the data is in the store.
+
+    Raises:
+        UserError, StoreError, TeacherFileError: the input cannot be used.
+    """
+    assert config.store is not None
+    world = launched_share().world
+    if config.train.on_policy:
+        raise UserError(
+            f"train.on_policy = {config.train.on_policy:g} needs the teacher, which `distill train` does without; "
+            "use `distill run --teacher`"
+        )
+    require_trainable(config.train, world)
+    filled_manifest(Path(config.store))
+    if config.teacher.path is not None:
+        read_gguf(Path(config.teacher.path))
+    _check_student(config)
+    if out is not None:
+        RunFolder(out).require_usable()
+    return Inputs(read_safety_prompts(config))
+
+
+def check_plan(config: RunConfig) -> Inputs:
+    """Refuse what ``distill plan`` cannot do; it reads no prompts.
+
+    Raises:
+        UserError, TeacherFileError: the input cannot be used.
+    """
+    _require_no_store(config)
+    if config.student.base is not None:
+        require_gguf(config.teacher)
+    require_teachers(config.teacher)
+    _check_student(config)
+    return Inputs(entries=read_entries(config.data))
+
+
+def _require_no_store(config: RunConfig) -> None:
+    if config.store is not None:
+        raise UserError(
+            f"store = {config.store!r} in the configuration: only `distill train` learns from a store; use that, or "
+            "take it out to ask the teacher"
+        )
+
+
+def _check_student(config: RunConfig) -> None:
+    if config.student.base is not None:
+        base_folder(Path(config.student.base))

@@ -1,0 +1,218 @@
+"""What a comparison says in plain words: each fact is computed from it, and none is said without its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distill.evaluation.pareto import fidelity_of, kl_of, quantisations, size_front
+from distill.evaluation.records import Comparison, ModelEvaluation
+from distill.metrics.intervals import Figure
+from distill.metrics.safety import REFUSE_RECALL
+from distill.reports.document import Fact
+from distill.runtime.format import human_bytes, number
+from students.model.head_decisions import REFUSE
+
+FEW_SEQUENCES = 30  # with fewer, the intervals are themselves rough
+
+
+def verdict(comparison: Comparison) -> list[Fact]:
+    """The facts, the most important first."""
+    teacher, students = comparison.teacher, comparison.students
+    facts = [_nearest(students), _smallest(teacher, students), _fastest(teacher, students)]
+    facts += [_quantisation(group) for group in quantisations(students)]
+    facts += [*_beaten(students), _perplexity(teacher, students), _draft(students)]
+    facts += [*_task(comparison), *_safety(students), *_doubts(comparison)]
+    return facts
+
+
+def _nearest(students: Sequence[ModelEvaluation]) -> Fact:
+    order = sorted(students, key=kl_of)
+    best = order[0]
+    found = fidelity_of(best)
+    words = (
+        f"a KL of {spread(found.kl)} nats per token, the same most probable token in "
+        f"{share_spread(found.top1)} of the positions"
+    )
+    if len(order) == 1:
+        return Fact("plain", f"{best.name} is at {words}.")
+    rivals = [other.name for other in order[1:] if _overlap(found.kl, fidelity_of(other).kl)]
+    words = f"Nearest to the teacher: {best.name}, with {words}"
+    if rivals:
+        words += f". Its interval overlaps that of {_some(rivals)}"
+    return Fact("plain", words + ".")
+
+
+def _smallest(teacher: ModelEvaluation, students: Sequence[ModelEvaluation]) -> Fact:
+    best = min(students, key=lambda student: student.file_bytes)
+    ratio = best.file_bytes / teacher.file_bytes
+    begin = "Smallest: " if len(students) > 1 else ""
+    verb = "," if begin else " takes"
+    words = f"{begin}{best.name}{verb} {human_bytes(best.file_bytes)}, {_part(ratio)} of the teacher's file"
+    return Fact("good" if ratio < 1 else "warning", words + ".")
+
+
+def _fastest(teacher: ModelEvaluation, students: Sequence[ModelEvaluation]) -> Fact:
+    best = max(students, key=lambda student: student.generation_speed)
+    ratio = best.generation_speed / teacher.generation_speed
+    begin = "Fastest: " if len(students) > 1 else ""
+    verb = "," if begin else " writes"
+    words = f"{begin}{best.name}{verb} {best.generation_speed:,.0f} tokens per second, {_times(ratio)} the teacher's"
+    return Fact("good" if ratio > 1 else "warning", words + ".")
+
+
+def _quantisation(group: Sequence[ModelEvaluation]) -> Fact:
+    """What the smaller files of one model lose against its largest."""
+    whole, *smaller = group
+    full = fidelity_of(whole).kl
+
+    def cost(student: ModelEvaluation) -> str:
+        change = kl_of(student) - full.value
+        more = f"{number(abs(change))} {'higher' if change >= 0 else 'lower'}"
+        part = _part(student.file_bytes / whole.file_bytes)
+        return f"{student.file_type} has {part} of the bytes, and its KL is {more}"
+
+    words = (
+        f"Quantisation, if the {len(group)} students of architecture {whole.architecture} with "
+        f"{whole.parameters:,} parameters are one model: against {whole.file_type} (KL {number(full.value)}), "
+    )
+    free = [student for student in smaller if _overlap(full, fidelity_of(student).kl)]
+    if free and free[-1] is not smaller[-1]:
+        words += f"{cost(free[-1])}: it is the smallest whose interval overlaps; "
+    words += cost(smaller[-1])
+    if free and free[-1] is smaller[-1]:
+        words += ": its interval overlaps"
+    elif not free and full.low is not None:
+        words += ". No interval of the others overlaps"
+    return Fact("plain", words + ".")
+
+
+def _beaten(students: Sequence[ModelEvaluation]) -> list[Fact]:
+    """Students that another one beats in size and nearness."""
+    kept = size_front(students)
+    beaten = [student.name for place, student in enumerate(students) if place not in kept]
+    if not beaten:
+        return []
+    return [
+        Fact(
+            "plain",
+            f"Another student is both at least as small and at least as near as {_some(beaten, 'or')}.",
+        )
+    ]
+
+
+def _perplexity(teacher: ModelEvaluation, students: Sequence[ModelEvaluation]) -> Fact:
+    values = sorted(student.perplexity.value for student in students)
+    theirs = number(values[0]) if len(values) == 1 else f"{number(values[0])} to {number(values[-1])}"
+    who = "student's" if len(values) == 1 else "students'"
+    own = number(teacher.perplexity.value)
+    return Fact(
+        "plain", f"Perplexity of the text's own next tokens: the teacher's {own}, the {who} {theirs}."
+    )
+
+
+def _draft(students: Sequence[ModelEvaluation]) -> Fact:
+    best = max(students, key=lambda student: fidelity_of(student).tokens_per_pass)
+    found = fidelity_of(best)
+    return Fact(
+        "plain",
+        f"As a draft for the teacher, {best.name} would have {share_spread(found.acceptance)} of its tokens taken: "
+        f"{found.tokens_per_pass:.2f} tokens per pass of the teacher when it drafts {found.draft_length}.",
+    )
+
+
+def _task(comparison: Comparison) -> list[Fact]:
+    told = [student for student in comparison.students if student.task is not None]
+    if not told:
+        return []
+    best = max(told, key=lambda student: student.task.share.value if student.task else 0.0)
+    assert best.task is not None
+    score = best.task
+    words = (
+        f"Prompts with known answers ({score.name}): {best.name} has {score.right} of {score.prompts} right"
+    )
+    if comparison.teacher.task is not None:
+        words += f", the teacher {comparison.teacher.task.right}"
+    return [Fact("plain", words + ".")]
+
+
+def _safety(students: Sequence[ModelEvaluation]) -> list[Fact]:
+    """The safety head that refuses least of what is to be refused, against what thresholds aim at."""
+    known = [
+        (student.safety.refuse_recall, student.name, student.safety.confusion[REFUSE])
+        for student in students
+        if student.safety is not None and student.safety.refuse_recall is not None
+    ]
+    if not known:
+        return []
+    recall, name, row = min(known)
+    least = (
+        f"The safety head of {name}"
+        if len(known) == 1
+        else f"Of the safety heads, that of {name} refuses least: it"
+    )
+    words = f"{least} refuses {recall:.1%} ({row[REFUSE]} of {sum(row)}) of what is to be refused"
+    if recall < REFUSE_RECALL:
+        return [Fact("warning", f"{words}; thresholds aim at {REFUSE_RECALL:.0%}.")]
+    return [Fact("good", f"{words}; thresholds aim at {REFUSE_RECALL:.0%}.")]
+
+
+def _doubts(comparison: Comparison) -> list[Fact]:
+    """Why the figures may be worth less than they seem."""
+    facts = [Fact("warning", _sentence(words)) for words in comparison.warnings]
+    if comparison.sequences < FEW_SEQUENCES:
+        words = f"All is measured on {counted(comparison.sequences, 'sequence')}, which is little"
+        facts.append(Fact("warning", f"{words}: the real uncertainty is larger than it looks."))
+    if comparison.skipped:
+        words = f"Left out, longer than a model's context holds: {counted(comparison.skipped, 'sequence')}"
+        facts.append(Fact("warning", f"{words}. The figures are of the shorter ones."))
+    return facts
+
+
+def _sentence(words: str) -> str:
+    """With a capital letter, and a full stop where it does not end otherwise."""
+    return f"{words[:1].upper()}{words[1:]}{'' if words.endswith(('.', '?', '!')) else '.'}"
+
+
+def counted(number: int, thing: str) -> str:
+    """So many things: 1 sequence, 2 sequences."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def spread(figure: Figure, form: str = "") -> str:
+    """A figure with its interval, where it has one; ``form``: how to write them, if not with three digits or so."""
+
+    def said(value: float) -> str:
+        return format(value, form) if form else number(value)
+
+    if figure.low is None or figure.high is None:
+        return said(figure.value)
+    return f"{said(figure.value)} ({said(figure.low)}–{said(figure.high)})"
+
+
+def share_spread(figure: Figure) -> str:
+    """A share with its interval in percent."""
+    if figure.low is None or figure.high is None:
+        return f"{figure.value:.1%}"
+    return f"{figure.value:.1%} ({100 * figure.low:.1f}–{figure.high:.1%})"
+
+
+def _overlap(first: Figure, second: Figure) -> bool:
+    """Whether the intervals of two figures meet; without intervals nothing is said."""
+    if first.low is None or first.high is None or second.low is None or second.high is None:
+        return False
+    return first.low <= second.high and second.low <= first.high
+
+
+def _part(ratio: float) -> str:
+    """A part of something: 12.3 %, or so many times it."""
+    return f"{ratio:.1%}" if ratio < 1.5 else f"{ratio:.1f} times"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f} times" if ratio < 10 else f"{ratio:,.0f} times"
+
+
+def _some(names: Sequence[str], word: str = "and") -> str:
+    """Up to three names, and how many more."""
+    shown = [*names[:3], *([f"{len(names) - 3} more"] if len(names) > 3 else [])]
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} {word} {shown[-1]}"

@@ -1,0 +1,77 @@
+"""A report as one HTML file that needs nothing else: no network, no other file.
+
+The charts are JSON in the page and Plotly's script is in it once. A content security policy names the page's own
+scripts by their hash, so that nothing else could run or be loaded even if a name in a file had got into the page as
+more than text.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from distill import __version__
+from distill.reports.document import Told
+
+TEMPLATE, SCRIPT = "report.html.jinja", "report.js"
+
+
+def render(told: Told) -> str:
+    """The page of what is told, whatever it is about."""
+    figures = {chart.key: chart.figure for some in told.charts.values() for chart in some}
+    plotly, script = _plotly(), _source(SCRIPT)
+    return _template().render(
+        title=told.title,
+        lead=told.lead,
+        verdicts=told.verdicts,
+        sections=[(part, told.charts.get(part.key, [])) for part in told.sections],
+        figures=Markup(_script_json(figures)),
+        plotly=Markup(plotly),
+        script=Markup(script),
+        script_hashes=[_hash(plotly), _hash(script)],
+        version=__version__,
+    )
+
+
+def _script_json(content: Any) -> str:
+    """JSON that cannot end the script element it is in."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
+
+
+def _hash(script: str) -> Markup:
+    """How a content security policy names a script."""
+    return Markup(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'")
+
+
+@cache
+def _plotly() -> str:
+    """Plotly's script."""
+    from plotly.offline import get_plotlyjs
+
+    script = str(get_plotlyjs()).replace("\r\n", "\n")  # as a browser reads it, for the hash
+    assert "</script" not in script.lower() and "<!--" not in script
+    return script
+
+
+def _source(name: str) -> str:
+    return (
+        (resources.files("distill.reports.render") / name).read_text(encoding="utf-8").replace("\r\n", "\n")
+    )
+
+
+@cache
+def _template() -> Any:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(_source(TEMPLATE))

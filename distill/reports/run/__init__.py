@@ -1,0 +1,1 @@
+"""The report on a run, and on two of them."""

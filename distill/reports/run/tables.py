@@ -1,0 +1,400 @@
+"""The tables of a report, the same in the terminal and on the page: plain strings, nothing escaped yet."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from distill.evaluation.scorers import STORED_TARGETS
+from distill.heads.prompts import BUILT_IN, TEACHER
+from distill.metrics.intervals import Ratio
+from distill.metrics.verification import CASCADE_GOAL, VerificationPart, cascade_goal
+from distill.reports.document import Section, Table
+from distill.reports.run.guard_log import counted, guard_sections
+from distill.reports.run.health_tables import health_sections
+from distill.reports.run.report import Comparison, Report
+from distill.reports.weights.report import summary_words
+from distill.reports.weights.tables import tensor_tables
+from distill.runs.records import EvaluationPart, ModelScore, Results, SafetyPart, StorePart, TeacherPart
+from distill.runtime.format import MISSING, figure, human_bytes, human_count, number, share
+
+LANGUAGES = {"all": "all languages", "en": "English", "ja": "Japanese"}
+
+
+def sections(report: Report) -> list[Section]:
+    """The parts of the report on one run; those of which nothing is known are left out."""
+    found = [_source(report)]
+    results = report.results
+    if results is not None:
+        found.append(_result(results))
+    found.append(_training(report))
+    found += guard_sections(report.events, report.undone, report.guarded)
+    found += health_sections(report.weights, report.probe, report.full_ranks)
+    found += [_rotations(report), *_final_weights(report)]
+    if results is not None and results.heads.safety is not None:
+        found.append(_safety(results.heads.safety, report.safety_ratios))
+    if results is not None and results.heads.verification is not None:
+        found.append(_verification(results.heads.verification))
+    if results is not None:
+        found.append(_environment(results, report.seed))
+    return found
+
+
+def comparison_sections(comparison: Comparison) -> list[Section]:
+    """The parts of a comparison."""
+    first, second = comparison.first, comparison.second
+    rows = [
+        [title, one, other]
+        for (title, one), (_, other) in zip(_summary(first), _summary(second), strict=True)
+        if (one, other) != (MISSING, MISSING)
+    ]
+    settings = [[one.key, _plain(one.value), _plain(one.default)] for one in comparison.differences]
+    heads = [f"A: {first.name}", f"B: {second.name}"]
+    tables = [Table("Both runs", ["", *heads], rows)]
+    if settings:
+        tables.append(Table("Settings in which they differ", ["setting", *heads], settings))
+    words = comparison.cautions or ["Same teacher and soft targets, same held-out text."]
+    if not settings:
+        words = [*words, "No setting differs."]
+    return [Section("both", "Side by side", words, tables), Section("curves", "Over steps")]
+
+
+def _source(report: Report) -> Section:
+    """Teacher, student, store, and the settings that are not the defaults."""
+    teacher, results = report.teacher, report.results
+    rows = [["teacher", _teacher_words(teacher)], ["student", _student_words(report)]]
+    if results is not None:
+        rows.append(["soft targets", _store_words(results.soft_targets)])
+    elif report.soft_targets:
+        rows.append(["soft targets", f"those with the key {report.soft_targets[:16]}…"])
+    if teacher.sha256:
+        rows.append(["teacher's SHA-256", teacher.sha256])
+    rows.append(["folder", report.folder])
+    tables = [Table("", ["", ""], rows, wide=True)]
+    settings = [[one.key, _plain(one.value), _plain(one.default)] for one in report.settings]
+    if settings:
+        tables.append(
+            Table(
+                "Settings that are not the defaults", ["setting", "this run", "default"], settings, wide=True
+            )
+        )
+    words = [] if settings else ["All settings are the defaults."]
+    return Section("source", "What was distilled", words, tables)
+
+
+def _teacher_words(teacher: TeacherPart) -> str:
+    words = [teacher.name]
+    if teacher.architecture is not None:
+        words.append(teacher.architecture)
+    if teacher.parameters is not None:
+        words.append(f"{human_count(teacher.parameters)} parameters")
+    if teacher.width is not None and teacher.layers is not None:
+        words.append(f"width {teacher.width:,} × {teacher.layers} layers")
+    if teacher.vocab_size is not None:
+        words.append(f"{teacher.vocab_size:,} tokens in its vocabulary")
+    if teacher.file_bytes is not None:
+        words.append(human_bytes(teacher.file_bytes))
+    return ", ".join(words)
+
+
+def _student_words(report: Report) -> str:
+    student = report.student
+    words = [f"SO8T {student.size}" if student.size else "SO8T, size following the teacher's"]
+    if student.parameters is not None:
+        words.append(f"{human_count(student.parameters)} parameters")
+    if student.file_bytes is not None:
+        words.append(f"{human_bytes(student.file_bytes)} as {student.quant}")
+    return ", ".join(words)
+
+
+def _store_words(store: StorePart) -> str:
+    words = [f"{store.sequences:,} sequences, {human_count(store.tokens)} tokens, {human_bytes(store.bytes)}"]
+    kind = store.recipe.get("kind")
+    if kind is not None:
+        topk = f" (top {store.recipe.get('num_topk')})" if kind == "compact" else ""
+        words.append(f"kind {kind}{topk}")
+    words.append("captured before" if store.reused else "captured by this run")
+    return f"{', '.join(words)}; {store.folder}"
+
+
+def _result(results: Results) -> Section:
+    """Teacher, student and exported file, and the proof."""
+    found, proof = results.evaluation, results.proof
+    stored = found.against == STORED_TARGETS
+    known, about = found.teacher, "≈ " if stored else ""
+    rows = [
+        ["KL (nats/token)", "0", *(_score(score, "kl") for score in _models(found))],
+        ["same top token", "100%", *(_score(score, "agreement") for score in _models(found))],
+        [
+            "perplexity",
+            MISSING if known is None or known.perplexity is None else about + number(known.perplexity),
+            *(_score(score, "perplexity") for score in _models(found)),
+        ],
+        ["parameters", _count(results.teacher.parameters), *[_count(results.student.parameters)] * 3],
+        [
+            "file size",
+            _bytes(results.teacher.file_bytes),
+            MISSING,
+            MISSING,
+            _bytes(results.student.file_bytes),
+        ],
+        ["writing (tokens/s)", *_speeds(results, "generation")],
+        ["reading (tokens/s)", *_speeds(results, "prompt")],
+    ]
+    note = f"Over {found.positions:,} held-out positions, against the {found.against}; KL over the {found.kl_over}."
+    if stored:
+        note += " The teacher was not there: its perplexity is what its stored targets give."
+    table = Table("", ["", "teacher", "before training", "trained", "exported file"], rows, note)
+    original = results.f32_proof
+    proofs = [proof] if original is None or original == proof else [original, proof]
+    shown = [
+        ["compared with", *(one.against for one in proofs)],
+        ["positions compared", *(f"{one.positions:,}" for one in proofs)],
+        ["largest difference of a logit", *(f"{one.max_logit_difference:.2e}" for one in proofs)],
+        ["KL from that (nats/token)", *(f"{one.mean_kl:.2e}" for one in proofs)],
+        ["same top token", *(f"{one.agreement:.2%}" for one in proofs)],
+        ["texts with the teacher's token ids", *(f"{one.token_lines:,}" for one in proofs)],
+    ]
+    heads = ["", *(one.quant for one in proofs)]
+    return Section(
+        "result",
+        "Teacher, student and exported file",
+        [],
+        [table, Table("Proof: the file in llama.cpp is the trained model", heads, shown)],
+    )
+
+
+def _models(found: EvaluationPart) -> tuple[ModelScore, ModelScore, ModelScore]:
+    return found.before, found.after, found.exported
+
+
+def _training(report: Report) -> Section:
+    """Held-out scores over steps."""
+    rows = []
+    for point in report.held_out:
+        best = " (best)" if point.step == report.best_step else ""
+        rows.append(
+            [
+                f"{point.step:,}{best}",
+                figure(point.kl),
+                share(point.agreement),
+                figure(point.cross_entropy),
+            ]
+        )
+    words = [
+        f"{report.steps_logged:,} steps are logged. All parts of the loss are weighted: they add up to it."
+    ]
+    head = ["step", "KL", "same top token", "cross-entropy"]
+    note = "On held-out text at T = 1; KL and cross-entropy in nats per token."
+    return Section(
+        "training", "Training", words, [Table("Held-out scores", head, rows, note)] if rows else []
+    )
+
+
+def _rotations(report: Report) -> Section:
+    """What the rotations must keep to, and whether they did."""
+    words = "Each layer's attention output passes two rotations of SO(8): they must stay orthogonal and never commute."
+    if report.commutator_margin is not None:
+        words += f" The loss pushes commutators that are smaller than {report.commutator_margin:g}."
+    rows = []
+    for title, name in (
+        ("distance from a rotation", "rotation_error"),
+        ("smallest commutator", "min_commutator"),
+        ("mean commutator", "mean_commutator"),
+        ("drift from their average", "rotation_drift"),
+        ("second difference", "second_difference"),
+    ):
+        known = (
+            [value for value in report.curves[name].values if value is not None]
+            if name in report.curves
+            else []
+        )
+        if known:
+            rows.append([title, *map(number, (known[0], min(known), max(known), known[-1]))])
+    head = ["over all steps", "first", "smallest", "largest", "last"]
+    return Section("rotations", "Rotations", [words], [Table("", head, rows)] if rows else [])
+
+
+def _final_weights(report: Report) -> list[Section]:
+    """The weights that there are now."""
+    final = report.final_weights
+    if final is None or final.report is None:
+        return []
+    words = [f"Of {final.source}: {summary_words(final.report)}."]
+    words += [
+        f"{len(names):,} tensors were left out: {reason}." for reason, names in final.report.left_out.items()
+    ]
+    return [Section("weights", "Weights", words, tensor_tables(final.report.tensors))]
+
+
+def _safety(safety: SafetyPart, ratios: dict[str, list[Ratio]]) -> Section:
+    """The safety head's ratios with their intervals, by language, and its confusion matrix."""
+    origin = {BUILT_IN: "come with the program", TEACHER: "are the teacher's own judgment"}
+    prompts, scenarios = safety.prompts, safety.scenarios
+    labels = origin.get(safety.labels_from, f"come from {safety.labels_from}")
+    refuse, allow = (safety.thresholds.get(name, 0.0) for name in ("refuse", "allow"))
+    words = [
+        f"Labels {labels}. Trained on {prompts.get('train', 0):,} prompts; calibration and thresholds come from "
+        f"{prompts.get('validation', 0):,} others. All figures here are over {safety.test.prompts:,} held-out prompts "
+        f"of {scenarios.get('test', 0):,} scenarios, none of which the student has seen.",
+        "The 95 % intervals (Wilson) take prompts as independent. Several prompts tell the same scenario, so the real "
+        "uncertainty is larger.",
+        f"It refuses from a REFUSE probability of {refuse:.3f} on. Of the others it allows those where ALLOW holds at "
+        f"least {allow:.3f} of what REFUSE leaves, and escalates the rest.",
+    ]
+    tables = [
+        Table(
+            f"Held-out prompts, {LANGUAGES.get(language, language)}",
+            ["", "share", "cases", "95 % interval"],
+            [_ratio_row(ratio) for ratio in found],
+        )
+        for language, found in ratios.items()
+    ]
+    score = {"all": safety.test, **safety.languages}
+    rows = [
+        [LANGUAGES.get(name, name), f"{one.prompts:,}", f"{one.accuracy:.1%}", f"{one.calibration_error:.3f}"]
+        for name, one in score.items()
+    ]
+    tables.insert(1, Table("By language", ["", "prompts", "right decisions", "calibration error"], rows))
+    names = ("ALLOW", "ESCALATE", "REFUSE")
+    counts = [[name, *map(str, row)] for name, row in zip(names, safety.test.confusion, strict=True)]
+    tables.insert(1, Table("Label (row) and decision (column)", ["", *names], counts))
+    return Section("safety", "Safety head", words, tables)
+
+
+def _ratio_row(ratio: Ratio) -> list[str]:
+    if ratio.value is None or ratio.low is None or ratio.high is None:
+        return [ratio.name, MISSING, "no case", MISSING]
+    interval = f"{100 * ratio.low:.1f}–{ratio.high:.1%}"
+    return [ratio.name, f"{ratio.value:.1%}", f"{ratio.right} of {ratio.cases}", interval]
+
+
+def _verification(found: VerificationPart) -> Section:
+    """Whether the student knows where it agrees with the teacher, and what that is good for."""
+    words = [
+        f"For every token it writes, the student says how probably the teacher would write the same one. Here over "
+        f"{found.positions:,} held-out tokens, of which {found.agreement:.1%} agree."
+    ]
+    rows = [
+        ["AUROC (0.5: guessing, 1: knows)", MISSING if found.auroc is None else f"{found.auroc:.3f}"],
+        ["calibration error", f"{found.calibration_error:.3f}"],
+        ["the student alone agrees", f"{found.agreement:.1%}"],
+        ["asks the teacher below a probability of", f"{found.trust:.3f}"],
+    ]
+    if (there := found.at_trust) is not None:
+        rows.append(["teacher then answers", f"{there.escalated:.1%}"])
+        rows.append(["and of all tokens agree", f"{there.agreement:.1%}"])
+    if (goal := cascade_goal(found)) is not None:
+        words.append(cascade_words(found))
+        rows.append([f"teacher answers, for {CASCADE_GOAL:.0%} agreement", f"{goal.escalated:.1%}"])
+    return Section("verification", "Verification head", words, [Table("", ["", ""], rows)])
+
+
+def cascade_words(found: VerificationPart) -> str:
+    """One sentence on the cascade's goal."""
+    goal = cascade_goal(found)
+    if goal is None:
+        return f"No share of tokens answered by the teacher reaches {CASCADE_GOAL:.0%} agreement."
+    return (
+        f"If the teacher answers the {goal.escalated:.0%} of tokens of which the student is least certain, and the "
+        f"student the other {1 - goal.escalated:.0%}, {goal.agreement:.1%} of all tokens are the teacher's."
+    )
+
+
+def _environment(results: Results, seed: int | None) -> Section:
+    """Versions, seed and time."""
+    found = results.environment
+    rows = [
+        ["seed", MISSING if seed is None else str(seed)],
+        ["Python", found.python],
+        [
+            "processor",
+            f"{found.machine}, {found.cpu}, {found.threads} thread{'s' if found.threads != 1 else ''}",
+        ],
+        ["precision of training", results.training.precision],
+        *([name, version] for name, version in found.packages.items()),
+        *([["llama.cpp ran", results.llama_cpp.text]] if results.llama_cpp.text else []),
+    ]
+    stages = [[name, f"{seconds:,.1f} s"] for name, seconds in results.stage_seconds.items()]
+    return Section(
+        "environment",
+        "Environment",
+        [],
+        [
+            Table("What computed it", ["", ""], rows, wide=True),
+            Table("How long it took", ["stage", "time"], stages),
+        ],
+    )
+
+
+def _summary(report: Report) -> Iterable[tuple[str, str]]:
+    """Titles and figures of one run, as a comparison shows them."""
+    results = report.results
+    yield "state", {"finished": "finished", "running": "still running"}.get(report.state, "not finished")
+    yield "teacher", report.teacher.name
+    yield "student", report.student.size or MISSING
+    yield "parameters", _count(report.student.parameters)
+    yield "file size", _bytes(report.student.file_bytes)
+    yield "steps", f"{report.last_step:,}"
+    yield "tokens learnt from", MISSING if results is None else human_count(results.training.tokens_seen)
+    yield "seconds of training", MISSING if results is None else f"{results.training.seconds:,.0f}"
+    actions = Counter(event.action for event in report.events)
+    words = ", ".join(counted(action, count) for action, count in actions.items()) or "nothing"
+    yield "the guard did", words if report.guarded else MISSING
+    yield "steps taken back", f"{report.undone:,}" if report.guarded else MISSING
+    told = [value for line in report.probe if (value := line.get("information")) is not None]
+    yield "information at the end (nats)", figure(told[-1]) if told else MISSING
+    best = next((point for point in report.held_out if point.step == report.best_step), None)
+    yield "best step", MISSING if report.best_step is None else f"{report.best_step:,}"
+    yield "best held-out KL", MISSING if best is None else figure(best.kl)
+    yield "its agreement", MISSING if best is None else share(best.agreement)
+    yield "its cross-entropy", MISSING if best is None else figure(best.cross_entropy)
+    exported = None if results is None else results.evaluation.exported
+    for name, key in (("KL", "kl"), ("agreement", "agreement"), ("perplexity", "perplexity")):
+        yield f"exported file, {name}", MISSING if exported is None else _score(exported, key)
+    found = report.safety_ratios.get("all", [])
+    for place, name in enumerate(("refuse recall", "escalate precision", "allow precision")):
+        yield f"safety, {name}", share(found[place].value) if found else MISSING
+    head = None if results is None else results.heads.verification
+    goal = None if head is None else cascade_goal(head)
+    yield "verification, AUROC", MISSING if head is None else figure(head.auroc)
+    yield f"teacher answers, for {CASCADE_GOAL:.0%}", MISSING if goal is None else f"{goal.escalated:.1%}"
+    speeds = {} if results is None else results.tokens_per_second
+    yield "writing (tokens/s)", _speed(speeds, "student", "generation")
+
+
+def _score(score: ModelScore, key: str) -> str:
+    value = getattr(score, key)
+    return share(value) if key == "agreement" else figure(value)
+
+
+def _speeds(results: Results, kind: str) -> list[str]:
+    """One row's speeds: of the teacher, and of the exported file."""
+    teacher, student = (_speed(results.tokens_per_second, model, kind) for model in ("teacher", "student"))
+    return [teacher, MISSING, MISSING, student]
+
+
+def _speed(speeds: dict[str, dict[str, float]], model: str, kind: str) -> str:
+    value = speeds.get(model, {}).get(kind)
+    return MISSING if value is None else f"{value:,.0f}"
+
+
+def _count(value: int | None) -> str:
+    return MISSING if value is None else human_count(value)
+
+
+def _bytes(value: int | None) -> str:
+    return MISSING if value is None else human_bytes(value)
+
+
+def _plain(value: Any) -> str:
+    """A setting's value as one would write it."""
+    return (
+        "none"
+        if value is None
+        else value
+        if isinstance(value, str)
+        else json.dumps(value, ensure_ascii=False)
+    )

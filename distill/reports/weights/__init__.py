@@ -1,0 +1,1 @@
+"""The report on weights alone, and on two of them."""

@@ -1,0 +1,1 @@
+"""A run's folder: files, records, audit log, exports, provenance."""

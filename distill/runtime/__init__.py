@@ -1,0 +1,1 @@
+"""The process itself: progress, formats, devices, processes, interrupts, the machine's checks."""

@@ -1,0 +1,306 @@
+"""Checkpoints: safetensors and JSON only, written whole or not at all, the last two kept.
+
+``checkpoints/step-000120/`` holds ``model.safetensors``, ``best.safetensors`` (the weights with the best held-out
+KL so far, where they are not these), ``training.safetensors`` (optimizer moments, objective, random state of every
+process) and ``state.json`` (step, schedule, held-out scores, which data). The folder is renamed into place when
+everything is on disk, so a half-written one is never seen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from torch import Tensor
+
+from distill.errors import UserError
+from distill.losses.objective import Objective
+from distill.runs.folder import _complete
+from distill.training.validation import HeldOutScore, best_step
+from stability.guard import Guard
+from stability.measures.random_state import random_state, restore_random_state
+from students.model.interface import Student
+from students.weights import Weights, full_tensor, laid_out_like, plain_weights, set_weights
+from teachers.atomic_files import write_whole
+
+KEEP = 2
+
+
+@dataclass
+class TrainingState:
+    """Everything that changes while training, as the loop holds it.
+
+    ``best``: the weights with the best held-out KL so far, on the CPU; ``None`` where there is no score yet, or
+    training is at its planned end and the newest are the best. ``guard``: watches this training, if one does;
+    ``lines_logged``: of ``metrics.jsonl``.
+    """
+
+    student: Student
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    objective: Objective
+    step: int = 0
+    tokens_seen: int = 0
+    scores: dict[int, HeldOutScore] = field(default_factory=dict)
+    best: Weights | None = None
+    guard: Guard | None = None
+    lines_logged: int | None = None
+
+
+def save_checkpoint(folder: Path, state: TrainingState, data_key: str, *, finished: bool = False) -> Path:
+    """Write ``folder/step-NNNNNN`` whole or not at all and drop all but the newest two.
+
+    Every process of a launch takes part; the first one writes. Checkpoints of later steps, from which training went
+    back, are put aside then. ``finished``: nothing will be trained after it, so the optimizer's moments (two thirds of
+    a checkpoint) are left out.
+
+    Raises:
+        OSError: the disk refuses; earlier checkpoints stay.
+    """
+    weights = plain_weights(state.student)
+    moments, scalars = ({}, {}) if finished else _optimizer_tensors(state.optimizer)
+    training = moments | _objective_tensors(state.objective) | _random_tensors()
+    final = folder / f"step-{state.step:06d}"
+    apart = state.best is not None and best_step(state.scores) != state.step
+    if PartialState().is_main_process:
+        content = {
+            "step": state.step,
+            "tokens_seen": state.tokens_seen,
+            "data_key": data_key,
+            "finished": finished,
+            "best_apart": apart,
+            "guard": None if state.guard is None else state.guard.state_dict(),
+            "lines_logged": state.lines_logged,
+            "schedule": state.schedule.state_dict(),
+            "optimizer": scalars,
+            "scores": [{"step": step, **asdict(score)} for step, score in state.scores.items()],
+        }
+        files = {"model": weights, "training": training}
+        if apart:
+            assert state.best is not None
+            files["best"] = state.best
+        content["checksums"] = {
+            name: {key: checksum(tensor) for key, tensor in tensors.items()}
+            for name, tensors in files.items()
+        }
+        _write(final, files, content)
+        _undo(folder, state.step)
+        for old in _complete(folder)[:-KEEP]:
+            _discard(old)
+    return final
+
+
+def _write(final: Path, files: dict[str, Weights], content: dict[str, Any]) -> None:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        for name, tensors in files.items():
+            write_whole(temporary / f"{name}.safetensors", safetensors.torch.save(tensors))
+        write_whole(temporary / "state.json", (json.dumps(content, indent=2) + "\n").encode())
+        before = _out_of_the_way(final) if final.exists() else None
+        temporary.replace(final)
+        if before is not None:
+            shutil.rmtree(before)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _discard(path: Path) -> None:
+    """Delete a checkpoint; killed meanwhile, it is a leftover that the next start removes, not half a checkpoint."""
+    shutil.rmtree(_out_of_the_way(path))
+
+
+def _out_of_the_way(path: Path) -> Path:
+    """Rename a checkpoint to what the next start removes."""
+    leftover = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    path.replace(leftover)
+    return leftover
+
+
+def load_newest(
+    folder: Path, state: TrainingState, data_key: str
+) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """Load the newest checkpoint that is sound; one that is damaged is put aside, as ``refused-step-NNNNNN``.
+
+    Returns:
+        The one that was loaded (``None``: there is none at all), and those that were put aside with what is wrong.
+
+    Raises:
+        UserError: none is sound, or it was made with other data.
+    """
+    refused: list[tuple[Path, str]] = []
+    found = _complete(folder)
+    for path in reversed(found):
+        try:
+            load_checkpoint(path, state, data_key)
+        except DamagedCheckpoint as error:
+            refused.append((path, error.reason))
+            if path == found[0]:
+                raise
+        else:
+            if refused and PartialState().is_main_process:
+                _put_aside([bad for bad, _ in refused], "refused")
+            return path, refused
+    return None, []
+
+
+def _undo(folder: Path, after: int) -> None:
+    """Put the checkpoints of later steps aside, as ``undone-step-NNNNNN``: training went back to before them."""
+    later = [path for path in _complete(folder) if int(path.name.rpartition("-")[2]) > after]
+    if later:
+        _put_aside(later, "undone")
+
+
+def _put_aside(paths: Sequence[Path], why: str) -> None:
+    """Rename checkpoints so that nothing continues from them; those put aside earlier for the same reason go."""
+    for old in paths[0].parent.glob(f"{why}-step-*"):
+        shutil.rmtree(old)
+    for path in paths:
+        path.replace(path.with_name(f"{why}-{path.name}"))
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes."""
+    content: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return zlib.crc32(content)
+
+
+def _read_sound(path: Path, file: str, checksums: Mapping[str, Any]) -> Weights:
+    """The tensors of one file of a checkpoint, if they are what was saved.
+
+    Raises:
+        ValueError: names the tensor that is not.
+    """
+    tensors: Weights = safetensors.torch.load_file(path / f"{file}.safetensors")
+    known = checksums.get(file, {})
+    if gone := known.keys() - tensors.keys():
+        raise ValueError(f"{file}.safetensors: {min(gone)} is missing")
+    for name, tensor in tensors.items():
+        if name in known and known[name] != checksum(tensor):
+            raise ValueError(f"{file}.safetensors: {name} is not what was saved")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{file}.safetensors: {name} has values that are not finite")
+    return tensors
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that cannot be used; ``reason`` says what is wrong with it."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"checkpoint {path} is damaged ({reason}); delete that folder to use the one before")
+        self.reason = reason
+
+
+def load_checkpoint(path: Path, state: TrainingState, data_key: str) -> None:
+    """Put a checkpoint's contents into ``state``, so that training continues bit for bit (on CPU).
+
+    Raises:
+        DamagedCheckpoint: its files are not whole, not what was saved, or of another student.
+        UserError: made with other data.
+    """
+    try:
+        content: dict[str, Any] = json.loads((path / "state.json").read_text())
+        checksums = content.get("checksums", {})
+        weights = _read_sound(path, "model", checksums)
+        training = _read_sound(path, "training", checksums)
+        best = _read_sound(path, "best", checksums) if content["best_apart"] else None
+        if content["data_key"] != data_key:
+            raise UserError(
+                f"checkpoint {path} was trained on other soft targets; choose another --out folder"
+            )
+        set_weights(state.student, weights)
+        if not content["finished"]:
+            _restore_optimizer(state.optimizer, _under(training, "optimizer"), content["optimizer"])
+        state.schedule.load_state_dict(content["schedule"])
+        # The schedule writes rates only when it is stepped, so put the current ones back by hand.
+        for group, rate in zip(state.optimizer.param_groups, state.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+        _restore_objective(state.objective, _under(training, "objective"), state.student.device)
+        if own := _under(training, f"random.{PartialState().process_index}"):
+            restore_random_state(own)  # none where the run is continued with more processes
+        state.step, state.tokens_seen = int(content["step"]), int(content["tokens_seen"])
+        state.scores = {int(score.pop("step")): HeldOutScore(**score) for score in content["scores"]}
+        if content["best_apart"]:
+            state.best = best
+        elif state.scores and not content["finished"]:  # the weights of this very step
+            state.best = {name: value.clone() for name, value in weights.items()}
+        else:
+            state.best = None
+        state.lines_logged = content.get("lines_logged")
+        if state.guard is not None and content.get("guard") is not None:
+            state.guard.load_state_dict(content["guard"])
+        elif state.guard is not None:
+            state.guard.steps = state.step
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise DamagedCheckpoint(path, str(error)) from None
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[Weights, dict[str, dict[str, float]]]:
+    """Moments as tensors; scalars apart."""
+    tensors: Weights = {}
+    scalars: dict[str, dict[str, float]] = {}
+    for index, entries in optimizer.state_dict()["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = full_tensor(value.detach()).contiguous()
+            else:
+                scalars.setdefault(str(index), {})[name] = value
+    return tensors, scalars
+
+
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Weights, scalars: dict[str, dict[str, float]]
+) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in scalars.items()}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        parameter = parameters[int(index)]
+        same = tensor.shape == parameter.shape
+        entries.setdefault(int(index), {})[key] = laid_out_like(tensor, parameter) if same else tensor
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
+
+
+def _objective_tensors(objective: Objective) -> Weights:
+    projectors = {f"parameter.{name}": value.detach() for name, value in objective.named_parameters()}
+    tensors = objective.state() | projectors
+    return {f"objective.{name}": full_tensor(value).contiguous() for name, value in tensors.items()}
+
+
+@torch.no_grad()
+def _restore_objective(objective: Objective, tensors: Weights, device: torch.device) -> None:
+    saved = _under(tensors, "parameter")
+    for name, parameter in objective.named_parameters():
+        parameter.copy_(laid_out_like(saved[name], parameter))
+    objective.load_state(
+        {name: value.to(device) for name, value in tensors.items() if not name.startswith("parameter.")}
+    )
+
+
+def _random_tensors() -> Weights:
+    """The random state of every process."""
+    states: list[Weights] = gather_object([random_state()])
+    return {
+        f"random.{rank}.{name}": value for rank, state in enumerate(states) for name, value in state.items()
+    }
+
+
+def _under(tensors: Weights, prefix: str) -> Weights:
+    """The tensors whose names begin with ``prefix`` and a dot, without it."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}

@@ -1,0 +1,62 @@
+"""When the next checkpoint is due, and how fast training goes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+
+from distill.training.checkpoint import TrainingState
+
+CHECKPOINT_SECONDS = 30.0  # about so much training is lost when a process is killed
+SAVING_SHARE = 0.03  # of the time may go into checkpoints
+
+
+class Clock:
+    """How long this process has trained, and when the next checkpoint is due."""
+
+    def __init__(self, from_step: int, from_tokens: int) -> None:
+        self.from_step = self.saved_step = from_step
+        self.from_tokens = from_tokens
+        self.begin = self.last_save = time.perf_counter()
+        self.interval = CHECKPOINT_SECONDS
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since this process began to train."""
+        return time.perf_counter() - self.begin
+
+    def trained_since_save(self, step: int) -> bool:
+        """Whether there is anything to save that is not saved."""
+        return step > self.saved_step
+
+    def went_back(self) -> None:
+        """Training went back to an earlier step: that is to be saved at once."""
+        self.saved_step, self.last_save = -1, -math.inf
+
+    def save_is_due(self, accelerator: Accelerator) -> bool:
+        """Whether it is time for a checkpoint; all processes hear the first one's clock."""
+        due = time.perf_counter() - self.last_save > self.interval
+        if accelerator.num_processes > 1:
+            due = bool(broadcast(torch.tensor(int(due), device=accelerator.device)))
+        return due
+
+    @contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Around the writing of a checkpoint; one that takes long makes them rarer."""
+        begin = time.perf_counter()
+        yield
+        self.saved_step, self.last_save = step, time.perf_counter()
+        self.interval = max(CHECKPOINT_SECONDS, (self.last_save - begin) / SAVING_SHARE)
+
+    def describe(self, state: TrainingState, loss: float) -> str:
+        """One line about how training stands."""
+        speed = (state.tokens_seen - self.from_tokens) / max(self.seconds, 1e-9)
+        newest = state.scores[max(state.scores)] if state.scores else None
+        held_out = f", held-out KL {newest.kl:.3f}" if newest else ""
+        return f"loss {loss:.3f}{held_out}, {speed:,.0f} tokens/s"

@@ -1,0 +1,148 @@
+"""From a store to batches: the held-out split, the order of every epoch, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distill.errors import UserError
+from distill.heads.prompt_set import PromptSet
+from distill.losses.batch import Batch, padded
+from distill.training.embedding_rows import used_tokens
+from distill.training.student_probe import SEQUENCES
+from teachers.store.store import SoftTargetStore
+from teachers.targets.stored_arrays import join
+
+MAX_HELD_OUT = 128
+SORTED_TOGETHER = 16  # batches whose sequences are sorted by length together, to pad less
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices of training and held-out sequences; no held-out sequence occurs in training."""
+
+    train: NDArray[np.int64]
+    held_out: NDArray[np.int64]
+
+
+def split(store: SoftTargetStore, share: float, seed: int) -> Split:
+    """Hold out a random ``share`` of the sequences (1 to 128).
+
+    A sequence that occurs several times counts once: all its copies go to the same side.
+
+    Raises:
+        UserError: fewer than two different sequences.
+    """
+    copies: dict[bytes, list[int]] = {}
+    for index in range(len(store)):
+        copies.setdefault(store.tokens(index).tobytes(), []).append(index)
+    groups = list(copies.values())
+    if len(groups) < 2:
+        raise UserError(f"only {len(groups)} different sequence in {len(store)}; give more varied data")
+    order = np.random.default_rng([seed, 1]).permutation(len(groups))
+    count = min(MAX_HELD_OUT, len(groups) - 1, max(1, round(share * len(groups))))
+    held_out = [groups[group][0] for group in order[:count]]
+    train = [index for group in order[count:] for index in groups[group]]
+    return Split(np.sort(train), np.sort(held_out))
+
+
+def epoch_order(
+    train: NDArray[np.int64], lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int
+) -> list[NDArray[np.int64]]:
+    """The batches of one epoch as sequence indices; depends on nothing but its arguments.
+
+    Sequences of like length share a batch, batches come in random order. The last, smaller batch is kept.
+    """
+    random = np.random.default_rng([seed, 2, epoch])
+    order = random.permutation(train)
+    span = batch_size * SORTED_TOGETHER
+    batches = []
+    for start in range(0, len(order), span):
+        group = order[start : start + span]
+        group = group[np.argsort(lengths[group], kind="stable")]
+        batches += [group[at : at + batch_size] for at in range(0, len(group), batch_size)]
+    return [batches[place] for place in random.permutation(len(batches))]
+
+
+def load_batch(store: SoftTargetStore, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
+    """Read some sequences, their targets and their kept layer states; pad tokens with 0 on the right."""
+    rows = [store.tokens(int(index)) for index in indices]
+    targets = join([store.targets(int(index)) for index in indices])
+    kept = [store.layer_states(int(index)) for index in indices]
+    layers = {layer: torch.cat([states[layer] for states in kept]) for layer in kept[0]}
+    tokens, lengths = padded(rows)
+    return Batch(tokens, lengths, targets, layers=layers)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences that one process computes together. ``counts``: false for a stand-in whose loss is not added, where
+    a process has fewer sequences than another but must take part in the same communication. ``place`` of ``places``:
+    its number among the step's micro-batches that count, over all processes."""
+
+    indices: list[int]
+    counts: bool = True
+    place: int = 0
+    places: int = 1
+
+
+def micro_batches(
+    indices: Sequence[int], accumulation: int, rank: int = 0, world: int = 1
+) -> list[MicroBatch]:
+    """One process's part of an optimizer step, divided into at most ``accumulation`` micro-batches.
+
+    Over all ranks every sequence occurs once; every rank gets equally many micro-batches.
+    """
+    parts = [part.tolist() for part in np.array_split(np.array(indices), accumulation * world)]
+    rounds = [parts[start : start + world] for start in range(0, len(parts), world)]
+    places = sum(map(bool, parts))
+    mine = [(turn * world + rank, group[rank]) for turn, group in enumerate(rounds) if any(group)]
+    return [
+        MicroBatch(part, True, place, places)
+        if part
+        else MicroBatch([int(indices[0])], counts=False, places=places)
+        for place, part in mine
+    ]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The store, which of its sequences are held out, the seed of their order, and prompts for the safety head:
+    in every ``prompts_every``-th optimizer step ``prompts_together`` of them."""
+
+    store: SoftTargetStore
+    split: Split
+    seed: int
+    prompts: PromptSet | None = None
+    prompts_every: int = 1
+    prompts_together: int = 0
+
+    def batches(self, epochs: int, batch_size: int) -> list[list[int]]:
+        """Sequence indices of every optimizer step, over all epochs."""
+        lengths = self.store.lengths()
+        return [
+            batch.tolist()
+            for epoch in range(epochs)
+            for batch in epoch_order(self.split.train, lengths, batch_size, self.seed, epoch)
+        ]
+
+    def used_tokens(self) -> Tensor:
+        """Every token that training looks up, ascending."""
+        return used_tokens(self.store, self.prompts.tokens if self.prompts is not None else ())
+
+    def fixed_text(self) -> Batch:
+        """A few of the held-out sequences, which the guard looks at now and then."""
+        indices = self.split.held_out
+        some = np.linspace(0, len(indices) - 1, min(len(indices), SEQUENCES)).astype(int)
+        return load_batch(self.store, indices[some])
+
+    def held_out(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        """The held-out sequences in batches."""
+        indices = self.split.held_out
+        for start in range(0, len(indices), batch_size):
+            yield load_batch(self.store, indices[start : start + batch_size]).to(device)

@@ -1,0 +1,107 @@
+"""What the student does with some of the held-out text while it trains (see ``stability.measures.probe``)."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.losses import divergences
+from distill.losses.batch import Batch
+from stability.measures.probe import ProbeReading, evaluating, hidden_rank
+from stability.measures.step import attention_entropy, dead_units, output_figures
+from students.model.decoder import DecoderLayer, SO8TForCausalLM, apply_rotary, rotary_tables
+from students.model.interface import Student
+
+SEQUENCES = 4  # of held-out text that are looked at ...
+ATTENDED = 2  # ... those whose attention is ...
+POSITIONS = 128  # ... and positions whose whole output distribution is
+
+
+class StudentProbe:
+    """Readings of a training module on one batch, on its device; the loss is the KL to the teacher in nats per token.
+
+    ``inside``: also look into the layers, at attention and feed-forward units (not where they are compiled).
+    """
+
+    def __init__(self, model: nn.Module, batch: Batch, *, inside: bool = True) -> None:
+        self.model, self.batch, self.inside = model, batch, inside
+
+    @torch.no_grad()
+    def __call__(self) -> ProbeReading:
+        """Read the student in evaluation mode, in float32."""
+        with evaluating(self.model), torch.autocast(self.batch.tokens.device.type, enabled=False):
+            reading: ProbeReading = self.model(lambda student, _: self._read(student))
+        return reading
+
+    def _read(self, student: Student) -> ProbeReading:
+        batch, valid = self.batch, self.batch.valid
+        seen = _Seen(student) if self.inside else None
+        with torch.autocast(batch.tokens.device.type, enabled=False), seen or ExitStack():
+            numbers = range(student.config.num_hidden_layers)
+            output = student(batch.tokens, with_logits=False, layers_to_keep=numbers)
+        states = output.last_hidden_state[valid]
+        some = torch.linspace(0, len(states) - 1, min(len(states), POSITIONS), device=states.device).long()
+        logits = (states[some] @ student.output_matrix().T).float()
+        kl = divergences.known_kl(logits, batch.targets.select(some), 1.0).double().mean()
+        found = {
+            "hidden_rank": {
+                f"model.layers.{number}": hidden_rank(layer[valid])
+                for number, layer in output.layer_states.items()
+            }
+        }
+        if seen is not None:
+            found["attention_entropy"] = seen.attention(valid)
+            found["dead_units"] = {
+                name: float(dead_units(units[valid])) for name, units in seen.units.items()
+            }
+        information, entropy = output_figures(logits)
+        return ProbeReading(float(information), float(entropy), float(kl), **found)
+
+
+class _Seen(ExitStack):
+    """Hooks that keep feed-forward units of one forward pass and, of layers whose attention is known, its queries and
+    keys."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+        self.queries: list[Tensor] = []
+        self.keys: list[Tensor] = []
+        self.units: dict[str, Tensor] = {}
+        for number, layer in enumerate(student.layers()):
+            name = f"model.layers.{number}.mlp.down_proj"
+            if isinstance(layer, DecoderLayer):
+                self._hook(layer.self_attn.q_proj, lambda _, __, out: self.queries.append(out))
+                self._hook(layer.self_attn.k_proj, lambda _, __, out: self.keys.append(out))
+            last = layer.get_submodule("mlp.down_proj")
+            self._hook(last, lambda _, given, __, name=name: self._keep_units(name, given))
+
+    def _hook(self, module: nn.Module, hook: Any) -> None:
+        self.callback(module.register_forward_hook(hook).remove)
+
+    def _keep_units(self, name: str, given: tuple[Tensor, ...]) -> None:
+        self.units[name] = given[0]
+
+    def attention(self, valid: Tensor) -> dict[str, float]:
+        """Entropy of each layer's attention at the valid positions of the first sequences, where it is known."""
+        if not isinstance(self.student, SO8TForCausalLM):
+            return {}
+        config, valid = self.student.config, valid[:ATTENDED]
+        tokens = valid.shape[1]
+        rotary = rotary_tables(config, torch.arange(tokens, device=valid.device)[None])
+        rotary = (rotary[0][:, None], rotary[1][:, None])
+        hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=valid.device).triu(1)
+        found = {}
+        for number, (query, key) in enumerate(zip(self.queries, self.keys, strict=True)):
+            split = (len(valid), tokens, -1, config.head_dim)
+            q, k = (
+                apply_rotary(part[: len(valid)].view(split).transpose(1, 2), *rotary) for part in (query, key)
+            )
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+            scores = (q @ k.mT) / config.head_dim**0.5
+            rows = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1).transpose(1, 2)[valid]  # [n, H, T]
+            found[f"model.layers.{number}.self_attn"] = float(attention_entropy(rows))
+        return found

@@ -1,0 +1,80 @@
+"""How close the student is to the teacher on held-out sequences while it trains, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distill.losses import divergences
+from distill.losses.batch import Batch
+from distill.losses.chunked_lm_head import chunk_size
+from students.model.interface import Student
+
+TEMPERATURE = 1.0
+
+
+@dataclass(frozen=True)
+class HeldOutScore:
+    """How close the student is to the teacher on held-out text, per token, at T = 1.
+
+    ``kl``: in nats, over k + 1 buckets for compact targets and over the whole vocabulary for others;
+    ``agreement``: share of positions with the same most probable token;
+    ``cross_entropy``: of the actual next token, in nats.
+    """
+
+    kl: float
+    agreement: float
+    cross_entropy: float
+
+
+def held_out_score(model: nn.Module, batches: Iterable[Batch]) -> HeldOutScore:
+    """Score a training module (see ``distill.training.distributed``) in float32 on held-out batches."""
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64)
+    count = 0
+    with torch.no_grad():
+        for batch in batches:
+            sums += model(lambda student, _, batch=batch: _sums(student, batch)).cpu()
+            count += batch.count()
+    kl, agreement, cross_entropy = (sums / count).tolist()
+    return HeldOutScore(kl, agreement, cross_entropy)
+
+
+def _sums(student: Student, batch: Batch) -> Tensor:
+    """KL, agreement and cross-entropy summed over a batch's positions, float64 ``[3]``."""
+    device = batch.tokens.device.type
+    with torch.autocast(device, enabled=False):  # which Accelerate puts around the module's forward pass
+        states = student(batch.tokens, with_logits=False).last_hidden_state[batch.valid]
+        labels, sums = batch.labels, []
+        together = chunk_size(student.output_matrix().shape[0])
+        for start in range(0, len(states), together):
+            span = slice(start, start + together)
+            logits = (states[span] @ student.output_matrix().T).float()
+            targets = batch.targets.select(span)
+            values = (
+                divergences.known_kl(logits, targets, TEMPERATURE),
+                logits.argmax(dim=-1) == targets.best(),
+                divergences.cross_entropy(logits, labels[span]),
+            )
+            sums.append(torch.stack([value.double().sum() for value in values]))
+    return torch.stack(sums).sum(dim=0)
+
+
+def best_step(scores: Mapping[int, HeldOutScore]) -> int:
+    """The step with the lowest held-out KL; the later one of equals."""
+    return min(scores, key=lambda step: (scores[step].kl, -step))
+
+
+def is_exhausted(scores: Mapping[int, HeldOutScore], patience: int | None) -> bool:
+    """Whether the last ``patience`` evaluations brought no better held-out KL (early stopping)."""
+    if patience is None:
+        return False
+    return len([step for step in scores if step > best_step(scores)]) >= patience
+
+
+def evaluation_steps(steps: int, evaluations: int) -> set[int]:
+    """Steps after which the held-out score is taken: the first, the last, and evenly in between."""
+    return {round(steps * place / (evaluations - 1)) for place in range(evaluations)}

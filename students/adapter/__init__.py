@@ -1,0 +1,1 @@
+"""An existing model as a student: LoRA and a gated projection."""

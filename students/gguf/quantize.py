@@ -1,0 +1,113 @@
+"""Quantize a student's F32 file with llama.cpp's own quantizer, in a process of its own."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from students.gguf.file_types import FILE_TYPES
+from students.gguf.metadata import ExportError
+
+LOG_LINES = 3
+_FAILED, _WRITE_FAILED = "failed to quantize: ", "iostream error"
+# The child gets the parent's sys.path, and runs the one file: importing this package would load PyTorch first.
+_CHILD = "import json, runpy, sys; sys.path[:] = json.loads(sys.argv[1]); runpy.run_path(sys.argv[2], None, '__main__')"
+_CHILD_FILE = Path(__file__).with_name("quantize_child.py")
+
+
+def quantize_gguf(
+    source: Path,
+    target: Path,
+    quant: str,
+    *,
+    importance: Mapping[str, NDArray[np.float32]] | None = None,
+    labels: Mapping[str, int | str] | None = None,
+    threads: int = 0,
+    progress: Callable[[int, int], None] = lambda done, tensors: None,
+) -> None:
+    """Write the F32 file ``source`` to ``target`` as another file type; a failure leaves no file.
+
+    ``importance``: mean square of what each column of a matrix is multiplied with, by the matrix's name, for the types
+    that look at it. ``labels``: metadata to add. ``threads`` 0: as many as there are processors. ``progress`` gets the
+    tensors done and how many there are.
+
+    Raises:
+        ExportError: llama.cpp refuses the file or dies on it.
+        OSError: the disk refuses.
+    """
+    if quant not in FILE_TYPES:
+        raise ExportError(f"quant {quant!r} is not supported; choose one of {', '.join(FILE_TYPES)}")
+    if target.exists() and target.samefile(source):
+        raise ExportError(f"{source} cannot be quantized onto itself")
+    request = {
+        "source": os.fsencode(source).hex(),  # a name need not be text
+        "target": os.fsencode(target).hex(),
+        "file_type": int(FILE_TYPES[quant].number),
+        "threads": threads,
+        "labels": dict(labels or {}),
+    }
+    weights = dict(importance or {}) if FILE_TYPES[quant].weighted else {}
+    message = json.dumps(request).encode() + b"\n" + safetensors.numpy.save(weights)
+    with target.open("wb"):
+        pass  # a folder that cannot be written to says so here, in Python's words
+    try:
+        _run(message, quant, source, target, progress)
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def _run(
+    message: bytes, quant: str, source: Path, target: Path, progress: Callable[[int, int], None]
+) -> None:
+    status: int | None = None
+    with tempfile.TemporaryFile() as log:
+        with subprocess.Popen(
+            [sys.executable, "-c", _CHILD, json.dumps(sys.path), str(_CHILD_FILE)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+        ) as child:
+            assert child.stdin is not None and child.stdout is not None
+            try:
+                child.stdin.write(message)
+                child.stdin.close()
+                for line in child.stdout:
+                    answer = json.loads(line)
+                    status = answer.get("status", status)
+                    if "done" in answer:
+                        progress(answer["done"], answer["of"])
+            except BrokenPipeError:
+                child.wait()  # it died before it had read everything, which the code below says
+            except BaseException:
+                child.kill()
+                raise
+        if status == 0 and child.returncode == 0:
+            return
+        log.seek(0)
+        lines = log.read().decode("utf-8", errors="replace").splitlines()
+    said = " | ".join([line.strip() for line in lines if line.strip()][-LOG_LINES:])
+    if _WRITE_FAILED in said:  # C++ does not say why; llama.cpp has computed all that it could
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+    said = said.rpartition(_FAILED)[2] or said
+    how = f"status {status}" if status is not None else _ending(child.returncode)
+    raise ExportError(f"llama.cpp could not quantize {source.name} to {quant} ({how}): {said}")
+
+
+def _ending(code: int) -> str:
+    """How a process ended, in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    names = {int(number): number.name for number in signal.Signals}
+    return f"signal {names.get(-code, -code)}"

@@ -1,0 +1,1 @@
+"""The SO8T network."""

@@ -1,0 +1,291 @@
+"""The whole SO8T decoder: a Llama whose attention output passes through two exact SO(8) rotations.
+
+Letters: B batch, T tokens, V vocabulary, D width, H heads, K key/value heads, W head width, G = 8,
+N = H·W / G blocks. In every layer the attention output x is gated as y = R_cmd · (R_safe · x); both
+rotations are applied to the output projection once per step (W_o · blockdiag(R_cmd R_safe)), so a gate
+costs nothing per token, and folding it away at export is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from students.model import so8
+from students.model.config import SO8TConfig
+from students.model.gate import SO8Gate
+from students.model.heads import SafetyHead, VerificationHead
+from students.model.interface import SO8TOutput, Student
+
+SHORT_ON_CPU = (
+    256  # tokens up to which attention is computed without a fused kernel on a CPU (docs/benchmarks.md)
+)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019), computed in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of ``x [..., D]``; the result keeps the dtype of ``x``."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def rotary_tables(config: SO8TConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``[T', W]`` or ``[B, T, W]`` of rotary embeddings (Su et al. 2021), half-split layout."""
+    width = config.head_dim
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
+    angles = positions[..., None].float() * config.rope_theta**-exponents
+    both = torch.cat((angles, angles), dim=-1)
+    return both.cos(), both.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + W/2) of ``x [B, H, T, W]`` by the angles of its positions."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, grouped: bool
+) -> Tensor:
+    """Scaled dot-product attention of ``[B, H, T, W]`` over ``[B, K, T', W]``.
+
+    On a CPU at least in float32 (PyTorch's bfloat16 kernel there takes several times as long), and for short sequences
+    by two plain products, which are no slower and do not mind how small products are computed.
+    """
+    inputs = (query, key, value)
+    if query.device.type != "cpu":
+        return F.scaled_dot_product_attention(*inputs, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    if query.dtype == torch.bfloat16:
+        inputs = (query.float(), key.float(), value.float())
+    kernels = (
+        [SDPBackend.MATH] if key.shape[2] <= SHORT_ON_CPU else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    )
+    with so8.full_precision(query), sdpa_kernel(kernels):
+        mixed = F.scaled_dot_product_attention(*inputs, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    return mixed.to(query.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query causal attention whose output projection carries the SO(8) gate."""
+
+    def __init__(self, config: SO8TConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        width, key_width = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(width, config.attention_width, bias=False)
+        self.k_proj = nn.Linear(width, key_width, bias=False)
+        self.v_proj = nn.Linear(width, key_width, bias=False)
+        self.o_proj = nn.Linear(config.attention_width, width, bias=False)
+        self.gate = SO8Gate(config.num_blocks)
+        self.grouped = config.num_key_value_heads != config.num_attention_heads
+
+    def gated_output_weight(self, rotations: Tensor) -> Tensor:
+        """W_o · blockdiag(R_cmd R_safe) ``[D, H·W]`` in float32, from ``rotations [2, N, 8, 8]``."""
+        with so8.full_precision(rotations):
+            return so8.rotate_columns(self.o_proj.weight, rotations[1] @ rotations[0])
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attend over ``x [B, T, D]``; returns the gated output ``[B, T, D]`` and the rotations used."""
+        batch, tokens, _ = x.shape
+        split = (batch, tokens, -1, self.head_dim)
+        query = apply_rotary(self.q_proj(x).view(split).transpose(1, 2), *rotary)
+        key = apply_rotary(self.k_proj(x).view(split).transpose(1, 2), *rotary)
+        value = self.v_proj(x).view(split).transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer)
+        # A plain bool: torch.compile would hand a symbolic one to the kernel, which refuses it.
+        causal = True if mask is None and tokens > 1 and key.shape[2] == tokens else False  # noqa: SIM210
+        mixed = attend(query, key, value, mask, causal, self.grouped)
+        rotations = self.gate()
+        weight = self.gated_output_weight(rotations).to(self.o_proj.weight.dtype)
+        return F.linear(mixed.transpose(1, 2).flatten(2), weight), rotations
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: SO8TConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each token of ``x [B, T, D]`` on its own."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm residual layer: gated attention, then feed-forward."""
+
+    def __init__(self, config: SO8TConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the layer's output ``[B, T, D]`` and the rotations its gate used."""
+        attended, rotations = self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), rotations
+
+
+class SO8TModel(nn.Module):
+    """Embedding, layers and final norm; names match transformers' Llama so that fold is a plain copy."""
+
+    def __init__(self, config: SO8TConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class SO8TForCausalLM(PreTrainedModel, GenerationMixin, Student):
+    """The SO8T student as transformers knows a model: saves, loads, generates."""
+
+    config: SO8TConfig
+    config_class = SO8TConfig
+    base_model_prefix = "model"
+    _supports_sdpa = True
+    supports_gradient_checkpointing = True
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers' API)
+    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
+
+    def __init__(self, config: SO8TConfig) -> None:
+        super().__init__(config)
+        self.model = SO8TModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Last, and with nothing drawn yet, so that the other weights of a seed are the same with and without them.
+        with torch.random.fork_rng(devices=[]):
+            if config.safety_head:
+                self.safety_head = SafetyHead(config.hidden_size)
+            if config.verification_head:
+                self.verification_head = VerificationHead(config.hidden_size)
+        self.post_init()  # type: ignore[operator]  # of transformers
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise one module; residual outputs are scaled down by depth (Radford et al. 2019)."""
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, SO8Gate):
+            nn.init.normal_(module.safety, std=self.config.rotation_init_std)
+            nn.init.normal_(module.command, std=self.config.rotation_init_std)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, DecoderLayer):
+            residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
+            nn.init.normal_(module.self_attn.o_proj.weight, std=residual_std)
+            nn.init.normal_(module.mlp.down_proj.weight, std=residual_std)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        with_logits: bool = True,
+        logits_to_keep: int = 0,
+        layers_to_keep: Collection[int] = (),
+        **_: Any,
+    ) -> SO8TOutput:
+        """Run ``input_ids [B, T]``; logits are ``[B, T, V]``, or of the last ``logits_to_keep`` tokens.
+
+        ``attention_mask [B, T]`` marks real tokens with 1 and is needed only for left-padded prompts: a
+        causal decoder never looks at padding on the right. With ``with_logits=False`` the caller applies
+        the output matrix itself (the training loss does). ``layers_to_keep``: layers, from 0, whose output is
+        handed out too.
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        x = self.model.embed_tokens(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
+        mask = None
+        if attention_mask is not None or (past and x.shape[1] > 1):
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=x,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        cos, sin = rotary_tables(self.config, position_ids)
+        rotary = (cos[:, None], sin[:, None])  # one table for all heads
+        rotations = []
+        kept: dict[int, Tensor] = {}
+        for number, layer in enumerate(self.model.layers):
+            x, layer_rotations = layer(x, rotary, mask, past_key_values)
+            rotations.append(layer_rotations)
+            if number in layers_to_keep:
+                kept[number] = x
+        x = self.model.norm(x)
+        logits = self.lm_head(x[:, -logits_to_keep:] if logits_to_keep else x) if with_logits else None
+        return SO8TOutput(
+            logits=logits,
+            past_key_values=past_key_values,
+            last_hidden_state=x,
+            rotations=torch.stack(rotations),
+            layer_states=kept or None,
+        )
+
+    def rotations(self) -> Tensor:
+        """The rotations as the parameters stand now, ``[L, 2, N, 8, 8]``: R_safe (0) and R_cmd (1)."""
+        return torch.stack([gate() for gate in self.gates()])
+
+    def gates(self) -> list[SO8Gate]:
+        """The gate of every layer, in order."""
+        return [module for module in self.modules() if isinstance(module, SO8Gate)]
+
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers, in order."""
+        return self.model.layers
+
+    def output_matrix(self) -> Tensor:
+        """The language-model head's weight ``[V, D]``."""
+        return self.lm_head.weight
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """All weights; a tied output matrix is left out, as it is the embedding."""
+        weights: dict[str, Tensor] = self.state_dict()
+        if self.config.tie_word_embeddings:
+            weights.pop("lm_head.weight")
+        return weights
+
+
+# ``students.registration`` sees that this module is imported when transformers is.
+AutoConfig.register("so8t", SO8TConfig)
+AutoModelForCausalLM.register(SO8TConfig, SO8TForCausalLM)

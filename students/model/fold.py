@@ -1,0 +1,89 @@
+"""Absorb the SO(8) gates into the output projections: the student becomes a plain Llama, exactly.
+
+y = W_o · R_cmd · (R_safe · x) = (W_o · blockdiag(R_cmd R_safe)) · x, so the folded projection gives the same
+layer output for every input. Folding is done in float64 and rounded once.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from students.model import so8
+from students.model.decoder import SO8TForCausalLM
+
+MAX_ORTHOGONALITY_ERROR = 1e-5
+HEADS = ("safety_head.", "verification_head.")  # they stand beside the graph, under keys of their own
+_GATE = re.compile(r"model\.layers\.(\d+)\.self_attn\.gate\.(safety|command)")
+
+
+class FoldError(ValueError):
+    """A student that cannot be folded exactly; names the tensor and the reason."""
+
+
+def fold(student: SO8TForCausalLM) -> dict[str, Tensor]:
+    """The student's weights as a plain Llama's, float32, without any gate.
+
+    Names are those of transformers' Llama. With tied embeddings there is no ``lm_head.weight``.
+
+    Raises:
+        FoldError: a weight is not float32 or not finite, or a rotation is not exact.
+    """
+    for name, tensor in student.state_dict().items():
+        if tensor.dtype != torch.float32:
+            raise FoldError(
+                f"{name} is {tensor.dtype}; only float32 weights fold exactly (load it in float32)"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise FoldError(f"{name} has values that are not finite")
+    state = {
+        name: tensor.detach().clone()
+        for name, tensor in student.state_dict().items()
+        if not _GATE.fullmatch(name) and not name.startswith(HEADS)
+    }
+    if student.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    for number, gate in enumerate(student.gates()):
+        rotations = so8.rotation(torch.stack((gate.safety, gate.command)).detach().double())
+        error = float(so8.orthogonality_error(rotations).max())
+        if not error <= MAX_ORTHOGONALITY_ERROR:
+            raise FoldError(
+                f"layer {number}: rotation is off by {error:.2e}, more than {MAX_ORTHOGONALITY_ERROR}"
+            )
+        name = f"model.layers.{number}.self_attn.o_proj.weight"
+        state[name] = so8.rotate_columns(state[name].double(), rotations[1] @ rotations[0]).float()
+    return state
+
+
+def to_llama(student: SO8TForCausalLM) -> LlamaForCausalLM:
+    """The folded student as transformers' own Llama.
+
+    Raises:
+        FoldError: see ``fold``.
+    """
+    config = student.config
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            intermediate_size=config.intermediate_size,
+            max_position_embeddings=config.max_position_embeddings,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=config.tie_word_embeddings,
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+        )
+    )
+    state = fold(student)
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    llama.load_state_dict(state, strict=True)
+    return llama.eval()

@@ -1,0 +1,132 @@
+"""What the rest of the project may ask of a student, whatever it is made of.
+
+Letters: B batch, T tokens, V vocabulary, D width, L layers, N blocks of an SO(8) gate, G = 8.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from students.model.heads import Heads, SafetyHead, VerificationHead
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+    from students.model.gate import SO8Gate
+
+
+class StudentFacts(Protocol):
+    """What a student's configuration says, whatever class it has.
+
+    ``vocab_size`` is the teacher's; ``decision_thresholds`` are of REFUSE and ALLOW (see ``students.model.heads.decide``);
+    ``trust`` is the probability of agreeing with the teacher below which it should be asked. The last two are set
+    once the heads are trained.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    safety_head: bool
+    verification_head: bool
+    decision_thresholds: list[float]
+    trust: float
+
+
+class Student(nn.Module, ABC):
+    """A causal decoder with an SO(8) gate on every layer's attention output, and the two heads."""
+
+    config: StudentFacts
+    safety_head: SafetyHead  # both only where ``config`` says so
+    verification_head: VerificationHead
+
+    @abstractmethod
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        with_logits: bool = True,
+        logits_to_keep: int = 0,
+        layers_to_keep: Collection[int] = (),
+    ) -> SO8TOutput:
+        """Run ``input_ids [B, T]``; logits are ``[B, T, V]``, or of the last ``logits_to_keep`` tokens.
+
+        ``attention_mask [B, T]`` marks real tokens with 1 and is needed only for left-padded prompts. With
+        ``with_logits=False`` the caller applies ``output_matrix`` itself. ``layers_to_keep``: layers, from 0, whose
+        output (before the final norm) is handed out too.
+        """
+
+    @abstractmethod
+    def output_matrix(self) -> Tensor:
+        """The language-model head's weight ``[V, D]``."""
+
+    @abstractmethod
+    def gates(self) -> Sequence[SO8Gate]:
+        """The gate of every layer, in order."""
+
+    @abstractmethod
+    def rotations(self) -> Tensor:
+        """The rotations as the parameters stand now, ``[L, 2, N, 8, 8]``: R_safe (0) and R_cmd (1)."""
+
+    @abstractmethod
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers, in order."""
+
+    @abstractmethod
+    def own_weights(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, by name: everything that training may change; detached, not copied."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.parameters()).device
+
+    def heads(self) -> Heads:
+        """The safety and the verification head, as far as this student has them, with their thresholds."""
+        refuse, allow = self.config.decision_thresholds
+        return Heads(
+            self.safety_head if self.config.safety_head else None,
+            self.verification_head if self.config.verification_head else None,
+            (refuse, allow),
+            self.config.trust,
+        )
+
+    def parameter_count(self) -> int:
+        """Numbers that it is made of, those of gates and heads among them; tied matrices count once."""
+        return sum(one.numel() for one in self.parameters())
+
+    def checkpoint_activations(self, wanted: bool) -> None:
+        """Whether layers are computed again in the backward pass instead of keeping what they computed."""
+        model: Any = self
+        # Older transformers (for Python 3.10) know it by its older name.
+        if wanted:
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        else:
+            disable = getattr(model, "activation_checkpointing_disable", None)
+            (disable or model.gradient_checkpointing_disable)()
+
+
+@dataclass
+class SO8TOutput(CausalLMOutputWithPast):
+    """A causal-LM output with the last hidden state ``[B, T, D]`` and each layer's rotations.
+
+    ``rotations`` is ``[L, 2, N, 8, 8]``: per layer R_safe (0) and R_cmd (1), as used in this forward pass,
+    so that the regularisers do not compute them again. ``layer_states``: output of each layer asked for,
+    ``[B, T, D]``.
+    """
+
+    last_hidden_state: Tensor | None = None
+    rotations: Tensor | None = None
+    layer_states: dict[int, Tensor] | None = None

@@ -1,0 +1,321 @@
+"""A GGUF teacher's weights as those of one Llama, whatever the layout of its architecture.
+
+``llama``, ``phi3``, ``qwen2`` and ``qwen3`` files hold the same network in different ways: ``phi3`` fuses query, key
+and value as well as gate and up, ``llama`` stores query and key rows for rotary pairs (2i, 2i+1) while the others
+turn (i, i + W/2), ``qwen2`` adds biases, ``qwen3`` normalises each query and key head. Here all come out with the
+names of transformers' Llama, half-split, in float32, one layer at a time. What is anything else is refused with the
+reason: weights read in a wrong way look like weights.
+
+Letters: D width, H heads, K key/value heads, W head width, F feed-forward width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from teachers.base import Floats
+from teachers.gguf.file import GGUFFile, TeacherFileError
+
+ARCHITECTURES = ("llama", "phi3", "qwen2", "qwen3")
+MAX_COUNT = 1 << 20
+EMBEDDING, OUTPUT, OUTPUT_NORM = "token_embd.weight", "output.weight", "output_norm.weight"
+ROPE_FACTORS = {"llama": "rope_freqs.weight", "phi3": "rope_factors_short.weight"}
+# Metadata that changes what the network computes; only these values leave it a plain Llama.
+PLAIN = {
+    "expert_count": (0,),
+    "attention.causal": (True,),
+    "attention.scale": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "use_parallel_residual": (False,),
+}
+
+
+class NotALlama(TeacherFileError):
+    """A teacher whose weights cannot be read as those of a Llama; the message says what is different."""
+
+
+@dataclass(frozen=True)
+class LlamaFacts:
+    """The shape of a Llama and its constants.
+
+    ``rotary_factors`` ``[W / 2]``: what the angle of each rotary pair is divided by, as llama.cpp does within the
+    context the model was first trained for; ``rotary_scale``: what cosine and sine are multiplied by. ``tied``: the
+    output matrix is the embedding.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    feed_forward: int
+    vocab_size: int
+    rope_theta: float
+    rms_eps: float
+    tied: bool
+    rotary_factors: tuple[float, ...]
+    rotary_scale: float
+
+    @property
+    def frequencies(self) -> Floats:
+        """Angle per position of each rotary pair, in radians, ``[W / 2]``."""
+        exponents = np.arange(0, self.head_width, 2, dtype=np.float64) / self.head_width
+        return (self.rope_theta**-exponents / np.array(self.rotary_factors)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer in float32, as transformers' Llama names it (rows are outputs), rotary pairs half-split.
+
+    Biases ``[H·W]``, ``[K·W]`` and head norms ``[W]`` are ``None`` where the teacher has none.
+    """
+
+    input_norm: Floats
+    q_proj: Floats
+    k_proj: Floats
+    v_proj: Floats
+    o_proj: Floats
+    post_norm: Floats
+    gate_proj: Floats
+    up_proj: Floats
+    down_proj: Floats
+    q_bias: Floats | None = None
+    k_bias: Floats | None = None
+    v_bias: Floats | None = None
+    q_norm: Floats | None = None
+    k_norm: Floats | None = None
+
+
+def half_split(rows: Floats, heads: int) -> Floats:
+    """Reorder query or key rows ``[heads · W, …]`` from neighbouring rotary pairs to (i, i + W/2)."""
+    split = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(rows.shape)
+
+
+class LlamaWeights:
+    """The weights of the GGUF file ``file``, read when asked for."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        """Check every value and every shape; no tensor is read but the rotary factors.
+
+        Raises:
+            NotALlama: another architecture, metadata or tensors a Llama does not have, or that do not fit.
+        """
+        self.file = file
+        if file.architecture not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise self._refuse(f"its architecture is {file.architecture!r}, not one of {known}")
+        self._require_plain()
+        self.facts = self._read_facts()
+        self._require_tensors()
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def layer(self, number: int) -> LayerWeights:
+        """All weights of one layer.
+
+        Raises:
+            TeacherFileError: a tensor is not finite, or of a type that cannot be read.
+        """
+        facts, phi = self.facts, self.file.architecture == "phi3"
+        get = {name: self._read(f"blk.{number}.{name}") for name in self._layer_tensors()}
+        if phi:
+            qkv, gate_up = get.pop("attn_qkv.weight"), get.pop("ffn_up.weight")
+            assert qkv is not None and gate_up is not None
+            queries, keys = facts.heads * facts.head_width, facts.kv_heads * facts.head_width
+            parts = np.split(qkv, (queries, queries + keys))
+            get |= {f"attn_{name}.weight": part for name, part in zip("qkv", parts, strict=True)}
+            get["ffn_gate.weight"], get["ffn_up.weight"] = np.split(gate_up, 2)
+        if self.file.architecture == "llama":
+            for name, heads in (("attn_q", facts.heads), ("attn_k", facts.kv_heads)):
+                for part in (f"{name}.weight", f"{name}.bias"):
+                    rows = get.get(part)
+                    get[part] = None if rows is None else half_split(rows, heads)
+        ours = {
+            ours: get.get(theirs)
+            for theirs, ours in (
+                ("attn_norm.weight", "input_norm"),
+                ("attn_q.weight", "q_proj"),
+                ("attn_k.weight", "k_proj"),
+                ("attn_v.weight", "v_proj"),
+                ("attn_output.weight", "o_proj"),
+                ("ffn_norm.weight", "post_norm"),
+                ("ffn_gate.weight", "gate_proj"),
+                ("ffn_up.weight", "up_proj"),
+                ("ffn_down.weight", "down_proj"),
+                ("attn_q.bias", "q_bias"),
+                ("attn_k.bias", "k_bias"),
+                ("attn_v.bias", "v_bias"),
+                ("attn_q_norm.weight", "q_norm"),
+                ("attn_k_norm.weight", "k_norm"),
+            )
+        }
+        return LayerWeights(**ours)  # type: ignore[arg-type]
+
+    def embedding_rows(self, start: int, stop: int) -> Floats:
+        """Rows of the token embedding, ``[stop − start, D]``."""
+        return self._finite(EMBEDDING, self.file.rows(EMBEDDING, start, stop))
+
+    def output_rows(self, start: int, stop: int) -> Floats:
+        """Rows of the output matrix, ``[stop − start, D]``; the embedding's where the two are tied."""
+        name = EMBEDDING if self.facts.tied else OUTPUT
+        return self._finite(name, self.file.rows(name, start, stop))
+
+    def final_norm(self) -> Floats:
+        """Gain of the norm before the output matrix, ``[D]``."""
+        gain = self._read(OUTPUT_NORM)
+        assert gain is not None
+        return gain
+
+    def _read(self, name: str) -> Floats | None:
+        """A tensor in float32, or nothing where it may be absent and is."""
+        if name not in self.file.tensors:
+            return None
+        return self._finite(name, self.file.tensor(name))
+
+    def _finite(self, name: str, values: Floats) -> Floats:
+        if not np.isfinite(values).all():
+            raise TeacherFileError(
+                f"{self.file.path}: tensor {name!r} has values that are not finite; download or convert it again"
+            )
+        return values
+
+    # -- checking ------------------------------------------------------------------------------------------------
+
+    def _refuse(self, reason: str) -> NotALlama:
+        return NotALlama(f"{self.file.path} cannot be read as a Llama: {reason}")
+
+    def _require_plain(self) -> None:
+        for key, allowed in PLAIN.items():
+            value = self.file.value(f"{self.file.architecture}.{key}", allowed[0])
+            if value not in allowed:
+                raise self._refuse(f"{self.file.architecture}.{key} is {value!r}")
+        scaling = self.file.value(f"{self.file.architecture}.rope.scaling.type", "linear")
+        if scaling not in ("none", "linear", "longrope"):
+            raise self._refuse(f"its rotary embedding is scaled by {scaling!r}")
+        for key in ("rope.scaling.factor", "rope.scale_linear"):
+            factor = self.file.value(f"{self.file.architecture}.{key}", 0.0)
+            if scaling != "none" and factor not in (0.0, 1.0):
+                raise self._refuse(f"its rotary embedding is scaled, {key} = {factor!r}")
+
+    def _read_facts(self) -> LlamaFacts:
+        embedding, heads = self.file.tensors[EMBEDDING].shape, self._count("attention.head_count")
+        width = self._count("embedding_length")
+        if embedding[1] != width:
+            raise self._refuse(f"embedding_length is {width}, the embedding has {embedding[1]} columns")
+        head_width = self._count("attention.key_length", width // heads)
+        if self._count("attention.value_length", head_width) != head_width:
+            raise self._refuse("keys and values differ in width")
+        turned = self._count("rope.dimension_count", head_width)
+        if turned != head_width or head_width % 2:
+            raise self._refuse(f"its rotary embedding turns {turned} of {head_width} dimensions of a head")
+        kv_heads = self._count("attention.head_count_kv", heads)
+        if heads % kv_heads:
+            raise self._refuse(f"{heads} query heads do not divide among {kv_heads} key/value heads")
+        return LlamaFacts(
+            width=width,
+            layers=self._count("block_count"),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_width=head_width,
+            feed_forward=self._count("feed_forward_length"),
+            vocab_size=embedding[0],
+            rope_theta=self._number("rope.freq_base", 1.0, 1e12, 10000.0),
+            rms_eps=self._number("attention.layer_norm_rms_epsilon", 0.0, 0.1),
+            tied=OUTPUT not in self.file.tensors,
+            rotary_factors=self._rotary_factors(head_width // 2),
+            rotary_scale=self._number("rope.scaling.attn_factor", 1e-3, 1e3, 1.0),
+        )
+
+    def _rotary_factors(self, pairs: int) -> tuple[float, ...]:
+        name = ROPE_FACTORS.get(self.file.architecture, "")
+        if name not in self.file.tensors:
+            return (1.0,) * pairs
+        self._require_shape(name, (pairs,))
+        factors = self.file.tensor(name)
+        if not (np.isfinite(factors).all() and (factors > 0).all()):
+            raise self._refuse(f"{name} has values that are no divisors of an angle")
+        return tuple(factors.tolist())
+
+    def _count(self, key: str, default: int | None = None) -> int:
+        value: Any = self.file.value(f"{self.file.architecture}.{key}", default)
+        if type(value) is not int or not 1 <= value <= MAX_COUNT:
+            raise self._refuse(f"{self.file.architecture}.{key} is {_short(value)}")
+        return value
+
+    def _number(self, key: str, least: float, most: float, default: float | None = None) -> float:
+        value: Any = self.file.value(f"{self.file.architecture}.{key}", default)
+        if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
+            raise self._refuse(f"{self.file.architecture}.{key} is {_short(value)}")
+        return float(value)
+
+    def _layer_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that a layer can have; biases may be absent."""
+        facts, kind = self.facts, self.file.architecture
+        width, forward = facts.width, facts.feed_forward
+        queries, keys = facts.heads * facts.head_width, facts.kv_heads * facts.head_width
+        found: dict[str, tuple[int, ...]] = {
+            "attn_norm.weight": (width,),
+            "attn_output.weight": (width, queries),
+            "ffn_norm.weight": (width,),
+            "ffn_down.weight": (width, forward),
+        }
+        if kind == "phi3":
+            return found | {
+                "attn_qkv.weight": (queries + 2 * keys, width),
+                "ffn_up.weight": (2 * forward, width),
+            }
+        found |= {"ffn_gate.weight": (forward, width), "ffn_up.weight": (forward, width)}
+        for name, rows in (("q", queries), ("k", keys), ("v", keys)):
+            found[f"attn_{name}.weight"] = (rows, width)
+            if kind != "qwen3":
+                found[f"attn_{name}.bias"] = (rows,)
+        if kind == "qwen3":
+            found |= {"attn_q_norm.weight": (facts.head_width,), "attn_k_norm.weight": (facts.head_width,)}
+        return found
+
+    def _require_tensors(self) -> None:
+        """Every tensor there has to be is there with its shape, and no other."""
+        facts = self.facts
+        expected: dict[str, tuple[int, ...]] = {
+            EMBEDDING: (facts.vocab_size, facts.width),
+            OUTPUT_NORM: (facts.width,),
+            OUTPUT: (facts.vocab_size, facts.width),
+        }
+        if self.file.architecture in ROPE_FACTORS:
+            expected[ROPE_FACTORS[self.file.architecture]] = (facts.head_width // 2,)
+        if self.file.architecture == "phi3":
+            expected["rope_factors_long.weight"] = (facts.head_width // 2,)
+        optional = {OUTPUT, "rope_factors_long.weight", *ROPE_FACTORS.values()}
+        for number in range(facts.layers):
+            if f"blk.{number}.attn_norm.weight" not in self.file.tensors:  # before a million names are made
+                raise self._refuse(f"tensor 'blk.{number}.attn_norm.weight' is missing")
+            expected |= {f"blk.{number}.{name}": shape for name, shape in self._layer_tensors().items()}
+        for name, shape in expected.items():
+            if name in self.file.tensors:
+                self._require_shape(name, shape)
+            elif name not in optional and not name.endswith(".bias"):
+                raise self._refuse(f"tensor {name!r} is missing")
+        if unknown := sorted(self.file.tensors.keys() - expected.keys()):
+            raise self._refuse(f"it has {len(unknown)} tensors that a Llama has not, such as {unknown[0]!r}")
+
+    def _require_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        found = self.file.tensors[name].shape
+        if found != shape:
+            raise self._refuse(f"tensor {name!r} has the shape {found} where {shape} is needed")
+
+
+def _short(value: object) -> str:
+    """A value from an untrusted file, short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,225 @@
+"""A loaded transformers model, asked for what a recipe needs: logits, final states, outputs of chosen layers.
+
+Letters: B sequences of one forward pass, T fed tokens of the longest, N positions of all, V vocabulary,
+D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from teachers.base import Floats, Tokens
+from teachers.targets.stored_arrays import Answer
+
+HEAD_ROWS = 8192  # of the output matrix, in float32 together
+PADDING = 0  # any token: its place is masked, and no position before it sees it
+# Settings by which architectures change logits after the output matrix; None and 1 leave them alone.
+LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
+PROBE_TOKENS = 8  # of the text on which a model is tried
+PROBE_ERROR = 1e-3  # of the largest logit: what is more is no rounding
+
+
+class FloatHead(nn.Module):
+    """An output layer computed in float32: in bfloat16 a logit of 20 would be rounded to eighths."""
+
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        self.weight, self.bias = head.weight, head.bias
+        self.out_features: int = head.out_features
+
+    def forward(self, states: Tensor) -> Tensor:
+        """``[..., D]`` → ``[..., V]``, float32."""
+        states = states.float()
+        logits = states.new_empty(*states.shape[:-1], self.out_features)
+        for start in range(0, self.out_features, HEAD_ROWS):
+            rows = self.weight[start : start + HEAD_ROWS].float()
+            logits[..., start : start + len(rows)] = states @ rows.T
+        return logits if self.bias is None else logits.add_(self.bias.float())
+
+
+class LoadedModel:
+    """A causal language model and its parts."""
+
+    def __init__(self, model: Any) -> None:
+        """Find the parts.
+
+        Raises:
+            ValueError: the model sees tokens to come.
+        """
+        self.model = model
+        self.config = model.config.get_text_config()
+        self.head: Any = model.get_output_embeddings()
+        if self.head.weight.dtype in (torch.bfloat16, torch.float16):
+            self.head = FloatHead(self.head)
+            model.set_output_embeddings(self.head)
+        self.vocab_size = int(self.head.out_features)
+        self.layers = _decoder_layers(model, self.config.num_hidden_layers)
+        self._is_matrix = False
+        self._require_causal()
+
+    def _require_causal(self) -> None:
+        """An encoder loads as if it were a causal model; its answers would know what they are to predict."""
+        probe = np.arange(PROBE_TOKENS + 1, dtype=np.int32) % self.vocab_size
+        other = probe.copy()
+        other[-2] = (other[-2] + 1) % self.vocab_size  # the last token that is fed
+        logits = self.answer([probe, other], logits=True, states=False).logits
+        assert logits is not None
+        one, two = logits.view(2, PROBE_TOKENS, -1)[:, :-1]
+        if float((one - two).abs().max()) > PROBE_ERROR * float(one.abs().max()):
+            raise ValueError(
+                f"a {self.model.config.model_type} model with this configuration sees tokens to come; give one that "
+                "predicts the next token from those before it"
+            )
+
+    def answer(
+        self, batch: Sequence[Tokens], *, logits: bool, states: bool, layers: Sequence[int] = ()
+    ) -> Answer:
+        """What the model says about every position of ``batch`` (each with at least two tokens), in order.
+
+        Without ``logits`` the output layer is not computed.
+
+        Raises:
+            ValueError: a layer that does not exist.
+        """
+        for layer in layers:
+            if not 0 <= layer < len(self.layers):
+                raise ValueError(
+                    f"layer {layer} does not exist; the teacher's are 0 to {len(self.layers) - 1}"
+                )
+        tokens, mask = _right_padded(batch)
+        given = {"input_ids": tokens.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+        real = given["attention_mask"].bool()
+        with torch.no_grad(), self._listening(layers, final=states and logits) as heard:
+            if logits:
+                said = self.model(**given, use_cache=False).logits
+            else:
+                heard["final"] = self.model.base_model(**given, use_cache=False).last_hidden_state
+        return Answer(
+            logits=_positions(said, real) if logits else None,
+            states=_positions(heard["final"], real) if states else None,
+            layers={layer: _positions(heard[f"layer{layer}"], real) for layer in layers},
+        )
+
+    @contextmanager
+    def _listening(self, layers: Sequence[int], *, final: bool) -> Iterator[dict[str, Tensor]]:
+        """Keep what chosen layers put out, before the final norm, and what the output layer is given."""
+        heard: dict[str, Tensor] = {}
+
+        def keep_output(name: str) -> Any:
+            def hook(module: nn.Module, given: Any, output: Any) -> None:
+                heard[name] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        def keep_input(module: nn.Module, given: Any) -> None:
+            heard["final"] = given[0]
+
+        handles = [self.layers[layer].register_forward_hook(keep_output(f"layer{layer}")) for layer in layers]
+        if final:
+            handles.append(self.head.register_forward_pre_hook(keep_input))
+        try:
+            yield heard
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def output_rows(self, start: int, stop: int) -> Floats:
+        """Rows of the output matrix, float32 ``[stop − start, D]``.
+
+        Raises:
+            ValueError: logits are more than final states times a matrix.
+        """
+        if not self._is_matrix:
+            self._require_matrix()
+            self._is_matrix = True
+        return self._output_rows(start, stop)
+
+    def _output_rows(self, start: int, stop: int) -> Floats:
+        rows: Floats = self.head.weight[start:stop].float().cpu().numpy()
+        return rows
+
+    def _require_matrix(self) -> None:
+        reasons = {
+            name: value
+            for name in LOGIT_CHANGES
+            if (value := getattr(self.config, name, None)) is not None and value != 1
+        }
+        if getattr(self.head, "bias", None) is not None:
+            reasons["bias"] = "of the output layer"
+        if not self.head.weight.is_floating_point():
+            reasons["quantised output layer"] = self.head.weight.dtype
+        if not reasons:
+            reasons = self._unexplained()
+        if reasons:
+            what = ", ".join(f"{name} {value}" for name, value in reasons.items())
+            raise ValueError(
+                f"its logits are more than hidden states times a matrix ({what}); use --targets compact --set "
+                "targets.sketch_bytes=0, or --targets dense"
+            )
+
+    def _unexplained(self) -> dict[str, Any]:
+        """Compare logits with the product on a few tokens: no list of settings is ever complete."""
+        probe = [np.arange(PROBE_TOKENS + 1, dtype=np.int32) % self.vocab_size]
+        found = self.answer(probe, logits=True, states=True)
+        assert found.logits is not None and found.states is not None
+        rows = torch.from_numpy(self._output_rows(0, min(HEAD_ROWS, self.vocab_size)))
+        product = found.states @ rows.T
+        wanted = found.logits[:, : len(rows)]
+        error = float((product - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
+        return {"relative difference": f"{error:.1e}"} if error > PROBE_ERROR else {}
+
+
+def _decoder_layers(model: Any, count: int) -> list[nn.Module]:
+    """The decoder's layers in order; empty where they cannot be told."""
+    for module in model.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return list(module)
+    return []
+
+
+def _right_padded(batch: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
+    """All tokens but each sequence's last, and their mask, both int64 ``[B, T]``."""
+    longest = max(len(tokens) for tokens in batch) - 1
+    ids = torch.full((len(batch), longest), PADDING, dtype=torch.int64)
+    mask = torch.zeros(len(batch), longest, dtype=torch.int64)
+    for row, tokens in enumerate(batch):
+        ids[row, : len(tokens) - 1] = torch.from_numpy(np.asarray(tokens[:-1], dtype=np.int64))
+        mask[row, : len(tokens) - 1] = 1
+    return ids, mask
+
+
+def _positions(values: Tensor, real: Tensor) -> Tensor:
+    """The rows ``[N, X]`` of ``[B, T, X]`` that are not padding, float32 on the CPU."""
+    return values[real].float().cpu()
+
+
+def batches(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Numbers of sequences that share a forward pass, the longest first: at most ``room`` tokens padded."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= room:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def require_finite(values: Tensor, *, excluded: bool = False) -> Tensor:
+    """``values``, which must be finite; ``excluded`` tokens may have a logit of −∞."""
+    broken = torch.isnan(values) | torch.isposinf(values) if excluded else ~torch.isfinite(values)
+    if bool(broken.any()):
+        raise ValueError("the teacher's answer is not finite; its weights are damaged")
+    return values

@@ -1,0 +1,312 @@
+"""A transformers checkpoint folder as a ``Teacher``: on the GPU in bfloat16 where there is one, else float32.
+
+Letters: N positions over all sequences (a sequence of n tokens has n − 1: its last token is never fed), V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+
+from teachers.base import Floats, Progress, Sampling, TeacherInfo, TeacherShape, Tokens, speak_then_score
+from teachers.errors import RequestRefused, TeacherError
+from teachers.gguf.file import TeacherFileError
+from teachers.huggingface.checkpoint import load_model, load_tokenizer
+from teachers.huggingface.folder import TOKENIZER, ModelFolder, check_folder
+from teachers.huggingface.generation import Decoder, SpeechError, speak
+from teachers.huggingface.model import LoadedModel, batches, require_finite
+from teachers.targets.distributions import Arrays
+from teachers.targets.recipe import Recipe
+from teachers.targets.state_codec import Basis
+from teachers.targets.stored_arrays import reduce
+
+BATCH_TOKENS = 2048  # of one forward pass, padding included
+LOGITS_BYTES = 256 << 20  # one pass's logits stay below this (one sequence always fits)
+UNLIMITED = 1 << 20  # context length of a model that states none
+_ANCHOR = "a"
+
+
+def _quiet(done: int) -> None:
+    """Progress that nobody watches."""
+
+
+def _shape(config: Any) -> TeacherShape:
+    """What a model's configuration says of its layers' shape, by the names that Llama-like models give it."""
+    heads = getattr(config, "num_attention_heads", None)
+    even = config.hidden_size // heads if type(heads) is int and heads > 0 else None
+    rotary = getattr(config, "rope_parameters", None)
+    return TeacherShape.believed(
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_width=getattr(config, "head_dim", None) or even,
+        ffn_width=getattr(config, "intermediate_size", None),
+        rope_theta=rotary.get("rope_theta") if isinstance(rotary, dict) else None,
+        rms_norm_eps=getattr(config, "rms_norm_eps", None),
+    )
+
+
+class HuggingFaceTeacher:
+    """Runs a local transformers checkpoint. Use as a context manager."""
+
+    def __init__(self, path: Path, *, load_in_4bit: bool = False) -> None:
+        """Check the folder's files, then load them; ``load_in_4bit`` rounds the model to NF4 (bitsandbytes).
+
+        Raises:
+            TeacherFileError: the folder cannot be used; the message says why and what to do.
+        """
+        self.folder: ModelFolder = check_folder(path)
+        self.load_in_4bit = load_in_4bit
+        device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model = load_model(self.folder, device, dtype, load_in_4bit=load_in_4bit)
+        try:
+            self._loaded: LoadedModel | None = LoadedModel(model)
+        except ValueError as error:
+            raise TeacherFileError(f"{self.folder.path}: {error}") from None
+        self._tokenizer: Any = load_tokenizer(self.folder, self._model.vocab_size)
+        self.info = self._info()
+
+    @property
+    def _model(self) -> LoadedModel:
+        if self._loaded is None:
+            raise TeacherError(f"{self.folder.path}: this teacher was closed")
+        return self._loaded
+
+    def _info(self) -> TeacherInfo:
+        model, config, tokenizer = self._model.model, self._model.config, self._tokenizer
+        bos, eos, end_tokens = self._special_tokens()
+        template = tokenizer.chat_template
+        if isinstance(template, dict):  # several, by purpose
+            template = template.get("default")
+        begun = tokenizer.backend_tokenizer.encode(_ANCHOR, add_special_tokens=True).ids
+        digest = hashlib.sha256((self.folder.path / TOKENIZER).read_bytes())
+        digest.update(repr((template, bos, eos, end_tokens, begun)).encode("utf-8", errors="surrogatepass"))
+        return TeacherInfo(
+            name=self.folder.path.resolve().name,
+            architecture=model.config.model_type,
+            parameters=model.num_parameters(),
+            file_bytes=self.folder.weight_bytes,
+            vocab_size=self._model.vocab_size,
+            width=config.hidden_size,
+            layers=config.num_hidden_layers,
+            context_length=getattr(config, "max_position_embeddings", None) or UNLIMITED,
+            bos=bos,
+            eos=eos,
+            end_tokens=end_tokens,
+            add_bos=bos is not None and begun[:1] == [bos],
+            chat_template=template,
+            sha256=self.folder.sha256(load_in_4bit=self.load_in_4bit),
+            tokenizer_sha256=digest.hexdigest(),
+            shape=_shape(config),
+        )
+
+    def _special_tokens(self) -> tuple[int | None, int | None, tuple[int, ...]]:
+        """BOS, EOS, and all tokens that end a turn: the tokenizer's words, then ``generation_config.json``."""
+        generation, tokenizer = self._model.model.generation_config, self._tokenizer
+        stops = generation.eos_token_id
+        ends: list[int] = [] if stops is None else (stops if isinstance(stops, list) else [stops])
+        bos = generation.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        eos = next(iter(ends), None) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        end_tokens = tuple(sorted({*ends, *([] if eos is None else [eos])}))
+        for token in (*end_tokens, *([] if bos is None else [bos])):
+            if not 0 <= token < self._model.vocab_size:
+                raise TeacherFileError(
+                    f"{self.folder.path}: special token {token} is outside the vocabulary of "
+                    f"{self._model.vocab_size}; correct generation_config.json or tokenizer_config.json"
+                )
+        return bos, eos, end_tokens
+
+    def __enter__(self) -> HuggingFaceTeacher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """See ``Teacher.close``."""
+        self._loaded = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # -- text -----------------------------------------------------------------------------------------
+
+    def tokenize(self, texts: Sequence[str], *, add_special: bool, parse_special: bool) -> list[Tokens]:
+        """See ``Teacher.tokenize``."""
+        backend = self._tokenizer.backend_tokenizer
+        backend.encode_special_tokens = not parse_special
+        # A lone surrogate, which no tokenizer knows, becomes a question mark.
+        clean = [text.encode("utf-8", errors="replace").decode("utf-8") for text in texts]
+        encoded = backend.encode_batch(clean, add_special_tokens=add_special)
+        return [np.array(one.ids, dtype=np.int32) for one in encoded]
+
+    def detokenize(self, sequences: Sequence[Tokens]) -> list[str]:
+        """See ``Teacher.detokenize``."""
+        backend = self._tokenizer.backend_tokenizer
+        # Many decoders strip a text's first space, which may be the first token's own. So every sequence is
+        # decoded behind a letter, and the letter taken off.
+        anchor = backend.encode(_ANCHOR, add_special_tokens=False).ids
+        before = len(backend.decode(anchor, skip_special_tokens=False))
+        anchored = [[*anchor, *tokens.tolist()] for tokens in sequences]
+        return [text[before:] for text in backend.decode_batch(anchored, skip_special_tokens=False)]
+
+    def speak(
+        self,
+        requests: Sequence[Sequence[Tokens]],
+        sampling: Sampling,
+        *,
+        first_index: int = 0,
+        progress: Progress = _quiet,
+    ) -> list[Tokens]:
+        """See ``Teacher.speak``."""
+        ends = self.info.end_tokens
+        try:
+            return speak(
+                self._model.model,
+                requests,
+                sampling,
+                first_index=first_index,
+                end_tokens=ends,
+                progress=progress,
+            )
+        except SpeechError as error:
+            raise TeacherError(f"{self.folder.path}: {error}") from None
+
+    @property
+    def runtime(self) -> str:
+        """See ``Teacher.runtime``."""
+        return f"transformers {version('transformers')}, torch {version('torch')}, {torch.get_num_threads()} threads"
+
+    def memory(self) -> int:
+        """See ``Teacher.memory``; the teacher shares this process."""
+        return int(psutil.Process().memory_info().rss)
+
+    def speak_and_score(
+        self,
+        requests: Sequence[Sequence[Tokens]],
+        sampling: Sampling,
+        recipe: Recipe,
+        bases: Mapping[str, Basis],
+        *,
+        first_index: int = 0,
+        progress: Progress = _quiet,
+    ) -> tuple[list[Tokens], Arrays]:
+        """See ``Teacher.speak_and_score``; in two passes."""
+        return speak_then_score(
+            self, requests, sampling, recipe, bases, first_index=first_index, progress=progress
+        )
+
+    # -- answers --------------------------------------------------------------------------------------
+
+    def score(
+        self,
+        sequences: Sequence[Tokens],
+        recipe: Recipe,
+        bases: Mapping[str, Basis],
+        progress: Progress = _quiet,
+    ) -> Arrays:
+        """See ``Teacher.score``."""
+
+        def arrays(batch: list[Tokens]) -> Arrays:
+            answer = self._model.answer(
+                batch, logits=recipe.needs_logits, states=recipe.needs_states, layers=recipe.layers
+            )
+            return reduce(answer, recipe, bases)
+
+        return self._rows(sequences, arrays, progress)
+
+    def states(self, sequences: Sequence[Tokens], layers: Sequence[int] = ()) -> Mapping[str, Floats]:
+        """See ``Teacher.states``."""
+
+        def arrays(batch: list[Tokens]) -> Arrays:
+            answer = self._model.answer(batch, logits=False, states=True, layers=layers)
+            assert answer.states is not None and answer.layers is not None
+            named = {"final": answer.states, **{f"layer{layer}": answer.layers[layer] for layer in layers}}
+            return {name: require_finite(values).numpy() for name, values in named.items()}
+
+        found = self._rows(sequences, arrays, _quiet)
+        return {name: values.astype(np.float32, copy=False) for name, values in found.items()}
+
+    def logits(self, sequences: Sequence[Tokens], *, exact: bool = False) -> NDArray[np.float32]:
+        """See ``Teacher.logits``; they are always as exact as this model computes."""
+
+        def arrays(batch: list[Tokens]) -> Arrays:
+            answer = self._model.answer(batch, logits=True, states=False)
+            assert answer.logits is not None
+            return {"logits": require_finite(answer.logits, excluded=True).numpy()}
+
+        return self._rows(sequences, arrays, _quiet)["logits"].astype(np.float32, copy=False)
+
+    def output_rows(self, start: int, stop: int) -> Floats:
+        """See ``Teacher.output_rows``."""
+        try:
+            return self._model.output_rows(start, stop)
+        except ValueError as error:
+            raise RequestRefused(str(self.folder.path), str(error)) from None
+
+    def _rows(
+        self, sequences: Sequence[Tokens], work: Callable[[list[Tokens]], Arrays], progress: Progress
+    ) -> Arrays:
+        """``work`` on batches of like length; its rows of all sequences, ``[N, …]``, in their order."""
+        for number, tokens in enumerate(sequences):
+            self._check(number, tokens)
+        lengths = [len(tokens) - 1 for tokens in sequences]
+        starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+        result: Arrays = {}
+        done = 0
+        room = min(BATCH_TOKENS, LOGITS_BYTES // (4 * self._model.vocab_size))
+        for batch in batches(lengths, room):
+            try:
+                arrays = work([sequences[index] for index in batch])
+            except ValueError as error:
+                raise TeacherError(f"{self.folder.path}: {error}") from None
+            taken = 0
+            for index in batch:
+                for name, values in arrays.items():
+                    if name not in result:
+                        result[name] = np.empty((int(starts[-1]), *values.shape[1:]), values.dtype)
+                    part = values[taken : taken + lengths[index]]
+                    result[name][starts[index] : starts[index + 1]] = part
+                taken += lengths[index]
+            done += taken
+            progress(done)
+        return result
+
+    def _check(self, number: int, tokens: Tokens) -> None:
+        if len(tokens) < 2:
+            raise TeacherError(
+                f"{self.folder.path}: sequence {number} has {len(tokens)} tokens, needs at least 2"
+            )
+        if len(tokens) - 1 > self.info.context_length:
+            raise TeacherError(
+                f"{self.folder.path}: sequence {number} has {len(tokens)} tokens, more than the context of "
+                f"{self.info.context_length}; make sequences shorter"
+            )
+        if tokens.min() < 0 or tokens.max() >= self.info.vocab_size:
+            raise TeacherError(
+                f"{self.folder.path}: sequence {number} has tokens from {tokens.min()} to {tokens.max()}, the "
+                f"vocabulary is 0 to {self.info.vocab_size - 1}; were they made with this teacher's tokenizer?"
+            )
+
+    def speed(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
+        """See ``Teacher.speed``."""
+        first = 0 if self.info.bos is None else self.info.bos
+        prompt = torch.full((1, prompt_tokens), first, dtype=torch.int64)
+        Decoder(self._model.model).feed(prompt[:, :1], torch.ones_like(prompt[:, :1]))  # allocates; not timed
+        decoder = Decoder(self._model.model)
+        begin = time.perf_counter()
+        row = decoder.feed(prompt, torch.ones_like(prompt))
+        middle = time.perf_counter()
+        for _ in range(new_tokens):
+            row = decoder.feed(torch.tensor([[int(row[0].argmax())]]), torch.ones(1, 1, dtype=torch.int64))
+        end = time.perf_counter()
+        return prompt_tokens / (middle - begin), new_tokens / (end - middle)

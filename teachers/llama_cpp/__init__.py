@@ -1,0 +1,1 @@
+"""The GGUF teacher: llama.cpp in a child process."""

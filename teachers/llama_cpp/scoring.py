@@ -1,0 +1,226 @@
+"""Scoring many sequences in the worker: lanes, batches of like length, rows back in order.
+
+Runs inside the worker process; PyTorch, which takes a second to load, comes only with what needs it. Letters: N rows
+over all sequences, in order.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teachers.llama_cpp.context import CACHE_STEP, ContextShape, LlamaContext, Outputs
+from teachers.llama_cpp.wire import Arrays
+
+if TYPE_CHECKING:
+    from teachers.targets.stored_arrays import Answer
+
+
+Tokens = NDArray[np.int32]
+Reduce = Callable[[Outputs], Arrays]
+
+SHARED_TOKENS = 32  # a common beginning this long is decoded once and copied
+LIKE_LENGTH = 0.9  # sequences at least this part of the longest are filled up and decoded with it
+
+
+def common_prefix(sequences: Sequence[Tokens]) -> int:
+    """How many tokens all sequences begin with, where that is worth sharing, else 0.
+
+    At least one further token of each is left to decode.
+    """
+    first = sequences[0]
+    count = min(len(tokens) for tokens in sequences) - 2
+    for tokens in sequences[1:]:
+        if count < SHARED_TOKENS:
+            return 0
+        differing = np.flatnonzero(first[:count] != tokens[:count])
+        count = int(differing[0]) if len(differing) else count
+    return count if count >= SHARED_TOKENS and len(sequences) > 1 else 0
+
+
+def _real(outputs: Outputs, counts: NDArray[np.int64], size: int) -> Outputs:
+    """Drop the rows of the tokens that only filled a sequence up to ``size``: ``counts`` are real."""
+    if bool((counts == size).all()):
+        return outputs
+    real = np.concatenate([np.arange(count) + place * size for place, count in enumerate(counts)])
+    return Outputs(
+        None if outputs.logits is None else outputs.logits[real],
+        None if outputs.states is None else outputs.states[real],
+        {layer: values[real] for layer, values in outputs.layers.items()},
+    )
+
+
+def groups_of_like_length(lengths: NDArray[np.int64], batch_tokens: int, parallel: int) -> list[list[int]]:
+    """Divide sequences into groups that fill a batch, longest first, with little filling up.
+
+    Each group has at most ``parallel`` sequences, and its size times its longest is at most ``batch_tokens``
+    (a longer sequence is a group of its own).
+    """
+    groups: list[list[int]] = []
+    longest = 0
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[index])
+        room = groups and len(groups[-1]) < parallel and (len(groups[-1]) + 1) * longest <= batch_tokens
+        if room and length >= LIKE_LENGTH * longest:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+            longest = length
+    return groups
+
+
+class Lanes(Protocol):
+    """What scoring needs of the worker's server."""
+
+    model: Any
+
+    def lanes_of(self, count: int) -> list[LlamaContext]:
+        """So many contexts on the model."""
+        ...
+
+    def report(self, more: int) -> None:
+        """Tell the parent that ``more`` rows are done."""
+        ...
+
+
+class Scorer:
+    """Rows of every sequence, reduced batch by batch while the other lanes decode.
+
+    A sequence of n tokens has n − 1 rows (what follows its last token is not known). Sequences of like length
+    are decoded together, shorter ones filled up; which are together depends on their lengths alone, so the rows
+    do not depend on which lane happens to be free.
+    """
+
+    def __init__(self, sequences: Sequence[Tokens], shape: ContextShape, last: int | None = None) -> None:
+        """``shape``: what is wanted of each token (its numbers of sequences and tokens are chosen here).
+
+        ``last``: keep no more than so many rows of each sequence, those at its end; batches and rows are the same.
+        """
+        self.sequences = sequences
+        self.lengths = np.array([len(tokens) - 1 for tokens in sequences], dtype=np.int64)
+        kept = self.lengths if last is None else np.minimum(self.lengths, last)
+        self.dropped = self.lengths - kept
+        self.starts = np.concatenate(([0], np.cumsum(kept)))
+        self.shape = shape
+        self.prefix = common_prefix(sequences)
+        self.result: Arrays = {}
+
+    def run(self, server: Lanes, reduce: Reduce) -> Arrays:
+        """The reduced arrays of all kept rows, ``[N, …]``, in the sequences' order. ``reduce`` is called in the lanes'
+        threads and may return views of what it gets: they are copied."""
+        lanes = server.lanes_of(server.model.score_lanes)
+        shape, groups = self._planned(lanes[0])
+        waiting = iter(groups)
+        taking = threading.Lock()
+
+        def work(lane: LlamaContext) -> None:
+            lane.prepare(shape)
+            for start, outputs in self._shared_beginning(lane, shape.sequences - 1):
+                if lane is lanes[0]:
+                    arrays = reduce(outputs)
+                    for index in range(len(self.sequences)):
+                        self._put(index, start, arrays, slice(None))
+            while True:
+                with taking:
+                    group = next(waiting, None)
+                if group is None:
+                    return
+                for slot in range(len(group)):
+                    lane.begin(slot, shape.sequences - 1 if self.prefix else None)
+                for start, outputs in self._decoded(lane, group):
+                    self._place(group, start, reduce(outputs))
+                server.report(int(self.lengths[group].sum()))
+
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            list(pool.map(work, lanes))
+        return self.result
+
+    def _planned(self, lane: LlamaContext) -> tuple[ContextShape, list[list[int]]]:
+        """The context's shape and which sequences are decoded together."""
+        own = self.lengths - self.prefix
+        longest = int(self.lengths.max())
+        unlimited = groups_of_like_length(own, lane.batch_tokens, len(own))
+        exact = self.shape.exact or lane.model.prefers_exact
+        extra = int(self.prefix > 0)  # the slot that keeps the shared beginning
+        wanted = max(len(group) for group in unlimited) + extra
+        parallel = max(1, lane.parallel(wanted, longest, exact=exact) - extra)
+        groups = groups_of_like_length(own, lane.batch_tokens, parallel)
+        tokens = -(-longest // CACHE_STEP) * CACHE_STEP
+        return replace(self.shape, sequences=parallel + extra, tokens=tokens, exact=exact), groups
+
+    def _shared_beginning(self, lane: LlamaContext, slot: int) -> Iterator[tuple[int, Outputs]]:
+        """Decode what all sequences begin with, once, into a slot of its own; yields rows as ``_decoded`` does."""
+        tokens = self.sequences[0][: self.prefix]
+        for start in range(0, self.prefix, lane.batch_tokens):
+            piece = tokens[start : start + lane.batch_tokens]
+            positions = np.arange(start, start + len(piece), dtype=np.int32)
+            slots = np.full(len(piece), slot, dtype=np.int32)
+            yield start, lane.decode(piece, positions, slots, np.ones(len(piece), dtype=np.bool_))
+
+    def _decoded(self, lane: LlamaContext, group: list[int]) -> Iterator[tuple[int, Outputs]]:
+        """Decode a group; yields rows and the position in its sequences at which they start."""
+        own = self.lengths[group] - self.prefix
+        size = int(own.max())
+        step = size if size <= lane.batch_tokens else lane.batch_tokens  # only a group of one is longer
+        grid = np.zeros((len(group), size), dtype=np.int32)
+        for row, index in enumerate(group):
+            grid[row, : own[row]] = self.sequences[index][self.prefix : -1]
+        for start in range(0, size, step):
+            piece = grid[:, start : start + step]
+            begin = self.prefix + start
+            positions = np.tile(np.arange(begin, begin + piece.shape[1], dtype=np.int32), len(group))
+            slots = np.repeat(np.arange(len(group), dtype=np.int32), piece.shape[1])
+            outputs = lane.decode(piece.reshape(-1), positions, slots, np.ones(piece.size, dtype=np.bool_))
+            yield begin, outputs if len(group) == 1 else _real(outputs, own, size)
+
+    def _place(self, group: list[int], start: int, arrays: Arrays) -> None:
+        """Put a group's rows where they belong; a group of one may come in several pieces."""
+        if len(group) == 1:
+            return self._put(group[0], start, arrays, slice(None))
+        taken = 0
+        for index in group:
+            count = int(self.lengths[index]) - start
+            self._put(index, start, arrays, slice(taken, taken + count))
+            taken += count
+        return None
+
+    def _put(self, index: int, start: int, arrays: Arrays, rows: slice) -> None:
+        """Place some rows of a sequence, from its row ``start`` on; the first of an array makes room for all."""
+        dropped = int(self.dropped[index])
+        begin = int(self.starts[index]) + max(0, start - dropped)
+        for name, values in arrays.items():
+            whole = self.result.get(name)
+            if whole is None:
+                room = np.empty((int(self.starts[-1]), *values.shape[1:]), values.dtype)
+                whole = self.result.setdefault(name, room)  # lanes may come here together; one wins
+            part = values[rows][max(0, dropped - start) :]
+            whole[begin : begin + len(part)] = part
+
+
+def as_answer(outputs: Outputs) -> Answer:
+    """llama.cpp's buffers as tensors, without a copy."""
+    import torch
+
+    from teachers.targets.stored_arrays import Answer
+
+    return Answer(
+        None if outputs.logits is None else torch.from_numpy(outputs.logits),
+        None if outputs.states is None else torch.from_numpy(outputs.states),
+        {layer: torch.from_numpy(values) for layer, values in outputs.layers.items()},
+    )
+
+
+def as_arrays(outputs: Outputs) -> Arrays:
+    """Everything in a batch's outputs as it is, as named arrays without a copy: ``logits``, ``final``, ``layer<i>``."""
+    arrays: Arrays = {}
+    if outputs.logits is not None:
+        arrays["logits"] = outputs.logits
+    if outputs.states is not None:
+        arrays["final"] = outputs.states
+    return arrays | {f"layer{layer}": values for layer, values in outputs.layers.items()}

@@ -1,0 +1,117 @@
+"""What a store says it is: ``manifest.json``, written once, equal for every process that fills the store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from teachers.atomic_files import StoreError, is_temporary
+from teachers.targets.recipe import Recipe
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store holds. ``identity`` is everything that must be equal for a store to be used again."""
+
+    identity: dict[str, Any]
+    sequences: int
+    sequences_per_shard: int
+
+    @property
+    def shards(self) -> int:
+        """Number of shards of the complete store."""
+        return -(-self.sequences // self.sequences_per_shard)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the store keeps of each position."""
+        return Recipe.from_json(self.identity["recipe"])
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of the identity, in hexadecimal."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The text of ``manifest.json``."""
+        content = {
+            "format": FORMAT,
+            "identity": self.identity,
+            "sequences": self.sequences,
+            "sequences_per_shard": self.sequences_per_shard,
+        }
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of an existing store.
+
+    Raises:
+        StoreError: there is none, or it is damaged or of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise StoreError(f"store {folder} has format {content['format']}, this version reads {FORMAT}")
+        manifest = Manifest(
+            dict(content["identity"]), int(content["sequences"]), int(content["sequences_per_shard"])
+        )
+        if manifest.sequences < 1 or manifest.sequences_per_shard < 1:
+            raise ValueError("it counts no sequences")
+        if manifest.recipe.kind and int(manifest.identity["vocab_size"]) < 1:
+            raise ValueError("it has no vocabulary")
+        return manifest
+    except FileNotFoundError:
+        raise StoreError(f"{folder} is not a store: it has no {MANIFEST}") from None
+    except StoreError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # broken JSON and UTF-8 are ValueErrors
+        raise StoreError(f"store {folder}: {MANIFEST} is damaged ({error}); move the folder away") from None
+
+
+def difference(found: Manifest, wanted: Manifest) -> str:
+    """The first entry in which two manifests differ, in words."""
+    for key in sorted(found.identity.keys() | wanted.identity.keys()):
+        there, here = found.identity.get(key), wanted.identity.get(key)
+        if there != here:
+            return f"{key} {there!r}, not {here!r}"
+    if found.sequences != wanted.sequences:
+        return f"{found.sequences} sequences, not {wanted.sequences}"
+    return f"{found.sequences_per_shard} sequences per shard, not {wanted.sequences_per_shard}"
+
+
+def require_store_folder(folder: Path) -> bool:
+    """See that a folder is a store or can become one; returns whether it is one.
+
+    Raises:
+        StoreError: it holds other files.
+    """
+    others = [path for path in folder.iterdir() if not is_temporary(path)] if folder.is_dir() else []
+    there = (folder / MANIFEST).exists()  # after the listing: another process may write it just now
+    if others and not there:
+        raise StoreError(f"store folder {folder} holds other files; choose an empty or new folder")
+    return there
+
+
+def filled_manifest(folder: Path) -> Manifest:
+    """The manifest of a store that ``distill capture`` has filled; its files are not looked at.
+
+    Raises:
+        StoreError: it is no store, damaged, or empty.
+    """
+    if not folder.is_dir():
+        wrong = "is not a folder" if folder.exists() else "does not exist"
+        raise StoreError(f"store {folder} {wrong}; give the folder that `distill capture` has filled")
+    manifest = read_manifest(folder)
+    if not any(folder.glob("shard-*.safetensors")):
+        raise StoreError(
+            f"store {folder} holds no soft targets yet; run the capture again where the teacher is"
+        )
+    return manifest

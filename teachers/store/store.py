@@ -1,0 +1,242 @@
+"""Soft targets on disk: a folder with a manifest and shards that appear whole or not at all.
+
+``manifest.json`` says what the store holds: its identity (teacher, tokenizer, corpus, kind of targets, …)
+and how the sequences are split into shards. ``shard-00000.safetensors`` holds consecutive sequences: their
+``tokens`` and ``lengths``, and one row of each target array per position (a sequence of n tokens has n − 1
+positions). ``companion.safetensors`` holds what all positions share: how hidden states are encoded, and the
+output matrix that turns them into logits; ``teacher.safetensors`` what else a student takes from its teacher (see
+``teachers.store.teacher_record``), so that a store can be used without its teacher. Each file's header carries a SHA-256
+over its arrays and the store's key, so it proves itself and writers need no common state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from teachers.atomic_files import LOCK, StoreError, is_temporary, write_whole
+from teachers.store.manifest import MANIFEST, Manifest, difference, read_manifest, require_store_folder
+from teachers.store.shared import Companion
+from teachers.targets.distributions import Arrays
+from teachers.targets.stored_arrays import Targets, array_names, typed
+
+COMPANION = "companion.safetensors"
+Tokens = NDArray[np.int32]
+
+
+class SoftTargetStore:
+    """One store folder, open for writing shards and reading sequences."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._recipe = manifest.recipe
+        self._companion: Companion | None = None
+        self._open_shards: dict[int, Any] = {}
+        self._starts: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+
+    @classmethod
+    def create_or_open(cls, folder: Path, manifest: Manifest) -> SoftTargetStore:
+        """Open the store in ``folder`` if it is this very one, or begin it there.
+
+        Raises:
+            StoreError: the folder holds a store made from something else, or other files.
+        """
+        # Another process of the same launch may have begun the store a moment ago.
+        if not require_store_folder(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / MANIFEST, manifest.to_json().encode())
+        found = read_manifest(folder)
+        if found != manifest:
+            raise StoreError(
+                f"store {folder} was made with {difference(found, manifest)}; choose another --store folder "
+                "(this one is left as it is)"
+            )
+        return cls(folder, manifest)
+
+    # -- writing --------------------------------------------------------------------------------------
+
+    def shard_path(self, shard: int) -> Path:
+        """Where a shard lies."""
+        return self.folder / f"shard-{shard:05d}.safetensors"
+
+    def span(self, shard: int) -> tuple[int, int]:
+        """First and one-past-last sequence of a shard."""
+        start = shard * self.manifest.sequences_per_shard
+        return start, min(self.manifest.sequences, start + self.manifest.sequences_per_shard)
+
+    def write_shard(self, shard: int, sequences: Sequence[Tokens], targets: Arrays) -> None:
+        """Write one shard, whole or not at all.
+
+        Raises:
+            StoreError: numbers of sequences or positions do not fit.
+            OSError: the disk refuses (full, read-only).
+        """
+        start, stop = self.span(shard)
+        positions = sum(len(tokens) - 1 for tokens in sequences)
+        if len(sequences) != stop - start or any(len(rows) != positions for rows in targets.values()):
+            raise StoreError(
+                f"shard {shard} of {self.folder}: {len(sequences)} sequences with {positions} positions"
+            )
+        arrays: Arrays = {
+            "tokens": np.concatenate(sequences).astype(np.int32),
+            "lengths": np.array([len(tokens) for tokens in sequences], dtype=np.int64),
+            **{name: np.ascontiguousarray(rows) for name, rows in targets.items()},
+        }
+        self._open_shards.pop(shard, None)
+        self._starts.pop(shard, None)
+        self.write_file(self.shard_path(shard).name, arrays)
+
+    def write_file(self, name: str, arrays: Arrays) -> None:
+        """Write a file of arrays that proves itself, whole or not at all.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        path = self.folder / name
+        arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+        write_whole(path, safetensors.numpy.save(arrays, metadata=self._seal(path, arrays)))
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed writers left behind; only for a process that holds the folder alone."""
+        for path in self.folder.iterdir():
+            if is_temporary(path) and not path.name.startswith(LOCK):
+                path.unlink(missing_ok=True)
+
+    def _seal(self, path: Path, arrays: Arrays) -> dict[str, str]:
+        """What a file says of itself: one entry, as safetensors writes several in random order."""
+        return {"sha256": f"{_digest(arrays)} store {self.manifest.key} {path.stem}"}
+
+    def write_companion(self, companion: Companion) -> None:
+        """Write the store's companion, whole or not at all.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        self.write_file(COMPANION, companion.arrays())
+        self._companion = None
+
+    def state(self, shard: int) -> str:
+        """``complete``, ``missing`` or ``damaged`` (its checksum, header or store key is wrong)."""
+        path = self.shard_path(shard)
+        if not path.exists():
+            return "missing"
+        return "damaged" if self.read_file(path.name) is None else "complete"
+
+    def read_file(self, name: str) -> Arrays | None:
+        """The arrays of a file that is there, if its checksum, header and store key are right."""
+        path = self.folder / name
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, TypeError):  # numpy has no such type
+            return None
+        return arrays if metadata == self._seal(path, arrays) else None
+
+    @property
+    def needs_companion(self) -> bool:
+        """Whether this kind of store has something that all positions share."""
+        return self._recipe.needs_states or bool(self._recipe.layers)
+
+    def companion(self) -> Companion | None:
+        """What all positions share, or ``None`` where that file is missing or damaged."""
+        if self._companion is None and (self.folder / COMPANION).exists():
+            arrays = self.read_file(COMPANION)
+            if arrays is not None:
+                self._companion = Companion.from_arrays(arrays, self._recipe)
+        return self._companion
+
+    # -- reading --------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self.manifest.sequences
+
+    def _shard(self, shard: int) -> tuple[Any, NDArray[np.int64], NDArray[np.int64]]:
+        """An open shard with the first token and first position row of each of its sequences."""
+        if shard not in self._open_shards:
+            file = safe_open(self.shard_path(shard), framework="numpy")
+            lengths = file.get_tensor("lengths")
+            tokens = np.concatenate(([0], np.cumsum(lengths)))
+            rows = np.concatenate(([0], np.cumsum(lengths - 1)))
+            self._open_shards[shard] = file
+            self._starts[shard] = (tokens, rows)
+        return self._open_shards[shard], *self._starts[shard]
+
+    def tokens(self, index: int) -> Tokens:
+        """Token ids of one sequence, ``[n]``."""
+        shard, place = divmod(index, self.manifest.sequences_per_shard)
+        file, starts, _ = self._shard(shard)
+        rows: Tokens = file.get_slice("tokens")[starts[place] : starts[place + 1]]
+        return rows
+
+    def targets(self, index: int) -> Targets:
+        """Soft targets of one sequence's n − 1 positions; only these rows are read from disk.
+
+        Raises:
+            StoreError: the companion is missing or damaged; a rerun of the capture makes it again.
+        """
+        return self.typed_targets(self._rows(index, array_names(self._recipe)))
+
+    def layer_states(self, index: int) -> dict[int, Tensor]:
+        """Kept states of the chosen layers, float32 ``[n − 1, R]`` each, in the coordinates of their basis."""
+        names = [name for layer in self._recipe.layers for name in (f"layer{layer}", f"layer{layer}_scale")]
+        return self.typed_layers(self._rows(index, names))
+
+    def typed_targets(self, arrays: Arrays) -> Targets:
+        """A teacher's answer, as arrays of this store's recipe ``[N, …]``, as typed targets."""
+        companion = self._need_companion() if self._recipe.needs_states else None
+        basis = companion.bases.get("final") if companion else None
+        head = companion.head if companion else None
+        return typed(arrays, self._recipe, int(self.manifest.identity["vocab_size"]), basis, head)
+
+    def typed_layers(self, arrays: Arrays) -> dict[int, Tensor]:
+        """The kept layer states in such an answer, float32 ``[N, R]`` each; none where none are kept."""
+        if not self._recipe.layers:
+            return {}
+        companion = self._need_companion()
+        return {
+            layer: companion.bases[f"layer{layer}"].coordinates(
+                arrays[f"layer{layer}"],  # type: ignore[arg-type]
+                arrays[f"layer{layer}_scale"],  # type: ignore[arg-type]
+            )
+            for layer in self._recipe.layers
+        }
+
+    def _need_companion(self) -> Companion:
+        companion = self.companion()
+        if companion is None:
+            raise StoreError(f"store {self.folder}: {COMPANION} is missing or damaged; run the capture again")
+        return companion
+
+    def _rows(self, index: int, names: list[str]) -> Arrays:
+        """The rows of one sequence in some arrays."""
+        shard, place = divmod(index, self.manifest.sequences_per_shard)
+        file, _, starts = self._shard(shard)
+        first, last = starts[place], starts[place + 1]
+        return {name: file.get_slice(name)[first:last] for name in names}
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Number of tokens of every sequence, in order."""
+        starts = [self._shard(shard)[1] for shard in range(self.manifest.shards)]
+        return np.concatenate([np.diff(start) for start in starts])
+
+    def bytes_on_disk(self) -> int:
+        """Size of all shards present."""
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
+
+def _digest(arrays: Arrays) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

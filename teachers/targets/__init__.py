@@ -1,0 +1,1 @@
+"""Soft targets as values, and how they are made small."""

@@ -1,0 +1,198 @@
+"""A teacher's hidden states in a few dozen bytes: the directions that move its logits, coarsely rounded.
+
+What is kept of a final hidden state x is judged by the logits it gives back. An error e in x moves the logits
+of the tail by W·e, so its size is measured in the metric eᵀMe with M = Σ_v p_v (w_v − w̄)(w_v − w̄)ᵀ, where p is
+the average tail of the teacher's own distributions at T = 1 and T = 3: directions that move all logits alike
+cost nothing there. Principal directions in that metric (fitted on some positions), eight bits for the strongest
+and four for the next, divided so that the expected error is least (reverse water-filling).
+
+Letters: N positions, D width of the hidden state, R kept coordinates, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from teachers.targets.distributions import Arrays, OutputHead
+from teachers.targets.threads import one_thread
+
+FIT_RULES = 2  # part of a store's identity: to be counted up with whatever changes what is fitted
+FIT_POSITIONS = 2048  # hidden states the directions are fitted on, at most,
+FIT_SHARE = 0.125  # and of all positions, so that fitting costs little of the capture's time,
+FIT_LEAST = 512  # but at least
+METRIC_POSITIONS = 128  # of those, how many give the average tail
+METRIC_TOPK = 16  # tokens of each that are not tail
+METRIC_TEMPERATURES = (1.0, 3.0)
+ROWS_AT_ONCE = 4096  # of the output matrix, dequantised together
+NEGLIGIBLE = 1e-5  # of the strongest direction: what is weaker is rounding, not signal
+MAX_SCALE = 60000.0  # a state further out than this is cut
+RIDGE = 1e-5  # of the metric's mean diagonal, so that it can be inverted
+# Half of the range that the integers span, in standard deviations, and the mean squared error of a normal
+# variable of variance 1 rounded so.
+RANGE_8, ERROR_8 = 6.0, 2.0e-4
+RANGE_4, ERROR_4 = 2.9, 1.2e-2
+
+OutputRows = Callable[[int, int], NDArray[np.float32]]
+"""Rows ``start`` to ``stop`` of an output matrix, dequantised: float32 ``[n, D]``."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """How hidden states are encoded: ``(x − mean) @ encode`` rounded, and back with ``decode``.
+
+    ``mean [D]``, ``encode [D, R]``, ``decode [R, D]``, ``ranges [R]`` (half of the span of the integers), all
+    float32; the first ``wide`` coordinates take a byte each, the others share one between two.
+    """
+
+    mean: Tensor
+    encode: Tensor
+    decode: Tensor
+    ranges: Tensor
+    wide: int
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Bytes of one encoded state, its scale not counted."""
+        return self.wide + (len(self.ranges) - self.wide) // 2
+
+    def arrays(self, name: str) -> Arrays:
+        """The basis as named arrays, for a store or the worker."""
+        return {
+            f"{name}_mean": self.mean.numpy(),
+            f"{name}_encode": self.encode.numpy(),
+            f"{name}_decode": self.decode.numpy(),
+            f"{name}_ranges": self.ranges.numpy(),
+            f"{name}_wide": np.array([self.wide], dtype=np.int64),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays, name: str) -> Basis | None:
+        """The inverse of ``arrays``; ``None`` where there is no basis of this name."""
+        if f"{name}_mean" not in arrays:
+            return None
+        mean, encode, decode, ranges = (
+            torch.from_numpy(np.array(arrays[f"{name}_{part}"], dtype=np.float32))
+            for part in ("mean", "encode", "decode", "ranges")
+        )
+        return cls(mean, encode, decode, ranges, int(arrays[f"{name}_wide"][0]))
+
+    def encoded(self, states: Tensor) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+        """``states [N, D]`` → codes ``[N, bytes_per_position]`` and a scale of each position, ``[N]``.
+
+        The scale is 1 unless a strong coordinate lies outside its range, and never more than ``MAX_SCALE``.
+        """
+        relative = (states - self.mean) @ self.encode / self.ranges
+        largest = relative[:, : self.wide].abs().amax(dim=-1) if self.wide else torch.zeros(len(states))
+        # Slightly more where it is needed, so that float16 never rounds it below.
+        scales = torch.where(largest > 1.0, largest * 1.001, 1.0).clamp(max=MAX_SCALE).half()
+        relative = relative / scales.float()[:, None]
+        wide = (relative[:, : self.wide] * 127.0).round().clamp(-127, 127).to(torch.int8).view(torch.uint8)
+        narrow = (relative[:, self.wide :] * 8.0).floor().clamp(-8, 7).to(torch.int16) + 8
+        packed = (narrow[:, 0::2] * 16 + narrow[:, 1::2]).to(torch.uint8)
+        return torch.cat((wide, packed), dim=-1).numpy(), scales.numpy()
+
+    def coordinates(self, codes: NDArray[np.uint8], scales: NDArray[np.float16]) -> Tensor:
+        """The rounded coordinates of encoded states, float32 ``[N, R]``."""
+        raw = torch.from_numpy(
+            np.array(codes)
+        )  # a copy: mapped files cannot be written to, which torch minds
+        wide = raw[:, : self.wide].view(torch.int8).float() / 127.0
+        packed = raw[:, self.wide :]
+        pairs = torch.stack((packed >> 4, packed & 15), dim=-1).reshape(len(raw), 2 * packed.shape[1])
+        relative = torch.cat((wide, (pairs.float() - 7.5) / 8.0), dim=-1)
+        return relative * self.ranges * torch.from_numpy(scales.astype(np.float32))[:, None]
+
+    def head(self, rows: OutputRows, vocab_size: int) -> OutputHead:
+        """The output matrix in these coordinates: what turns them into logits."""
+        return OutputHead(*_product(rows, vocab_size, self.decode, self.mean))
+
+
+def divide_bits(variances: Tensor, budget: int) -> tuple[int, int]:
+    """How many coordinates get eight bits and how many four, for ``budget`` bytes: ``variances [D]`` falling."""
+    size = len(variances)
+    total = torch.cat((torch.zeros(1, dtype=variances.dtype), variances.cumsum(0)))
+    best, least = (0, 0), float(total[-1]) + 1.0
+    for wide in range(min(budget, size) + 1):
+        narrow = min(2 * (budget - wide), size - wide) // 2 * 2
+        strong, middle = float(total[wide]), float(total[wide + narrow] - total[wide])
+        error = ERROR_8 * strong + ERROR_4 * middle + float(total[-1] - total[wide + narrow])
+        if error < least:
+            best, least = (wide, narrow), error
+    return best
+
+
+def fit_basis(states: Tensor, metric: Tensor | None, budget: int) -> Basis:
+    """Fit the directions to ``states [N, D]`` for ``budget`` bytes a position.
+
+    ``metric [D, D]`` symmetric and positive, or ``None`` for the plain squared error.
+    """
+    mean = states.double().mean(dim=0)
+    centred = states.double() - mean
+    with one_thread():
+        factor = None if metric is None else torch.linalg.cholesky(metric)
+    seen = centred if factor is None else centred @ factor
+    singular, directions = _principal(seen)
+    deviations = singular / max(1, len(states) - 1) ** 0.5
+    wide, narrow = divide_bits(deviations**2, budget)
+    kept = directions[: wide + narrow]  # [R, D], orthonormal in the metric
+    if factor is None:
+        encode, decode = kept.T, kept
+    else:
+        encode = factor @ kept.T
+        decode = torch.linalg.solve_triangular(factor, kept, upper=False, left=False)
+    spans = torch.cat((torch.full((wide,), RANGE_8), torch.full((narrow,), RANGE_4))).double()
+    ranges = (deviations[: wide + narrow] * spans).clamp(min=1e-12)
+    return Basis(mean.float(), encode.float(), decode.float(), ranges.float(), wide)
+
+
+def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values of float64 ``[N, D]``, falling, and right singular vectors ``[R, D]``; negligible ones left out.
+
+    From the eigenvectors of the smaller Gram matrix, which take a fraction of the decomposition's own time. Squaring
+    costs digits of the weak directions: about seven are left at ``NEGLIGIBLE``.
+    """
+    tall = rows.shape[0] >= rows.shape[1]
+    gram = rows.T @ rows if tall else rows @ rows.T
+    with one_thread():
+        squares, vectors = torch.linalg.eigh(gram)
+    singular = squares.flip(0).clamp(min=0.0).sqrt()
+    singular = singular[singular > NEGLIGIBLE * singular[0]]
+    vectors = vectors.flip(1)[:, : len(singular)]
+    return singular, vectors.T if tall else (rows.T @ vectors / singular).T
+
+
+def tail_metric(states: Tensor, rows: OutputRows, vocab_size: int) -> Tensor:
+    """M of the module's docstring, float64 ``[D, D]``, from ``states [n, D]`` and the output matrix."""
+    logits = torch.cat([states @ part.T for _, part in _parts(rows, vocab_size)], dim=-1)
+    count = min(METRIC_TOPK, vocab_size - 1)
+    logits.scatter_(-1, logits.topk(count, dim=-1).indices, -torch.inf)
+    tails = [torch.softmax(logits / temperature, dim=-1).mean(dim=0) for temperature in METRIC_TEMPERATURES]
+    weights = torch.stack(tails).mean(dim=0)
+    width = states.shape[1]
+    centre = torch.zeros(width, dtype=torch.float64)
+    for start, part in _parts(rows, vocab_size):
+        centre += weights[start : start + len(part)].double() @ part.double()
+    metric = torch.zeros(width, width, dtype=torch.float64)
+    for start, part in _parts(rows, vocab_size):
+        relative = part - centre.float()
+        metric += ((relative * weights[start : start + len(part), None]).T @ relative).double()
+    return metric + RIDGE * metric.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+
+
+def _parts(rows: OutputRows, vocab_size: int):  # type: ignore[no-untyped-def]
+    """The output matrix a few thousand rows at a time, with the first row's number."""
+    for start in range(0, vocab_size, ROWS_AT_ONCE):
+        yield start, torch.from_numpy(np.array(rows(start, min(vocab_size, start + ROWS_AT_ONCE))))
+
+
+def _product(rows: OutputRows, vocab_size: int, decode: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """``W @ decode.T [V, R]``, kept as float16 would keep it, and ``W @ mean [V]``."""
+    matrix = torch.cat([(part @ decode.T).half() for _, part in _parts(rows, vocab_size)])
+    bias = torch.cat([part @ mean for _, part in _parts(rows, vocab_size)])
+    return matrix.float(), bias - bias.mean()

@@ -1,0 +1,298 @@
+"""What a GGUF file says about its tokenizer, checked, and read as llama.cpp reads it.
+
+The file is untrusted: whatever is malformed gives a ``TokenizerConversionError`` that names the key.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gguf import GGUFValueType, TokenType
+
+from teachers.gguf.file import Field
+from teachers.tokenizer.pre_tokenizers import PRE_TOKENIZERS
+
+SENTENCEPIECE = "llama"
+BYTE_LEVEL = "gpt2"
+MAX_TOKEN = 4096  # characters; real vocabularies stay below a few hundred
+
+# llama.cpp takes these for control tokens whatever type the file gives them: they end a turn, …
+_END_OF_TURN = """
+    <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>
+    <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response>
+    <｜end▁of▁sentence｜> [e~["""
+# … or mark code to be filled in, where the file does not name the token of that role (by either key) itself.
+_INFILL = {
+    ("fim_pre", "prefix"): """
+        <|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|>""",
+    ("fim_suf", "suffix"): """
+        <|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|>""",
+    ("fim_mid", "middle"): """
+        <|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|>""",
+    ("fim_pad",): "<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD]",
+    ("fim_rep",): "<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>",
+    ("fim_sep",): "<|file_sep|>",
+}
+_ALWAYS_USER_DEFINED = frozenset(("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"))
+# The format's own spelling of "separator" is wrong.
+_ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "seperator": "sep", "padding": "pad", "mask": "mask"}
+_SENTENCEPIECE_ROLES = {"bos": 1, "eos": 2, "unk": 0}  # where the file does not say
+
+
+class TokenizerConversionError(ValueError):
+    """A GGUF tokenizer that no tokenizer.json can stand for; the message says which part, and what to do."""
+
+
+@dataclass(frozen=True)
+class TokenizerMetadata:
+    """A checked tokenizer. Tokens are known by their id, the index in ``tokens``.
+
+    ``special`` are the ids read in a text only where control tokens are to be, ``user_defined`` those always read;
+    ``strips_right`` are ids of either kind that swallow white space behind them. ``roles`` maps ``bos``, ``eos``,
+    ``unk``, ``sep``, ``pad`` and ``mask`` to ids, as far as there are any. ``scores`` is empty for byte-level BPE,
+    ``merges`` for SentencePiece.
+    """
+
+    model: str
+    pre: str
+    tokens: tuple[str, ...]
+    kinds: tuple[TokenType, ...]
+    scores: tuple[float, ...]
+    merges: tuple[tuple[str, str], ...]
+    special: frozenset[int]
+    user_defined: frozenset[int]
+    strips_right: frozenset[int]
+    roles: dict[str, int]
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+    chat_template: str | None
+
+
+def read_metadata(fields: Mapping[str, Field]) -> TokenizerMetadata:
+    """Check a GGUF file's tokenizer metadata; of other keys only ``general.name`` matters (see ``strips_right``).
+
+    Raises:
+        TokenizerConversionError: something is missing, malformed, or of a kind that is not supported.
+    """
+    model = _value(fields, "model", str, None)
+    if model not in (SENTENCEPIECE, BYTE_LEVEL):
+        raise TokenizerConversionError(
+            f"tokenizer.ggml.model is {model!r}; supported are {SENTENCEPIECE!r} (SentencePiece) and {BYTE_LEVEL!r} "
+            "(byte-level BPE)"
+        )
+    pre = _value(fields, "pre", str, "") if model == BYTE_LEVEL else ""
+    if pre not in PRE_TOKENIZERS:
+        known = ", ".join(sorted(filter(None, PRE_TOKENIZERS)))
+        raise TokenizerConversionError(
+            f"tokenizer.ggml.pre is {pre!r}, which is not supported; known are {known}"
+        )
+    tokens, kinds = read_tokens(fields)
+    ids = {token: number for number, token in enumerate(tokens)}
+    special, user_defined = _read_in_text(fields, ids, kinds)
+    roles = read_roles(fields, len(tokens))
+    add_bos = _value(fields, "add_bos_token", bool, model == SENTENCEPIECE or PRE_TOKENIZERS[pre].add_bos)
+    add_eos = _value(fields, "add_eos_token", bool, False)
+    for role, added in (("bos", add_bos), ("eos", add_eos)):
+        if added and role not in roles:
+            raise TokenizerConversionError(
+                f"tokenizer.ggml.add_{role}_token is set, but no token has that role; convert the model again"
+            )
+    return TokenizerMetadata(
+        model=model,
+        pre=pre,
+        tokens=tokens,
+        kinds=kinds,
+        scores=_scores(fields, len(tokens)) if model == SENTENCEPIECE else (),
+        merges=_merges(fields, ids) if model == BYTE_LEVEL else (),
+        special=special,
+        user_defined=user_defined,
+        strips_right=_strips_right(fields, tokens, special | user_defined),
+        roles=roles,
+        add_bos=add_bos,
+        add_eos=add_eos,
+        add_space_prefix=_value(fields, "add_space_prefix", bool, True) if model == SENTENCEPIECE else False,
+        chat_template=_template(fields),
+    )
+
+
+def _value(fields: Mapping[str, Field], name: str, kind: type, default: Any) -> Any:
+    """A scalar ``tokenizer.ggml`` entry of the given Python type."""
+    key = f"tokenizer.ggml.{name}"
+    if key not in fields:
+        return default
+    value = fields[key].value
+    if type(value) is not kind:
+        raise TokenizerConversionError(
+            f"{key} is {value!r}, not of type {kind.__name__}; convert the model again"
+        )
+    return value
+
+
+def _array(fields: Mapping[str, Field], name: str, kind: type, count: int | None) -> list[Any]:
+    """A ``tokenizer.ggml`` array of the given Python type, with ``count`` entries where that is given."""
+    key = f"tokenizer.ggml.{name}"
+    if key not in fields:
+        raise TokenizerConversionError(f"{key} is missing; convert the model again with its tokenizer")
+    values = fields[key].value
+    if not isinstance(values, list) or any(type(value) is not kind for value in values):
+        raise TokenizerConversionError(f"{key} is not an array of {kind.__name__}; convert the model again")
+    if count is not None and len(values) != count:
+        raise TokenizerConversionError(
+            f"{key} has {len(values)} entries for {count} tokens; convert the model again"
+        )
+    return values
+
+
+def read_tokens(fields: Mapping[str, Field]) -> tuple[tuple[str, ...], tuple[TokenType, ...]]:
+    """Every token's text as llama.cpp has it (see ``token_text``), and its type; the index is the id.
+
+    Raises:
+        TokenizerConversionError: missing or malformed, not UTF-8, or a token that occurs twice.
+    """
+    tokens = _tokens(fields)
+    return tokens, _kinds(fields, len(tokens))
+
+
+def read_roles(fields: Mapping[str, Field], count: int) -> dict[str, int]:
+    """Ids of ``bos``, ``eos``, ``unk``, ``sep``, ``pad`` and ``mask`` among ``count`` tokens, where there are any.
+
+    As in llama.cpp, an id beyond the vocabulary names none, and SentencePiece files need not name the usual ones.
+    (For byte-level files that name none llama.cpp takes token 11, whatever that is; here they have none.)
+
+    Raises:
+        TokenizerConversionError: an id is not a number.
+    """
+    model = fields["tokenizer.ggml.model"].value if "tokenizer.ggml.model" in fields else None
+    roles = dict(_SENTENCEPIECE_ROLES) if model == SENTENCEPIECE else {}
+    for key, role in _ROLES.items():
+        number = _value(fields, f"{key}_token_id", int, count)
+        if 0 <= number < count:
+            roles[role] = number
+    return {role: number for role, number in roles.items() if number < count}
+
+
+def token_text(text: str, number: int) -> str:
+    """What llama.cpp makes of a token's text: it ends at the first NUL, and an empty one gets a name."""
+    return text.partition("\0")[0] or f"[EMPTY_{number}]"
+
+
+def _encodable(text: str) -> bool:
+    """Whether the bytes in the file were UTF-8: the reader stands a lone surrogate for each that was not."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _tokens(fields: Mapping[str, Field]) -> tuple[str, ...]:
+    tokens, seen = [], set()
+    for number, text in enumerate(_array(fields, "tokens", str, None)):
+        token = token_text(text, number)
+        if not _encodable(token):
+            raise TokenizerConversionError(
+                f"tokenizer.ggml.tokens: token {number} is {token!r}, which is not UTF-8; no tokenizer.json can hold it"
+            )
+        if len(token) > MAX_TOKEN:  # every way to cut it in two is looked at
+            raise TokenizerConversionError(
+                f"tokenizer.ggml.tokens: token {number} has {len(token)} characters; more than {MAX_TOKEN} are damage"
+            )
+        if token in seen:
+            raise TokenizerConversionError(
+                f"tokenizer.ggml.tokens: {token!r} occurs twice, the second time as {number}; convert the model again"
+            )
+        seen.add(token)
+        tokens.append(token)
+    if not tokens:
+        raise TokenizerConversionError(
+            "tokenizer.ggml.tokens is empty; convert the model again with its tokenizer"
+        )
+    return tuple(tokens)
+
+
+def _kinds(fields: Mapping[str, Field], count: int) -> tuple[TokenType, ...]:
+    if "tokenizer.ggml.token_type" not in fields:
+        return (TokenType.NORMAL,) * count
+    numbers = _array(fields, "token_type", int, count)
+    known = {0: TokenType.NORMAL} | {int(kind): kind for kind in TokenType}  # 0: llama.cpp's "undefined"
+    for token, number in enumerate(numbers):
+        if number not in known:
+            raise TokenizerConversionError(
+                f"tokenizer.ggml.token_type: token {token} has type {number}; types are 1 to {max(known)}"
+            )
+    return tuple(known[number] for number in numbers)
+
+
+def _scores(fields: Mapping[str, Field], count: int) -> tuple[float, ...]:
+    stated = fields.get("tokenizer.ggml.scores")
+    whole = stated is not None and stated.element_type == GGUFValueType.INT32
+    scores = [float(score) for score in _array(fields, "scores", int if whole else float, count)]
+    for token, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise TokenizerConversionError(
+                f"tokenizer.ggml.scores: token {token} has {score}; scores are finite numbers"
+            )
+    return tuple(scores)
+
+
+def _merges(fields: Mapping[str, Field], ids: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
+    merges: dict[tuple[str, str], None] = {}
+    for number, text in enumerate(_array(fields, "merges", str, None)):
+        cut = text.find(" ", 1)  # from 1: the first half may itself begin with a space
+        left, right = text[:cut], text[cut + 1 :]
+        if cut < 0 or not right:
+            problem = "is not two tokens with a space between"
+        elif missing := [part for part in (left, right, left + right) if part not in ids]:
+            problem = f"names {missing[0]!r}, which is no token"
+        elif (left, right) in merges:
+            problem = "occurs twice"
+        else:
+            merges[left, right] = None
+            continue
+        raise TokenizerConversionError(
+            f"tokenizer.ggml.merges: merge {number}, {text!r}, {problem}; convert the model again"
+        )
+    return tuple(merges)
+
+
+def _read_in_text(
+    fields: Mapping[str, Field], ids: Mapping[str, int], kinds: tuple[TokenType, ...]
+) -> tuple[frozenset[int], frozenset[int]]:
+    """Ids that are read as wholes: only where control tokens are to be, and always."""
+    special = {number for number, kind in enumerate(kinds) if kind in (TokenType.CONTROL, TokenType.UNKNOWN)}
+    user_defined = {number for number, kind in enumerate(kinds) if kind == TokenType.USER_DEFINED}
+    ends = {token for token in _END_OF_TURN.split() if token in ids}
+    looks = set(ends)
+    for keys, names in _INFILL.items():
+        if not any(f"tokenizer.ggml.{key}_token_id" in fields for key in keys):
+            looks |= {name for name in names.split() if name in ids}
+    special |= {ids[token] for token in looks}
+    plain = {ids[token] for token in _ALWAYS_USER_DEFINED if token in ids}
+    # In the dialects of gpt-oss and Solar <|end|> ends a message, not the turn.
+    if {"<|return|>", "<|call|>", "<|end|>"} <= ends or (
+        {"<|flush|>", "<|end|>"} <= ends and ends & {"<|call|>", "<|calls|>"}
+    ):
+        plain.add(ids["<|end|>"])
+    unread = {ids["</s>"]} if {"<|tool_response>", "</s>"} <= ends else set()  # Gemma 4's </s> is plain text
+    special -= plain | unread
+    return frozenset(special), frozenset((user_defined | plain) - special - unread)
+
+
+def _strips_right(
+    fields: Mapping[str, Field], tokens: tuple[str, ...], read_in_text: frozenset[int]
+) -> frozenset[int]:
+    """Phi-3's tokens swallow white space behind them, which llama.cpp knows by the model's name alone."""
+    name = fields["general.name"].value if "general.name" in fields else ""
+    if not isinstance(name, str) or not any(phi in name.lower() for phi in ("phi-3", "phi3")):
+        return frozenset()
+    plain = {"<unk>", "<s>", "<|endoftext|>"}
+    return frozenset(number for number in read_in_text if tokens[number] not in plain)
+
+
+def _template(fields: Mapping[str, Field]) -> str | None:
+    field = fields.get("tokenizer.chat_template")
+    if field is None:
+        return None
+    if not isinstance(field.value, str) or not _encodable(field.value):
+        raise TokenizerConversionError("tokenizer.chat_template is not a UTF-8 text; convert the model again")
+    return field.value or None

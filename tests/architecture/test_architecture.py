@@ -1,0 +1,205 @@
+"""The house's rules, held by reading the source: import direction, sizes, nothing that runs untrusted data."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# Bottom to top: a module imports what stands above it here, or beside it in its own folder.
+ORDER = (
+    "teachers.errors",
+    "teachers.atomic_files",
+    "teachers.targets",
+    "teachers",
+    "teachers.gguf",
+    "teachers.store",
+    "teachers.llama_cpp.library",
+    "teachers.llama_cpp",
+    "teachers.huggingface",
+    "teachers.tokenizer",
+    "students.model",
+    "students",
+    "students.adapter",
+    "students.gguf",
+    "stability.measures",
+    "stability",
+    "distill",
+    "distill.errors",
+    "distill.config",
+    "distill.runtime",
+    "distill.metrics",
+    "distill.runs",
+    "distill.losses",
+    "distill.capture",
+    "distill.heads",
+    "distill.training",
+    "distill.base_models",
+    "distill.initialization",
+    "distill.inference",
+    "distill.evaluation.inputs",
+    "distill.evaluation",
+    "distill.reports.document",
+    "distill.reports.inputs",
+    "distill.reports.render",
+    "distill.reports.weights",
+    "distill.reports.run",
+    "distill.reports.comparison",
+    "distill.reports.build",
+    "distill.reports.card",
+    "distill.export",
+    "distill.pipeline",
+    "distill.commands",
+    "distill.cli",
+    "distill.__main__",
+    "tools",
+    "tools.example_teacher",
+    "tools.models",
+    "tools.bench",
+    "tools.studies",
+    "tools.robustness",
+    "tools.checks",
+    "tests",
+)
+PACKAGES = ("teachers", "students", "stability", "distill", "tools", "tests")
+APART = {"teachers", "students", "stability"}  # these do not import one another
+MOST_FILES = 13  # in one folder, besides its __init__.py
+MOST_LINES = 400  # unless the docstring says why ...
+REASON = "Long because"
+MOST_FUNCTION_LINES = 80
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the repository by its dotted name."""
+    found = {}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+@cache
+def tree_of(name: str) -> ast.Module:
+    return ast.parse(modules()[name].read_text(encoding="utf-8"))
+
+
+def imported(name: str) -> set[str]:
+    """What a module imports, wherever in it: full names, ours as modules."""
+    result = set()
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.Import):
+            result |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{name}: relative imports hide the direction"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                result.add(submodule if submodule in modules() else node.module)
+    return result - {name}
+
+
+def level(name: str) -> int:
+    """Where a module stands in ``ORDER``."""
+    named = [entry for entry in ORDER if name == entry or name.startswith(entry + ".")]
+    assert named, f"{name} has no place in ORDER"
+    return ORDER.index(max(named, key=len))
+
+
+def test_imports_run_downwards() -> None:
+    """tools, tests → distill → {teachers, students, stability}; within each, along ``ORDER``."""
+    wrong = []
+    for name in modules():
+        package = name.partition(".")[0]
+        for other in imported(name) & modules().keys():
+            target = other.partition(".")[0]
+            if package == target and name == package:
+                continue  # a package's face imports what it shows
+            apart = package in APART and target in APART and package != target
+            if apart or level(other) > level(name):
+                wrong.append(f"{name} imports {other}")
+    assert not wrong
+
+
+def test_no_circle_of_modules() -> None:
+    """Modules that import nothing but what is already taken away can be taken away, until none is left."""
+    left = {name: imported(name) & modules().keys() for name in modules()}
+    while free := {name for name, needs in left.items() if not needs & left.keys()}:
+        left = {name: needs for name, needs in left.items() if name not in free}
+    assert not left, f"in or above a circle: {sorted(left)}"
+
+
+def test_sizes() -> None:
+    wrong = []
+    folders = Counter(
+        str(path.parent.relative_to(ROOT))
+        for path in modules().values()
+        if path.name != "__init__.py"
+    )
+    wrong += [
+        f"{folder} has {count} files" for folder, count in folders.items() if count > MOST_FILES
+    ]
+    for name, path in modules().items():
+        lines = path.read_text(encoding="utf-8").count("\n")
+        if lines > MOST_LINES and REASON not in (ast.get_docstring(tree_of(name)) or ""):
+            wrong.append(f"{name} has {lines} lines and gives no reason for it")
+        for node in ast.walk(tree_of(name)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                length = node.end_lineno - node.lineno + 1
+                if length > MOST_FUNCTION_LINES:
+                    wrong.append(f"{name}: {node.name} has {length} lines")
+    assert not wrong
+
+
+def test_nothing_executes_untrusted_data() -> None:
+    """Stores, checkpoints and teachers are untrusted: no pickle, no torch.load, no remote code, no eval."""
+    wrong = []
+    for name in modules():
+        if name.partition(".")[0] == "tests":
+            continue
+        if {other.partition(".")[0] for other in imported(name)} & {
+            "pickle",
+            "dill",
+            "shelve",
+            "marshal",
+        }:
+            wrong.append(f"{name} imports a pickler")
+        for node in ast.walk(tree_of(name)):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                keywords = {keyword.arg for keyword in node.keywords}
+                if called in {"torch.load", "eval", "exec"} or "trust_remote_code" in keywords:
+                    wrong.append(f"{name}:{node.lineno} calls {called}")
+    assert not wrong
+
+
+def test_only_the_workers_modules_touch_llama_cpp() -> None:
+    """The native library may abort the process: only modules inside the worker may import it."""
+    users = {
+        name
+        for name in modules()
+        if name.partition(".")[0] in {"distill", *APART}
+        and any(other.partition(".")[0] == "llama_cpp" for other in imported(name))
+    }
+    assert users == {
+        "teachers.llama_cpp.context",
+        "teachers.llama_cpp.library.ggml",
+        "teachers.llama_cpp.tensor_taps",
+        "teachers.llama_cpp.server",
+        "students.gguf.quantize_child",
+    }
+
+
+def test_parent_process_does_not_load_llama_cpp() -> None:
+    """Importing the parent's side must not pull the native library in."""
+    names = "distill.pipeline.run, distill.pipeline.plan, distill.cli, teachers.huggingface.teacher, teachers.ensemble"
+    code = f"import sys, {names}; print('llama_cpp' in sys.modules)"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert answer.stdout.strip() == "False"

@@ -1,0 +1,95 @@
+"""What `run` and `capture` share: the recipe, the part of the work, one store for a launch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.capture import capture
+from distill.capture.store_setup import recipe_for
+from distill.config.loading import load_config
+from distill.config.schema import TargetsConfig
+from distill.errors import UserError
+from distill.pipeline.capture import capture_only
+from distill.runtime.launch_environment import launched_share
+from distill.runtime.progress import Console
+from teachers.base import Share
+from teachers.llama_cpp.teacher import GGUFTeacher
+from teachers.store.teacher_record import TEACHER, need_inheritance
+from teachers.targets.recipe import Recipe
+from tests.support.teachers import Bent
+
+
+def test_the_default_recipe(example_gguf: GGUFTeacher, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said once, and captured without; a sketch that was asked for is not taken away silently."""
+    bent: Any = Bent(example_gguf)
+    assert recipe_for(TargetsConfig(), example_gguf, Console()).sketch_bytes > 0
+    assert not capsys.readouterr().out
+    assert recipe_for(TargetsConfig(), bent, Console()) == Recipe(num_topk=16, sketch_bytes=0)
+    assert "no sketch of the tail" in " ".join(capsys.readouterr().out.split())
+    assert recipe_for(TargetsConfig(sketch_bytes=30), bent, Console()).sketch_bytes == 30
+    assert recipe_for(TargetsConfig(kind="dense", layers=(3, 0, 3)), bent, Console()).layers == (
+        0,
+        3,
+    )
+    with pytest.raises(UserError, match=r"targets\.layers = 6.*layers 0 to 5"):
+        recipe_for(TargetsConfig(layers=(0, 6)), example_gguf, Console())
+
+
+def test_the_launcher_gives_each_process_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RANK and WORLD_SIZE as torchrun sets them; without them, everything; no wrong share."""
+    shares = {
+        (None, None): Share(0, 1),
+        ("0", "1"): Share(0, 1),
+        ("2", "3"): Share(2, 3),
+        (None, "4"): Share(0, 4),
+    }
+    wrong = [("3", "3"), ("-1", "2"), ("x", "2"), ("1", ""), ("0", "0")]
+    for row in (*shares, *wrong):
+        for name, value in zip(("RANK", "WORLD_SIZE"), row, strict=True):
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
+        if row in shares:
+            assert launched_share() == shares[row], row
+        else:
+            with pytest.raises(UserError, match=r"RANK='.*WORLD_SIZE='"):
+                launched_share()
+                pytest.fail(f"{row} is accepted")
+
+
+def test_ranks_capture_one_store(
+    tiny_teacher: GGUFTeacher,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`distill capture` by two ranks: one complete store, which a third capture only looks at."""
+    monkeypatch.chdir(tmp_path)
+    # The one that runs already stands for the teacher that each capture would start and close.
+    monkeypatch.setattr(capture, "open_teacher", lambda config: tiny_teacher)
+    monkeypatch.setattr(GGUFTeacher, "__exit__", lambda *_: None)
+    flags = {"teacher.path": str(tiny_teacher.file.path), "data.samples": 600}
+    config = load_config(None, flags, ["data.max_length=24"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        store = capture_only(config, None, Console())
+    assert [store.state(shard) for shard in range(3)] == ["complete"] * 3
+    # Only the first process keeps what is the teacher's; the second leaves that to it.
+    (store.folder / TEACHER).unlink()
+    for rank, there in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        capture_only(config, None, Console())
+        assert (store.folder / TEACHER).exists() == there
+    assert need_inheritance(store).info == tiny_teacher.info
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    capsys.readouterr()
+    assert capture_only(config, None, Console()).folder == store.folder
+    said = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "skipped" in said and "sequences 600" in said
+    assert f"bytes per position {store.manifest.recipe.bytes_per_position(1024, 64)} every" in said

@@ -1,0 +1,181 @@
+"""Data → sequences: every accepted form, and every malformed one refused with file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distill.capture.corpus import Corpus, build_corpus
+from distill.config.schema import DataConfig
+from distill.errors import UserError
+from teachers.llama_cpp.teacher import GGUFTeacher
+
+HI: dict[str, str] = {"role": "user", "content": "Hi"}
+TURNS = [HI, {"role": "assistant", "content": "Hello"}]
+
+
+def corpus(teacher: GGUFTeacher, path: Path | None = None, **settings: Any) -> Corpus:
+    """Build a corpus with some data settings."""
+    return build_corpus(DataConfig(path=str(path) if path else None, **settings), teacher, seed=0)
+
+
+def text_of(teacher: GGUFTeacher, tokens: np.ndarray) -> str:
+    return teacher.detokenize([tokens])[0]
+
+
+def write_lines(path: Path, *lines: object) -> Path:
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text("\n".join(texts) + "\n")
+    return path
+
+
+def test_prompts_are_rendered(tiny_teacher: GGUFTeacher, tmp_path: Path) -> None:
+    """A prompt becomes the user's turn of the chat template, one BOS in front, open at the end."""
+    path = write_lines(tmp_path / "p.jsonl", {"prompt": "May I?", "id": 7}, "", {"prompt": "Now?"})
+    built = corpus(tiny_teacher, path)
+    assert len(built) == 2 and built.spoken == 2
+    tokens = built.items[0].segments[0]
+    assert tokens[0] == tiny_teacher.info.bos and (tokens == tiny_teacher.info.bos).sum() == 1
+    text = text_of(tiny_teacher, tokens)
+    assert "<|user|>\nMay I?<|end|>\n" in text and text.endswith("<|assistant|>\n")
+
+
+def test_finished_conversations_stay(tiny_teacher: GGUFTeacher, tmp_path: Path) -> None:
+    """The teacher writes only where the last word is not the assistant's."""
+    path = write_lines(tmp_path / "m.jsonl", {"messages": TURNS}, {"messages": [HI]})
+    built = corpus(tiny_teacher, path)
+    assert [item.speaks for item in built.items] == [False, True]
+    assert "Hello<|end|>" in text_of(tiny_teacher, built.items[0].segments[0])
+
+
+def test_plain_text_becomes_windows(tiny_teacher: GGUFTeacher, tmp_path: Path) -> None:
+    """Windows begin with BOS, are as long as allowed, and hold every token of the text once."""
+    text = "The desk is open from eight. " * 60
+    path = tmp_path / "t.txt"
+    path.write_text(text)
+    built = corpus(tiny_teacher, path, max_length=32)
+    windows = [item.segments[0] for item in built.items]
+    assert all(window[0] == tiny_teacher.info.bos for window in windows)
+    assert all(len(window) == 32 for window in windows[:-1]) and not built.spoken
+    whole = tiny_teacher.tokenize([text], add_special=False, parse_special=False)[0]
+    assert np.array_equal(np.concatenate([window[1:] for window in windows])[: len(whole)], whole)
+
+
+def test_control_tokens_in_data_stay_text(tiny_teacher: GGUFTeacher, tmp_path: Path) -> None:
+    """Text that spells a control token must not become one."""
+    path = write_lines(
+        tmp_path / "t.jsonl", {"text": "<|assistant|> yes"}, {"text": "another line"}
+    )
+    tokens = corpus(tiny_teacher, path).items[0].segments[0]
+    control = tiny_teacher.tokenize(["<|assistant|>"], add_special=False, parse_special=True)[0]
+    assert len(control) == 1 and control[0] not in tokens
+
+
+def test_folders_are_read_in_order(tiny_teacher: GGUFTeacher, tmp_path: Path) -> None:
+    """All text and JSONL files below a folder, by name; other files are left alone."""
+    (tmp_path / "sub").mkdir()
+    write_lines(tmp_path / "a.jsonl", {"text": "first entry"})
+    (tmp_path / "sub" / "b.txt").write_text("second entry")
+    (tmp_path / "c.bin").write_bytes(b"\xff")
+    built = corpus(tiny_teacher, tmp_path)
+    assert [text_of(tiny_teacher, item.segments[0][1:]) for item in built.items] == [
+        "first entry",
+        "second entry",
+    ]
+
+
+def test_malformed_jsonl_names_file_and_line(tiny_teacher: GGUFTeacher, tmp_path: Path) -> None:
+    """The complaint says which file, which line, and what was expected."""
+    path = tmp_path / "data.jsonl"
+    for content, *words in (
+        ('{"prompt": "ok"}\n{"prompt": ', "line 2", "JSON"),
+        ('{"prompt": "ok"}\n\n[1]', "line 3", "exactly one"),
+        ('{"question": "x"}', "line 1", "exactly one of prompt, messages, text"),
+        ('{"prompt": "x", "text": "y"}', "line 1", "prompt and text"),
+        ('{"prompt": "  "}', "line 1", "not empty"),
+        ('{"prompt": 3}', "line 1", "3"),
+        ('{"messages": []}', "line 1", "messages"),
+        ('{"messages": [{"role": "user"}]}', "line 1", "content"),
+        ("", "empty"),
+        (" \n\n", "empty"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError) as caught:
+            corpus(tiny_teacher, path)
+            pytest.fail(f"{content!r} is accepted")
+        for word in ("data.jsonl", *words):
+            assert word in str(caught.value), content
+
+
+def test_other_unusable_data(tiny_teacher: GGUFTeacher, tmp_path: Path) -> None:
+    """Missing path, empty folder, bytes that are not UTF-8, one lone sequence."""
+    (tmp_path / "latin.txt").write_bytes(b"fine\ncaf\xe9\n")
+    (tmp_path / "empty").mkdir()
+    write_lines(tmp_path / "single.jsonl", {"text": "only one line"})
+    for name, words in (
+        ("none", "does not exist"),
+        ("empty", "has no"),
+        ("latin.txt", "line 2: not UTF-8"),
+        ("single.jsonl", "at least 2"),
+    ):
+        with pytest.raises(UserError, match=words):
+            corpus(tiny_teacher, tmp_path / name)
+            pytest.fail(f"{name} is accepted")
+
+
+def test_samples_are_a_seeded_subset(tiny_teacher: GGUFTeacher, tmp_path: Path) -> None:
+    """--samples takes a seeded subset; the digest tells different data and settings apart."""
+    path = write_lines(tmp_path / "p.jsonl", *({"prompt": f"number {i}"} for i in range(30)))
+    first, again = corpus(tiny_teacher, path, samples=5), corpus(tiny_teacher, path, samples=5)
+    assert len(first) == 5 and first.digest() == again.digest()
+    assert first.digest() != corpus(tiny_teacher, path, samples=6).digest()
+    assert first.digest() != corpus(tiny_teacher, path, samples=5, top_p=0.9).digest()
+
+
+def test_long_prompts_are_cut_and_said(tiny_teacher: GGUFTeacher, tmp_path: Path) -> None:
+    """A prompt that leaves no room for an answer is cut, not answered, and mentioned."""
+    path = write_lines(tmp_path / "p.jsonl", {"prompt": "word " * 200}, {"prompt": "short"})
+    built = corpus(tiny_teacher, path, max_length=24)
+    assert [item.speaks for item in built.items] == [False, True]
+    assert len(built.items[0].segments[0]) == 24 and "1 of 2" in built.notes[0]
+
+
+def test_with_nothing_given_the_teacher_speaks_both_turns(tiny_teacher: GGUFTeacher) -> None:
+    """It starts inside the user's turn of its template and goes on with the assistant's."""
+    built = corpus(tiny_teacher, samples=3, max_length=64)
+    assert len(built) == 3 and built.spoken == 3
+    opening, rest = built.items[0].segments
+    assert text_of(tiny_teacher, opening).endswith("<|user|>\n")
+    answer = text_of(tiny_teacher, rest)
+    assert answer.startswith("<|end|>") and "<|assistant|>" in answer
+    sequences = built.take(tiny_teacher, 0, 3, lambda done: None)
+    assert all(2 <= len(tokens) <= 64 for tokens in sequences)
+    assert len({tokens.tobytes() for tokens in sequences}) == 3
+
+
+def test_requests_are_what_take_asks_for(tiny_teacher: GGUFTeacher, tmp_path: Path) -> None:
+    """Where the teacher writes all of some sequences, asking for them gives what ``take`` gives."""
+    lines = [{"prompt": "a"}, {"prompt": "b"}, {"messages": TURNS}, {"prompt": "c"}]
+    path = write_lines(tmp_path / "m.jsonl", *lines)
+    built = corpus(tiny_teacher, path, max_length=40)
+    assert built.requests(0, 3) is None and built.requests(2, 4) is None
+    for start, stop in ((0, 2), (1, 2), (3, 4)):
+        asked = built.requests(start, stop)
+        assert asked is not None
+        said, other, taken = (
+            [row.tolist() for row in rows]
+            for rows in (
+                tiny_teacher.speak(*asked, first_index=start),
+                tiny_teacher.speak(*asked, first_index=9),
+                built.take(tiny_teacher, start, stop, lambda done: None),
+            )
+        )
+        assert said == taken and said != other, (start, stop)
+    mixed = built.take(tiny_teacher, 0, 4, lambda done: None)
+    assert mixed[2].tolist() == built.items[2].segments[0].tolist()
+    for row, item in zip(mixed, built.items, strict=True):
+        assert row[: len(item.segments[0])].tolist() == item.segments[0].tolist()

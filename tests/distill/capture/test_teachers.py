@@ -1,0 +1,153 @@
+"""Which teacher the settings mean, and the commands on teachers that are not one GGUF file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distill.capture.store_setup import recipe_for
+from distill.capture.teachers import find_gguf, open_teacher, require_gguf, teacher_stem
+from distill.config.loading import load_config
+from distill.config.schema import TargetsConfig, TeacherConfig
+from distill.errors import UserError
+from distill.pipeline import plan as plan_module
+from distill.pipeline.plan import plan_run
+from distill.runtime.format import human_time
+from distill.runtime.progress import Console
+from teachers import example_teacher
+from teachers.ensemble import EnsembleError, EnsembleTeacher
+from teachers.huggingface.teacher import HuggingFaceTeacher
+from teachers.llama_cpp.teacher import GGUFTeacher
+from teachers.targets.recipe import Recipe
+from tests.support.tiny_checkpoint import make_folder
+
+
+def test_one_file_is_itself(tiny_teacher_path: Path) -> None:
+    """A path is a GGUF teacher; none is the example teacher."""
+    with open_teacher(TeacherConfig(path=str(tiny_teacher_path))) as teacher:
+        assert isinstance(teacher, GGUFTeacher) and teacher.info.vocab_size == 1024
+        assert teacher.memory() > 1 << 20 and "llama-cpp-python" in teacher.runtime
+    assert find_gguf(TeacherConfig()) == example_teacher()
+    assert teacher_stem(TeacherConfig()) == "example"
+    assert teacher_stem(TeacherConfig(path="a/b/c.Q4_K_M.gguf")) == "c.Q4_K_M"
+
+
+def test_a_folder_is_a_transformers_teacher(tmp_path: Path) -> None:
+    """It opens, but a run has no GGUF tokenizer then; in a mixture one file is enough."""
+    make_folder(tmp_path / "model")
+    config = TeacherConfig(path=str(tmp_path / "model"))
+    with open_teacher(config) as teacher:
+        assert isinstance(teacher, HuggingFaceTeacher) and "transformers" in teacher.runtime
+    with pytest.raises(UserError, match="distill capture"):
+        require_gguf(config)
+    mixed = TeacherConfig(path=str(tmp_path / "model"), mix_with=("other.gguf",))
+    assert find_gguf(mixed) == Path("other.gguf") and find_gguf(config) is None
+    require_gguf(mixed)
+
+
+def test_several_are_mixed(tiny_teacher_path: Path) -> None:
+    """Equal weights unless said otherwise; each has its weight."""
+    config = TeacherConfig(path=str(tiny_teacher_path), mix_with=(str(example_teacher()),))
+    with open_teacher(config) as teacher:
+        assert isinstance(teacher, EnsembleTeacher) and len(teacher.teachers) == 2
+    with pytest.raises(EnsembleError, match="2 teachers have 1 weights"):
+        open_teacher(config.model_copy(update={"weights": (1.0,)}))
+    with pytest.raises(UserError, match="mix_with"):
+        open_teacher(TeacherConfig(path=str(tiny_teacher_path), weights=(1.0,)))
+
+
+def test_4bit_is_for_folders(tiny_teacher_path: Path) -> None:
+    """A GGUF file is as quantised as it is."""
+    with pytest.raises(UserError, match="load_in_4bit"):
+        open_teacher(TeacherConfig(path=str(tiny_teacher_path), load_in_4bit=True))
+
+
+def test_a_plan_says_what_a_run_takes(
+    tiny_teacher: GGUFTeacher,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Counts that can be known are exact; what is measured is positive; nothing is written."""
+    text, data = "order four boxes of gloves " * 3, tmp_path / "data.jsonl"
+    data.write_text("\n".join([json.dumps({"text": text})] * 70), encoding="utf-8")
+    before = sorted(tmp_path.iterdir())
+    tokens = tiny_teacher.tokenize([text], add_special=False, parse_special=False)
+    each = len(tokens[0]) + int(tiny_teacher.info.add_bos)
+    overrides: dict[str, object] = {
+        "teacher.path": str(tiny_teacher.file.path),
+        "student.size": "32x2",
+        "data.path": str(data),
+        "train.epochs": 3,
+    }
+    for kind, per_token in (
+        ("compact", 16 * 4 + 24 + 64 + 2 + 4),
+        ("hidden", 64 + 4 + 4),
+        ("dense", 4 * 1024 + 4),
+    ):
+        plan = plan_run(load_config(None, overrides | {"targets.kind": kind}, []), Console())
+        assert plan.tokens == 70 * each, kind
+        assert plan.steps == 3 * -(-68 // 16), kind
+        assert plan.store_bytes == plan.store_limit == plan.tokens * per_token, kind
+        assert plan.train_seconds is not None and plan.train_seconds > 0, kind
+        assert min(plan.capture_seconds, plan.teacher_memory, plan.train_memory) > 0, kind
+        assert sorted(tmp_path.iterdir()) == before, kind
+        assert "what a run takes" in capsys.readouterr().out, kind
+        # The one that runs already stands for the teacher that the other plans would start.
+        monkeypatch.setattr(plan_module, "load_teacher", lambda config, console: tiny_teacher)
+        monkeypatch.setattr(GGUFTeacher, "__exit__", lambda *_: None)
+
+
+def test_a_plan_describes_the_student(
+    tiny_teacher: GGUFTeacher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The size that a share comes to, and every width, in words, as the model has it."""
+    (tmp_path / "data.txt").write_text("order four boxes of gloves " * 200, encoding="utf-8")
+    paths = {"teacher.path": tiny_teacher.file.path, "data.path": tmp_path / "data.txt"}
+    overrides = {name: str(path) for name, path in paths.items()}
+    settings = ["student.kv_heads=1", "student.ffn_width=72", "data.max_length=32"]
+    plan = plan_run(load_config(None, overrides | {"student.size": "50%"}, settings), Console())
+    lines = capsys.readouterr().out.replace("│", " ").splitlines()
+    said = [" ".join(line.split()) for line in lines]
+    title = next(line for line in said if "→" in line)
+    width, layers = map(int, title.split("→ ")[1].split(" ")[0].split("x"))
+    share = plan.parameters / tiny_teacher.info.parameters
+    assert 0.45 < share < 0.55
+    per_head = width // 16  # the teacher's heads are 16 wide
+    for row in (
+        f"width, layers {width}, {layers}",
+        f"heads {per_head}",
+        "key/value heads 1",
+        "head width 16",
+        "feed-forward width 72",
+        "context 256 tokens",
+        "embedding and output one matrix, 1,024 tokens",
+    ):
+        assert row in said, (row, said)
+    assert any(f"{share:.1%} of the teacher's" in line for line in said)
+    layer = width * 16 * (2 * per_head + 2) + 3 * width * 72 + 2 * width
+    assert plan.parameters == 1024 * width + layers * layer + width
+
+
+def test_times_are_readable() -> None:
+    """Seconds, minutes, hours."""
+    assert [human_time(value) for value in (3.2, 600.0, 7200.0)] == ["3 s", "10 min", "2.0 h"]
+
+
+def test_a_mixture_has_no_sketch(
+    tiny_teacher_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no hidden state: the default does without and says so; asking for one is refused."""
+    config = TeacherConfig(path=str(tiny_teacher_path), mix_with=(str(tiny_teacher_path),))
+    tokens = [np.arange(3, 12, dtype=np.int32)]
+    with open_teacher(config) as teacher:
+        recipe = recipe_for(TargetsConfig(), teacher, Console())
+        assert recipe.sketch_bytes == 0 and "no hidden state" in " ".join(
+            capsys.readouterr().out.split()
+        )
+        assert len(teacher.score(tokens, recipe, {})["topk_ids"]) == 8
+        with pytest.raises(EnsembleError, match="no hidden state"):
+            teacher.score(tokens, Recipe("hidden"), {})

@@ -1,0 +1,372 @@
+"""A student made from its teacher's weights: equal where it can be, near where it cannot."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from distill.initialization.from_teacher import NoHeadStart, head_start, require_head_start
+from distill.initialization.ridge import corrections, moments
+from distill.initialization.structured_pruning import (
+    HeadLayout,
+    Unit,
+    choose_units,
+    layer_spans,
+    principal_stream,
+    rotary_places,
+    stream_moment,
+    whole_stream,
+)
+from distill.initialization.teacher_trace import logits
+from students.model.build import build_student
+from students.model.config import SO8TConfig
+from students.model.decoder import SO8TForCausalLM
+from students.model.fold import to_llama
+from teachers.base import Sampling, Tokens
+from teachers.gguf.file import GGUFFile, read_gguf
+from teachers.gguf.llama_weights import LlamaWeights, NotALlama
+from teachers.llama_cpp.teacher import GGUFTeacher
+from tests.support.tiny_models import VOCABULARY, Tiny, canonical, write_tiny
+
+
+def quiet(done: int, words: str) -> None:
+    """Progress that nobody watches."""
+
+
+def shape(tiny: Tiny, config: Mapping[str, Any] | None = None, **changes: Any) -> SO8TConfig:
+    """A student with a teacher's own shape, but for some changes of that and of the settings."""
+    tiny = replace(tiny, **changes)
+    usual = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": tiny.width,
+        "num_hidden_layers": tiny.layers,
+        "num_attention_heads": tiny.heads,
+        "num_key_value_heads": tiny.kv_heads,
+        "head_dim": tiny.head_width,
+        "intermediate_size": tiny.feed_forward,
+        "rope_theta": tiny.rope_theta,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": tiny.tied,
+    }
+    return SO8TConfig(**usual | (config or {}))
+
+
+def text(count: int = 24, length: int = 40, seed: int = 0) -> list[Tokens]:
+    draw = np.random.default_rng(seed)
+    return [draw.integers(3, VOCABULARY, length).astype(np.int32) for _ in range(count)]
+
+
+@torch.no_grad()
+def answers(student: SO8TForCausalLM, sequences: Sequence[Tokens]) -> Tensor:
+    """All logits but those of each sequence's last token, ``[N, V]``."""
+    rows = [torch.from_numpy(tokens.astype(np.int64))[None] for tokens in sequences]
+    return torch.cat([student.eval()(row).logits[0, :-1] for row in rows])
+
+
+def said(file: GGUFFile, sequences: Sequence[Tokens]) -> Tensor:
+    """A teacher's logits, ``[N, V]``."""
+    return torch.from_numpy(logits(LlamaWeights(file), sequences))
+
+
+def begun(file: GGUFFile, config: SO8TConfig, count: int = 24, length: int = 40) -> SO8TForCausalLM:
+    """A student that begins at a teacher's weights, after so much text."""
+    return head_start(config, file, text(count, length), 0, quiet)
+
+
+def off_by(student: SO8TForCausalLM, file: GGUFFile) -> tuple[float, float]:
+    """How far logits are from the teacher's on other text, also as a share of the largest."""
+    other = text(3, 30, seed=8)
+    expected = said(file, other)
+    most = float((answers(student, other) - expected).abs().max())
+    return most, most / float(expected.abs().max())
+
+
+def divergence(theirs: Tensor, ours: Tensor) -> float:
+    """Mean KL from a teacher's to a student's logits."""
+    theirs, ours = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
+    return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("head_start")
+
+
+def written(base: Path, tiny: Tiny) -> GGUFFile:
+    path = base / f"{abs(hash(tiny))}.gguf"
+    return read_gguf(path if path.exists() else write_tiny(path, tiny))
+
+
+SAME = {
+    "llama": Tiny(),
+    "llama, tied": Tiny(tied=True, seed=1),
+    "llama, heads wider than the stream": Tiny(heads=6, kv_heads=3, seed=2),
+    "phi3": Tiny("phi3", width=64, seed=3),
+    "scaled rotary embedding": Tiny(attention_factor=1.2, seed=4),
+}
+
+
+def test_a_student_of_the_teachers_shape_is_the_teacher(base: Path) -> None:
+    """Whatever the rotations of its gates, which are random, and folded as well."""
+    for name, tiny in SAME.items():
+        file = written(base, tiny)
+        student = begun(file, shape(tiny, {"rotation_init_std": 0.7}))
+        assert off_by(student, file)[0] < 1e-4, name
+        rotations = student.rotations()
+        assert (rotations[:, 1] @ rotations[:, 0] - torch.eye(8)).abs().max() > 0.5, name
+        assert off_by(to_llama(student), file)[0] < 1e-4, name
+
+
+def test_a_larger_student_is_the_teacher_too(base: Path) -> None:
+    """Surplus layers, units, heads and directions are there, and silent.
+
+    Rotary pairs of twice as wide heads turn as fast as the teacher's; every other one is free.
+    """
+    tiny = Tiny(tied=True, seed=1)
+    file = written(base, tiny)
+    for changes in (
+        {"layers": 5},
+        {"feed_forward": 120},
+        {"width": 72},
+        {"head_width": 32},
+        {"heads": 8, "kv_heads": 4},
+        {"heads": 8},
+        {"kv_heads": 4},
+        {"tied": False},
+        {"width": 56, "feed_forward": 96, "layers": 4, "heads": 8},
+    ):
+        student = begun(file, shape(tiny, **changes))
+        assert off_by(student, file)[1] < 2e-4, changes
+        for name, value in student.state_dict().items():
+            assert torch.isfinite(value).all(), (changes, name)
+
+
+def test_one_matrix_of_two_is_the_outputs(base: Path) -> None:
+    """A tied student of a teacher with two matrices gets the outputs', in the embeddings' size."""
+    tiny = Tiny(seed=13)
+    rows, tied = canonical(tiny)["embed"], shape(tiny, tied=True)
+    same = read_gguf(write_tiny(base / "threefold.gguf", tiny, {"output.weight": 3.0 * rows}))
+    assert off_by(begun(same, tied), same)[1] < 1e-4
+    other = LlamaWeights(written(base, tiny))
+    table = begun(other.file, tied).lm_head.weight.detach()
+    output = torch.from_numpy(other.output_rows(0, VOCABULARY))
+    assert (table / table.std() - output / output.std()).abs().max() < 1e-3
+    assert float(table.std()) == pytest.approx(float(rows.std()), rel=1e-2)
+
+
+def test_surplus_can_learn(base: Path) -> None:
+    """A silent unit between two zero matrices would stay silent for ever."""
+    tiny = Tiny(tied=True, seed=1)
+    student = begun(written(base, tiny), shape(tiny, width=72, feed_forward=120, layers=4))
+    row = torch.from_numpy(text(1)[0].astype(np.int64))[None]
+    optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
+    for _ in range(2):  # after the first step the directions beyond the teacher's are in use
+        optimizer.zero_grad()
+        student(row).logits.square().mean().backward()
+        optimizer.step()
+    for name, parameter in student.named_parameters():
+        if name.endswith("_proj.weight"):
+            assert parameter.grad is not None, name
+            for axis in (0, 1):
+                assert (parameter.grad.abs().amax(dim=axis) > 0).all(), (name, axis)
+
+
+def test_a_stream_of_few_directions_fits_a_narrow_student(base: Path) -> None:
+    """A teacher that uses 36 of 64 directions: 40 hold all, whatever the gains of its norms."""
+    tiny = Tiny(width=64, rank=36, seed=11)
+    file = written(base, tiny)
+    assert off_by(begun(file, shape(tiny, width=40)), file)[1] < 2e-3
+
+
+SMALLER: dict[str, tuple[Tiny, dict[str, int]]] = {
+    "fewer layers": (Tiny(seed=7, layers=4), {"layers": 2}),
+    "fewer units": (Tiny(seed=7), {"feed_forward": 40}),
+    "fewer heads": (Tiny(seed=7), {"heads": 2, "kv_heads": 1}),
+    "narrower": (Tiny(seed=7, width=64, rank=48), {"width": 40}),
+    "narrower, tied": (Tiny(seed=7, width=64, tied=True, rank=48), {"width": 40}),
+    "narrower heads": (Tiny(seed=7), {"head_width": 8}),
+    "grouped heads": (Tiny(seed=7, kv_heads=4), {"kv_heads": 2}),
+    "biases": (Tiny("qwen2", width=64, biases=True, seed=7), {}),
+    "normalised heads": (Tiny("qwen3", seed=7), {}),
+    "all of it": (
+        Tiny("qwen3", width=64, layers=4, heads=8, kv_heads=2, seed=7, rank=44, rope_theta=1e6),
+        {"width": 40, "layers": 2, "heads": 2, "kv_heads": 1},
+    ),
+}
+
+
+def test_a_smaller_student_begins_nearer_than_a_random_one(base: Path) -> None:
+    """On other text than it looked at; the teacher is random, the hardest to compress."""
+    other = text(6, 30, seed=9)
+    for name, (tiny, changes) in SMALLER.items():
+        file, config = written(base, tiny), shape(tiny, **changes)
+        little = begun(file, config, 1, 9)  # too little text for any correction
+        students = (begun(file, config, 60), build_student(config, 0), little)
+        expected = said(file, other)
+        near, random, plain = (divergence(expected, answers(one, other)) for one in students)
+        assert near < 0.85 * random, name
+        assert near < plain, name
+
+
+@pytest.mark.needs_gguf
+def test_a_real_teacher_is_kept_in_part(example_gguf: GGUFTeacher) -> None:
+    """On the example teacher's own words: with less depth, or half of both, far below random."""
+    beginnings = [[np.array([example_gguf.info.bos], dtype=np.int32)]] * 96
+    spoken = example_gguf.speak(beginnings, Sampling(max_length=96, seed=1))
+    other, seen = spoken[:8], [tokens for tokens in spoken[8:] if len(tokens) > 1]
+    expected = torch.from_numpy(example_gguf.logits(other))
+    for width, layers, share in ((256, 4, 0.05), (128, 3, 0.25)):
+        config = SO8TConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 64,
+            num_key_value_heads=width // 64,
+            intermediate_size=width * 5 // 2,
+            rms_norm_eps=1e-5,
+        )
+        students = head_start(config, example_gguf.file, seen, 0, quiet), build_student(config, 0)
+        near, random = (divergence(expected, answers(one, other)) for one in students)
+        assert near < share * random, width
+
+
+def test_equal_arguments_give_equal_bytes(base: Path) -> None:
+    """And leave PyTorch's and NumPy's random state alone."""
+    tiny = Tiny(seed=7, width=64)
+    file, config = written(base, tiny), shape(tiny, width=40, layers=2)
+    state = torch.get_rng_state()
+    reported: list[int] = []
+    first = head_start(config, file, text(), 3, lambda done, words: reported.append(done))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    second = head_start(config, file, copy.deepcopy(text()), 3, quiet)
+    for name, values in first.state_dict().items():
+        assert torch.equal(values, second.state_dict()[name]), name
+    assert reported == sorted(reported) and reported[-1] == 2
+
+
+def test_what_cannot_be_begun_is_refused(base: Path) -> None:
+    """Another rotary base, too few tokens, another architecture, no text."""
+    file = written(base, Tiny())
+    for config, reason in (
+        (shape(Tiny(), rope_theta=1e6), "rotary base"),
+        (shape(Tiny(), {"vocab_size": 1000}), "1024 tokens"),
+    ):
+        with pytest.raises(NoHeadStart, match=reason):
+            require_head_start(config, file)
+        with pytest.raises(NoHeadStart, match=reason):
+            begun(file, config)
+    path = write_tiny(base / "other.gguf", Tiny(), architecture="gemma")
+    with pytest.raises(NotALlama, match="gemma"):
+        begun(read_gguf(path), shape(Tiny()))
+    with pytest.raises(NoHeadStart, match="text"):
+        head_start(shape(Tiny()), file, [], 0, quiet)
+
+
+# -- the parts -----------------------------------------------------------------------------------
+
+
+def test_corrections_are_ridge_regression() -> None:
+    """The optimum by its normal equations, with one of the strengths; without noise the map."""
+    draw = torch.Generator().manual_seed(0)
+    inputs, true = torch.randn(400, 12, generator=draw), torch.randn(5, 12, generator=draw)
+    checked = torch.arange(400) % 8 == 0
+    found = corrections(inputs, [inputs @ true.T], checked)[0]
+    assert (found - true).abs().max() < 1e-3
+    noisy = inputs @ true.T + 3.0 * torch.randn(400, 5, generator=draw)
+    weights = torch.rand(400, generator=draw) + 0.1
+    found = corrections(inputs, [noisy], checked, weights)[0].double()
+    x, y = (weights[:, None].double() * part.double() for part in (inputs, noisy))
+    gradient = x.T @ (y - x @ found.T)  # equals ρ · found at the optimum
+    ridge = float((gradient * found.T).sum() / found.square().sum())
+    assert ridge > 0 and (gradient - ridge * found.T).abs().max() < 1e-4 * x.square().sum()
+
+
+def test_corrections_of_noise_are_none() -> None:
+    """More inputs than the examples can tell anything about: what does not predict is not used."""
+    draw = torch.Generator().manual_seed(0)
+    inputs, noise = torch.randn(64, 60, generator=draw), torch.randn(64, 3, generator=draw)
+    assert corrections(inputs, [noise], torch.arange(64) % 4 == 0)[0].abs().max() < 0.15
+    assert not corrections(inputs, [noise], torch.zeros(64, dtype=torch.bool))[0].any()
+
+
+def test_moments_are_the_product() -> None:
+    draw = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(5000, width, generator=draw) for width in (3, 4))
+    assert (moments(left, right) - left.double().T @ right.double()).abs().max() < 1e-3
+
+
+def test_spans() -> None:
+    """Every layer once, as even as can be, each student layer from the first of its own."""
+    assert [list(span) for span in layer_spans(6, 3)] == [[0, 1], [2, 3], [4, 5]]
+    assert [len(span) for span in layer_spans(6, 4)] == [2, 1, 2, 1]
+    assert [list(span) for span in layer_spans(3, 5)] == [[0], [1], [2]]
+    for layers, count in itertools.product(range(1, 33), range(1, 33)):
+        spans = layer_spans(layers, count)
+        assert [layer for span in spans for layer in span] == list(range(layers)), (layers, count)
+        lengths = {len(span) for span in spans}
+        assert len(spans) == min(layers, count), (layers, count)
+        assert max(lengths) - min(lengths) <= 1, (layers, count)
+
+
+def test_rotary_pairs_of_like_speed() -> None:
+    """Against all ways to place them in order."""
+    theirs, half, odd = (
+        (10000.0 ** -np.arange(0, 1, 1 / pairs)).astype(np.float32) for pairs in (8, 4, 5)
+    )
+    taken, given = rotary_places(theirs, half)
+    assert taken.tolist() == [0, 2, 4, 6] and given.tolist() == [0, 1, 2, 3]
+    given, taken = rotary_places(half, theirs)
+    assert taken.tolist() == [0, 2, 4, 6] and given.tolist() == [0, 1, 2, 3]
+    taken, _ = rotary_places(theirs, odd)
+    costs = {
+        places: np.abs(np.log(theirs[list(places)] / odd)).sum()
+        for places in itertools.combinations(range(8), 5)
+    }
+    assert costs[tuple(taken.tolist())] == pytest.approx(min(costs.values()))
+    same, also = rotary_places(theirs, theirs)
+    assert same.tolist() == also.tolist() == list(range(8))
+
+
+def test_units_are_whole_groups() -> None:
+    """The loudest groups of heads, whole, or their loudest heads; all, where there is room."""
+    layout = HeadLayout(6, 3, width=8, frequencies=np.ones(4, np.float32), rotary_scale=1.0)
+
+    def chosen(heads: int, kv_heads: int) -> list[Unit]:
+        config = shape(Tiny(), heads=heads, kv_heads=kv_heads)
+        return choose_units([0.1, 0.2, 5.0, 0.0, 1.0, 2.0], layout, config)
+
+    assert chosen(4, 2) == [Unit(1, (2, 3)), Unit(2, (4, 5))]
+    assert chosen(2, 2) == [Unit(1, (2,)), Unit(2, (5,))]
+    assert [unit.kv_head for unit in chosen(16, 8)] == [0, 1, 2]
+
+
+def test_streams() -> None:
+    """The strongest directions of what is seen after the norm; back and forth they are whole."""
+    draw = torch.Generator().manual_seed(0)
+    states = torch.randn(300, 6, generator=draw) * torch.tensor([5.0, 0.1, 3.0, 0.1, 4.0, 0.1])
+    states[0] *= 1e4  # one loud token
+    scale = torch.tensor([1.0, 2.0, 0.5, 1.0, 1.0, 1.0])
+    found = principal_stream(stream_moment(states, scale), scale, 3)
+    assert found.narrows and (found.lift.T @ found.read - torch.eye(3)).abs().max() < 1e-5
+    kept = (states @ found.read) @ found.lift.T
+    assert (kept - states).square().mean() < 0.01 * states.square().mean()
+    assert found.read.abs().amax(dim=1)[[1, 3, 5]].max() < 0.2
+    whole = whole_stream(3, 5)
+    assert not whole.narrows and (whole.read @ whole.lift.T - torch.eye(3)).abs().max() == 0
+
+
+def test_short_text_is_enough_to_run(base: Path) -> None:
+    """One token."""
+    tiny = Tiny(layers=2)
+    for name, value in begun(written(base, tiny), shape(tiny, width=40), 1, 1).state_dict().items():
+        assert torch.isfinite(value).all(), name

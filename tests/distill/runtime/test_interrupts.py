@@ -1,0 +1,49 @@
+"""Ctrl-C that a finaliser swallowed is raised again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+SWALLOWED = """
+import os, signal
+from distill import interrupts
+from distill.runtime.progress import Console
+
+interrupts.watch()
+
+class Swallows:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+
+Swallows()
+print("went on", flush=True)
+try:
+    with Console().stage("Next"):
+        print("not reached")
+except KeyboardInterrupt:
+    print("raised again")
+"""
+
+
+def test_a_swallowed_interrupt_is_raised_at_the_next_stage() -> None:
+    """Python drops what a finaliser raises; the program must stop all the same."""
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split("\n")[:2] == ["went on", "raised again"], done.stdout + done.stderr
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    """A job in the background is started with SIGINT ignored."""
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "from distill import interrupts; interrupts.watch()\n"
+        "print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN); interrupts.check()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "True"

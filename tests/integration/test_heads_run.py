@@ -1,0 +1,326 @@
+"""Both heads around a whole run: calibrated and scored on data apart, through the exported file."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from distill.config.loading import load_config
+from distill.errors import UserError
+from distill.heads.fitting import MIN_CALIBRATED, calibrate, halves, score_heads
+from distill.heads.prompt_set import PromptSet
+from distill.heads.prompts import SafetyPrompt, built_in_prompts, prompt_tokens, split_by_scenario
+from distill.heads.safety_data import SafetyData
+from distill.metrics.safety import fit_temperature, fit_thresholds
+from distill.metrics.verification import fit_trust
+from distill.pipeline.capture import capture_only
+from distill.pipeline.run import run, train_from_store
+from distill.runs.folder import Places, RunFolder
+from distill.runtime.progress import Console
+from distill.training.data import split
+from students.model.decoder import SO8TForCausalLM
+from students.model.head_decisions import DECISIONS
+from students.model.heads import Heads, decide, head_values, read_heads
+from teachers.gguf.file import read_gguf
+from teachers.llama_cpp.teacher import GGUFTeacher
+from teachers.store.manifest import read_manifest
+from teachers.store.store import SoftTargetStore
+from tests.conftest import command
+from tests.support.runs import small_config, until_training
+from tests.support.students import make_student
+from tests.support.teachers import certainty_of
+from tests.support.training import VOCAB, make_store
+
+pytestmark = pytest.mark.usefixtures("llama_here")
+
+FEW = ["train.epochs=1", "train.evaluations=2"]
+BUILT_IN = [*FEW, "safety.labels=builtin"]
+
+
+CHANGED = ("ALLOW 1", "ALLOW one")  # of the prompts in a user's file
+
+
+def own_labels(folder: Path) -> Path:
+    """A file of a user with few prompts, so that a run is short."""
+    path = folder / "labels.jsonl"
+    rows = [{"prompt": f"{name} {n}", "label": name} for n in range(10) for name in DECISIONS]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_teacher_path: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """One run with the built-in prompts, as is the default."""
+    out = tmp_path_factory.mktemp("heads") / "run"
+    return run(small_config(tiny_teacher_path, *BUILT_IN, samples=24), Places(out=out), Console())
+
+
+# -- a whole run
+
+
+def test_results_hold_both_heads(finished: RunFolder) -> None:
+    """Where labels are from, the split, scores by language, what the file carries, the cascade."""
+    heads = finished.read_results()["heads"]
+    safety, parts = heads["safety"], split_by_scenario(built_in_prompts())
+    assert safety["labels_from"] == "builtin" and len(safety["prompts_sha256"]) == 64
+    assert safety["prompts"] == {name: len(part) for name, part in parts.items()}
+    assert safety["scenarios"] == {
+        name: len({p.scenario for p in part}) for name, part in parts.items()
+    }
+    assert set(safety["languages"]) == {"en", "ja"}
+    assert (
+        sum(score["prompts"] for score in safety["languages"].values()) == safety["test"]["prompts"]
+    )
+    file = read_gguf(finished.gguf)
+    thresholds = [safety["thresholds"]["refuse"], safety["thresholds"]["allow"]]
+    assert file.value("so8t.safety.thresholds") == pytest.approx(thresholds)
+    assert file.value("so8t.verification.trust") == pytest.approx(heads["verification"]["trust"])
+    assert heads["verification"]["cascade"][-1]["agreement"] == 1.0
+    assert finished.read_config().safety.labels == "builtin"
+
+
+def heads_in(file: Path) -> Heads:
+    """The heads that an exported file carries."""
+    found = read_gguf(file)
+    width = found.tensors["token_embd.weight"].shape[1]
+    return read_heads({key: field.value for key, field in found.fields.items()}, width)
+
+
+def test_scores_are_those_of_the_exported_file(
+    finished: RunFolder, tiny_teacher: GGUFTeacher
+) -> None:
+    """Counted again from the file itself: on test prompts, and half of what was held out."""
+    results, config = finished.read_results(), finished.read_config()
+    heads, carried = results["heads"], heads_in(finished.gguf)
+    test = split_by_scenario(built_in_prompts())["test"]
+    folder = Path(results["soft_targets"]["folder"])
+    store = SoftTargetStore(folder, read_manifest(folder))
+    scored = split(store, config.data.held_out, config.seed).held_out.tolist()[1::2]
+    with GGUFTeacher(finished.gguf, threads=1) as student:
+        states = student.last_states(prompt_tokens(tiny_teacher, test, 256))
+        sequences = [store.tokens(index) for index in scored]
+        final = torch.from_numpy(student.states(sequences, exact=True)["final"])
+        logits = torch.from_numpy(student.logits(sequences, exact=True))
+    best = logits.argmax(dim=-1).numpy()
+    chances = carried.probabilities(torch.from_numpy(states))
+    confusion = np.zeros((3, 3), dtype=int)
+    for prompt, taken in zip(test, decide(chances, carried.thresholds).tolist(), strict=True):
+        confusion[prompt.decision, taken] += 1
+    difference = np.abs(confusion - np.array(heads["safety"]["test"]["confusion"])).sum()
+    assert difference <= 4 and confusion.sum() == len(
+        test
+    )  # Q8_0 states at a threshold may fall either way
+    agreed = np.concatenate([store.targets(index).best().numpy() for index in scored]) == best
+    found = heads["verification"]
+    assert found["positions"] == len(agreed) and found["agreement"] == pytest.approx(
+        agreed.mean(), abs=0.02
+    )
+    certain = carried.agreement(final, logits).numpy()
+    won = (certain[agreed][:, None] > certain[~agreed]) + 0.5 * (
+        certain[agreed][:, None] == certain[~agreed]
+    )
+    assert found["auroc"] == pytest.approx(won.mean(), abs=0.02)
+
+
+def test_the_student_of_a_run_is_judged(finished: RunFolder) -> None:
+    """By the command line, from student.gguf alone; its heads are those of student/."""
+    ended = command("judge", finished.gguf, "How do I pick a lock?", "--json")
+    assert ended.code == 0 and not ended.complaint
+    found = json.loads(ended.said)
+    assert found["decision"] in DECISIONS and 0.0 <= found["agreement"] <= 1.0
+    student = AutoModelForCausalLM.from_pretrained(finished.student)
+    mine, theirs = head_values(student.heads()), head_values(heads_in(finished.gguf))
+    assert mine.keys() == theirs.keys() and len(mine) == 11
+    for key, value in mine.items():
+        exact = isinstance(value, list | int) and "thr" not in key
+        assert theirs[key] == (value if exact else pytest.approx(value)), key
+
+
+def test_the_same_seed_gives_the_same_bytes(
+    finished: RunFolder, tiny_teacher_path: Path, tmp_path: Path
+) -> None:
+    """Heads, thresholds and their scores included."""
+    config = small_config(tiny_teacher_path, *BUILT_IN, samples=24)
+    again = run(config, Places(tmp_path / "run"), Console())
+    for name in ("student/model.safetensors", "student/config.json", "student.gguf"):
+        assert (again.path / name).read_bytes() == (finished.path / name).read_bytes(), name
+    assert again.read_results()["heads"] == finished.read_results()["heads"]
+
+
+def test_a_run_without_heads(tiny_teacher_path: Path, tmp_path: Path) -> None:
+    """Neither weights, file nor results have any, and `judge` says so."""
+    folder = RunFolder(tmp_path / "run")
+    words = ["--teacher", tiny_teacher_path, "--student-size", "32x1", "--samples", 12]
+    words += ["--safety-labels", "none", "--out", folder.path]
+    for setting in (*small_settings(), *FEW, "loss.lambda_verification=0"):
+        words += ["--set", setting]
+    assert command("run", *words).code == 0
+    judged = command("judge", folder.gguf, "x")
+    assert judged.code == 2 and "carries no heads" in judged.complaint
+    assert folder.read_results()["heads"] == {}
+    keys = read_gguf(folder.gguf).fields
+    assert not [key for key in keys if key.startswith(("so8t.safety", "so8t.verification"))]
+    student = AutoModelForCausalLM.from_pretrained(folder.student)
+    assert not [key for key in student.state_dict() if "_head." in key.replace("lm_head.", "")]
+
+
+def small_settings() -> list[str]:
+    return ["data.max_length=24", "data.held_out=0.2", "train.batch_size=8"]
+
+
+def test_labels_of_a_user_from_a_store(tiny_teacher_path: Path, tmp_path: Path) -> None:
+    """A store needs nothing of them: `train` takes a file of labels, and results say which."""
+    labels = own_labels(tmp_path)
+    store = capture_only(small_config(tiny_teacher_path, samples=12), tmp_path / "store", Console())
+    assert not list(store.folder.glob("judgment-*"))
+    settings = [*small_settings()[1:], *FEW, f"safety.labels={labels}"]
+    config = load_config(None, {"store": str(store.folder), "student.size": "32x1"}, settings)
+    folder = train_from_store(config, tmp_path / "run", Console())
+    safety = folder.read_results()["heads"]["safety"]
+    assert safety["labels_from"] == str(labels)
+    assert safety["prompts"] == {"train": 18, "validation": 6, "test": 6}
+    assert safety["languages"] == {} and safety["test"]["prompts"] == 6
+    labels.write_text(labels.read_text().replace(*CHANGED))
+    with pytest.raises(UserError, match="another safety prompts"):
+        train_from_store(config, folder.path, Console())  # not the finished run's result
+
+
+def test_another_label_file_is_another_run(tiny_teacher_path: Path, tmp_path: Path) -> None:
+    """Labels that have changed since a run began are not mixed into it."""
+    path, out = own_labels(tmp_path), tmp_path / "run"
+    config = small_config(tiny_teacher_path, *FEW, f"safety.labels={path}", samples=12)
+    until_training(config, out)
+    path.write_text(path.read_text().replace(*CHANGED))
+    with pytest.raises(UserError, match="another safety prompts"):
+        run(config, Places(out=out), Console())
+
+
+# -- calibration
+
+
+def prompt_part(count: int, seed: int) -> PromptSet:
+    """Prompts whose label can be read off their last token."""
+    random = np.random.default_rng(seed)
+    prompts, tokens = [], []
+    for number in range(count):
+        row = random.integers(3, VOCAB, size=random.integers(1, 7)).astype(np.int32)
+        label = [float(row[-1] % 3 == place) for place in range(3)]
+        prompts.append(SafetyPrompt(str(number), str(number), "", (label[0], label[1], label[2])))
+        tokens.append(row)
+    return PromptSet(prompts, tokens, 0)
+
+
+def safety_of(validation: int) -> SafetyData:
+    return SafetyData(
+        "builtin", "0", prompt_part(9, 0), prompt_part(validation, 1), prompt_part(9, 2)
+    )
+
+
+@torch.no_grad()
+def verified(
+    student: SO8TForCausalLM, store: SoftTargetStore, sequences: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Log-odds and agreement at every position, from all logits, one position at a time."""
+    odds, agreed = [], []
+    for index in sequences:
+        tokens, best = store.tokens(index).tolist(), store.targets(index).best().tolist()
+        output = student(torch.tensor([tokens]))
+        for place in range(len(tokens) - 1):
+            sure = torch.tensor(certainty_of(output.logits[0, place].tolist()))
+            odds.append(float(student.verification_head(output.last_hidden_state[0, place], sure)))
+            agreed.append(int(output.logits[0, place].argmax()) == best[place])
+    return torch.tensor(odds, dtype=torch.float64), torch.tensor(agreed)
+
+
+@torch.no_grad()
+def decided(student: SO8TForCausalLM, prompts: PromptSet) -> Tensor:
+    """Logits of the decisions, one prompt at a time."""
+    states = [
+        student(torch.from_numpy(row)[None].long()).last_hidden_state[0, -1]
+        for row in prompts.tokens
+    ]
+    return torch.stack([student.safety_head(state) for state in states])
+
+
+CALIBRATED = ("safety_head.", "verification_head.output.", "verification_head.certainty")
+
+
+@pytest.mark.parametrize(("seed", "knows"), [(0, True), (6, False)])
+def test_calibration_is_within_the_heads_own_weights(
+    tmp_path: Path, seed: int, knows: bool
+) -> None:
+    """One temperature, scale and offset, on data apart; then thresholds and trust; nothing else.
+
+    A head whose order is the wrong way round (it does not know) ends with the same probability
+    everywhere.
+    """
+    store, data = make_store(tmp_path / "store"), safety_of(MIN_CALIBRATED)
+    student = make_student(16, 2, VOCAB, seed=seed, heads=True)
+    before = copy.deepcopy(student)
+    calibrate(student, data, store, range(24))
+    labels = torch.from_numpy(data.validation.labels).argmax(dim=-1)
+    first, second = decided(before, data.validation), decided(student, data.validation)
+    temperature = fit_temperature(first, labels)
+    assert abs(temperature - 1.0) > 0.1
+    torch.testing.assert_close(second, first / temperature, rtol=1e-4, atol=1e-5)
+    assert student.config.decision_thresholds == list(
+        fit_thresholds(second.softmax(dim=-1), labels)
+    )
+    (odds, agreed), (new, _) = (
+        verified(before, store, range(24)),
+        verified(student, store, range(24)),
+    )
+    assert len(agreed) >= MIN_CALIBRATED and set(agreed.tolist()) == {True, False}
+
+    def surprise(log_odds: Tensor) -> float:
+        signs = torch.where(agreed, log_odds, -log_odds).tolist()
+        return sum(math.log1p(math.exp(-value)) for value in signs) / len(signs)
+
+    assert surprise(new) < 0.95 * surprise(odds)
+    scale = float((new[1] - new[0]) / (odds[1] - odds[0]))
+    assert (scale > 0.1) == knows and scale > -1e-9
+    torch.testing.assert_close(new, scale * (odds - odds[0]) + new[0], rtol=1e-4, atol=1e-4)
+    assert float(new.sigmoid().mean()) == pytest.approx(float(agreed.double().mean()), abs=0.03)
+    assert student.config.trust == pytest.approx(fit_trust(new.sigmoid(), agreed), abs=1e-5)
+    for name, tensor in student.state_dict().items():
+        changed = name.startswith(CALIBRATED)
+        assert torch.equal(tensor, before.state_dict()[name]) != changed, name
+
+
+def test_too_few_cases_calibrate_nothing(tmp_path: Path) -> None:
+    """They would rather spoil it: weights stay, thresholds and trust are chosen all the same."""
+    store, data = make_store(tmp_path / "store"), safety_of(MIN_CALIBRATED - 1)
+    student = make_student(16, 2, VOCAB, heads=True)
+    before = copy.deepcopy(student)
+    calibrate(student, data, store, [0, 1])
+    old = before.state_dict()
+    assert all(torch.equal(tensor, old[name]) for name, tensor in student.state_dict().items())
+    labels = torch.from_numpy(data.validation.labels).argmax(dim=-1)
+    chances = decided(student, data.validation).softmax(dim=-1)
+    assert student.config.decision_thresholds == list(fit_thresholds(chances, labels))
+    odds, agreed = verified(student, store, [0, 1])
+    assert student.config.trust == pytest.approx(fit_trust(odds.sigmoid(), agreed), abs=1e-5)
+
+
+def test_a_student_without_heads_is_left_alone(tmp_path: Path, tiny_teacher: GGUFTeacher) -> None:
+    """Nothing is calibrated, nothing scored."""
+    store, student = make_store(tmp_path / "store"), make_student(16, 2, VOCAB)
+    calibrate(student, None, store, [0, 1])
+    assert student.config.decision_thresholds == [0.5, 0.5] and student.config.trust == 0.5
+    scores = score_heads(tiny_teacher, student.heads(), None, store, [0, 1])
+    assert (scores.safety, scores.languages, scores.verification) == (None, {}, None)
+
+
+def test_halves() -> None:
+    """What calibrates does not score, unless there is a single sequence."""
+    assert halves([4, 5, 6, 7, 8]) == ([4, 6, 8], [5, 7])
+    assert halves([4]) == ([4], [4])

@@ -1,0 +1,158 @@
+"""SO(8): layout of the parameters, exactness of rotations, their gradient and application."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from students.model import so8
+from tests.support.references import Matrix, reference_skew, spectral_exponential
+
+
+def drawn(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
+    """Seeded float64 rotation parameters ``[*shape, 28]``."""
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(*shape, 28, generator=generator, dtype=torch.float64)
+
+
+def taylor_exponential(matrix: Matrix) -> Matrix:
+    """Σ Aⁿ / n! summed term by term; for matrices of moderate norm."""
+    total, term = np.eye(8), np.eye(8)
+    for order in range(1, 120):
+        term = term @ matrix / order
+        total = total + term
+    return total
+
+
+def test_skew_layout_row_by_row() -> None:
+    """28 parameters fill the strict upper triangle row by row; the rest follows from A = -Aᵀ."""
+    parameters = torch.arange(1.0, 29.0, dtype=torch.float64)
+    matrix = so8.skew_symmetric(parameters).numpy()
+    assert matrix[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert matrix[1].tolist() == [-1, 0, 8, 9, 10, 11, 12, 13]
+    assert matrix[6, 7] == 28 and matrix[7, 6] == -28
+    np.testing.assert_array_equal(matrix, reference_skew(parameters.numpy()))
+    batch = drawn(2, 3)
+    expected = np.apply_along_axis(reference_skew, -1, batch.numpy())
+    assert expected.shape == (2, 3, 8, 8)
+    np.testing.assert_array_equal(so8.skew_symmetric(batch).numpy(), expected)
+
+
+def test_rotation_is_the_exponential() -> None:
+    """R = Σ Aⁿ / n! to float64 precision; for angles of many turns, from the eigenvalues of iA."""
+    matrix = reference_skew(drawn().numpy())
+    np.testing.assert_allclose(taylor_exponential(matrix), spectral_exponential(matrix), atol=1e-12)
+    for scale, reference, atol in (
+        (1e-4, taylor_exponential, 1e-12),
+        (0.05, taylor_exponential, 1e-12),
+        (1.0, taylor_exponential, 1e-12),
+        (10.0, spectral_exponential, 1e-10),
+        (100.0, spectral_exponential, 1e-10),
+    ):
+        parameters = drawn(4, scale=scale, seed=0 if scale <= 1.0 else 1)
+        rotations = so8.rotation(parameters)
+        assert rotations.dtype == torch.float64
+        expected = [reference(reference_skew(row)) for row in parameters.numpy()]
+        np.testing.assert_allclose(rotations.numpy(), expected, atol=atol, err_msg=f"{scale}")
+    identity = so8.rotation(torch.zeros(3, 28))
+    torch.testing.assert_close(identity, torch.eye(8).expand(3, 8, 8), rtol=0, atol=0)
+
+
+def test_one_plane_turns_counter_to_its_sign() -> None:
+    """An angle a in plane (0, 1) gives [[cos a, sin a], [-sin a, cos a]] there and I elsewhere."""
+    parameters = torch.zeros(28, dtype=torch.float64)
+    parameters[0] = 0.3
+    expected = np.eye(8)
+    expected[:2, :2] = [[np.cos(0.3), np.sin(0.3)], [-np.sin(0.3), np.cos(0.3)]]
+    np.testing.assert_allclose(so8.rotation(parameters).numpy(), expected, atol=1e-15)
+
+
+def test_rotations_are_orthogonal_with_determinant_one() -> None:
+    """‖RᵀR − I‖ ≤ 1e-5 and |det R − 1| ≤ 1e-5 in float32 for every angle; float64 is exact."""
+    for scale in (0.05, 0.3, 1.0, 3.0, 10.0, 100.0):
+        parameters = drawn(64, scale=scale, seed=2)
+        for dtype, most in ((torch.float32, 1e-5), (torch.float64, 1e-11)):
+            rotations = so8.rotation(parameters.to(dtype))
+            assert rotations.dtype == dtype
+            r = rotations.double().numpy()
+            off = np.linalg.norm(r.transpose(0, 2, 1) @ r - np.eye(8), axis=(1, 2))
+            assert off.max() <= most, (scale, dtype)
+            assert np.abs(np.linalg.det(r) - 1.0).max() <= most, (scale, dtype)
+
+
+def test_float32_under_bfloat16_autocast() -> None:
+    """Autocast changes no bit of rotations and turned weights; measures stay exact."""
+    parameters = drawn(2, 6, scale=0.05, seed=4).float()
+    rotations = so8.rotation(parameters)
+    weight = torch.randn(4, 48, generator=torch.Generator().manual_seed(9))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under, turned = so8.rotation(parameters), so8.rotate_columns(weight, rotations[0])
+        commutators = so8.commutator_norm(rotations[0], rotations[1])
+        errors = so8.orthogonality_error(rotations)
+    assert under.dtype == turned.dtype == torch.float32
+    assert torch.equal(under, rotations)
+    assert torch.equal(turned, so8.rotate_columns(weight, rotations[0]))
+    assert so8.rotation(parameters.bfloat16()).dtype == torch.float32
+    expected = so8.commutator_norm(rotations[0], rotations[1])
+    torch.testing.assert_close(commutators, expected)
+    assert float(errors.max()) <= 1e-5
+
+
+def test_rotation_gradient_by_finite_differences() -> None:
+    """The derivative of the exponential, in float64 at zero, near it and far from it."""
+    for scale, blocks in ((0.0, 1), (0.05, 2), (2.0, 1)):
+        parameters = drawn(blocks, scale=scale, seed=5).requires_grad_()
+        assert torch.autograd.gradcheck(so8.rotation, (parameters,)), scale
+
+
+def test_rotate_columns_is_a_block_diagonal_product() -> None:
+    """W · blockdiag(R₀, R₁, R₂); neither W · blockdiag(Rᵀ) nor another order of blocks."""
+    rotations = so8.rotation(drawn(3, seed=6))
+    weight = torch.randn(5, 24, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    blocks, inverse, shuffled = np.zeros((3, 24, 24))
+    for block in range(3):
+        span = slice(8 * block, 8 * block + 8)
+        blocks[span, span] = rotations[block].numpy()
+        inverse[span, span] = rotations[block].numpy().T
+        shuffled[span, span] = rotations[2 - block].numpy()
+    got = so8.rotate_columns(weight, rotations).numpy()
+    np.testing.assert_allclose(got, weight.numpy() @ blocks, atol=1e-13)
+    for other in (inverse, shuffled):
+        assert np.abs(got - weight.numpy() @ other).max() > 0.1
+
+
+def test_commutator_against_the_definition() -> None:
+    """‖AB − BA‖ per block; 0 for a rotation with itself and for turns in separate planes."""
+    rotations = so8.rotation(drawn(2, 5, seed=10))
+    norms = so8.commutator_norm(rotations[0], rotations[1])
+    a, b = rotations.numpy()
+    expected = np.sqrt(((a @ b - b @ a) ** 2).sum(axis=(1, 2)))
+    np.testing.assert_allclose(norms.numpy(), expected, rtol=1e-12)
+    assert norms.shape == (5,) and float(norms.min()) > 0.1
+    assert float(so8.commutator_norm(rotations, rotations).max()) == 0.0
+    planes = torch.zeros(2, 28, dtype=torch.float64)
+    planes[0, 0], planes[1, 27] = 0.7, 1.1  # planes (0, 1) and (6, 7) share no axis
+    first, second = so8.rotation(planes)
+    assert float(so8.commutator_norm(first, second)) <= 1e-15
+
+
+def test_orthogonality_and_determinant_errors() -> None:
+    """0 for a rotation; a reflection has determinant error 2; scaling shows in both."""
+    eye = torch.eye(8, dtype=torch.float64)
+    reflection = eye.clone()
+    reflection[3, 3] = -1.0
+    matrices = torch.stack((eye, reflection, 2.0 * eye))
+    determinants, lengths = so8.determinant_error(matrices), so8.orthogonality_error(matrices)
+    np.testing.assert_allclose(determinants.numpy(), [0.0, 2.0, 255.0], atol=1e-9)
+    np.testing.assert_allclose(lengths.numpy(), [0.0, 0.0, 3 * 8**0.5], atol=1e-12)
+
+
+@pytest.mark.parametrize(("count", "columns"), [(0, 8), (27, 15), (29, 24), (64, 15)])
+def test_wrong_numbers_raise(count: int, columns: int) -> None:
+    """Only 28 parameters make a rotation; two blocks need 16 columns."""
+    with pytest.raises(ValueError, match="28 parameters"):
+        so8.rotation(torch.zeros(2, count))
+    with pytest.raises(ValueError, match="16"):
+        so8.rotate_columns(torch.zeros(4, columns), torch.eye(8).expand(2, 8, 8))

@@ -1,0 +1,135 @@
+"""Captures in a process of its own that a test can kill: what ``tests.teachers.store.test_capture`` starts.
+
+Reads one line of JSON for each capture and forks for it, so that heavy modules are imported once.
+The child says ``held`` when it has the folder and ``capturing`` when it begins; on ``wait``, the
+parent tells how each child has ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from teachers.atomic_files import exclusive
+from teachers.base import Progress, Sampling, Share, Teacher, Tokens
+from teachers.llama_cpp.teacher import GGUFTeacher
+from teachers.store.capture import capture
+from teachers.store.manifest import Manifest
+from teachers.store.store import SoftTargetStore
+from teachers.targets.recipe import Recipe
+
+SEQUENCES, PER_SHARD = 14, 4
+RECIPE = Recipe(num_topk=6, sketch_bytes=24)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Seeded sequences of many lengths, or requests for the teacher (``SequenceSource``)."""
+
+    spoken: bool | int = False
+
+    def __len__(self) -> int:
+        return SEQUENCES
+
+    def requests(self, start: int, stop: int) -> tuple[list[Sequence[Tokens]], Sampling] | None:
+        """See ``SequenceSource.requests``."""
+        if not self.spoken:
+            return None
+        requests: list[Sequence[Tokens]] = [
+            [np.array([0, *range(5, 5 + n % 5)], np.int32)] for n in range(start, stop)
+        ]
+        return requests, Sampling(temperature=2.0, max_length=24, seed=3)
+
+    def take(self, teacher: Teacher, start: int, stop: int, progress: Progress) -> list[Tokens]:
+        """See ``SequenceSource.take``."""
+        asked = self.requests(start, stop)
+        if asked is not None:
+            return teacher.speak(*asked, first_index=start, progress=progress)
+        randoms = [np.random.default_rng([5, index]) for index in range(start, stop)]
+        return [
+            random.integers(3, teacher.info.vocab_size, random.integers(2, 40)).astype(np.int32)
+            for random in randoms
+        ]
+
+
+def begin(
+    folder: Path, teacher: Teacher, source: Source, recipe: Recipe = RECIPE
+) -> SoftTargetStore:
+    """The store of this teacher's answers in ``folder``, as far as it is there."""
+    identity: dict[str, Any] = {
+        "teacher_sha256": teacher.info.sha256,
+        "vocab_size": teacher.info.vocab_size,
+        "spoken": bool(source.spoken),
+        "recipe": recipe.to_json(),
+    }
+    return SoftTargetStore.create_or_open(folder, Manifest(identity, len(source), PER_SHARD))
+
+
+def say(*words: object) -> None:
+    """One line, written at once: several processes share the pipe."""
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
+def die_at(sync: int) -> None:
+    """Be killed while a file is written: before its numbered call for the disk returns."""
+    calls, fsync = [0], os.fsync
+
+    def deadly(handle: int) -> None:
+        if calls[0] == sync:
+            os.kill(os.getpid(), signal.SIGKILL)
+        calls[0] += 1
+        fsync(handle)
+
+    os.fsync = deadly  # type: ignore[assignment]
+
+
+def work(order: dict[str, Any]) -> None:
+    """One capture, or only holding the folder until killed."""
+    folder, share = Path(order["folder"]), Share(*order.get("share", (0, 1)))
+    if "die_at" in order:
+        die_at(order["die_at"])
+    with exclusive(folder, share.rank):
+        say("held")
+        if "teacher" not in order:
+            time.sleep(600)
+        source = Source(order.get("spoken", False))
+        with GGUFTeacher(Path(order["teacher"]), threads=1) as teacher:
+            store = begin(folder, teacher, source)
+            teacher.logits([np.arange(2, 5, dtype=np.int32)])  # loads what its process needs
+            say("capturing")
+            slow = order.get("slow", 0.0)
+            capture(teacher, source, store, lambda done, words: time.sleep(slow), share)
+
+
+def main() -> None:
+    """Fork for each order; several run side by side, and each end is told in order of beginning."""
+    children: list[int] = []
+    for line in sys.stdin:
+        if line == "wait\n":
+            for child in children:
+                say("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            children = []
+            continue
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                work(json.loads(line))
+                status = 0
+            finally:
+                os._exit(status)
+        say(child)
+        children.append(child)
+
+
+if __name__ == "__main__":
+    main()

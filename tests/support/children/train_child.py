@@ -1,0 +1,111 @@
+"""What ``tests/integration/test_distributed.py`` starts in several processes: trainings on stores that exist.
+
+accelerate launch --use_fsdp … -m tests.support.children.train_child STORE GUARDED_STORE FOLDER SETTINGS.json
+
+SETTINGS.json holds the settings of each run on STORE by name; then come the trainings of
+``tests/integration/test_guard_distributed.py`` on GUARDED_STORE. All of them are done twice: in FOLDER/ddp as
+under ``torchrun``, which sets none of accelerate's variables, and in FOLDER/fsdp.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import safetensors.torch
+from accelerate import PartialState
+
+from distill.config.schema import LossConfig, TrainConfig
+from distill.heads.prompt_set import PromptSet
+from distill.heads.prompts import SafetyPrompt
+from distill.losses.objective import build_objective
+from distill.training import checkpoint_timer
+from distill.training.data import TrainingData, split
+from distill.training.engine import train
+from students.weights import plain_weights
+from teachers.store.manifest import read_manifest
+from teachers.store.store import SoftTargetStore
+from tests.integration import test_guard_distributed as guarded
+from tests.support import training
+from tests.support.students import make_student
+
+LOSS = LossConfig(temperature=2.0, gamma=1.0)
+OURS = ("stop_at", "untied", "heads")  # settings that are not those of a training
+PATIENCE = 60  # seconds that one process waits for the other before it says so
+
+
+class Stopped(Exception):
+    """Stands for the end of all processes of a launch."""
+
+
+def make_prompts(vocab_size: int) -> PromptSet:
+    """Seven prompts of different lengths, labelled in turn."""
+    labels = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.1, 0.2, 0.7)]
+    tokens = [np.arange(3, 5 + n, dtype=np.int32) * (n + 1) % vocab_size for n in range(7)]
+    return PromptSet([SafetyPrompt(str(n), str(n), "", labels[n % 3]) for n in range(7)], tokens, 1)
+
+
+def run(store_folder: Path, folder: Path, settings: dict[str, Any]) -> None:
+    """Train a student that is 16 wide, and let the first process write what came of it.
+
+    ``stop_at`` among the settings: only until after that step, with a checkpoint before every one;
+    ``untied``: a student with an output matrix of its own; ``heads``: one with both heads, and
+    prompts in every step.
+    """
+    stop_at, untied, heads = (settings.get(name) for name in OURS)
+    store = SoftTargetStore(store_folder, read_manifest(store_folder))
+    vocab_size = int(store.manifest.identity["vocab_size"])
+    prompts = make_prompts(vocab_size) if heads else None
+    data = TrainingData(store, split(store, 0.2, 0), 0, prompts, 1, 3)
+    student = make_student(16, 2, vocab_size, tied=not untied, heads=bool(heads))
+    objective = build_objective(LOSS, store, student, teacher_layers=2, seed=0)
+    config = TrainConfig.model_validate({k: v for k, v in settings.items() if k not in OURS})
+
+    def report(step: int, text: str) -> None:
+        if step == stop_at:
+            raise Stopped
+
+    folder.mkdir(parents=True, exist_ok=True)
+    seconds, share = (
+        (0.0, float("inf"))
+        if stop_at
+        else (checkpoint_timer.CHECKPOINT_SECONDS, checkpoint_timer.SAVING_SHARE)
+    )
+    try:
+        with patch.multiple(checkpoint_timer, CHECKPOINT_SECONDS=seconds, SAVING_SHARE=share):
+            summary = train(student, data, objective, config, folder, report)
+    except Stopped:
+        return
+    if PartialState().is_main_process:
+        safetensors.torch.save_file(plain_weights(student), folder / "final.safetensors")
+        content = {name: getattr(summary, name) for name in ("best", "steps", "continued_from")}
+        (folder / "summary.json").write_text(json.dumps(content))
+
+
+def main() -> None:
+    """All trainings, one after another."""
+    store, guarded_store, folder, settings = (Path(argument) for argument in sys.argv[1:])
+
+    def train_all(place: Path) -> None:
+        for name, values in json.loads(settings.read_text()).items():
+            run(store, place / name, values)
+        for name, faults in training.TRAININGS.items():
+            guarded.run(guarded_store, place / name, faults)
+        guarded.leave_out(place)
+
+    with patch.dict(os.environ):
+        for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+            del os.environ[name]
+        PartialState(cpu=True, timeout=timedelta(seconds=PATIENCE))
+        train_all(folder / "ddp")
+    train_all(folder / "fsdp")
+
+
+if __name__ == "__main__":
+    main()

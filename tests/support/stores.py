@@ -1,0 +1,77 @@
+"""Small stores of soft targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from teachers.base import Tokens
+from teachers.llama_cpp.teacher import GGUFTeacher
+from teachers.store.capture import CaptureSummary, capture, fit_companion
+from teachers.store.manifest import Manifest
+from teachers.store.store import SoftTargetStore
+from teachers.targets.distributions import CompactTargets, DenseTargets, HiddenTargets, OutputHead
+from teachers.targets.recipe import Recipe
+from teachers.targets.state_codec import Basis
+from teachers.targets.stored_arrays import Targets
+from tests.support.children.capture_child import RECIPE, Source, begin
+from tests.support.teachers import BigramTeacher
+
+
+def write_store(
+    folder: Path,
+    teacher: BigramTeacher,
+    sequences: Sequence[Tokens],
+    recipe: Recipe,
+    per_shard: int,
+    **identity: Any,
+) -> SoftTargetStore:
+    """A complete store of what ``teacher`` says about ``sequences``."""
+    content = {"recipe": recipe.to_json(), "vocab_size": teacher.info.vocab_size, **identity}
+    store = SoftTargetStore.create_or_open(folder, Manifest(content, len(sequences), per_shard))
+    bases: Mapping[str, Basis] = {}
+    if store.needs_companion:
+        companion = fit_companion(teacher, sequences, recipe)  # type: ignore[arg-type]
+        store.write_companion(companion)
+        bases = companion.bases
+    for shard in range(store.manifest.shards):
+        start, stop = store.span(shard)
+        store.write_shard(
+            shard, sequences[start:stop], teacher.score(sequences[start:stop], recipe, bases)
+        )
+    return store
+
+
+def exact_targets(kind: str, logits: torch.Tensor, num_topk: int) -> Targets:
+    """Typed targets that lose nothing of ``logits [N, V]``.
+
+    ``kind``: ``buckets``, ``sketch``, ``hidden`` or ``dense``. The head of two of them gives the
+    logits up to a bias of each token and, in ``sketch``, a constant of each position.
+    """
+    if kind == "dense":
+        return DenseTargets(logits)
+    bias = torch.linspace(-1.0, 2.0, logits.shape[1], dtype=logits.dtype)
+    head = OutputHead(torch.eye(logits.shape[1], dtype=logits.dtype), bias)
+    if kind == "hidden":
+        return HiddenTargets(logits - bias, head)
+    targets = CompactTargets.from_logits(logits, num_topk)
+    if kind == "buckets":
+        return targets
+    constant = torch.arange(len(logits), dtype=logits.dtype)[:, None] % 7
+    return replace(targets, coordinates=logits - bias + constant, head=head)
+
+
+def quiet(done: int, words: str) -> None:
+    """A report that nobody reads."""
+
+
+def filled(
+    folder: Path, teacher: GGUFTeacher, source: Source, recipe: Recipe = RECIPE
+) -> tuple[SoftTargetStore, CaptureSummary]:
+    """A captured store, opened afresh."""
+    summary = capture(teacher, source, begin(folder, teacher, source, recipe), quiet)
+    return begin(folder, teacher, source, recipe), summary

@@ -1,0 +1,420 @@
+"""Corpus → teacher → store: complete, the same bytes however it came about, or refused."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from distill.capture.capture import fill_store
+from distill.runtime.progress import Console
+from teachers.atomic_files import StoreError, exclusive, is_temporary
+from teachers.base import Share
+from teachers.llama_cpp.teacher import GGUFTeacher
+from teachers.store import capture as capture_module
+from teachers.store import store as store_module
+from teachers.store.capture import CaptureError, CaptureSummary, capture, require_linear_output
+from teachers.store.manifest import MANIFEST
+from teachers.store.store import COMPANION, SoftTargetStore
+from teachers.targets.recipe import Recipe
+from teachers.targets.stored_arrays import typed
+from tests.support.children.capture_child import PER_SHARD, RECIPE, SEQUENCES, Source, begin
+from tests.support.stores import filled, quiet
+from tests.support.teachers import Bent
+
+ROOT = Path(__file__).parents[3]
+KINDS = {
+    "buckets": Recipe(num_topk=6),
+    "sketch": RECIPE,
+    "layers": Recipe(num_topk=6, sketch_bytes=10, layers=(0, 1), layer_bytes=8),
+    "hidden": Recipe("hidden"),
+    "dense": Recipe("dense"),
+}
+SLOW = 0.03  # seconds that each report of progress takes: there must be time to be killed in
+SHARDS = range(-(-SEQUENCES // PER_SHARD))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a store but locks and what a killed writer left behind."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not is_temporary(path)}
+
+
+def flip(path: Path, place: int) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+
+
+class Silent:
+    """A teacher of whom nothing may be asked but who it is."""
+
+    def __init__(self, teacher: GGUFTeacher) -> None:
+        self.info = teacher.info
+
+
+def times(folder: Path) -> dict[str, int]:
+    """When each file was last written."""
+    return {name: (folder / name).stat().st_mtime_ns for name in contents(folder)}
+
+
+def changed(folder: Path, before: dict[str, int]) -> set[str]:
+    """The files that have been written since."""
+    return {name for name, time in times(folder).items() if before.get(name) != time}
+
+
+class Made(NamedTuple):
+    """A whole capture: what came of it, the progress told, its files in the order of writing."""
+
+    folder: Path
+    summary: CaptureSummary
+    told: list[int]
+    written: list[str]
+
+
+Stored = Callable[[bool, str], Made]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: GGUFTeacher) -> Stored:
+    """The captures of each kind, made once; a test that changes one copies it."""
+    write = store_module.write_whole
+
+    @functools.cache
+    def made(spoken: bool, kind: str) -> Made:
+        folder, source, told, written = tmp_path_factory.mktemp(kind), Source(spoken), [], []
+        with pytest.MonkeyPatch.context() as patch:
+            noted = lambda path, data: (written.append(path.name), write(path, data))  # noqa: E731
+            patch.setattr(store_module, "write_whole", noted)
+            store = begin(folder, tiny_teacher, source, KINDS[kind])
+            summary = capture(tiny_teacher, source, store, lambda done, words: told.append(done))
+        return Made(folder, summary, told, written)
+
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_store_holds_the_answers(tiny_teacher: GGUFTeacher, stored: Stored, kind: str) -> None:
+    """Every sequence in order, with the targets that scoring it gives; progress ends at all.
+
+    The companion is written before any shard: none is ever there without what it takes to read it.
+    """
+    for spoken in (False, True):
+        source, recipe, made = Source(spoken), KINDS[kind], stored(spoken, kind)
+        store = begin(made.folder, tiny_teacher, source, recipe)
+        companion = store.companion()
+        assert (companion is None) == (kind in ("buckets", "dense"))
+        shards = [store.shard_path(shard).name for shard in SHARDS]
+        assert made.written == [MANIFEST, *([COMPANION] if companion else []), *shards]
+        assert made.summary == CaptureSummary(reused=0, damaged=(), written=len(SHARDS))
+        assert made.told[-1] == SEQUENCES == len(store) and max(made.told) == SEQUENCES
+        assert all(store.state(shard) == "complete" for shard in SHARDS)
+        expected = source.take(tiny_teacher, 0, SEQUENCES, lambda done: None)
+        bases, head = (companion.bases, companion.head) if companion else ({}, None)
+        for index, tokens in enumerate(expected):
+            assert np.array_equal(store.tokens(index), tokens), (spoken, index)
+            arrays: Any = tiny_teacher.score([tokens], recipe, bases)
+            wanted: Any = typed(arrays, recipe, 1024, bases.get("final"), head)
+            found: Any = store.targets(index)
+            assert type(found) is type(wanted) and torch.equal(found.best(), wanted.best())
+            if kind == "buckets":
+                with pytest.raises(ValueError, match="no tail sketch"):
+                    found.log_probs(2.0)
+                error = found.topk_log_probs(2.0) - wanted.topk_log_probs(2.0)
+            else:
+                error = found.log_probs(2.0).exp() - wanted.log_probs(2.0).exp()
+            assert error.abs().max() < 2e-3, (spoken, index)
+            layers = store.layer_states(index) if recipe.layers else {}
+            assert tuple(layers) == recipe.layers
+            for layer, states in layers.items():
+                codes, scales = arrays[f"layer{layer}"], arrays[f"layer{layer}_scale"]
+                again = bases[f"layer{layer}"].coordinates(codes, scales.astype(np.float16))
+                assert (states - again).abs().mean() < 1e-3, (spoken, index, layer)
+
+
+def test_a_capture_repeats(tmp_path: Path, tiny_teacher: GGUFTeacher, stored: Stored) -> None:
+    """The same bytes again, and after the teacher has worked on something else in between."""
+    for spoken in (False, True):
+        first = stored(spoken, "layers").folder
+        tiny_teacher.logits([np.arange(3, 90, dtype=np.int32)] * 20)
+        second, _ = filled(tmp_path / f"{spoken}", tiny_teacher, Source(spoken), KINDS["layers"])
+        assert contents(first) == contents(second.folder), spoken
+
+
+def test_nothing_is_asked_of_the_teacher_twice(tiny_teacher: GGUFTeacher, stored: Stored) -> None:
+    """A complete store is left exactly as it is, and the teacher is left alone."""
+    folder, source, told = stored(True, "sketch").folder, Source(spoken=True), []
+    silent: Any = Silent(tiny_teacher)
+    before = times(folder)
+    store = begin(folder, tiny_teacher, source)
+    summary = capture(silent, source, store, lambda done, words: told.append(done))
+    assert summary == CaptureSummary(reused=len(SHARDS), damaged=(), written=0) and not told
+    assert times(folder) == before
+
+
+# --- damage
+
+
+@pytest.mark.parametrize("kind", ["sketch", "hidden", "layers"])
+def test_a_damaged_companion_is_made_again(
+    tmp_path: Path, tiny_teacher: GGUFTeacher, stored: Stored, kind: str
+) -> None:
+    """To the same bytes, with the first shard there or not, and without touching any other."""
+    source, recipe = Source(spoken=True), KINDS[kind]
+    whole = contents(stored(True, kind).folder)
+    size = len(whole[COMPANION])
+    for damage, missing in itertools.product(("flipped", "cut", "gone"), ([], [0])):
+        row = (kind, damage, missing)
+        folder = shutil.copytree(stored(True, kind).folder, tmp_path / f"{row}")
+        before, companion = times(folder), folder / COMPANION
+        if damage == "flipped":
+            flip(companion, size // 2)
+        elif damage == "cut":
+            companion.write_bytes(whole[COMPANION][:-1])
+        else:
+            companion.unlink()
+        opened = begin(folder, tiny_teacher, source, recipe)
+        for shard in missing:
+            opened.shard_path(shard).unlink()
+        with pytest.raises((StoreError, FileNotFoundError)):
+            opened.targets(0)
+            pytest.fail(f"{row} is read")
+        _, summary = filled(folder, tiny_teacher, source, recipe)
+        assert contents(folder) == whole, row
+        reused = len(SHARDS) - len(missing)
+        assert summary == CaptureSummary(reused, (), len(missing)), row
+        rewritten = {COMPANION, *(opened.shard_path(shard).name for shard in missing)}
+        assert changed(folder, before) == rewritten, row
+
+
+def test_a_damaged_shard_alone_is_captured_again(
+    tmp_path: Path, tiny_teacher: GGUFTeacher, stored: Stored, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Byte for byte, and its file is named; no other file is written."""
+    for spoken, shard in itertools.product((False, True), SHARDS):
+        source, row = Source(spoken), (spoken, shard)
+        folder = shutil.copytree(stored(spoken, "sketch").folder, tmp_path / f"{row}")
+        whole, before = contents(folder), times(folder)
+        opened = begin(folder, tiny_teacher, source)
+        path = opened.shard_path(shard)
+        flip(path, len(whole[path.name]) - 3)
+        assert not fill_store(tiny_teacher, source, opened, Console())  # type: ignore[arg-type]
+        said = "".join(capsys.readouterr().out.split())  # the console breaks lines where it likes
+        assert f"1shardscaptured,{len(SHARDS) - 1}reused" in said, row
+        assert f"{path}wasdamagedandhasbeencapturedagain".replace(" ", "") in said, row
+        assert contents(folder) == whole, row
+        assert changed(folder, before) == {path.name}, row
+        flip(path, 9)
+        summary = filled(folder, tiny_teacher, source)[1]
+        assert summary == CaptureSummary(len(SHARDS) - 1, (shard,), 1), row
+
+
+# --- several processes
+
+
+def test_shares_are_the_whole(tmp_path: Path, tiny_teacher: GGUFTeacher, stored: Stored) -> None:
+    """Any number of ranks, more than there are shards too: the same files as from one process."""
+    for spoken, world in itertools.product((False, True), (2, 3, 9)):
+        source, folder, written = Source(spoken), tmp_path / f"{spoken}{world}", []
+        for rank in range(world):
+            shared = begin(folder, tiny_teacher, source)
+            summary = capture(tiny_teacher, source, shared, quiet, Share(rank, world))
+            written.append(summary.written)
+        assert written == [len(SHARDS[rank::world]) for rank in range(world)], (spoken, world)
+        assert contents(folder) == contents(stored(spoken, "sketch").folder), (spoken, world)
+
+
+def test_other_ranks_wait_for_the_companion(
+    tmp_path: Path, tiny_teacher: GGUFTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They make none of their own and write nothing until it is there."""
+    monkeypatch.setattr(capture_module, "WAIT_SECONDS", 0.0)
+    told: list[str] = []
+
+    def impatient(done: int, words: str) -> None:
+        told.append(words)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    store, silent = begin(tmp_path / "store", tiny_teacher, Source()), Silent(tiny_teacher)
+    with pytest.raises(KeyboardInterrupt):
+        capture(silent, Source(), store, impatient, Share(1, 2))  # type: ignore[arg-type]
+    assert told == ["waiting for the first process"] * 3
+    assert set(contents(store.folder)) == {MANIFEST}
+    buckets = begin(tmp_path / "buckets", tiny_teacher, Source(), KINDS["buckets"])
+    assert capture(tiny_teacher, Source(), buckets, quiet, Share(1, 2)).written == len(SHARDS[1::2])
+
+
+class Children:
+    """Captures in other processes (``tests.support.children.capture_child``)."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "tests.support.children.capture_child"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process: Any = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+    def tell(self, line: str) -> None:
+        """Send one line."""
+        print(line, file=self.process.stdin, flush=True)
+
+    def hear(self) -> str:
+        """Wait for one line."""
+        line: str = self.process.stdout.readline().strip()
+        assert line, "the child is gone"
+        return line
+
+    def start(self, folder: Path, **order: Any) -> int:
+        """Begin one capture; returns its process id when it holds the folder."""
+        self.tell(json.dumps({"folder": str(folder), **order}))
+        said = [self.hear(), self.hear()]
+        while "held" not in said or not any(map(str.isdigit, said)):
+            said.append(self.hear())
+        return int(next(filter(str.isdigit, said)))
+
+    def ends(self, count: int = 1) -> list[int]:
+        """Wait for all that were started; returns their exit codes, negative for a signal."""
+        self.tell("wait")
+        found: list[int] = []
+        while len(found) < count:
+            word, *code = self.hear().split()
+            found += map(int, code) if word == "ended" else []
+        return found
+
+
+@pytest.fixture(scope="module")
+def children() -> Iterator[Children]:
+    """The process that captures are forked from."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    forking = Children()
+    yield forking
+    forking.process.stdin.close()
+    assert forking.process.wait(timeout=60) == 0
+
+
+def test_a_folder_is_held_by_one_process_of_each_rank(tmp_path: Path, children: Children) -> None:
+    """A second one of the same rank is refused as long as the first lives, others are not."""
+    folder = tmp_path / "store"
+    for rank in (0, 1):
+        holder = children.start(folder, share=(rank, 3))
+        refused = pytest.raises(StoreError, match="store is in use by another process")
+        with refused, exclusive(folder, rank):
+            pass
+        with exclusive(folder, 2), exclusive(folder, 1 - rank):
+            os.kill(holder, signal.SIGKILL)
+        assert children.ends() == [-signal.SIGKILL]
+        with exclusive(folder, rank):
+            pass
+    assert all(is_temporary(path) for path in folder.iterdir())
+
+
+def test_two_processes_side_by_side(
+    tmp_path: Path, children: Children, tiny_teacher: GGUFTeacher, stored: Stored
+) -> None:
+    """Rank 1 begins first and waits; both together write what one process writes."""
+    order = {"teacher": str(tiny_teacher.file.path), "spoken": True}
+    for rank in (1, 0):
+        children.start(tmp_path / "shared", share=(rank, 2), **order)
+    assert children.ends(2) == [0, 0]
+    assert contents(tmp_path / "shared") == contents(stored(True, "sketch").folder)
+
+
+def test_a_killed_capture_is_completed_by_a_rerun(
+    tmp_path: Path, children: Children, tiny_teacher: GGUFTeacher, stored: Stored
+) -> None:
+    """``kill -9`` at random moments: no file counts as damaged, a rerun ends at the same bytes."""
+    begun = time.perf_counter()
+    store = begin(tmp_path / "slow", tiny_teacher, Source())
+    capture(tiny_teacher, Source(), store, lambda done, words: time.sleep(SLOW))
+    lasts = time.perf_counter() - begun
+    ends = []
+    for place, moment in enumerate(np.random.default_rng(8).uniform(0.0, 1.0, 3)):
+        folder, spoken = tmp_path / f"killed-{place}", bool(place % 2)
+        order = {"teacher": str(tiny_teacher.file.path), "slow": SLOW, "spoken": spoken}
+        victim = children.start(folder, **order)
+        while children.hear() != "capturing":
+            pass
+        time.sleep(moment * lasts)
+        os.kill(victim, signal.SIGKILL)
+        ends += children.ends()
+        again = begin(folder, tiny_teacher, Source(spoken))
+        done = completed(again)
+        with exclusive(folder):
+            summary = capture(tiny_teacher, Source(spoken), again, quiet)
+        assert summary == CaptureSummary(done, (), len(SHARDS) - done), place
+        assert contents(folder) == contents(stored(spoken, "sketch").folder), place
+    assert -signal.SIGKILL in ends
+
+
+def completed(store: SoftTargetStore) -> int:
+    """How many shards are complete: the first ones, with all others missing."""
+    states = [store.state(shard) for shard in SHARDS]
+    done = states.count("complete")
+    assert states == ["complete"] * done + ["missing"] * (len(SHARDS) - done)
+    return done
+
+
+def test_a_capture_killed_while_it_writes(
+    tmp_path: Path, children: Children, tiny_teacher: GGUFTeacher, stored: Stored
+) -> None:
+    """Killed with a file half on the disk, manifest or companion too: it does not count."""
+    expected = begin(stored(False, "sketch").folder, tiny_teacher, Source())
+    for sync in (0, 1, 4):
+        folder = tmp_path / f"{sync}"
+        children.start(folder, teacher=str(tiny_teacher.file.path), die_at=sync)
+        assert children.ends() == [-signal.SIGKILL], sync
+        (left,) = folder.glob(".*.tmp")
+        assert left.stat().st_size > 0
+        again = begin(folder, tiny_teacher, Source())
+        done = max(0, sync - 2)
+        assert completed(again) == done, sync
+        assert (again.companion() is None) == (sync < 2)
+        summary = capture(tiny_teacher, Source(), again, quiet)
+        assert summary == CaptureSummary(done, (), len(SHARDS) - done), sync
+        assert contents(folder) == contents(expected.folder), sync
+        assert again.bytes_on_disk() == expected.bytes_on_disk(), sync
+
+
+# --- teachers whose hidden states say something else than their logits
+
+
+def test_an_output_that_bends_its_logits_is_refused(
+    tmp_path: Path, tiny_teacher: GGUFTeacher, example_gguf: GGUFTeacher
+) -> None:
+    """Where hidden states are kept; named with what to choose instead, and nothing is written."""
+    bent: Any = Bent(example_gguf)
+    for teacher in (tiny_teacher, example_gguf):
+        require_linear_output(teacher, Source().take(teacher, 0, 1, lambda done: None)[0])
+    message = r"distill example desk \(phi3\).* by \d+%.*targets\.sketch_bytes=0"
+    with pytest.raises(CaptureError, match=message):
+        require_linear_output(bent, Source().take(bent, 0, 1, lambda done: None)[0])
+    for kind in ("sketch", "hidden"):
+        store = begin(tmp_path / kind, bent, Source(), KINDS[kind])
+        with pytest.raises(CaptureError, match=r"targets\.kind=dense"):
+            capture(bent, Source(), store, quiet)
+        assert set(contents(store.folder)) == {MANIFEST}
+    for kind in ("buckets", "dense"):
+        store = begin(tmp_path / kind, bent, Source(), KINDS[kind])
+        assert capture(bent, Source(), store, quiet).written == len(SHARDS)
+
+
+def test_a_damaged_teacher_is_not_linear(tiny_teacher: GGUFTeacher) -> None:
+    """Answers that are not numbers do not pass for small differences."""
+    broken: Any = Bent(tiny_teacher)
+    broken.logits = lambda sequences, exact=False: np.full((5, 1024), np.nan, np.float32)
+    with pytest.raises(CaptureError):
+        require_linear_output(broken, np.arange(3, 9, dtype=np.int32))

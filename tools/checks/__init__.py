@@ -1,0 +1,1 @@
+"""Published files without this project; fresh safety prompts; the AMX build."""

@@ -1,0 +1,1 @@
+"""Random teachers and bases of any size."""

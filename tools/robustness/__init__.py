@@ -1,0 +1,1 @@
+"""Faults, kills and the guard on trial."""

@@ -1,0 +1,1 @@
+"""Which choice gives better students at equal cost."""

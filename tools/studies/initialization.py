@@ -1,0 +1,172 @@
+"""Where a student begins, compared at equal training tokens: random weights, the teacher's embeddings, a head start.
+
+    distill capture --teacher T.gguf --data text.txt --store STORE
+    python -m tools.studies.initialization STORE T.gguf --size 128x3 --tokens 200000 [--seeds 0,1] [--rates 1,0.5,0.25]
+
+Every row trains the same shape on the same batches with the same schedule, drawn out over exactly as many tokens; held
+out are the same sequences. ``random``: all weights random; ``embeddings``: random but for the token embeddings;
+``teacher``: ``distill.initialization.from_teacher``, at each of ``--rates`` times the usual peak learning rate, the others at the usual.
+KL is per token on the held-out sequences at T = 1, before training and after each part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console as RichConsole
+from rich.table import Table
+
+from distill.capture.ready_store import open_full_store, require_complete
+from distill.config.schema import LossConfig, RunConfig, StudentConfig, TrainConfig
+from distill.errors import UserError
+from distill.initialization.from_teacher import head_start
+from distill.initialization.shape import new_student, student_shape
+from distill.losses.objective import build_objective
+from distill.runtime.progress import Console
+from distill.training.data import TrainingData, split
+from distill.training.engine import train
+from distill.training.optimizer import peak_learning_rate
+from distill.training.summary import TrainingSummary
+from students.model.build import build_student
+from students.model.config import SO8TConfig
+from students.model.decoder import SO8TForCausalLM
+from teachers.atomic_files import StoreError
+from teachers.gguf.file import GGUFFile, TeacherFileError, read_gguf
+from teachers.store.teacher_record import Inheritance
+from tools.machine import machine, machine_line
+
+SPLIT_SEED = 0
+BEGINNINGS = ("random", "embeddings", "teacher")
+
+
+@dataclass(frozen=True)
+class ShortData(TrainingData):
+    """Training data that ends once ``tokens`` have been learnt from."""
+
+    tokens: int = 0
+
+    def batches(self, epochs: int, batch_size: int) -> list[list[int]]:
+        """Whole batches with ``tokens`` tokens together, or a few more; as many epochs as that takes."""
+        lengths, chosen, total = self.store.lengths(), list[list[int]](), 0
+        each = int((lengths[self.split.train] - 1).sum())
+        for batch in super().batches(-(-self.tokens // each), batch_size):
+            if total >= self.tokens:
+                break
+            chosen.append(batch)
+            total += int((lengths[batch] - 1).sum())
+        return chosen
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all rows share."""
+
+    data: ShortData
+    inheritance: Inheritance
+    file: GGUFFile
+    shape: SO8TConfig
+    train: TrainConfig
+
+    def beginning(self, name: str, seed: int) -> SO8TForCausalLM:
+        """A student before training."""
+        if name == "random":
+            return build_student(self.shape, seed)
+        if name == "embeddings":
+            return new_student(self.shape, seed, self.inheritance.embeddings)
+        sequences = [self.data.store.tokens(int(index)) for index in self.data.split.train]
+        return head_start(self.shape, self.file, sequences, seed, lambda done, words: None)
+
+    def measure(self, name: str, factor: float, seed: int) -> tuple[TrainingSummary, float]:
+        """Train one student; what came of it, and the seconds its beginning took."""
+        begin = time.perf_counter()
+        student = self.beginning(name, seed)
+        seconds = time.perf_counter() - begin
+        rate = factor * peak_learning_rate(self.train, self.shape.hidden_size)
+        loss = LossConfig(temperature=1.0, lambda_safety=0.0, lambda_verification=0.0)
+        layers = self.inheritance.info.layers
+        objective = build_objective(loss, self.data.store, student, layers, seed)
+        config = self.train.model_copy(update={"learning_rate": rate})
+        data = replace(self.data, seed=seed)
+        with tempfile.TemporaryDirectory() as folder:
+            summary = train(student, data, objective, config, Path(folder), lambda step, words: None)
+        return summary, seconds
+
+
+def open_bench(options: argparse.Namespace) -> Bench:
+    """The store, proved to be complete, and its teacher.
+
+    Raises:
+        StoreError, UserError, TeacherFileError, ValueError: one of them or a setting cannot be used.
+    """
+    store, inheritance = open_full_store(options.store)
+    require_complete(store, Console())
+    student = StudentConfig(size=options.size, tie_embeddings=not options.untied)
+    shape = student_shape(RunConfig(student=student), inheritance.info)
+    data = ShortData(store, split(store, 0.03, SPLIT_SEED), SPLIT_SEED, tokens=options.tokens)
+    config = TrainConfig(evaluations=options.evaluations, precision="fp32")
+    return Bench(data, inheritance, read_gguf(options.teacher), shape, config)
+
+
+def read_options() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("store", type=Path, help="folder that `distill capture` has filled")
+    parser.add_argument("teacher", type=Path, help="GGUF file of its teacher")
+    parser.add_argument("--size", default="128x3")
+    parser.add_argument("--untied", action="store_true", help="an output matrix of its own")
+    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--evaluations", type=int, default=5)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--rates", default="1,0.5,0.25", help="of a head start, as shares of the usual peak")
+    parser.add_argument("--only", default=",".join(BEGINNINGS))
+    parser.add_argument("--json", type=Path, help="file that gets a line for each row")
+    return parser, parser.parse_args()
+
+
+def main() -> None:
+    """Parse the command line, train every row, show the table."""
+    parser, options = read_options()
+    console = RichConsole(width=160, highlight=False)
+    try:
+        bench = open_bench(options)
+        rates = [float(rate) for rate in options.rates.split(",")]
+    except (UserError, StoreError, TeacherFileError, ValueError) as error:
+        parser.error(str(error))
+    rows = [
+        (name, rate) for name in options.only.split(",") for rate in (rates if name == "teacher" else [1.0])
+    ]
+    console.print(machine_line(machine(torch.get_num_threads())))
+    table: Table | None = None
+    for seed in map(int, options.seeds.split(",")):
+        for name, rate in rows:
+            summary, seconds = bench.measure(name, rate, seed)
+            scores = dict(summary.scores)
+            share = summary.tokens_seen / summary.steps
+            if table is None:
+                after = [f"KL at {step * share:,.0f}" for step in scores]
+                table = Table("beginning", "rate", "seed", *after, "agreement", "begins in", "trains in")
+            kl = [score.kl for score in scores.values()]
+            agreement = scores[summary.steps].agreement
+            table.add_row(name, f"{rate:g}", str(seed), *(f"{value:.4f}" for value in kl),
+                          f"{agreement:.1%}", f"{seconds:.1f} s", f"{summary.seconds:.0f} s")  # fmt: skip
+            console.print(f"{name} at {rate:g} of the usual rate, seed {seed}: KL {kl[0]:.4f} → {kl[-1]:.4f}")
+            if options.json:
+                line = {"size": options.size, "beginning": name, "rate": rate, "seed": seed, "kl": kl,
+                        "steps": list(scores), "tokens": summary.tokens_seen, "agreement": agreement,
+                        "begin_seconds": seconds, "train_seconds": summary.seconds}  # fmt: skip
+                with options.json.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+    if table is not None:
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()
