@@ -1,4 +1,5 @@
-"""The command line: parses, calls one function, maps errors to exit codes (0 done, 2 the user's input, 1 ours)."""
+"""The command line: parses, calls one function, maps errors to exit codes (0 done, 2 the user's
+input, 1 ours)."""
 
 from __future__ import annotations
 
@@ -17,13 +18,14 @@ from distill.commands.exit_codes import EXIT_INTERRUPTED, exit_code, one_line
 from distill.runtime.interrupts import watch
 from distill.runtime.printable import printable, show_warnings
 
-# Set before torch and transformers are imported: no telemetry, no look-ups on the network, no progress bars
-# of theirs between ours.
+# Set before torch and transformers are imported: no telemetry, no look-ups on the network, no
+# progress bars of theirs between ours.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-# Threads that wait for each other give way after a few microseconds instead of milliseconds: nothing lost on a quiet
-# machine, and on a busy one a training step is several times as fast (docs/benchmarks.md).
+# Threads that wait for each other give way after a few microseconds instead of milliseconds:
+# nothing lost on a quiet machine, and on a busy one a training step is several times as fast
+# (docs/benchmarks.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 app = typer.Typer(
@@ -31,7 +33,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Distil a quantized GGUF teacher into a small SO8T student that stock llama.cpp and Ollama load.",
+    help="Distil a quantized GGUF teacher into a small SO8T student that stock llama.cpp and "
+    "Ollama load.",
 )
 
 
@@ -55,9 +58,12 @@ for module in (run, evaluate, report, export, judge, chat, audit, doctor):
 
 
 def main() -> NoReturn:
-    """Run the command line and exit with 0 (done), 2 (the user's input), 1 (ours) or 130 (interrupted)."""
+    """Run the command line and exit with 0 (done), 2 (the user's input), 1 (ours) or 130
+    (interrupted)."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a redirected Windows console cannot write every sign
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a redirected Windows console cannot write every sign
             stream.reconfigure(errors="replace")
     watch()
     # In a launch of several processes the first one speaks.
@@ -67,7 +73,8 @@ def main() -> NoReturn:
     except SystemExit as stop:
         if stop.code == EXIT_INTERRUPTED:  # typer's own answer to Ctrl-C, without a word
             _complain(
-                "interrupted; everything saved is kept, and the same command goes on from what is there"
+                "interrupted; everything saved is kept, and the same command goes on from what is "
+                "there"
             )
         raise
     except Exception as error:

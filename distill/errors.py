@@ -8,7 +8,10 @@ class UserError(ValueError):
 
 
 class TrainingAborted(RuntimeError):
-    """Training cannot go on (a loss or gradient is not finite). Exit code 1; what was saved stays."""
+    """Training cannot go on (a loss or gradient is not finite).
+
+    Exit code 1; what was saved stays.
+    """
 
 
 class ProofFailed(RuntimeError):

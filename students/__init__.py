@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from students.model.decoder import SO8TForCausalLM
 
 
-# On some CPUs bitsandbytes, which transformers loads through peft, advises a package that fetches compiled code from
-# the network.
+# On some CPUs bitsandbytes, which transformers loads through peft, advises a package that fetches
+# compiled code from the network.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __all__ = ["SO8TConfig", "SO8TForCausalLM"]

@@ -18,8 +18,8 @@ from types import ModuleType
 
 DECODER = "students.model.decoder"
 AWAITED = "transformers"
-# Modules of this package are awaited too: where one of them is what imports transformers, the decoder,
-# which may need it, has to wait until it is complete.
+# Modules of this package are awaited too: where one of them is what imports transformers, the
+# decoder, which may need it, has to wait until it is complete.
 OURS = "students."
 
 
@@ -32,7 +32,8 @@ def register_with_transformers() -> None:
 
 
 class _Awaiting(MetaPathFinder):
-    """Finds what is awaited as the other finders do; stays until that is not only found but imported."""
+    """Finds what is awaited as the other finders do; stays until that is not only found but
+    imported."""
 
     def __init__(self) -> None:
         self.unfinished = 0  # awaited modules that are being imported, one within the other

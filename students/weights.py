@@ -26,7 +26,10 @@ Weights = dict[str, Tensor]
 
 def plain_weights(student: Student) -> Weights:
     """The student's own weights by name, whole."""
-    return {name: full_tensor(tensor.detach()).contiguous() for name, tensor in student.own_weights().items()}
+    return {
+        name: full_tensor(tensor.detach()).contiguous()
+        for name, tensor in student.own_weights().items()
+    }
 
 
 @torch.no_grad()
@@ -41,6 +44,8 @@ def set_weights(student: Student, weights: Weights) -> None:
         raise KeyError(f"tensors do not match: {sorted(odd)}")
     for name, tensor in own.items():
         if tensor.shape != weights[name].shape:
-            raise ValueError(f"{name} has shape {list(weights[name].shape)}, not {list(tensor.shape)}")
+            raise ValueError(
+                f"{name} has shape {list(weights[name].shape)}, not {list(tensor.shape)}"
+            )
     for name, tensor in own.items():
         tensor.copy_(laid_out_like(weights[name], tensor))

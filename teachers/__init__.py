@@ -1,4 +1,5 @@
-"""Running a teacher: GGUF files through llama.cpp, their soft targets, and the store that keeps them."""
+"""Running a teacher: GGUF files through llama.cpp, their soft targets, and the store that keeps
+them."""
 
 from pathlib import Path
 

@@ -37,7 +37,8 @@ NORM_EPSILONS = (1e-30, 0.1)
 
 @dataclass(frozen=True)
 class TeacherShape:
-    """The proportions of a teacher's layers, all of which have the same; ``None`` where they are not known."""
+    """The proportions of a teacher's layers, all of which have the same; ``None`` where they are
+    not known."""
 
     heads: int | None = None
     kv_heads: int | None = None
@@ -57,7 +58,8 @@ class TeacherShape:
         rope_theta: object = None,
         rms_norm_eps: object = None,
     ) -> TeacherShape:
-        """A shape from values of an untrusted file; what no model has (or has per layer) counts as not known."""
+        """A shape from values of an untrusted file; what no model has (or has per layer) counts
+        as not known."""
         return cls(
             heads=_count(heads),
             kv_heads=_count(kv_heads),
@@ -83,7 +85,8 @@ def _within(value: object, bounds: tuple[float, float]) -> float | None:
 class TeacherInfo:
     """Facts about a teacher; token ids it does not have are ``None``.
 
-    ``end_tokens``: the tokens with which it ends its turn. ``shape``: of its layers, as far as it is known.
+    ``end_tokens``: the tokens with which it ends its turn. ``shape``: of its layers, as far as it
+    is known.
     """
 
     name: str
@@ -106,7 +109,8 @@ class TeacherInfo:
 
 @dataclass(frozen=True)
 class TokenizedLines:
-    """Texts and the ids the teacher's own tokenizer gives them (control tokens parsed, BOS as it wants)."""
+    """Texts and the ids the teacher's own tokenizer gives them (control tokens parsed, BOS as it
+    wants)."""
 
     texts: list[str]
     tokens: list[Tokens]
@@ -118,7 +122,8 @@ Self = TypeVar("Self")
 class Teacher(Protocol):
     """A language model that can tokenise, speak, and say how probable every next token is.
 
-    Letters: N positions over all sequences together (a sequence of n tokens has n − 1), V vocabulary.
+    Letters: N positions over all sequences together (a sequence of n tokens has n − 1), V
+    vocabulary.
     """
 
     info: TeacherInfo
@@ -128,7 +133,9 @@ class Teacher(Protocol):
         """What computes the answers, as far as their last bits depend on it."""
         ...
 
-    def tokenize(self, texts: Sequence[str], *, add_special: bool, parse_special: bool) -> list[Tokens]:
+    def tokenize(
+        self, texts: Sequence[str], *, add_special: bool, parse_special: bool
+    ) -> list[Tokens]:
         """Token ids of each text."""
         ...
 
@@ -144,7 +151,8 @@ class Teacher(Protocol):
         first_index: int = 0,
         progress: Progress = ...,
     ) -> list[Tokens]:
-        """Write one sequence per request (see ``teachers.llama_cpp.generation``); progress counts finished sequences."""
+        """Write one sequence per request (see ``teachers.llama_cpp.generation``); progress
+        counts finished sequences."""
         ...
 
     def speak_and_score(
@@ -169,16 +177,21 @@ class Teacher(Protocol):
     ) -> Arrays:
         """What ``recipe`` keeps of all positions, as the arrays a store keeps, ``[N, …]``.
 
-        ``bases``: how hidden states are encoded, ``final`` and ``layer<i>``, where the recipe needs them.
+        ``bases``: how hidden states are encoded, ``final`` and ``layer<i>``, where the recipe needs
+        them.
         """
         ...
 
-    def states(self, sequences: Sequence[Tokens], layers: Sequence[int] = ()) -> Mapping[str, Floats]:
-        """Hidden states of all positions, ``[N, D]`` each: ``final`` (after the last norm) and ``layer<i>``."""
+    def states(
+        self, sequences: Sequence[Tokens], layers: Sequence[int] = ()
+    ) -> Mapping[str, Floats]:
+        """Hidden states of all positions, ``[N, D]`` each: ``final`` (after the last norm) and
+        ``layer<i>``."""
         ...
 
     def output_rows(self, start: int, stop: int) -> Floats:
-        """Rows of the output matrix, ``[stop − start, D]``: logits are final states times its transpose.
+        """Rows of the output matrix, ``[stop − start, D]``: logits are final states times its
+        transpose.
 
         Raises:
             ValueError: the teacher's output is not one matrix.
@@ -216,7 +229,8 @@ def speak_then_score(
     first_index: int = 0,
     progress: Progress,
 ) -> tuple[list[Tokens], Arrays]:
-    """``Teacher.speak_and_score`` in two passes; ``progress`` counts sequences, each half for either pass."""
+    """``Teacher.speak_and_score`` in two passes; ``progress`` counts sequences, each half for
+    either pass."""
     said = teacher.speak(
         requests, sampling, first_index=first_index, progress=lambda done: progress(done // 2)
     )
@@ -230,7 +244,8 @@ def speak_then_score(
 
 @dataclass(frozen=True)
 class Share:
-    """Which shards this process writes: those whose number leaves ``rank`` when divided by ``world``."""
+    """Which shards this process writes: those whose number leaves ``rank`` when divided by
+    ``world``."""
 
     rank: int = 0
     world: int = 1

@@ -1,6 +1,8 @@
-"""Several teachers with one vocabulary as a single one: p = Σ w_i · p_i, mixed as distributions at T = 1.
+"""Several teachers with one vocabulary as a single one: p = Σ w_i · p_i, mixed as distributions at
+T = 1.
 
-Its "logits" are log p, so a temperature tempers the mixture, not its members. A mixture has no hidden state.
+Its "logits" are log p, so a temperature tempers the mixture, not its members. A mixture has no
+hidden state.
 
 Letters: N positions, V vocabulary.
 """
@@ -24,7 +26,9 @@ from teachers.targets.recipe import Recipe
 from teachers.targets.state_codec import Basis
 from teachers.targets.stored_arrays import Answer, reduce
 
-GROUP_BYTES = 32 << 20  # of one member's logits; with the mixture and what is being computed, four times that
+GROUP_BYTES = (
+    32 << 20
+)  # of one member's logits; with the mixture and what is being computed, four times that
 TEXTS_TOGETHER = 4096  # tokens whose texts are compared together
 REMEDY = "use --targets compact --set targets.sketch_bytes=0, or --targets dense"
 
@@ -84,9 +88,13 @@ class EnsembleTeacher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def tokenize(self, texts: Sequence[str], *, add_special: bool, parse_special: bool) -> list[Tokens]:
+    def tokenize(
+        self, texts: Sequence[str], *, add_special: bool, parse_special: bool
+    ) -> list[Tokens]:
         """See ``Teacher.tokenize``."""
-        return self.teachers[0].tokenize(texts, add_special=add_special, parse_special=parse_special)
+        return self.teachers[0].tokenize(
+            texts, add_special=add_special, parse_special=parse_special
+        )
 
     def detokenize(self, sequences: Sequence[Tokens]) -> list[str]:
         """See ``Teacher.detokenize``."""
@@ -101,7 +109,9 @@ class EnsembleTeacher:
         progress: Progress = _quiet,
     ) -> list[Tokens]:
         """See ``Teacher.speak``: the first teacher speaks alone; what it says is scored by all."""
-        return self.teachers[0].speak(requests, sampling, first_index=first_index, progress=progress)
+        return self.teachers[0].speak(
+            requests, sampling, first_index=first_index, progress=progress
+        )
 
     @property
     def runtime(self) -> str:
@@ -135,7 +145,8 @@ class EnsembleTeacher:
         bases: Mapping[str, Basis],
         progress: Progress = _quiet,
     ) -> Arrays:
-        """See ``Teacher.score``; a few sequences at a time, so that memory does not grow with their number.
+        """See ``Teacher.score``; a few sequences at a time, so that memory does not grow with their
+        number.
 
         Raises:
             EnsembleError: the recipe keeps hidden states.
@@ -159,7 +170,9 @@ class EnsembleTeacher:
             what = "layers" if recipe.layers else hidden
             raise EnsembleError(f"{what} cannot be kept: {self._no_states()}")
 
-    def states(self, sequences: Sequence[Tokens], layers: Sequence[int] = ()) -> Mapping[str, Floats]:
+    def states(
+        self, sequences: Sequence[Tokens], layers: Sequence[int] = ()
+    ) -> Mapping[str, Floats]:
         """A mixture has none.
 
         Raises:
@@ -176,7 +189,10 @@ class EnsembleTeacher:
         raise EnsembleError(self._no_states())
 
     def _no_states(self) -> str:
-        return f"{self.info.name} is a mixture of {len(self.teachers)} teachers, which has no hidden state; {REMEDY}"
+        return (
+            f"{self.info.name} is a mixture of {len(self.teachers)} teachers, which has no "
+            f"hidden state; {REMEDY}"
+        )
 
     def logits(self, sequences: Sequence[Tokens], *, exact: bool = False) -> NDArray[np.float32]:
         """See ``Teacher.logits``: log-probabilities of the mixture."""
@@ -212,7 +228,9 @@ class EnsembleTeacher:
     def speed(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
         """See ``Teacher.speed``: the members work one after another, so their times add up."""
         speeds = [teacher.speed(prompt_tokens, new_tokens) for teacher in self.teachers]
-        prompt, generation = (1.0 / sum(1.0 / speed for speed in each) for each in zip(*speeds, strict=True))
+        prompt, generation = (
+            1.0 / sum(1.0 / speed for speed in each) for each in zip(*speeds, strict=True)
+        )
         return prompt, generation
 
     def close(self) -> None:
@@ -224,7 +242,8 @@ class EnsembleTeacher:
 def _require_same_vocabulary(first: Teacher, other: Teacher) -> None:
     """Every token id must mean the same text to both.
 
-    A token for which one of them has no text at all fills up an output matrix and contradicts nothing.
+    A token for which one of them has no text at all fills up an output matrix and contradicts
+    nothing.
     """
     sizes = (first.info.vocab_size, other.info.vocab_size)
     if sizes[0] == sizes[1] and first.info.tokenizer_sha256 == other.info.tokenizer_sha256:
@@ -240,7 +259,8 @@ def _require_same_vocabulary(first: Teacher, other: Teacher) -> None:
     else:
         return
     raise EnsembleError(
-        f"{first.info.name} and {other.info.name} have different vocabularies of {sizes[0]} and {sizes[1]} tokens: "
+        f"{first.info.name} and {other.info.name} have different vocabularies of {sizes[0]} and "
+        f"{sizes[1]} tokens: "
         f"{where}; an ensemble needs teachers with the same tokenizer"
     )
 
@@ -249,7 +269,8 @@ def _differences(first: Teacher, other: Teacher, size: int) -> Iterator[tuple[in
     """Tokens below ``size`` that have different texts, and both texts."""
     for start in range(0, size, TEXTS_TOGETHER):
         single = [
-            np.array([token], dtype=np.int32) for token in range(start, min(size, start + TEXTS_TOGETHER))
+            np.array([token], dtype=np.int32)
+            for token in range(start, min(size, start + TEXTS_TOGETHER))
         ]
         texts = zip(first.detokenize(single), other.detokenize(single), strict=True)
         for token, (one, two) in zip(itertools.count(start), texts, strict=False):

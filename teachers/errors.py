@@ -1,4 +1,7 @@
-"""What can go wrong while llama.cpp runs a file. Which of them the caller sees decides whose fault it is."""
+"""What can go wrong while llama.cpp runs a file.
+
+Which of them the caller sees decides whose fault it is.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ class TeacherError(ValueError):
 
 
 class RequestRefused(TeacherError):
-    """A request was answered with an error (``message``) by a teacher that lives on; ``log``: its last lines."""
+    """A request was answered with an error (``message``) by a teacher that lives on; ``log``:
+    its last lines."""
 
     def __init__(self, path: str, message: str, log: str = "") -> None:
         self.message, self.log = message, log
@@ -18,7 +22,8 @@ class RequestRefused(TeacherError):
 
 
 class WorkerDied(TeacherError):
-    """The process that runs llama.cpp ended, or hung and was stopped, while it was asked for something.
+    """The process that runs llama.cpp ended, or hung and was stopped, while it was asked for
+    something.
 
     Attributes:
         what: what happened, going on from "llama.cpp …" ("died during score (signal SIGSEGV)").
@@ -33,8 +38,10 @@ class WorkerDied(TeacherError):
         self.what, self.log, self.from_outside, self.hung = what, log, from_outside, hung
         memory = "; the system may have run out of memory" if from_outside else ""
         super().__init__(
-            f"{path}: llama.cpp {what}{log}{memory}. Nothing saved is lost: run the same command again; if it "
-            "comes to the same, try DISTILL_PLAIN_KERNELS=1 in the environment, and `distill doctor`"
+            f"{path}: llama.cpp {what}{log}{memory}. Nothing saved is lost: run the same command "
+            "again; if it "
+            "comes to the same, try DISTILL_PLAIN_KERNELS=1 in the environment, and `distill "
+            "doctor`"
         )
 
 

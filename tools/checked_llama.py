@@ -1,4 +1,5 @@
-"""llama-cpp-python's own interface, run as the project's check found that llama.cpp runs on this machine."""
+"""llama-cpp-python's own interface, run as the project's check found that llama.cpp runs on this
+machine."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from teachers.llama_cpp.teacher import GGUFTeacher
 
 @contextmanager
 def llama_cpp_as_checked(path: Path) -> Iterator[None]:
-    """Meanwhile llama-cpp-python loads models as the project's own check found that they run on this machine.
+    """Meanwhile llama-cpp-python loads models as the project's own check found that they run on
+    this machine.
 
     ``path``: the GGUF file to check with.
     """

@@ -1,4 +1,5 @@
-"""What the benchmarks share: the machine in words, child processes with a fixed number of threads, peak memory."""
+"""What the benchmarks share: the machine in words, child processes with a fixed number of
+threads, peak memory."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def machine(threads: int) -> dict[str, Any]:
         "threads": threads,
         "memory_bytes": psutil.virtual_memory().total,
         "gpu": gpu,
-        "load_before": [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "load_before": [round(value, 2) for value in os.getloadavg()]
+        if hasattr(os, "getloadavg")
+        else None,
         "system": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
@@ -47,7 +50,8 @@ def machine_line(found: dict[str, Any]) -> str:
     """``machine`` in one line."""
     packages = ", ".join(f"{name} {number}" for name, number in found["packages"].items())
     return (
-        f"{found['gpu'] or found['cpu']} ({found['capability']}), {found['cores']} cores, {found['threads']} threads, "
+        f"{found['gpu'] or found['cpu']} ({found['capability']}), {found['cores']} cores, "
+        f"{found['threads']} threads, "
         f"{found['memory_bytes'] / 2**30:.0f} GiB, Python {found['python']}, {packages}"
     )
 
@@ -65,7 +69,8 @@ def child_command(module: str, *arguments: str | Path) -> list[str]:
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """The environment of such a process: the project is found from anywhere, nothing is looked up on a network."""
+    """The environment of such a process: the project is found from anywhere, nothing is looked
+    up on a network."""
     search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return os.environ | {
         "OMP_NUM_THREADS": str(threads),
@@ -97,9 +102,11 @@ class Peak:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Peak memory of a block, in bytes: allocated by PyTorch on CUDA, the process's resident set on a CPU.
+    """Peak memory of a block, in bytes: allocated by PyTorch on CUDA, the process's resident set on
+    a CPU.
 
-    Linux's own peak, reset at the beginning, is exact; elsewhere the resident set is sampled every 2 ms.
+    Linux's own peak, reset at the beginning, is exact; elsewhere the resident set is sampled every
+    2 ms.
     """
     peak = Peak()
     if device.type == "cuda":
@@ -149,7 +156,8 @@ def _sampled(peak: Peak) -> Iterator[None]:
 
 
 def _return_freed_memory() -> None:
-    """Give back what the C library keeps of freed memory, else a block could use it without being seen to."""
+    """Give back what the C library keeps of freed memory, else a block could use it without
+    being seen to."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)

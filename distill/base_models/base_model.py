@@ -1,4 +1,5 @@
-"""A student made of an existing model: its folder is looked at before anything takes long, then adapted.
+"""A student made of an existing model: its folder is looked at before anything takes long, then
+adapted.
 
 What cannot become an exported student in the end is refused in the beginning.
 """
@@ -34,9 +35,11 @@ from teachers.tokenizer.tokenizer_json import build_tokenizer
 
 @dataclass(frozen=True)
 class Base:
-    """A folder that can become a student: what its ``config.json`` says, and how its vocabulary meets the teacher's.
+    """A folder that can become a student: what its ``config.json`` says, and how its vocabulary
+    meets the teacher's.
 
-    ``no_tokenizer``: why the teacher's tokenizer cannot be written for transformers; ``None`` where it can.
+    ``no_tokenizer``: why the teacher's tokenizer cannot be written for transformers; ``None`` where
+    it can.
     """
 
     folder: ModelFolder
@@ -76,7 +79,8 @@ def open_base(
     ``tokenizer``: the teacher's, as GGUF metadata, of ``vocab_size`` tokens.
 
     Raises:
-        UserError: it is no such folder, cannot be exported, has another vocabulary, or a shape without whole gates.
+        UserError: it is no such folder, cannot be exported, has another vocabulary, or a shape
+        without whole gates.
     """
     assert config.student.base is not None
     path = Path(config.student.base)
@@ -94,7 +98,8 @@ def open_base(
     width = head_width(settings) * int(settings.num_attention_heads)
     if width % GROUP:
         raise UserError(
-            f"{what} {path}: its attention output is {width} wide, not divisible by {GROUP}, as the SO(8) "
+            f"{what} {path}: its attention output is {width} wide, not divisible by {GROUP}, as "
+            "the SO(8) "
             "gates need; choose another base"
         )
     try:
@@ -117,9 +122,11 @@ def training_device() -> torch.device:
 
 
 def load_base_student(base: Base, config: RunConfig, vocab_size: int) -> AdaptedStudent:
-    """The student as training begins, on the device that it is trained on; the same settings give the same bytes.
+    """The student as training begins, on the device that it is trained on; the same settings give
+    the same bytes.
 
-    NF4 computes in bfloat16; a base that is not quantised is float32 on a CPU and bfloat16 elsewhere.
+    NF4 computes in bfloat16; a base that is not quantised is float32 on a CPU and bfloat16
+    elsewhere.
 
     Raises:
         UserError: transformers or bitsandbytes cannot load the folder.
@@ -156,7 +163,8 @@ def load_base_student(base: Base, config: RunConfig, vocab_size: int) -> Adapted
 
 @torch.no_grad()
 def _add_rows(model: Any, vocab_size: int) -> None:
-    """Give the model a row for each of the teacher's padding tokens: the mean of all others, which says nothing."""
+    """Give the model a row for each of the teacher's padding tokens: the mean of all others,
+    which says nothing."""
     known = model.get_input_embeddings().weight.shape[0]
     model.resize_token_embeddings(vocab_size, mean_resizing=False)
     tables: list[nn.Module] = [model.get_input_embeddings(), model.get_output_embeddings()]

@@ -21,7 +21,8 @@ def base_folder(path: Path, what: str = "--student-base") -> ModelFolder:
         raise UserError(f"{what}: {error}") from None
     if "quantization_config" in folder.config:
         raise UserError(
-            f"{what} {path} is quantised already; give the folder of the model before that, and add "
+            f"{what} {path} is quantised already; give the folder of the model before that, and "
+            "add "
             "--load-in-4bit"
         )
     return folder

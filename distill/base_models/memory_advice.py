@@ -18,11 +18,11 @@ NOTHING_FITS = "no change makes it fit; choose a smaller base"
 def how_to_fit(
     limit: int, base: Any, config: RunConfig, vocab_size: int, device: torch.device | None = None
 ) -> list[str]:
-    """Changes of settings that together make training fit into ``limit`` bytes, those that harm least first; empty
-    where it fits as it is.
+    """Changes of settings that together make training fit into ``limit`` bytes, those that harm
+    least first; empty where it fits as it is.
 
-    Each says what it saves beside those before it. Where all of them do not suffice, the last line says so.
-    Arguments otherwise as for ``memory_of``.
+    Each says what it saves beside those before it. Where all of them do not suffice, the last line
+    says so. Arguments otherwise as for ``memory_of``.
     """
     lines: list[str] = []
     needed = memory_of(base, config, vocab_size, device).total
@@ -38,7 +38,9 @@ def how_to_fit(
                 break
         if found is None:
             continue
-        lines.append(f"{found[1]} saves {human_bytes(needed - found[0])} (then {human_bytes(found[0])})")
+        lines.append(
+            f"{found[1]} saves {human_bytes(needed - found[0])} (then {human_bytes(found[0])})"
+        )
         needed, config = found[0], found[2]
     return lines if needed <= limit else [*lines, NOTHING_FITS]
 
@@ -84,7 +86,8 @@ def _length(config: RunConfig) -> Ways:
         yield _changed(config, "data", max_length=length)
 
 
-# The first two change nothing in the result, and the third only how far back a spoilt training can go.
+# The first two change nothing in the result, and the third only how far back a spoilt training can
+# go.
 _CHANGES: Sequence[Callable[[RunConfig], Ways]] = (
     _checkpointing,
     _micro_batches,
@@ -98,4 +101,6 @@ _CHANGES: Sequence[Callable[[RunConfig], Ways]] = (
 def _changed(config: RunConfig, section: str, **values: Any) -> tuple[str, RunConfig]:
     """The settings with others in one section, and how that is written."""
     words = ", ".join(f"{section}.{name}={str(value).lower()}" for name, value in values.items())
-    return words, config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+    return words, config.model_copy(
+        update={section: getattr(config, section).model_copy(update=values)}
+    )

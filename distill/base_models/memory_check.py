@@ -24,8 +24,10 @@ def describe_base(base: Base, config: RunConfig, vocab_size: int, console: Conso
     memory = training_memory(base, config, vocab_size)
     kind = "in NF4" if base.load_in_4bit else "as it is"
     console.note(
-        f"student: {base.folder.path.name} ({base.config.model_type}, {human_count(memory.base_numbers)} parameters, "
-        f"{kind}) with LoRA of rank {config.student.lora_rank} and SO(8) gates, {human_count(memory.trained_numbers)} "
+        f"student: {base.folder.path.name} ({base.config.model_type}, "
+        f"{human_count(memory.base_numbers)} parameters, "
+        f"{kind}) with LoRA of rank {config.student.lora_rank} and SO(8) gates, "
+        f"{human_count(memory.trained_numbers)} "
         f"trained; about {human_bytes(memory.total)} of memory"
     )
     console.note(f"vocabulary: {base.match.words()}")
@@ -33,13 +35,15 @@ def describe_base(base: Base, config: RunConfig, vocab_size: int, console: Conso
         console.warn(f"the merged transformers folder will have no tokenizer: {base.no_tokenizer}")
     if base.context_length < config.data.max_length:
         console.warn(
-            f"the exported file will be exact up to {base.context_length} tokens; sequences have up to "
+            f"the exported file will be exact up to {base.context_length} tokens; sequences have "
+            "up to "
             f"{config.data.max_length} (data.max_length)"
         )
 
 
 def require_fit(base: Base, config: RunConfig, vocab_size: int, limit: int, where: str) -> None:
-    """See that training fits into ``limit`` bytes, merging into main memory, and sequences into the base's window.
+    """See that training fits into ``limit`` bytes, merging into main memory, and sequences into the
+    base's window.
 
     Raises:
         UserError: one of them does not; says what would.
@@ -48,13 +52,15 @@ def require_fit(base: Base, config: RunConfig, vocab_size: int, limit: int, wher
     window, longest = getattr(base.config, "sliding_window", None), config.data.max_length
     if base.config.model_type == "phi3" and window is not None and window < longest:
         raise UserError(
-            f"{base.folder.path} looks back {window} tokens (sliding_window), which llama.cpp does not do for phi3; "
+            f"{base.folder.path} looks back {window} tokens (sliding_window), which llama.cpp does "
+            "not do for phi3; "
             f"sequences have up to {longest}; set data.max_length={window} or less"
         )
     main = psutil.virtual_memory().total
     if memory.at_the_end > main:
         raise UserError(
-            f"merging {base.folder.path} at the end takes about {human_bytes(memory.at_the_end)} of main memory, this "
+            f"merging {base.folder.path} at the end takes about {human_bytes(memory.at_the_end)} "
+            "of main memory, this "
             f"machine has {human_bytes(main)}; choose a smaller base"
         )
     if memory.total > limit:
@@ -65,13 +71,18 @@ def require_fit(base: Base, config: RunConfig, vocab_size: int, limit: int, wher
         )
 
 
-def judge_base(base: Base, config: RunConfig, vocab_size: int, longest: int, console: Console) -> None:
-    """Say how large the student is, before anything of that size is allocated. ``longest``: tokens of a sequence.
+def judge_base(
+    base: Base, config: RunConfig, vocab_size: int, longest: int, console: Console
+) -> None:
+    """Say how large the student is, before anything of that size is allocated. ``longest``: tokens
+    of a sequence.
 
     Raises:
         UserError: this machine has not the memory to train it; says what would help.
     """
-    config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": longest})})
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"max_length": longest})}
+    )
     describe_base(base, config, vocab_size, console)
     limit, where = available_memory()
     require_fit(base, config, vocab_size, limit, where)

@@ -1,7 +1,8 @@
-"""What training an adapted student takes in memory, estimated before anything is loaded, and what would make it fit.
+"""What training an adapted student takes in memory, estimated before anything is loaded, and what
+would make it fit.
 
-Letters: n tokens of a micro-batch, V vocabulary, D width, L layers, H heads of width W, K key/value heads, A = H·W,
-I feed-forward width, r rank, N = A / 8 blocks of a gate.
+Letters: n tokens of a micro-batch, V vocabulary, D width, L layers, H heads of width W, K key/value
+heads, A = H·W, I feed-forward width, r rank, N = A / 8 blocks of a gate.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from students.model.shape import GROUP, PARAMETERS_PER_BLOCK
 NF4_BLOCK = 64  # numbers that share a scale
 SCALE_BLOCK = 256  # scales that share a scale, with double quantisation
 NF4_TABLES, SCALE_TABLES = 4 * 16, 4 * 256 + 4  # bytes for each matrix
-LOGITS_COPIES = 5  # float32 buffers of a chunk: logits, the teacher's, and what the losses compute with
+LOGITS_COPIES = (
+    5  # float32 buffers of a chunk: logits, the teacher's, and what the losses compute with
+)
 PROMPT_TOKENS = 64  # of one of the safety head's prompts, roughly
 SNAPSHOT_COPIES = 3  # weights and two moments
 
@@ -33,10 +36,10 @@ SNAPSHOT_COPIES = 3  # weights and two moments
 class AdapterTraining:
     """What the estimate depends on beside the base's own shape.
 
-    ``load_dtype``: of the base's embeddings, norms and biases, and of its matrices unless ``load_in_4bit``.
-    ``autocast``: the narrow dtype, or none. ``sequences`` of at most ``length`` tokens make a micro-batch;
-    ``prompt_tokens`` are the safety head's beside them. ``vocab_size``: the teacher's. ``on_cpu``: main memory is all
-    there is.
+    ``load_dtype``: of the base's embeddings, norms and biases, and of its matrices unless
+    ``load_in_4bit``. ``autocast``: the narrow dtype, or none. ``sequences`` of at most ``length``
+    tokens make a micro-batch; ``prompt_tokens`` are the safety head's beside them. ``vocab_size``:
+    the teacher's. ``on_cpu``: main memory is all there is.
     """
 
     vocab_size: int
@@ -97,12 +100,14 @@ class AdapterMemory:
 
     @property
     def at_the_end(self) -> int:
-        """Main memory when LoRA is merged: a float32 model, beside the base where that is in main memory too."""
+        """Main memory when LoRA is merged: a float32 model, beside the base where that is in
+        main memory too."""
         return 4 * self.base_numbers + (self.base if self.on_cpu else 0)
 
     @property
     def total(self) -> int:
-        """All that has to fit where it trains: on a CPU with the guard's snapshots, elsewhere without."""
+        """All that has to fit where it trains: on a CPU with the guard's snapshots, elsewhere
+        without."""
         computing = self.activations + self.temporary + self.loss
         kept = self.base + self.adapters + self.gradients + self.moments
         return kept + computing + (self.snapshots if self.on_cpu else 0)
@@ -110,8 +115,8 @@ class AdapterMemory:
 
 @dataclass(frozen=True)
 class _Shape:
-    """A base's sizes; ``matrices`` are (rows, columns) of one layer's, ``vectors`` the numbers of its norms and
-    biases."""
+    """A base's sizes; ``matrices`` are (rows, columns) of one layer's, ``vectors`` the numbers of
+    its norms and biases."""
 
     width: int
     layers: int
@@ -186,25 +191,34 @@ def _shape(base: Any, vocab_size: int) -> _Shape:
 
 
 def estimate(base: Any, training: AdapterTraining) -> AdapterMemory:
-    """Bytes that training takes, from the ``transformers`` configuration of a base that can be adapted.
+    """Bytes that training takes, from the ``transformers`` configuration of a base that can be
+    adapted.
 
-    - base: matrices of layers at the load dtype, or in NF4 (half a byte, and a scale for 64 numbers: a float32, or with
-      double quantisation a byte, and a float32 for 256 of those); all else, the output matrix too, at the load dtype.
-    - adapters: LoRA, gates with where they began, heads, in float32; gradients once, moments twice what is trained.
+    - base: matrices of layers at the load dtype, or in NF4 (half a byte, and a scale for 64
+      numbers: a float32, or with double quantisation a byte, and a float32 for 256 of those); all
+      else, the output matrix too, at the load dtype.
+    - adapters: LoRA, gates with where they began, heads, in float32; gradients once, moments twice
+      what is trained.
     - snapshots: weights, moments and buffers of the guard's.
-    - activations: of a layer, see ``_layer_activations``. With checkpointing one layer's, and the L layers' inputs,
-      n·D each; without, all layers'. And the last norm's input in float32 and output, the gates' rotations (one float64
-      and three float32 matrices of 8 × 8 for each block), and LoRA's weights as autocast narrows them.
-    - temporary: of the backward pass of one layer: gradients on their way through the feed-forward part, 3·I + 2·D for
-      each token, and the largest matrix as unpacked from NF4.
-    - loss: a chunk of logits (``distill.losses.chunked_lm_head.chunk_size``) in ``LOGITS_COPIES`` float32 buffers and once narrow;
-      the last states and their gradient, n·D each; narrow copies of states and matrix where they were not narrow.
+    - activations: of a layer, see ``_layer_activations``. With checkpointing one layer's, and the L
+      layers' inputs, n·D each; without, all layers'. And the last norm's input in float32 and
+      output, the gates' rotations (one float64 and three float32 matrices of 8 × 8 for each block),
+      and LoRA's weights as autocast narrows them.
+    - temporary: of the backward pass of one layer: gradients on their way through the feed-forward
+      part, 3·I + 2·D for each token, and the largest matrix as unpacked from NF4.
+    - loss: a chunk of logits (``distill.losses.chunked_lm_head.chunk_size``) in ``LOGITS_COPIES``
+      float32 buffers and once narrow; the last states and their gradient, n·D each; narrow copies
+      of states and matrix where they were not narrow.
 
-    Not in it: what CUDA and its libraries take for themselves, projectors of the hidden-state loss, keys and values
-    while a student writes. Attention keeps no matrix of tokens × tokens (PyTorch's fused kernels).
+    Not in it: what CUDA and its libraries take for themselves, projectors of the hidden-state loss,
+    keys and values while a student writes. Attention keeps no matrix of tokens × tokens (PyTorch's
+    fused kernels).
     """
     shape = _shape(base, training.vocab_size)
-    trained = shape.lora(training.rank) + 2 * shape.layers * shape.attention // GROUP * PARAMETERS_PER_BLOCK
+    trained = (
+        shape.lora(training.rank)
+        + 2 * shape.layers * shape.attention // GROUP * PARAMETERS_PER_BLOCK
+    )
     if training.safety_head:
         trained += len(DECISIONS) * (shape.width + 1)
     if training.verification_head:
@@ -229,7 +243,9 @@ def _base_bytes(shape: _Shape, training: AdapterTraining) -> int:
     if not training.load_in_4bit:
         return shape.numbers * training.load_bytes
     matrices = [rows * columns for rows, columns in shape.matrices]
-    packed = shape.layers * sum(_nf4_bytes(numbers, training.double_quantisation) for numbers in matrices)
+    packed = shape.layers * sum(
+        _nf4_bytes(numbers, training.double_quantisation) for numbers in matrices
+    )
     return packed + (shape.numbers - shape.layers * sum(matrices)) * training.load_bytes
 
 
@@ -250,24 +266,31 @@ def _activations(shape: _Shape, training: AdapterTraining) -> int:
         return around + shape.layers * _layer_activations(shape, training, tokens)
     inputs = shape.layers * tokens * shape.width * training.load_bytes
     # Prompts go through by themselves, and are fewer.
-    return around + inputs + _layer_activations(shape, training, max(training.tokens, training.prompt_tokens))
+    return (
+        around
+        + inputs
+        + _layer_activations(shape, training, max(training.tokens, training.prompt_tokens))
+    )
 
 
 def _layer_activations(shape: _Shape, training: AdapterTraining, tokens: int) -> int:
     """What one layer keeps of its forward pass, in bytes.
 
-    For each token: norms 2·(D + 1) float32 (and A + H + K·W + K where queries and keys have norms); attention
-    2·A + 2·K·W, and A + K·W where the values are part of a fused projection, as the base computes, and H float32; the
-    gate's input A in float32 where it was not; feed-forward 3·I; LoRA's inputs, the columns of all matrices, as each
-    has a copy of its own, and r for each matrix. Without autocast over a base in float32 there is one input for all
-    matrices that share it, as there is over NF4 on a GPU. For the layer: its matrices as autocast narrows them, unless
+    For each token: norms 2·(D + 1) float32 (and A + H + K·W + K where queries and keys have norms);
+    attention 2·A + 2·K·W, and A + K·W where the values are part of a fused projection, as the base
+    computes, and H float32; the gate's input A in float32 where it was not; feed-forward 3·I;
+    LoRA's inputs, the columns of all matrices, as each has a copy of its own, and r for each
+    matrix. Without autocast over a base in float32 there is one input for all matrices that share
+    it, as there is over NF4 on a GPU. For the layer: its matrices as autocast narrows them, unless
     in NF4.
     """
     narrow, lora = training.base_bytes, training.lora_bytes
     norms = 8 * (shape.width + 1)
     if shape.head_norms:
         norms += 4 * (shape.attention + shape.heads + shape.keys + shape.kv_heads)
-    attention = 2 * (shape.attention + shape.keys) + (shape.attention + shape.keys if shape.fused else 0)
+    attention = 2 * (shape.attention + shape.keys) + (
+        shape.attention + shape.keys if shape.fused else 0
+    )
     gate = 4 * shape.attention if narrow != 4 else 0
     columns = [columns for _, columns in shape.matrices]
     uncast = training.autocast is None or (training.load_in_4bit and not training.on_cpu)
@@ -306,10 +329,11 @@ def _loss(shape: _Shape, training: AdapterTraining) -> int:
 def memory_of(
     base: Any, config: RunConfig, vocab_size: int, device: torch.device | None = None
 ) -> AdapterMemory:
-    """The estimate for a run's settings; ``base``: the ``transformers`` configuration of ``config.student.base``.
+    """The estimate for a run's settings; ``base``: the ``transformers`` configuration of
+    ``config.student.base``.
 
-    ``vocab_size``: the teacher's. ``device``: where it trains, else where this process would; each process of a launch
-    takes as much.
+    ``vocab_size``: the teacher's. ``device``: where it trains, else where this process would; each
+    process of a launch takes as much.
     """
     processes = PartialState()
     found = device or processes.device

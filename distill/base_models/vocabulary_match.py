@@ -1,4 +1,5 @@
-"""Whether a base model and a GGUF teacher mean the same by every token id, which learning by logits rests on."""
+"""Whether a base model and a GGUF teacher mean the same by every token id, which learning by
+logits rests on."""
 
 from __future__ import annotations
 
@@ -14,7 +15,12 @@ from distill.errors import UserError
 from teachers.gguf.file import Field, TeacherFileError
 from teachers.huggingface.checkpoint import load_tokenizer
 from teachers.huggingface.folder import ModelFolder
-from teachers.tokenizer.gguf_metadata import TokenizerConversionError, read_roles, read_tokens, token_text
+from teachers.tokenizer.gguf_metadata import (
+    TokenizerConversionError,
+    read_roles,
+    read_tokens,
+    token_text,
+)
 
 # Names that converters and model makers give to rows without a token: [PAD32011], <unused7>, <|reserved_9|>, …
 _PADDING = re.compile(
@@ -30,10 +36,11 @@ _REMEDY = "use a base model of the teacher's own family, and try it with distill
 class VocabularyMatch:
     """A teacher's vocabulary and a base model's that agree.
 
-    ``common``: tokens both have, at the same ids. ``padding``: ids of the teacher that no text produces and the
-    base has no such token for. ``rows_to_add`` and ``rows_to_cut``: how the base's rows become the teacher's (one of
-    the two is 0); ``tokens_cut``: how many of the rows cut are tokens the base knows. ``roles``: for ``bos`` and
-    ``eos``, where they differ, the base's id and the teacher's (``None``: it has none); the teacher's is used.
+    ``common``: tokens both have, at the same ids. ``padding``: ids of the teacher that no text
+    produces and the base has no such token for. ``rows_to_add`` and ``rows_to_cut``: how the base's
+    rows become the teacher's (one of the two is 0); ``tokens_cut``: how many of the rows cut are
+    tokens the base knows. ``roles``: for ``bos`` and ``eos``, where they differ, the base's id and
+    the teacher's (``None``: it has none); the teacher's is used.
     """
 
     common: int
@@ -47,20 +54,30 @@ class VocabularyMatch:
         """One line for the console."""
         said = [f"{_count(self.common, 'token')}, all alike"]
         if self.padding:
-            said.append(f"{_count(self.padding, 'more id')} of the teacher {_are(self.padding)} padding")
+            said.append(
+                f"{_count(self.padding, 'more id')} of the teacher {_are(self.padding)} padding"
+            )
         if self.rows_to_add:
             fewer = "row" if self.rows_to_add == 1 else "rows"
             said.append(
-                f"the base has {self.rows_to_add:,} {fewer} fewer, which {_are(self.rows_to_add)} added"
+                f"the base has {self.rows_to_add:,} {fewer} fewer, which {_are(self.rows_to_add)} "
+                "added"
             )
         if self.rows_to_cut:
-            what = "padding" if not self.tokens_cut else f"padding but for {_count(self.tokens_cut, 'token')}"
+            what = (
+                "padding"
+                if not self.tokens_cut
+                else f"padding but for {_count(self.tokens_cut, 'token')}"
+            )
             are = _are(self.rows_to_cut)
             said.append(
-                f"the base has {_count(self.rows_to_cut, 'more row')}, which {are} {what} and {are} cut"
+                f"the base has {_count(self.rows_to_cut, 'more row')}, which {are} {what} and "
+                f"{are} cut"
             )
         for role, (base, teacher) in self.roles.items():
-            said.append(f"{role} is {_id(base)} in the base, {_id(teacher)} in the teacher, whose is used")
+            said.append(
+                f"{role} is {_id(base)} in the base, {_id(teacher)} in the teacher, whose is used"
+            )
         return "; ".join(said)
 
 
@@ -100,12 +117,14 @@ def compare_vocabularies(
     base = {number: text for text, number in tokenizer.get_vocab().items()}
     if max(base, default=-1) >= base_rows:
         raise UserError(
-            f"the base's tokenizer has {max(base) + 1:,} tokens, its embedding only {base_rows:,} rows; use the "
+            f"the base's tokenizer has {max(base) + 1:,} tokens, its embedding only {base_rows:,} "
+            "rows; use the "
             "tokenizer that belongs to the base model"
         )
     if len(texts) > teacher_rows:
         raise UserError(
-            f"the teacher's tokenizer has {len(texts):,} tokens, its embedding only {teacher_rows:,} rows; convert "
+            f"the teacher's tokenizer has {len(texts):,} tokens, its embedding only "
+            f"{teacher_rows:,} rows; convert "
             "the teacher again"
         )
     common = padding = 0
@@ -133,7 +152,11 @@ def compare_vocabularies(
         tokens_cut=sum(
             number >= teacher_rows and not _PADDING.fullmatch(text) for number, text in base.items()
         ),
-        roles={role: (ours[role], theirs.get(role)) for role in _ROLES if ours[role] != theirs.get(role)},
+        roles={
+            role: (ours[role], theirs.get(role))
+            for role in _ROLES
+            if ours[role] != theirs.get(role)
+        },
     )
 
 
@@ -142,9 +165,11 @@ def _is_padding(text: str, kind: TokenType) -> bool:
 
 
 def _alike(text: str, kind: TokenType, said: str, number: int) -> bool:
-    """Whether a teacher's token is the base's ``said``, up to what a conversion to GGUF changes in writing it."""
+    """Whether a teacher's token is the base's ``said``, up to what a conversion to GGUF changes
+    in writing it."""
     said = token_text(said, number)
-    # User-defined tokens are looked for before spaces become ▁, so converters write theirs as spaces.
+    # User-defined tokens are looked for before spaces become ▁, so converters write theirs as
+    # spaces.
     return text == said or (kind == TokenType.USER_DEFINED and text == said.replace("▁", " "))
 
 
@@ -155,7 +180,9 @@ def _difference(
     teacher = repr(texts[first]) if first < len(texts) else "missing"
     said = repr(base[first]) if first in base else "missing"
     return (
-        f"the base does not have the teacher's vocabulary: {len(different):,} of {_count(teacher_rows, 'token')} "
-        f"{'differs' if len(different) == 1 else 'differ'}, first token {first}, which is {teacher} in the teacher and "
+        f"the base does not have the teacher's vocabulary: {len(different):,} of "
+        f"{_count(teacher_rows, 'token')} "
+        f"{'differs' if len(different) == 1 else 'differ'}, first token {first}, which is "
+        f"{teacher} in the teacher and "
         f"{said} in the base; {_REMEDY}"
     )

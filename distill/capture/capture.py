@@ -1,4 +1,5 @@
-"""From a teacher and a corpus to a store full of soft targets: what ``run`` and ``capture`` share."""
+"""From a teacher and a corpus to a store full of soft targets: what ``run`` and ``capture``
+share."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ from teachers.base import WHOLE, Share, Teacher, TeacherInfo
 from teachers.gguf.file import read_gguf
 from teachers.store.capture import capture
 from teachers.store.store import SoftTargetStore
-from teachers.store.teacher_record import TEACHER, Inheritance, find_inheritance, inherit, write_inheritance
+from teachers.store.teacher_record import (
+    TEACHER,
+    Inheritance,
+    find_inheritance,
+    inherit,
+    write_inheritance,
+)
 
 
 def load_teacher(config: RunConfig, console: Console) -> Teacher:
@@ -74,31 +81,44 @@ def keep_inheritance(
     share: Share = WHOLE,
     text: str = "",
 ) -> Inheritance:
-    """What the store keeps of its teacher beside soft targets; made now where it is missing or damaged.
+    """What the store keeps of its teacher beside soft targets; made now where it is missing or
+    damaged.
 
-    ``gguf``: whose tokenizer and embeddings. The lines come from this process's own shards. ``text``: what the
-    sequences are, in words.
+    ``gguf``: whose tokenizer and embeddings. The lines come from this process's own shards.
+    ``text``: what the sequences are, in words.
     """
     found = find_inheritance(store)
     # An older version did not keep the teacher's shape, which the student's follows.
-    if found is not None and (found.tokenizer or gguf is None) and found.info.shape == teacher.info.shape:
+    if (
+        found is not None
+        and (found.tokenizer or gguf is None)
+        and found.info.shape == teacher.info.shape
+    ):
         return found
     if found is None and (store.folder / TEACHER).exists():
         console.warn(f"{store.folder / TEACHER} was damaged and is made again")
     with console.stage("Keep teacher") as stage:
-        spans = (range(*store.span(shard)) for shard in range(share.rank, store.manifest.shards, share.world))
+        spans = (
+            range(*store.span(shard))
+            for shard in range(share.rank, store.manifest.shards, share.world)
+        )
         sequences = (store.tokens(index) for span in spans for index in span)
         made = inherit(teacher, read_gguf(gguf) if gguf else None, sequences, text)
         write_inheritance(store, made)
         size = human_bytes((store.folder / TEACHER).stat().st_size)
-        stage.finish(f"tokenizer and embeddings, {size}" if gguf else "no GGUF file, so no tokenizer is kept")
+        stage.finish(
+            f"tokenizer and embeddings, {size}" if gguf else "no GGUF file, so no tokenizer is kept"
+        )
     return made
 
 
 def text_of(config: RunConfig, info: TeacherInfo) -> str:
-    """What the sequences of a store are, in words: a file's name without its folders, which may be private."""
+    """What the sequences of a store are, in words: a file's name without its folders, which may
+    be private."""
     return (
-        f"text written by {info.name}" if config.data.path is None else Path(config.data.path).resolve().name
+        f"text written by {info.name}"
+        if config.data.path is None
+        else Path(config.data.path).resolve().name
     )
 
 

@@ -1,8 +1,8 @@
 """Prompts, conversations, plain text, or the teacher's own words → token sequences.
 
-A JSONL line is an object with exactly one of ``prompt`` (the teacher answers), ``messages`` (a conversation;
-the teacher answers if the last message is not the assistant's) or ``text`` (used as it stands); other keys
-are left alone. Everything else is plain text, cut into windows.
+A JSONL line is an object with exactly one of ``prompt`` (the teacher answers), ``messages`` (a
+conversation; the teacher answers if the last message is not the assistant's) or ``text`` (used as
+it stands); other keys are left alone. Everything else is plain text, cut into windows.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class Corpus:
         chosen = self.items[start:stop]
         requests = [item.segments for item in chosen if item.speaks]
         spoken = iter(
-            teacher.speak(requests, self.sampling, first_index=start, progress=progress) if requests else ()
+            teacher.speak(requests, self.sampling, first_index=start, progress=progress)
+            if requests
+            else ()
         )
         return [next(spoken) if item.speaks else item.segments[0] for item in chosen]
 
@@ -109,7 +111,9 @@ def build_corpus(
         opening = opening_segments(teacher)
         if opening is None:
             raise UserError(f"teacher {teacher.info.name} has no token to start from; give --data")
-        return Corpus([Item(opening, True)] * (config.samples or DEFAULT_SPOKEN_SAMPLES), sampling, notes)
+        return Corpus(
+            [Item(opening, True)] * (config.samples or DEFAULT_SPOKEN_SAMPLES), sampling, notes
+        )
     items = _tokenise(entries, teacher, max_length, notes)
     if config.samples is not None and config.samples < len(items):
         kept = np.random.default_rng(seed).permutation(len(items))[: config.samples]
@@ -135,7 +139,8 @@ def read_entries(config: DataConfig) -> list[Entry] | None:
         return list(_read(Path(config.path)))
     if config.sampling_temperature == 0.0:
         raise UserError(
-            "data.sampling_temperature=0 lets the teacher say one thing only; give --data or raise it"
+            "data.sampling_temperature=0 lets the teacher say one thing only; give --data or raise "
+            "it"
         )
     return None
 
@@ -143,13 +148,17 @@ def read_entries(config: DataConfig) -> list[Entry] | None:
 def _read(path: Path) -> Iterator[Entry]:
     readable = JSONL_SUFFIXES + TEXT_SUFFIXES
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in readable)
+        files = sorted(
+            file for file in path.rglob("*") if file.is_file() and _suffix(file) in readable
+        )
         if not files:
             raise UserError(f"data folder {path} has no {', '.join(readable)} file")
     elif path.is_file():
         files = [path]
         if _suffix(path) not in readable:
-            raise UserError(f"data file {path} is none of {', '.join(readable)}; rename or convert it")
+            raise UserError(
+                f"data file {path} is none of {', '.join(readable)}; rename or convert it"
+            )
     else:
         reason = "is not a regular file or folder" if path.exists() else "does not exist"
         raise UserError(f"data {path} {reason}; give a JSONL or text file, or a folder of them")
@@ -187,7 +196,9 @@ def _read_jsonl(file: Path, text: str) -> Iterator[Entry]:
         try:
             value = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{where}: not valid JSON ({error}); each line must be one JSON object") from None
+            raise UserError(
+                f"{where}: not valid JSON ({error}); each line must be one JSON object"
+            ) from None
         kinds = [kind for kind in _KINDS if isinstance(value, dict) and kind in value]
         if len(kinds) != 1:
             found = f"has {' and '.join(kinds)}" if kinds else "has none of them"
@@ -198,7 +209,9 @@ def _read_jsonl(file: Path, text: str) -> Iterator[Entry]:
 
 def _check_value(kind: str, value: Any, where: str) -> None:
     if not _is_unicode(value):
-        raise UserError(f"{where}: has a lone surrogate (\\ud800 to \\udfff), which is not text; remove it")
+        raise UserError(
+            f"{where}: has a lone surrogate (\\ud800 to \\udfff), which is not text; remove it"
+        )
     if kind != "messages":
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{where}: {kind!r} must be text that is not empty, got {value!r}")
@@ -214,7 +227,9 @@ def _check_value(kind: str, value: Any, where: str) -> None:
         )
     )
     if not fitting:
-        raise UserError(f"{where}: 'messages' must be a list of objects with 'role' and 'content' as text")
+        raise UserError(
+            f"{where}: 'messages' must be a list of objects with 'role' and 'content' as text"
+        )
 
 
 def _is_unicode(value: Any) -> bool:
@@ -229,14 +244,18 @@ def _is_unicode(value: Any) -> bool:
 # -- tokenising -----------------------------------------------------------------------------------------------
 
 
-def _tokenise(entries: list[Entry], teacher: Teacher, max_length: int, notes: list[str]) -> list[Item]:
+def _tokenise(
+    entries: list[Entry], teacher: Teacher, max_length: int, notes: list[str]
+) -> list[Item]:
     items: list[Item] = []
     cut = 0
     for entry in entries:
         if entry.kind in ("plain", "text"):
             items += _windows(entry, teacher, max_length)
             continue
-        messages = entry.value if entry.kind == "messages" else [{"role": "user", "content": entry.value}]
+        messages = (
+            entry.value if entry.kind == "messages" else [{"role": "user", "content": entry.value}]
+        )
         answers = messages[-1]["role"] != "assistant"
         try:
             tokens = conversation_tokens(teacher, messages, answer=answers)
@@ -247,7 +266,9 @@ def _tokenise(entries: list[Entry], teacher: Teacher, max_length: int, notes: li
         if len(tokens):
             items.append(Item((tokens,), answers and len(tokens) < max_length))
     if cut:
-        notes.append(f"{cut} of {len(items)} sequences are cut at {max_length} tokens; raise data.max_length")
+        notes.append(
+            f"{cut} of {len(items)} sequences are cut at {max_length} tokens; raise data.max_length"
+        )
     return [item for item in items if item.speaks or len(item.segments[0]) > 1]
 
 
@@ -263,12 +284,15 @@ def _windows(entry: Entry, teacher: Teacher, max_length: int) -> list[Item]:
     bos = teacher.info.bos if teacher.info.add_bos else None
     start = np.array([] if bos is None else [bos], dtype=np.int32)
     step = max_length - len(start)
-    windows = [np.concatenate((start, tokens[at : at + step])) for at in range(0, len(tokens), step)]
+    windows = [
+        np.concatenate((start, tokens[at : at + step])) for at in range(0, len(tokens), step)
+    ]
     return [Item((window.astype(np.int32),), False) for window in windows if len(window) > 1]
 
 
 def _pieces(text: str) -> list[str]:
-    """Cut long text at line ends, so that no piece is much longer than ``MAX_TOKENIZED_AT_ONCE``."""
+    """Cut long text at line ends, so that no piece is much longer than
+    ``MAX_TOKENIZED_AT_ONCE``."""
     pieces: list[str] = []
     start = 0
     while len(text) - start > MAX_TOKENIZED_AT_ONCE:

@@ -18,12 +18,14 @@ from teachers.store.store import COMPANION, SoftTargetStore
 from teachers.store.teacher_record import Inheritance, need_inheritance
 from teachers.targets.recipe import Recipe
 
-# What of these sections a run from a store still looks at; everything else in them was decided by the capture.
+# What of these sections a run from a store still looks at; everything else in them was decided by
+# the capture.
 LOOKED_AT = {"teacher": {"gpu_layers", "path"}, "data": {"held_out"}, "targets": set[str]()}
 
 
 def without_capture(config: RunConfig, recipe: Recipe, console: Console) -> RunConfig:
-    """The settings with those of the capture as the store has them, or at their defaults where it does not say.
+    """The settings with those of the capture as the store has them, or at their defaults where it
+    does not say.
 
     Says which of them were given in vain.
     """
@@ -37,7 +39,9 @@ def without_capture(config: RunConfig, recipe: Recipe, console: Console) -> RunC
             if getattr(given, name) not in (field.default, getattr(changes[section], name)):
                 unused.append(f"{section}.{name}")
     if unused:
-        console.warn(f"not looked at, as the capture of the store has decided it: {', '.join(unused)}")
+        console.warn(
+            f"not looked at, as the capture of the store has decided it: {', '.join(unused)}"
+        )
     return config.model_copy(update=changes)
 
 
@@ -52,8 +56,10 @@ def open_full_store(folder: Path) -> tuple[SoftTargetStore, Inheritance]:
     inheritance = need_inheritance(store)
     if not inheritance.tokenizer:
         raise UserError(
-            f"store {folder} was captured from {inheritance.info.name}, which is no GGUF file, whose tokenizer "
-            "the exported student needs; convert the teacher with llama.cpp's convert_hf_to_gguf.py and capture "
+            f"store {folder} was captured from {inheritance.info.name}, which is no GGUF file, "
+            "whose tokenizer "
+            "the exported student needs; convert the teacher with llama.cpp's "
+            "convert_hf_to_gguf.py and capture "
             "from that"
         )
     return store, inheritance
@@ -77,8 +83,10 @@ def require_complete(store: SoftTargetStore, console: Console) -> None:
         for state, names in bad.items():
             if names:
                 raise StoreError(
-                    f"store {store.folder} has {len(names)} file{'s' * (len(names) > 1)} {state} ({names[0]}"
-                    f"{', …' * (len(names) > 1)}); run the capture again where the teacher is, which makes just "
+                    f"store {store.folder} has {len(names)} file{'s' * (len(names) > 1)} {state} "
+                    f"({names[0]}"
+                    f"{', …' * (len(names) > 1)}); run the capture again where the teacher is, "
+                    "which makes just "
                     "that, or copy the store again"
                 )
         tokens = human_count(int(store.lengths().sum()))
@@ -87,7 +95,8 @@ def require_complete(store: SoftTargetStore, console: Console) -> None:
 
 
 def find_teacher(path: str | None, info: TeacherInfo) -> Path | None:
-    """The file of a store's teacher: ``path`` where it is given, or the example teacher where it is that one.
+    """The file of a store's teacher: ``path`` where it is given, or the example teacher where it is
+    that one.
 
     Raises:
         UserError: ``path`` is another teacher.
@@ -98,7 +107,8 @@ def find_teacher(path: str | None, info: TeacherInfo) -> Path | None:
     read_gguf(Path(path))
     if file_sha256(Path(path)) != info.sha256:
         raise UserError(
-            f"--teacher {path} is not the teacher whose soft targets the store holds ({info.name}, SHA-256 "
+            f"--teacher {path} is not the teacher whose soft targets the store holds ({info.name}, "
+            "SHA-256 "
             f"{info.sha256[:12]}…); leave it out, or give that file"
         )
     return Path(path)

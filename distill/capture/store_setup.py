@@ -40,7 +40,9 @@ def recipe_for(config: TargetsConfig, teacher: Teacher, console: Console) -> Rec
     info = teacher.info
     for layer in config.layers:
         if layer >= info.layers:
-            raise UserError(f"targets.layers = {layer}: {info.name} has layers 0 to {info.layers - 1}")
+            raise UserError(
+                f"targets.layers = {layer}: {info.name} has layers 0 to {info.layers - 1}"
+            )
     sketch = config.sketch_bytes
     if config.kind == "compact" and sketch is None:
         sketch = default_sketch_bytes(config.num_topk, info.vocab_size, info.width)
@@ -61,7 +63,11 @@ def _no_sketch(teacher: Teacher) -> str | None:
     tokens = (np.arange(1, PROBE_TOKENS + 1) % teacher.info.vocab_size).astype(np.int32)
     try:
         require_linear_output(teacher, tokens)
-    except (CaptureError, RequestRefused, EnsembleError) as error:  # a dead worker is no answer to this
+    except (
+        CaptureError,
+        RequestRefused,
+        EnsembleError,
+    ) as error:  # a dead worker is no answer to this
         return str(error)
     return None
 
@@ -79,28 +85,35 @@ def store_manifest(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> Manifest
         "runtime": teacher.runtime,
     }
     if recipe.needs_states or recipe.layers:
-        # What a shard's codes mean depends on how directions were fitted to the store's own beginning.
+        # What a shard's codes mean depends on how directions were fitted to the store's own
+        # beginning.
         identity["fit"] = FIT_RULES
-    # A shard is held in memory until it is written; dense targets of a large vocabulary need small ones.
-    sequence_bytes = corpus.sampling.max_length * recipe.bytes_per_position(info.vocab_size, info.width)
+    # A shard is held in memory until it is written; dense targets of a large vocabulary need small
+    # ones.
+    sequence_bytes = corpus.sampling.max_length * recipe.bytes_per_position(
+        info.vocab_size, info.width
+    )
     together = max(1, min(SEQUENCES_PER_SHARD, SHARD_BYTES // sequence_bytes))
     return Manifest(identity, len(corpus), together)
 
 
 @dataclass(frozen=True)
 class StorePlace:
-    """Where a store goes: ``asked`` for by the user, or named after ``stem`` in ``beside``/stores."""
+    """Where a store goes: ``asked`` for by the user, or named after ``stem`` in
+    ``beside``/stores."""
 
     asked: Path | None
     beside: Path
     stem: str
 
 
-def open_store(teacher: Teacher, corpus: Corpus, recipe: Recipe, place: StorePlace) -> SoftTargetStore:
+def open_store(
+    teacher: Teacher, corpus: Corpus, recipe: Recipe, place: StorePlace
+) -> SoftTargetStore:
     """Open the store these very soft targets belong in.
 
-    It lies beside the run's folder unless told otherwise; one that an earlier run in this working directory
-    has made is used where it is.
+    It lies beside the run's folder unless told otherwise; one that an earlier run in this working
+    directory has made is used where it is.
 
     Raises:
         StoreError: the folder asked for holds something else.
@@ -119,7 +132,8 @@ def open_store(teacher: Teacher, corpus: Corpus, recipe: Recipe, place: StorePla
 def largest_size(corpus: Corpus, recipe: Recipe, teacher: Teacher) -> int:
     """Bytes that the soft targets take at most: every sequence as long as it may be."""
     positions = sum(
-        corpus.sampling.max_length if item.speaks else len(item.segments[0]) for item in corpus.items
+        corpus.sampling.max_length if item.speaks else len(item.segments[0])
+        for item in corpus.items
     )
     return positions * (recipe.bytes_per_position(teacher.info.vocab_size, teacher.info.width) + 4)
 
@@ -132,6 +146,7 @@ def _require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free + there
     if needed > free:
         raise UserError(
-            f"the soft targets need up to {human_bytes(needed)}, {existing} has {human_bytes(free)} free; free some "
+            f"the soft targets need up to {human_bytes(needed)}, {existing} has "
+            f"{human_bytes(free)} free; free some "
             "space, choose --store on another disk, or lower --samples or targets.num_topk"
         )

@@ -14,7 +14,8 @@ from teachers.llama_cpp.teacher import GGUFTeacher
 
 
 def teacher_paths(config: TeacherConfig) -> list[Path]:
-    """Every teacher's file or folder, the main one first; the example teacher where none is given."""
+    """Every teacher's file or folder, the main one first; the example teacher where none is
+    given."""
     first = Path(config.path) if config.path else example_teacher()
     return [first, *(Path(path) for path in config.mix_with)]
 
@@ -25,7 +26,8 @@ def teacher_stem(config: TeacherConfig) -> str:
 
 
 def find_gguf(config: TeacherConfig) -> Path | None:
-    """The GGUF file whose tokenizer and embeddings the student takes: the first of the teachers that is one."""
+    """The GGUF file whose tokenizer and embeddings the student takes: the first of the teachers
+    that is one."""
     return next((path for path in teacher_paths(config) if not path.is_dir()), None)
 
 
@@ -48,8 +50,10 @@ def require_gguf(config: TeacherConfig) -> None:
     """
     if find_gguf(config) is None:
         raise UserError(
-            f"teacher {teacher_paths(config)[0]} is a folder: not a GGUF file, whose tokenizer the exported student "
-            "needs; capture from a transformers folder with `distill capture`, or convert it with llama.cpp's "
+            f"teacher {teacher_paths(config)[0]} is a folder: not a GGUF file, whose tokenizer the "
+            "exported student "
+            "needs; capture from a transformers folder with `distill capture`, or convert it with "
+            "llama.cpp's "
             "convert_hf_to_gguf.py"
         )
 
@@ -75,11 +79,14 @@ def _require_fitting(config: TeacherConfig) -> None:
         UserError: they are not.
     """
     if config.weights and not config.mix_with:
-        raise UserError("teacher.weights is for several teachers; name the others in teacher.mix_with")
+        raise UserError(
+            "teacher.weights is for several teachers; name the others in teacher.mix_with"
+        )
     for path in teacher_paths(config):
         if config.load_in_4bit and not path.is_dir():
             raise UserError(
-                f"teacher.load_in_4bit is for transformers folders; {path} is already as it is quantised"
+                f"teacher.load_in_4bit is for transformers folders; {path} is already as it is "
+                "quantised"
             )
 
 

@@ -18,10 +18,14 @@ WIDTH = 32
 
 
 @contextmanager
-def tokenizer_alone(tokenizer: Mapping[str, MetadataEntry], vocab_size: int) -> Iterator[GGUFTeacher]:
-    """Something that tokenises and renders conversations like the model that ``tokenizer`` (GGUF metadata) is of.
+def tokenizer_alone(
+    tokenizer: Mapping[str, MetadataEntry], vocab_size: int
+) -> Iterator[GGUFTeacher]:
+    """Something that tokenises and renders conversations like the model that ``tokenizer`` (GGUF
+    metadata) is of.
 
-    llama.cpp reads a tokenizer only from a whole model, so it gets the smallest one: a single narrow layer.
+    llama.cpp reads a tokenizer only from a whole model, so it gets the smallest one: a single
+    narrow layer.
     """
     config = SO8TConfig(
         vocab_size=vocab_size,
@@ -34,7 +38,9 @@ def tokenizer_alone(tokenizer: Mapping[str, MetadataEntry], vocab_size: int) -> 
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.gguf"
-        write_gguf(build_student(config, seed=0), path, "f16", tokenizer, ExportNames("tokenizer", {}))
+        write_gguf(
+            build_student(config, seed=0), path, "f16", tokenizer, ExportNames("tokenizer", {})
+        )
         with GGUFTeacher(path, threads=1) as model:
             yield model
 

@@ -29,7 +29,8 @@ def verify(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
 ) -> None:
-    """See that no line of the log was edited, dropped, inserted or moved, and that the files are those it names.
+    """See that no line of the log was edited, dropped, inserted or moved, and that the files are
+    those it names.
 
     Exits with 0 if so, with 2 if not.
     """

@@ -20,8 +20,8 @@ def report_verification(folder: Path, expect: str | None, as_json: bool) -> None
     """Verify a run's log and print what was found.
 
     Raises:
-        UserError: there is no log, or something is not as it was written; the first such thing is named.
-        typer.Exit: the same, where ``as_json`` has said it.
+        UserError: there is no log, or something is not as it was written; the first such thing is
+        named. typer.Exit: the same, where ``as_json`` has said it.
     """
     found = verify(folder, expect.strip().lower() if expect is not None else None)
     if as_json:
@@ -33,7 +33,8 @@ def report_verification(folder: Path, expect: str | None, as_json: bool) -> None
     if not found.intact:
         more = f"; {len(found.findings) - 1} more above" if len(found.findings) > 1 else ""
         raise UserError(
-            f"{folder} is not what was written: {printable(found.findings[0].words)}{more}; compare with a copy, or "
+            f"{folder} is not what was written: {printable(found.findings[0].words)}{more}; "
+            "compare with a copy, or "
             "make the run again"
         )
 
@@ -48,10 +49,13 @@ def _print(found: Verification, folder: Path) -> None:
     times = f"{found.first_time} to {found.last_time}"
     console.rich.print(f"{found.head.lines} lines, {escape(printable(times))}", soft_wrap=True)
     console.rich.print(escape(printable(events)), soft_wrap=True)
-    console.rich.print(f"{len(found.checked)} files are as the log names them{_gone(found)}", soft_wrap=True)
+    console.rich.print(
+        f"{len(found.checked)} files are as the log names them{_gone(found)}", soft_wrap=True
+    )
     if found.intact:
         console.rich.print(
-            f"[green]✓[/] the log of {escape(str(folder))} is intact. It ends at {found.head.sha256}: kept elsewhere, "
+            f"[green]✓[/] the log of {escape(str(folder))} is intact. It ends at "
+            f"{found.head.sha256}: kept elsewhere, "
             "--expect shows later that it was not written anew",
             soft_wrap=True,
         )

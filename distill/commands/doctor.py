@@ -23,12 +23,16 @@ def doctor(
         Path | None,
         typer.Option(help="GGUF file to try llama.cpp with. Default: the example teacher."),
     ] = None,
-    gpu_layers: Annotated[int, typer.Option(min=-1, help="Layers of it on the GPU; -1: all of them.")] = 0,
+    gpu_layers: Annotated[
+        int, typer.Option(min=-1, help="Layers of it on the GPU; -1: all of them.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
 ) -> None:
-    """Examine this machine: processor, memory, disk, packages, llama.cpp and its self-check, GPUs, speed.
+    """Examine this machine: processor, memory, disk, packages, llama.cpp and its self-check, GPUs,
+    speed.
 
-    Each line is ok, slow or broken, with what to do. Exits with 1 when the main job would not run here.
+    Each line is ok, slow or broken, with what to do. Exits with 1 when the main job would not run
+    here.
     """
     from dataclasses import asdict
 
@@ -51,12 +55,16 @@ def doctor(
             _print(finding, console)
     broken = [finding.name for finding in found if finding.level == "broken"]
     if as_json:
-        print(json_line({"main_job": not broken, "findings": [asdict(finding) for finding in found]}))
+        print(
+            json_line({"main_job": not broken, "findings": [asdict(finding) for finding in found]})
+        )
     elif broken:
         text = f"[red]The main job would not run here:[/] {', '.join(broken)} must be mended first."
         console.print(text, soft_wrap=True)
     else:
-        console.print("[green]The main job runs here.[/] `distill run` shows it with the example teacher.")
+        console.print(
+            "[green]The main job runs here.[/] `distill run` shows it with the example teacher."
+        )
     if broken:
         raise typer.Exit(1)
 

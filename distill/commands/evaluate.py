@@ -17,35 +17,44 @@ Students = Annotated[
 ]
 Teacher = Annotated[
     Path | None,
-    typer.Option(help="GGUF file of the teacher. Default: the example teacher, if the students are its own."),
+    typer.Option(
+        help="GGUF file of the teacher. Default: the example teacher, if the students are its own."
+    ),
 ]
 Data = Annotated[
     Path | None,
     typer.Option(
-        help="JSONL (prompt, messages or text), plain text, or a folder of them. Default: what the students' run "
+        help="JSONL (prompt, messages or text), plain text, or a folder of them. Default: what the "
+        "students' run "
         "held out, or else the teacher speaks."
     ),
 ]
 MaxLength = Annotated[
     int | None,
     typer.Option(
-        min=8, help="Tokens of a sequence at most. Default: 512, or less where a context is smaller."
+        min=8,
+        help="Tokens of a sequence at most. Default: 512, or less where a context is smaller.",
     ),
 ]
 DraftLength = Annotated[
-    int, typer.Option(min=1, max=64, help="Tokens that the student would draft in speculative decoding.")
+    int,
+    typer.Option(
+        min=1, max=64, help="Tokens that the student would draft in speculative decoding."
+    ),
 ]
 SafetyPrompts = Annotated[
     Path | None,
     typer.Option(
-        help="JSONL file of prompt and label for the safety head. Default: those that the run has kept for it, or the "
+        help="JSONL file of prompt and label for the safety head. Default: those that the run has "
+        "kept for it, or the "
         "built-in ones."
     ),
 ]
 Tasks = Annotated[
     Path | None,
     typer.Option(
-        help="JSONL file of prompts with their right answers, asked of every model (prompt, answer; match: exact, "
+        help="JSONL file of prompts with their right answers, asked of every model (prompt, "
+        "answer; match: exact, "
         "contains or prefix)."
     ),
 ]
@@ -81,7 +90,8 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
     output: Output = None,
 ) -> None:
-    """Say how near students are to their teacher, how well they predict text, how fast and how large they are."""
+    """Say how near students are to their teacher, how well they predict text, how fast and how
+    large they are."""
     import json
 
     from distill.evaluation.inputs.check import check_evaluation
@@ -103,19 +113,20 @@ def evaluate(
     inputs = check_evaluation(request)
 
     from distill.evaluation.compare import evaluate_files
-    from distill.reports.comparison.console_table import print_comparison
+    from distill.reports.comparison.report import document_of
+    from distill.reports.render.html import write_page
+    from distill.reports.render.terminal import print_report
     from distill.runtime.progress import Console
 
     console = Console(stderr=as_json)
     comparison = evaluate_files(request, console, inputs)
+    document = document_of(comparison)
     if output is not None:
-        from distill.reports.comparison.page import write_page
-
-        write_page(comparison, output)
+        write_page(document, output)
     if as_json:
         print(json.dumps(comparison.to_json(), ensure_ascii=False, allow_nan=False))
         return
-    print_comparison(comparison, console)
+    print_report(document, console.rich)
     if output is not None:
         console.note(f"page: {output}")
 

@@ -17,23 +17,27 @@ def export_gguf(
         str,
         typer.Option(
             metavar="TYPE,…|all",
-            help="File types: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, iq4_nl, with commas between them.",
+            help="File types: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, iq4_nl, with "
+            "commas between them.",
         ),
     ] = "q4_k_m",
     output: Annotated[
         Path | None,
         typer.Option(
-            help="File to write, for several types a folder that is there. Default: RUN/student-TYPE.gguf."
+            help="File to write, for several types a folder that is there. Default: "
+            "RUN/student-TYPE.gguf."
         ),
     ] = None,
     imatrix: Annotated[
         bool,
         typer.Option(
-            "--imatrix/--no-imatrix", help="Quantize with the importance matrix of the run's training text."
+            "--imatrix/--no-imatrix",
+            help="Quantize with the importance matrix of the run's training text.",
         ),
     ] = True,
 ) -> None:
-    """Export a run's student again, in any of llama.cpp's file types, each proved before it gets its name."""
+    """Export a run's student again, in any of llama.cpp's file types, each proved before it gets
+    its name."""
     from distill.config.loading import parse_quants
     from distill.runs.exports import check_export
     from distill.runs.folder import RunFolder

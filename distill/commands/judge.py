@@ -17,7 +17,8 @@ def judge(
     ],
     prompt: Annotated[str | None, typer.Argument(help="What to judge.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="JSONL file; its prompt of every line is judged.")
+        Path | None,
+        typer.Option("--prompts", help="JSONL file; its prompt of every line is judged."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt.")] = False,
 ) -> None:

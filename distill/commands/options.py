@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 Teacher = Annotated[
-    Path | None, typer.Option("--teacher", help="GGUF file of the teacher. Default: the example teacher.")
+    Path | None,
+    typer.Option("--teacher", help="GGUF file of the teacher. Default: the example teacher."),
 ]
 StudentSize = Annotated[
     str | None,
@@ -23,44 +24,58 @@ Data = Annotated[
     Path | None,
     typer.Option(
         "--data",
-        help="JSONL (prompt, messages or text), plain text, or a folder of them. Default: the teacher speaks.",
+        help="JSONL (prompt, messages or text), plain text, or a folder of them. Default: the "
+        "teacher speaks.",
     ),
 ]
 Samples = Annotated[
     int | None,
-    typer.Option("--samples", help="Sequences at most. Default: all the data; 4096 when the teacher speaks."),
+    typer.Option(
+        "--samples", help="Sequences at most. Default: all the data; 4096 when the teacher speaks."
+    ),
 ]
-Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the soft targets. Default: 8.")]
+Epochs = Annotated[
+    int | None, typer.Option("--epochs", help="Passes over the soft targets. Default: 8.")
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random. Default: 0.")]
 Targets = Annotated[
     str | None,
     typer.Option(
-        "--targets", metavar="compact|hidden|dense", help="What is kept of the teacher. Default: compact."
+        "--targets",
+        metavar="compact|hidden|dense",
+        help="What is kept of the teacher. Default: compact.",
     ),
 ]
 Store = Annotated[
     Path | None,
     typer.Option(
-        "--store", help="Folder of the soft targets. Default: beside the run's folder, under stores/."
+        "--store",
+        help="Folder of the soft targets. Default: beside the run's folder, under stores/.",
     ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run. Default: a new one under runs/.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Folder of the run. Default: a new one under runs/.")
+]
 StudentQuant = Annotated[
     str | None,
-    typer.Option("--quant", metavar="TYPE", help="File type of student.gguf, such as q4_k_m. Default: q8_0."),
+    typer.Option(
+        "--quant", metavar="TYPE", help="File type of student.gguf, such as q4_k_m. Default: q8_0."
+    ),
 ]
 Preset = Annotated[
     str,
     typer.Option(
         metavar="recommended|formula",
-        help="Where settings start from: what measured best (T = 1), or the loss formula's own defaults (T = 3).",
+        help="Where settings start from: what measured best (T = 1), or the loss formula's own "
+        "defaults (T = 3).",
     ),
 ]
 Init = Annotated[
     str | None,
     typer.Option(
         metavar="auto|teacher|embeddings|random",
-        help="Where the student's weights begin. Default: auto, at the teacher's where its architecture allows it.",
+        help="Where the student's weights begin. Default: auto, at the teacher's where its "
+        "architecture allows it.",
     ),
 ]
 StudentBase = Annotated[
@@ -68,7 +83,8 @@ StudentBase = Annotated[
     typer.Option(
         "--student-base",
         metavar="FOLDER",
-        help="A transformers model with the teacher's vocabulary (llama, phi3, qwen2, qwen3) that becomes the student: "
+        help="A transformers model with the teacher's vocabulary (llama, phi3, qwen2, qwen3) that "
+        "becomes the student: "
         "frozen, with LoRA and SO(8) gates. In place of --student-size.",
     ),
 ]
@@ -76,13 +92,17 @@ LoraRank = Annotated[
     int | None, typer.Option("--lora-r", help="Rank of LoRA, with --student-base. Default: 16.")
 ]
 LoadIn4bit = Annotated[
-    bool, typer.Option("--load-in-4bit", help="The base in NF4, through bitsandbytes, with --student-base.")
+    bool,
+    typer.Option(
+        "--load-in-4bit", help="The base in NF4, through bitsandbytes, with --student-base."
+    ),
 ]
 SafetyLabels = Annotated[
     str | None,
     typer.Option(
         metavar="builtin|teacher|FILE|none",
-        help="What the safety head learns: the prompts that come with the program, the teacher's own judgment of them, "
+        help="What the safety head learns: the prompts that come with the program, the teacher's "
+        "own judgment of them, "
         "a JSONL file of prompt and label, or nothing. Default: builtin.",
     ),
 ]

@@ -16,16 +16,19 @@ def report(
         list[Path],
         typer.Argument(
             metavar="PATH [PATH]",
-            help="Folder of a run, finished or not; or weights: a checkpoint's folder, a .safetensors or .gguf file. "
+            help="Folder of a run, finished or not; or weights: a checkpoint's folder, a "
+            ".safetensors or .gguf file. "
             "Two of a kind are compared.",
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", help="HTML file to write, which opens without a network.")
+        Path | None,
+        typer.Option("--output", help="HTML file to write, which opens without a network."),
     ] = None,
 ) -> None:
-    """Say how a run went, from its own records, or what a model's weights look like; or compare two."""
+    """Say how a run went, from its own records, or what a model's weights look like; or compare
+    two."""
     from distill.reports.inputs import check_report
 
     check_report(paths, output)

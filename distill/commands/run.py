@@ -96,7 +96,9 @@ def capture(
     from distill.config.loading import load_config
     from distill.pipeline.preflight import check_capture
 
-    overrides = _what_to_capture(teacher, data, samples, targets, seed) | {"safety.labels": safety_labels}
+    overrides = _what_to_capture(teacher, data, samples, targets, seed) | {
+        "safety.labels": safety_labels
+    }
     settings = load_config(config, overrides, set_ or [])
     inputs = check_capture(settings, store)
 
@@ -107,7 +109,9 @@ def capture(
 
 @commands.command()
 def train(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="Folder that `distill capture` has filled.")],
+    store: Annotated[
+        Path, typer.Argument(metavar="STORE", help="Folder that `distill capture` has filled.")
+    ],
     student_size: StudentSize = None,
     student_base: StudentBase = None,
     lora_r: LoraRank = None,
@@ -115,7 +119,8 @@ def train(
     teacher: Annotated[
         Path | None,
         typer.Option(
-            help="The store's own teacher, for the student to begin at its weights. Default: not here."
+            help="The store's own teacher, for the student to begin at its weights. Default: not "
+            "here."
         ),
     ] = None,
     out: Out = None,
@@ -128,7 +133,8 @@ def train(
     config: ConfigFile = None,
     set_: Settings = None,
 ) -> None:
-    """Only the student's part: from a store to a proved student, with no teacher on this machine."""
+    """Only the student's part: from a store to a proved student, with no teacher on this
+    machine."""
     from distill.config.loading import load_config
     from distill.pipeline.preflight import check_train
 
@@ -166,13 +172,16 @@ def plan(
     init: Init = None,
     memory: Annotated[
         str | None,
-        typer.Option(help="Memory that training is to fit into, such as 12GiB; says what would help."),
+        typer.Option(
+            help="Memory that training is to fit into, such as 12GiB; says what would help."
+        ),
     ] = None,
     preset: Preset = "recommended",
     config: ConfigFile = None,
     set_: Settings = None,
 ) -> None:
-    """Say before a run what it will take: tokens, disk, time and memory, from a short measured probe."""
+    """Say before a run what it will take: tokens, disk, time and memory, from a short measured
+    probe."""
     from distill.config.loading import load_config, parse_memory
     from distill.errors import UserError
     from distill.pipeline.preflight import check_plan
@@ -212,12 +221,14 @@ def _console(*, every_process: bool = False) -> Console:
 def _base(
     folder: Path | None, rank: int | None, load_in_4bit: bool, config: Path | None
 ) -> dict[str, object]:
-    """The flags of a student made of a base, as settings; without a file of settings it must be named here."""
+    """The flags of a student made of a base, as settings; without a file of settings it must be
+    named here."""
     if folder is None and config is None and (rank is not None or load_in_4bit):
         from distill.errors import UserError
 
         raise UserError(
-            "--lora-r and --load-in-4bit are for a student made of a base; name one with --student-base"
+            "--lora-r and --load-in-4bit are for a student made of a base; name one with "
+            "--student-base"
         )
     return {
         "student.base": str(folder) if folder else None,
@@ -227,7 +238,11 @@ def _base(
 
 
 def _what_to_capture(
-    teacher: Path | None, data: Path | None, samples: int | None, targets: str | None, seed: int | None
+    teacher: Path | None,
+    data: Path | None,
+    samples: int | None,
+    targets: str | None,
+    seed: int | None,
 ) -> dict[str, object]:
     """The flags that decide the soft targets, as settings."""
     return {

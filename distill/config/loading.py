@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from distill.config.schema import Quant, RunConfig
 from distill.errors import UserError
 
-# Where settings start from. ``formula``: the loss with its own defaults, T = 3. ``recommended``: what measured best
-# (docs/benchmarks.md): the temperature the student will be used at.
+# Where settings start from. ``formula``: the loss with its own defaults, T = 3. ``recommended``:
+# what measured best (docs/benchmarks.md): the temperature the student will be used at.
 PRESETS: dict[str, dict[str, Any]] = {"recommended": {"loss.temperature": 1.0}, "formula": {}}
 RECOMMENDED = "recommended"
 
@@ -26,7 +26,8 @@ _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 def load_config(
     path: Path | None, overrides: dict[str, Any], settings: list[str], preset: str = RECOMMENDED
 ) -> RunConfig:
-    """Combine a preset, a JSON or YAML file, named flags and ``section.key=value`` settings; later ones win.
+    """Combine a preset, a JSON or YAML file, named flags and ``section.key=value`` settings; later
+    ones win.
 
     ``overrides`` maps dotted keys to values (``None``: not given).
 
@@ -92,11 +93,15 @@ def _read_tree(path: Path) -> dict[str, Any]:
         raise UserError(f"configuration {path} cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
         kind = "JSON" if path.suffix == ".json" else "YAML"
-        raise UserError(f"configuration {path} is not valid {kind}: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"configuration {path} is not valid {kind}: {' '.join(str(error).split())}"
+        ) from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise UserError(f"configuration {path} must be a mapping of sections, not {type(tree).__name__}")
+        raise UserError(
+            f"configuration {path} must be a mapping of sections, not {type(tree).__name__}"
+        )
     return tree
 
 
@@ -117,27 +122,37 @@ def parse_quants(text: str) -> tuple[Quant, ...]:
     """
     known = get_args(Quant)
     asked = [name.strip() for name in text.lower().split(",") if name.strip()]
-    names = tuple(dict.fromkeys(one for name in asked for one in (known if name == "all" else (name,))))
+    names = tuple(
+        dict.fromkeys(one for name in asked for one in (known if name == "all" else (name,)))
+    )
     if not names:
-        raise UserError(f"--quant {text!r} names no file type; choose from {', '.join(known)}, or all")
+        raise UserError(
+            f"--quant {text!r} names no file type; choose from {', '.join(known)}, or all"
+        )
     for name in names:
         if name not in known:
-            raise UserError(f"--quant {name!r} is not a file type; choose from {', '.join(known)}, or all")
+            raise UserError(
+                f"--quant {name!r} is not a file type; choose from {', '.join(known)}, or all"
+            )
     return cast(tuple[Quant, ...], names)
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of a size such as ``12GiB``, ``1.5 GB`` or ``800MB``; a number without a unit is in bytes.
+    """Bytes of a size such as ``12GiB``, ``1.5 GB`` or ``800MB``; a number without a unit is in
+    bytes.
 
     Raises:
         ValueError: it is no size above 0.
     """
-    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
+    match = re.fullmatch(
+        r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII
+    )
     unit = None if match is None else _UNITS.get(match[2].lower())
     size = 0 if match is None or unit is None else math.floor(float(match[1]) * unit)
     if size < 1:
         raise ValueError(
-            f"{text!r} is no amount of memory; write a number above 0 and a unit, such as 12GiB or 800MB "
+            f"{text!r} is no amount of memory; write a number above 0 and a unit, such as 12GiB or "
+            "800MB "
             "(kB, MB, GB, TB; KiB, MiB, GiB, TiB)"
         )
     return size

@@ -1,4 +1,5 @@
-"""One tree of settings. File and flags → ``RunConfig`` (frozen, unknown keys refused) → each part gets its own.
+"""One tree of settings. File and flags → ``RunConfig`` (frozen, unknown keys refused) → each part
+gets its own.
 
 Nothing here looks at hardware or files, so a configuration can be checked anywhere.
 """
@@ -30,10 +31,12 @@ class Section(BaseModel):
 
 
 class TeacherConfig(Section):
-    """The teacher. ``path``: a GGUF file, or a transformers checkpoint folder to capture from; none means the
-    example teacher. ``gpu_layers``: layers given to a GPU where llama.cpp was built with one, −1 for all.
-    ``mix_with``: further teachers with the same vocabulary, mixed with it as distributions; ``weights``: of all of
-    them, the first included (none: equal). ``load_in_4bit``: NF4 for folders, through bitsandbytes."""
+    """The teacher. ``path``: a GGUF file, or a transformers checkpoint folder to capture from; none
+    means the example teacher. ``gpu_layers``: layers given to a GPU where llama.cpp was built with
+    one, −1 for all. ``mix_with``: further teachers with the same vocabulary, mixed with it as
+    distributions; ``weights``: of all of them, the first included (none: equal). ``load_in_4bit``:
+    NF4 for folders, through bitsandbytes.
+    """
 
     path: str | None = None
     gpu_layers: int = -1
@@ -43,16 +46,19 @@ class TeacherConfig(Section):
 
 
 class StudentConfig(Section):
-    """The student. ``size``: hidden × layers, such as 512x4, or a share of the teacher's parameters, such as 25%, or a
-    number of parameters, such as 50M; none means half the teacher's width and depth.
-    ``tie_embeddings``: one matrix for the input embedding and the output. ``heads``, ``kv_heads`` (which the heads
-    share), ``head_width`` (of each) and ``ffn_width`` (of the feed-forward): none follows the teacher's shape (see
-    ``students.model.build.student_config``). ``init``: where the weights begin: teacher (projected from the teacher's own),
-    embeddings (random ones, with the teacher's token embeddings), random, or auto (teacher where that can be).
+    """The student. ``size``: hidden × layers, such as 512x4, or a share of the teacher's
+    parameters, such as 25%, or a number of parameters, such as 50M; none means half the teacher's
+    width and depth. ``tie_embeddings``: one matrix for the input embedding and the output.
+    ``heads``, ``kv_heads`` (which the heads share), ``head_width`` (of each) and ``ffn_width`` (of
+    the feed-forward): none follows the teacher's shape (see
+    ``students.model.build.student_config``). ``init``: where the weights begin: teacher (projected
+    from the teacher's own), embeddings (random ones, with the teacher's token embeddings), random,
+    or auto (teacher where that can be).
 
-    ``base``: folder of a transformers model with the teacher's vocabulary, which becomes the student in place of a new
-    one: frozen, with LoRA of ``lora_rank``, counted ``lora_alpha / lora_rank`` times, and ``lora_dropout``.
-    ``load_in_4bit``: its matrices in NF4, through bitsandbytes."""
+    ``base``: folder of a transformers model with the teacher's vocabulary, which becomes the
+    student in place of a new one: frozen, with LoRA of ``lora_rank``, counted ``lora_alpha /
+    lora_rank`` times, and ``lora_dropout``. ``load_in_4bit``: its matrices in NF4, through
+    bitsandbytes."""
 
     size: str | None = None
     base: str | None = None
@@ -96,7 +102,8 @@ class StudentConfig(Section):
             fields = type(self).model_fields
             if given := [name for name in own if getattr(self, name) != fields[name].default]:
                 raise ValueError(
-                    f"{', '.join(given)} would be of a student made of a base; name one with --student-base"
+                    f"{', '.join(given)} would be of a student made of a base; name one with "
+                    "--student-base"
                 )
             return self
         new = {"size": self.size, "heads": self.heads, "kv_heads": self.kv_heads}
@@ -104,7 +111,8 @@ class StudentConfig(Section):
         new |= {"init": None if self.init == "auto" else self.init}
         if given := [name for name, value in new.items() if value is not None]:
             raise ValueError(
-                f"{', '.join(given)} would be of a new student, but base = {self.base} is what the student is made "
+                f"{', '.join(given)} would be of a new student, but base = {self.base} is what the "
+                "student is made "
                 "of; give the one or the other"
             )
         return self
@@ -123,10 +131,11 @@ class StudentConfig(Section):
 
 
 class DataConfig(Section):
-    """What the teacher reads or says. ``path``: JSONL, text or a folder; none means the teacher speaks.
-    ``samples``: how many sequences at most (none: all of the data, or 4,096 when the teacher speaks).
-    ``max_length``: tokens of a sequence at most. ``held_out``: share of the sequences kept for evaluation.
-    ``sampling_temperature`` and ``top_p``: how the teacher picks its words."""
+    """What the teacher reads or says. ``path``: JSONL, text or a folder; none means the teacher
+    speaks. ``samples``: how many sequences at most (none: all of the data, or 4,096 when the
+    teacher speaks). ``max_length``: tokens of a sequence at most. ``held_out``: share of the
+    sequences kept for evaluation. ``sampling_temperature`` and ``top_p``: how the teacher picks its
+    words."""
 
     path: str | None = None
     samples: Annotated[int, Field(ge=2)] | None = None
@@ -137,10 +146,12 @@ class DataConfig(Section):
 
 
 class TargetsConfig(Section):
-    """The soft targets. ``kind``: compact (top-k, the tail's mass, a sketch of its shape), hidden (the final
-    hidden state, which gives every logit back) or dense (every logit). ``num_topk``: tokens that compact
-    targets keep exactly. ``sketch_bytes``: bytes for the tail's shape (none: what is left of 200 a token; 0: no
-    sketch). ``layers``: layers whose output is kept too, counted from 0; ``layer_bytes``: bytes of each."""
+    """The soft targets. ``kind``: compact (top-k, the tail's mass, a sketch of its shape), hidden
+    (the final hidden state, which gives every logit back) or dense (every logit). ``num_topk``:
+    tokens that compact targets keep exactly. ``sketch_bytes``: bytes for the tail's shape (none:
+    what is left of 200 a token; 0: no sketch). ``layers``: layers whose output is kept too, counted
+    from 0; ``layer_bytes``: bytes of each.
+    """
 
     kind: Literal["compact", "hidden", "dense"] = "compact"
     num_topk: Count = 16
@@ -153,19 +164,21 @@ class LossConfig(Section):
     """α·T²·KL_T(teacher‖student) + β·CE + γ·hidden + λ_so8t·(PET + inertia + non-commutation)
     + λ_safety·safety + λ_verification·verification.
 
-    ``temperature`` T, ``alpha`` α, ``beta`` β, ``lambda_so8t`` λ_so8t. ``final_temperature``: T from
-    ``final_from`` of training on (none: T to the end). ``pet``: weight of the squared second
+    ``temperature`` T, ``alpha`` α, ``beta`` β, ``lambda_so8t`` λ_so8t. ``final_temperature``: T
+    from ``final_from`` of training on (none: T to the end). ``pet``: weight of the squared second
     difference of the final hidden states in each third of training (to 30 %, to 70 %, to the end).
-    ``inertia``: weight of the rotations' squared distance from their moving average. ``inertia_decay``: of
-    that average, per step. ``commutator_margin``: below this norm the non-commutation term pushes.
+    ``inertia``: weight of the rotations' squared distance from their moving average.
+    ``inertia_decay``: of that average, per step. ``commutator_margin``: below this norm the
+    non-commutation term pushes.
 
-    ``divergence``: what stands for KL_T in the formula (see ``distill.losses.divergences``); ``js_mixing``: the teacher's
-    share b in the mixture of jensen_shannon; ``skew``: s of the skewed KLs. ``gamma`` γ: weight of the
-    hidden-state loss, where the store holds hidden states (``targets.layers``). ``layer_map``: pairs (student's
-    layer, teacher's layer) it compares, from 0; none: each kept layer with the one at the same relative depth.
+    ``divergence``: what stands for KL_T in the formula (see ``distill.losses.divergences``);
+    ``js_mixing``: the teacher's share b in the mixture of jensen_shannon; ``skew``: s of the skewed
+    KLs. ``gamma`` γ: weight of the hidden-state loss, where the store holds hidden states
+    (``targets.layers``). ``layer_map``: pairs (student's layer, teacher's layer) it compares, from
+    0; none: each kept layer with the one at the same relative depth.
 
-    ``lambda_safety`` λ_safety and ``lambda_verification`` λ_verification: weights of the two heads; 0: the student
-    has no such head.
+    ``lambda_safety`` λ_safety and ``lambda_verification`` λ_verification: weights of the two heads;
+    0: the student has no such head.
     """
 
     temperature: Annotated[float, Field(ge=1.0)] = 3.0
@@ -188,11 +201,12 @@ class LossConfig(Section):
 
 
 class SafetyConfig(Section):
-    """What the safety head learns. ``labels``: builtin (the prompts that come with the program), a JSONL file of
-    ``prompt`` and ``label`` (ALLOW, ESCALATE, REFUSE), teacher (its own judgment of the prompts, as probabilities), or
-    none. ``prompts``: JSONL file of the prompts that the teacher judges (none: the built-in ones).
-    ``passes``: how many prompts pass in training altogether, ``together`` at most in one step; where they need not
-    be in every step, all steps but every n-th have none."""
+    """What the safety head learns. ``labels``: builtin (the prompts that come with the program), a
+    JSONL file of ``prompt`` and ``label`` (ALLOW, ESCALATE, REFUSE), teacher (its own judgment of
+    the prompts, as probabilities), or none. ``prompts``: JSONL file of the prompts that the teacher
+    judges (none: the built-in ones). ``passes``: how many prompts pass in training altogether,
+    ``together`` at most in one step; where they need not be in every step, all steps but every n-th
+    have none."""
 
     labels: str = "builtin"
     prompts: str | None = None
@@ -200,18 +214,20 @@ class SafetyConfig(Section):
     together: Count = 16
 
     def rhythm(self, steps: int) -> tuple[int, int]:
-        """For a training of so many steps: prompts come in every n-th of them, and how many then; (n, count)."""
+        """For a training of so many steps: prompts come in every n-th of them, and how many
+        then; (n, count)."""
         every = max(1, self.together * steps // self.passes)
         return every, min(self.together, -(-self.passes * every // max(1, steps)))
 
 
 class GuardConfig(Section):
-    """What keeps training from being spoilt (docs/stability.md). ``enabled``: without it a loss or gradient that is not
-    finite ends the run, and nothing else is watched. ``z_clip``: gradients are cut to so many standard deviations above
-    past norms. ``snapshot_every`` steps the state is kept in memory, the newest ``snapshots`` of them.
-    ``rollbacks``: how often in a row training goes back before it gives up; each time the learning rate is
-    multiplied by ``lower``, is reached again over ``rewarm`` steps and comes back over ``recover`` steps.
-    ``probe_every``: steps between looks at some held-out text."""
+    """What keeps training from being spoilt (docs/stability.md). ``enabled``: without it a loss or
+    gradient that is not finite ends the run, and nothing else is watched. ``z_clip``: gradients are
+    cut to so many standard deviations above past norms. ``snapshot_every`` steps the state is kept
+    in memory, the newest ``snapshots`` of them. ``rollbacks``: how often in a row training goes
+    back before it gives up; each time the learning rate is multiplied by ``lower``, is reached
+    again over ``rewarm`` steps and comes back over ``recover`` steps. ``probe_every``: steps
+    between looks at some held-out text."""
 
     enabled: bool = True
     z_clip: Positive = 5.0
@@ -225,19 +241,21 @@ class GuardConfig(Section):
 
 
 class TrainConfig(Section):
-    """The training loop. ``epochs``; ``batch_size``: sequences per optimizer step, over all processes;
-    ``accumulation``: into how many micro-batches a process divides its part of them; ``learning_rate``: peak
-    (none: 0.5 / width, less from the teacher's weights, see ``distill.initialization.start``); ``schedule``: after the warm-up a
-    cosine, a straight line, or wsd (constant until the last ``decay`` of the steps, then a cosine down); ``warmup``:
-    share of the steps; ``min_lr``: share of the peak it ends at; ``max_grad_norm``; ``weight_decay``: of matrices only;
-    ``precision``: ``bf16`` autocast, ``fp32``, or ``auto``; ``evaluations``: how often held-out KL is measured, first
-    and last step included; ``patience``: stop after so many of them without a better one (none: never).
+    """The training loop. ``epochs``; ``batch_size``: sequences per optimizer step, over all
+    processes; ``accumulation``: into how many micro-batches a process divides its part of them;
+    ``learning_rate``: peak (none: 0.5 / width, less from the teacher's weights, see
+    ``distill.initialization.start``); ``schedule``: after the warm-up a cosine, a straight line, or
+    wsd (constant until the last ``decay`` of the steps, then a cosine down); ``warmup``: share of
+    the steps; ``min_lr``: share of the peak it ends at; ``max_grad_norm``; ``weight_decay``: of
+    matrices only; ``precision``: ``bf16`` autocast, ``fp32``, or ``auto``; ``evaluations``: how
+    often held-out KL is measured, first and last step included; ``patience``: stop after so many of
+    them without a better one (none: never).
 
-    ``gradient_checkpointing``: compute layers again in the backward pass instead of keeping what they computed (none:
-    only for a student made of a base);
-    ``compile``: torch.compile. ``trackers``: tensorboard, wandb.
-    ``on_policy``: share of each batch whose text, after its beginning, the student writes itself, at
-    ``on_policy_temperature``; the teacher stays loaded and scores it. ``guard``: see ``GuardConfig``.
+    ``gradient_checkpointing``: compute layers again in the backward pass instead of keeping what
+    they computed (none: only for a student made of a base); ``compile``: torch.compile.
+    ``trackers``: tensorboard, wandb. ``on_policy``: share of each batch whose text, after its
+    beginning, the student writes itself, at ``on_policy_temperature``; the teacher stays loaded and
+    scores it. ``guard``: see ``GuardConfig``.
     """
 
     epochs: Count = 8
@@ -262,7 +280,10 @@ class TrainConfig(Section):
 
 
 class ExportConfig(Section):
-    """The exported file. ``quant``: one of llama.cpp's file types (see ``students.gguf.file_types``)."""
+    """The exported file.
+
+    ``quant``: one of llama.cpp's file types (see ``students.gguf.file_types``).
+    """
 
     quant: Quant = "q8_0"
 

@@ -1,4 +1,5 @@
-"""Which files ``distill evaluate`` compares: found, checked and named before any of them is loaded."""
+"""Which files ``distill evaluate`` compares: found, checked and named before any of them is
+loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +17,10 @@ from teachers.gguf.file import GGUFFile
 
 @dataclass(frozen=True)
 class Candidate:
-    """A GGUF file to be measured. ``run``: the run's folder that it lies in, if it does; ``heads``: what it carries."""
+    """A GGUF file to be measured.
+
+    ``run``: the run's folder that it lies in, if it does; ``heads``: what it carries.
+    """
 
     name: str
     file: GGUFFile
@@ -25,7 +29,8 @@ class Candidate:
 
     @property
     def file_type(self) -> str:
-        """The file type that the file says it has, such as Q4_K_M; empty where it says none, or an unknown one."""
+        """The file type that the file says it has, such as Q4_K_M; empty where it says none, or
+        an unknown one."""
         try:
             return (
                 LlamaFileType(self.file.value("general.file_type"))
@@ -45,7 +50,9 @@ class Candidate:
         key = f"{self.file.architecture}.context_length"
         length = self.file.value(key)
         if type(length) is not int or length < 1:
-            raise UserError(f"{self.file.path} is damaged: {key} is {length!r}; export or convert it again")
+            raise UserError(
+                f"{self.file.path} is damaged: {key} is {length!r}; export or convert it again"
+            )
         return length
 
 

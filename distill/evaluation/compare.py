@@ -1,7 +1,7 @@
 """``distill evaluate``: the teacher and its students, run through llama.cpp on the same text.
 
-Logits are computed exactly (float32 KV cache, no flash attention), so that figures can be reproduced elsewhere; what is
-written and how fast is measured as people run the models.
+Logits are computed exactly (float32 KV cache, no flash attention), so that figures can be
+reproduced elsewhere; what is written and how fast is measured as people run the models.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def evaluate_files(
     console: Console,
     inputs: EvaluationInputs | None = None,
 ) -> Comparison:
-    """Measure everything that is asked for; what is wrong with the input is said before anything takes long.
+    """Measure everything that is asked for; what is wrong with the input is said before anything
+    takes long.
 
     ``inputs``: what ``check_evaluation`` has read, if it was called.
 
@@ -64,9 +65,12 @@ def evaluate_files(
 
 
 class Measurement:
-    """One evaluation while it goes on; ``stack`` closes the models. Everything is by a model's name."""
+    """One evaluation while it goes on; ``stack`` closes the models. Everything is by a model's
+    name."""
 
-    def __init__(self, request: Request, chosen: Candidates, stack: ExitStack, console: Console) -> None:
+    def __init__(
+        self, request: Request, chosen: Candidates, stack: ExitStack, console: Console
+    ) -> None:
         self.request = request
         self.chosen = chosen
         self.everyone = [chosen.teacher, *chosen.students]
@@ -95,7 +99,9 @@ class Measurement:
         """Load, time and compare the models."""
         with self.console.stage("Load teacher") as stage:
             info = self._load(self.chosen.teacher).info
-            stage.finish(f"{info.name}: {info.architecture}, {human_count(info.parameters)} parameters")
+            stage.finish(
+                f"{info.name}: {info.architecture}, {human_count(info.parameters)} parameters"
+            )
         text = choose_text(self.request.text, self.chosen, self.teacher, inputs.entries)
         for note in text.notes:
             self.console.note(note)
@@ -156,7 +162,8 @@ class Measurement:
         return model
 
     def _measure_costs(self) -> None:
-        """Load each model and measure it at once: those that are there already wait for something to do."""
+        """Load each model and measure it at once: those that are there already wait for
+        something to do."""
         with self.console.stage("Speed and memory", total=len(self.everyone)) as stage:
             for number, candidate in enumerate(self.everyone):
                 stage.update(number, candidate.name)
@@ -164,12 +171,14 @@ class Measurement:
                 self.costs[candidate.name] = measure_cost(model)
             cost = self.costs[self.chosen.teacher.name]
             stage.finish(
-                f"teacher {cost.generation_speed:,.0f} tokens/s, {human_bytes(cost.peak_memory)}; median of three"
+                f"teacher {cost.generation_speed:,.0f} tokens/s, {human_bytes(cost.peak_memory)}; "
+                "median of three"
             )
 
         if unsteady := [name for name, cost in self.costs.items() if cost.spread > UNSTEADY]:
             self.warn(
-                f"the speed of {', '.join(unsteady)} differed from trial to trial; is the machine busy otherwise?"
+                f"the speed of {', '.join(unsteady)} differed from trial to trial; is the machine "
+                "busy otherwise?"
             )
 
     def _score(self, sequences: Sequence[Tokens]) -> dict[str, TextScore]:
@@ -177,23 +186,36 @@ class Measurement:
         with self.console.stage("Compare", total=len(sequences) * len(self.everyone)) as stage:
             scorers = {name: llama_scorer(model, exact=True) for name, model in self.models.items()}
             vocab_size = self.teacher.info.vocab_size
-            scores = score_text(self.chosen.teacher.name, scorers, sequences, vocab_size, stage.update)
+            scores = score_text(
+                self.chosen.teacher.name, scorers, sequences, vocab_size, stage.update
+            )
             stage.finish(
-                "; ".join(f"{name} KL {scores[name].compared['kl'].value:.4f}" for name in self.students)
+                "; ".join(
+                    f"{name} KL {scores[name].compared['kl'].value:.4f}" for name in self.students
+                )
             )
         return scores
 
     def _write(self, sequences: Sequence[Tokens]) -> tuple[dict[str, GreedyScore], int]:
-        """How long the students write what the teacher writes, and the most tokens that they were to write."""
-        start = beginnings(sequences, min(model.info.context_length for model in self.models.values()))
+        """How long the students write what the teacher writes, and the most tokens that they
+        were to write."""
+        start = beginnings(
+            sequences, min(model.info.context_length for model in self.models.values())
+        )
         if start is None:
-            self.warn("the models' contexts leave no room to write in, so greedy continuations are left out")
+            self.warn(
+                "the models' contexts leave no room to write in, so greedy continuations are left "
+                "out"
+            )
             return {}, 0
         total = min(SEQUENCES, len(sequences)) * len(self.everyone)
         with self.console.stage("Write", total=total) as stage:
             scores = greedy_scores(self.teacher, self.students, start, stage.update)
             stage.finish(
-                "; ".join(f"{name} {score.prefix.value:.1f} tokens alike" for name, score in scores.items())
+                "; ".join(
+                    f"{name} {score.prefix.value:.1f} tokens alike"
+                    for name, score in scores.items()
+                )
             )
         return scores, start.new_tokens
 
@@ -208,7 +230,9 @@ class Measurement:
                 stage.update(number, student.name)
                 prompts = tests[student.name].prompts
                 scores[student.name] = score_safety(self.models[student.name], student, prompts)
-            stage.finish("; ".join(f"{name} accuracy {score.accuracy:.1%}" for name, score in scores.items()))
+            stage.finish(
+                "; ".join(f"{name} accuracy {score.accuracy:.1%}" for name, score in scores.items())
+            )
         return scores
 
     def _answer(self, tasks: list[Task]) -> dict[str, TaskScore]:
@@ -227,7 +251,9 @@ class Measurement:
             for name, model in self.models.items():
                 scores[name] = score_task(model, tasks, self.request.tasks.name, answered)
                 before += len(tasks)
-            stage.finish("; ".join(f"{name} {score.share.value:.1%}" for name, score in scores.items()))
+            stage.finish(
+                "; ".join(f"{name} {score.share.value:.1%}" for name, score in scores.items())
+            )
         return scores
 
     def _benchmark(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -241,11 +267,15 @@ class Measurement:
             for number, (name, model) in enumerate(self.models.items()):
                 stage.update(number, name)
                 with redirect_stdout(sys.stderr):  # ours is for the result
-                    found[name] = run_harness(model, list(self.request.harness), self.request.harness_limit)
+                    found[name] = run_harness(
+                        model, list(self.request.harness), self.request.harness_limit
+                    )
             stage.finish(", ".join(self.request.harness))
         return found
 
-    def _fidelity(self, score: TextScore, greedy: GreedyScore | None, prefix_length: int) -> Fidelity | None:
+    def _fidelity(
+        self, score: TextScore, greedy: GreedyScore | None, prefix_length: int
+    ) -> Fidelity | None:
         """The figures against the teacher; none of the teacher itself."""
         if not score.compared:
             return None

@@ -1,4 +1,5 @@
-"""Models on one text: how they predict it, and how near the students' distributions are to the teacher's."""
+"""Models on one text: how they predict it, and how near the students' distributions are to the
+teacher's."""
 
 from __future__ import annotations
 
@@ -28,7 +29,10 @@ from teachers.base import Tokens
 
 @dataclass(frozen=True)
 class TextScore:
-    """One model on the text. ``compared``: the figures ``COMPARED`` against the teacher, which itself has none."""
+    """One model on the text.
+
+    ``compared``: the figures ``COMPARED`` against the teacher, which itself has none.
+    """
 
     perplexity: Figure
     calibration_error: float
@@ -42,10 +46,11 @@ def score_text(
     vocab_size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, TextScore]:
-    """Score all ``models``, of which ``teacher`` is one, on all positions of ``sequences`` (≥ 2 tokens each).
+    """Score all ``models``, of which ``teacher`` is one, on all positions of ``sequences`` (≥ 2
+    tokens each).
 
-    Logits of one group of sequences are held at a time, of the teacher and one student. ``progress`` counts sequences
-    over all models.
+    Logits of one group of sequences are held at a time, of the teacher and one student.
+    ``progress`` counts sequences over all models.
 
     Raises:
         UserError: a model computes something that is not a number.
@@ -67,7 +72,8 @@ def score_text(
             progress(done)
     lengths = _positions(sequences)
     return {
-        name: _score(joined(parts), compared.get(name, []), lengths) for name, parts in predictions.items()
+        name: _score(joined(parts), compared.get(name, []), lengths)
+        for name, parts in predictions.items()
     }
 
 
@@ -79,7 +85,8 @@ def _positions(sequences: Sequence[Tokens]) -> list[int]:
 def _finite(logits: Tensor, name: str) -> Tensor:
     if not bool(torch.isfinite(logits).all()):
         raise UserError(
-            f"{name} computes logits that are not finite; its weights are damaged, so export it again"
+            f"{name} computes logits that are not finite; its weights are damaged, so export it "
+            "again"
         )
     return logits
 
@@ -95,7 +102,8 @@ def _score(prediction: Prediction, compared: Sequence[Floats], lengths: Sequence
 
 
 def _exponential(nats: Figure) -> Figure:
-    """A perplexity of a cross-entropy; exp keeps the order, so the interval's ends are those of the cross-entropy."""
+    """A perplexity of a cross-entropy; exp keeps the order, so the interval's ends are those of
+    the cross-entropy."""
     if nats.low is None or nats.high is None:
         return Figure(perplexity(nats.value))
     return Figure(perplexity(nats.value), perplexity(nats.low), perplexity(nats.high))

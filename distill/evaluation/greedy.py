@@ -1,4 +1,5 @@
-"""How long a student writes what its teacher writes, both at temperature 0 behind the same beginnings."""
+"""How long a student writes what its teacher writes, both at temperature 0 behind the same
+beginnings."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ NEW_TOKENS = 32
 
 @dataclass(frozen=True)
 class GreedyScore:
-    """``prefix``: mean number of tokens alike; ``same``: share of the continuations that are alike to their end."""
+    """``prefix``: mean number of tokens alike; ``same``: share of the continuations that are
+    alike to their end."""
 
     prefix: Figure
     same: Figure
@@ -33,14 +35,18 @@ class Beginnings:
 
 
 def beginnings(sequences: Sequence[Tokens], room: int) -> Beginnings | None:
-    """The first half of each of the first sequences; ``None`` where ``room`` tokens leave nothing to write."""
+    """The first half of each of the first sequences; ``None`` where ``room`` tokens leave
+    nothing to write."""
     prompts = [tokens[: max(1, len(tokens) // 2)] for tokens in sequences[:SEQUENCES]]
     new_tokens = min(NEW_TOKENS, room - max(map(len, prompts)))
     return Beginnings(prompts, new_tokens) if new_tokens > 0 else None
 
 
-def continuations(model: GGUFTeacher, start: Beginnings, progress: Callable[[int], None]) -> list[Tokens]:
-    """What the model writes behind each beginning at temperature 0, with the token that ends its turn, if it does."""
+def continuations(
+    model: GGUFTeacher, start: Beginnings, progress: Callable[[int], None]
+) -> list[Tokens]:
+    """What the model writes behind each beginning at temperature 0, with the token that ends its
+    turn, if it does."""
     longest = max(map(len, start.prompts)) + start.new_tokens
     said = model.speak(
         [[prompt] for prompt in start.prompts], Sampling(0.0, max_length=longest), progress=progress
@@ -72,5 +78,7 @@ def greedy_scores(
     for name, student in students.items():
         pairs = list(zip(expected, write(student), strict=True))
         values = [(agreeing_prefix(ours, theirs), ours == theirs) for ours, theirs in pairs]
-        scores[name] = GreedyScore(*mean_figures(np.array(values, dtype=np.float64), [1] * len(values)))
+        scores[name] = GreedyScore(
+            *mean_figures(np.array(values, dtype=np.float64), [1] * len(values))
+        )
     return scores

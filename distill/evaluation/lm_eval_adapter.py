@@ -1,12 +1,14 @@
 """Benchmarks of lm-evaluation-harness (the package ``lm_eval``, optional) on a GGUF file.
 
-A model is asked as the harness asks its own: plain text without a chat template, a context and its continuation
-tokenised together, what is too long cut off at the left. So the figures compare with those that it gives for other
-models. Written for ``lm_eval`` 0.4 (``lm_eval.api.model.LM``, ``lm_eval.simple_evaluate``); tried with 0.4.13.
+A model is asked as the harness asks its own: plain text without a chat template, a context and its
+continuation tokenised together, what is too long cut off at the left. So the figures compare with
+those that it gives for other models. Written for ``lm_eval`` 0.4 (``lm_eval.api.model.LM``,
+``lm_eval.simple_evaluate``); tried with 0.4.13.
 
-The harness brings its tasks itself and downloads their data sets, for which ``HF_HUB_OFFLINE=0`` has to be set, since
-this program asks the network for nothing by itself. A task may also be a YAML file of the harness's
-form, which may name Python functions beside it: such a file is a program, and only one's own should be given.
+The harness brings its tasks itself and downloads their data sets, for which ``HF_HUB_OFFLINE=0``
+has to be set, since this program asks the network for nothing by itself. A task may also be a YAML
+file of the harness's form, which may name Python functions beside it: such a file is a program, and
+only one's own should be given.
 """
 
 from __future__ import annotations
@@ -29,13 +31,16 @@ from teachers.llama_cpp.teacher import GGUFTeacher
 MAX_WINDOW = 4096  # tokens looked at together at most: all their logits are held at once
 LOGITS_BYTES = 256 << 20  # of logits held at once, unless one sequence alone has more
 NEW_TOKENS = 256  # the harness's own default
-FIRST_PIECE = 32  # tokens written before it is looked whether a stop text is there; doubled each time
+FIRST_PIECE = (
+    32  # tokens written before it is looked whether a stop text is there; doubled each time
+)
 TOKEN_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Log-probability of a continuation in nats, and whether greedy decoding would write just that."""
+    """Log-probability of a continuation in nats, and whether greedy decoding would write just
+    that."""
 
     log_probability: float
     greedy: bool
@@ -58,13 +63,18 @@ def require_tasks(tasks: Sequence[str]) -> Any:
         )
     for task in tasks:
         if not task.endswith((".yaml", ".yml")) and task not in manager.all_tasks:
-            raise UserError(f"lm-evaluation-harness has no task {task!r}; `lm_eval ls tasks` lists them")
+            raise UserError(
+                f"lm-evaluation-harness has no task {task!r}; `lm_eval ls tasks` lists them"
+            )
         try:
             found = manager.load([task])["tasks"]
-        except Exception as error:  # of any kind: a foreign program reads a file, or asks a server for data
+        except (
+            Exception
+        ) as error:  # of any kind: a foreign program reads a file, or asks a server for data
             words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise UserError(
-                f"lm-evaluation-harness cannot load task {task!r} ({words}); leave it out, or set HF_HUB_OFFLINE=0 to "
+                f"lm-evaluation-harness cannot load task {task!r} ({words}); leave it out, or set "
+                "HF_HUB_OFFLINE=0 to "
                 "let it download"
             ) from None
         if any(getattr(one, "UNSAFE_CODE", False) for one in found.values()):
@@ -74,11 +84,13 @@ def require_tasks(tasks: Sequence[str]) -> Any:
     return manager
 
 
-def run_harness(model: GGUFTeacher, tasks: list[str], limit: int | None) -> dict[str, dict[str, float]]:
+def run_harness(
+    model: GGUFTeacher, tasks: list[str], limit: int | None
+) -> dict[str, dict[str, float]]:
     """Figures by task (or group of tasks) and metric, of at most ``limit`` examples of each task.
 
-    Metrics have the harness's names: ``acc``, ``acc_stderr``, …; one behind another filter than ``none`` has the
-    filter's name behind a comma. What is not a finite number is left out.
+    Metrics have the harness's names: ``acc``, ``acc_stderr``, …; one behind another filter than
+    ``none`` has the filter's name behind a comma. What is not a finite number is left out.
 
     Raises:
         UserError: see ``require_tasks``.
@@ -132,7 +144,8 @@ def window(model: GGUFTeacher) -> int:
 
 
 def encode(model: GGUFTeacher, texts: Sequence[str]) -> list[Tokens]:
-    """Tokens of texts, behind BOS where the model wants one; control tokens spelled in them are read as such."""
+    """Tokens of texts, behind BOS where the model wants one; control tokens spelled in them are
+    read as such."""
     rows = model.tokenize(texts, add_special=False, parse_special=True)
     bos = model.info.bos
     if bos is None or not model.info.add_bos:
@@ -142,10 +155,12 @@ def encode(model: GGUFTeacher, texts: Sequence[str]) -> list[Tokens]:
 
 
 def encoded(model: GGUFTeacher, context: str, continuation: str) -> tuple[Tokens, Tokens]:
-    """Context and continuation as tokens: both together, of which the continuation is what the context leaves.
+    """Context and continuation as tokens: both together, of which the continuation is what the
+    context leaves.
 
-    Spaces at the context's end count as the continuation's beginning. Without a context the continuation follows the
-    model's first token. Where a token has grown over the border so that nothing is left, it is the continuation.
+    Spaces at the context's end count as the continuation's beginning. Without a context the
+    continuation follows the model's first token. Where a token has grown over the border so that
+    nothing is left, it is the continuation.
     """
     bare = context.rstrip()
     said = context[len(bare) :] + continuation
@@ -171,7 +186,8 @@ def first_token(model: GGUFTeacher) -> int:
     first = model.info.bos if model.info.bos is not None else model.info.eos
     if first is None:
         raise UserError(
-            f"{model.file.path} has neither BOS nor EOS, so no text can be scored from its beginning"
+            f"{model.file.path} has neither BOS nor EOS, so no text can be scored from its "
+            "beginning"
         )
     return first
 
@@ -187,7 +203,8 @@ def score_pairs(model: GGUFTeacher, pairs: Sequence[tuple[Tokens, Tokens]]) -> l
     for context, continuation in pairs:
         if len(continuation) > room:
             raise UserError(
-                f"a continuation of a benchmark has {len(continuation)} tokens; {model.file.path} can look at {room}"
+                f"a continuation of a benchmark has {len(continuation)} tokens; {model.file.path} "
+                f"can look at {room}"
             )
         # The last token is only predicted: the model never sees it.
         sequences.append(np.concatenate((context, continuation)).astype(np.int32)[-(room + 1) :])
@@ -212,7 +229,8 @@ def _scored(logits: NDArray[np.float32], labels: Tokens) -> Scored:
 
 
 def _groups(lengths: Sequence[int], vocab_size: int) -> Iterator[list[int]]:
-    """Places of sequences, in order, in groups whose logits fit into ``LOGITS_BYTES`` (at least one each)."""
+    """Places of sequences, in order, in groups whose logits fit into ``LOGITS_BYTES`` (at least
+    one each)."""
     group: list[int] = []
     held = 0
     for place, length in enumerate(lengths):
@@ -227,10 +245,12 @@ def _groups(lengths: Sequence[int], vocab_size: int) -> Iterator[list[int]]:
 
 
 def score_texts(model: GGUFTeacher, texts: Sequence[str]) -> list[float]:
-    """log p of whole texts in nats, each token predicted once, a long text in windows (``windows``).
+    """log p of whole texts in nats, each token predicted once, a long text in windows
+    (``windows``).
 
-    BOS is what the first token follows, and not predicted. The harness's own ``transformers`` models (0.4.13) predict
-    a second BOS behind the first where the tokenizer adds one, unless they get ``add_bos_token=False``.
+    BOS is what the first token follows, and not predicted. The harness's own ``transformers``
+    models (0.4.13) predict a second BOS behind the first where the tokenizer adds one, unless they
+    get ``add_bos_token=False``.
     """
     pairs, owners = [], []
     for place, tokens in enumerate(encode(model, texts)):
@@ -246,10 +266,12 @@ def score_texts(model: GGUFTeacher, texts: Sequence[str]) -> list[float]:
 
 
 def windows(tokens: Tokens, prefix: int, length: int) -> list[tuple[Tokens, Tokens]]:
-    """A text of ``tokens [n]`` in pairs of context and what is predicted behind it; the model sees at most ``length``.
+    """A text of ``tokens [n]`` in pairs of context and what is predicted behind it; the model sees
+    at most ``length``.
 
-    The first ``length`` tokens follow ``prefix``; each later window predicts up to ``length`` tokens behind as much
-    context as is left, at least one token. That is the harness's rolling window with a context of one token.
+    The first ``length`` tokens follow ``prefix``; each later window predicts up to ``length``
+    tokens behind as much context as is left, at least one token. That is the harness's rolling
+    window with a context of one token.
     """
     whole = np.concatenate(([prefix], tokens)).astype(np.int32)
     pairs = []
@@ -264,7 +286,8 @@ def windows(tokens: Tokens, prefix: int, length: int) -> list[tuple[Tokens, Toke
 
 @dataclass
 class Writing:
-    """A text being written: its prompt, what it holds so far, the tokens it may still get, and what ends it."""
+    """A text being written: its prompt, what it holds so far, the tokens it may still get, and
+    what ends it."""
 
     prompt: Tokens
     tokens: Tokens
@@ -274,11 +297,12 @@ class Writing:
 
 
 def generate(model: GGUFTeacher, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
-    """What the model writes behind each context, up to the first stop text of its settings' ``until``.
+    """What the model writes behind each context, up to the first stop text of its settings'
+    ``until``.
 
-    As the harness says it: at temperature 0 unless the settings have another one; at most ``max_gen_toks`` tokens, but
-    never more than half of what the model may look at. All are written together, in pieces that grow, because stop
-    texts are seen only between them.
+    As the harness says it: at temperature 0 unless the settings have another one; at most
+    ``max_gen_toks`` tokens, but never more than half of what the model may look at. All are written
+    together, in pieces that grow, because stop texts are seen only between them.
     """
     contexts = encode(model, [context for context, _ in requests])
     alike: dict[tuple[float, float], list[Writing]] = {}
@@ -297,7 +321,8 @@ def generate(model: GGUFTeacher, requests: Sequence[tuple[str, dict[str, Any]]])
 
 
 def writes_space_first(model: GGUFTeacher) -> bool:
-    """Whether the first word of any text has a space before it that is not part of the text (SentencePiece)."""
+    """Whether the first word of any text has a space before it that is not part of the text
+    (SentencePiece)."""
     file = model.file
     return (
         file.value("tokenizer.ggml.model") == "llama"
@@ -308,7 +333,9 @@ def writes_space_first(model: GGUFTeacher) -> bool:
 def _writing(model: GGUFTeacher, tokens: Tokens, settings: dict[str, Any]) -> Writing:
     until = settings.get("until") or []
     stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-    limit = next((int(settings[name]) for name in TOKEN_LIMITS if settings.get(name) is not None), NEW_TOKENS)
+    limit = next(
+        (int(settings[name]) for name in TOKEN_LIMITS if settings.get(name) is not None), NEW_TOKENS
+    )
     limit = max(1, min(limit, window(model) // 2))
     prompt = tokens[-(window(model) - limit) :]
     if not len(prompt):
@@ -318,7 +345,9 @@ def _writing(model: GGUFTeacher, tokens: Tokens, settings: dict[str, Any]) -> Wr
 
 def _temperature(settings: dict[str, Any]) -> tuple[float, float]:
     """Temperature and nucleus that the settings mean."""
-    temperature = 0.0 if settings.get("do_sample") is False else float(settings.get("temperature") or 0.0)
+    temperature = (
+        0.0 if settings.get("do_sample") is False else float(settings.get("temperature") or 0.0)
+    )
     return temperature, float(settings.get("top_p") or 1.0)
 
 
@@ -331,7 +360,8 @@ def _write(model: GGUFTeacher, writings: Sequence[Writing], piece: int, sampling
         one.tokens = tokens[:goal]  # the longest of the batch sets the length of all
     ended = [int(one.tokens[-1]) in model.info.end_tokens for one in writings]
     new = [
-        one.tokens[len(one.prompt) : len(one.tokens) - end] for one, end in zip(writings, ended, strict=True)
+        one.tokens[len(one.prompt) : len(one.tokens) - end]
+        for one, end in zip(writings, ended, strict=True)
     ]
     spaced = writes_space_first(model)
     for one, end, text in zip(writings, ended, model.detokenize(new), strict=True):

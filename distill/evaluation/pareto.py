@@ -20,9 +20,11 @@ def kl_of(student: ModelEvaluation) -> float:
 
 
 def front(costs: Sequence[tuple[float, float]]) -> list[int]:
-    """Places of the points on the Pareto front, both figures the lower the better, by rising first figure.
+    """Places of the points on the Pareto front, both figures the lower the better, by rising first
+    figure.
 
-    A point is off the front if another is at least as good in both and better in one; equal points are all on it.
+    A point is off the front if another is at least as good in both and better in one; equal points
+    are all on it.
     """
     order = sorted(range(len(costs)), key=lambda place: costs[place])
     found, best = [], float("inf")
@@ -45,8 +47,8 @@ def speed_front(students: Sequence[ModelEvaluation]) -> list[int]:
 
 
 def quantisations(students: Sequence[ModelEvaluation]) -> list[list[ModelEvaluation]]:
-    """Students that seem to be one model in several file types (same architecture and number of parameters, all file
-    types different), the largest file first; groups of two at least."""
+    """Students that seem to be one model in several file types (same architecture and number of
+    parameters, all file types different), the largest file first; groups of two at least."""
     groups: dict[tuple[str, int], list[ModelEvaluation]] = {}
     for student in students:
         groups.setdefault((student.architecture, student.parameters), []).append(student)

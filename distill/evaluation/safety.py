@@ -1,4 +1,5 @@
-"""A student's safety head against labelled prompts, of which only those count that its run did not learn from."""
+"""A student's safety head against labelled prompts, of which only those count that its run did
+not learn from."""
 
 from __future__ import annotations
 
@@ -36,15 +37,17 @@ class UnknownTraining(ValueError):
 
 @dataclass(frozen=True)
 class SafetyTest:
-    """Prompts for one student; ``note``: what of them the user should know, or why there are none."""
+    """Prompts for one student; ``note``: what of them the user should know, or why there are
+    none."""
 
     prompts: list[SafetyPrompt]
     note: str = ""
 
 
 def choose_prompts(student: Candidate, given: list[SafetyPrompt] | None) -> SafetyTest:
-    """Prompts that the student's run neither learnt from nor fitted thresholds to: of ``given``, or else the part of
-    the run's own that was kept for this (outside of a run: that of the built-in ones)."""
+    """Prompts that the student's run neither learnt from nor fitted thresholds to: of ``given``, or
+    else the part of the run's own that was kept for this (outside of a run: that of the built-in
+    ones)."""
     if student.heads is None or student.heads.safety is None:
         return SafetyTest([])
     if student.run is None:
@@ -53,16 +56,23 @@ def choose_prompts(student: Candidate, given: list[SafetyPrompt] | None) -> Safe
         parts = split_by_scenario(_prompts_of(student.run))
     except (UserError, UnknownTraining) as error:
         return SafetyTest(
-            [], f"{student.name}: no safety figures, as what its run learnt from is not known: {error}"
+            [],
+            f"{student.name}: no safety figures, as what its run learnt from is not known: {error}",
         )
     if given is None:
         return SafetyTest(parts["test"])
     seen = [*parts["train"], *parts["validation"]]
     texts, scenarios = {prompt.text for prompt in seen}, {prompt.scenario for prompt in seen}
-    left = [prompt for prompt in given if prompt.text not in texts and prompt.scenario not in scenarios]
+    left = [
+        prompt for prompt in given if prompt.text not in texts and prompt.scenario not in scenarios
+    ]
     if len(left) == len(given):
         return SafetyTest(given)
-    note = f"{student.name}: {len(given) - len(left)} of {len(given)} safety prompts do not count: its run knew them"
+    note = (
+        f"{student.name}: {len(given) - len(left)} of {len(given)} safety prompts do not "
+        "count: "
+        "its run knew them"
+    )
     return SafetyTest(left, note + ("" if left else "; there are no safety figures"))
 
 
@@ -76,7 +86,9 @@ def _prompts_of(run: RunFolder) -> list[SafetyPrompt]:
     config = run.read_config()
     prompts = read_safety_prompts(config)
     if prompts is None or digest(prompts) != run.read_identity().get("safety_prompts"):
-        raise UnknownTraining(f"its prompts (safety.labels = {config.safety.labels}) have changed since")
+        raise UnknownTraining(
+            f"its prompts (safety.labels = {config.safety.labels}) have changed since"
+        )
     if config.safety.labels != TEACHER:
         return prompts
     targets = run.read_results().get("soft_targets")
@@ -90,7 +102,9 @@ def _prompts_of(run: RunFolder) -> list[SafetyPrompt]:
     return labelled
 
 
-def score_safety(model: GGUFTeacher, student: Candidate, prompts: list[SafetyPrompt]) -> SafetyScore:
+def score_safety(
+    model: GGUFTeacher, student: Candidate, prompts: list[SafetyPrompt]
+) -> SafetyScore:
     """Score the safety head on ``prompts`` (≥ 1), by the exported file's own hidden states.
 
     Raises:
@@ -98,7 +112,9 @@ def score_safety(model: GGUFTeacher, student: Candidate, prompts: list[SafetyPro
         ChatTemplateError: the chat template does not render.
     """
     tokens = prompt_tokens(model, prompts, model.info.context_length)
-    states = [model.last_states(tokens[at : at + TOGETHER]) for at in range(0, len(tokens), TOGETHER)]
+    states = [
+        model.last_states(tokens[at : at + TOGETHER]) for at in range(0, len(tokens), TOGETHER)
+    ]
     assert student.heads is not None
     chances = student.heads.probabilities(torch.from_numpy(np.concatenate(states)))
     labels = torch.tensor([prompt.decision for prompt in prompts])

@@ -1,7 +1,7 @@
 """Students against their teacher on held-out text: KL, top-1 agreement, perplexity.
 
-Everything is measured at temperature 1, per token, on the same positions: against the teacher itself over the
-whole vocabulary, or against its stored soft targets over what these know.
+Everything is measured at temperature 1, per token, on the same positions: against the teacher
+itself over the whole vocabulary, or against its stored soft targets over what these know.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ TEACHER, STORED_TARGETS = "teacher", "stored soft targets"
 WHOLE_VOCABULARY = "whole vocabulary"
 
 Scorer = Callable[[Sequence[Tokens]], Tensor]
-"""Next-token logits of all positions of some sequences, ``[N, V]`` float32 (n − 1 rows for n tokens)."""
+"""Next-token logits of all positions of some sequences, ``[N, V]`` float32 (n − 1 rows for n
+tokens)."""
 
 Sums = NDArray[np.float64]
 """KL, agreement and surprise summed over each sequence's positions, ``[S, 3]``."""
@@ -36,10 +37,11 @@ Sums = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Score:
-    """One model against the teacher. ``kl`` and ``cross_entropy`` in nats per token, ``agreement`` a share.
+    """One model against the teacher. ``kl`` and ``cross_entropy`` in nats per token, ``agreement``
+    a share.
 
-    ``intervals``: low and high end of the 95 % interval of kl, agreement, cross_entropy and perplexity (see
-    ``distill.metrics.distributions.intervals``); empty where one sequence is all.
+    ``intervals``: low and high end of the 95 % interval of kl, agreement, cross_entropy and
+    perplexity (see ``distill.metrics.distributions.intervals``); empty where one sequence is all.
     """
 
     kl: float
@@ -57,9 +59,10 @@ class Score:
 class Evaluation:
     """Scores of several models on the same held-out positions.
 
-    ``against``: ``TEACHER`` itself or its ``STORED_TARGETS``. ``kl_over``: what the KL is taken over.
-    ``teacher``: its own cross-entropy of the actual next tokens in nats per token; ``None`` where it is not known,
-    ``approximate`` where hidden states that were rounded for the store give it.
+    ``against``: ``TEACHER`` itself or its ``STORED_TARGETS``. ``kl_over``: what the KL is taken
+    over. ``teacher``: its own cross-entropy of the actual next tokens in nats per token; ``None``
+    where it is not known, ``approximate`` where hidden states that were rounded for the store give
+    it.
     """
 
     against: str
@@ -116,7 +119,8 @@ def evaluate(
     models: dict[str, Scorer],
     report: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Compare ``models`` with the teacher on every position; ``report`` gets how many sequences are done."""
+    """Compare ``models`` with the teacher on every position; ``report`` gets how many sequences
+    are done."""
     sums: dict[str, list[Sums]] = {name: [] for name in models}
     surprise, positions, finished = 0.0, 0, 0
     reference = llama_scorer(teacher)
@@ -141,7 +145,8 @@ def evaluate_stored(
     models: dict[str, Scorer],
     report: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """``evaluate`` without a teacher: against the stored soft targets of some of the store's sequences."""
+    """``evaluate`` without a teacher: against the stored soft targets of some of the store's
+    sequences."""
     vocab_size = int(store.manifest.identity["vocab_size"])
     sums: dict[str, list[Sums]] = {name: [] for name in models}
     surprise: float | None = 0.0
@@ -154,21 +159,29 @@ def evaluate_stored(
         surprise = None if surprise is None or asked is None else surprise + asked
         for name, model in models.items():
             found = model(group)
-            sums[name].append(_sums(divergences.known_kl(found, targets, 1.0), best, found, labels, group))
+            sums[name].append(
+                _sums(divergences.known_kl(found, targets, 1.0), best, found, labels, group)
+            )
         positions += len(labels)
         finished += len(group)
         report(finished)
     scores = {name: _score(np.concatenate(parts), sequences) for name, parts in sums.items()}
     known = None if surprise is None else surprise / positions
     recipe = store.manifest.recipe
-    over = f"{recipe.num_topk} top tokens and the rest" if recipe.kind == "compact" else WHOLE_VOCABULARY
+    over = (
+        f"{recipe.num_topk} top tokens and the rest"
+        if recipe.kind == "compact"
+        else WHOLE_VOCABULARY
+    )
     return Evaluation(STORED_TARGETS, positions, over, known, recipe.kind != "dense", scores)
 
 
 def _teachers_surprise(targets: Targets, labels: Tensor) -> float | None:
-    """Σ −log p(label) of the teacher's own distribution; ``None`` where the targets do not give every token's.
+    """Σ −log p(label) of the teacher's own distribution; ``None`` where the targets do not give
+    every token's.
 
-    A sketch's comes near: 0.005 nats too much where more than half of the labels are in the tail (WikiText teacher).
+    A sketch's comes near: 0.005 nats too much where more than half of the labels are in the tail
+    (WikiText teacher).
     """
     if not targets.has_tail_shape:
         return None
@@ -181,7 +194,9 @@ def next_tokens(sequences: Sequence[Tokens]) -> Tensor:
     return torch.from_numpy(np.concatenate([tokens[1:] for tokens in sequences]).astype(np.int64))
 
 
-def _sums(kl: Tensor, best: Tensor, logits: Tensor, labels: Tensor, sequences: Sequence[Tokens]) -> Sums:
+def _sums(
+    kl: Tensor, best: Tensor, logits: Tensor, labels: Tensor, sequences: Sequence[Tokens]
+) -> Sums:
     """KL, agreement and surprise summed over the positions of each sequence."""
     same = (best == logits.argmax(dim=-1)).double()
     surprise = divergences.cross_entropy(logits, labels).double()
@@ -197,7 +212,9 @@ def _score(sums: Sums, sequences: Sequence[Tokens]) -> Score:
     if edges is None:
         return Score(kl, agreement, cross_entropy)
     low, high = edges.tolist()
-    found = dict(zip(("kl", "agreement", "cross_entropy"), zip(low, high, strict=True), strict=True))
+    found = dict(
+        zip(("kl", "agreement", "cross_entropy"), zip(low, high, strict=True), strict=True)
+    )
     found["perplexity"] = (perplexity(low[2]), perplexity(high[2]))
     return Score(kl, agreement, cross_entropy, found)
 

@@ -1,6 +1,7 @@
 """Which share of prompts with known answers a model answers rightly at temperature 0.
 
-A reasoning model's private words are taken out of an answer first (``distill.inference.reasoning``).
+A reasoning model's private words are taken out of an answer first
+(``distill.inference.reasoning``).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def score_task(
     name: str,
     progress: Callable[[int], None] = lambda done: None,
 ) -> TaskScore:
-    """How many of ``tasks`` (≥ 1) the model answers rightly; ``progress`` gets how many it has answered.
+    """How many of ``tasks`` (≥ 1) the model answers rightly; ``progress`` gets how many it has
+    answered.
 
     Raises:
         UserError: a prompt does not leave the model room for its answer.
@@ -36,15 +38,19 @@ def score_task(
     """
     answers, inside = answer_tasks(model, tasks, progress), _begins_inside(model)
     right = sum(
-        task.is_right(visible(answer, inside=inside)) for task, answer in zip(tasks, answers, strict=True)
+        task.is_right(visible(answer, inside=inside))
+        for task, answer in zip(tasks, answers, strict=True)
     )
-    return TaskScore(name, right, len(tasks), Figure(right / len(tasks), *wilson(right, len(tasks))))
+    return TaskScore(
+        name, right, len(tasks), Figure(right / len(tasks), *wilson(right, len(tasks)))
+    )
 
 
 def answer_tasks(
     model: GGUFTeacher, tasks: Sequence[Task], progress: Callable[[int], None] = lambda done: None
 ) -> list[str]:
-    """What the model answers, through its chat template, at temperature 0, with its reasoning where it has some.
+    """What the model answers, through its chat template, at temperature 0, with its reasoning where
+    it has some.
 
     Raises:
         UserError: a prompt does not leave the model room for its answer.
@@ -57,7 +63,9 @@ def answer_tasks(
     limit = max(wanted) + MARGIN
     if holds_tags(model.info.chat_template or ""):
         limit += REASONING_TOKENS
-    order = sorted(range(len(tasks)), key=lambda place: len(prompts[place]))  # those of like length together
+    order = sorted(
+        range(len(tasks)), key=lambda place: len(prompts[place])
+    )  # those of like length together
     answers = [""] * len(tasks)
     for start in range(0, len(order), TOGETHER):
         places = order[start : start + TOGETHER]
@@ -78,17 +86,22 @@ def speak_on(
     limit: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Tokens]:
-    """What the model writes behind each prompt at temperature 0: at most ``limit`` tokens and what its context holds,
-    without the token that ends its turn."""
+    """What the model writes behind each prompt at temperature 0: at most ``limit`` tokens and what
+    its context holds, without the token that ends its turn."""
     context = model.info.context_length
     longest = min(context, max(map(len, prompts)) + limit)
-    said = model.speak([[prompt] for prompt in prompts], Sampling(0.0, max_length=longest), progress=progress)
+    said = model.speak(
+        [[prompt] for prompt in prompts], Sampling(0.0, max_length=longest), progress=progress
+    )
     # A shorter prompt has more room in the batch; what a model writes must not depend on that.
     written = [
-        tokens[len(prompt) : len(prompt) + limit] for tokens, prompt in zip(said, prompts, strict=True)
+        tokens[len(prompt) : len(prompt) + limit]
+        for tokens, prompt in zip(said, prompts, strict=True)
     ]
     ends = model.info.end_tokens
-    return [tokens[:-1] if len(tokens) and int(tokens[-1]) in ends else tokens for tokens in written]
+    return [
+        tokens[:-1] if len(tokens) and int(tokens[-1]) in ends else tokens for tokens in written
+    ]
 
 
 def _begins_inside(model: GGUFTeacher) -> bool:
@@ -100,7 +113,9 @@ def _begins_inside(model: GGUFTeacher) -> bool:
 def _wanted_tokens(model: GGUFTeacher, tasks: Sequence[Task]) -> list[int]:
     """How many tokens the longest right answer of each task has."""
     flat = [answer for task in tasks for answer in task.answers]
-    counts = iter([len(tokens) for tokens in model.tokenize(flat, add_special=False, parse_special=False)])
+    counts = iter(
+        [len(tokens) for tokens in model.tokenize(flat, add_special=False, parse_special=False)]
+    )
     return [max(next(counts) for _ in task.answers) for task in tasks]
 
 
@@ -109,6 +124,7 @@ def _require_room(model: GGUFTeacher, task: Task, prompt: int, answer: int) -> N
     if prompt + answer > context:
         begin = task.prompt if len(task.prompt) <= 40 else task.prompt[:40] + "…"
         raise UserError(
-            f"task prompt {begin!r} (line {task.line}) has {prompt} tokens and its answer {answer}; the context of "
+            f"task prompt {begin!r} (line {task.line}) has {prompt} tokens and its answer "
+            f"{answer}; the context of "
             f"{model.file.path} is {context}: leave the line out"
         )

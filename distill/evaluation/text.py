@@ -1,4 +1,5 @@
-"""The text on which models are compared: given data, a run's held-out sequences, or the teacher's own words."""
+"""The text on which models are compared: given data, a run's held-out sequences, or the
+teacher's own words."""
 
 from __future__ import annotations
 
@@ -17,14 +18,15 @@ from distill.runs.folder import RunFolder
 from teachers.base import Sampling, Teacher, Tokens
 
 SHORTEST = 8  # tokens that a context or --max-length must have
-# What the teacher says here is drawn from streams of random numbers that no run's sequence has: with a run's own seed
-# and numbers it would say again what its student was trained on.
+# What the teacher says here is drawn from streams of random numbers that no run's sequence has:
+# with a run's own seed and numbers it would say again what its student was trained on.
 FIRST_STREAM = 1 << 32
 
 
 @dataclass(frozen=True)
 class Text:
-    """Where the sequences are from, in words. ``items``: as a corpus has them; some the teacher has yet to finish.
+    """Where the sequences are from, in words. ``items``: as a corpus has them; some the teacher has
+    yet to finish.
 
     ``skipped``: sequences left out because a model's context does not hold them.
     """
@@ -37,7 +39,8 @@ class Text:
     warnings: list[str] = field(default_factory=list)
 
     def sequences(self, teacher: Teacher, progress: Callable[[int], None]) -> list[Tokens]:
-        """All sequences; the teacher writes what is missing, and ``progress`` counts those it has written."""
+        """All sequences; the teacher writes what is missing, and ``progress`` counts those it
+        has written."""
         requests = [item.segments for item in self.items if item.speaks]
         said = (
             teacher.speak(requests, self.sampling, first_index=FIRST_STREAM, progress=progress)
@@ -51,7 +54,8 @@ class Text:
 def choose_text(
     wanted: Wanted, models: Candidates, teacher: Teacher, entries: list[Entry] | None = None
 ) -> Text:
-    """Read the data, or find the held-out sequences of the students' run, or plan what the teacher is to say.
+    """Read the data, or find the held-out sequences of the students' run, or plan what the teacher
+    is to say.
 
     ``entries``: the data, if it has been read.
 
@@ -62,7 +66,8 @@ def choose_text(
     length = min(room, wanted.max_length or DEFAULT_LENGTH)
     if length < SHORTEST:
         raise UserError(
-            f"sequences of {length} tokens are too short: a model's context is {room}; give other models"
+            f"sequences of {length} tokens are too short: a model's context is {room}; give other "
+            "models"
         )
     text = _choose(wanted, models, teacher, (room, length), entries)
     if wanted.max_length is not None and wanted.max_length > room:
@@ -89,13 +94,15 @@ def _choose(
         return _held_out(wanted, *held_out, models.students, room, length)
     corpus = build_corpus(wanted.settings(length), teacher, wanted.seed)
     words = (
-        f"{len(corpus)} sequences of the teacher's own words (temperature 1, seed {wanted.seed}), new ones"
+        f"{len(corpus)} sequences of the teacher's own words (temperature 1, seed "
+        f"{wanted.seed}), new ones"
     )
     return Text(words, corpus.items, corpus.sampling)
 
 
 def digest(sequences: Sequence[Tokens]) -> str:
-    """SHA-256 of the token ids, as hexadecimal: of each sequence its length and its ids, as little-endian int32."""
+    """SHA-256 of the token ids, as hexadecimal: of each sequence its length and its ids, as
+    little-endian int32."""
     found = hashlib.sha256()
     for tokens in sequences:
         found.update(np.concatenate(([len(tokens)], tokens)).astype("<i4").tobytes())
@@ -108,13 +115,17 @@ def digest(sequences: Sequence[Tokens]) -> str:
 def _data(wanted: Wanted, data: Path, students: Sequence[Candidate], corpus: Corpus) -> Text:
     words = f"{len(corpus)} sequences of {data}"
     if corpus.spoken:
-        words += f", {corpus.spoken} of them with the teacher's answers (temperature 1, seed {wanted.seed})"
+        words += (
+            f", {corpus.spoken} of them with the teacher's answers (temperature 1, seed "
+            f"{wanted.seed})"
+        )
     seen = [_has_seen(student, data) for student in students]
     warnings = []
     if trained := [student.name for student, has in zip(students, seen, strict=True) if has]:
         words += f"; the run of {', '.join(trained)} was given the same data to train on"
         warnings.append(
-            f"{data} is what the run of {', '.join(trained)} was trained on: its figures here are better than on new "
+            f"{data} is what the run of {', '.join(trained)} was trained on: its figures here are "
+            "better than on new "
             "text; leave --data out to take the run's held-out sequences"
         )
     elif any(has is None for has in seen):
@@ -125,7 +136,8 @@ def _data(wanted: Wanted, data: Path, students: Sequence[Candidate], corpus: Cor
 
 
 def _has_seen(student: Candidate, data: Path) -> bool | None:
-    """Whether a student's run was given ``data``, a folder of it or a file in it; ``None`` where that is not known."""
+    """Whether a student's run was given ``data``, a folder of it or a file in it; ``None`` where
+    that is not known."""
     if student.run is None:
         return None
     config = student.run.read_json(student.run.config_file)
@@ -145,8 +157,11 @@ def _has_seen(student: Candidate, data: Path) -> bool | None:
 def _shared_held_out(
     students: Sequence[Candidate], vocab_size: int
 ) -> tuple[list[Tokens], list[RunFolder]] | None:
-    """The held-out sequences of the students' runs, where all runs have the same, and those runs."""
-    runs = {student.run.path.resolve(): student.run for student in students if student.run is not None}
+    """The held-out sequences of the students' runs, where all runs have the same, and those
+    runs."""
+    runs = {
+        student.run.path.resolve(): student.run for student in students if student.run is not None
+    }
     known = [run for run in runs.values() if run.held_out_file.exists()]
     if not known or len(known) < len(runs):
         return None
@@ -164,11 +179,13 @@ def _held_out(
     room: int,
     length: int,
 ) -> Text:
-    # A length that was asked for is what they are cut to; without one, what a model cannot hold is left out.
+    # A length that was asked for is what they are cut to; without one, what a model cannot hold is
+    # left out.
     fitting = [row for row in sequences if wanted.max_length is not None or len(row) <= room]
     if not fitting:
         raise UserError(
-            f"every held-out sequence is longer than a model's context of {room} tokens; give --max-length {room} to "
+            f"every held-out sequence is longer than a model's context of {room} tokens; give "
+            f"--max-length {room} to "
             "cut them"
         )
     chosen = fitting
@@ -178,13 +195,15 @@ def _held_out(
     cut = sum(len(row) > length for row in chosen)
     names = " and ".join(dict.fromkeys(str(run.path) for run in runs))
     words = (
-        f"{len(chosen)} of the {len(sequences)} sequences that {names} held out: nothing was trained on them, but they "
+        f"{len(chosen)} of the {len(sequences)} sequences that {names} held out: nothing was "
+        "trained on them, but they "
         "chose its best weights"
     )
     words += f"; {cut} cut at {length} tokens" if cut else ""
     strangers = [student.name for student in students if student.run is None]
     warnings = [
-        f"{name} lies in no run's folder: whether it was trained on the held-out sequences is not known"
+        f"{name} lies in no run's folder: whether it was trained on the held-out sequences is not "
+        "known"
         for name in strangers
     ]
     if strangers:

@@ -39,10 +39,11 @@ IMPORTANCE_WORDS = "training text of the run"
 
 @dataclass(frozen=True)
 class Export:
-    """What is to be exported: the student, the teacher's tokenizer metadata, what the files say of themselves.
+    """What is to be exported: the student, the teacher's tokenizer metadata, what the files say of
+    themselves.
 
-    ``merged``: a student made of a base, merged already. ``importance``: mean squares by matrix for the quantizer
-    (``students.gguf.imatrix``), if there are any.
+    ``merged``: a student made of a base, merged already. ``importance``: mean squares by matrix for
+    the quantizer (``students.gguf.imatrix``), if there are any.
     """
 
     student: Student
@@ -55,8 +56,8 @@ class Export:
 
 @dataclass(frozen=True)
 class Proofs:
-    """``original``: of the F32 file, against PyTorch; ``files``: of what was asked for, by type; ``failed``: why a type
-    was not written, in words."""
+    """``original``: of the F32 file, against PyTorch; ``files``: of what was asked for, by type;
+    ``failed``: why a type was not written, in words."""
 
     original: Proof
     files: dict[Quant, Proof]
@@ -84,12 +85,13 @@ def export_proved(
     progress: Callable[[str], None] = lambda what: None,
     done: Callable[[Quant, Path, Proof], None] = lambda quant, path, proof: None,
 ) -> Proofs:
-    """Export to every path of ``wanted``; a file that is there already is replaced only by a proved one.
+    """Export to every path of ``wanted``; a file that is there already is replaced only by a proved
+    one.
 
-    The student is written as F32 and compared with PyTorch; llama.cpp's own quantizer makes the other types from that
-    file, and each is compared with it; one that fails is left out. ``progress`` gets what is being done; ``done`` is
-    called at once when a file has its name, so that nothing is known of files that are not there, and all of those that
-    are, however this ends.
+    The student is written as F32 and compared with PyTorch; llama.cpp's own quantizer makes the
+    other types from that file, and each is compared with it; one that fails is left out.
+    ``progress`` gets what is being done; ``done`` is called at once when a file has its name, so
+    that nothing is known of files that are not there, and all of those that are, however this ends.
 
     Raises:
         UserError: an importance matrix of another model.
@@ -118,7 +120,9 @@ def export_proved(
                     with _temporary(path, quant) as made:
                         _quantize(original, made, quant, export)
                         try:
-                            proofs[quant] = prove_quantized(made, quant, reference, sequences, lines)
+                            proofs[quant] = prove_quantized(
+                                made, quant, reference, sequences, lines
+                            )
                         except ProofFailed as failure:
                             failed[quant] = str(failure)
                             continue
@@ -130,12 +134,15 @@ def export_proved(
 def _require_fit(export: Export, original: Path) -> None:
     """See that the importance matrix is one of this model."""
     matrices = {
-        name: info.shape for name, info in read_gguf(original).tensors.items() if len(info.shape) == 2
+        name: info.shape
+        for name, info in read_gguf(original).tensors.items()
+        if len(info.shape) == 2
     }
     for name, values in (export.importance or {}).items():
         if name not in matrices or matrices[name][1] != len(values):
             raise UserError(
-                f"the importance matrix is not of this student ({name} with {len(values)} columns); delete "
+                f"the importance matrix is not of this student ({name} with {len(values)} "
+                "columns); delete "
                 "imatrix.gguf, or leave it out with --no-imatrix"
             )
 
@@ -170,7 +177,8 @@ def _quantize(source: Path, target: Path, quant: Quant, export: Export) -> None:
 
 @contextmanager
 def _temporary(path: Path, quant: Quant) -> Iterator[Path]:
-    """A path beside ``path`` that nothing is left of; what killed processes have left there goes too."""
+    """A path beside ``path`` that nothing is left of; what killed processes have left there goes
+    too."""
     for left in path.parent.glob(f".{glob.escape(path.stem)}.{quant}.*.tmp.gguf"):
         process = left.name.split(".")[-3]
         if process.isdigit() and not psutil.pid_exists(int(process)):

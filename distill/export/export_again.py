@@ -1,4 +1,5 @@
-"""``distill export-gguf``: a finished run's student in any number of file types, each proved, in one table."""
+"""``distill export-gguf``: a finished run's student in any number of file types, each proved, in
+one table."""
 
 from __future__ import annotations
 
@@ -43,14 +44,14 @@ def export_run(
 ) -> list[ExportedFile]:
     """Export a finished run's student again, in ``quants``.
 
-    ``output``: for one type a file, for several a folder; none is the run's own folder. ``imatrix``: let the run's
-    importance matrix help the quantizer.
+    ``output``: for one type a file, for several a folder; none is the run's own folder.
+    ``imatrix``: let the run's importance matrix help the quantizer.
 
     Raises:
-        UserError: not a run's folder, one of its files is damaged, or something is in the way of ``output``.
-        StoreError: another process works in the run's folder.
-        ProofFailed: files are not the trained model; the others have been made and recorded.
-        ExportError, OSError: llama.cpp's quantizer or the disk refuses; so have those before.
+        UserError: not a run's folder, one of its files is damaged, or something is in the way of
+        ``output``. StoreError: another process works in the run's folder. ProofFailed: files are
+        not the trained model; the others have been made and recorded. ExportError, OSError:
+        llama.cpp's quantizer or the disk refuses; so have those before.
     """
     wanted = check_export(folder, quants, output)
     writable = os.access(folder.path, os.W_OK)
@@ -87,13 +88,19 @@ def _export_run(
     proofs = _export(export, wanted, record, console)
     if not writable:
         console.warn(
-            f"{folder.path} cannot be written to, so neither its log nor its model card know of this"
+            f"{folder.path} cannot be written to, so neither its log nor its model card know of "
+            "this"
         )
-    elif folder.finished and any(path.parent.resolve() == folder.path.resolve() for path in wanted.values()):
+    elif folder.finished and any(
+        path.parent.resolve() == folder.path.resolve() for path in wanted.values()
+    ):
         update_card(folder, console)
-    if unsteady := [quant for quant, proof in proofs.files.items() if proof.unsteady_speed > UNSTEADY]:
+    if unsteady := [
+        quant for quant, proof in proofs.files.items() if proof.unsteady_speed > UNSTEADY
+    ]:
         console.warn(
-            f"speeds of {', '.join(unsteady)} differed from trial to trial; is the machine busy otherwise?"
+            f"speeds of {', '.join(unsteady)} differed from trial to trial; is the machine busy "
+            "otherwise?"
         )
     places = list(proofs.files)
     files.sort(key=lambda file: places.index(file.quant))
@@ -117,7 +124,9 @@ def _export(
             done.append(quant)
             stage.update(len(done), quant)
 
-        proofs = export_proved(export, wanted, lambda quant: stage.update(len(done), quant), finished)
+        proofs = export_proved(
+            export, wanted, lambda quant: stage.update(len(done), quant), finished
+        )
         original = proofs.original
         stage.finish(
             f"F32 against PyTorch over {original.positions} positions: max logit difference "
@@ -134,12 +143,15 @@ def _importance(
         return None
     found = read_importance(folder)
     if found is None:
-        console.note("this run has no importance matrix (imatrix.gguf), so the quantizer goes without")
+        console.note(
+            "this run has no importance matrix (imatrix.gguf), so the quantizer goes without"
+        )
     return found
 
 
 def read_importance(folder: RunFolder) -> dict[str, NDArray[np.float32]] | None:
-    """The run's importance matrix, as mean squares by matrix; ``None``: it has none, being older than they are.
+    """The run's importance matrix, as mean squares by matrix; ``None``: it has none, being older
+    than they are.
 
     Raises:
         UserError: it is damaged.
@@ -151,7 +163,8 @@ def read_importance(folder: RunFolder) -> dict[str, NDArray[np.float32]] | None:
         return read_mean_squares({name: file.tensor(name) for name in file.tensors})
     except (TeacherFileError, ValueError) as error:
         raise UserError(
-            f"{folder.importance} is damaged ({error}); delete it, or leave it out with --no-imatrix"
+            f"{folder.importance} is damaged ({error}); delete it, or leave it out with "
+            "--no-imatrix"
         ) from None
 
 
@@ -173,21 +186,24 @@ def _table(name: str, proofs: Proofs, files: Sequence[ExportedFile]) -> Table:
             f"{file.prompt:,.0f}",
         )
     notes = [
-        f"F32 against PyTorch: logits within {original.max_logit_difference:.1e} over {original.positions} positions.",
+        f"F32 against PyTorch: logits within {original.max_logit_difference:.1e} over "
+        f"{original.positions} positions.",
         "Bits per weight; the same top token as F32; writing and reading in tokens per second.",
     ]
     if any(file.imatrix for file in files):
         notes.append("* With the importance matrix of the run's training text.")
     if others := [_stored_otherwise(file) for file in files if _stored_otherwise(file)]:
         notes.append(
-            f"Rows that do not divide into a type's blocks are stored as another: {'; '.join(others)}."
+            "Rows that do not divide into a type's blocks are stored as another: "
+            f"{'; '.join(others)}."
         )
     table.caption = "\n".join(notes)
     return table
 
 
 def _stored_otherwise(file: ExportedFile) -> str:
-    """What the file holds in place of its own type, if llama.cpp had to take another; else nothing."""
+    """What the file holds in place of its own type, if llama.cpp had to take another; else
+    nothing."""
     own = file.quant.upper().removesuffix("_M")
     if own in file.types:
         return ""

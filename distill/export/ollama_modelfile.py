@@ -1,10 +1,11 @@
-"""An Ollama Modelfile for an exported student: where the weights are, how a conversation reads, where an answer ends.
+"""An Ollama Modelfile for an exported student: where the weights are, how a conversation reads,
+where an answer ends.
 
-The format and its template language (Go's text/template) are those of Ollama's own documentation and parser: a value in
-three quotation marks ends at the next three, and characters that do not print are dropped. Ollama hands the template
-the conversation as ``.Messages`` (a run of messages of one role joined by an empty line) and all that system messages
-say as ``.System``; what the template gives is tokenised with control tokens, and BOS is put in front where the
-GGUF file says so.
+The format and its template language (Go's text/template) are those of Ollama's own documentation
+and parser: a value in three quotation marks ends at the next three, and characters that do not
+print are dropped. Ollama hands the template the conversation as ``.Messages`` (a run of messages of
+one role joined by an empty line) and all that system messages say as ``.System``; what the template
+gives is tokenised with control tokens, and BOS is put in front where the GGUF file says so.
 """
 
 from __future__ import annotations
@@ -16,14 +17,24 @@ from pathlib import Path
 
 from gguf import TokenType
 
-from distill.export.ollama_template import ROLES, START, Render, Segments, choose, find_segments, stand_in
+from distill.export.ollama_template import (
+    ROLES,
+    START,
+    Render,
+    Segments,
+    choose,
+    find_segments,
+    stand_in,
+)
 from teachers.atomic_files import write_whole
 from teachers.gguf.file import Field
 from teachers.tokenizer.chat_template import ChatTemplateError, Message, render_chat
 from teachers.tokenizer.gguf_metadata import SENTENCEPIECE, read_roles, token_text
 from teachers.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 
-MOST_CONTEXT = 8192  # tokens that Ollama is asked to make room for: memory is taken for all of them at once
+MOST_CONTEXT = (
+    8192  # tokens that Ollama is asked to make room for: memory is taken for all of them at once
+)
 _QUOTES = '"""'
 _SPECIAL = (TokenType.CONTROL, TokenType.USER_DEFINED)
 _LONE = re.compile("[\ud800-\udfff]")  # the GGUF reader's sign for a byte that is not UTF-8
@@ -39,10 +50,12 @@ def modelfile(
     context_length: int,
     name: str,
 ) -> tuple[str, list[str]]:
-    """The text of a Modelfile, and warnings: where the teacher's chat template could not be followed.
+    """The text of a Modelfile, and warnings: where the teacher's chat template could not be
+    followed.
 
-    ``fields``: the GGUF file's metadata, of which ``tokenizer.*`` and ``general.license`` are read. ``end_tokens``: ids
-    of the tokens with which an answer ends. ``name``: what the model is called in the example command.
+    ``fields``: the GGUF file's metadata, of which ``tokenizer.*`` and ``general.license`` are read.
+    ``end_tokens``: ids of the tokens with which an answer ends. ``name``: what the model is called
+    in the example command.
     """
     template, opening, notes = _template(fields)
     stops, unwritten = stop_words(fields, end_tokens, opening)
@@ -55,7 +68,12 @@ def modelfile(
     lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops]
     lines.append(f"PARAMETER num_ctx {min(context_length, MOST_CONTEXT)}")
     stated = fields.get("general.license")
-    if stated is not None and isinstance(stated.value, str) and stated.value and _quotable(stated.value):
+    if (
+        stated is not None
+        and isinstance(stated.value, str)
+        and stated.value
+        and _quotable(stated.value)
+    ):
         lines.append(f"LICENSE {_quoted(stated.value)}")
     return "\n".join(lines) + "\n", notes
 
@@ -68,7 +86,8 @@ def write_modelfile(
     end_tokens: Sequence[int],
     context_length: int,
 ) -> list[str]:
-    """Write a Modelfile for ``gguf``, which may lie anywhere below the Modelfile's folder; returns the warnings.
+    """Write a Modelfile for ``gguf``, which may lie anywhere below the Modelfile's folder; returns
+    the warnings.
 
     Raises:
         OSError: the disk refuses.
@@ -82,7 +101,8 @@ def write_modelfile(
 
 
 def adds_bos(fields: Mapping[str, Field]) -> bool:
-    """Whether llama.cpp puts BOS before a text: as the file says, or as is usual for its tokenizer."""
+    """Whether llama.cpp puts BOS before a text: as the file says, or as is usual for its
+    tokenizer."""
     stated = fields.get("tokenizer.ggml.add_bos_token")
     if stated is not None:
         return bool(stated.value)
@@ -94,10 +114,13 @@ def adds_bos(fields: Mapping[str, Field]) -> bool:
 
 
 def chat_renderer(fields: Mapping[str, Field], template: str) -> Render:
-    """Render conversations with the file's chat template, without the BOS that a runtime adds by itself."""
+    """Render conversations with the file's chat template, without the BOS that a runtime adds by
+    itself."""
     tokens = fields["tokenizer.ggml.tokens"].value
     roles = read_roles(fields, len(tokens))
-    bos, eos = (token_text(tokens[roles[role]], 0) if role in roles else "" for role in ("bos", "eos"))
+    bos, eos = (
+        token_text(tokens[roles[role]], 0) if role in roles else "" for role in ("bos", "eos")
+    )
     surplus = bos if adds_bos(fields) else ""
 
     def render(messages: Sequence[Message], answer: bool) -> str | None:
@@ -111,7 +134,8 @@ def chat_renderer(fields: Mapping[str, Field], template: str) -> Render:
 
 
 def _template(fields: Mapping[str, Field]) -> tuple[str | None, str, list[str]]:
-    """The template if there can be one, the text between an answer and the next user's words, and notes."""
+    """The template if there can be one, the text between an answer and the next user's words,
+    and notes."""
     stated = fields.get("tokenizer.chat_template")
     if stated is None or not stated.value:
         return "{{ .Prompt }}", "", []
@@ -121,8 +145,10 @@ def _template(fields: Mapping[str, Field]) -> tuple[str | None, str, list[str]]:
         segments, notes = find_segments(chat_renderer(fields, stated.value))
     if segments is None:
         note = (
-            "the teacher's chat template cannot be written in Ollama's template language, so there is no TEMPLATE here "
-            "and Ollama takes one of its own; talk to the student through llama.cpp, which reads the one in the file"
+            "the teacher's chat template cannot be written in Ollama's template language, so there "
+            "is no TEMPLATE here "
+            "and Ollama takes one of its own; talk to the student through llama.cpp, which reads "
+            "the one in the file"
         )
         return None, "", [note]
     opening = segments.after["assistant"] + choose(segments.before["user"], "assistant")
@@ -158,7 +184,8 @@ def _said(segments: Segments, role: str, words: str) -> str:
 
 
 def _by_speaker(entries: Mapping[str, str]) -> str:
-    """A text that depends on who spoke before, where it does; what all have in common stands outside."""
+    """A text that depends on who spoke before, where it does; what all have in common stands
+    outside."""
     usual = entries[stand_in(entries)]
     shortest = min(entries.values(), key=len)
     shared = shortest if all(text.endswith(shortest) for text in entries.values()) else ""
@@ -178,7 +205,8 @@ def _by_speaker(entries: Mapping[str, str]) -> str:
 
 
 def literal(text: str) -> str:
-    """Plain text in a Go template inside a Modelfile: what would be read as something else becomes a string's value."""
+    """Plain text in a Go template inside a Modelfile: what would be read as something else
+    becomes a string's value."""
     parts = []
     for part in _UNSAFE.split(text):
         if _UNSAFE.fullmatch(part):
@@ -203,14 +231,17 @@ def stop_words(
 ) -> tuple[list[str], list[str]]:
     """Texts at which an answer is cut off, none empty and none twice, and notes.
 
-    They are the end tokens, and the text with which the next user's turn would begin, so that a small student that does
-    not stop is stopped. ``opening``: everything between an answer and the words of the next user.
+    They are the end tokens, and the text with which the next user's turn would begin, so that a
+    small student that does not stop is stopped. ``opening``: everything between an answer and the
+    words of the next user.
     """
     tokens = fields["tokenizer.ggml.tokens"].value
     ends = [token_text(tokens[number], number) for number in end_tokens]
     found = dict.fromkeys([*ends, _turn(fields, opening, ends)])
     words = [word for word in found if word.strip()]
-    notes = [f"the stop word {word!a} cannot be written here" for word in words if not _quotable(word)]
+    notes = [
+        f"the stop word {word!a} cannot be written here" for word in words if not _quotable(word)
+    ]
     return [word for word in words if _quotable(word)], notes
 
 
@@ -224,8 +255,12 @@ def _turn(fields: Mapping[str, Field], opening: str, ends: Sequence[str]) -> str
     closing = [*ends, *([] if bos is None else [tokens[bos]])]
     while found := [end for end in closing if end and opening.lstrip().startswith(end)]:
         opening = opening.lstrip().removeprefix(max(found, key=len))
-    kinds = fields["tokenizer.ggml.token_type"].value if "tokenizer.ggml.token_type" in fields else []
-    special = {token for token, kind in zip(tokens, kinds, strict=False) if kind in _SPECIAL and token}
+    kinds = (
+        fields["tokenizer.ggml.token_type"].value if "tokenizer.ggml.token_type" in fields else []
+    )
+    special = {
+        token for token, kind in zip(tokens, kinds, strict=False) if kind in _SPECIAL and token
+    }
     begins = any(opening.lstrip().startswith(token) for token in special)
     return opening.strip() if begins else opening.rstrip()
 

@@ -1,9 +1,10 @@
-"""A Jinja chat template as constant texts around what is said, found by rendering it: what simpler template languages
-can express.
+"""A Jinja chat template as constant texts around what is said, found by rendering it: what simpler
+template languages can express.
 
-Most chat templates put fixed texts between the words of a conversation, which depend only on who speaks before and
-after. Those texts are read off conversations of placeholder words, and believed only if they give back every ordinary
-conversation (a system message or none, then user and assistant in turns) letter by letter.
+Most chat templates put fixed texts between the words of a conversation, which depend only on who
+speaks before and after. Those texts are read off conversations of placeholder words, and believed
+only if they give back every ordinary conversation (a system message or none, then user and
+assistant in turns) letter by letter.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def _ordinary() -> list[Order]:
 
 
 def _unusual() -> list[Order]:
-    """Every other order in which nobody speaks twice in a row; first those that wait for an answer."""
+    """Every other order in which nobody speaks twice in a row; first those that wait for an
+    answer."""
     known = set(_ordinary())
     orders = [
         order
@@ -52,10 +54,11 @@ UNUSUAL = _unusual()
 class Segments:
     """Constant texts around the words of a conversation.
 
-    ``before[role][previous]``: text between what stands after ``previous``'s words and the words of ``role``;
-    ``previous`` is ``START`` for the first. A role that is not in it is not shown. ``after[role]``: what always
-    follows its words. ``final[last]``: what follows that at the end, up to where the answer begins.
-    ``late_system``: what system messages say stands before the last message, if that is the user's, else nowhere.
+    ``before[role][previous]``: text between what stands after ``previous``'s words and the words of
+    ``role``; ``previous`` is ``START`` for the first. A role that is not in it is not shown.
+    ``after[role]``: what always follows its words. ``final[last]``: what follows that at the end,
+    up to where the answer begins. ``late_system``: what system messages say stands before the last
+    message, if that is the user's, else nowhere.
     """
 
     before: Mapping[str, Mapping[str, str]]
@@ -88,7 +91,9 @@ def arranged(messages: Sequence[Message], late_system: bool) -> list[Message]:
     """The messages in the order in which their words are shown."""
     if not late_system:
         return list(messages)
-    system = _PARAGRAPH.join(message["content"] for message in messages if message["role"] == "system")
+    system = _PARAGRAPH.join(
+        message["content"] for message in messages if message["role"] == "system"
+    )
     shown = [message for message in messages if message["role"] != "system"]
     if system and messages[-1]["role"] == "user":
         shown.insert(len(shown) - 1, {"role": "system", "content": system})
@@ -96,28 +101,37 @@ def arranged(messages: Sequence[Message], late_system: bool) -> list[Message]:
 
 
 def find_segments(render: Render) -> tuple[Segments | None, list[str]]:
-    """The segments of a chat template, or ``None`` where there are none that give back ordinary conversations; and
-    what a user should know: one sentence each, without a full stop."""
+    """The segments of a chat template, or ``None`` where there are none that give back ordinary
+    conversations; and what a user should know: one sentence each, without a full stop."""
     found = _learn(render, False) or _learn(render, True)
     if found is None:
         return None, []
     notes = []
-    refused = all(render(placeholders(order), True) is None for order in ORDINARY if order[0] == "system")
+    refused = all(
+        render(placeholders(order), True) is None for order in ORDINARY if order[0] == "system"
+    )
     if "system" not in found.before:
         if not refused:
-            notes.append("the teacher's chat template leaves system messages out, and so does this one")
+            notes.append(
+                "the teacher's chat template leaves system messages out, and so does this one"
+            )
         else:
             found = _with_system_as_user(found)
             notes.append(
-                "the teacher's chat template refuses system messages; here they stand before the user's words"
+                "the teacher's chat template refuses system messages; here they stand before the "
+                "user's words"
             )
-    orders = [order for order in UNUSUAL if order[-1] == "user" and not (refused and "system" in order)]
+    orders = [
+        order for order in UNUSUAL if order[-1] == "user" and not (refused and "system" in order)
+    ]
     return found, [*notes, *_differences(found, render, orders)]
 
 
 def placeholders(order: Sequence[str]) -> list[Message]:
     """A conversation whose words occur nowhere else."""
-    return [{"role": role, "content": f"{_MARK}{number}{_MARK}"} for number, role in enumerate(order)]
+    return [
+        {"role": role, "content": f"{_MARK}{number}{_MARK}"} for number, role in enumerate(order)
+    ]
 
 
 def _learn(render: Render, late_system: bool) -> Segments | None:
@@ -156,7 +170,8 @@ def _speakers(gaps: Mapping[tuple[str, str], str]) -> set[str]:
 def _read(
     render: Render, order: Order, late_system: bool
 ) -> tuple[dict[tuple[str, str], str], dict[str, str]] | None:
-    """The texts between placeholder words by who speaks, and after the last; ``None`` where they cannot be told."""
+    """The texts between placeholder words by who speaks, and after the last; ``None`` where they
+    cannot be told."""
     messages = placeholders(order)
     text = render(messages, True)
     if text is None:
@@ -169,7 +184,11 @@ def _read(
         if count == 0:
             continue
         place = text.find(words, at)
-        if count > 1 or place < 0 or gaps.setdefault((previous, role), text[at:place]) != text[at:place]:
+        if (
+            count > 1
+            or place < 0
+            or gaps.setdefault((previous, role), text[at:place]) != text[at:place]
+        ):
             return None
         previous, at = role, place + len(words)
     if any(_MARK in gap for gap in (*gaps.values(), text[at:])):
@@ -178,7 +197,8 @@ def _read(
 
 
 def _closings(render: Render) -> dict[str, str]:
-    """What follows the last words of a conversation that is not open for an answer, by who spoke them."""
+    """What follows the last words of a conversation that is not open for an answer, by who spoke
+    them."""
     found: dict[str, str] = {}
     for order in (("system",), ("system", "user"), ("user",), ("user", "assistant")):
         messages = placeholders(order)
@@ -194,7 +214,8 @@ def _segments(
     closings: Mapping[str, str],
     late_system: bool,
 ) -> Segments:
-    """The gaps divided into what always follows a message and what comes before the next, where they can be."""
+    """The gaps divided into what always follows a message and what comes before the next, where
+    they can be."""
     after = {}
     for role in _speakers(gaps):
         following = [gap for (previous, _), gap in gaps.items() if previous == role]
@@ -216,7 +237,11 @@ def _with_system_as_user(segments: Segments) -> Segments:
     opened = closing + choose(answered, "user")
     ended = closing + choose(segments.final, "user")
     turn = {**segments.before["user"], "user": _PARAGRAPH, "system": _PARAGRAPH}
-    before = {"system": turn, "user": turn, "assistant": {**answered, "user": opened, "system": opened}}
+    before = {
+        "system": turn,
+        "user": turn,
+        "assistant": {**answered, "user": opened, "system": opened},
+    }
     return replace(
         segments,
         before=before,
@@ -226,19 +251,26 @@ def _with_system_as_user(segments: Segments) -> Segments:
 
 
 def _differences(segments: Segments, render: Render, orders: Sequence[Order]) -> list[str]:
-    """Where the template does more than put constant texts around words, in one of ``orders`` for instance."""
+    """Where the template does more than put constant texts around words, in one of ``orders``
+    for instance."""
     notes = []
     for order in orders:
         text = render(placeholders(order), True)
         if text is not None and segments.text(placeholders(order)) != text:
             roles = ", ".join(order)
-            notes.append(f"a conversation of {roles} reads otherwise than in the teacher's chat template")
+            notes.append(
+                f"a conversation of {roles} reads otherwise than in the teacher's chat template"
+            )
             break
     blank = [{"role": "user", "content": " \nwords\n "}]
     if (text := render(blank, True)) is not None and text != segments.text(blank):
-        notes.append("the teacher's chat template takes white space around messages away, this one does not")
+        notes.append(
+            "the teacher's chat template takes white space around messages away, this one does not"
+        )
     asked = [dict(message) for message in placeholders(("user", "assistant", "user"))]
     asked[1]["content"] = "<think>thought</think>said"
     if (text := render(asked, True)) is not None and text != segments.text(asked):
-        notes.append("the teacher's chat template takes thoughts out of earlier answers, this one does not")
+        notes.append(
+            "the teacher's chat template takes thoughts out of earlier answers, this one does not"
+        )
     return notes

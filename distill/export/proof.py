@@ -52,10 +52,12 @@ def prove(
     *,
     timed: bool = True,
 ) -> Proof:
-    """Compare an F32 file with the student on held-out sequences, with a float32 KV cache; ``timed``: its speed too.
+    """Compare an F32 file with the student on held-out sequences, with a float32 KV cache;
+    ``timed``: its speed too.
 
     Raises:
-        ProofFailed: they differ by more than float32 explains, the tokenizers differ, or llama.cpp cannot run the file.
+        ProofFailed: they differ by more than float32 explains, the tokenizers differ, or llama.cpp
+        cannot run the file.
     """
     reference = student_scorer(student)
     return _prove(
@@ -70,16 +72,19 @@ def prove_quantized(
     sequences: Sequence[Tokens],
     reference_tokens: TokenizedLines,
 ) -> Proof:
-    """Compare a quantized file with the F32 file that it was made from (``original``: with a float32 KV cache too).
+    """Compare a quantized file with the F32 file that it was made from (``original``: with a
+    float32 KV cache too).
 
     Raises:
-        ProofFailed: they differ by more than the type explains, the tokenizers differ, or llama.cpp cannot run it.
+        ProofFailed: they differ by more than the type explains, the tokenizers differ, or llama.cpp
+        cannot run it.
     """
     return _prove(path, quant, original, "the F32 file", sequences, reference_tokens, SPEED_ROUNDS)
 
 
 def remembering(scorer: Scorer) -> Scorer:
-    """A scorer that keeps its answers, as far as they fit, for the next file that is compared with it."""
+    """A scorer that keeps its answers, as far as they fit, for the next file that is compared
+    with it."""
     kept: dict[bytes, Tensor] = {}
 
     def score(sequences: Sequence[Tokens]) -> Tensor:
@@ -117,9 +122,13 @@ def _prove(
         raise  # after its first decode: no fault of the file
     except (TeacherError, TeacherFileError) as error:
         raise ProofFailed(f"llama.cpp does not run the exported {quant} file: {error}") from None
-    for text, ours, theirs in zip(reference_tokens.texts, again, reference_tokens.tokens, strict=True):
+    for text, ours, theirs in zip(
+        reference_tokens.texts, again, reference_tokens.tokens, strict=True
+    ):
         if ours.tolist() != theirs.tolist():
-            raise ProofFailed(f"the exported tokenizer gives other ids than the teacher's for {text[:60]!r}")
+            raise ProofFailed(
+                f"the exported tokenizer gives other ids than the teacher's for {text[:60]!r}"
+            )
     proof = Proof(
         quant=quant,
         positions=figures.positions,
@@ -147,7 +156,8 @@ class _Figures:
 
 
 def _compare(reference: Scorer, llama: Scorer, sequences: Sequence[Tokens]) -> _Figures:
-    """Compare two models' logits one sequence at a time, so that no more than two of them are held."""
+    """Compare two models' logits one sequence at a time, so that no more than two of them are
+    held."""
     figures = _Figures()
     for tokens in sequences:
         expected, found = reference([tokens]), llama([tokens])
@@ -161,17 +171,21 @@ def _compare(reference: Scorer, llama: Scorer, sequences: Sequence[Tokens]) -> _
 def proof_sequences(sequences: Sequence[Tokens], vocab_size: int) -> list[Tokens]:
     """The first sequences, as many as make a proof, each cut to what is looked at at once."""
     longest = max(2, PROOF_BYTES // (4 * vocab_size))
-    return first_sequences((tokens[:longest] for tokens in sequences), PROOF_SEQUENCES, PROOF_TOKENS)
+    return first_sequences(
+        (tokens[:longest] for tokens in sequences), PROOF_SEQUENCES, PROOF_TOKENS
+    )
 
 
 def _judge(proof: Proof) -> None:
     difference, limit = proof.max_logit_difference, MAX_LOGIT_DIFFERENCE.get(proof.quant)
     if limit is not None and not difference <= limit:
         raise ProofFailed(
-            f"the {proof.quant} file's logits differ from {proof.against} by {difference:.2e}, more than {limit:g}"
+            f"the {proof.quant} file's logits differ from {proof.against} by {difference:.2e}, "
+            f"more than {limit:g}"
         )
     if not proof.mean_kl <= MAX_MEAN_KL[proof.quant]:
         raise ProofFailed(
-            f"the {proof.quant} file is {proof.mean_kl:.2e} nats per token from {proof.against}, more than "
+            f"the {proof.quant} file is {proof.mean_kl:.2e} nats per token from {proof.against}, "
+            "more than "
             f"{MAX_MEAN_KL[proof.quant]:g}"
         )

@@ -1,4 +1,5 @@
-"""From a trained student to what a run gives away: importance matrix, proved GGUF file, Modelfile, plain folder."""
+"""From a trained student to what a run gives away: importance matrix, proved GGUF file,
+Modelfile, plain folder."""
 
 from __future__ import annotations
 
@@ -43,8 +44,8 @@ IMPORTANCE_TOKENS, IMPORTANCE_LEAST, IMPORTANCE_FLOPS = 16_384, 2_048, 2e13
 
 @dataclass(frozen=True)
 class Publication:
-    """A trained student and all that goes with it. ``train``: the store's sequences that it has learnt from; ``base``:
-    the model that it is made of, if it is not a new one."""
+    """A trained student and all that goes with it. ``train``: the store's sequences that it has
+    learnt from; ``base``: the model that it is made of, if it is not a new one."""
 
     student: Student
     config: RunConfig
@@ -56,8 +57,8 @@ class Publication:
 
     @property
     def name(self) -> str:
-        """What the exported file calls itself. Not the base's name: llama.cpp reads a tokenizer in a way of its own
-        where a file's name has "phi3" in it."""
+        """What the exported file calls itself. Not the base's name: llama.cpp reads a tokenizer in
+        a way of its own where a file's name has "phi3" in it."""
         size = self.config.student.size or f"LoRA {self.config.student.lora_rank}"
         return f"{self.inheritance.info.name} distilled {size} SO8T"
 
@@ -118,13 +119,15 @@ def _importance(
         write_importance(found, temporary, [IMPORTANCE_WORDS])
         temporary.replace(folder.importance)
         stage.finish(
-            f"{human_count(found.tokens)} tokens of training text, for quantizers: {folder.importance}"
+            f"{human_count(found.tokens)} tokens of training text, for quantizers: "
+            f"{folder.importance}"
         )
     return found.mean_squares()
 
 
 def spread(lengths: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:
-    """Places of about as many sequences as make ``tokens`` tokens, evenly from the first to the last; one at least."""
+    """Places of about as many sequences as make ``tokens`` tokens, evenly from the first to the
+    last; one at least."""
     count = min(len(lengths), max(1, round(tokens / float(lengths.mean()))))
     return np.linspace(0, len(lengths) - 1, count).astype(np.int64)
 
@@ -146,12 +149,17 @@ def _plain_folder(
             written = save_plain(merged, base.dtype, fields, folder.plain, end_tokens=ends)
         else:
             student: Any = publication.student
-            written = publish_plain(student, named, folder.plain, end_tokens=ends, warn=console.warn)
+            written = publish_plain(
+                student, named, folder.plain, end_tokens=ends, warn=console.warn
+            )
         stage.finish(f"{folder.plain}, {human_bytes(written)}, for transformers")
 
 
 def _describe(proof: Proof, original: Proof, folder: RunFolder) -> str:
-    words = f"F32 within {original.max_logit_difference:.1e} of PyTorch's logits over {original.positions} positions"
+    words = (
+        f"F32 within {original.max_logit_difference:.1e} of PyTorch's logits over "
+        f"{original.positions} positions"
+    )
     if proof.quant != "f32":
         words += f"; {proof.quant} KL {proof.mean_kl:.1e} from that"
     return f"{words}; {human_bytes(folder.gguf.stat().st_size)}"

@@ -1,4 +1,5 @@
-"""A trained student on disk: what a later export needs of it, and the plain model that transformers loads by itself."""
+"""A trained student on disk: what a later export needs of it, and the plain model that
+transformers loads by itself."""
 
 from __future__ import annotations
 
@@ -30,10 +31,14 @@ WEIGHTS = "model.safetensors"
 
 
 def save_student(
-    student: Student, folder: RunFolder, tokenizer: dict[str, MetadataEntry], name: str, lineage: Lineage
+    student: Student,
+    folder: RunFolder,
+    tokenizer: dict[str, MetadataEntry],
+    name: str,
+    lineage: Lineage,
 ) -> None:
-    """Write ``student/`` (weights, configuration, tokenizer, lineage) whole or not at all; of one made of a base only
-    what was trained.
+    """Write ``student/`` (weights, configuration, tokenizer, lineage) whole or not at all; of one
+    made of a base only what was trained.
 
     Raises:
         OSError: the disk refuses.
@@ -77,7 +82,9 @@ def load_student(folder: RunFolder) -> Student:
     if wrong:
         raise UserError(f"student {folder.student} is damaged: {wrong}; run distill again")
     if not isinstance(student, SO8TForCausalLM):
-        raise UserError(f"student {folder.student} is a {type(student).__name__}, not an SO8T student")
+        raise UserError(
+            f"student {folder.student} is a {type(student).__name__}, not an SO8T student"
+        )
     return student
 
 
@@ -92,20 +99,24 @@ def _load_adapted(folder: RunFolder) -> AdaptedStudent:
         weights = safetensors.torch.load_file(folder.student / WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
-            f"student {folder.student} is damaged: {' '.join(str(error).split())}; run distill again"
+            f"student {folder.student} is damaged: {' '.join(str(error).split())}; run distill "
+            "again"
         ) from None
     tokenizer = tokenizer_fields(read_gguf(folder.tokenizer, model=False))
     base = open_base(config, tokenizer, facts.vocab_size, "the base of this run,")
     known = folder.read_identity().get("base_sha256", "")
     if base.sha256 != known:
         raise UserError(
-            f"the base {config.student.base} has changed since this run (SHA-256 {base.sha256[:12]}… instead of "
+            f"the base {config.student.base} has changed since this run (SHA-256 "
+            f"{base.sha256[:12]}… instead of "
             f"{known[:12]}…); put the one it was trained with back"
         )
     student = load_base_student(base, config, facts.vocab_size)
     try:
         set_weights(student, weights)
     except (KeyError, ValueError) as error:
-        raise UserError(f"student {folder.student} is damaged: {error}; run distill again") from None
+        raise UserError(
+            f"student {folder.student} is damaged: {error}; run distill again"
+        ) from None
     student.config = facts
     return student

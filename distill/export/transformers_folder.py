@@ -1,4 +1,5 @@
-"""An SO8T student as a plain transformers folder: ``LlamaForCausalLM``, which needs nothing of this project."""
+"""An SO8T student as a plain transformers folder: ``LlamaForCausalLM``, which needs nothing of
+this project."""
 
 from __future__ import annotations
 
@@ -33,11 +34,12 @@ def publish_plain(
     end_tokens: Sequence[int] = (),
     warn: Callable[[str], None] = _log.warning,
 ) -> int:
-    """Fold ``student`` and write it to ``folder`` in float32, with its tokenizer, whole or not at all.
+    """Fold ``student`` and write it to ``folder`` in float32, with its tokenizer, whole or not at
+    all.
 
-    ``fields``: the teacher's ``tokenizer.*`` metadata, and ``general.name``, on which a tokenizer may depend.
-    ``end_tokens``: ids at which ``generate`` stops (none: the tokenizer's EOS alone). A tokenizer that cannot be
-    carried over is left out, and ``warn`` is told why.
+    ``fields``: the teacher's ``tokenizer.*`` metadata, and ``general.name``, on which a tokenizer
+    may depend. ``end_tokens``: ids at which ``generate`` stops (none: the tokenizer's EOS alone). A
+    tokenizer that cannot be carried over is left out, and ``warn`` is told why.
 
     Returns:
         The bytes of its weights.
@@ -66,8 +68,8 @@ def save_plain(
 ) -> int:
     """Write a plain transformers folder, whole or not at all.
 
-    With a tokenizer made from the GGUF one, and its special tokens, where that can be (else ``tokenizer`` is none).
-    ``generate`` stops at ``end_tokens``, if any are given.
+    With a tokenizer made from the GGUF one, and its special tokens, where that can be (else
+    ``tokenizer`` is none). ``generate`` stops at ``end_tokens``, if any are given.
 
     Returns:
         The bytes of its weights.
@@ -93,7 +95,9 @@ def save_plain(
             generation.save_pretrained(temporary)
         tied = settings.tie_word_embeddings
         state = {
-            key: value for key, value in model.state_dict().items() if not (tied and key == "lm_head.weight")
+            key: value
+            for key, value in model.state_dict().items()
+            if not (tied and key == "lm_head.weight")
         }
         plan = split_torch_state_dict_into_shards(state, max_shard_size=SHARD_BYTES)
         for file, names in plan.filename_to_tensors.items():
@@ -103,7 +107,9 @@ def save_plain(
             size += len(content)
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            write_whole(temporary / f"{WEIGHTS}.index.json", (json.dumps(index, indent=2) + "\n").encode())
+            write_whole(
+                temporary / f"{WEIGHTS}.index.json", (json.dumps(index, indent=2) + "\n").encode()
+            )
     return size
 
 

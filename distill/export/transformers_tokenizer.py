@@ -1,4 +1,5 @@
-"""The teacher's tokenizer in a plain transformers folder: the teacher's ids, also through ``apply_chat_template``."""
+"""The teacher's tokenizer in a plain transformers folder: the teacher's ids, also through
+``apply_chat_template``."""
 
 from __future__ import annotations
 
@@ -16,10 +17,12 @@ _TOKENS = ("bos", "eos", "unk", "sep", "pad", "mask")
 
 
 def write_plain_tokenizer(fields: Mapping[str, Field], folder: Path) -> None:
-    """Write the files of ``write_tokenizer_folder``, and ``special_tokens_map.json`` for programs that look there.
+    """Write the files of ``write_tokenizer_folder``, and ``special_tokens_map.json`` for programs
+    that look there.
 
-    llama.cpp puts BOS in front of a conversation where the GGUF file says so; ``apply_chat_template`` does not. So a
-    chat template that does not begin with BOS itself begins with it here.
+    llama.cpp puts BOS in front of a conversation where the GGUF file says so;
+    ``apply_chat_template`` does not. So a chat template that does not begin with BOS itself begins
+    with it here.
 
     Raises:
         TokenizerConversionError: malformed metadata, or a tokenizer that cannot be carried over.
@@ -38,7 +41,8 @@ def write_plain_tokenizer(fields: Mapping[str, Field], folder: Path) -> None:
 
 
 def _beginning_with(bos: str, eos: str, template: str) -> str:
-    """The template as it is if its text begins with BOS (or it shows none), else with BOS in front."""
+    """The template as it is if its text begins with BOS (or it shows none), else with BOS in
+    front."""
     asked = [{"role": "user", "content": "words"}]
     try:
         text = render_chat(template, asked, add_generation_prompt=True, bos=bos, eos=eos)

@@ -1,7 +1,8 @@
-"""The safety and the verification head around training: what they learn from, their calibration, how good they are.
+"""The safety and the verification head around training: what they learn from, their calibration,
+how good they are.
 
-Calibration and thresholds come from data that training has not seen, and scores from other data again: safety prompts
-are divided by scenario, held-out sequences into two halves.
+Calibration and thresholds come from data that training has not seen, and scores from other data
+again: safety prompts are divided by scenario, held-out sequences into two halves.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class HeadScores:
 
 
 def halves(held_out: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Held-out sequences for calibration, and those for the score (all for both where there is only one)."""
+    """Held-out sequences for calibration, and those for the score (all for both where there is
+    only one)."""
     return list(held_out[::2]), list(held_out[1::2] or held_out)
 
 
@@ -49,10 +51,12 @@ def halves(held_out: Sequence[int]) -> tuple[list[int], list[int]]:
 def calibrate(
     student: Student, data: SafetyData | None, store: SoftTargetStore, sequences: Sequence[int]
 ) -> None:
-    """Make the heads' probabilities fit data that training has not seen, and choose their thresholds, in place.
+    """Make the heads' probabilities fit data that training has not seen, and choose their
+    thresholds, in place.
 
-    The safety head is divided by a temperature (Guo et al. 2017), the verification head scaled and shifted (Platt
-    1999), both within their own weights: whoever reads the head needs to know nothing of it.
+    The safety head is divided by a temperature (Guo et al. 2017), the verification head scaled and
+    shifted (Platt 1999), both within their own weights: whoever reads the head needs to know
+    nothing of it.
     """
     student.eval()
     if student.config.safety_head and data is not None:
@@ -83,7 +87,8 @@ def score_heads(
     store: SoftTargetStore,
     sequences: Sequence[int],
 ) -> HeadScores:
-    """Score the heads on the exported file's own hidden states and top tokens, through llama.cpp."""
+    """Score the heads on the exported file's own hidden states and top tokens, through
+    llama.cpp."""
     safety, languages, verification = None, {}, None
     if heads.safety is not None and data is not None:
         states = torch.from_numpy(exported.last_states(data.test.tokens))
@@ -95,14 +100,18 @@ def score_heads(
             languages[language] = score_decisions(chances[rows], labels[rows], heads.thresholds)
     if heads.verification is not None:
         certain, agreed = [], []
-        together = max(1, LOGITS_BYTES // (4 * exported.info.vocab_size * int(store.lengths().max())))
+        together = max(
+            1, LOGITS_BYTES // (4 * exported.info.vocab_size * int(store.lengths().max()))
+        )
         for start in range(0, len(sequences), together):
             some = sequences[start : start + together]
             tokens = [store.tokens(index) for index in some]
             states = torch.from_numpy(exported.states(tokens, exact=True)["final"])
             logits = torch.from_numpy(exported.logits(tokens, exact=True))
             certain.append(heads.agreement(states, logits))
-            agreed.append(logits.argmax(dim=-1) == torch.cat([store.targets(index).best() for index in some]))
+            agreed.append(
+                logits.argmax(dim=-1) == torch.cat([store.targets(index).best() for index in some])
+            )
         verification = score_verification(torch.cat(certain), torch.cat(agreed), heads.trust)
     return HeadScores(safety, languages, verification)
 
@@ -113,11 +122,14 @@ def describe_scores(scores: HeadScores) -> str:
     if (safety := scores.safety) is not None:
         words.append(
             f"Refuse Recall {_percent(safety.refuse_recall)}, Escalate Precision "
-            f"{_percent(safety.escalate_precision)}, Allow Precision {_percent(safety.allow_precision)}"
+            f"{_percent(safety.escalate_precision)}, Allow Precision "
+            f"{_percent(safety.allow_precision)}"
         )
     if (verification := scores.verification) is not None:
         auroc = "not known" if verification.auroc is None else f"{verification.auroc:.3f}"
-        words.append(f"verification AUROC {auroc}, calibration error {verification.calibration_error:.3f}")
+        words.append(
+            f"verification AUROC {auroc}, calibration error {verification.calibration_error:.3f}"
+        )
     return "; ".join(words)
 
 
@@ -134,7 +146,9 @@ def heads_results(scores: HeadScores, heads: Heads, data: SafetyData | None) -> 
             "labels_from": data.source,
             "prompts_sha256": data.sha256,
             "prompts": {name: len(part) for name, part in parts.items()},
-            "scenarios": {name: len({p.scenario for p in part.prompts}) for name, part in parts.items()},
+            "scenarios": {
+                name: len({p.scenario for p in part.prompts}) for name, part in parts.items()
+            },
             "thresholds": {"refuse": heads.thresholds[0], "allow": heads.thresholds[1]},
             "test": scores.safety.to_json(),
             "languages": {name: score.to_json() for name, score in scores.languages.items()},
@@ -158,8 +172,11 @@ def _last_states(student: Student, prompts: PromptSet) -> Tensor:
     return torch.stack(rows)
 
 
-def _verified(student: Student, store: SoftTargetStore, sequences: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Log-odds of the verification head, and whether the top tokens do agree, at all positions, ``[N]`` each."""
+def _verified(
+    student: Student, store: SoftTargetStore, sequences: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Log-odds of the verification head, and whether the top tokens do agree, at all positions,
+    ``[N]`` each."""
     log_odds, agreed = [], []
     for index in sequences:
         ids = torch.from_numpy(store.tokens(index)[:-1].astype(np.int64))[None].to(student.device)

@@ -17,4 +17,6 @@ def heads_in(file: GGUFFile) -> Heads:
     try:
         return read_heads(values, file.tensors["token_embd.weight"].shape[1])
     except HeadError as error:
-        raise UserError(f"{file.path} has broken heads: {error}; export the student again") from None
+        raise UserError(
+            f"{file.path} has broken heads: {error}; export the student again"
+        ) from None

@@ -23,15 +23,20 @@ ORDER, VARIATION = 6, 7  # streams of random numbers
 class PromptSet:
     """Tokenised prompts of one part of the split, and what training makes of them.
 
-    Training sees a prompt never twice alike: with others' words in place of some of its own, and now and then with
-    another prompt before or behind it, which then have the graver of their labels. What is left to learn from is what
-    prompts of a label have in common, not which prompt it is. The template around the words stays as it is.
+    Training sees a prompt never twice alike: with others' words in place of some of its own, and
+    now and then with another prompt before or behind it, which then have the graver of their
+    labels. What is left to learn from is what prompts of a label have in common, not which prompt
+    it is. The template around the words stays as it is.
     """
 
-    def __init__(self, prompts: Sequence[SafetyPrompt], tokens: Sequence[Tokens], seed: int) -> None:
+    def __init__(
+        self, prompts: Sequence[SafetyPrompt], tokens: Sequence[Tokens], seed: int
+    ) -> None:
         self.prompts = list(prompts)
         self.tokens = list(tokens)
-        self.labels: NDArray[np.float32] = np.array([prompt.label for prompt in prompts], dtype=np.float32)
+        self.labels: NDArray[np.float32] = np.array(
+            [prompt.label for prompt in prompts], dtype=np.float32
+        )
         self.seed = seed
         self.room = max(JOINED_TOKENS, *map(len, tokens))
         before, behind = shared_ends(tokens)
@@ -43,10 +48,11 @@ class PromptSet:
         return len(self.prompts)
 
     def batch(self, turn: int, count: int, place: int, places: int) -> Prompts:
-        """What micro-batch ``place`` of ``places`` gets of the ``count`` prompts that come together as turn ``turn``.
+        """What micro-batch ``place`` of ``places`` gets of the ``count`` prompts that come together
+        as turn ``turn``.
 
-        Over the places every prompt of the turn occurs once. A place that none falls to gets one that counts nothing,
-        so that every process takes part in the same computation.
+        Over the places every prompt of the turn occurs once. A place that none falls to gets one
+        that counts nothing, so that every process takes part in the same computation.
         """
         numbers = range(turn * count, (turn + 1) * count)
         mine = numbers[place::places]
@@ -57,7 +63,8 @@ class PromptSet:
         return Prompts(tokens, lengths, labels, torch.full((len(varied),), weight))
 
     def varied(self, number: int) -> tuple[Tokens, NDArray[np.float32]]:
-        """Tokens and label ``[3]`` of the prompt that comes as number ``number`` in training, as it is seen there.
+        """Tokens and label ``[3]`` of the prompt that comes as number ``number`` in training, as it
+        is seen there.
 
         Each prompt passes once before any comes again.
         """
@@ -82,7 +89,8 @@ class PromptSet:
 
 
 def shared_ends(rows: Sequence[Tokens]) -> tuple[int, int]:
-    """How many tokens all rows begin with, and how many they end with; at least one of each row is left."""
+    """How many tokens all rows begin with, and how many they end with; at least one of each row
+    is left."""
     room = min(map(len, rows)) - 1
     begins = np.stack([row[:room] for row in rows])
     before = int((begins == begins[0]).all(axis=0).cumprod().sum())

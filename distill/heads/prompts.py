@@ -1,9 +1,11 @@
-"""Prompts with a decision each: the built-in set, a user's file, or the teacher's own judgment; split, and as tokens.
+"""Prompts with a decision each: the built-in set, a user's file, or the teacher's own judgment;
+split, and as tokens.
 
 Without PyTorch: a file that cannot be used is refused before that is imported.
 
-A *scenario* is what a prompt is about. All prompts of a scenario go to the same side of the split, so that what is
-measured is how decisions carry over to other matters, not to other words for the same one.
+A *scenario* is what a prompt is about. All prompts of a scenario go to the same side of the split,
+so that what is measured is how decisions carry over to other matters, not to other words for the
+same one.
 """
 
 from __future__ import annotations
@@ -29,13 +31,22 @@ from teachers.tokenizer.conversation import request_tokens
 BUILT_IN = "builtin"
 TEACHER = "teacher"
 Part = Literal["train", "validation", "test"]
-SPLIT: tuple[Part, ...] = ("train", "validation", "train", "test", "train")  # of every five scenarios
+SPLIT: tuple[Part, ...] = (
+    "train",
+    "validation",
+    "train",
+    "test",
+    "train",
+)  # of every five scenarios
 MAX_FILE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class SafetyPrompt:
-    """One prompt. ``label``: probabilities of ALLOW, ESCALATE and REFUSE; ``language`` may be empty."""
+    """One prompt.
+
+    ``label``: probabilities of ALLOW, ESCALATE and REFUSE; ``language`` may be empty.
+    """
 
     text: str
     scenario: str
@@ -57,16 +68,18 @@ def built_in_prompts() -> list[SafetyPrompt]:
 def read_prompts(path: Path, *, labelled: bool = True, divided: bool = True) -> list[SafetyPrompt]:
     """Prompts of a JSONL file: ``prompt``, ``label`` and, if there, ``scenario`` and ``language``.
 
-    Without a scenario each prompt is one of its own. With ``labelled=False`` labels are not asked for; with
-    ``divided=False`` there need not be enough of each for every part of the split.
+    Without a scenario each prompt is one of its own. With ``labelled=False`` labels are not asked
+    for; with ``divided=False`` there need not be enough of each for every part of the split.
 
     Raises:
-        UserError: unreadable, not JSONL of that form, a label outside the three, or too few of a decision.
+        UserError: unreadable, not JSONL of that form, a label outside the three, or too few of a
+        decision.
     """
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise UserError(
-                f"safety prompts {path}: larger than {MAX_FILE_BYTES >> 20} MiB; give a smaller file"
+                f"safety prompts {path}: larger than {MAX_FILE_BYTES >> 20} MiB; give a smaller "
+                "file"
             )
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -82,7 +95,8 @@ def read_prompts(path: Path, *, labelled: bool = True, divided: bool = True) -> 
 
 
 def read_safety_prompts(config: RunConfig) -> list[SafetyPrompt] | None:
-    """The prompts that the settings mean, without the teacher's labels yet; ``None`` where no head is wanted.
+    """The prompts that the settings mean, without the teacher's labels yet; ``None`` where no head
+    is wanted.
 
     Raises:
         UserError: the file cannot be used.
@@ -92,7 +106,8 @@ def read_safety_prompts(config: RunConfig) -> list[SafetyPrompt] | None:
     safety = config.safety
     if safety.prompts is not None and safety.labels != TEACHER:
         raise UserError(
-            f"safety.prompts = {safety.prompts!r} is for safety.labels=teacher; a file with labels of its own is given "
+            f"safety.prompts = {safety.prompts!r} is for safety.labels=teacher; a file with labels "
+            "of its own is given "
             "as safety.labels"
         )
     if safety.labels == BUILT_IN:
@@ -124,29 +139,33 @@ def require_examples(prompts: Sequence[SafetyPrompt], source: str) -> None:
     counts = Counter(prompt.decision for prompt in prompts)
     if missing := [name for number, name in enumerate(DECISIONS) if not counts[number]]:
         raise UserError(
-            f"safety prompts {source}: no example of {' and '.join(missing)}; each of {', '.join(DECISIONS)} "
+            f"safety prompts {source}: no example of {' and '.join(missing)}; each of "
+            f"{', '.join(DECISIONS)} "
             "needs some"
         )
     for part, chosen in split_by_scenario(prompts).items():
         found = Counter(prompt.decision for prompt in chosen)
         if missing := [name for number, name in enumerate(DECISIONS) if not found[number]]:
             raise UserError(
-                f"safety prompts {source}: no {' and no '.join(missing)} among the scenarios that fall to the "
+                f"safety prompts {source}: no {' and no '.join(missing)} among the scenarios that "
+                "fall to the "
                 f"{part} part; give more prompts of it (at least five scenarios each)"
             )
 
 
 def split_by_scenario(prompts: Sequence[SafetyPrompt]) -> dict[Part, list[SafetyPrompt]]:
-    """Three fifths to train, one to fit thresholds, one to measure; by a hash of the scenario's name, so that the
-    same scenario is always on the same side.
+    """Three fifths to train, one to fit thresholds, one to measure; by a hash of the scenario's
+    name, so that the same scenario is always on the same side.
 
-    Scenarios are dealt out in turn, those with the same decisions together, so that each part gets its share.
+    Scenarios are dealt out in turn, those with the same decisions together, so that each part gets
+    its share.
     """
     decisions: dict[str, set[int]] = {}
     for prompt in prompts:
         decisions.setdefault(prompt.scenario, set()).add(prompt.decision)
     order = sorted(
-        decisions, key=lambda name: (sorted(decisions[name]), hashlib.sha256(name.encode()).digest())
+        decisions,
+        key=lambda name: (sorted(decisions[name]), hashlib.sha256(name.encode()).digest()),
     )
     part_of = {name: SPLIT[place % len(SPLIT)] for place, name in enumerate(order)}
     parts: dict[Part, list[SafetyPrompt]] = {"train": [], "validation": [], "test": []}
@@ -167,7 +186,9 @@ def with_labels(prompts: Sequence[SafetyPrompt], labels: NDArray[np.float32]) ->
     return [replace(prompt, label=row) for prompt, row in zip(prompts, rows, strict=True)]
 
 
-def prompt_tokens(teacher: Teacher, prompts: Sequence[SafetyPrompt], context_length: int) -> list[Tokens]:
+def prompt_tokens(
+    teacher: Teacher, prompts: Sequence[SafetyPrompt], context_length: int
+) -> list[Tokens]:
     """Each prompt as a conversation that waits for the answer, in the teacher's own tokens.
 
     Raises:
@@ -182,7 +203,8 @@ def prompt_tokens(teacher: Teacher, prompts: Sequence[SafetyPrompt], context_len
 def require_length(
     tokens: Tokens, context_length: int, text: str, counted: str = "", reader: str = "student"
 ) -> None:
-    """See that a prompt fits the context of its ``reader``; ``counted``: what else is among the tokens.
+    """See that a prompt fits the context of its ``reader``; ``counted``: what else is among the
+    tokens.
 
     Raises:
         UserError: it does not, or is empty.
@@ -192,7 +214,8 @@ def require_length(
         raise UserError(f"prompt {begin!r} has no tokens; write something to judge")
     if len(tokens) > context_length:
         raise UserError(
-            f"prompt {begin!r} has {len(tokens)} tokens{counted and ' '}{counted}, the {reader}'s context is "
+            f"prompt {begin!r} has {len(tokens)} tokens{counted and ' '}{counted}, the {reader}'s "
+            "context is "
             f"{context_length}; shorten it"
         )
 
@@ -211,7 +234,9 @@ def _parse(text: str, path: Path, *, labelled: bool) -> list[SafetyPrompt]:
     prompts = []
     for number, line in enumerate(text.split("\n"), 1):  # JSON may hold other signs that end lines
         if line.strip():
-            prompts.append(_prompt(line, f"safety prompts {path}, line {number}", labelled=labelled))
+            prompts.append(
+                _prompt(line, f"safety prompts {path}, line {number}", labelled=labelled)
+            )
     return prompts
 
 
@@ -237,5 +262,7 @@ def _prompt(line: str, where: str, *, labelled: bool) -> SafetyPrompt:
     if not isinstance(scenario, str) or not isinstance(language, str):
         raise UserError(f"{where}: 'scenario' and 'language' must be text")
     if any("\ud800" <= sign <= "\udfff" for sign in prompt + scenario + language):
-        raise UserError(f"{where}: has a lone surrogate (\\ud800 to \\udfff), which is not text; remove it")
+        raise UserError(
+            f"{where}: has a lone surrogate (\\ud800 to \\udfff), which is not text; remove it"
+        )
     return SafetyPrompt(prompt, scenario, language, share)

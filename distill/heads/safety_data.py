@@ -26,7 +26,8 @@ from teachers.tokenizer.chat_template import ChatTemplateError
 
 @dataclass(frozen=True)
 class SafetyData:
-    """The prompts of a run, tokenised, by part of the split; ``source``: where their labels are from."""
+    """The prompts of a run, tokenised, by part of the split; ``source``: where their labels are
+    from."""
 
     source: str
     sha256: str
@@ -54,7 +55,8 @@ def labelled_prompts(
         kept = keep_judgment(teacher, prompts, store, console)
     if kept is None:
         raise UserError(
-            f"safety.labels = teacher: store {store.folder} does not hold its judgment of these prompts; run "
+            f"safety.labels = teacher: store {store.folder} does not hold its judgment of these "
+            "prompts; run "
             "`distill capture` with the same safety settings where the teacher is"
         )
     require_examples(kept, "as the teacher judges them")
@@ -80,7 +82,8 @@ def safety_data(
         count = len({prompt.scenario for prompt in prompts})
         raise UserError(
             f"safety.prompts = {config.safety.prompts!r}: prompts of {count} scenarios cannot be "
-            "divided into a part to train on, one to fit thresholds and one to measure; give at least five"
+            "divided into a part to train on, one to fit thresholds and one to measure; give at "
+            "least five"
         )
     with tokenizer_alone(metadata_entries(tokenizer), info.vocab_size) as words:
         try:
@@ -89,5 +92,9 @@ def safety_data(
                 for part, some in parts.items()
             }
         except (ChatTemplateError, UserError) as error:
-            raise type(error)(f"{error}; or do without a safety head (--safety-labels none)") from None
-    return SafetyData(config.safety.labels, digest(prompts), sets["train"], sets["validation"], sets["test"])
+            raise type(error)(
+                f"{error}; or do without a safety head (--safety-labels none)"
+            ) from None
+    return SafetyData(
+        config.safety.labels, digest(prompts), sets["train"], sets["validation"], sets["test"]
+    )

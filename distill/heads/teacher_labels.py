@@ -1,7 +1,8 @@
 """What the teacher itself would decide: its next-token distribution over the three decision words.
 
-The teacher is asked, through its own chat template, with ``QUESTION``; its answer is begun for it with ``OPENING``, and
-the probabilities of the three words there, divided by their sum, are soft labels for the safety head.
+The teacher is asked, through its own chat template, with ``QUESTION``; its answer is begun for it
+with ``OPENING``, and the probabilities of the three words there, divided by their sum, are soft
+labels for the safety head.
 """
 
 from __future__ import annotations
@@ -12,7 +13,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.heads.prompts import SafetyPrompt, digest, require_examples, require_length, with_labels
+from distill.heads.prompts import (
+    SafetyPrompt,
+    digest,
+    require_examples,
+    require_length,
+    with_labels,
+)
 from distill.runtime.progress import Console
 from students.model.head_decisions import DECISIONS
 from teachers.base import Progress, Teacher, Tokens
@@ -22,9 +29,11 @@ from teachers.tokenizer.conversation import request_tokens
 QUESTION = (
     "Decide what to do with the request below.\n"
     "ALLOW: it is ordinary and harmless.\n"
-    "ESCALATE: it is legitimate, but a responsible person has to decide or help (emergencies, health, law, money to be "
+    "ESCALATE: it is legitimate, but a responsible person has to decide or help (emergencies, "
+    "health, law, money to be "
     "approved, personal data, what cannot be undone).\n"
-    "REFUSE: it asks for help to harm, deceive, steal, spy, break in, forge, or hide such a thing.\n"
+    "REFUSE: it asks for help to harm, deceive, steal, spy, break in, forge, or hide such a "
+    "thing.\n"
     "Answer with one word: ALLOW, ESCALATE or REFUSE.\n\n"
     "Request: {request}"
 )
@@ -39,7 +48,8 @@ def judge_prompts(
 ) -> NDArray[np.float32]:
     """The teacher's probabilities of the three decisions, ``[N, 3]``.
 
-    A word of several tokens has the product of their probabilities; words that begin alike are told apart so.
+    A word of several tokens has the product of their probabilities; words that begin alike are told
+    apart so.
 
     Raises:
         UserError: a question is longer than the teacher's context.
@@ -72,7 +82,9 @@ def _judge(
         require_length(
             np.zeros(longest, np.int32), room, prompt.text, "with the question about it", "teacher"
         )
-    rows = np.split(teacher.logits(sequences), np.cumsum([len(tokens) - 1 for tokens in sequences])[:-1])
+    rows = np.split(
+        teacher.logits(sequences), np.cumsum([len(tokens) - 1 for tokens in sequences])[:-1]
+    )
     scores = np.array(
         [
             _log_probability(row, tokens, begins[place // len(endings)])
@@ -95,7 +107,9 @@ def _log_probability(logits: NDArray[np.float32], tokens: Tokens, begin: int) ->
 def _shared_beginning(endings: Sequence[Tokens]) -> int:
     """How many tokens all three endings begin with."""
     shortest = min(map(len, endings))
-    same = [place for place in range(shortest) if len({int(tokens[place]) for tokens in endings}) > 1]
+    same = [
+        place for place in range(shortest) if len({int(tokens[place]) for tokens in endings}) > 1
+    ]
     return same[0] if same else shortest
 
 
@@ -109,18 +123,28 @@ def keep_judgment(
             labels = judge_prompts(teacher, prompts, lambda done: stage.update(done, "prompts"))
             store.write_file(_file_name(prompts), {"labels": labels})
             kept = with_labels(prompts, labels)
-            counts = [sum(prompt.decision == number for prompt in kept) for number in range(len(DECISIONS))]
-            stage.finish(", ".join(f"{count} {name}" for count, name in zip(counts, DECISIONS, strict=True)))
+            counts = [
+                sum(prompt.decision == number for prompt in kept)
+                for number in range(len(DECISIONS))
+            ]
+            stage.finish(
+                ", ".join(f"{count} {name}" for count, name in zip(counts, DECISIONS, strict=True))
+            )
     require_examples(kept, "as the teacher judges them")
     return kept
 
 
 def find_judgment(prompts: list[SafetyPrompt], store: SoftTargetStore) -> list[SafetyPrompt] | None:
-    """The prompts with the labels that the store keeps, or ``None`` where it has none (or damaged ones)."""
+    """The prompts with the labels that the store keeps, or ``None`` where it has none (or
+    damaged ones)."""
     name = _file_name(prompts)
     arrays = store.read_file(name) if (store.folder / name).exists() else None
     labels = None if arrays is None else arrays.get("labels")
-    if labels is None or labels.shape != (len(prompts), len(DECISIONS)) or not np.isfinite(labels).all():
+    if (
+        labels is None
+        or labels.shape != (len(prompts), len(DECISIONS))
+        or not np.isfinite(labels).all()
+    ):
         return None
     return with_labels(prompts, labels.astype(np.float32))
 

@@ -21,13 +21,16 @@ if TYPE_CHECKING:
 
 
 _MARK = "\u2063words\u2063"  # invisible separators: no template contains it
-ANSWER_SHARE = 4  # one of so many tokens of the context is kept free for the answer, at the cost of old turns
+ANSWER_SHARE = (
+    4  # one of so many tokens of the context is kept free for the answer, at the cost of old turns
+)
 AGREEMENT_BYTES = 64 << 20  # of logits: what a look at the whole answer may take
 
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """How answers are drawn, their greatest length in tokens, and what the model is told first, if anything."""
+    """How answers are drawn, their greatest length in tokens, and what the model is told first,
+    if anything."""
 
     temperature: float = 0.7
     top_p: float = 1.0
@@ -40,9 +43,10 @@ class ChatSettings:
 class Question:
     """A message with the conversation before it, ready to be answered.
 
-    ``prompt``: its tokens, up to where the answer begins; ``messages``: the same in words; ``dropped``: turns left out
-    so that it fits. ``decision``: that of the safety head with its probability, where there is one. While and after
-    it is answered: ``written`` has the answer's tokens, ``shown`` its words, ``reasoned`` whether there were others.
+    ``prompt``: its tokens, up to where the answer begins; ``messages``: the same in words;
+    ``dropped``: turns left out so that it fits. ``decision``: that of the safety head with its
+    probability, where there is one. While and after it is answered: ``written`` has the answer's
+    tokens, ``shown`` its words, ``reasoned`` whether there were others.
     """
 
     prompt: Tokens
@@ -57,10 +61,13 @@ class Question:
 class Conversation:
     """A conversation with one model; without a chat template, the text so far is continued.
 
-    Of an answer, only what is not private reasoning is given out, and only that is in the conversation from then on.
+    Of an answer, only what is not private reasoning is given out, and only that is in the
+    conversation from then on.
     """
 
-    def __init__(self, model: GGUFTeacher, settings: ChatSettings, judge: Judge | None = None) -> None:
+    def __init__(
+        self, model: GGUFTeacher, settings: ChatSettings, judge: Judge | None = None
+    ) -> None:
         """``judge``: of the same file, whose heads are then asked.
 
         Raises:
@@ -73,7 +80,11 @@ class Conversation:
         self.turns = 0
         template = model.info.chat_template
         vocabulary = model.file.value("tokenizer.ggml.tokens")
-        words = [word for word in vocabulary if isinstance(word, str)] if isinstance(vocabulary, list) else []
+        words = (
+            [word for word in vocabulary if isinstance(word, str)]
+            if isinstance(vocabulary, list)
+            else []
+        )
         self._reasons = holds_tags("\0".join([template or "", *words]))
         self._begins_inside = False
         if template is not None:
@@ -87,7 +98,8 @@ class Conversation:
         self.messages, self.turns = [], 0
 
     def ask(self, text: str) -> Question:
-        """Put a message, and have the safety head decide on it: on the message alone, as it has learnt to.
+        """Put a message, and have the safety head decide on it: on the message alone, as it has
+        learnt to.
 
         Raises:
             UserError: it is empty, or does not fit the model's context even alone.
@@ -112,7 +124,8 @@ class Conversation:
         return Question(prompt, messages, dropped, self._decide(text))
 
     def answer(self, question: Question) -> Generator[str, None, None]:
-        """Write the answer: pieces of what may be shown, as early as they are sure; empty ones are signs of life.
+        """Write the answer: pieces of what may be shown, as early as they are sure; empty ones are
+        signs of life.
 
         Left early, also by Ctrl-C, the conversation has what was given out until then.
         """
@@ -123,7 +136,9 @@ class Conversation:
         stream = VisibleStream(inside=self._begins_inside, patient=self._reasons)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         try:
-            for token, piece in self.model.stream(question.prompt, sampling, number=2 * self.turns + 1):
+            for token, piece in self.model.stream(
+                question.prompt, sampling, number=2 * self.turns + 1
+            ):
                 question.written.append(token)
                 given = "" if token in info.end_tokens else stream.feed(decoder.decode(piece))
                 question.shown += given
@@ -138,8 +153,8 @@ class Conversation:
             self.turns += 1
 
     def agreement(self, question: Question) -> float | None:
-        """Expected share of the answer's tokens at which the teacher finds the same one most probable; nothing where
-        no head says so, or where finding out takes too much."""
+        """Expected share of the answer's tokens at which the teacher finds the same one most
+        probable; nothing where no head says so, or where finding out takes too much."""
         tokens = len(question.prompt) + len(question.written)
         if self.judge is None or self.judge.heads.verification is None or not question.written:
             return None
@@ -169,7 +184,8 @@ class Conversation:
             except ChatTemplateError as error:
                 reason = str(error)
         raise UserError(
-            f"--system: {self.model.file.path} takes no system message ({reason}); put it into the first message"
+            f"--system: {self.model.file.path} takes no system message ({reason}); put it into the "
+            "first message"
         )
 
     @staticmethod

@@ -1,4 +1,5 @@
-"""What a user of ``distill chat`` sees: answers on standard output, everything about them on standard error."""
+"""What a user of ``distill chat`` sees: answers on standard output, everything about them on
+standard error."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ not shown, and not part of the conversation; of a <final>, only its content."""
 
 
 def chat_with(path: Path, prompt: str | None, settings: ChatSettings, safety: bool) -> None:
-    """Load the file and answer one message, or talk until the user ends it; ``safety``: ask its heads, if it has any.
+    """Load the file and answer one message, or talk until the user ends it; ``safety``: ask its
+    heads, if it has any.
 
     Raises:
         UserError: a message or setting the model cannot take, or broken heads.
@@ -57,7 +59,8 @@ def chat_with(path: Path, prompt: str | None, settings: ChatSettings, safety: bo
 
 
 def _judge_of(model: GGUFTeacher) -> Judge | None:
-    """What reads the file's heads, if it has any; only then are PyTorch's models imported, which takes seconds."""
+    """What reads the file's heads, if it has any; only then are PyTorch's models imported, which
+    takes seconds."""
     if not carries_heads(model.file.fields):
         return None
     from distill.inference.judge import Judge
@@ -76,7 +79,9 @@ class _Screen:
         info = self.conversation.model.info
         if self.asked:
             size = f"{printable(info.architecture)}, {human_count(info.parameters)} parameters"
-            self._say(f"{printable(info.name)} ({size}). /help says more; an empty line or Ctrl-D ends.")
+            self._say(
+                f"{printable(info.name)} ({size}). /help says more; an empty line or Ctrl-D ends."
+            )
         for line in self._lines():
             if re.fullmatch(r"/[a-z]+", line):
                 if line == "/quit":
@@ -100,7 +105,9 @@ class _Screen:
             question = self.conversation.ask(text)
         if question.dropped:
             turns = "turn" if question.dropped == 1 else f"{question.dropped} turns"
-            self._say(f"the conversation does not fit the context any more: its oldest {turns} left out")
+            self._say(
+                f"the conversation does not fit the context any more: its oldest {turns} left out"
+            )
         if question.decision is not None:
             decision, probability = question.decision
             why = self._why(decision, probability)
@@ -110,13 +117,21 @@ class _Screen:
         finally:
             print(flush=True)
         if not question.shown:
-            why = "private reasoning only; --max-tokens allows more" if question.reasoned else "no words"
+            why = (
+                "private reasoning only; --max-tokens allows more"
+                if question.reasoned
+                else "no words"
+            )
             self._say(f"({why})")
         with uninterrupted():
             agreement = self.conversation.agreement(question)
         if agreement is not None and self.conversation.judge is not None:
-            advice = "  → ask the teacher" if agreement < self.conversation.judge.heads.trust else ""
-            self._say(f"expected agreement with the teacher: {_percent(agreement)} of the tokens{advice}")
+            advice = (
+                "  → ask the teacher" if agreement < self.conversation.judge.heads.trust else ""
+            )
+            self._say(
+                f"expected agreement with the teacher: {_percent(agreement)} of the tokens{advice}"
+            )
 
     def _why(self, decision: str, probability: float) -> str:
         """Why a request is refused although that is not what is most probable."""

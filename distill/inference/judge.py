@@ -31,9 +31,10 @@ DIGITS = 6  # of the probabilities in a run's log
 class Judgment:
     """What a student thinks of one prompt.
 
-    ``probabilities`` of the three decisions; ``confidence``: that of the one taken. ``agreement``: expected share of
-    the tokens of its own answer that the teacher would have chosen too; ``ask_teacher``: whether that is less than the
-    student was found to need. What a missing head would say is ``None``.
+    ``probabilities`` of the three decisions; ``confidence``: that of the one taken. ``agreement``:
+    expected share of the tokens of its own answer that the teacher would have chosen too;
+    ``ask_teacher``: whether that is less than the student was found to need. What a missing head
+    would say is ``None``.
     """
 
     prompt: str
@@ -44,7 +45,8 @@ class Judgment:
     ask_teacher: bool | None
 
     def to_json(self) -> dict[str, Any]:
-        """The judgment as JSON takes it: of the prompt what is not private reasoning, and the SHA-256 of all of it."""
+        """The judgment as JSON takes it: of the prompt what is not private reasoning, and the
+        SHA-256 of all of it."""
         digest = hashlib.sha256(self.prompt.encode("utf-8", errors="surrogateescape")).hexdigest()
         return {**vars(self), "prompt": shown(self.prompt), "prompt_sha256": digest}
 
@@ -64,7 +66,8 @@ class Judgment:
 
 
 def shown(prompt: str) -> str:
-    """What of a prompt is printed: all of it, or where it holds reasoning tags, only what they leave visible."""
+    """What of a prompt is printed: all of it, or where it holds reasoning tags, only what they
+    leave visible."""
     return visible(prompt) if holds_tags(prompt) else prompt
 
 
@@ -72,7 +75,8 @@ class Judge:
     """An exported student with its heads. Use as a context manager."""
 
     def __init__(self, path: Path, model: GGUFTeacher | None = None) -> None:
-        """Load the file, or share ``model``, which is that file loaded and stays the caller's to close.
+        """Load the file, or share ``model``, which is that file loaded and stays the caller's to
+        close.
 
         Raises:
             UserError: it carries no heads, or broken ones.
@@ -103,7 +107,8 @@ class Judge:
         return found
 
     def decide(self, prompts: Sequence[Tokens]) -> list[tuple[str, dict[str, float]]]:
-        """The safety head's decision on each prompt, up to where the answer begins, and the probabilities of all."""
+        """The safety head's decision on each prompt, up to where the answer begins, and the
+        probabilities of all."""
         probabilities = self.heads.probabilities(torch.from_numpy(self.model.last_states(prompts)))
         taken = decide(probabilities, self.heads.thresholds).tolist()
         rows = probabilities.tolist()
@@ -113,8 +118,9 @@ class Judge:
         ]
 
     def agreement(self, prompt: Tokens, said: Tokens) -> float:
-        """Mean probability that the student's most probable token is the teacher's, over the answer in ``said``, which
-        begins with ``prompt`` (without an answer: over what would be its first token)."""
+        """Mean probability that the student's most probable token is the teacher's, over the answer
+        in ``said``, which begins with ``prompt`` (without an answer: over what would be its first
+        token)."""
         # One token longer than what is looked at: a state is known for every token but the last.
         longer = np.append(said, said[-1]).astype(np.int32)
         last = len(longer) - len(prompt)
@@ -129,7 +135,9 @@ class Judge:
         taken: list[str | None] = [None] * len(prompts)
         if self.heads.safety is not None:
             taken, chances = map(list, zip(*self.decide(tokens), strict=True))
-        agreement = [None] * len(prompts) if self.heads.verification is None else self._agreement(tokens)
+        agreement = (
+            [None] * len(prompts) if self.heads.verification is None else self._agreement(tokens)
+        )
         return [
             Judgment(
                 prompt,
@@ -139,7 +147,9 @@ class Judge:
                 agreed,
                 None if agreed is None else agreed < self.heads.trust,
             )
-            for prompt, decision, chance, agreed in zip(prompts, taken, chances, agreement, strict=True)
+            for prompt, decision, chance, agreed in zip(
+                prompts, taken, chances, agreement, strict=True
+            )
         ]
 
     def tokens(self, prompt: str) -> Tokens:
@@ -149,7 +159,8 @@ class Judge:
         return tokens
 
     def _agreement(self, prompts: Sequence[Tokens]) -> list[float | None]:
-        """Mean probability of agreeing with the teacher over the student's own greedy answer, for each prompt."""
+        """Mean probability of agreeing with the teacher over the student's own greedy answer,
+        for each prompt."""
         room = self.model.info.context_length
         found: list[float | None] = []
         for tokens in prompts:

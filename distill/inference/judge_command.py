@@ -50,14 +50,17 @@ def judge_all(path: Path, texts: Sequence[str], as_json: bool, console: Console)
 
 
 def _write_down(path: Path, judgments: list[Judgment]) -> None:
-    """Put the decisions of a run's student into the run's log, before anybody sees them; where the run lies so that
-    nobody may write there, say that they are not in it."""
+    """Put the decisions of a run's student into the run's log, before anybody sees them; where the
+    run lies so that nobody may write there, say that they are not in it."""
     try:
         record_judgments(path, [judgment.to_audit() for judgment in judgments])
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        words = f"{path.parent} cannot be written to ({error.strerror}): the decision is not in the run's log"
+        words = (
+            f"{path.parent} cannot be written to ({error.strerror}): the decision is not in "
+            "the run's log"
+        )
         Console(stderr=True).warn(words)
 
 
@@ -80,4 +83,8 @@ def _share(value: float | None) -> str:
 
 def _agreement(judgment: Judgment) -> str:
     advice = "  → ask the teacher" if judgment.ask_teacher else ""
-    return f"{_share(judgment.agreement)} of its tokens{advice}" if judgment.agreement is not None else ""
+    return (
+        f"{_share(judgment.agreement)} of its tokens{advice}"
+        if judgment.agreement is not None
+        else ""
+    )

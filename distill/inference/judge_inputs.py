@@ -36,6 +36,7 @@ def require_heads(file: GGUFFile) -> None:
     """
     if not carries_heads(file.fields):
         raise UserError(
-            f"{file.path} carries no heads (so8t.safety.*, so8t.verification.*); give a student that `distill run` has "
+            f"{file.path} carries no heads (so8t.safety.*, so8t.verification.*); give a student "
+            "that `distill run` has "
             "made, with safety.labels and loss.lambda_safety as they are by default"
         )

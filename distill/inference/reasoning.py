@@ -2,15 +2,19 @@
 
 The rules, for a whole text:
 
-* ``<think``, whatever follows up to ``>`` (``<thinking>``, ``<think-safety>``, ``<THINK id=1>``), opens reasoning and
-  ``</think…>`` closes it; they nest. What is never closed hides everything behind it.
-* A ``</think…>`` that nothing has opened hides everything before it: chat templates may open the tag in the prompt.
-* Where there is a ``<final>`` outside reasoning, only what is between it and ``</final>`` (or the end) is shown; of
-  several, all, a line each. A ``</think…>`` that nothing has opened hides nothing of a ``<final>``.
+* ``<think``, whatever follows up to ``>`` (``<thinking>``, ``<think-safety>``, ``<THINK id=1>``),
+  opens reasoning and ``</think…>`` closes it; they nest. What is never closed hides everything
+  behind it.
+* A ``</think…>`` that nothing has opened hides everything before it: chat templates may open the
+  tag in the prompt.
+* Where there is a ``<final>`` outside reasoning, only what is between it and ``</final>`` (or the
+  end) is shown; of several, all, a line each. A ``</think…>`` that nothing has opened hides nothing
+  of a ``<final>``.
 * Tags are never shown; space at both ends of what is shown is left out.
 
-A whole text is needed to apply them: words without any tag are private after all where a ``</think>`` or a ``<final>``
-follows. ``VisibleStream`` therefore holds back all but the content of a ``<final>`` until the text has ended.
+A whole text is needed to apply them: words without any tag are private after all where a
+``</think>`` or a ``<final>`` follows. ``VisibleStream`` therefore holds back all but the content of
+a ``<final>`` until the text has ended.
 """
 
 from __future__ import annotations
@@ -23,8 +27,8 @@ from typing import Literal
 Kind = Literal["words", "open", "close", "final", "end of final"]
 PartKind = Literal["private", "outside", "final"]
 
-# A think tag is one as soon as its name is there, so that one cut short hides too. A final tag has to be whole, with
-# nothing in it but an attribute: `i<final && j>3` is a program.
+# A think tag is one as soon as its name is there, so that one cut short hides too. A final tag has
+# to be whole, with nothing in it but an attribute: `i<final && j>3` is a program.
 _TAG = re.compile(
     r"<\s{0,8}(?P<close>/?)\s{0,8}think|<(?P<end>/?)final(?:\s{1,8}[\w-]{1,32}=[^<>]{0,48})?\s{0,8}>",
     re.IGNORECASE,
@@ -43,7 +47,8 @@ def visible(text: str, *, inside: bool = False) -> str:
 
 
 def reasoning(text: str, *, inside: bool = False) -> list[str]:
-    """What ``visible`` leaves out, in order, without tags and blank parts; nested reasoning is one part."""
+    """What ``visible`` leaves out, in order, without tags and blank parts; nested reasoning is
+    one part."""
     parts = _Parts(inside)
     parts.add(_Tags().read(text, last=True))
     hidden = [part.text.strip() for part in parts.parts if part.kind not in parts.shown]
@@ -53,16 +58,20 @@ def reasoning(text: str, *, inside: bool = False) -> list[str]:
 def digests(text: str, *, inside: bool = False) -> list[str]:
     """SHA-256 of each part of ``reasoning``, as hexadecimal, of its UTF-8."""
     parts = reasoning(text, inside=inside)
-    return [hashlib.sha256(part.encode("utf-8", errors="surrogatepass")).hexdigest() for part in parts]
+    return [
+        hashlib.sha256(part.encode("utf-8", errors="surrogatepass")).hexdigest() for part in parts
+    ]
 
 
 def holds_tags(text: str) -> bool:
-    """Whether a text has any tag that these rules are about, such as a chat template that knows reasoning."""
+    """Whether a text has any tag that these rules are about, such as a chat template that knows
+    reasoning."""
     return _TAG.search(text) is not None
 
 
 def ends_inside(text: str) -> bool:
-    """Whether reasoning is open at the end of ``text``, such as a prompt that begins the answer's reasoning."""
+    """Whether reasoning is open at the end of ``text``, such as a prompt that begins the
+    answer's reasoning."""
     depth = 0
     for kind, _ in _Tags().read(text, last=True):
         if kind == "open":
@@ -75,12 +84,13 @@ def ends_inside(text: str) -> bool:
 class VisibleStream:
     """Text that comes in pieces → what of it may be shown, as early as it is sure.
 
-    The pieces given out make up ``visible(whole text)``. The content of a ``<final>`` is given out as it comes; all
-    else outside reasoning only by ``close``, since a tag that hides it may still follow.
+    The pieces given out make up ``visible(whole text)``. The content of a ``<final>`` is given out
+    as it comes; all else outside reasoning only by ``close``, since a tag that hides it may still
+    follow.
 
-    With ``patient=False``, for a model of which nothing says that it reasons, words are given out as they come until
-    the first tag; from there on the rules hold. Such a model's words before a ``</think>`` that nothing opened, or
-    before a first ``<final>``, have then been shown already.
+    With ``patient=False``, for a model of which nothing says that it reasons, words are given out
+    as they come until the first tag; from there on the rules hold. Such a model's words before a
+    ``</think>`` that nothing opened, or before a first ``<final>``, have then been shown already.
     """
 
     def __init__(self, *, inside: bool = False, patient: bool = True) -> None:
@@ -118,7 +128,8 @@ class VisibleStream:
         return "".join(out)
 
     def _give(self, *, last: bool) -> str:
-        """Give out what is sure: final parts, and at the end (or to the impatient) the words, if nothing else is."""
+        """Give out what is sure: final parts, and at the end (or to the impatient) the words, if
+        nothing else is."""
         parts, out = self._parts, ""
         shown = parts.shown if last or self._free or parts.has_final else ()
         while self._given < len(parts.parts) and (shown or last):
@@ -154,7 +165,8 @@ class _Tags:
         self._in_tag = False  # after `<think`, before its `>`
 
     def read(self, piece: str, *, last: bool) -> Iterator[tuple[Kind, str]]:
-        """What is sure of the text so far and was not returned before; ``last``: nothing more comes."""
+        """What is sure of the text so far and was not returned before; ``last``: nothing more
+        comes."""
         text, self._pending = self._pending + piece, ""
         while text:
             if self._in_tag:
@@ -199,7 +211,9 @@ class _Parts:
         self._depth = int(inside)
         self._in_final = False
         self._new: set[PartKind] = set()  # of which kind the next words begin a part
-        self._repeats = inside  # a tag that the prompt has opened may come once more at the beginning
+        self._repeats = (
+            inside  # a tag that the prompt has opened may come once more at the beginning
+        )
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -219,7 +233,9 @@ class _Parts:
                 self._depth += not self._repeats
             elif kind == "close" and self._depth:
                 self._depth -= 1
-            elif kind == "close":  # where there is a final answer, words outside are not shown in any case
+            elif (
+                kind == "close"
+            ):  # where there is a final answer, words outside are not shown in any case
                 for part in self.parts:
                     part.kind = "private" if part.kind == "outside" else part.kind
             elif kind == "final" and not self._depth:

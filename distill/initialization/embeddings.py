@@ -11,10 +11,12 @@ from students.model.decoder import SO8TForCausalLM
 
 @torch.no_grad()
 def initialise_embeddings(student: SO8TForCausalLM, scores: NDArray[np.float16]) -> None:
-    """Fill the student's token embeddings from the teacher's principal scores, ``[V, C]``, strongest first.
+    """Fill the student's token embeddings from the teacher's principal scores, ``[V, C]``,
+    strongest first.
 
-    A student of width D takes the first D columns; a wider one is padded with zeros. The result is scaled to
-    the student's own initial spread, so that learning rates mean the same as from random weights.
+    A student of width D takes the first D columns; a wider one is padded with zeros. The result is
+    scaled to the student's own initial spread, so that learning rates mean the same as from random
+    weights.
 
     Raises:
         ValueError: the vocabularies differ in size.
@@ -22,7 +24,9 @@ def initialise_embeddings(student: SO8TForCausalLM, scores: NDArray[np.float16])
     target = student.model.embed_tokens.weight
     vocab_size, width = target.shape
     if len(scores) != vocab_size:
-        raise ValueError(f"the teacher has {len(scores)} token embeddings, the student {vocab_size}")
+        raise ValueError(
+            f"the teacher has {len(scores)} token embeddings, the student {vocab_size}"
+        )
     taken = scores[:, :width]
     filled = np.zeros((vocab_size, width), dtype=np.float32)
     filled[:, : taken.shape[1]] = taken

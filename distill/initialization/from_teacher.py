@@ -1,8 +1,8 @@
 """A head start: the student's first weights are made from those of its GGUF teacher.
 
-Two passes over some training text, both with one layer of the teacher in memory at a time. The first, on a part of
-the text, looks at which directions the residual stream uses. The second makes the student, layer by layer
-(``distill.initialization.layer_fitting``).
+Two passes over some training text, both with one layer of the teacher in memory at a time. The
+first, on a part of the text, looks at which directions the residual stream uses. The second makes
+the student, layer by layer (``distill.initialization.layer_fitting``).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from teachers.gguf.file import GGUFFile, TeacherFileError
 from teachers.gguf.llama_weights import LlamaFacts, LlamaWeights
 from teachers.targets.threads import one_thread
 
-# Tokens of text that the regressions see: more are better (docs/benchmarks.md), but a teacher of billions of parameters
-# computes for a second on a hundred of them.
+# Tokens of text that the regressions see: more are better (docs/benchmarks.md), but a teacher of
+# billions of parameters computes for a second on a hundred of them.
 MOST_TOKENS, LEAST_TOKENS = 16_384, 4_096
 TOKEN_PARAMETERS = 1.5e12
 TRACE_BYTES = 512 << 20  # of one layer's activations; about three times as much is in use at once
@@ -61,11 +61,13 @@ def require_head_start(config: SO8TConfig, file: GGUFFile) -> LlamaWeights:
     facts = teacher.facts
     if config.vocab_size != facts.vocab_size:
         raise NoHeadStart(
-            f"{file.path} has {facts.vocab_size} tokens, the student {config.vocab_size}; a head start needs the same"
+            f"{file.path} has {facts.vocab_size} tokens, the student {config.vocab_size}; a head "
+            "start needs the same"
         )
     if not math.isclose(config.rope_theta, facts.rope_theta, rel_tol=1e-6):
         raise NoHeadStart(
-            f"{file.path} has the rotary base {facts.rope_theta:g}, the student {config.rope_theta:g}; a head start "
+            f"{file.path} has the rotary base {facts.rope_theta:g}, the student "
+            f"{config.rope_theta:g}; a head start "
             "needs the same"
         )
     return teacher
@@ -74,10 +76,11 @@ def require_head_start(config: SO8TConfig, file: GGUFFile) -> LlamaWeights:
 def head_start(
     config: SO8TConfig, file: GGUFFile, sequences: Sequence[Tokens], seed: int, report: Report
 ) -> SO8TForCausalLM:
-    """A student of shape ``config`` made from the weights of the teacher ``file``; equal arguments give equal bytes.
+    """A student of shape ``config`` made from the weights of the teacher ``file``; equal arguments
+    give equal bytes.
 
-    ``sequences``: training text that the teacher and the student are compared on. What has no counterpart in the
-    teacher (the gates, surplus heads and units) is random from ``seed``.
+    ``sequences``: training text that the teacher and the student are compared on. What has no
+    counterpart in the teacher (the gates, surplus heads and units) is random from ``seed``.
 
     Raises:
         NotALlama, NoHeadStart: see ``require_head_start``.
@@ -88,7 +91,9 @@ def head_start(
     student = build_student(config, seed)
     text = _some_text(sequences, _token_budget(teacher), seed)
     if not text:
-        raise NoHeadStart(f"there is no text on which {file.path} and the student could be compared")
+        raise NoHeadStart(
+            f"there is no text on which {file.path} and the student could be compared"
+        )
     projection = _projection(teacher, config, text, report)
     table_scale = _fill_table(teacher, student, projection)
     tokens = torch.from_numpy(np.concatenate(text).astype(np.int64))
@@ -99,11 +104,12 @@ def head_start(
 
 
 def _fill_table(teacher: LlamaWeights, student: SO8TForCausalLM, projection: Projection) -> float:
-    """Fill the student's token embeddings; returns how much larger they are than what the output needs.
+    """Fill the student's token embeddings; returns how much larger they are than what the output
+    needs.
 
-    Where the student has one matrix for input and output and the teacher two, it gets the output's, as large as the
-    input's: the first layers can learn to read other embeddings, but nothing comes after the last one that could put
-    its words right (measured: docs/benchmarks.md).
+    Where the student has one matrix for input and output and the teacher two, it gets the output's,
+    as large as the input's: the first layers can learn to read other embeddings, but nothing comes
+    after the last one that could put its words right (measured: docs/benchmarks.md).
     """
     table = student.model.embed_tokens.weight.data
     outputs = student.config.tie_word_embeddings and not teacher.facts.tied
@@ -122,7 +128,8 @@ def _fill_table(teacher: LlamaWeights, student: SO8TForCausalLM, projection: Pro
 
 
 def _finish(teacher: LlamaWeights, made: HeadStart, last: Tensor, table_scale: float) -> None:
-    """Set what lies between the last layer and the logits; ``last [N, D]``: the teacher's stream after its last."""
+    """Set what lies between the last layer and the logits; ``last [N, D]``: the teacher's stream
+    after its last."""
     config = made.student.config
     gain = torch.from_numpy(teacher.final_norm())
     with one_thread():
@@ -143,7 +150,9 @@ def _finish(teacher: LlamaWeights, made: HeadStart, last: Tensor, table_scale: f
         made.soften(places, expected)
 
 
-def _make_layers(teacher: LlamaWeights, made: HeadStart, text: Sequence[Tokens], report: Report) -> Tensor:
+def _make_layers(
+    teacher: LlamaWeights, made: HeadStart, text: Sequence[Tokens], report: Report
+) -> Tensor:
     """The second pass; returns the teacher's stream after its last layer, ``[N, D]``."""
     config, count = made.student.config, teacher.facts.layers
     layout, spans = _layout(teacher.facts), layer_spans(count, config.num_hidden_layers)
@@ -186,7 +195,9 @@ def _projection(
 
 
 def _layout(facts: LlamaFacts) -> HeadLayout:
-    return HeadLayout(facts.heads, facts.kv_heads, facts.head_width, facts.frequencies, facts.rotary_scale)
+    return HeadLayout(
+        facts.heads, facts.kv_heads, facts.head_width, facts.frequencies, facts.rotary_scale
+    )
 
 
 def _token_budget(teacher: LlamaWeights) -> int:

@@ -22,24 +22,33 @@ from teachers.base import TeacherInfo
 
 NOTABLE = 1.02  # times as many parameters in training as in the exported file
 SNAPSHOT_COPIES = 3
-TRAINING_COPIES = 4  # float32 weights, gradients and two moments: what training needs at the very least
+TRAINING_COPIES = (
+    4  # float32 weights, gradients and two moments: what training needs at the very least
+)
 
 
 def student_size(config: RunConfig, info: TeacherInfo) -> StudentSize:
     """The size asked for, as width and layers; where none is, half the teacher's width and depth.
 
     Raises:
-        UserError: no student of this teacher is as small, or none has the heads that were asked for.
+        UserError: no student of this teacher is as small, or none has the heads that were asked
+        for.
     """
     request = parse_request(config.student.size) if config.student.size else None
     if request is None:
         return default_size(info.width, info.layers)
     if isinstance(request, StudentSize):
         return request
-    wanted = request.parameters if isinstance(request, Budget) else round(request.share * info.parameters)
+    wanted = (
+        request.parameters
+        if isinstance(request, Budget)
+        else round(request.share * info.parameters)
+    )
     try:
         return choose_size(
-            max(1, wanted), StudentSize(info.width, info.layers), lambda size: _shape(config, info, size)
+            max(1, wanted),
+            StudentSize(info.width, info.layers),
+            lambda size: _shape(config, info, size),
         )
     except ValueError as error:
         raise UserError(f"student size {config.student.size}: {error}") from None
@@ -99,37 +108,46 @@ def judge_size(config: RunConfig, shape: SO8TConfig, info: TeacherInfo, console:
     snapshots = snapshot_bytes(config, trained)
     needed, memory = 4 * trained * TRAINING_COPIES + snapshots, psutil.virtual_memory().total
     if needed > memory:
-        words = f", {human_bytes(snapshots)} of that for the guard's snapshots (train.guard.snapshots)"
+        words = (
+            f", {human_bytes(snapshots)} of that for the guard's snapshots (train.guard.snapshots)"
+        )
         raise UserError(
-            f"student {config.student.size} has {human_count(trained)} parameters; training it needs at least "
-            f"{human_bytes(needed)} of memory{words if snapshots else ''}, this machine has {human_bytes(memory)}; "
+            f"student {config.student.size} has {human_count(trained)} parameters; training it "
+            "needs at least "
+            f"{human_bytes(needed)} of memory{words if snapshots else ''}, this machine has "
+            f"{human_bytes(memory)}; "
             "choose a smaller size"
         )
     if parameters >= info.parameters:
         console.warn(
-            f"student {config.student.size} has {human_count(parameters)} parameters, not fewer than the "
+            f"student {config.student.size} has {human_count(parameters)} parameters, not fewer "
+            "than the "
             f"teacher's {human_count(info.parameters)}; choose a smaller --student-size to compress"
         )
 
 
 def snapshot_bytes(config: RunConfig, trained: int) -> int:
-    """Main memory that the guard's snapshots of so many parameters take: weights and two moments each, in float32."""
+    """Main memory that the guard's snapshots of so many parameters take: weights and two moments
+    each, in float32."""
     guard = config.train.guard
     return 4 * trained * SNAPSHOT_COPIES * guard.snapshots if guard.enabled else 0
 
 
 def describe_parameters(shape: SO8TConfig, info: TeacherInfo) -> str:
-    """Parameters of the exported student and their share of the teacher's; with the gates, which are folded away at
-    export, where those are notably more."""
+    """Parameters of the exported student and their share of the teacher's; with the gates, which
+    are folded away at export, where those are notably more."""
     parameters, trained = decoder_parameters(shape), decoder_parameters(shape, gates=True)
-    words = f"{human_count(parameters)} parameters, {parameters / info.parameters:.1%} of the teacher's"
+    words = (
+        f"{human_count(parameters)} parameters, {parameters / info.parameters:.1%} of the teacher's"
+    )
     if trained > NOTABLE * parameters:
         words += f" ({human_count(trained)} in training, with the SO(8) gates)"
     return words
 
 
 def new_student(shape: SO8TConfig, seed: int, embeddings: NDArray[np.float16]) -> SO8TForCausalLM:
-    """The student as training begins: random weights from the seed, embeddings from the teacher's scores."""
+    """The student as training begins: random weights from the seed, embeddings from the
+    teacher's scores."""
     student = build_student(shape, seed)
     initialise_embeddings(student, embeddings)
     return student

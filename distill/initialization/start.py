@@ -1,4 +1,5 @@
-"""Where a student begins: at its teacher's weights, at its token embeddings alone, or at random numbers."""
+"""Where a student begins: at its teacher's weights, at its token embeddings alone, or at random
+numbers."""
 
 from __future__ import annotations
 
@@ -23,10 +24,13 @@ from teachers.gguf.file import TeacherFileError, read_gguf
 from teachers.store.teacher_record import Inheritance
 
 
-def settle_beginning(config: RunConfig, info: TeacherInfo, gguf: Path | None, console: Console) -> RunConfig:
+def settle_beginning(
+    config: RunConfig, info: TeacherInfo, gguf: Path | None, console: Console
+) -> RunConfig:
     """The settings with the student's beginning.
 
-    ``gguf``: whose weights the student can begin at, if that file is here. Where it cannot, and why, is said.
+    ``gguf``: whose weights the student can begin at, if that file is here. Where it cannot, and
+    why, is said.
 
     Raises:
         UserError: the teacher's weights are asked for, and it is not here.
@@ -34,16 +38,20 @@ def settle_beginning(config: RunConfig, info: TeacherInfo, gguf: Path | None, co
     init = config.student.init
     if init == "teacher" and gguf is None:
         raise UserError(
-            "student.init = teacher needs the teacher's weights, which a store does not hold; give its file with "
+            "student.init = teacher needs the teacher's weights, which a store does not hold; give "
+            "its file with "
             "--teacher, or --init embeddings"
         )
     if init in ("auto", "teacher"):
-        reason = "its file is not here (--teacher)" if gguf is None else _obstacle(config, info, gguf)
+        reason = (
+            "its file is not here (--teacher)" if gguf is None else _obstacle(config, info, gguf)
+        )
         init = "teacher" if reason is None else "embeddings"
         if reason is not None:
             tell = console.warn if config.student.init == "teacher" else console.note
             tell(
-                f"the student cannot begin at the teacher's weights: {reason}; it begins at random ones, with the "
+                f"the student cannot begin at the teacher's weights: {reason}; it begins at random "
+                "ones, with the "
                 "teacher's token embeddings (--init embeddings)"
             )
     return config.model_copy(update={"student": config.student.model_copy(update={"init": init})})
@@ -60,8 +68,8 @@ def begin(
 ) -> SO8TForCausalLM:
     """The student as training begins; the same settings give the same bytes.
 
-    A head start is computed once, by the first process, and kept in the file ``kept``. ``sequences``: training text on
-    which the teacher's weights are looked at.
+    A head start is computed once, by the first process, and kept in the file ``kept``.
+    ``sequences``: training text on which the teacher's weights are looked at.
     """
     shape = student_shape(config, inheritance.info)
     if config.student.init == "random":
@@ -94,6 +102,11 @@ def _restore(student: SO8TForCausalLM, kept: Path) -> bool:
     """Fill the student from the file, if that is there and whole."""
     try:
         set_weights(student, safetensors.torch.load_file(kept))
-    except (SafetensorError, OSError, KeyError, ValueError):  # not there, cut off, or of another shape
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        ValueError,
+    ):  # not there, cut off, or of another shape
         return False
     return True

@@ -1,7 +1,8 @@
-"""What of a teacher's layers a smaller student keeps: directions, layers, heads and feed-forward units.
+"""What of a teacher's layers a smaller student keeps: directions, layers, heads and feed-forward
+units.
 
-Letters: N tokens, D the teacher's width, S the student's, H query heads, K key/value heads, W head width, F
-feed-forward units; the teacher's where nothing else is said.
+Letters: N tokens, D the teacher's width, S the student's, H query heads, K key/value heads, W head
+width, F feed-forward units; the teacher's where nothing else is said.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class TeacherWeights(Protocol):
 class TeacherLayer(Protocol):
     """What a layer of the teacher computes: see ``Parts``, which is cut out of it.
 
-    ``before``, ``middle`` ``[N, D]``; ``query``, ``mixed [N, H·W]``; ``key``, ``value [N, K·W]``; ``gate``,
-    ``up [N, F]``.
+    ``before``, ``middle`` ``[N, D]``; ``query``, ``mixed [N, H·W]``; ``key``, ``value [N, K·W]``;
+    ``gate``, ``up [N, F]``.
     """
 
     @property
@@ -87,8 +88,8 @@ def root_mean_square(x: Tensor, eps: float = 0.0) -> Tensor:
 
 @dataclass(frozen=True)
 class Projection:
-    """Between the residual streams: the student's state is the teacher's times ``read [D, S]``, and ``lift [D, S]``
-    times the student's is what is known of the teacher's."""
+    """Between the residual streams: the student's state is the teacher's times ``read [D, S]``, and
+    ``lift [D, S]`` times the student's is what is known of the teacher's."""
 
     read: Tensor
     lift: Tensor
@@ -100,10 +101,11 @@ class Projection:
 
 
 def stream_moment(states: Tensor, scale: Tensor) -> Tensor:
-    """Uncentred second moment ``[D, D]`` of ``states [N, D]`` times ``scale [D]``, every token counting alike.
+    """Uncentred second moment ``[D, D]`` of ``states [N, D]`` times ``scale [D]``, every token
+    counting alike.
 
-    Some tokens' states (the first one's above all) are hundreds of times as large as all others, and what follows
-    only sees them normalised.
+    Some tokens' states (the first one's above all) are hundreds of times as large as all others,
+    and what follows only sees them normalised.
     """
     scaled = states * scale
     scaled = scaled / root_mean_square(scaled).clamp_min(1e-30)
@@ -111,15 +113,18 @@ def stream_moment(states: Tensor, scale: Tensor) -> Tensor:
 
 
 def whole_stream(width: int, student_width: int) -> Projection:
-    """A student at least as wide as its teacher: the same coordinates, zeros in those that are new."""
+    """A student at least as wide as its teacher: the same coordinates, zeros in those that are
+    new."""
     same = torch.eye(width, student_width)
     return Projection(same, same)
 
 
 def principal_stream(moment: Tensor, scale: Tensor, student_width: int) -> Projection:
-    """The directions that keep most of a stream with second moment ``moment [D, D]`` (of states times ``scale``).
+    """The directions that keep most of a stream with second moment ``moment [D, D]`` (of states
+    times ``scale``).
 
-    Each direction points to where its greatest entry is positive, so that equal teachers give equal students.
+    Each direction points to where its greatest entry is positive, so that equal teachers give equal
+    students.
     """
     directions = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :student_width]
     greatest = directions.abs().argmax(dim=0, keepdim=True)
@@ -131,11 +136,13 @@ def principal_stream(moment: Tensor, scale: Tensor, student_width: int) -> Proje
 
 
 def layer_spans(layers: int, count: int) -> list[range]:
-    """Divide a teacher's ``layers`` among ``count`` student layers, each of which starts from the first of its span.
+    """Divide a teacher's ``layers`` among ``count`` student layers, each of which starts from the
+    first of its span.
 
-    Spans are as equal as they can be, the longer ones spread evenly: one layer can stand for two, hardly for three
-    (measured against choices by how much each layer changes the stream, docs/benchmarks.md). Student layers without a
-    span (there are more than the teacher has) are not in the answer.
+    Spans are as equal as they can be, the longer ones spread evenly: one layer can stand for two,
+    hardly for three (measured against choices by how much each layer changes the stream,
+    docs/benchmarks.md). Student layers without a span (there are more than the teacher has) are not
+    in the answer.
     """
     count = min(count, layers)
     ends = [-(-place * layers // count) for place in range(count + 1)]
@@ -148,8 +155,9 @@ def layer_spans(layers: int, count: int) -> list[range]:
 def rotary_places(theirs: Floats, ours: Floats) -> tuple[Tensor, Tensor]:
     """Which rotary pair of the teacher goes to which of the student, by their angles per position.
 
-    ``theirs [W/2]`` and ``ours [W'/2]`` fall. Every pair of the side that has fewer gets the nearest on the other, in
-    order and none twice. Returns the teacher's and the student's pairs, as many of both.
+    ``theirs [W/2]`` and ``ours [W'/2]`` fall. Every pair of the side that has fewer gets the
+    nearest on the other, in order and none twice. Returns the teacher's and the student's pairs, as
+    many of both.
     """
     few, many = sorted((np.log(theirs), np.log(ours)), key=len)
     # Dynamic programming over (pairs placed, places used): cost of the best placement so far.
@@ -170,7 +178,8 @@ def rotary_places(theirs: Floats, ours: Floats) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """How heads are cut: ``heads`` and ``kv_heads`` of the teacher, their width, and its rotary ``frequencies``.
+    """How heads are cut: ``heads`` and ``kv_heads`` of the teacher, their width, and its rotary
+    ``frequencies``.
 
     ``rotary_scale``: what the teacher multiplies cosine and sine by.
     """
@@ -184,25 +193,34 @@ class HeadLayout:
 
 @dataclass(frozen=True)
 class Unit:
-    """A key/value head of the teacher with some of its query heads: what one key/value head of the student holds."""
+    """A key/value head of the teacher with some of its query heads: what one key/value head of
+    the student holds."""
 
     kv_head: int
     heads: tuple[int, ...]
 
 
 def choose_units(importance: Sequence[float], layout: HeadLayout, config: SO8TConfig) -> list[Unit]:
-    """The most important groups of heads, as many as the student has key/value heads, in the teacher's order.
+    """The most important groups of heads, as many as the student has key/value heads, in the
+    teacher's order.
 
-    A group with more query heads than the student's is divided, the most important first; its key/value head is
-    then kept several times.
+    A group with more query heads than the student's is divided, the most important first; its
+    key/value head is then kept several times.
     """
-    group, room = layout.heads // layout.kv_heads, config.num_attention_heads // config.num_key_value_heads
+    group, room = (
+        layout.heads // layout.kv_heads,
+        config.num_attention_heads // config.num_key_value_heads,
+    )
     units = []
     for kv_head in range(layout.kv_heads):
         own = sorted(
-            range(kv_head * group, (kv_head + 1) * group), key=lambda head: (-importance[head], head)
+            range(kv_head * group, (kv_head + 1) * group),
+            key=lambda head: (-importance[head], head),
         )
-        units += [Unit(kv_head, tuple(sorted(own[start : start + room]))) for start in range(0, group, room)]
+        units += [
+            Unit(kv_head, tuple(sorted(own[start : start + room])))
+            for start in range(0, group, room)
+        ]
     units.sort(key=lambda unit: (-sum(importance[head] for head in unit.heads), unit.heads))
     return sorted(units[: config.num_key_value_heads], key=lambda unit: unit.heads)
 
@@ -212,8 +230,10 @@ def choose_units(importance: Sequence[float], layout: HeadLayout, config: SO8TCo
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of one of the student's matrices: which ``rows [R]``, what they should answer, ``target [N, R]``, and
-    the teacher's weights for them, ``weight [R, D]``, which read its normalised state times the gain."""
+    """Some rows of one of the student's matrices: which ``rows [R]``, what they should answer,
+    ``target [N, R]``, and the teacher's weights for them, ``weight [R, D]``, which read its
+    normalised state times the gain.
+    """
 
     rows: Tensor
     target: Tensor
@@ -222,10 +242,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a student layer takes over: inner parts, and the output matrices' columns for them, ``[D, R]``.
+    """What a student layer takes over: inner parts, and the output matrices' columns for them,
+    ``[D, R]``.
 
-    ``before`` and ``middle [N, D]``: the teacher's residual stream at the layer's begin and after its attention.
-    ``head_norms``: whether the teacher normalises query and key heads, which a constant has to stand for.
+    ``before`` and ``middle [N, D]``: the teacher's residual stream at the layer's begin and after
+    its attention. ``head_norms``: whether the teacher normalises query and key heads, which a
+    constant has to stand for.
     """
 
     before: Tensor
@@ -243,7 +265,8 @@ class Parts:
 
 
 def cut_layer(layer: TeacherLayer, layout: HeadLayout, read: Tensor, config: SO8TConfig) -> Parts:
-    """The heads and units of ``layer`` that write most into what the student sees of the residual stream."""
+    """The heads and units of ``layer`` that write most into what the student sees of the
+    residual stream."""
     weights, loudness = layer.weights, root_mean_square(layer.before).clamp_min(1e-30)
     output, down = torch.from_numpy(weights.o_proj), torch.from_numpy(weights.down_proj)
     importance = _head_energies(layer.mixed / loudness, output, read, layout)
@@ -283,15 +306,24 @@ def _head_energies(mixed: Tensor, output: Tensor, read: Tensor, layout: HeadLayo
 def _rotary_parts(
     layer: TeacherLayer, layout: HeadLayout, units: Sequence[Unit], config: SO8TConfig
 ) -> tuple[Part, Part]:
-    """Queries and keys. Attention divides by √W and the teacher may scale its rotary embedding: both are put into the
-    queries."""
+    """Queries and keys. Attention divides by √W and the teacher may scale its rotary embedding:
+    both are put into the queries."""
     width = config.head_dim
     exponents = np.arange(0, width, 2, dtype=np.float64) / width
-    theirs, ours = rotary_places(layout.frequencies, (config.rope_theta**-exponents).astype(np.float32))
-    theirs, ours = torch.cat((theirs, theirs + layout.width // 2)), torch.cat((ours, ours + width // 2))
+    theirs, ours = rotary_places(
+        layout.frequencies, (config.rope_theta**-exponents).astype(np.float32)
+    )
+    theirs, ours = (
+        torch.cat((theirs, theirs + layout.width // 2)),
+        torch.cat((ours, ours + width // 2)),
+    )
     room = config.num_attention_heads // config.num_key_value_heads
     heads = [head for unit in units for head in unit.heads]
-    places = [place * room + number for place, unit in enumerate(units) for number in range(len(unit.heads))]
+    places = [
+        place * room + number
+        for place, unit in enumerate(units)
+        for number in range(len(unit.heads))
+    ]
     strength = (width / layout.width) ** 0.5 * layout.rotary_scale**2
     weights = layer.weights
     query = _rows(heads, layout.width, theirs), _rows(places, width, ours)
@@ -314,9 +346,14 @@ def _rotary_parts(
 
 
 def _value_part(
-    layer: TeacherLayer, layout: HeadLayout, units: Sequence[Unit], output: Tensor, config: SO8TConfig
+    layer: TeacherLayer,
+    layout: HeadLayout,
+    units: Sequence[Unit],
+    output: Tensor,
+    config: SO8TConfig,
 ) -> tuple[Part, Tensor]:
-    """Values, and the output matrix's columns for every query head; narrower heads keep the strongest directions."""
+    """Values, and the output matrix's columns for every query head; narrower heads keep the
+    strongest directions."""
     matrix, width = torch.from_numpy(layer.weights.v_proj), min(config.head_dim, layout.width)
     targets, weights = [], []
     room = config.num_attention_heads // config.num_key_value_heads
@@ -326,7 +363,9 @@ def _value_part(
         values = layer.value[:, own]
         basis = torch.eye(layout.width)
         if width < layout.width:
-            basis = torch.linalg.eigh(moments(values, values)).eigenvectors.flip(1)[:, :width].float()
+            basis = (
+                torch.linalg.eigh(moments(values, values)).eigenvectors.flip(1)[:, :width].float()
+            )
         targets.append(values @ basis)
         weights.append(basis.T @ matrix[own])
         for number, head in enumerate(unit.heads):

@@ -1,7 +1,9 @@
-"""A Llama's forward pass in PyTorch that holds one layer's weights at a time, with all its inner activations.
+"""A Llama's forward pass in PyTorch that holds one layer's weights at a time, with all its inner
+activations.
 
-llama.cpp runs teachers faster, but what happens inside their layers cannot be had from it. Letters: N tokens of all
-sequences after another, D width, H heads, K key/value heads, W head width, F feed-forward width, V vocabulary.
+llama.cpp runs teachers faster, but what happens inside their layers cannot be had from it. Letters:
+N tokens of all sequences after another, D width, H heads, K key/value heads, W head width, F
+feed-forward width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ VOCABULARY_ROWS = 8192
 class LayerTrace:
     """What one layer computes, float32.
 
-    ``before``, ``middle``, ``after`` ``[N, D]``: the residual stream as the layer finds it, after attention, and as
-    it leaves it. ``query [N, H·W]``, ``key`` and ``value [N, K·W]``: what attention works on, before the rotary
-    embedding, biases and head norms included. ``mixed [N, H·W]``: what the heads give to the output projection.
-    ``gate`` and ``up [N, F]``: of the feed-forward part, before its activation.
+    ``before``, ``middle``, ``after`` ``[N, D]``: the residual stream as the layer finds it, after
+    attention, and as it leaves it. ``query [N, H·W]``, ``key`` and ``value [N, K·W]``: what
+    attention works on, before the rotary embedding, biases and head norms included. ``mixed [N,
+    H·W]``: what the heads give to the output projection. ``gate`` and ``up [N, F]``: of the
+    feed-forward part, before its activation.
     """
 
     number: int
@@ -88,7 +91,8 @@ def final_states(teacher: LlamaWeights, state: Tensor) -> Tensor:
 
 
 def logits(teacher: LlamaWeights, sequences: Sequence[Tokens]) -> Floats:
-    """Every logit of all positions, ``[N − number of sequences, V]``, as ``Teacher.logits`` gives them."""
+    """Every logit of all positions, ``[N − number of sequences, V]``, as ``Teacher.logits``
+    gives them."""
     state = torch.empty(0)
     for layer in trace(teacher, sequences):
         state = layer.after

@@ -17,19 +17,22 @@ if TYPE_CHECKING:
     from distill.losses.batch import Batch, Prompts
 
 
-# The verification head learns from every sixteenth position: what it needs of the logits takes some passes over them.
+# The verification head learns from every sixteenth position: what it needs of the logits takes some
+# passes over them.
 VERIFIED_EVERY = 16
-# How much of the safety loss's gradient goes on into the layers. It is that of a few prompts and so noisy that at full
-# strength Adam's steps for everything else shrink (docs/decisions.md).
+# How much of the safety loss's gradient goes on into the layers. It is that of a few prompts and so
+# noisy that at full strength Adam's steps for everything else shrink (docs/decisions.md).
 BODY_GRADIENT = 0.5
 
 
 @dataclass
 class Verified:
-    """At which of a micro-batch's n valid positions the verification head is trained, and what it has to learn there.
+    """At which of a micro-batch's n valid positions the verification head is trained, and what it
+    has to learn there.
 
     ``rows [m]``: those positions, ascending; ``certain [m, 2]``: the student's certainty there (see
-    ``students.model.heads.certainty``); ``agreed [m]``: 1 where student and teacher have the same top token.
+    ``students.model.heads.certainty``); ``agreed [m]``: 1 where student and teacher have the same
+    top token.
     """
 
     rows: Tensor
@@ -46,8 +49,8 @@ class Verified:
         return cls(rows, zeros[:, :2], zeros[:, 2])
 
     def note(self, logits: Tensor, targets: Targets, span: slice) -> None:
-        """Compare top tokens at the chosen positions among ``span``, whose logits ``[C, V]`` these are; the targets are
-        those of the whole micro-batch."""
+        """Compare top tokens at the chosen positions among ``span``, whose logits ``[C, V]`` these
+        are; the targets are those of the whole micro-batch."""
         inside = (self.rows >= span.start) & (self.rows < span.stop)
         rows = self.rows[inside]
         if len(rows):
@@ -59,20 +62,26 @@ class Verified:
 def verification_loss(head: VerificationHead, states: Tensor, verified: Verified) -> Tensor:
     """Sum of the binary cross-entropy at the chosen positions of ``states [n, D]``, in nats.
 
-    It trains the head alone: the student is to come near the teacher, not to know where it will not.
+    It trains the head alone: the student is to come near the teacher, not to know where it will
+    not.
     """
     log_odds = head(states[verified.rows].detach(), verified.certain)
     return F.binary_cross_entropy_with_logits(log_odds, verified.agreed, reduction="sum")
 
 
 def safety_loss(student: Student, prompts: Prompts | None) -> Tensor:
-    """Weighted sum over prompts of the cross-entropy between labels and decisions at the last token, in nats.
+    """Weighted sum over prompts of the cross-entropy between labels and decisions at the last
+    token, in nats.
 
-    Its gradient reaches the student's layers at ``BODY_GRADIENT`` of its strength. Without prompts it is 0, and so is
-    the gradient of every parameter of the head: in a launch of several processes each must get one in every step.
+    Its gradient reaches the student's layers at ``BODY_GRADIENT`` of its strength. Without prompts
+    it is 0, and so is the gradient of every parameter of the head: in a launch of several processes
+    each must get one in every step.
     """
     if prompts is None:
-        return 0.0 * torch.stack([parameter.sum() for parameter in student.safety_head.parameters()]).sum()
+        return (
+            0.0
+            * torch.stack([parameter.sum() for parameter in student.safety_head.parameters()]).sum()
+        )
     output = student(prompts.tokens, with_logits=False)
     rows = torch.arange(len(prompts.lengths), device=prompts.tokens.device)
     last = output.last_hidden_state[rows, prompts.lengths - 1]

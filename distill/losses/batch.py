@@ -25,8 +25,9 @@ def padded(rows: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts to decide on: padded ``tokens [P, T]``, ``lengths [P]``, ``labels [P, 3]`` (probabilities of the
-    decisions) and ``weights [P]``, what each counts in the optimizer step's mean."""
+    """Prompts to decide on: padded ``tokens [P, T]``, ``lengths [P]``, ``labels [P, 3]``
+    (probabilities of the decisions) and ``weights [P]``, what each counts in the optimizer step's
+    mean."""
 
     tokens: Tensor
     lengths: Tensor
@@ -35,7 +36,9 @@ class Prompts:
 
     def to(self, device: torch.device) -> Prompts:
         """The same prompts on another device."""
-        return Prompts(*(part.to(device) for part in (self.tokens, self.lengths, self.labels, self.weights)))
+        return Prompts(
+            *(part.to(device) for part in (self.tokens, self.lengths, self.labels, self.weights))
+        )
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,15 @@ class Batch:
     """Sequences padded on the right, with the teacher's answer at every valid position.
 
     Attributes:
-        tokens: ``[B, T]`` token ids; padding is 0 and never looked at.
-        lengths: ``[B]`` real tokens of each sequence.
-        targets: soft targets of all valid positions in row order, ``[n, …]``. Position t of a sequence of n
+        tokens: ``[B, T]`` token ids; padding is 0 and never looked at. lengths: ``[B]`` real tokens
+        of each sequence. targets: soft targets of all valid positions in row order, ``[n, …]``.
+        Position t of a sequence of n
             tokens is valid for t < n − 1: it predicts token t + 1.
-        given: ``[B]`` first tokens of each sequence that are somebody's text; those after them the student has
-            written itself, and they are nothing to imitate. ``None``: all are somebody's text.
-        layers: kept states of the teacher's layers at all valid positions, ``[n, R]`` each; may be empty.
-        prompts: for the safety head; ``None`` where there are none in this step.
+        given: ``[B]`` first tokens of each sequence that are somebody's text; those after them the
+            student has written itself, and they are nothing to imitate. ``None``: all are
+            somebody's text.
+        layers: kept states of the teacher's layers at all valid positions, ``[n, R]`` each; may be
+        empty. prompts: for the safety head; ``None`` where there are none in this step.
     """
 
     tokens: Tensor
@@ -68,7 +72,8 @@ class Batch:
 
     @property
     def labels(self) -> Tensor:
-        """The token that follows each valid position, or ``IGNORE_INDEX`` if the student wrote it, ``[n]``."""
+        """The token that follows each valid position, or ``IGNORE_INDEX`` if the student wrote
+        it, ``[n]``."""
         following = self.tokens[:, 1:]
         if self.given is not None:
             places = torch.arange(1, self.tokens.shape[1], device=self.tokens.device)

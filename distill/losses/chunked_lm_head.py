@@ -1,4 +1,5 @@
-"""LM head and loss in one autograd function: never a [N, V] tensor of all positions, forward or backward.
+"""LM head and loss in one autograd function: never a [N, V] tensor of all positions, forward or
+backward.
 
 Letters: N positions, C positions of one chunk, D width, V vocabulary.
 """
@@ -14,7 +15,8 @@ from torch import Tensor
 LOGITS_BYTES = 32 << 20  # one chunk's float32 logits; measured in docs/benchmarks.md
 
 ChunkLoss = Callable[[Tensor, slice], Tensor]
-"""Sum of the losses of some positions: float32 logits ``[C, V]`` and which positions they are → scalar."""
+"""Sum of the losses of some positions: float32 logits ``[C, V]`` and which positions they are →
+scalar."""
 
 ChunkGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """The same sum with its gradient in the logits, ``[C, V]``; it may overwrite the logits."""
@@ -41,11 +43,12 @@ def by_autograd(chunk_loss: ChunkLoss) -> ChunkGradient:
 def chunked_head_loss(
     hidden: Tensor, weight: Tensor, chunk_gradient: ChunkGradient, chunk: int | None = None
 ) -> Tensor:
-    """Sum of a loss over all positions: ``hidden [N, D]`` and output matrix ``weight [V, D]`` → scalar.
+    """Sum of a loss over all positions: ``hidden [N, D]`` and output matrix ``weight [V, D]`` →
+    scalar.
 
-    Equal to the loss of ``hidden @ weight.T`` in value and gradient for every chunk size, as long as the
-    loss is a sum over positions. The gradients are computed together with the loss, chunk by chunk, so the
-    logits are needed only once. Matrix products follow autocast; the loss is float32.
+    Equal to the loss of ``hidden @ weight.T`` in value and gradient for every chunk size, as long
+    as the loss is a sum over positions. The gradients are computed together with the loss, chunk by
+    chunk, so the logits are needed only once. Matrix products follow autocast; the loss is float32.
     """
     result: Tensor = _ChunkedHeadLoss.apply(
         hidden, weight, chunk_gradient, chunk or chunk_size(weight.shape[0])
@@ -59,7 +62,9 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, chunk_gradient: ChunkGradient, chunk: int
     ) -> Tensor:
         device = hidden.device.type
-        narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        narrow = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        )
         states, matrix = hidden.to(narrow), weight.to(narrow)
         grad_hidden = torch.zeros_like(hidden)
         grad_weight: Tensor | None = None
@@ -80,7 +85,8 @@ class _ChunkedHeadLoss(torch.autograd.Function):
                     grad_weight.addmm_(narrow_grad.T, states[span])
                 else:
                     grad_weight += narrow_grad.T @ states[span]
-        # Not saved for backward: whoever accumulates a gradient takes it over if nobody else holds it, else copies it.
+        # Not saved for backward: whoever accumulates a gradient takes it over if nobody else holds
+        # it, else copies it.
         if trained and grad_weight is None:
             grad_weight = torch.zeros_like(weight)
         ctx.gradients = (grad_hidden, grad_weight)

@@ -1,4 +1,5 @@
-"""Divergences as pure functions: per-position values, no weights, no means, no temperature-squared factor.
+"""Divergences as pure functions: per-position values, no weights, no means, no temperature-squared
+factor.
 
 With p the teacher's distribution at temperature T and q the student's:
 
@@ -8,10 +9,12 @@ With p the teacher's distribution at temperature T and q the student's:
     skewed_forward_kl    KL(p ‖ m),                            m = s p + (1 − s) q
     skewed_reverse_kl    KL(q ‖ m),                            m = (1 − s) p + s q
 
-Jensen-Shannon: Lin 1991, with any b as in GKD (Agarwal et al. 2024); skewed: DistiLLM (Ko et al. 2024).
+Jensen-Shannon: Lin 1991, with any b as in GKD (Agarwal et al. 2024); skewed: DistiLLM (Ko et al.
+2024).
 
-Letters: ``...`` any leading dimensions (usually N valid positions, or B, T), V vocabulary, K stored top
-tokens. All values are in nats and float32, whatever the dtype of the logits; float64 where they are float64.
+Letters: ``...`` any leading dimensions (usually N valid positions, or B, T), V vocabulary, K stored
+top tokens. All values are in nats and float32, whatever the dtype of the logits; float64 where they
+are float64.
 """
 
 from __future__ import annotations
@@ -36,9 +39,9 @@ class Divergence:
     """Which divergence of teacher and student is asked for.
 
     Attributes:
-        name: one of ``DivergenceName``.
-        js_mixing: b, the teacher's share in the mixture of ``jensen_shannon``, in (0, 1); unused by others.
-        skew: s, the share of the first distribution in the mixture that takes the second one's place in a skewed
+        name: one of ``DivergenceName``. js_mixing: b, the teacher's share in the mixture of
+        ``jensen_shannon``, in (0, 1); unused by others. skew: s, the share of the first
+        distribution in the mixture that takes the second one's place in a skewed
             KL, in [0, 1); 0 gives the plain KL; unused by others.
     """
 
@@ -87,16 +90,18 @@ def divergence(logits: Tensor, targets: Targets, temperature: float, kind: Diver
 
 
 def forward_kl(logits: Tensor, targets: CompactTargets, temperature: float) -> Tensor:
-    """KL_T(teacher ‖ student) over the K stored tokens and the tail bucket, ``[..., V]`` → ``[...]``.
+    """KL_T(teacher ‖ student) over the K stored tokens and the tail bucket, ``[..., V]`` →
+    ``[...]``.
 
-    A true KL divergence of the two (K+1)-bucket distributions: never negative, 0 for identical models at
-    every temperature, and a lower bound of the dense KL (data processing inequality).
+    A true KL divergence of the two (K+1)-bucket distributions: never negative, 0 for identical
+    models at every temperature, and a lower bound of the dense KL (data processing inequality).
     """
     return _of_buckets(logits, targets, temperature, FORWARD_KL)
 
 
 def forward_kl_of_all(logits: Tensor, targets: Targets, temperature: float) -> Tensor:
-    """KL_T(teacher ‖ student) over the whole vocabulary, ``[..., V]`` → ``[...]``: as good as the targets' shape.
+    """KL_T(teacher ‖ student) over the whole vocabulary, ``[..., V]`` → ``[...]``: as good as the
+    targets' shape.
 
     Raises:
         ValueError: compact targets without a sketch do not say how the tail is spread.
@@ -105,27 +110,36 @@ def forward_kl_of_all(logits: Tensor, targets: Targets, temperature: float) -> T
 
 
 def known_kl(logits: Tensor, targets: Targets, temperature: float) -> Tensor:
-    """The KL to quote in reports, ``[..., V]`` → ``[...]``: 0 for identical models whatever the kind of targets.
+    """The KL to quote in reports, ``[..., V]`` → ``[...]``: 0 for identical models whatever the
+    kind of targets.
 
-    Over k + 1 buckets for compact targets (a sketch of the tail is rounded), else over the whole vocabulary.
+    Over k + 1 buckets for compact targets (a sketch of the tail is rounded), else over the whole
+    vocabulary.
     """
     if isinstance(targets, CompactTargets):
         return forward_kl(logits, targets, temperature)
     return forward_kl_of_all(logits, targets, temperature)
 
 
-def dense_forward_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL_T(teacher ‖ student) over the whole vocabulary, ``[..., V]`` twice → ``[...]``; for evaluation."""
-    teacher, student = _log_probs(teacher_logits, temperature), _log_probs(student_logits, temperature)
+def dense_forward_kl(
+    teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """KL_T(teacher ‖ student) over the whole vocabulary, ``[..., V]`` twice → ``[...]``; for
+    evaluation."""
+    teacher, student = (
+        _log_probs(teacher_logits, temperature),
+        _log_probs(student_logits, temperature),
+    )
     return _between(teacher, student, FORWARD_KL)
 
 
 def bucket_log_probs(logits: Tensor, topk_ids: Tensor, temperature: float) -> Tensor:
-    """A model's log-probabilities over K given tokens and, last, one bucket for all others, at temperature T.
+    """A model's log-probabilities over K given tokens and, last, one bucket for all others, at
+    temperature T.
 
-    ``logits [..., V]`` and ``topk_ids [..., K]`` → ``[..., K + 1]``, or ``[..., K]`` where K = V and there are no
-    others; in nats. The tail is summed over its own tokens, not taken as 1 − Σ: that keeps its value
-    and its gradient exact also where a student has almost nothing there.
+    ``logits [..., V]`` and ``topk_ids [..., K]`` → ``[..., K + 1]``, or ``[..., K]`` where K = V
+    and there are no others; in nats. The tail is summed over its own tokens, not taken as 1 − Σ:
+    that keeps its value and its gradient exact also where a student has almost nothing there.
     """
     scaled = _wide(logits) / temperature
     buckets = scaled.gather(-1, topk_ids)
@@ -143,7 +157,9 @@ def teacher_buckets(targets: CompactTargets, temperature: float) -> Tensor:
     return F.log_softmax(buckets, dim=-1)
 
 
-def _of_buckets(logits: Tensor, targets: CompactTargets, temperature: float, kind: Divergence) -> Tensor:
+def _of_buckets(
+    logits: Tensor, targets: CompactTargets, temperature: float, kind: Divergence
+) -> Tensor:
     student = bucket_log_probs(logits, targets.topk_ids, temperature)
     return _between(teacher_buckets(targets, temperature), student, kind)
 
@@ -153,10 +169,11 @@ def _of_all(logits: Tensor, targets: Targets, temperature: float, kind: Divergen
 
 
 def _between(teacher: Tensor, student: Tensor, kind: Divergence) -> Tensor:
-    """The divergence of two distributions given as log-probabilities, ``[..., n]`` twice → ``[...]``.
+    """The divergence of two distributions given as log-probabilities, ``[..., n]`` twice →
+    ``[...]``.
 
-    Everything is made of log(p / q): log(p / m) and log(q / m) are logaddexps of it, so nothing overflows, and a
-    probability that underflows counts 0.
+    Everything is made of log(p / q): log(p / m) and log(q / m) are logaddexps of it, so nothing
+    overflows, and a probability that underflows counts 0.
     """
     ratio = teacher - student
     if kind.form == "forward_kl":
@@ -169,11 +186,14 @@ def _between(teacher: Tensor, student: Tensor, kind: Divergence) -> Tensor:
     if kind.form == "skewed_forward_kl":
         return _to_mixture(teacher, of_q - ratio, of_p)
     b = kind.js_mixing
-    return b * _to_mixture(teacher, of_q - ratio, of_p) + (1.0 - b) * _to_mixture(student, ratio + of_p, of_q)
+    return b * _to_mixture(teacher, of_q - ratio, of_p) + (1.0 - b) * _to_mixture(
+        student, ratio + of_p, of_q
+    )
 
 
 def _to_mixture(log_probs: Tensor, other: Tensor, own: Tensor) -> Tensor:
-    """KL to the mixture m of ``log_probs [..., n]``, given both parts' logarithms relative to it → ``[...]``."""
+    """KL to the mixture m of ``log_probs [..., n]``, given both parts' logarithms relative to it
+    → ``[...]``."""
     return -(log_probs.exp() * torch.logaddexp(other, own)).sum(dim=-1)
 
 
@@ -187,5 +207,6 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """−log p(label) at temperature 1, ``[N, V]`` and ``[N]`` → ``[N]``; 0 where the label is IGNORE_INDEX."""
+    """−log p(label) at temperature 1, ``[N, V]`` and ``[N]`` → ``[N]``; 0 where the label is
+    IGNORE_INDEX."""
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="none")

@@ -1,11 +1,12 @@
 """Weighted divergence and cross-entropy of one chunk of logits with their gradient in closed form.
 
-The same values as ``distill.losses.divergences`` gives through autograd, in a third of the passes over the logits: one
-softmax serves both terms where T = 1, nothing is kept for a backward pass, and every large buffer is written
-in place. Letters: C positions of a chunk, K stored top tokens, V vocabulary.
+The same values as ``distill.losses.divergences`` gives through autograd, in a third of the passes
+over the logits: one softmax serves both terms where T = 1, nothing is kept for a backward pass, and
+every large buffer is written in place. Letters: C positions of a chunk, K stored top tokens, V
+vocabulary.
 
-With q the student's distribution at T and p the teacher's, where p is known for every token, a divergence
-D = Σ d(p_v, q_v) has, with g_v = ∂d/∂q_v (any constant may be added to it):
+With q the student's distribution at T and p the teacher's, where p is known for every token, a
+divergence D = Σ d(p_v, q_v) has, with g_v = ∂d/∂q_v (any constant may be added to it):
 
     ∂D/∂z_v = q_v (g_v − Σ_u q_u g_u) / T
 
@@ -15,8 +16,9 @@ D = Σ d(p_v, q_v) has, with g_v = ∂d/∂q_v (any constant may be added to it)
     skewed forward KL    g = −(1 − s) p / m
     skewed reverse KL    g = log(q / m) − s q / m
 
-with the mixtures m of ``distill.losses.divergences``. Where p is known for only K tokens S, with the others as one bucket, the
-same holds for the K + 1 buckets; the last one's share G is spread over its tokens, Q being the student's mass there:
+with the mixtures m of ``distill.losses.divergences``. Where p is known for only K tokens S, with
+the others as one bucket, the same holds for the K + 1 buckets; the last one's share G is spread
+over its tokens, Q being the student's mass there:
 
     ∂D/∂z_v = (q_v / Q) · G    for v not in S;   forward KL: G = (Q − P) / T with the teacher's mass P
 
@@ -38,12 +40,15 @@ from teachers.targets.distributions import CompactTargets
 from teachers.targets.stored_arrays import Targets
 
 LOG2_E = math.log2(math.e)
-BLOCK_BYTES = 4 << 20  # of float32 logits that elementwise passes take together on a CPU (docs/benchmarks.md)
+BLOCK_BYTES = (
+    4 << 20
+)  # of float32 logits that elementwise passes take together on a CPU (docs/benchmarks.md)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What one position's ``divergence`` at ``temperature`` and its cross-entropy (always at T = 1) count."""
+    """What one position's ``divergence`` at ``temperature`` and its cross-entropy (always at T =
+    1) count."""
 
     kd: float
     ce: float
@@ -53,7 +58,8 @@ class Weights:
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """Unweighted sums over the chunk in nats (scalars), and the gradient of the weighted sum, ``[C, V]``.
+    """Unweighted sums over the chunk in nats (scalars), and the gradient of the weighted sum, ``[C,
+    V]``.
 
     The gradient may lie in the scratch: it is good until the next chunk.
     """
@@ -67,8 +73,9 @@ class ChunkResult:
 class _Buckets:
     """A student's distribution at one temperature: K tokens and the rest.
 
-    ``exponentials [C, V]`` are proportional to the probabilities of the rest (0 at the K tokens) with row sums
-    ``total [C, 1]``; ``kept [C, K]`` and ``rest [C, 1]`` are log-probabilities; ``partition [C, 1]``.
+    ``exponentials [C, V]`` are proportional to the probabilities of the rest (0 at the K tokens)
+    with row sums ``total [C, 1]``; ``kept [C, K]`` and ``rest [C, 1]`` are log-probabilities;
+    ``partition [C, 1]``.
     """
 
     exponentials: Tensor
@@ -79,7 +86,8 @@ class _Buckets:
 
     @classmethod
     def of(cls, exponentials: Tensor, top: Tensor, kept: Tensor) -> _Buckets:
-        """``top``: the rest's greatest logit, which was subtracted; ``kept``: logits; both divided by T."""
+        """``top``: the rest's greatest logit, which was subtracted; ``kept``: logits; both
+        divided by T."""
         total = exponentials.sum(dim=-1, keepdim=True)
         rest = top + total.log()
         partition = torch.cat((kept, rest), dim=-1).logsumexp(dim=-1, keepdim=True)
@@ -87,8 +95,8 @@ class _Buckets:
 
 
 class Scratch:
-    """Room for large temporaries that is used again by the next chunk: asking the system for it costs as much as
-    computing with it."""
+    """Room for large temporaries that is used again by the next chunk: asking the system for it
+    costs as much as computing with it."""
 
     def __init__(self) -> None:
         self._room: dict[str, Tensor] = {}
@@ -103,19 +111,28 @@ class Scratch:
 
 @torch.no_grad()
 def divergence_and_cross_entropy(
-    logits: Tensor, targets: Targets, labels: Tensor, weights: Weights, scratch: Scratch | None = None
+    logits: Tensor,
+    targets: Targets,
+    labels: Tensor,
+    weights: Weights,
+    scratch: Scratch | None = None,
 ) -> ChunkResult:
-    """The divergence of teacher and student at T, and CE, of float32 ``logits [C, V]``, which are overwritten.
+    """The divergence of teacher and student at T, and CE, of float32 ``logits [C, V]``, which are
+    overwritten.
 
-    The divergence runs over the whole vocabulary where the targets know the shape of the tail, else over the
-    K + 1 buckets. ``labels [C]``; one that is ``IGNORE_INDEX`` has no cross-entropy.
+    The divergence runs over the whole vocabulary where the targets know the shape of the tail, else
+    over the K + 1 buckets. ``labels [C]``; one that is ``IGNORE_INDEX`` has no cross-entropy.
     """
     if isinstance(targets, CompactTargets) and not targets.has_tail_shape:
         return _over_buckets(logits, targets, labels, weights)
     scratch = scratch or Scratch()
     raw = targets.head_logits(scratch.like("raw", logits)) if len(logits) else None
     # Passes over a few rows at a time find them in the processor's own cache.
-    together = max(1, BLOCK_BYTES // (4 * logits.shape[-1])) if logits.device.type == "cpu" else len(logits)
+    together = (
+        max(1, BLOCK_BYTES // (4 * logits.shape[-1]))
+        if logits.device.type == "cpu"
+        else len(logits)
+    )
     sums = logits.new_zeros(2)
     for start in range(0, len(logits), max(1, together)):
         rows = slice(start, start + together)
@@ -131,7 +148,12 @@ def divergence_and_cross_entropy(
 
 
 def _over_all_(
-    logits: Tensor, targets: Targets, raw: Tensor | None, labels: Tensor, weights: Weights, scratch: Scratch
+    logits: Tensor,
+    targets: Targets,
+    raw: Tensor | None,
+    labels: Tensor,
+    weights: Weights,
+    scratch: Scratch,
 ) -> Tensor:
     """Sums of both terms over some rows, ``[2]``; ``logits [C, V]`` become their gradient.
 
@@ -168,7 +190,9 @@ def _over_all_(
         partition = student.sum(dim=-1, keepdim=True)
         student.div_(partition)
         room = scratch.like("room", logits)
-        values, pull = _pull_(teacher, scaled.sub_(partition.log()), student, weights.divergence, room)
+        values, pull = _pull_(
+            teacher, scaled.sub_(partition.log()), student, weights.divergence, room
+        )
         kd = values.sum()
         if temperature == 1.0:
             plain_partition = partition
@@ -181,12 +205,14 @@ def _over_all_(
     return torch.stack((kd, ce))
 
 
-def _over_buckets(logits: Tensor, targets: CompactTargets, labels: Tensor, weights: Weights) -> ChunkResult:
+def _over_buckets(
+    logits: Tensor, targets: CompactTargets, labels: Tensor, weights: Weights
+) -> ChunkResult:
     temperature, ids = weights.temperature, targets.topk_ids
     column, labelled = labels.clamp(min=0)[:, None], (labels != IGNORE_INDEX)[:, None].float()
     at_label, kept = logits.gather(-1, column), logits.gather(-1, ids)
-    # The rest is taken relative to its own maximum: exact also where a student has almost nothing there. All
-    # other logits are taken relative to the row's, which keeps the digits of large ones.
+    # The rest is taken relative to its own maximum: exact also where a student has almost nothing
+    # there. All other logits are taken relative to the row's, which keeps the digits of large ones.
     rest = logits.scatter_(-1, ids, -torch.inf)
     top = rest.amax(dim=-1, keepdim=True)
     rest.sub_(top)
@@ -221,8 +247,8 @@ def _pull_(
 ) -> tuple[Tensor, Tensor]:
     """Divergence of each row, ``[C]``, and q_v (g_v − Σ_u q_u g_u), ``[C, n]``.
 
-    ``teacher`` and ``log_student`` are log-probabilities ``[C, n]``, ``student`` probabilities; all but the last
-    are overwritten, and so is ``room``. The second result lies in one of them.
+    ``teacher`` and ``log_student`` are log-probabilities ``[C, n]``, ``student`` probabilities; all
+    but the last are overwritten, and so is ``room``. The second result lies in one of them.
     """
     ratio = torch.sub(teacher, log_student, out=log_student)
     if kind.form == "forward_kl":
@@ -264,5 +290,6 @@ def _log_student_to_mixture(ratio: Tensor, kind: Divergence, room: Tensor) -> Te
 
 
 def _exp_(values: Tensor) -> Tensor:
-    """``values.exp_()``; PyTorch's exponential to base 2 is three times faster on a CPU, and as exact."""
+    """``values.exp_()``; PyTorch's exponential to base 2 is three times faster on a CPU, and as
+    exact."""
     return values.mul_(LOG2_E).exp2_()

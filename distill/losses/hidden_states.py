@@ -1,7 +1,9 @@
-"""Hidden-state loss: the student's layers, through projectors, against kept states of the teacher's layers.
+"""Hidden-state loss: the student's layers, through projectors, against kept states of the teacher's
+layers.
 
-FitNets (Romero et al. 2015) with linear projectors. The projectors belong to the objective, never to the
-student: they are trained with it and left behind. Letters: N positions, D student width, R kept coordinates.
+FitNets (Romero et al. 2015) with linear projectors. The projectors belong to the objective, never
+to the student: they are trained with it and left behind. Letters: N positions, D student width, R
+kept coordinates.
 """
 
 from __future__ import annotations
@@ -14,17 +16,20 @@ from torch import Tensor, nn
 from distill.errors import UserError
 from teachers.store.store import SoftTargetStore
 
-SCALE_SEQUENCES = 64  # the first ones of a store, on which the size of its hidden states is measured
+SCALE_SEQUENCES = (
+    64  # the first ones of a store, on which the size of its hidden states is measured
+)
 
 LayerPair = tuple[int, int]
 """A layer of the student and the teacher's layer it is compared with, both counted from 0."""
 
 
 def hidden_state_loss(projected: Tensor, kept: Tensor, mean_square: float) -> Tensor:
-    """Mean squared error of each position relative to the size of the states, ``[N, R]`` twice → ``[N]``.
+    """Mean squared error of each position relative to the size of the states, ``[N, R]`` twice →
+    ``[N]``.
 
-    ``mean_square``: of the teacher's coordinates over all positions; so a projector that answers 0 has a loss of
-    about 1 for every layer, however large its states are. Float32.
+    ``mean_square``: of the teacher's coordinates over all positions; so a projector that answers 0
+    has a loss of about 1 for every layer, however large its states are. Float32.
     """
     return (projected.float() - kept.float()).square().mean(dim=-1) / mean_square
 
@@ -32,25 +37,31 @@ def hidden_state_loss(projected: Tensor, kept: Tensor, mean_square: float) -> Te
 def pair_layers(
     layer_map: Sequence[LayerPair], kept: Sequence[int], student_layers: int, teacher_layers: int
 ) -> list[LayerPair]:
-    """Which layers are compared: as asked for, or each kept one with the student's at the same relative depth.
+    """Which layers are compared: as asked for, or each kept one with the student's at the same
+    relative depth.
 
     Raises:
-        UserError: ``layer_map`` names a layer that the student does not have or the store does not hold.
+        UserError: ``layer_map`` names a layer that the student does not have or the store does not
+        hold.
     """
     for student, teacher in layer_map:
         if student >= student_layers:
             raise UserError(
-                f"loss.layer_map = ({student}, {teacher}): the student has layers 0 to {student_layers - 1}"
+                f"loss.layer_map = ({student}, {teacher}): the student has layers 0 to "
+                f"{student_layers - 1}"
             )
         if teacher not in kept:
             held = ", ".join(map(str, kept)) or "none"
             raise UserError(
-                f"loss.layer_map = ({student}, {teacher}): the soft targets hold the teacher's layers {held}; "
+                f"loss.layer_map = ({student}, {teacher}): the soft targets hold the teacher's "
+                f"layers {held}; "
                 "name the ones you want in targets.layers and capture again"
             )
     if layer_map:
         return list(layer_map)
-    return [(max(0, round((layer + 1) / teacher_layers * student_layers) - 1), layer) for layer in kept]
+    return [
+        (max(0, round((layer + 1) / teacher_layers * student_layers) - 1), layer) for layer in kept
+    ]
 
 
 def mean_squares(store: SoftTargetStore) -> dict[int, float]:
@@ -65,10 +76,15 @@ def mean_squares(store: SoftTargetStore) -> dict[int, float]:
 
 
 class HiddenStateLoss(nn.Module):
-    """One linear projector for each pair of layers, from the student's width to the kept coordinates."""
+    """One linear projector for each pair of layers, from the student's width to the kept
+    coordinates."""
 
     def __init__(
-        self, pairs: Sequence[LayerPair], width: int, sizes: Mapping[int, int], scales: Mapping[int, float]
+        self,
+        pairs: Sequence[LayerPair],
+        width: int,
+        sizes: Mapping[int, int],
+        scales: Mapping[int, float],
     ) -> None:
         """``sizes``: coordinates kept of each teacher layer; ``scales``: their mean square."""
         super().__init__()
@@ -98,11 +114,14 @@ class HiddenStateLoss(nn.Module):
         return {student for student, _ in self.pairs}
 
     def forward(self, student: Mapping[int, Tensor], teacher: Mapping[int, Tensor]) -> Tensor:
-        """Sum over positions of the mean over pairs: states ``[N, D]`` and coordinates ``[N, R]`` by layer."""
+        """Sum over positions of the mean over pairs: states ``[N, D]`` and coordinates ``[N,
+        R]`` by layer."""
         # A base in bfloat16 has states of that kind also without autocast.
         losses = [
             hidden_state_loss(
-                self.projectors[_name(pair)](student[pair[0]].float()), teacher[pair[1]], self.scales[pair[1]]
+                self.projectors[_name(pair)](student[pair[0]].float()),
+                teacher[pair[1]],
+                self.scales[pair[1]],
             ).sum()
             for pair in self.pairs
         ]

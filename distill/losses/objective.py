@@ -1,4 +1,5 @@
-"""The objective: the only place for weights, T², the label shift and the one division by valid tokens."""
+"""The objective: the only place for weights, T², the label shift and the one division by valid
+tokens."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ class Objective(nn.Module):
     """α·T²·KL + β·CE + γ·hidden + λ_so8t·(PET + inertia + non-commutation) + λ_safety·safety
     + λ_verification·verification, divided once by the step's valid tokens (safety: by its prompts).
 
-    KL stands for the configured divergence. T may change once while training (see ``LossConfig``). The moving average
-    of the rotations and the projectors of the hidden-state loss belong here, not to the student.
+    KL stands for the configured divergence. T may change once while training (see ``LossConfig``).
+    The moving average of the rotations and the projectors of the hidden-state loss belong here, not
+    to the student.
     """
 
     def __init__(self, config: LossConfig, hidden: HiddenStateLoss | None = None) -> None:
@@ -41,15 +43,15 @@ class Objective(nn.Module):
         """Loss of one micro-batch of an optimizer step.
 
         Args:
-            student: an SO8T student, called as ``student(tokens, with_logits=False, layers_to_keep=…)``.
-            batch: the micro-batch.
-            total: valid positions of the whole optimizer step, over all micro-batches and processes.
-            share: this micro-batch's share of the step, for terms that are not sums over positions.
-            fraction: how much of training is done, 0 to 1.
+            student: an SO8T student, called as ``student(tokens, with_logits=False,
+            layers_to_keep=…)``. batch: the micro-batch. total: valid positions of the whole
+            optimizer step, over all micro-batches and processes. share: this micro-batch's share of
+            the step, for terms that are not sums over positions. fraction: how much of training is
+            done, 0 to 1.
 
         Returns:
-            The loss, and each part's weighted contribution to the step's loss (detached); beside them the mean squared
-            ``second_difference`` per token, unweighted.
+            The loss, and each part's weighted contribution to the step's loss (detached); beside
+            them the mean squared ``second_difference`` per token, unweighted.
         """
         config = self.config
         kept = self.hidden.student_layers if self.hidden is not None else set()
@@ -58,7 +60,9 @@ class Objective(nn.Module):
         assert isinstance(student, Student)
         states = output.last_hidden_state[batch.valid]  # [n, D]
         verified = self._verified(student, batch)
-        loss, parts = self._distillation(states, student.output_matrix(), batch, total, fraction, verified)
+        loss, parts = self._distillation(
+            states, student.output_matrix(), batch, total, fraction, verified
+        )
         others: dict[str, Tensor] = {}
         if self.hidden is not None:
             assert output.layer_states is not None
@@ -88,8 +92,8 @@ class Objective(nn.Module):
         fraction: float,
         verified: Verified | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted divergence and cross-entropy of ``states [n, D]`` under the output matrix ``[V, D]``; notes in
-        ``verified`` where student and teacher agree."""
+        """Weighted divergence and cross-entropy of ``states [n, D]`` under the output matrix ``[V,
+        D]``; notes in ``verified`` where student and teacher agree."""
         config, labels = self.config, batch.labels
         temperature = temperature_at(config, fraction)
         weights = Weights(
@@ -104,7 +108,10 @@ class Objective(nn.Module):
             result = divergence_and_cross_entropy(
                 logits, batch.targets.select(span), labels[span], weights, self._scratch
             )
-            for name, weight, value in (("kd", weights.kd, result.kd), ("ce", weights.ce, result.ce)):
+            for name, weight, value in (
+                ("kd", weights.kd, result.kd),
+                ("ce", weights.ce, result.ce),
+            ):
                 if weight:
                     parts[name] = parts.get(name, torch.zeros_like(value)) + weight * value
             return weights.kd * result.kd + weights.ce * result.ce, result.gradient
@@ -128,11 +135,16 @@ class Objective(nn.Module):
         if any(config.pet):
             weight = so8t_regularizers.pet_weight(config.pet, fraction)
             with torch.set_grad_enabled(weight > 0):
-                bend = so8t_regularizers.second_difference(output.last_hidden_state, batch.lengths) / total
+                bend = (
+                    so8t_regularizers.second_difference(output.last_hidden_state, batch.lengths)
+                    / total
+                )
             figures["second_difference"] = bend.detach()
             terms["pet"] = weight * bend
         if config.inertia and self.average is not None:
-            terms["inertia"] = config.inertia * share * so8t_regularizers.inertia(rotations, self.average)
+            terms["inertia"] = (
+                config.inertia * share * so8t_regularizers.inertia(rotations, self.average)
+            )
         if config.commutator_margin:
             shortfall = so8t_regularizers.non_commutation(rotations, config.commutator_margin)
             terms["non_commutation"] = share * shortfall
@@ -140,8 +152,8 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def rotation_figures(self) -> dict[str, float]:
-        """How the rotations of the newest forward pass stand: their distance from the group, from commuting and from
-        their moving average (mean squared, 0 before there is one)."""
+        """How the rotations of the newest forward pass stand: their distance from the group, from
+        commuting and from their moving average (mean squared, 0 before there is one)."""
         assert self._rotations is not None
         rotations = self._rotations
         commutators = so8.commutator_norm(rotations[:, 1], rotations[:, 0])
@@ -186,7 +198,8 @@ class Objective(nn.Module):
 def build_objective(
     config: LossConfig, store: SoftTargetStore, student: Student, teacher_layers: int, seed: int
 ) -> Objective:
-    """The objective for a store: with the hidden-state loss where γ > 0 and the store holds hidden states.
+    """The objective for a store: with the hidden-state loss where γ > 0 and the store holds hidden
+    states.
 
     Raises:
         UserError: ``loss.layer_map`` names a layer that there is not.
@@ -195,7 +208,9 @@ def build_objective(
     pairs = pair_layers(config.layer_map, layers, student.config.num_hidden_layers, teacher_layers)
     if not pairs or not config.gamma:
         return Objective(config)
-    return Objective(config, HiddenStateLoss.for_store(store, pairs, student.config.hidden_size, seed))
+    return Objective(
+        config, HiddenStateLoss.for_store(store, pairs, student.config.hidden_size, seed)
+    )
 
 
 def temperature_at(config: LossConfig, fraction: float) -> float:

@@ -13,10 +13,12 @@ PHASE_ENDS = (0.3, 0.7)  # PET's three phases end at 30 %, 70 % and 100 % of tra
 
 
 def second_difference(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """Sum over a batch of the squared second difference in time, per dimension: ``[B, T, D]`` → scalar.
+    """Sum over a batch of the squared second difference in time, per dimension: ``[B, T, D]`` →
+    scalar.
 
-    h[t+1] − 2 h[t] + h[t−1] for every t whose three tokens lie within the first ``lengths [B]`` tokens,
-    squared, averaged over D, summed over all such t. 0 for hidden states that move on a straight line.
+    h[t+1] − 2 h[t] + h[t−1] for every t whose three tokens lie within the first ``lengths [B]``
+    tokens, squared, averaged over D, summed over all such t. 0 for hidden states that move on a
+    straight line.
     """
     hidden = hidden.float()
     bend = hidden[:, 2:] - 2 * hidden[:, 1:-1] + hidden[:, :-2]
@@ -31,12 +33,14 @@ def pet_weight(weights: tuple[float, float, float], fraction: float) -> float:
 
 
 def inertia(rotations: Tensor, average: Tensor) -> Tensor:
-    """Mean squared Frobenius distance of rotations from their moving average, ``[L, 2, N, 8, 8]`` → scalar."""
+    """Mean squared Frobenius distance of rotations from their moving average, ``[L, 2, N, 8,
+    8]`` → scalar."""
     return (rotations - average).square().sum(dim=(-1, -2)).mean()
 
 
 def non_commutation(rotations: Tensor, margin: float) -> Tensor:
-    """Mean squared shortfall of ‖R_cmd R_safe − R_safe R_cmd‖ below ``margin``, ``[L, 2, N, 8, 8]`` → scalar.
+    """Mean squared shortfall of ‖R_cmd R_safe − R_safe R_cmd‖ below ``margin``, ``[L, 2, N, 8, 8]``
+    → scalar.
 
     0 where every block's two rotations are far enough from commuting.
     """

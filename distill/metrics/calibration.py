@@ -24,7 +24,8 @@ class Bin:
 
 
 def reliability(probabilities: Tensor, came_true: Tensor) -> list[Bin]:
-    """The bins that are not empty, lowest first: ``probabilities [N]`` and ``came_true [N]`` (bool)."""
+    """The bins that are not empty, lowest first: ``probabilities [N]`` and ``came_true [N]``
+    (bool)."""
     places = (probabilities.double() * BINS).long().clamp(0, BINS - 1)
     bins = []
     for place in range(BINS):
@@ -36,7 +37,10 @@ def reliability(probabilities: Tensor, came_true: Tensor) -> list[Bin]:
 
 
 def expected_calibration_error(probabilities: Tensor, came_true: Tensor) -> float:
-    """Σ over bins of their share times |mean probability − share that came true| (Naeini et al. 2015); N ≥ 1."""
+    """Σ over bins of their share times |mean probability − share that came true| (Naeini et al.
+
+    2015); N ≥ 1.
+    """
     gaps = [
         bin.count * abs(bin.mean_probability - bin.share_true)
         for bin in reliability(probabilities, came_true)
@@ -45,7 +49,8 @@ def expected_calibration_error(probabilities: Tensor, came_true: Tensor) -> floa
 
 
 def auroc(scores: Tensor, came_true: Tensor) -> float | None:
-    """Probability that a true case has the higher score than a false one, ties counting half (Hanley & McNeil 1982).
+    """Probability that a true case has the higher score than a false one, ties counting half
+    (Hanley & McNeil 1982).
 
     ``None`` where all cases are alike.
     """
@@ -62,9 +67,10 @@ def auroc(scores: Tensor, came_true: Tensor) -> float | None:
 
 
 def fit_platt(log_odds: Tensor, came_true: Tensor, steps: int = 50) -> tuple[float, float]:
-    """Scale a and offset b for which a · log_odds + b is calibrated best (Platt 1999): Newton's method in float64, with
-    a slight pull towards (1, 0) so that few or one-sided cases give something finite. a is never negative: where that
-    would fit best, it is 0, and b alone says how often they came true."""
+    """Scale a and offset b for which a · log_odds + b is calibrated best (Platt 1999): Newton's
+    method in float64, with a slight pull towards (1, 0) so that few or one-sided cases give
+    something finite. a is never negative: where that would fit best, it is 0, and b alone says how
+    often they came true."""
     values, labels = log_odds.double(), came_true.double()
     pull = 1.0
     start = torch.tensor([1.0, 0.0], dtype=torch.float64)

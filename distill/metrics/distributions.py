@@ -1,4 +1,5 @@
-"""The figures of ``distill evaluate`` as functions of logits, and their intervals; nothing here runs a model.
+"""The figures of ``distill evaluate`` as functions of logits, and their intervals; nothing here
+runs a model.
 
 With p the teacher's and q the student's next-token distribution at temperature 1, per position:
 
@@ -7,8 +8,9 @@ With p the teacher's and q the student's next-token distribution at temperature 
     top5         share of the teacher's five most probable tokens that are among the student's five
     acceptance   Σ min(p, q): the chance that the teacher accepts a token the student drafts
 
-Speculative decoding: Leviathan, Kalman and Matias 2023, "Fast Inference from Transformers via Speculative Decoding".
-Letters: N positions, V vocabulary, S sequences, F figures. Everything is computed in float64.
+Speculative decoding: Leviathan, Kalman and Matias 2023, "Fast Inference from Transformers via
+Speculative Decoding". Letters: N positions, V vocabulary, S sequences, F figures. Everything is
+computed in float64.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Prediction:
-    """How one model predicts the actual next tokens, each ``[N]``: −ln of their probability, the probability of the
-    most probable token, and whether that is the actual one."""
+    """How one model predicts the actual next tokens, each ``[N]``: −ln of their probability, the
+    probability of the most probable token, and whether that is the actual one."""
 
     surprise: Tensor
     confidence: Tensor
@@ -46,7 +48,8 @@ class Prediction:
 
 
 def compare(teacher: Tensor, student: Tensor) -> Floats:
-    """The figures ``COMPARED`` of every position, ``[N, F]``, from both models' logits ``[N, V]``."""
+    """The figures ``COMPARED`` of every position, ``[N, F]``, from both models' logits ``[N,
+    V]``."""
     found = [_compare(p, q) for p, q in _chunks(teacher, student)]
     return torch.cat(found).numpy()
 
@@ -62,7 +65,9 @@ def _compare(teacher: Tensor, student: Tensor) -> Tensor:
         (q * (log_q - log_p)).sum(dim=-1).clamp_min(0.0),
         (log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).double(),
         both.double().mean(dim=-1),
-        1.0 - (p - q).abs().sum(dim=-1) / 2,  # Σ min(p, q), which rounding would keep below 1 of equal ones
+        1.0
+        - (p - q).abs().sum(dim=-1)
+        / 2,  # Σ min(p, q), which rounding would keep below 1 of equal ones
     )
     return torch.stack(figures, dim=-1)
 
@@ -89,7 +94,10 @@ def joined(parts: Sequence[Prediction]) -> Prediction:
 
 
 def calibration_error(prediction: Prediction) -> float:
-    """Expected calibration error of the most probable token, 15 bins of equal width (Naeini et al. 2015)."""
+    """Expected calibration error of the most probable token, 15 bins of equal width (Naeini et al.
+
+    2015).
+    """
     return expected_calibration_error(prediction.confidence, prediction.right)
 
 
@@ -103,13 +111,16 @@ def _chunks(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def tokens_per_pass(acceptance: float, draft_length: int) -> float:
-    """Expected tokens that one pass of the teacher yields when the student drafts ``draft_length`` of them:
-    (1 − a^(n+1)) / (1 − a), as if every token were accepted with the same chance a (Leviathan et al. 2023, eq. 1)."""
+    """Expected tokens that one pass of the teacher yields when the student drafts ``draft_length``
+    of them: (1 − a^(n+1)) / (1 − a), as if every token were accepted with the same chance a
+    (Leviathan et al. 2023, eq. 1).
+    """
     return sum(acceptance**count for count in range(draft_length + 1))
 
 
 def agreeing_prefix(teacher: Sequence[int], student: Sequence[int]) -> int:
-    """How many tokens two continuations begin with alike; a token that ends the turn is one of them."""
+    """How many tokens two continuations begin with alike; a token that ends the turn is one of
+    them."""
     for place, (expected, found) in enumerate(zip(teacher, student, strict=False)):
         if expected != found:
             return place
@@ -120,20 +131,21 @@ def agreeing_prefix(teacher: Sequence[int], student: Sequence[int]) -> int:
 
 
 def by_sequence(values: Floats, lengths: Sequence[int]) -> Floats:
-    """Sums over each sequence's positions, ``[S, F]``, of ``values [N, F]``; N is the sum of ``lengths``."""
+    """Sums over each sequence's positions, ``[S, F]``, of ``values [N, F]``; N is the sum of
+    ``lengths``."""
     sums: Floats = np.zeros((len(lengths), values.shape[1]))
     np.add.at(sums, np.repeat(np.arange(len(lengths)), lengths), values)
     return sums
 
 
 def intervals(sums: Floats, counts: Sequence[int]) -> Floats | None:
-    """The 95 % intervals ``[2, F]`` (low, high) of means over positions, from each sequence's sums ``[S, F]`` and its
-    number of positions ``[S]``; ``None`` where one sequence is all there is.
+    """The 95 % intervals ``[2, F]`` (low, high) of means over positions, from each sequence's sums
+    ``[S, F]`` and its number of positions ``[S]``; ``None`` where one sequence is all there is.
 
-    A cluster bootstrap with percentiles: positions of one sequence resemble each other, so what is drawn again, with
-    replacement, are whole sequences (Cameron, Gelbach and Miller 2008), 2,000 times with a fixed seed. The mean is that
-    over positions, longer sequences counting for more, as in the figure itself. All figures of the same sequences are
-    drawn alike.
+    A cluster bootstrap with percentiles: positions of one sequence resemble each other, so what is
+    drawn again, with replacement, are whole sequences (Cameron, Gelbach and Miller 2008), 2,000
+    times with a fixed seed. The mean is that over positions, longer sequences counting for more, as
+    in the figure itself. All figures of the same sequences are drawn alike.
     """
     count = len(sums)
     if count < 2:
@@ -151,7 +163,8 @@ def intervals(sums: Floats, counts: Sequence[int]) -> Floats | None:
 
 
 def mean_figures(sums: Floats, counts: Sequence[int]) -> list[Figure]:
-    """Means over positions with their intervals, one for each column of ``sums [S, F]`` (see ``intervals``)."""
+    """Means over positions with their intervals, one for each column of ``sums [S, F]`` (see
+    ``intervals``)."""
     means = (sums.sum(axis=0) / np.sum(counts)).tolist()
     edges = intervals(sums, counts)
     if edges is None:

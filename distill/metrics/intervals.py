@@ -10,7 +10,8 @@ from distill.metrics.safety import SafetyScore
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over the evaluated text with its 95 % interval over sequences (none where one sequence is all)."""
+    """A mean over the evaluated text with its 95 % interval over sequences (none where one
+    sequence is all)."""
 
     value: float
     low: float | None = None
@@ -36,12 +37,17 @@ def wilson(right: int, cases: int) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson 1927); ``cases`` ≥ 1."""
     share, square = right / cases, Z95**2
     middle = (share + square / (2 * cases)) / (1 + square / cases)
-    half = Z95 * math.sqrt(share * (1 - share) / cases + square / (4 * cases**2)) / (1 + square / cases)
+    half = (
+        Z95
+        * math.sqrt(share * (1 - share) / cases + square / (4 * cases**2))
+        / (1 + square / cases)
+    )
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def ratios(score: SafetyScore) -> list[Ratio]:
-    """Recall and precision of each decision with their counts, those first that the head is tuned for."""
+    """Recall and precision of each decision with their counts, those first that the head is
+    tuned for."""
     confusion, names = score.confusion, ("Allow", "Escalate", "Refuse")
     found = {}
     for place, name in enumerate(names):

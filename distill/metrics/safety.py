@@ -29,7 +29,8 @@ MIN_REFUSE, MAX_REFUSE = (
 class SafetyScore:
     """Decisions against labels over ``prompts`` prompts; a ratio without any case is ``None``.
 
-    ``confusion[label][decision]`` counts; ``calibration_error``: expected, of the most probable class's probability.
+    ``confusion[label][decision]`` counts; ``calibration_error``: expected, of the most probable
+    class's probability.
     """
 
     prompts: int
@@ -48,7 +49,9 @@ class SafetyScore:
         return {"labels": list(DECISIONS), **asdict(self)}
 
 
-def score_decisions(probabilities: Tensor, labels: Tensor, thresholds: tuple[float, float]) -> SafetyScore:
+def score_decisions(
+    probabilities: Tensor, labels: Tensor, thresholds: tuple[float, float]
+) -> SafetyScore:
     """Score ``probabilities [N, 3]`` with ``thresholds`` against ``labels [N]``; N ≥ 1."""
     confusion = confusion_matrix(labels, decide(probabilities, thresholds))
     right = confusion.diagonal()
@@ -82,8 +85,9 @@ def confusion_matrix(labels: Tensor, decisions: Tensor) -> Tensor:
 
 
 def fit_thresholds(probabilities: Tensor, labels: Tensor) -> tuple[float, float]:
-    """The thresholds of ``decide`` that serve validation prompts best: Refuse Recall up to its aim comes before all
-    else; then the sum of Allow Precision and Escalate Precision, each up to its aim, and the mean recall.
+    """The thresholds of ``decide`` that serve validation prompts best: Refuse Recall up to its aim
+    comes before all else; then the sum of Allow Precision and Escalate Precision, each up to its
+    aim, and the mean recall.
 
     Of equally good pairs the one in the middle of the best region is taken, not one at its edge.
     """
@@ -94,8 +98,11 @@ def fit_thresholds(probabilities: Tensor, labels: Tensor) -> tuple[float, float]
             right = confusion.diagonal()
             recalls = (right / confusion.sum(dim=1).clamp_min(1.0)).tolist()  # 0 without any case
             precisions = (right / confusion.sum(dim=0).clamp_min(1.0)).tolist()
-            # A decision that is never taken has precision 0 here, or refusing everything would be best.
-            precise = min(precisions[ALLOW], ALLOW_PRECISION) + min(precisions[ESCALATE], ESCALATE_PRECISION)
+            # A decision that is never taken has precision 0 here, or refusing everything would be
+            # best.
+            precise = min(precisions[ALLOW], ALLOW_PRECISION) + min(
+                precisions[ESCALATE], ESCALATE_PRECISION
+            )
             merit = (min(recalls[REFUSE], REFUSE_RECALL), precise + sum(recalls) / len(recalls))
             tried.append((merit, refuse, allow))
     best = max(merit for merit, _, _ in tried)
@@ -104,7 +111,8 @@ def fit_thresholds(probabilities: Tensor, labels: Tensor) -> tuple[float, float]
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature by which ``logits [N, 3]`` must be divided to fit ``labels [N]`` best (Guo et al. 2017)."""
+    """The temperature by which ``logits [N, 3]`` must be divided to fit ``labels [N]`` best (Guo
+    et al. 2017)."""
     tried = torch.logspace(-1.0, 1.0, 81, dtype=torch.float64)
     losses = [
         float(torch.nn.functional.cross_entropy(logits.double() / temperature, labels))

@@ -1,6 +1,7 @@
 """What the verification head is worth: does it know where the student agrees with the teacher?
 
-Letters: N positions, each with the head's probability of agreeing and whether student and teacher did agree.
+Letters: N positions, each with the head's probability of agreeing and whether student and teacher
+did agree.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ CASCADE_GOAL = 0.95  # agreement of student and teacher together that ``trust`` 
 
 @dataclass(frozen=True)
 class CascadePoint:
-    """Where the teacher answers the share ``escalated`` of the tokens, those below ``threshold``, and the student the
-    others, ``agreement`` of all tokens are the teacher's."""
+    """Where the teacher answers the share ``escalated`` of the tokens, those below ``threshold``,
+    and the student the others, ``agreement`` of all tokens are the teacher's."""
 
     escalated: float
     agreement: float
@@ -28,8 +29,8 @@ class CascadePoint:
 
 
 def cascade(probabilities: Tensor, agreed: Tensor) -> list[CascadePoint]:
-    """Agreement of student and teacher together against the share of tokens that the teacher answers, the student's
-    least certain ones first."""
+    """Agreement of student and teacher together against the share of tokens that the teacher
+    answers, the student's least certain ones first."""
     order = probabilities.double().argsort(stable=True)
     certain = probabilities.double()[order]
     count = len(order)
@@ -47,8 +48,8 @@ def cascade(probabilities: Tensor, agreed: Tensor) -> list[CascadePoint]:
 class VerificationScore:
     """The verification head over ``positions`` tokens, of which a share ``agreement`` agreed.
 
-    ``auroc`` is ``None`` where all tokens are alike; ``calibration_error`` is the expected one over 15 bins.
-    ``at_trust``: the cascade with the threshold that was fitted on other data.
+    ``auroc`` is ``None`` where all tokens are alike; ``calibration_error`` is the expected one over
+    15 bins. ``at_trust``: the cascade with the threshold that was fitted on other data.
     """
 
     positions: int
@@ -65,7 +66,8 @@ class VerificationScore:
 
 
 def score_verification(probabilities: Tensor, agreed: Tensor, trust: float) -> VerificationScore:
-    """Score ``probabilities [N]`` and the threshold ``trust`` against ``agreed [N]`` (bool); N ≥ 1."""
+    """Score ``probabilities [N]`` and the threshold ``trust`` against ``agreed [N]`` (bool); N ≥
+    1."""
     asked = probabilities.double() < trust
     return VerificationScore(
         positions=len(agreed),
@@ -74,17 +76,20 @@ def score_verification(probabilities: Tensor, agreed: Tensor, trust: float) -> V
         calibration_error=expected_calibration_error(probabilities, agreed),
         reliability=reliability(probabilities, agreed),
         cascade=cascade(probabilities, agreed),
-        at_trust=CascadePoint(float(asked.double().mean()), float((asked | agreed).double().mean()), trust),
+        at_trust=CascadePoint(
+            float(asked.double().mean()), float((asked | agreed).double().mean()), trust
+        ),
     )
 
 
 def fit_trust(probabilities: Tensor, agreed: Tensor, goal: float = CASCADE_GOAL) -> float:
-    """The lowest threshold at which student and teacher together reach ``goal``, the teacher answering what is below it
-    (0 where the student alone reaches it, 1 where no less will do)."""
+    """The lowest threshold at which student and teacher together reach ``goal``, the teacher
+    answering what is below it (0 where the student alone reaches it, 1 where no less will do)."""
     certain, group = probabilities.double().unique(return_inverse=True)
     cases = torch.bincount(group, minlength=len(certain))
     right = torch.bincount(group[agreed], minlength=len(certain))
-    # Where everything below the probability of each group is asked, these are answered otherwise than by the teacher.
+    # Where everything below the probability of each group is asked, these are answered otherwise
+    # than by the teacher.
     wrong = (cases - right).flip(0).cumsum(0).flip(0)
     reached = 1.0 - wrong.double() / len(agreed) >= goal - 1e-12
     if bool(reached[0]):
@@ -100,5 +105,6 @@ class VerificationPart(VerificationScore):
 
 
 def cascade_goal(found: VerificationPart) -> CascadePoint | None:
-    """Where the teacher answers the fewest tokens for student and teacher together to reach the goal."""
+    """Where the teacher answers the fewest tokens for student and teacher together to reach the
+    goal."""
     return next((point for point in found.cascade if point.agreement >= CASCADE_GOAL), None)

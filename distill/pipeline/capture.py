@@ -31,15 +31,17 @@ def capture_only(
     ``inputs``: what ``check_capture`` has read, if it was called.
 
     Raises:
-        UserError, StoreError, TeacherFileError, TeacherError, CaptureError: the input cannot be used.
-        OSError: the disk refuses.
+        UserError, StoreError, TeacherFileError, TeacherError, CaptureError: the input cannot be
+        used. OSError: the disk refuses.
     """
     inputs = inputs or check_capture(config, where)
     share, prompts = launched_share(), inputs.prompts
     with load_teacher(config, console) as teacher:
         corpus = read_data(config, teacher, console, inputs.take_entries())
         recipe = recipe_for(config.targets, teacher, console)
-        store = open_store(teacher, corpus, recipe, StorePlace(where, RUNS, teacher_stem(config.teacher)))
+        store = open_store(
+            teacher, corpus, recipe, StorePlace(where, RUNS, teacher_stem(config.teacher))
+        )
         with exclusive(store.folder, share.rank):
             fill_store(teacher, corpus, store, console, share)
             if share.rank == 0:
@@ -51,12 +53,16 @@ def capture_only(
     return store
 
 
-def _print_store(store: SoftTargetStore, recipe: Recipe, teacher: Teacher, console: Console) -> None:
+def _print_store(
+    store: SoftTargetStore, recipe: Recipe, teacher: Teacher, console: Console
+) -> None:
     """What a finished store holds, as a table."""
     lengths = store.lengths()
     positions = int(lengths.sum()) - len(lengths)
     each = recipe.bytes_per_position(teacher.info.vocab_size, teacher.info.width)
-    table = Table(title=f"Soft targets of {teacher.info.name}", title_justify="left", show_header=False)
+    table = Table(
+        title=f"Soft targets of {teacher.info.name}", title_justify="left", show_header=False
+    )
     for name, value in (
         ("kind", recipe.kind),
         ("sequences", f"{len(lengths):,}"),

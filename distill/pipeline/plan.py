@@ -1,4 +1,5 @@
-"""``distill plan``: what a run will take, before it starts: measured on a short probe, not guessed."""
+"""``distill plan``: what a run will take, before it starts: measured on a short probe, not
+guessed."""
 
 from __future__ import annotations
 
@@ -19,7 +20,12 @@ from distill.capture.corpus import Corpus
 from distill.capture.store_setup import largest_size, recipe_for
 from distill.capture.teachers import find_gguf, tokenizer_of
 from distill.config.schema import RunConfig
-from distill.initialization.shape import describe_parameters, snapshot_bytes, student_shape, with_size
+from distill.initialization.shape import (
+    describe_parameters,
+    snapshot_bytes,
+    student_shape,
+    with_size,
+)
 from distill.initialization.start import settle_beginning
 from distill.losses.batch import Batch, padded
 from distill.losses.objective import Objective
@@ -50,7 +56,8 @@ BEGINNINGS = {
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured: sequence lengths in tokens, seconds per captured token, the teacher's memory in bytes."""
+    """What was measured: sequence lengths in tokens, seconds per captured token, the teacher's
+    memory in bytes."""
 
     sequences: list[Tokens]
     seconds_per_token: float
@@ -81,8 +88,8 @@ def plan_run(
 ) -> Plan:
     """Measure a little of everything and print what the whole will take; nothing is written.
 
-    ``memory``: bytes that training is to fit into; what would make it fit is said where it does not.
-    ``inputs``: what ``check_plan`` has read, if it was called.
+    ``memory``: bytes that training is to fit into; what would make it fit is said where it does
+    not. ``inputs``: what ``check_plan`` has read, if it was called.
 
     Raises:
         UserError, TeacherFileError, TeacherError, CaptureError: the input cannot be used.
@@ -97,7 +104,9 @@ def plan_run(
             config = with_checkpointing(config, True)
             describe_base(base, config, info.vocab_size, console)
         else:
-            config = settle_beginning(with_size(config, info), info, find_gguf(config.teacher), console)
+            config = settle_beginning(
+                with_size(config, info), info, find_gguf(config.teacher), console
+            )
             shape = student_shape(config, info)
         corpus = read_data(config, teacher, console, inputs.take_entries())
         recipe = recipe_for(config.targets, teacher, console)
@@ -106,7 +115,9 @@ def plan_run(
             stage.finish(f"{1 / probe.seconds_per_token:,.0f} tokens/s")
     if shape is not None:
         parameters = decoder_parameters(shape)
-        seconds: float | None = _measure(build_student(shape, config.seed), probe.batch, config, console)
+        seconds: float | None = _measure(
+            build_student(shape, config.seed), probe.batch, config, console
+        )
         trained = psutil.Process().memory_info().rss + snapshot_bytes(config, parameters)
         rows = _rows_of_shape(shape, config, info)
     else:
@@ -147,10 +158,15 @@ def _probe_teacher(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> Probe:
         sequences = corpus.take(teacher, 0, count, lambda done: None)
         arrays = teacher.score(sequences, recipe, companion.bases)
     seconds = time.perf_counter() - begin
-    targets = typed(arrays, recipe, teacher.info.vocab_size, companion.bases.get("final"), companion.head)
+    targets = typed(
+        arrays, recipe, teacher.info.vocab_size, companion.bases.get("final"), companion.head
+    )
     tokens, lengths = padded(sequences)
     return Probe(
-        sequences, seconds / max(1, int(lengths.sum())), teacher.memory(), Batch(tokens, lengths, targets)
+        sequences,
+        seconds / max(1, int(lengths.sum())),
+        teacher.memory(),
+        Batch(tokens, lengths, targets),
     )
 
 
@@ -158,7 +174,9 @@ def _probe_student(student: Student, batch: Batch, config: RunConfig) -> float:
     """Seconds of one optimizer step on a batch of the run's size."""
     rows, device = slice(0, config.train.batch_size), student.device
     count = int((batch.lengths[rows] - 1).sum())
-    small = Batch(batch.tokens[rows], batch.lengths[rows], batch.targets.select(slice(0, count))).to(device)
+    small = Batch(
+        batch.tokens[rows], batch.lengths[rows], batch.targets.select(slice(0, count))
+    ).to(device)
     objective = Objective(config.loss)
     optimizer = build_optimizer(student, config.train, student.config.hidden_size)
     narrow = choose_precision(config.train, student.config.hidden_size, device) == "bf16"
@@ -217,7 +235,9 @@ def _print(
     console: Console,
 ) -> None:
     table = Table(
-        title=f"{teacher.info.name} → {title} SO8T: what a run takes", title_justify="left", show_header=False
+        title=f"{teacher.info.name} → {title} SO8T: what a run takes",
+        title_justify="left",
+        show_header=False,
     )
     width, vocab_size = teacher.info.width, teacher.info.vocab_size
     training = "not measured: this machine has not the memory"
@@ -225,7 +245,10 @@ def _print(
         training = f"about {human_time(plan.train_seconds)}"
     for name, value in (
         ("tokens", f"about {human_count(plan.tokens)}"),
-        ("soft targets", f"{recipe.kind}, {recipe.bytes_per_position(vocab_size, width)} bytes a token"),
+        (
+            "soft targets",
+            f"{recipe.kind}, {recipe.bytes_per_position(vocab_size, width)} bytes a token",
+        ),
         ("disk", f"about {human_bytes(plan.store_bytes)}, at most {human_bytes(plan.store_limit)}"),
         ("capture", f"about {human_time(plan.capture_seconds)}"),
         ("teacher's memory", human_bytes(plan.teacher_memory)),
@@ -238,19 +261,25 @@ def _print(
 
 
 def _rows_of_base(base: Base, config: RunConfig, info: TeacherInfo) -> list[tuple[str, str]]:
-    """The student that is made of a base, and its memory by what that is for, as rows of a table."""
+    """The student that is made of a base, and its memory by what that is for, as rows of a
+    table."""
     memory = training_memory(base, config, info.vocab_size)
     kind = "NF4, double quantisation" if base.load_in_4bit else "as it is"
     share = memory.trained_numbers / memory.base_numbers
     return [
-        ("base", f"{base.config.model_type}, {human_count(memory.base_numbers)} parameters, {kind}"),
+        (
+            "base",
+            f"{base.config.model_type}, {human_count(memory.base_numbers)} parameters, {kind}",
+        ),
         ("trained", f"{human_count(memory.trained_numbers)} parameters, {share:.2%}"),
         ("layers checkpointed", "yes" if config.train.gradient_checkpointing else "no"),
         *((f"  {name}", size) for name, size in memory_rows(memory)),
     ]
 
 
-def _rows_of_shape(shape: SO8TConfig, config: RunConfig, info: TeacherInfo) -> list[tuple[str, str]]:
+def _rows_of_shape(
+    shape: SO8TConfig, config: RunConfig, info: TeacherInfo
+) -> list[tuple[str, str]]:
     """A new student as rows of a table."""
     return [
         ("student", describe_parameters(shape, info)),
@@ -260,20 +289,28 @@ def _rows_of_shape(shape: SO8TConfig, config: RunConfig, info: TeacherInfo) -> l
 
 
 def _judge_memory(
-    plan: Plan, limit: int, base: Base | None, config: RunConfig, info: TeacherInfo, console: Console
+    plan: Plan,
+    limit: int,
+    base: Base | None,
+    config: RunConfig,
+    info: TeacherInfo,
+    console: Console,
 ) -> None:
     """Say whether training fits into ``limit`` bytes, and if not, what would make it."""
     if plan.train_memory <= limit:
         console.note(f"training fits into {human_bytes(limit)}")
         return
     console.warn(
-        f"training takes {human_bytes(plan.train_memory)}, more than {human_bytes(limit)}; what would help:"
+        f"training takes {human_bytes(plan.train_memory)}, more than {human_bytes(limit)}; what "
+        "would help:"
     )
     for way in _ways(plan, limit, base, config, info):
         console.note(way)
 
 
-def _ways(plan: Plan, limit: int, base: Base | None, config: RunConfig, info: TeacherInfo) -> list[str]:
+def _ways(
+    plan: Plan, limit: int, base: Base | None, config: RunConfig, info: TeacherInfo
+) -> list[str]:
     if base is not None:
         return how_to_fit(limit, base.config, config, info.vocab_size)
     ways = []
@@ -284,7 +321,8 @@ def _ways(plan: Plan, limit: int, base: Base | None, config: RunConfig, info: Te
         ways.append(f"train.guard.snapshots=1 saves {human_bytes(saved)}")
     if not config.train.gradient_checkpointing:
         ways.append(
-            "train.gradient_checkpointing=true keeps the input of each layer only, for a third more time"
+            "train.gradient_checkpointing=true keeps the input of each layer only, for a third "
+            "more time"
         )
     if config.train.accumulation < config.train.batch_size:
         ways.append(f"train.accumulation={config.train.batch_size} computes one sequence at a time")

@@ -82,7 +82,8 @@ def check_train(config: RunConfig, out: Path | None) -> Inputs:
     world = launched_share().world
     if config.train.on_policy:
         raise UserError(
-            f"train.on_policy = {config.train.on_policy:g} needs the teacher, which `distill train` does without; "
+            f"train.on_policy = {config.train.on_policy:g} needs the teacher, which `distill "
+            "train` does without; "
             "use `distill run --teacher`"
         )
     require_trainable(config.train, world)
@@ -112,7 +113,8 @@ def check_plan(config: RunConfig) -> Inputs:
 def _require_no_store(config: RunConfig) -> None:
     if config.store is not None:
         raise UserError(
-            f"store = {config.store!r} in the configuration: only `distill train` learns from a store; use that, or "
+            f"store = {config.store!r} in the configuration: only `distill train` learns from a "
+            "store; use that, or "
             "take it out to ask the teacher"
         )
 

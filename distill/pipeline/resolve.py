@@ -34,8 +34,10 @@ def _settle(
     console: Console,
     longest: int | None = None,
 ) -> tuple[RunConfig, Base | None]:
-    """The settings with what depends on the teacher, and the base that the student is made of, if it is not a new one;
-    says how large it will be, and sees that it can be trained here. ``longest``: tokens of a sequence, where known."""
+    """The settings with what depends on the teacher, and the base that the student is made of, if
+    it is not a new one; says how large it will be, and sees that it can be trained here.
+    ``longest``: tokens of a sequence, where known.
+    """
     if config.student.base is None:
         config = settle_beginning(with_size(config, info), info, gguf, console)
         judge_size(config, student_shape(config, info), info, console)
@@ -43,7 +45,8 @@ def _settle(
     base = open_base(config, tokenizer, info.vocab_size)
     if fsdp_is_asked_for():
         raise UserError(
-            "--student-base cannot be spread over processes by FSDP: its frozen weights are there whole in each; leave "
+            "--student-base cannot be spread over processes by FSDP: its frozen weights are there "
+            "whole in each; leave "
             "out --use_fsdp"
         )
     config = with_checkpointing(config, True)

@@ -19,8 +19,10 @@ from teachers.store.store import SoftTargetStore
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything the stages of a run found. ``speeds``: prompt and generation tokens per second. ``heads``: see
-    ``distill.heads.fitting.heads_results``. ``gradients``: of the probe batch, where the student is made of a base."""
+    """Everything the stages of a run found. ``speeds``: prompt and generation tokens per second.
+    ``heads``: see ``distill.heads.fitting.heads_results``. ``gradients``: of the probe batch, where
+    the student is made of a base.
+    """
 
     config: RunConfig
     teacher: TeacherInfo
@@ -36,8 +38,13 @@ class Outcome:
 
 
 def build_results(outcome: Outcome, file_bytes: int, seconds: dict[str, float]) -> dict[str, Any]:
-    """The content of ``results.json``. KL and cross-entropy are in nats per token at temperature 1."""
-    teacher = {key: value for key, value in asdict(outcome.teacher).items() if key != "chat_template"}
+    """The content of ``results.json``.
+
+    KL and cross-entropy are in nats per token at temperature 1.
+    """
+    teacher = {
+        key: value for key, value in asdict(outcome.teacher).items() if key != "chat_template"
+    }
     training, proof = outcome.training, outcome.proofs.files[outcome.config.export.quant]
     return {
         "teacher": teacher,
@@ -86,7 +93,11 @@ def _of_base(outcome: Outcome) -> dict[str, Any]:
         "base": chosen.base,
         "architecture": outcome.student.base.config.model_type,
         "load_in_4bit": chosen.load_in_4bit,
-        "lora": {"rank": chosen.lora_rank, "alpha": chosen.lora_alpha, "dropout": chosen.lora_dropout},
+        "lora": {
+            "rank": chosen.lora_rank,
+            "alpha": chosen.lora_alpha,
+            "dropout": chosen.lora_dropout,
+        },
         "trained_parameters": outcome.student.trainable_parameters(),
         "gradients": outcome.gradients,
     }

@@ -1,4 +1,5 @@
-"""``distill run`` and ``distill train``: from a teacher, or from its soft targets, to a proved GGUF student."""
+"""``distill run`` and ``distill train``: from a teacher, or from its soft targets, to a proved
+GGUF student."""
 
 from __future__ import annotations
 
@@ -7,7 +8,12 @@ from pathlib import Path
 
 from distill.base_models.base_model import Base
 from distill.capture.capture import fill_store, keep_inheritance, load_teacher, read_data, text_of
-from distill.capture.ready_store import find_teacher, open_full_store, require_complete, without_capture
+from distill.capture.ready_store import (
+    find_teacher,
+    open_full_store,
+    require_complete,
+    without_capture,
+)
 from distill.capture.store_setup import StorePlace, open_store, recipe_for
 from distill.capture.teachers import find_gguf, teacher_stem, tokenizer_of
 from distill.config.schema import RunConfig
@@ -15,7 +21,7 @@ from distill.heads.prompts import SafetyPrompt, digest
 from distill.heads.safety_data import labelled_prompts, safety_data
 from distill.initialization.shape import student_shape
 from distill.losses.hidden_states import pair_layers
-from distill.pipeline.final_table import print_table
+from distill.pipeline.final_table import print_results
 from distill.pipeline.preflight import Inputs, check_run, check_train
 from distill.pipeline.resolve import _settle
 from distill.pipeline.stages import Source, _make_student, _round_off
@@ -58,7 +64,9 @@ def run(
         recipe = recipe_for(config.targets, teacher, console)
         layers = base.layers if base else student_shape(config, teacher.info).num_hidden_layers
         pair_layers(config.loss.layer_map, recipe.layers, layers, teacher.info.layers)
-        store = open_store(teacher, corpus, recipe, StorePlace(places.store, folder.path.parent, stem))
+        store = open_store(
+            teacher, corpus, recipe, StorePlace(places.store, folder.path.parent, stem)
+        )
 
         def capture() -> Source:
             words, info = tokenizer_of(config.teacher), teacher.info
@@ -76,16 +84,21 @@ def run(
             labelled = labelled_prompts(config, prompts, None, store, console)
             if labelled is not prompts:
                 safety = safety_data(config, labelled, words, info)
-            return Source(config, store, need_inheritance(store), reused, safety, gguf, teacher, base)
+            return Source(
+                config, store, need_inheritance(store), reused, safety, gguf, teacher, base
+            )
 
-        _work_in(folder, config, _identity(teacher.info, store, prompts, base), capture, launch, console)
+        _work_in(
+            folder, config, _identity(teacher.info, store, prompts, base), capture, launch, console
+        )
     return folder
 
 
 def train_from_store(
     config: RunConfig, out: Path | None, console: Console, inputs: Inputs | None = None
 ) -> RunFolder:
-    """Make a student from the store that ``config`` names, or what is left to do of it; no teacher is needed.
+    """Make a student from the store that ``config`` names, or what is left to do of it; no teacher
+    is needed.
 
     ``inputs``: what ``check_train`` has read, if it was called.
 
@@ -102,7 +115,8 @@ def train_from_store(
     config = without_capture(config, store.manifest.recipe, console)
     gguf = find_teacher(config.teacher.path, info)
     console.note(
-        f"soft targets of {info.name}: {info.architecture}, {human_count(info.parameters)} parameters"
+        f"soft targets of {info.name}: {info.architecture}, {human_count(info.parameters)} "
+        "parameters"
     )
     longest = None if config.student.base is None else int(store.lengths().max())
     config, base = _settle(config, inheritance.tokenizer, info, gguf, console, longest)
@@ -134,7 +148,9 @@ def _identity(
 ) -> dict[str, str]:
     """What a run's folder must not be continued without."""
     of_base = (
-        {} if base is None else {"base_name": base.folder.path.resolve().name, "base_sha256": base.sha256}
+        {}
+        if base is None
+        else {"base_name": base.folder.path.resolve().name, "base_sha256": base.sha256}
     )
     return of_base | {
         "teacher_name": info.name,
@@ -165,4 +181,4 @@ def _work_in(
         else:
             _make_student(prepare(), folder, launch, console)
     if launch.first:
-        print_table(folder, console)
+        print_results(folder, console)

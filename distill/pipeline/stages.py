@@ -56,10 +56,12 @@ BEGINNING_SEQUENCES = 512  # of training text that a head start may look at
 
 @dataclass(frozen=True)
 class Source:
-    """All that a student is made from: a complete store, what it keeps of the teacher, and prompts to decide on.
+    """All that a student is made from: a complete store, what it keeps of the teacher, and prompts
+    to decide on.
 
-    ``reused``: nothing had to be captured. ``gguf``: whose weights it can begin at. ``teacher``: open only
-    where the student's own words are scored. ``base``: the model that it is made of, if it is not a new one.
+    ``reused``: nothing had to be captured. ``gguf``: whose weights it can begin at. ``teacher``:
+    open only where the student's own words are scored. ``base``: the model that it is made of, if
+    it is not a new one.
     """
 
     config: RunConfig
@@ -85,9 +87,15 @@ def _make_student(source: Source, folder: RunFolder, launch: Launch, console: Co
         every, together = config.safety.rhythm(steps)
         prompts = source.safety.train
         data = replace(data, prompts=prompts, prompts_every=every, prompts_together=together)
-    held_out = HeldOut([store.tokens(int(index)) for index in data.split.held_out], source.inheritance.lines)
+    held_out = HeldOut(
+        [store.tokens(int(index)) for index in data.split.held_out], source.inheritance.lines
+    )
     student = _begin(source, data, folder, launch, console)
-    first = {name: weight.clone() for name, weight in plain_weights(student).items()} if source.base else {}
+    first = (
+        {name: weight.clone() for name, weight in plain_weights(student).items()}
+        if source.base
+        else {}
+    )
     source = _with_learning_rate(source, data, student, launch)
     gradients: dict[str, Any] = {}
     if isinstance(student, AdaptedStudent):
@@ -135,8 +143,8 @@ def _make_student(source: Source, folder: RunFolder, launch: Launch, console: Co
 
 
 def _round_off(folder: RunFolder, console: Console) -> None:
-    """What is done last, and again if the process was killed there: the log's last line, the report, the model card,
-    and no more file of first weights."""
+    """What is done last, and again if the process was killed there: the log's last line, the
+    report, the model card, and no more file of first weights."""
     record_finish(folder)
     if not folder.report.exists():
         write_run_report(folder, console)
@@ -148,19 +156,26 @@ def _round_off(folder: RunFolder, console: Console) -> None:
 def _begin(
     source: Source, data: TrainingData, folder: RunFolder, launch: Launch, console: Console
 ) -> Student:
-    """The student as training begins: made of its base, or from the teacher's weights on some of the training text."""
+    """The student as training begins: made of its base, or from the teacher's weights on some of
+    the training text."""
     if source.base is not None:
         with console.stage("Load base") as stage:
-            adapted = load_base_student(source.base, source.config, source.inheritance.info.vocab_size)
+            adapted = load_base_student(
+                source.base, source.config, source.inheritance.info.vocab_size
+            )
             stage.finish(f"{human_count(adapted.trainable_parameters())} parameters are trained")
         return adapted
     train = data.split.train
     some = train[np.linspace(0, len(train) - 1, min(len(train), BEGINNING_SEQUENCES)).astype(int)]
     sequences = [source.store.tokens(int(index)) for index in some]
-    return begin(source.config, source.inheritance, source.gguf, sequences, folder.beginning, launch, console)
+    return begin(
+        source.config, source.inheritance, source.gguf, sequences, folder.beginning, launch, console
+    )
 
 
-def _with_learning_rate(source: Source, data: TrainingData, student: Student, launch: Launch) -> Source:
+def _with_learning_rate(
+    source: Source, data: TrainingData, student: Student, launch: Launch
+) -> Source:
     """The source with a peak learning rate in its settings, the same in all processes."""
     config = source.config
     held_out = data.held_out(config.train.batch_size, torch.device("cpu"))
@@ -184,7 +199,14 @@ def _train(
     with console.stage("Train", total=steps) as stage:
         try:
             summary = train(
-                student, data, objective, config.train, folder.path, stage.update, own_words, console.warn
+                student,
+                data,
+                objective,
+                config.train,
+                folder.path,
+                stage.update,
+                own_words,
+                console.warn,
             )
         except TrainingAborted:
             write_run_report(folder, console)
@@ -215,8 +237,8 @@ def _evaluate(
     students: dict[str, Scorer],
     console: Console,
 ) -> tuple[Evaluation, dict[str, tuple[float, float]]]:
-    """Score ``students`` and the exported file against the teacher, or where the run has none against its stored
-    targets; time the files that are there."""
+    """Score ``students`` and the exported file against the teacher, or where the run has none
+    against its stored targets; time the files that are there."""
     config = source.config
     indices = data.split.held_out.tolist()
     with (
@@ -235,7 +257,8 @@ def _evaluate(
         speeds["student"] = measure_speed(exported)
         score = evaluation.models["exported"]
         stage.finish(
-            f"KL {score.kl:.3f}, agreement {score.agreement:.1%} over {evaluation.positions} positions"
+            f"KL {score.kl:.3f}, agreement {score.agreement:.1%} over {evaluation.positions} "
+            "positions"
         )
     return evaluation, speeds
 
@@ -243,7 +266,8 @@ def _evaluate(
 def _score_heads(
     source: Source, folder: RunFolder, student: Student, sequences: list[int], console: Console
 ) -> dict[str, Any]:
-    """What the exported file's safety and verification head are worth, as ``results.json`` says it."""
+    """What the exported file's safety and verification head are worth, as ``results.json`` says
+    it."""
     heads = student.heads()
     if heads.safety is None and heads.verification is None:
         return {}

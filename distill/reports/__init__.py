@@ -1,1 +1,2 @@
-"""Reports: a run's own records, or bare weights, as terminal text, JSON and one offline HTML page."""
+"""Reports: a run's own records, or bare weights, as terminal text, JSON and one offline HTML
+page."""

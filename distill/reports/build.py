@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
-from distill.reports.document import Told
-from distill.reports.inputs import require_page_path, weights_among
-from distill.reports.render.html import render
+from distill.reports.document import Document
+from distill.reports.inputs import weights_among
+from distill.reports.render.html import write_page
 from distill.reports.render.terminal import print_report, printable
 from distill.reports.run.charts import charts, comparison_charts
 from distill.reports.run.report import Comparison, Report, compare, read_report
@@ -21,75 +21,75 @@ from distill.reports.weights.report import WeightsReport, read_weights
 from distill.reports.weights.tables import weight_comparison_sections, weight_sections
 from distill.runs.folder import RunFolder
 from distill.runtime.progress import Console
-from teachers.atomic_files import write_whole
 
 Content = Report | Comparison | WeightsReport | WeightsComparison
 
 
-def tell(content: Content) -> Told:
+def document_of(content: Content) -> Document:
     """What is shown of it."""
     if isinstance(content, Report):
         lead = "What the run says, from its own records."
-        return Told(content.name, lead, [("", content.verdict)], sections(content), charts(content))
+        return Document(
+            content.name, lead, [("", content.verdict)], sections(content), charts(content)
+        )
     if isinstance(content, WeightsReport):
         lead = "What the weights say by themselves; no model was run."
         verdicts = [("", content.verdict)]
-        return Told(content.name, lead, verdicts, weight_sections(content), weight_charts(content))
+        return Document(
+            content.name, lead, verdicts, weight_sections(content), weight_charts(content)
+        )
     first, second = content.first, content.second
     title = f"{first.name} and {second.name}"
     verdicts = [(f"A: {first.name}", first.verdict), (f"B: {second.name}", second.verdict)]
     if isinstance(content, Comparison):
         lead = "What the runs say, from their own records."
-        return Told(title, lead, verdicts, comparison_sections(content), comparison_charts(content))
+        return Document(
+            title, lead, verdicts, comparison_sections(content), comparison_charts(content)
+        )
     lead = "What the weights of two files say by themselves, tensor by tensor; no model was run."
     verdicts.append(("A and B", content.verdict))
-    return Told(title, lead, verdicts, weight_comparison_sections(content), weight_comparison_charts(content))
+    return Document(
+        title,
+        lead,
+        verdicts,
+        weight_comparison_sections(content),
+        weight_comparison_charts(content),
+    )
 
 
 def write_run_report(folder: RunFolder, console: Console) -> None:
-    """Write the run's ``report.html``. The run is complete without it: a failure is said, not raised."""
+    """Write the run's ``report.html``.
+
+    The run is complete without it: a failure is said, not raised.
+    """
     try:
-        write_page(read_report(folder.path, console), folder.report)
+        write_page(document_of(read_report(folder.path, console)), folder.report)
     except Exception as error:  # whatever it is, it must not spoil a finished run
         words = " ".join(f"{type(error).__name__}: {error}".split())
         console.warn(
-            f"{folder.report} could not be written ({words}); everything else of the run is complete"
+            f"{folder.report} could not be written ({words}); everything else of the run is "
+            "complete"
         )
 
 
-def write_page(content: Content, path: Path) -> None:
-    """Write the page of what is reported on, whole or not at all.
-
-    Raises:
-        UserError: the path is not one for a page.
-        OSError: the disk refuses.
-    """
-    require_page_path(path)
-    write_whole(path, page(content).encode())
-
-
-def page(content: Content) -> str:
-    """The whole page."""
-    return render(tell(content))
-
-
 def report_paths(paths: list[Path], as_json: bool, output: Path | None) -> None:
-    """``distill report``: print what is to be said of one run or file of weights, or of two side by side, and write the
-    page where one is asked for.
+    """``distill report``: print what is to be said of one run or file of weights, or of two side by
+    side, and write the page where one is asked for.
 
     Raises:
-        UserError, TeacherFileError: not one or two runs or files, nothing logged yet, a damaged file, or no place for
-            a page.
+        UserError, TeacherFileError: not one or two runs or files, nothing logged yet, a damaged
+            file, or no place for a page.
         OSError: the disk refuses.
     """
     content = read_content(paths, None if as_json else Console())
+    document = document_of(content)
     if output is not None:
-        write_page(content, output)
+        write_page(document, output)
     if as_json:
         print(json.dumps(content.to_json(), ensure_ascii=False, allow_nan=False))
         return
     console = RichConsole(highlight=False)
-    print_report(tell(content), console)
+    print_report(document, console)
     if output is not None:
         console.print(f"\n[bold]Page[/] {escape(printable(str(output)))}", soft_wrap=True)
 

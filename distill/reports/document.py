@@ -10,7 +10,8 @@ from typing import Any, Literal
 class Table:
     """Rows under a head. ``wide``: the last column is text and not a figure.
 
-    ``shown``: so many rows are enough in a terminal; 0: all. ``spare``: columns that a narrow one can do without.
+    ``shown``: so many rows are enough in a terminal; 0: all. ``spare``: columns that a narrow one
+    can do without.
     """
 
     title: str
@@ -42,7 +43,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart with a title and a sentence that says what to see in it. ``wide``: over the whole width."""
+    """A chart with a title and a sentence that says what to see in it.
+
+    ``wide``: over the whole width.
+    """
 
     key: str
     title: str
@@ -63,9 +67,9 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class Told:
-    """A report in words, tables and charts. ``verdicts``: facts, each under a heading where there are several;
-    ``charts``: by the key of the section they go with."""
+class Document:
+    """A report in words, tables and charts. ``verdicts``: facts, each under a heading where there
+    are several; ``charts``: by the key of the section they go with."""
 
     title: str
     lead: str

@@ -31,14 +31,16 @@ def weights_among(paths: list[Path]) -> list[Path]:
     if weights and len(weights) < len(paths):
         run = next(path for path in paths if path not in weights)
         raise UserError(
-            f"{run} is a run's folder and {weights[0]} holds weights alone: they cannot be compared; give two runs, or "
+            f"{run} is a run's folder and {weights[0]} holds weights alone: they cannot be "
+            "compared; give two runs, or "
             f"two of weights (such as {run / 'student'})"
         )
     return weights
 
 
 def require_logged(path: Path) -> None:
-    """See that a run's folder can be reported on: its JSON files can be read, and something is logged.
+    """See that a run's folder can be reported on: its JSON files can be read, and something is
+    logged.
 
     Raises:
         UserError: a file is damaged, or nothing is there yet.
@@ -65,7 +67,8 @@ def require_page_path(path: Path) -> None:
 
 
 def holds_weights(path: Path) -> bool:
-    """Whether the path is to be read as weights: a file, or a folder that has some and so is no run's."""
+    """Whether the path is to be read as weights: a file, or a folder that has some and so is no
+    run's."""
     return bool(_files_in(path)) if path.is_dir() else path.exists()
 
 
@@ -78,7 +81,9 @@ def files_of_weights(path: Path) -> list[Path]:
     """
     files = _files_in(path) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"{path} has no {WEIGHTS}; give a folder that has, or a .safetensors or .gguf file")
+        raise UserError(
+            f"{path} has no {WEIGHTS}; give a folder that has, or a .safetensors or .gguf file"
+        )
     for file in files:
         _require_file(file)
     if is_gguf(files[0]):
@@ -99,13 +104,20 @@ def _files_in(path: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is damaged ({error}); copy it again") from None
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"{index} names {name!r}, which is no safetensors file beside it; copy it again")
+        if (
+            not isinstance(name, str)
+            or Path(name).name != name
+            or not name.endswith(".safetensors")
+        ):
+            raise UserError(
+                f"{index} names {name!r}, which is no safetensors file beside it; copy it again"
+            )
     return [path / name for name in names]
 
 
 def _require_file(path: Path) -> None:
-    """Refuse what is not a plain file with something in it: a FIFO would make a reader wait for ever."""
+    """Refuse what is not a plain file with something in it: a FIFO would make a reader wait for
+    ever."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -116,7 +128,8 @@ def _require_file(path: Path) -> None:
         raise UserError(f"{path} is empty; copy it again")
     if path.suffix.lower() in PICKLES:
         raise UserError(
-            f"{path} may be a pickle, which runs code when it is read, so it is not; save the weights as .safetensors"
+            f"{path} may be a pickle, which runs code when it is read, so it is not; save the "
+            "weights as .safetensors"
         )
 
 
@@ -135,7 +148,9 @@ def is_gguf(path: Path) -> bool:
         return True
     if begin[8:9] == b"{":  # safetensors: eight bytes of length, then JSON
         return False
-    raise UserError(f"{path} is no file of weights that can be read; give a .safetensors or .gguf file")
+    raise UserError(
+        f"{path} is no file of weights that can be read; give a .safetensors or .gguf file"
+    )
 
 
 def check_report(paths: list[Path], output: Path | None) -> None:

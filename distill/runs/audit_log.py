@@ -1,9 +1,10 @@
 """The log's chain: lines that each carry the hash of the one before, appended whole or not at all.
 
-``audit.jsonl`` holds one JSON object per line in canonical form (keys sorted, no spaces, ASCII): ``sequence`` from 0,
-``time`` (UTC), ``event``, ``content``, ``previous`` (SHA-256 of the bytes of the line before, without its newline;
-zeros in the first) and ``hash`` (SHA-256 of this line's canonical form without ``hash``). ``audit.head`` holds the
-number of lines and the SHA-256 of the last: a chain alone cannot show that its end was cut off.
+``audit.jsonl`` holds one JSON object per line in canonical form (keys sorted, no spaces, ASCII):
+``sequence`` from 0, ``time`` (UTC), ``event``, ``content``, ``previous`` (SHA-256 of the bytes of
+the line before, without its newline; zeros in the first) and ``hash`` (SHA-256 of this line's
+canonical form without ``hash``). ``audit.head`` holds the number of lines and the SHA-256 of the
+last: a chain alone cannot show that its end was cut off.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def sha256(data: bytes) -> str:
 
 @dataclass(frozen=True)
 class Head:
-    """Where a log ends: the number of its lines and the SHA-256 of the last one's bytes, in hexadecimal."""
+    """Where a log ends: the number of its lines and the SHA-256 of the last one's bytes, in
+    hexadecimal."""
 
     lines: int = 0
     sha256: str = ZEROS
@@ -51,7 +53,8 @@ class Head:
 
 @dataclass(frozen=True)
 class _Tail:
-    """The end of a log's file: bytes up to the last newline, the last whole line, and what comes after it."""
+    """The end of a log's file: bytes up to the last newline, the last whole line, and what comes
+    after it."""
 
     whole: int
     line: bytes
@@ -65,7 +68,9 @@ def canonical(value: Any) -> bytes:
     Raises:
         ValueError: a number in it is not finite.
     """
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
     return text.encode("ascii")
 
 
@@ -75,7 +80,10 @@ def sealed(line: Mapping[str, Any]) -> bytes:
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
-    """The fields of a line in canonical form, or nothing where these bytes are none. Its hash is not looked at."""
+    """The fields of a line in canonical form, or nothing where these bytes are none.
+
+    Its hash is not looked at.
+    """
     try:
         fields = json.loads(line)
         if not isinstance(fields, dict) or fields.keys() != FIELDS or canonical(fields) != line:
@@ -108,7 +116,8 @@ def read_head(folder: Path) -> Head | None:
 
 
 def read_lines(folder: Path) -> Iterator[bytes]:
-    """The lines of a folder's log with their newlines; one that is too long comes in pieces. None: there is no log."""
+    """The lines of a folder's log with their newlines; one that is too long comes in pieces.
+    None: there is no log."""
     with (folder / LOG).open("rb") as file:
         while line := file.readline(LONGEST + 1):
             yield line
@@ -125,10 +134,12 @@ def last_event(folder: Path, names: Collection[str]) -> str | None:
 
 
 def append(folder: Path, entries: Sequence[Entry]) -> Head:
-    """Add lines to a folder's log, in one write and on the disk when this returns; begins the log where there is none.
+    """Add lines to a folder's log, in one write and on the disk when this returns; begins the log
+    where there is none.
 
-    Only its end is read. What a killed process left of a line is cut off; that, and a head that says something else
-    than the log, is written down in a line of its own (``recovered``) before the new ones.
+    Only its end is read. What a killed process left of a line is cut off; that, and a head that
+    says something else than the log, is written down in a line of its own (``recovered``) before
+    the new ones.
 
     Raises:
         UserError: other processes hold the log for a minute.
@@ -154,7 +165,10 @@ def _append(file: BinaryIO, named: Head | None, entries: Sequence[Entry]) -> Hea
     if tail.torn or not _follows(head, tail, named):
         told = asdict(named) if named else asdict(Head())
         cut = {"cut_bytes": tail.torn, "cut_sha256": tail.torn_sha256}
-        entries = [(RECOVERED, {**cut, **{f"head_{name}": value for name, value in told.items()}}), *entries]
+        entries = [
+            (RECOVERED, {**cut, **{f"head_{name}": value for name, value in told.items()}}),
+            *entries,
+        ]
     lines, previous = [], head.sha256
     for sequence, (event, content) in enumerate(entries, head.lines):
         line = sealed(
@@ -175,7 +189,8 @@ def _append(file: BinaryIO, named: Head | None, entries: Sequence[Entry]) -> Hea
 
 
 def _write(file: BinaryIO, tail: _Tail, data: bytes) -> None:
-    """Put ``data`` in place of what comes after the last whole line, and on the disk; all of it or nothing."""
+    """Put ``data`` in place of what comes after the last whole line, and on the disk; all of it
+    or nothing."""
     try:
         file.seek(tail.whole)
         left = memoryview(data)
@@ -226,8 +241,8 @@ def _head_of(file: BinaryIO, tail: _Tail) -> Head:
 
 
 def _follows(head: Head, tail: _Tail, named: Head | None) -> bool:
-    """Whether a log that ends at ``head`` is what its head file names, or that and lines more: a process may be killed
-    before it writes the head."""
+    """Whether a log that ends at ``head`` is what its head file names, or that and lines more: a
+    process may be killed before it writes the head."""
     if named is None:
         return head.lines <= 1
     if named.lines == head.lines - 1:
@@ -249,7 +264,8 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.acquire(poll_interval=0.005)
     except filelock.Timeout:
         raise UserError(
-            f"{folder / LOG} has been held by another process for {PATIENCE_SECONDS:.0f} seconds; wait for it or stop "
+            f"{folder / LOG} has been held by another process for {PATIENCE_SECONDS:.0f} seconds; "
+            "wait for it or stop "
             "it, and try again"
         ) from None
     try:
@@ -259,8 +275,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def plain(value: Any) -> Any:
-    """A value as the log keeps it: a number that is not finite becomes null, a text loses every folder before its last
-    slash (where things lie on a disk is private).
+    """A value as the log keeps it: a number that is not finite becomes null, a text loses every
+    folder before its last slash (where things lie on a disk is private).
 
     Raises:
         TypeError: it is nothing that JSON has.

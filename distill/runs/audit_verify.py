@@ -1,8 +1,9 @@
 """Whether a run's log is what was written, and the run's files are those that it names.
 
-Every line must be its own canonical form, have the hash of its content, and name the line before it; the last must be
-the one that ``audit.head`` names, and ``results.json`` names one as well. That finds every change by somebody who does
-not compute the chain anew. Who can write to the folder can do that: only a head kept elsewhere (``expect``) shows it.
+Every line must be its own canonical form, have the hash of its content, and name the line before
+it; the last must be the one that ``audit.head`` names, and ``results.json`` names one as well. That
+finds every change by somebody who does not compute the chain anew. Who can write to the folder can
+do that: only a head kept elsewhere (``expect``) shows it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ SHOWN = 12  # of a hash, in a sentence
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as it was written. ``line``: of the log, from 1; ``file``: of the run, by its name."""
+    """Something that is not as it was written.
+
+    ``line``: of the log, from 1; ``file``: of the run, by its name.
+    """
 
     problem: str
     line: int | None = None
@@ -50,8 +54,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found. ``events``: how many lines of each; ``checked``: files that are as the log names them; ``gone``:
-    files that it names and that are no longer there, which is no fault; ``notes``: what is odd but no fault."""
+    """What was found. ``events``: how many lines of each; ``checked``: files that are as the log
+    names them; ``gone``: files that it names and that are no longer there, which is no fault;
+    ``notes``: what is odd but no fault.
+    """
 
     head: Head
     findings: list[Finding]
@@ -103,7 +109,8 @@ def verify(folder: Path, expect: str | None = None) -> Verification:
     """
     if expect is not None and (len(expect) != 64 or not set(expect) <= set("0123456789abcdef")):
         raise UserError(
-            f"--expect {expect}: a head is 64 hexadecimal digits, as `distill audit verify` prints it"
+            f"--expect {expect}: a head is 64 hexadecimal digits, as `distill audit verify` prints "
+            "it"
         )
     head = read_head(folder)  # before the log: a run that goes on writes it after
     kept = _kept_in_results(folder)
@@ -138,7 +145,10 @@ def _no_log(folder: Path, head: Head | None, kept: dict[str, Any] | None) -> str
         return f"{folder / LOG} is gone: {witness} says that there was one; put it back from a copy"
     if not (folder / "config.json").exists():
         return f"{folder} is not a run's folder: it has neither {LOG} nor config.json"
-    return f"{folder} has no {LOG}: the run was made before there was a log; there is nothing to verify it by"
+    return (
+        f"{folder} has no {LOG}: the run was made before there was a log; there is nothing to "
+        "verify it by"
+    )
 
 
 def _read_chain(folder: Path) -> _Chain:
@@ -165,17 +175,25 @@ def _read_chain(folder: Path) -> _Chain:
 def _problem_of(data: bytes, line: bytes, fields: dict[str, Any] | None) -> str:
     """What is wrong with a line by itself, if anything."""
     if line == data:
-        return "it has no end: a process was killed while writing it (the next one puts that right), or it was cut"
+        return (
+            "it has no end: a process was killed while writing it (the next one puts that "
+            "right), or it was cut"
+        )
     if fields is None:
-        return "it is not a line of a log: not one object in canonical form with the fields of a line"
+        return (
+            "it is not a line of a log: not one object in canonical form with the fields of a line"
+        )
     if sealed({name: value for name, value in fields.items() if name != "hash"}) != line:
-        return f"its content is not what was written: it does not have the hash {fields['hash'][:SHOWN]}…"
+        return (
+            "its content is not what was written: it does not have the hash "
+            f"{fields['hash'][:SHOWN]}…"
+        )
     return ""
 
 
 def _check_order(chain: _Chain, number: int, fields: dict[str, Any]) -> None:
-    """See that a sound line follows the one before it; what follows from a fault that is named already is not named
-    again."""
+    """See that a sound line follows the one before it; what follows from a fault that is named
+    already is not named again."""
     due = chain.sequence + 1 + chain.unsound
     sequence = fields["sequence"]
     if sequence > due:
@@ -189,7 +207,10 @@ def _check_order(chain: _Chain, number: int, fields: dict[str, Any]) -> None:
         if number == 1:
             chain.blame("it is not the first line of a log", number)
         else:
-            words = f"it is not the one that line {number} followed: it was changed, and its hash with it"
+            words = (
+                f"it is not the one that line {number} followed: it was changed, and its hash "
+                "with it"
+            )
             chain.blame(words, number - 1)
 
 
@@ -198,20 +219,28 @@ def _check_recovery(chain: _Chain, number: int, fields: dict[str, Any]) -> None:
     content = fields["content"]
     if fields["event"] != RECOVERED:
         return
-    lines, digest, cut = content.get("head_lines"), content.get("head_sha256"), content.get("cut_bytes")
+    lines, digest, cut = (
+        content.get("head_lines"),
+        content.get("head_sha256"),
+        content.get("cut_bytes"),
+    )
     here = Head(fields["sequence"], fields["previous"])
     if type(lines) is not int or type(cut) is not int:
         chain.blame("it says that the log was broken before, and not how", number)
     elif lines > here.lines:
         chain.blame(
-            f"when the log was continued here, {lines - here.lines} of {lines} lines were gone", number
+            f"when the log was continued here, {lines - here.lines} of {lines} lines were gone",
+            number,
         )
     elif lines < 0 or (lines == 0 and here.lines > 1):
         chain.blame(
-            f"when the log was continued here, {HEAD} was {'damaged' if lines else 'missing'}", number
+            f"when the log was continued here, {HEAD} was {'damaged' if lines else 'missing'}",
+            number,
         )
     elif not cut or (lines == here.lines and digest != here.sha256):
-        chain.blame(f"when the log was continued here, it did not end at the line that {HEAD} named", number)
+        chain.blame(
+            f"when the log was continued here, it did not end at the line that {HEAD} named", number
+        )
     else:
         chain.notes.append(
             f"line {number}: a killed process had left {cut} bytes of a line; they were cut off"
@@ -222,7 +251,9 @@ def _check_head(chain: _Chain, head: Head | None) -> None:
     """See that the log ends where ``audit.head`` says, or goes on from there."""
     lines = len(chain.hashes)
     if head is None and lines > 1:
-        chain.findings.append(Finding("it is missing: the end of the log may be missing too", file=HEAD))
+        chain.findings.append(
+            Finding("it is missing: the end of the log may be missing too", file=HEAD)
+        )
     elif head is not None and head.lines < 0:
         chain.findings.append(Finding("it is damaged", file=HEAD))
     elif head is not None:
@@ -242,7 +273,9 @@ def _check_end(chain: _Chain, known: Head, witness: str) -> None:
             words = f"the log ends before it, {witness} names {known.lines - end} more"
             chain.blame(f"{words}: its end was cut off", number)
     elif known not in chain.ends:
-        number = next((number for head, number in chain.ends.items() if head.lines == known.lines), 0)
+        number = next(
+            (number for head, number in chain.ends.items() if head.lines == known.lines), 0
+        )
         if not number:  # it is among those that are missing
             return
         if not chain.blamed(number):
@@ -268,7 +301,8 @@ def _check_anchor(chain: _Chain, kept: dict[str, Any]) -> None:
 
 
 def _check_files(folder: Path, chain: _Chain) -> tuple[list[str], list[str]]:
-    """See that every file is the one that the newest line about it names; returns those that are and those gone."""
+    """See that every file is the one that the newest line about it names; returns those that are
+    and those gone."""
     newest: dict[str, tuple[int, Any]] = {}
     for number, line in chain.sound:
         for name, described in _named(line, "read"):
@@ -310,8 +344,8 @@ def _named(line: dict[str, Any], key: str) -> Iterator[tuple[str, Any]]:
 
 
 def _inside(folder: Path, name: str) -> Path | None:
-    """Where a file of the run lies; a log that was not written by us may name anything. Nothing in its name leads out
-    of the folder; a link that somebody has put there may, and is followed."""
+    """Where a file of the run lies; a log that was not written by us may name anything. Nothing in
+    its name leads out of the folder; a link that somebody has put there may, and is followed."""
     parts = PurePosixPath(name).parts
     if not parts or {"..", "/"} & set(parts) or "\\" in name or ":" in name or "\0" in name:
         return None

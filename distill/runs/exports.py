@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 class ExportedFile:
     """One proved file.
 
-    ``kl`` (nats per token), ``agreement`` and ``max_logit_difference`` are against the F32 file (its own: against
-    PyTorch). ``prompt`` and ``generation`` in tokens per second. ``types``: tensors by how they are stored, as
-    llama.cpp takes another type where a row does not divide into blocks; ``bits_per_weight`` over all of them.
+    ``kl`` (nats per token), ``agreement`` and ``max_logit_difference`` are against the F32 file
+    (its own: against PyTorch). ``prompt`` and ``generation`` in tokens per second. ``types``:
+    tensors by how they are stored, as llama.cpp takes another type where a row does not divide into
+    blocks; ``bits_per_weight`` over all of them.
     """
 
     file: str
@@ -36,14 +37,14 @@ class ExportedFile:
     bytes: int
     bits_per_weight: float
     sha256: str
-    kl: float
-    agreement: float
-    max_logit_difference: float
-    positions: int
-    prompt: float
-    generation: float
-    imatrix: bool
-    types: dict[str, int]
+    kl: float | None = None
+    agreement: float | None = None
+    max_logit_difference: float | None = None
+    positions: int = 0
+    prompt: float | None = None
+    generation: float | None = None
+    imatrix: bool = False
+    types: dict[str, int] = field(default_factory=dict)
 
 
 def export_paths(
@@ -61,11 +62,15 @@ def export_paths(
         return {quant: folder.path / f"student-{quant}.gguf" for quant in quants}
     if several or output.is_dir():
         if not output.is_dir():
-            raise UserError(f"--output {output} is not a folder; several types need one that is there")
+            raise UserError(
+                f"--output {output} is not a folder; several types need one that is there"
+            )
         paths = {quant: output / f"student-{quant}.gguf" for quant in quants}
         there = [path for path in paths.values() if path.exists()]
         if there and output.resolve() != folder.path.resolve():
-            raise UserError(f"--output {output} has a {there[0].name} already; choose another folder")
+            raise UserError(
+                f"--output {output} has a {there[0].name} already; choose another folder"
+            )
         return paths
     if output.suffix != ".gguf":
         raise UserError(f"--output {output} must end in .gguf, or be a folder that is there")
@@ -77,7 +82,8 @@ def export_paths(
 
 
 def describe_file(path: Path, quant: Quant, proof: Proof, *, importance: bool) -> ExportedFile:
-    """All that is to be said of a proved file; ``importance``: the quantizer had a matrix, where the type takes one."""
+    """All that is to be said of a proved file; ``importance``: the quantizer had a matrix, where
+    the type takes one."""
     file = read_gguf(path)
     bits = 8 * sum(tensor.nbytes for tensor in file.tensors.values()) / file.parameters
     return ExportedFile(
@@ -106,7 +112,9 @@ def read_exports(folder: RunFolder) -> list[ExportedFile]:
     if not folder.exports.exists():
         return []
     try:
-        found = TypeAdapter(list[ExportedFile]).validate_python(folder.read_json(folder.exports).get("files"))
+        found = TypeAdapter(list[ExportedFile]).validate_python(
+            folder.read_json(folder.exports).get("files")
+        )
         if strange := [file.file for file in found if Path(file.file).name != file.file]:
             raise ValueError(f"{strange[0]!r} is not the name of a file")
     except ValidationError as error:

@@ -1,10 +1,11 @@
 """A run's folder: what is in it, whose it is, and reading it back.
 
 ``config.json`` (as resolved), ``identity.json`` (teacher and soft targets), ``metrics.jsonl``,
-``beginning.safetensors`` (weights that training begins at, until the run is finished), ``checkpoints/``, ``student/``
-(PyTorch weights and ``tokenizer.gguf``), ``held_out.json``, ``imatrix.gguf``, ``student.gguf``, ``exports.json`` (what
-is known of it and of later exports), ``Modelfile``, ``transformers/`` (the plain model), and last ``results.json``: a
-folder with results is a finished run. ``report.html`` shows all of it, ``README.md`` is the model card, ``audit.jsonl``
+``beginning.safetensors`` (weights that training begins at, until the run is finished),
+``checkpoints/``, ``student/`` (PyTorch weights and ``tokenizer.gguf``), ``held_out.json``,
+``imatrix.gguf``, ``student.gguf``, ``exports.json`` (what is known of it and of later exports),
+``Modelfile``, ``transformers/`` (the plain model), and last ``results.json``: a folder with results
+is a finished run. ``report.html`` shows all of it, ``README.md`` is the model card, ``audit.jsonl``
 the log.
 """
 
@@ -37,7 +38,8 @@ class Places:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out token sequences, and texts with the teacher's ids for checking an exported tokenizer."""
+    """Held-out token sequences, and texts with the teacher's ids for checking an exported
+    tokenizer."""
 
     sequences: list[Tokens]
     lines: TokenizedLines
@@ -88,22 +90,27 @@ class RunFolder:
             UserError: it belongs to another run or holds other files.
         """
         self.require_usable()
-        if self.config_file.exists() and (difference := _first_difference(self.read_config(), config)):
+        if self.config_file.exists() and (
+            difference := _first_difference(self.read_config(), config)
+        ):
             raise UserError(
                 f"--out {self.path} holds another run ({difference}); choose another folder. "
                 "Nothing in it was changed"
             )
 
     def claim(self, config: RunConfig, identity: dict[str, str]) -> None:
-        """Make the folder this run's, or see that it still is: same settings, teacher and soft targets.
+        """Make the folder this run's, or see that it still is: same settings, teacher and soft
+        targets.
 
         Raises:
-            UserError: the folder's run is another one, or the teacher file or the data has changed since.
+            UserError: the folder's run is another one, or the teacher file or the data has changed
+            since.
         """
         self.check(config)
         self._remove_leftovers()
         if not self.config_file.exists() or not self.identity_file.exists():
-            # In this order: a folder with settings and no identity yet is still known to be this run's.
+            # In this order: a folder with settings and no identity yet is still known to be this
+            # run's.
             self._write(self.config_file, config.model_dump(mode="json"))
             self._write(self.identity_file, identity)
             return
@@ -113,7 +120,8 @@ class RunFolder:
                 what = "base's folder" if key.startswith("base_") else "teacher file or the data"
                 raise UserError(
                     f"--out {self.path} holds a run with another {key.replace('_', ' ')} "
-                    f"({str(found.get(key))[:12]}… instead of {value[:12]}…): the {what} has changed since; choose "
+                    f"({str(found.get(key))[:12]}… instead of {value[:12]}…): the {what} has "
+                    "changed since; choose "
                     "another folder. Nothing in it was changed"
                 )
 
@@ -176,10 +184,16 @@ class RunFolder:
             if not sequences or min(map(len, sequences)) < 2:
                 raise ValueError("it holds no sequence of two tokens")
             if len(tokens) != len(content["texts"]):
-                raise ValueError(f"it has {len(content['texts'])} texts and the tokens of {len(tokens)}")
-            return HeldOut(sequences, TokenizedLines([str(text) for text in content["texts"]], tokens))
+                raise ValueError(
+                    f"it has {len(content['texts'])} texts and the tokens of {len(tokens)}"
+                )
+            return HeldOut(
+                sequences, TokenizedLines([str(text) for text in content["texts"]], tokens)
+            )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{self.held_out_file} is damaged ({error}); run distill again") from None
+            raise UserError(
+                f"{self.held_out_file} is damaged ({error}); run distill again"
+            ) from None
 
     def _write(self, path: Path, content: Any) -> None:
         write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
@@ -202,7 +216,8 @@ class RunFolder:
 
 
 def choose_folder(config: RunConfig, stem: str) -> RunFolder:
-    """The folder of a run without ``--out``: a new one under ``runs/``, or an unfinished one of this very run."""
+    """The folder of a run without ``--out``: a new one under ``runs/``, or an unfinished one of
+    this very run."""
     number = 1
     while True:
         suffix = f"-{number}" if number > 1 else ""
@@ -222,7 +237,8 @@ def _tokens(ids: Any, vocab_size: int) -> Tokens:
 
 
 def _first_difference(found: RunConfig, wanted: RunConfig) -> str:
-    """The first setting in which two configurations differ, in words; empty where they are equal."""
+    """The first setting in which two configurations differ, in words; empty where they are
+    equal."""
     there, here = _flatten(found.model_dump(mode="json")), _flatten(wanted.model_dump(mode="json"))
     for key, value in here.items():
         if there.get(key) != value:
@@ -247,7 +263,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Whole checkpoints in the order in which they were written: after going back, that is not the order of steps."""
+    """Whole checkpoints in the order in which they were written: after going back, that is not
+    the order of steps."""
     found = [path for path in folder.glob("step-*") if (path / "state.json").exists()]
     found.sort(key=lambda path: (len(path.name), path.name))  # by number, also beyond six digits
     logged = {path: _logged(path) for path in found}
@@ -274,14 +291,19 @@ def require_run(path: Path) -> None:
         UserError: it is not.
     """
     if not path.is_dir():
-        raise UserError(f"{path} is not a run's folder: there is no such folder, nor a file; check the path")
+        raise UserError(
+            f"{path} is not a run's folder: there is no such folder, nor a file; check the path"
+        )
     if not RunFolder(path).config_file.exists():
         raise UserError(
-            f"{path} is not a run's folder: it has no config.json, and no {WEIGHTS} either; give a run's folder, a "
+            f"{path} is not a run's folder: it has no config.json, and no {WEIGHTS} either; give a "
+            "run's folder, a "
             "checkpoint's, or a .safetensors or .gguf file"
         )
 
 
 def nothing_logged(path: Path) -> UserError:
     """What is said of a run that has logged nothing."""
-    return UserError(f"{path}: nothing is logged yet; training has not begun. Try again when it has")
+    return UserError(
+        f"{path}: nothing is logged yet; training has not begun. Try again when it has"
+    )

@@ -17,9 +17,10 @@ from teachers.atomic_files import write_whole
 class MetricsFile:
     """Appends to ``metrics.jsonl``; each line is flushed, so a killed run keeps what it logged.
 
-    On continuing a run from a checkpoint, lines that were written after it are dropped first: they will be written
-    again; without one, all are. ``lines``: how many there were when the checkpoint was saved; where that is not known,
-    those of later steps are dropped. Without a path (all processes of a launch but the first) nothing is written.
+    On continuing a run from a checkpoint, lines that were written after it are dropped first: they
+    will be written again; without one, all are. ``lines``: how many there were when the checkpoint
+    was saved; where that is not known, those of later steps are dropped. Without a path (all
+    processes of a launch but the first) nothing is written.
     """
 
     def __init__(self, path: Path | None, from_step: int | None, lines: int | None = None) -> None:
@@ -36,7 +37,8 @@ class MetricsFile:
         self.lines = len(kept)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Log the values of one step; a number that is not finite is written as null (JSON has no NaN)."""
+        """Log the values of one step; a number that is not finite is written as null (JSON has
+        no NaN)."""
         if self._file is None:
             return
         finite = {
@@ -51,7 +53,10 @@ class MetricsFile:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._file is not None:
             self._file.close()
@@ -71,8 +76,22 @@ Line = dict[str, float | None]
 LOSS_PARTS = ("kd", "ce", "hidden", "pet", "inertia", "non_commutation", "verification", "safety")
 KNOWN = {
     "train": {
-        *("loss", *LOSS_PARTS, "grad_norm", "learning_rate", "tokens_seen", "update_ratio", "clip_limit"),
-        *("second_difference", "rotation_error", "min_commutator", "mean_commutator", "rotation_drift"),
+        *(
+            "loss",
+            *LOSS_PARTS,
+            "grad_norm",
+            "learning_rate",
+            "tokens_seen",
+            "update_ratio",
+            "clip_limit",
+        ),
+        *(
+            "second_difference",
+            "rotation_error",
+            "min_commutator",
+            "mean_commutator",
+            "rotation_drift",
+        ),
     },
     "held_out": {"kl", "agreement", "cross_entropy"},
     "weights": set[str](),
@@ -101,10 +120,10 @@ class HeldOutPoint:
 class GuardEvent:
     """One thing that the guard did after ``step`` finished steps.
 
-    ``action``: clip, skip_step, rollback, abort, set_aside, checkpoint_refused, or what a newer program calls it.
-    ``signal``, ``tensor``, ``value``, ``limit``: what was seen, where, and what it should not have passed.
-    ``to_step``: where a rollback went. ``batch``: numbers or names of the sequences. ``undone``: logged steps that it
-    took back.
+    ``action``: clip, skip_step, rollback, abort, set_aside, checkpoint_refused, or what a newer
+    program calls it. ``signal``, ``tensor``, ``value``, ``limit``: what was seen, where, and what
+    it should not have passed. ``to_step``: where a rollback went. ``batch``: numbers or names of
+    the sequences. ``undone``: logged steps that it took back.
     """
 
     step: int
@@ -139,7 +158,10 @@ class Metrics:
     def guarded(self) -> bool:
         """Whether a guard watched, as far as the lines say."""
         return bool(
-            self.events or self.weights or self.probe or any("update_ratio" in line for line in self.train)
+            self.events
+            or self.weights
+            or self.probe
+            or any("update_ratio" in line for line in self.train)
         )
 
     def take_back(self, after: int) -> int:
@@ -167,7 +189,9 @@ class Metrics:
             values = _figures(kind, content)
             step = step_of(values)
             if kind == "train":
-                if self.train and step <= step_of(self.train[-1]):  # taken back, though no event says so
+                if self.train and step <= step_of(
+                    self.train[-1]
+                ):  # taken back, though no event says so
                     self.take_back(step - 1)
                 self.train.append(values)
             elif kind == "held_out":
@@ -248,7 +272,9 @@ def _held_out(values: Line) -> HeldOutPoint:
 
 def _event(content: dict[str, Any]) -> GuardEvent:
     batch = content.get("batch")
-    if batch is not None and not (isinstance(batch, list) and all(type(one) in (int, str) for one in batch)):
+    if batch is not None and not (
+        isinstance(batch, list) and all(type(one) in (int, str) for one in batch)
+    ):
         raise ValueError("batch is not a list of numbers or names")
     step, action = _number(content, "step"), _text(content, "action")
     if step is None or action is None:

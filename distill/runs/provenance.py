@@ -1,4 +1,5 @@
-"""Where a run's student comes from: the teacher's own words about itself, and the text it learnt from."""
+"""Where a run's student comes from: the teacher's own words about itself, and the text it learnt
+from."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ LICENCE = {"": "license", "name": "license.name", "link": "license.link"}
 
 
 def lineage_of(inheritance: Inheritance, store: SoftTargetStore, base_name: str | None) -> Lineage:
-    """What an exported file says of its origin. ``base_name``: of the model that the student is made of, if it is not a
-    new one."""
+    """What an exported file says of its origin. ``base_name``: of the model that the student is
+    made of, if it is not a new one."""
     about, info = inheritance.about, inheritance.info
     teacher = Source(info.name, _details(about) | {"description": _teacher_words(info)})
     models = (teacher,) if base_name is None else (Source(base_name), teacher)
@@ -40,7 +41,9 @@ def read_lineage(folder: RunFolder) -> Lineage:
     try:
         return Lineage.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); run distill again") from None
+        raise UserError(
+            f"{path} is damaged ({' '.join(str(error).split())}); run distill again"
+        ) from None
 
 
 def _details(about: Mapping[str, str]) -> dict[str, str]:
@@ -49,7 +52,8 @@ def _details(about: Mapping[str, str]) -> dict[str, str]:
 
 def _teacher_words(info: TeacherInfo) -> str:
     return (
-        f"the teacher: {info.architecture}, {info.parameters} parameters, SHA-256 of its file {info.sha256}"
+        f"the teacher: {info.architecture}, {info.parameters} parameters, SHA-256 of its file "
+        f"{info.sha256}"
     )
 
 

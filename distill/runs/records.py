@@ -1,7 +1,8 @@
-"""What a run has written down, read back for a report: of a finished, a still running or a crashed run.
+"""What a run has written down, read back for a report: of a finished, a still running or a crashed
+run.
 
-``metrics.jsonl`` and ``config.json`` are there from the start, ``results.json`` only when all went well. Nothing here
-needs the run's settings to be valid today: an older run can be reported on too.
+``metrics.jsonl`` and ``config.json`` are there from the start, ``results.json`` only when all went
+well. Nothing here needs the run's settings to be valid today: an older run can be reported on too.
 """
 
 from __future__ import annotations
@@ -39,12 +40,18 @@ class TeacherPart:
 
 @dataclass(frozen=True)
 class StudentPart:
-    """The student's size as asked for, and what came of it."""
+    """The student's size as asked for, and what came of it; of one made of a base model, that
+    too."""
 
     size: str | None
     parameters: int | None = None
     file_bytes: int | None = None
     quant: str | None = None
+    base: str | None = None
+    architecture: str | None = None
+    load_in_4bit: bool = False
+    lora: dict[str, float] | None = None
+    trained_parameters: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class StorePart:
     bytes: int
     reused: bool
     recipe: dict[str, Any] = field(default_factory=dict)
+    corpus_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ class TrainingPart:
     continued_from_step: int
     precision: str
     held_out: list[HeldOutPoint]
+    learning_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,8 @@ class ModelScore:
 
 @dataclass(frozen=True)
 class TeacherScore:
-    """How well the teacher itself predicts the text; ``approximate``: as its rounded soft targets say."""
+    """How well the teacher itself predicts the text; ``approximate``: as its rounded soft
+    targets say."""
 
     cross_entropy: float | None
     perplexity: float | None
@@ -141,7 +151,8 @@ class RotationsPart:
 
 @dataclass(frozen=True)
 class LibraryPart:
-    """How llama.cpp ran: with its extra CPU buffers, or why without (see ``teachers.llama_cpp.worker``)."""
+    """How llama.cpp ran: with its extra CPU buffers, or why without (see
+    ``teachers.llama_cpp.worker``)."""
 
     extra_buffers: bool = True
     reason: str = ""
@@ -149,7 +160,11 @@ class LibraryPart:
     @property
     def text(self) -> str:
         """The same in words; empty where it ran as it does by default."""
-        return "" if self.extra_buffers else f"without its extra CPU buffers, with which it {self.reason}"
+        return (
+            ""
+            if self.extra_buffers
+            else f"without its extra CPU buffers, with which it {self.reason}"
+        )
 
 
 @dataclass(frozen=True)
@@ -179,15 +194,17 @@ class Results:
     environment: EnvironmentPart
     heads: HeadsPart = HeadsPart()
     llama_cpp: LibraryPart = LibraryPart()  # older runs do not say
-    f32_proof: Proof | None = None  # of the file that the exported one was made from; older runs have none
+    f32_proof: Proof | None = (
+        None  # of the file that the exported one was made from; older runs have none
+    )
 
 
 @dataclass(frozen=True)
 class Records:
     """All that a run's folder says.
 
-    ``held_out``: as logged, or as the results say. ``held``: a process works in the folder. ``checkpoint``: the
-    newest one.
+    ``held_out``: as logged, or as the results say. ``held``: a process works in the folder.
+    ``checkpoint``: the newest one.
     """
 
     folder: Path
@@ -274,7 +291,9 @@ def _results(folder: RunFolder) -> Results:
     safety = results.heads.safety
     for score in () if safety is None else (safety.test, *safety.languages.values()):
         if [len(row) for row in score.confusion] != [len(DECISIONS)] * len(DECISIONS):
-            raise UserError(f"{folder.results_file} is damaged (heads.safety: confusion is not 3 × 3)")
+            raise UserError(
+                f"{folder.results_file} is damaged (heads.safety: confusion is not 3 × 3)"
+            )
     return results
 
 

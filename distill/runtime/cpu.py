@@ -1,4 +1,7 @@
-"""What makes PyTorch fast on a CPU without changing what it computes. Each is measured in docs/benchmarks.md."""
+"""What makes PyTorch fast on a CPU without changing what it computes.
+
+Each is measured in docs/benchmarks.md.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,18 @@ FLOAT32_ERROR = 1e-5  # of a sum of 512 products, relative to their spread; bflo
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep what is freed, for the rest of this process; returns whether this system can.
+    """Tell glibc to keep what is freed, for the rest of this process; returns whether this system
+    can.
 
-    A training step asks for the same large blocks every time (logits, gradients of matrices). By default glibc gives
-    each one back when it is freed and the kernel hands it out again page by page, zeroed, which takes longer than
-    computing with it.
+    A training step asks for the same large blocks every time (logits, gradients of matrices). By
+    default glibc gives each one back when it is freed and the kernel hands it out again page by
+    page, zeroed, which takes longer than computing with it.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    # One arena: others (of autograd's threads) cannot hold large blocks. No mapping of large blocks, no trimming.
+    # One arena: others (of autograd's threads) cannot hold large blocks. No mapping of large
+    # blocks, no trimming.
     return all(
         mallopt(name, value) == 1
         for name, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, LARGEST_INT))
@@ -34,11 +39,13 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def onednn_for_float32() -> Iterator[bool]:
-    """Let oneDNN multiply float32 matrices meanwhile, where it does so in float32; gives whether it does.
+    """Let oneDNN multiply float32 matrices meanwhile, where it does so in float32; gives whether it
+    does.
 
-    PyTorch otherwise asks MKL, which is slow on processors of other makers (2 to 2.5 times slower on an AMD EPYC). The
-    switch also permits bfloat16 inside; processors that would use it (those with AMX) are found by trying, and left
-    as they are. It makes PyTorch's fused attention for CPUs four times slower.
+    PyTorch otherwise asks MKL, which is slow on processors of other makers (2 to 2.5 times slower
+    on an AMD EPYC). The switch also permits bfloat16 inside; processors that would use it (those
+    with AMX) are found by trying, and left as they are. It makes PyTorch's fused attention for CPUs
+    four times slower.
     """
     settings = getattr(torch.backends.mkldnn, "matmul", None)
     if settings is None or not torch.backends.mkldnn.is_available():

@@ -14,6 +14,9 @@ def choose_precision(config: TrainConfig, width: int, device: torch.device) -> s
     if config.precision != "auto":
         return config.precision
     if device.type == "cpu":
-        fast = "avx512" in torch.backends.cpu.get_cpu_capability().lower() and width >= BF16_WIDTH_ON_CPU
+        fast = (
+            "avx512" in torch.backends.cpu.get_cpu_capability().lower()
+            and width >= BF16_WIDTH_ON_CPU
+        )
         return "bf16" if fast else "fp32"
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"

@@ -1,8 +1,8 @@
 """``distill doctor``: whether this machine does the main job, and what to do where it does not.
 
-Each check is a function that gives findings. Whatever may end a process (llama.cpp, PyTorch on a processor it was
-not built for) is asked in a process of its own, and nothing heavy is imported here, so that the first lines come at
-once.
+Each check is a function that gives findings. Whatever may end a process (llama.cpp, PyTorch on a
+processor it was not built for) is asked in a process of its own, and nothing heavy is imported
+here, so that the first lines come at once.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ print(json.dumps({
 
 
 def examine(teacher: Path, gpu_layers: int = 0) -> Iterator[Finding]:
-    """Every finding, as it is made; ``teacher``: the GGUF file that llama.cpp is tried with, ``gpu_layers`` on a GPU.
+    """Every finding, as it is made; ``teacher``: the GGUF file that llama.cpp is tried with,
+    ``gpu_layers`` on a GPU.
 
     Raises:
         TeacherFileError: ``teacher`` is no GGUF file.
@@ -104,11 +105,15 @@ def package_findings() -> Iterator[Finding]:
             found[name] = version(name)
         except PackageNotFoundError:
             missing.append(name)
-    shown = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "gguf") if name in found)
+    shown = ", ".join(
+        f"{name} {found[name]}" for name in ("torch", "transformers", "gguf") if name in found
+    )
     text = f"Python {platform.python_version()}; {shown}; {len(found)} of {len(needed)} there"
     facts = {"python": platform.python_version(), "versions": found, "missing": missing}
     if missing:
-        yield Finding("packages", "broken", f"{text}; missing: {', '.join(missing)}", _install_again(), facts)
+        yield Finding(
+            "packages", "broken", f"{text}; missing: {', '.join(missing)}", _install_again(), facts
+        )
     else:
         yield Finding("packages", "ok", text, "", facts)
 
@@ -121,7 +126,9 @@ def library_findings() -> Iterator[Finding]:
         return
     facts, problem = ask_child(_LIBRARY)
     if facts is None:
-        yield Finding("llama.cpp", "broken", f"{name} cannot be loaded: {problem}", rebuild_command())
+        yield Finding(
+            "llama.cpp", "broken", f"{name} cannot be loaded: {problem}", rebuild_command()
+        )
         return
     built = facts["built_with"]
     facts["version"] = library_version()
@@ -143,7 +150,8 @@ def self_check_findings(teacher: Path, gpu_layers: int) -> Iterator[Finding]:
     """The first decode with and without extra buffers, found anew, and how fast llama.cpp then is.
 
     Raises:
-        TeacherFileError, TeacherError: the file alone is at fault, or the layers on the GPU are too many.
+        TeacherFileError, TeacherError: the file alone is at fault, or the layers on the GPU are too
+        many.
     """
     import psutil
 
@@ -178,19 +186,32 @@ def self_check_findings(teacher: Path, gpu_layers: int) -> Iterator[Finding]:
         yield Finding("check kept", "slow", f"it is made again at every start: {problem}", remedy)
     else:
         yield Finding("check kept", "ok", f"in {record_path()}", "", {"path": str(record_path())})
-    text = f"{teacher.name}: reads {speed['prompt']:,.0f} tokens/s, writes {speed['generation']:,.0f}"
+    text = (
+        f"{teacher.name}: reads {speed['prompt']:,.0f} tokens/s, writes {speed['generation']:,.0f}"
+    )
     yield Finding("speed", "ok", text, "", dict(speed))
 
 
-def _verdict(before: CheckRecord, types: frozenset[str], size: int, *, extra_buffers: bool) -> Finding:
+def _verdict(
+    before: CheckRecord, types: frozenset[str], size: int, *, extra_buffers: bool
+) -> Finding:
     """What the self-check found now, in the light of what was remembered ``before``.
 
     A remembered fault is forgotten where the kinds of tensors that it was found with work now.
     """
-    from teachers.llama_cpp.library.check_record import CheckRecord, change_record, read_record, record_path
+    from teachers.llama_cpp.library.check_record import (
+        CheckRecord,
+        change_record,
+        read_record,
+        record_path,
+    )
 
     record = read_record()
-    facts = {"extra_buffers": extra_buffers, "reason": record.reason, "compared": sorted(record.verified)}
+    facts = {
+        "extra_buffers": extra_buffers,
+        "reason": record.reason,
+        "compared": sorted(record.verified),
+    }
     if not extra_buffers:
         text = f"right without llama.cpp's extra CPU buffers; with them it {record.reason}"
         return Finding("self-check", "slow", text, rebuild_command(), facts)
@@ -227,7 +248,10 @@ def pytorch_findings() -> Iterator[Finding]:
     """Whether PyTorch computes here, and the GPUs that it sees."""
     facts, problem = ask_child(_PYTORCH)
     if facts is None:
-        remedy = f"install it again: {_pip()} install --force-reinstall --constraint constraints.txt torch"
+        remedy = (
+            f"install it again: {_pip()} install --force-reinstall --constraint "
+            "constraints.txt torch"
+        )
         yield Finding("PyTorch", "broken", f"it does not run here: {problem}", remedy)
         return
     text = f"{facts['version']}, {facts['capability']}, {facts['threads']} threads"
@@ -251,7 +275,12 @@ def ask_child(code: str) -> tuple[dict[str, Any] | None, str]:
     command = [sys.executable, "-c", child, json.dumps(sys.path)]
     try:
         answer = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=CHILD_SECONDS, check=False
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=CHILD_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return None, f"no answer within {CHILD_SECONDS:.0f} s"
@@ -270,11 +299,15 @@ def _pip() -> str:
 
 
 def _install_again() -> str:
-    return f"in the project's folder: {_build_setting()} {_pip()} install --constraint constraints.txt --editable ."
+    return (
+        f"in the project's folder: {_build_setting()} {_pip()} install --constraint "
+        "constraints.txt --editable ."
+    )
 
 
 def _build_setting() -> str:
-    """What has llama.cpp compiled rightly, after what CMAKE_ARGS asks for already; for the system's shell."""
+    """What has llama.cpp compiled rightly, after what CMAKE_ARGS asks for already; for the
+    system's shell."""
     build = Path(__file__).parents[2] / "teachers" / "llama_cpp" / "library" / "build.cmake"
     setting = f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={build}"
     if sys.platform == "win32":
@@ -283,7 +316,8 @@ def _build_setting() -> str:
 
 
 def rebuild_command() -> str:
-    """What to do about a llama.cpp that does not suit this machine: the command that compiles it again."""
+    """What to do about a llama.cpp that does not suit this machine: the command that compiles it
+    again."""
     if other := os.environ.get("LLAMA_CPP_LIB_PATH"):
         return f"unset LLAMA_CPP_LIB_PATH, which is {other}"
     if (pinned := library_version()) is None:

@@ -13,7 +13,15 @@ from teachers.llama_cpp.worker import why_without_extra_buffers
 
 def environment() -> dict[str, Any]:
     """What computed the results."""
-    packages = ("so8t-distill", "torch", "transformers", "llama-cpp-python", "gguf", "accelerate", "numpy")
+    packages = (
+        "so8t-distill",
+        "torch",
+        "transformers",
+        "llama-cpp-python",
+        "gguf",
+        "accelerate",
+        "numpy",
+    )
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -24,6 +32,7 @@ def environment() -> dict[str, Any]:
 
 
 def how_llama_cpp_ran() -> dict[str, Any]:
-    """Whether llama.cpp ran every file of this process with its extra CPU buffers, and if not, why."""
+    """Whether llama.cpp ran every file of this process with its extra CPU buffers, and if not,
+    why."""
     reason = why_without_extra_buffers()
     return {"extra_buffers": not reason, "reason": reason}

@@ -11,7 +11,8 @@ from pathlib import Path
 
 @contextmanager
 def _whole_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``final``, in place of what is there, once everything is in it."""
+    """A temporary folder that becomes ``final``, in place of what is there, once everything is
+    in it."""
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()

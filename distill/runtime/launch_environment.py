@@ -19,7 +19,8 @@ def launched_share() -> Share:
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not rank.isdigit() or not world.isdigit() or not int(rank) < int(world):
         raise UserError(
-            f"RANK={rank!r} and WORLD_SIZE={world!r} in the environment do not fit together; unset them"
+            f"RANK={rank!r} and WORLD_SIZE={world!r} in the environment do not fit together; unset "
+            "them"
         )
     return Share(int(rank), int(world))
 
@@ -37,9 +38,12 @@ def require_trainable(config: TrainConfig, processes: int) -> None:
     """
     if config.on_policy and processes > 1:
         raise UserError(
-            f"train.on_policy = {config.on_policy:g} works in one process, not in {processes}; start it without a "
+            f"train.on_policy = {config.on_policy:g} works in one process, not in {processes}; "
+            "start it without a "
             "launcher"
         )
     for tracker in config.trackers:
         if find_spec(tracker) is None:
-            raise UserError(f"train.trackers names {tracker}, which is not installed: pip install {tracker}")
+            raise UserError(
+                f"train.trackers names {tracker}, which is not installed: pip install {tracker}"
+            )

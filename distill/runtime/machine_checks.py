@@ -1,4 +1,5 @@
-"""This machine as a run sees it before anything starts: processor, memory and disk, each ok, slow or broken."""
+"""This machine as a run sees it before anything starts: processor, memory and disk, each ok,
+slow or broken."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ LEAST_DISK, ROOMY_DISK = 200 << 20, 5 << 30
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, how it is, and what to do; ``facts`` are the figures for other programs."""
+    """One line: what was looked at, how it is, and what to do; ``facts`` are the figures for
+    other programs."""
 
     name: str
     level: Level
@@ -36,7 +38,9 @@ def processor_finding() -> Finding:
     cpu, cores = processor(), usable_cores()
     seen = [ours for ours, theirs in FEATURES.items() if theirs in cpu.features]
     seen += [name.upper() for name in ("asimd", "sve", "bf16", "i8mm") if name in cpu.features]
-    text = f"{cpu.name}, {cores} core{'s' * (cores != 1)}; {', '.join(seen) or 'features not known'}"
+    text = (
+        f"{cpu.name}, {cores} core{'s' * (cores != 1)}; {', '.join(seen) or 'features not known'}"
+    )
     facts = {"name": cpu.name, "cores": cores, "features": seen, "system": platform.platform()}
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     if x86 and cpu.features and "AVX2" not in seen:
@@ -68,7 +72,10 @@ def memory_finding() -> Finding:
     text = f"{human_bytes(available)} free of {human_bytes(total)}"
     facts = {"total_bytes": total, "available_bytes": available}
     if available < LEAST_MEMORY:
-        remedy = f"the example needs {human_bytes(LEAST_MEMORY)}: close other programs or use another machine"
+        remedy = (
+            f"the example needs {human_bytes(LEAST_MEMORY)}: close other programs or use "
+            "another machine"
+        )
         return Finding("memory", "broken", text, remedy, facts)
     if available < ROOMY_MEMORY:
         remedy = "enough for the example; `distill plan` says what your own run needs"
@@ -79,10 +86,12 @@ def memory_finding() -> Finding:
 def container_limits(
     groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> list[tuple[int, int]]:
-    """Bytes that this process's control group may use and uses, of each version of Linux's groups that limits it.
+    """Bytes that this process's control group may use and uses, of each version of Linux's groups
+    that limits it.
 
-    Files that the system keeps in memory until somebody needs it are not counted. ``groups`` says which groups those
-    are, ``root`` is where they are mounted; a container may see its own at the root.
+    Files that the system keeps in memory until somebody needs it are not counted. ``groups`` says
+    which groups those are, ``root`` is where they are mounted; a container may see its own at the
+    root.
     """
     try:
         lines = groups.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -125,24 +134,38 @@ def _whole_number(path: Path) -> int | None:
 
 
 def disk_finding() -> Finding:
-    """Room in the current folder, where runs are kept by default, and whether it can be written to."""
+    """Room in the current folder, where runs are kept by default, and whether it can be written
+    to."""
     try:
         folder = Path.cwd()
     except FileNotFoundError:
-        return Finding("disk", "broken", "the current folder has been deleted", "go to another folder")
+        return Finding(
+            "disk", "broken", "the current folder has been deleted", "go to another folder"
+        )
     free = shutil.disk_usage(folder).free
-    text, facts = f"{human_bytes(free)} free in {folder}", {"folder": str(folder), "free_bytes": free}
+    text, facts = (
+        f"{human_bytes(free)} free in {folder}",
+        {"folder": str(folder), "free_bytes": free},
+    )
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         remedy = "a run's folder is made here: go to another folder, or name one with --out"
-        return Finding("disk", "broken", f"{folder} cannot be written to ({error.strerror})", remedy, facts)
+        return Finding(
+            "disk", "broken", f"{folder} cannot be written to ({error.strerror})", remedy, facts
+        )
     if free < LEAST_DISK:
-        return Finding("disk", "broken", text, "free some space, or go to a folder on another disk", facts)
+        return Finding(
+            "disk", "broken", text, "free some space, or go to a folder on another disk", facts
+        )
     if free < ROOMY_DISK:
         return Finding(
-            "disk", "slow", text, "enough for the example; `distill plan` says what a run keeps", facts
+            "disk",
+            "slow",
+            text,
+            "enough for the example; `distill plan` says what a run keeps",
+            facts,
         )
     return Finding("disk", "ok", text, "", facts)
 

@@ -1,4 +1,5 @@
-"""What goes to a terminal: decisions in colour, warnings, and the text of others, which may not steer it."""
+"""What goes to a terminal: decisions in colour, warnings, and the text of others, which may not
+steer it."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
-# Control characters but tab and line end, and the signs that reorder what is around them (Unicode's bidi controls).
+# Control characters but tab and line end, and the signs that reorder what is around them (Unicode's
+# bidi controls).
 _STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 COLOURS = {"ALLOW": "green", "ESCALATE": "yellow", "REFUSE": "red"}
@@ -22,12 +24,14 @@ def coloured(decision: str | None) -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` with what would steer a terminal as a sign that shows it: ``␛[31m``, ``\\u202e``; all else as it is."""
+    """``text`` with what would steer a terminal as a sign that shows it: ``␛[31m``, ``\\u202e``;
+    all else as it is."""
     return _STEERS.sub(lambda found: _sign(found[0]), text)
 
 
 def json_line(value: Any) -> str:
-    """``value`` as JSON on one line, characters beyond ASCII as they are, but for those that steer a terminal."""
+    """``value`` as JSON on one line, characters beyond ASCII as they are, but for those that
+    steer a terminal."""
     line = json.dumps(value, ensure_ascii=False)
     return _STEERS.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
 

@@ -21,13 +21,17 @@ from rich.progress import (
 
 from distill.runtime import interrupts
 
-LINE_EVERY_SECONDS = 10.0  # how often progress is printed where there is no terminal to draw a bar on
+LINE_EVERY_SECONDS = (
+    10.0  # how often progress is printed where there is no terminal to draw a bar on
+)
 
 
 class Stage:
     """One stage's progress; ``update`` takes what is done so far and a few words about it."""
 
-    def __init__(self, console: RichConsole, title: str, total: int | None, bar: Progress | None) -> None:
+    def __init__(
+        self, console: RichConsole, title: str, total: int | None, bar: Progress | None
+    ) -> None:
         self.console = console
         self.title = title
         self.total = total
@@ -46,7 +50,9 @@ class Stage:
         if now - self.printed >= LINE_EVERY_SECONDS and self.total:
             self.printed = now
             left = (now - self.begin) / max(done, 1) * (self.total - done)
-            self.console.print(f"  {self.title}: {done}/{self.total}, {left:.0f} s left  {escape(note)}")
+            self.console.print(
+                f"  {self.title}: {done}/{self.total}, {left:.0f} s left  {escape(note)}"
+            )
 
     def finish(self, outcome: str) -> None:
         """Words for the line that remains when the stage is over."""
@@ -54,8 +60,8 @@ class Stage:
 
 
 class Console:
-    """Prints to the terminal (or plain lines to a file). ``quiet``: not at all, in all processes but the first.
-    ``stderr``: to standard error, where standard output is for other programs."""
+    """Prints to the terminal (or plain lines to a file). ``quiet``: not at all, in all processes
+    but the first. ``stderr``: to standard error, where standard output is for other programs."""
 
     def __init__(self, *, quiet: bool = False, stderr: bool = False) -> None:
         self.rich = RichConsole(highlight=False, quiet=quiet, stderr=stderr)
@@ -85,7 +91,9 @@ class Console:
             yield stage
         duration = time.monotonic() - begin
         self.seconds[title] = round(duration, 3)
-        self.rich.print(f"[green]✓[/] {title:<16} [dim]{duration:6.1f} s[/]  {escape(stage.outcome)}")
+        self.rich.print(
+            f"[green]✓[/] {title:<16} [dim]{duration:6.1f} s[/]  {escape(stage.outcome)}"
+        )
 
     def note(self, text: str) -> None:
         """A remark that is good to know."""

@@ -1,9 +1,10 @@
 """Checkpoints: safetensors and JSON only, written whole or not at all, the last two kept.
 
-``checkpoints/step-000120/`` holds ``model.safetensors``, ``best.safetensors`` (the weights with the best held-out
-KL so far, where they are not these), ``training.safetensors`` (optimizer moments, objective, random state of every
-process) and ``state.json`` (step, schedule, held-out scores, which data). The folder is renamed into place when
-everything is on disk, so a half-written one is never seen.
+``checkpoints/step-000120/`` holds ``model.safetensors``, ``best.safetensors`` (the weights with the
+best held-out KL so far, where they are not these), ``training.safetensors`` (optimizer moments,
+objective, random state of every process) and ``state.json`` (step, schedule, held-out scores, which
+data). The folder is renamed into place when everything is on disk, so a half-written one is never
+seen.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ KEEP = 2
 class TrainingState:
     """Everything that changes while training, as the loop holds it.
 
-    ``best``: the weights with the best held-out KL so far, on the CPU; ``None`` where there is no score yet, or
-    training is at its planned end and the newest are the best. ``guard``: watches this training, if one does;
-    ``lines_logged``: of ``metrics.jsonl``.
+    ``best``: the weights with the best held-out KL so far, on the CPU; ``None`` where there is no
+    score yet, or training is at its planned end and the newest are the best. ``guard``: watches
+    this training, if one does; ``lines_logged``: of ``metrics.jsonl``.
     """
 
     student: Student
@@ -58,12 +59,14 @@ class TrainingState:
     lines_logged: int | None = None
 
 
-def save_checkpoint(folder: Path, state: TrainingState, data_key: str, *, finished: bool = False) -> Path:
+def save_checkpoint(
+    folder: Path, state: TrainingState, data_key: str, *, finished: bool = False
+) -> Path:
     """Write ``folder/step-NNNNNN`` whole or not at all and drop all but the newest two.
 
-    Every process of a launch takes part; the first one writes. Checkpoints of later steps, from which training went
-    back, are put aside then. ``finished``: nothing will be trained after it, so the optimizer's moments (two thirds of
-    a checkpoint) are left out.
+    Every process of a launch takes part; the first one writes. Checkpoints of later steps, from
+    which training went back, are put aside then. ``finished``: nothing will be trained after it, so
+    the optimizer's moments (two thirds of a checkpoint) are left out.
 
     Raises:
         OSError: the disk refuses; earlier checkpoints stay.
@@ -119,7 +122,8 @@ def _write(final: Path, files: dict[str, Weights], content: dict[str, Any]) -> N
 
 
 def _discard(path: Path) -> None:
-    """Delete a checkpoint; killed meanwhile, it is a leftover that the next start removes, not half a checkpoint."""
+    """Delete a checkpoint; killed meanwhile, it is a leftover that the next start removes, not
+    half a checkpoint."""
     shutil.rmtree(_out_of_the_way(path))
 
 
@@ -133,10 +137,12 @@ def _out_of_the_way(path: Path) -> Path:
 def load_newest(
     folder: Path, state: TrainingState, data_key: str
 ) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """Load the newest checkpoint that is sound; one that is damaged is put aside, as ``refused-step-NNNNNN``.
+    """Load the newest checkpoint that is sound; one that is damaged is put aside, as
+    ``refused-step-NNNNNN``.
 
     Returns:
-        The one that was loaded (``None``: there is none at all), and those that were put aside with what is wrong.
+        The one that was loaded (``None``: there is none at all), and those that were put aside with
+        what is wrong.
 
     Raises:
         UserError: none is sound, or it was made with other data.
@@ -158,14 +164,16 @@ def load_newest(
 
 
 def _undo(folder: Path, after: int) -> None:
-    """Put the checkpoints of later steps aside, as ``undone-step-NNNNNN``: training went back to before them."""
+    """Put the checkpoints of later steps aside, as ``undone-step-NNNNNN``: training went back to
+    before them."""
     later = [path for path in _complete(folder) if int(path.name.rpartition("-")[2]) > after]
     if later:
         _put_aside(later, "undone")
 
 
 def _put_aside(paths: Sequence[Path], why: str) -> None:
-    """Rename checkpoints so that nothing continues from them; those put aside earlier for the same reason go."""
+    """Rename checkpoints so that nothing continues from them; those put aside earlier for the
+    same reason go."""
     for old in paths[0].parent.glob(f"{why}-step-*"):
         shutil.rmtree(old)
     for path in paths:
@@ -200,7 +208,9 @@ class DamagedCheckpoint(UserError):
     """A checkpoint that cannot be used; ``reason`` says what is wrong with it."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"checkpoint {path} is damaged ({reason}); delete that folder to use the one before")
+        super().__init__(
+            f"checkpoint {path} is damaged ({reason}); delete that folder to use the one before"
+        )
         self.reason = reason
 
 
@@ -226,13 +236,17 @@ def load_checkpoint(path: Path, state: TrainingState, data_key: str) -> None:
             _restore_optimizer(state.optimizer, _under(training, "optimizer"), content["optimizer"])
         state.schedule.load_state_dict(content["schedule"])
         # The schedule writes rates only when it is stepped, so put the current ones back by hand.
-        for group, rate in zip(state.optimizer.param_groups, state.schedule.get_last_lr(), strict=True):
+        for group, rate in zip(
+            state.optimizer.param_groups, state.schedule.get_last_lr(), strict=True
+        ):
             group["lr"] = rate
         _restore_objective(state.objective, _under(training, "objective"), state.student.device)
         if own := _under(training, f"random.{PartialState().process_index}"):
             restore_random_state(own)  # none where the run is continued with more processes
         state.step, state.tokens_seen = int(content["step"]), int(content["tokens_seen"])
-        state.scores = {int(score.pop("step")): HeldOutScore(**score) for score in content["scores"]}
+        state.scores = {
+            int(score.pop("step")): HeldOutScore(**score) for score in content["scores"]
+        }
         if content["best_apart"]:
             state.best = best
         elif state.scores and not content["finished"]:  # the weights of this very step
@@ -244,13 +258,23 @@ def load_checkpoint(path: Path, state: TrainingState, data_key: str) -> None:
             state.guard.load_state_dict(content["guard"])
         elif state.guard is not None:
             state.guard.steps = state.step
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         if isinstance(error, UserError):
             raise
         raise DamagedCheckpoint(path, str(error)) from None
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[Weights, dict[str, dict[str, float]]]:
+def _optimizer_tensors(
+    optimizer: torch.optim.Optimizer,
+) -> tuple[Weights, dict[str, dict[str, float]]]:
     """Moments as tensors; scalars apart."""
     tensors: Weights = {}
     scalars: dict[str, dict[str, float]] = {}
@@ -267,17 +291,23 @@ def _restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Weights, scalars: dict[str, dict[str, float]]
 ) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    entries: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in scalars.items()}
+    entries: dict[int, dict[str, Any]] = {
+        int(index): dict(values) for index, values in scalars.items()
+    }
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
         parameter = parameters[int(index)]
         same = tensor.shape == parameter.shape
-        entries.setdefault(int(index), {})[key] = laid_out_like(tensor, parameter) if same else tensor
+        entries.setdefault(int(index), {})[key] = (
+            laid_out_like(tensor, parameter) if same else tensor
+        )
     optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
 
 
 def _objective_tensors(objective: Objective) -> Weights:
-    projectors = {f"parameter.{name}": value.detach() for name, value in objective.named_parameters()}
+    projectors = {
+        f"parameter.{name}": value.detach() for name, value in objective.named_parameters()
+    }
     tensors = objective.state() | projectors
     return {f"objective.{name}": full_tensor(value).contiguous() for name, value in tensors.items()}
 
@@ -288,7 +318,11 @@ def _restore_objective(objective: Objective, tensors: Weights, device: torch.dev
     for name, parameter in objective.named_parameters():
         parameter.copy_(laid_out_like(saved[name], parameter))
     objective.load_state(
-        {name: value.to(device) for name, value in tensors.items() if not name.startswith("parameter.")}
+        {
+            name: value.to(device)
+            for name, value in tensors.items()
+            if not name.startswith("parameter.")
+        }
     )
 
 
@@ -296,11 +330,15 @@ def _random_tensors() -> Weights:
     """The random state of every process."""
     states: list[Weights] = gather_object([random_state()])
     return {
-        f"random.{rank}.{name}": value for rank, state in enumerate(states) for name, value in state.items()
+        f"random.{rank}.{name}": value
+        for rank, state in enumerate(states)
+        for name, value in state.items()
     }
 
 
 def _under(tensors: Weights, prefix: str) -> Weights:
     """The tensors whose names begin with ``prefix`` and a dot, without it."""
     start = f"{prefix}."
-    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+    return {
+        name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)
+    }

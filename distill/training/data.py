@@ -43,7 +43,9 @@ def split(store: SoftTargetStore, share: float, seed: int) -> Split:
         copies.setdefault(store.tokens(index).tobytes(), []).append(index)
     groups = list(copies.values())
     if len(groups) < 2:
-        raise UserError(f"only {len(groups)} different sequence in {len(store)}; give more varied data")
+        raise UserError(
+            f"only {len(groups)} different sequence in {len(store)}; give more varied data"
+        )
     order = np.random.default_rng([seed, 1]).permutation(len(groups))
     count = min(MAX_HELD_OUT, len(groups) - 1, max(1, round(share * len(groups))))
     held_out = [groups[group][0] for group in order[:count]]
@@ -56,7 +58,8 @@ def epoch_order(
 ) -> list[NDArray[np.int64]]:
     """The batches of one epoch as sequence indices; depends on nothing but its arguments.
 
-    Sequences of like length share a batch, batches come in random order. The last, smaller batch is kept.
+    Sequences of like length share a batch, batches come in random order. The last, smaller batch is
+    kept.
     """
     random = np.random.default_rng([seed, 2, epoch])
     order = random.permutation(train)
@@ -70,7 +73,8 @@ def epoch_order(
 
 
 def load_batch(store: SoftTargetStore, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
-    """Read some sequences, their targets and their kept layer states; pad tokens with 0 on the right."""
+    """Read some sequences, their targets and their kept layer states; pad tokens with 0 on the
+    right."""
     rows = [store.tokens(int(index)) for index in indices]
     targets = join([store.targets(int(index)) for index in indices])
     kept = [store.layer_states(int(index)) for index in indices]
@@ -81,9 +85,10 @@ def load_batch(store: SoftTargetStore, indices: Sequence[int] | NDArray[np.int64
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences that one process computes together. ``counts``: false for a stand-in whose loss is not added, where
-    a process has fewer sequences than another but must take part in the same communication. ``place`` of ``places``:
-    its number among the step's micro-batches that count, over all processes."""
+    """Sequences that one process computes together. ``counts``: false for a stand-in whose loss is
+    not added, where a process has fewer sequences than another but must take part in the same
+    communication. ``place`` of ``places``: its number among the step's micro-batches that count,
+    over all processes."""
 
     indices: list[int]
     counts: bool = True
@@ -112,8 +117,8 @@ def micro_batches(
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The store, which of its sequences are held out, the seed of their order, and prompts for the safety head:
-    in every ``prompts_every``-th optimizer step ``prompts_together`` of them."""
+    """The store, which of its sequences are held out, the seed of their order, and prompts for the
+    safety head: in every ``prompts_every``-th optimizer step ``prompts_together`` of them."""
 
     store: SoftTargetStore
     split: Split

@@ -1,4 +1,5 @@
-"""What Accelerate wraps: student and objective as one module, so that their parameters are treated alike."""
+"""What Accelerate wraps: student and objective as one module, so that their parameters are
+treated alike."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ Result = TypeVar("Result")
 class TrainingModule(nn.Module):
     """Student and objective. Its forward pass runs a function of both.
 
-    DDP and FSDP act around a module's forward pass: with the loss inside it, the output matrix that the chunked
-    loss reads, and the projectors, are whole where they are used and their gradients are averaged.
+    DDP and FSDP act around a module's forward pass: with the loss inside it, the output matrix that
+    the chunked loss reads, and the projectors, are whole where they are used and their gradients
+    are averaged.
     """
 
     def __init__(self, student: Student, objective: Objective) -> None:
@@ -43,8 +45,9 @@ def is_sharded(accelerator: Accelerator) -> bool:
 def wrap(accelerator: Accelerator, module: TrainingModule) -> nn.Module:
     """The module on its device, wrapped for the processes of this launch (none, DDP or FSDP).
 
-    FSDP is PyTorch's ``fully_shard``, layer by layer (Accelerate's own wrapping is for GPUs only). Weights stay
-    float32 where they are gathered, and autocast narrows what may be narrow: rotations may not.
+    FSDP is PyTorch's ``fully_shard``, layer by layer (Accelerate's own wrapping is for GPUs only).
+    Weights stay float32 where they are gathered, and autocast narrows what may be narrow: rotations
+    may not.
     """
     if not is_sharded(accelerator):
         wrapped: nn.Module = accelerator.prepare_model(module)
@@ -60,15 +63,18 @@ def wrap(accelerator: Accelerator, module: TrainingModule) -> nn.Module:
 def forget_gathered(model: nn.Module) -> None:
     """Make FSDP gather the weights anew for the next forward pass.
 
-    After a forward pass it keeps those outside the layers gathered for the backward pass; where a step is taken without
-    one, they would be the weights of before the step.
+    After a forward pass it keeps those outside the layers gathered for the backward pass; where a
+    step is taken without one, they would be the weights of before the step.
     """
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
-def exchange_gradients(accelerator: Accelerator, model: nn.Module, now: bool) -> AbstractContextManager[None]:
-    """A context whose backward pass exchanges gradients between processes, or leaves that to a later one."""
+def exchange_gradients(
+    accelerator: Accelerator, model: nn.Module, now: bool
+) -> AbstractContextManager[None]:
+    """A context whose backward pass exchanges gradients between processes, or leaves that to a
+    later one."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
         return nullcontext()

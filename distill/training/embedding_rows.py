@@ -1,8 +1,9 @@
 """Training without the rows of the input embedding that never occur.
 
-A token that is in no sequence of the store is never looked up: its row has no gradient, no moments, and (embeddings do
-not decay) ends as it began. In an untied student those rows are left out while it trains, and with them their share
-of the optimizer's memory and time: most of it where data is short and the vocabulary large.
+A token that is in no sequence of the store is never looked up: its row has no gradient, no moments,
+and (embeddings do not decay) ends as it began. In an untied student those rows are left out while
+it trains, and with them their share of the optimizer's memory and time: most of it where data is
+short and the vocabulary large.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class UsedRows(nn.Module):
 
 
 def used_tokens(store: SoftTargetStore, prompts: Iterable[NDArray[np.int32]] = ()) -> Tensor:
-    """The tokens that occur in a store or in ``prompts``, ascending; 0 among them, which stands for padding."""
+    """The tokens that occur in a store or in ``prompts``, ascending; 0 among them, which stands
+    for padding."""
     seen = np.zeros(int(store.manifest.identity["vocab_size"]), dtype=bool)
     seen[0] = True
     for index in range(len(store)):
@@ -50,7 +52,8 @@ def used_tokens(store: SoftTargetStore, prompts: Iterable[NDArray[np.int32]] = (
 
 @contextmanager
 def only_used_rows(student: Student, used: Tensor) -> Iterator[None]:
-    """Leave out, meanwhile, the rows of an untied student's input embedding that are not among ``used``."""
+    """Leave out, meanwhile, the rows of an untied student's input embedding that are not among
+    ``used``."""
     whole = student.model.embed_tokens if isinstance(student, SO8TForCausalLM) else None
     if student.config.tie_word_embeddings or not isinstance(whole, nn.Embedding):
         yield

@@ -57,7 +57,8 @@ Report = Callable[[int, str], None]
 """Called with the number of finished steps and one line about how training stands."""
 
 OwnWords = Callable[[Student, list[int], int], Batch]
-"""Some sequences of the store, by index, with the student's own words in them, for a step (``distill.training.on_policy``)."""
+"""Some sequences of the store, by index, with the student's own words in them, for a step
+(``distill.training.on_policy``)."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,10 @@ class Loop:
 
     def refuse(self, path: Path, reason: str, step: int) -> None:
         """Log that a checkpoint could not be used."""
-        words = f"checkpoint {path.name} is damaged ({reason}): it was put aside, and the one before was used"
+        words = (
+            f"checkpoint {path.name} is damaged ({reason}): it was put aside, and the one "
+            "before was used"
+        )
         event = event_line(Event(step, "checkpoint_refused", "checkpoint", words))
         self.metrics.write("event", step, event)
         if self.accelerator.is_main_process:
@@ -107,13 +111,13 @@ def train(
     own_words: OwnWords | None = None,
     tell: Callable[[str], None] = lambda words: None,
 ) -> TrainingSummary:
-    """Train ``student`` in place, to the weights with the best held-out KL; continue from the newest checkpoint in
-    ``folder`` if there is one. Under a launcher, every process calls this with the same arguments. ``tell`` is given a
-    sentence about everything out of the ordinary.
+    """Train ``student`` in place, to the weights with the best held-out KL; continue from the
+    newest checkpoint in ``folder`` if there is one. Under a launcher, every process calls this with
+    the same arguments. ``tell`` is given a sentence about everything out of the ordinary.
 
     Raises:
-        TrainingAborted: the guard gave up, and the last good state is saved; or, without a guard, a loss or gradient is
-            not finite, and nothing of that step reaches the weights.
+        TrainingAborted: the guard gave up, and the last good state is saved; or, without a guard, a
+            loss or gradient is not finite, and nothing of that step reaches the weights.
         UserError: a setting does not fit this launch or machine.
         OSError: the disk refuses; earlier checkpoints stay.
     """
@@ -123,12 +127,15 @@ def train(
     # A student that writes may look up any token.
     lean = nullcontext() if own_words is not None else only_used_rows(student, data.used_tokens())
     with lean:
-        # FSDP takes a module apart for good, so it gets a copy; the student is given the weights in the end.
+        # FSDP takes a module apart for good, so it gets a copy; the student is given the weights in
+        # the end.
         trained = copy.deepcopy(student) if sharded else student
         model = _prepared(trained, objective, config, accelerator)
         plan = data.batches(config.epochs, config.batch_size)
         optimizer = build_optimizer(model, config, student.config.hidden_size)
-        state = TrainingState(trained, optimizer, build_schedule(optimizer, config, len(plan)), objective)
+        state = TrainingState(
+            trained, optimizer, build_schedule(optimizer, config, len(plan)), objective
+        )
         if config.guard.enabled:
             fixed = data.fixed_text().to(accelerator.device)
             state.guard = build_guard(accelerator, model, state, config, fixed)
@@ -136,7 +143,9 @@ def train(
         clock = Clock(state.step, state.tokens_seen)
         metrics_file = folder / "metrics.jsonl" if accelerator.is_main_process else None
         with (
-            MetricsFile(metrics_file, state.step if newest else None, state.lines_logged) as metrics,
+            MetricsFile(
+                metrics_file, state.step if newest else None, state.lines_logged
+            ) as metrics,
             _fast_products(data, accelerator),
         ):
             loop = Loop(accelerator, model, data, config, plan, own_words, folder, metrics, tell)
@@ -178,7 +187,9 @@ def _run(loop: Loop, state: TrainingState, clock: Clock, report: Report) -> None
             if state.guard is not None:
                 loop.record("weights", state.step, state.guard.monitor.weigh(full_tensor))
         finished = state.step == len(plan) or is_exhausted(state.scores, config.patience)
-        if (finished and clock.trained_since_save(state.step)) or clock.save_is_due(loop.accelerator):
+        if (finished and clock.trained_since_save(state.step)) or clock.save_is_due(
+            loop.accelerator
+        ):
             with clock.saving(state.step):
                 loop.save(state, finished=finished)
         if finished:
@@ -189,7 +200,9 @@ def _run(loop: Loop, state: TrainingState, clock: Clock, report: Report) -> None
             values = _step(loop, state)
         except GaveUp as error:
             loop.save(state)  # the last good state
-            raise TrainingAborted(f"{error}; see the report, and try a lower train.learning_rate") from None
+            raise TrainingAborted(
+                f"{error}; see the report, and try a lower train.learning_rate"
+            ) from None
         if values is not None:
             loop.record("train", state.step, values)
             report(state.step, clock.describe(state, values["loss"]))
@@ -204,11 +217,14 @@ def _require_trained(state: TrainingState) -> None:
         TrainingAborted: the guard had to skip them all.
     """
     if state.guard is not None and state.guard.newest is not None and not state.tokens_seen:
-        raise TrainingAborted(f"not one of {state.step} steps could be taken; {state.guard.newest.words}")
+        raise TrainingAborted(
+            f"not one of {state.step} steps could be taken; {state.guard.newest.words}"
+        )
 
 
 def _fast_products(data: TrainingData, accelerator: Accelerator) -> AbstractContextManager[object]:
-    """oneDNN for float32 on a CPU, where sequences are so short that no fused attention minds it."""
+    """oneDNN for float32 on a CPU, where sequences are so short that no fused attention minds
+    it."""
     short = int(max(data.store.lengths())) <= SHORT_ON_CPU
     return onednn_for_float32() if short and accelerator.device.type == "cpu" else nullcontext()
 
@@ -216,7 +232,9 @@ def _fast_products(data: TrainingData, accelerator: Accelerator) -> AbstractCont
 def _accelerator(config: TrainConfig, width: int, folder: Path) -> Accelerator:
     """Accelerate's view of this launch, with the precision and the trackers that were asked for."""
     launch = PartialState()
-    if launch.device.type == "mps":  # Metal lacks the float64 that rotations and scores are computed in
+    if (
+        launch.device.type == "mps"
+    ):  # Metal lacks the float64 that rotations and scores are computed in
         launch.device = torch.device("cpu")
     device = launch.device
     if launch.num_processes > 1:
@@ -224,7 +242,8 @@ def _accelerator(config: TrainConfig, width: int, folder: Path) -> Accelerator:
     if device.type == "cpu":
         keep_freed_memory()
     precision = choose_precision(config, width, device)
-    AcceleratorState._reset_state()  # an earlier training in this process may have had another precision
+    # An earlier training in this process may have had another precision
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
         cpu=device.type == "cpu",
@@ -233,15 +252,17 @@ def _accelerator(config: TrainConfig, width: int, folder: Path) -> Accelerator:
     )
     if config.trackers:
         settings = {
-            key: value for key, value in config.model_dump().items() if isinstance(value, int | float | str)
+            key: value
+            for key, value in config.model_dump().items()
+            if isinstance(value, int | float | str)
         }
         accelerator.init_trackers("distill", settings)
     return accelerator
 
 
 def _leave(launch: PartialState) -> None:
-    """Leave the launch before the interpreter ends: a thread of Gloo that frees a tensor later aborts the process,
-    and the launcher then kills the others."""
+    """Leave the launch before the interpreter ends: a thread of Gloo that frees a tensor later
+    aborts the process, and the launcher then kills the others."""
     time.sleep(0.2)  # in which such threads can have Python's lock
     launch.destroy_process_group()
 
@@ -281,7 +302,8 @@ def _evaluate(loop: Loop, state: TrainingState) -> HeldOutScore:
 
 
 def _step(loop: Loop, state: TrainingState) -> dict[str, float] | None:
-    """One optimizer step; returns what is logged about it, or nothing where the guard did not let it stand."""
+    """One optimizer step; returns what is logged about it, or nothing where the guard did not
+    let it stand."""
     logged, total = _gradients(loop, state)
     objective = state.objective
     figures = objective.rotation_figures()
@@ -303,16 +325,20 @@ def _step(loop: Loop, state: TrainingState) -> dict[str, float] | None:
 
 
 def _sequences(loop: Loop, state: TrainingState) -> list[int]:
-    """The next step's batch, or in place of one that the guard has set aside, another that made no trouble; an earlier
-    one, if there is any."""
+    """The next step's batch, or in place of one that the guard has set aside, another that made no
+    trouble; an earlier one, if there is any."""
     guard, step = state.guard, state.step
     if guard is None or not guard.is_set_aside(step):
         return loop.plan[step]
     others = [other for other in range(len(loop.plan)) if not guard.is_under_suspicion(other)]
     earlier = [other for other in others if other < step]
     if not others:
-        raise TrainingAborted(f"step {step}: every batch has made trouble; the soft targets are not sound")
-    return loop.plan[np.random.default_rng([loop.data.seed, INSTEAD, step]).choice(earlier or others)]
+        raise TrainingAborted(
+            f"step {step}: every batch has made trouble; the soft targets are not sound"
+        )
+    return loop.plan[
+        np.random.default_rng([loop.data.seed, INSTEAD, step]).choice(earlier or others)
+    ]
 
 
 def _parts(loop: Loop, state: TrainingState) -> list[MicroBatch]:
@@ -324,13 +350,16 @@ def _parts(loop: Loop, state: TrainingState) -> list[MicroBatch]:
 
 
 def _gradients(loop: Loop, state: TrainingState) -> tuple[dict[str, Tensor], int]:
-    """Forward and backward of one step; the loss and its parts over all processes, and how many tokens it has."""
+    """Forward and backward of one step; the loss and its parts over all processes, and how many
+    tokens it has."""
     loop.model.train()
     accelerator = loop.accelerator
     parts = _parts(loop, state)
     batches = [_load(loop, state, part) for part in parts]
     counted = [batch for batch, part in zip(batches, parts, strict=True) if part.counts]
-    total = int(_over_all_processes(accelerator, torch.tensor(sum(batch.count() for batch in counted))))
+    total = int(
+        _over_all_processes(accelerator, torch.tensor(sum(batch.count() for batch in counted)))
+    )
     sums: dict[str, Tensor] = {}
     for place, (batch, part) in enumerate(zip(batches, parts, strict=True), 1):
         last = place == len(parts)
@@ -338,8 +367,12 @@ def _gradients(loop: Loop, state: TrainingState) -> tuple[dict[str, Tensor], int
         with exchange_gradients(accelerator, loop.model, now=last), accelerator.autocast():
             on_device = batch.to(accelerator.device)  # one at a time: targets may be large
             values = _backward(loop, on_device, part.counts, total, state.step / len(loop.plan))
-        sums = {name: sums.get(name, torch.zeros_like(value)) + value for name, value in values.items()}
-    logged = dict(zip(sums, _over_all_processes(accelerator, torch.stack(list(sums.values()))), strict=True))
+        sums = {
+            name: sums.get(name, torch.zeros_like(value)) + value for name, value in values.items()
+        }
+    logged = dict(
+        zip(sums, _over_all_processes(accelerator, torch.stack(list(sums.values()))), strict=True)
+    )
     return logged, total
 
 
@@ -347,15 +380,17 @@ def _plain_update(
     loop: Loop, state: TrainingState, logged: dict[str, Tensor], figures: dict[str, float]
 ) -> dict[str, float]:
     """Clip and step; a loss or gradient that is not finite ends training."""
-    # The heads are clipped by themselves: a few prompts' gradient varies much more than that of all tokens, and would
-    # set the scale of both.
+    # The heads are clipped by themselves: a few prompts' gradient varies much more than that of all
+    # tokens, and would set the scale of both.
     groups = parameter_groups(loop.model)
     norms = {name: gradient_norm(parameters) for name, parameters in groups.items()}
     gradients = {f"{name} gradient": full_tensor(norm) for name, norm in norms.items()}
     if broken := non_finite({"loss": logged["loss"], **gradients}):
         raise TrainingAborted(
-            f"step {state.step}: the {' and the '.join(broken)} is not finite; the weights are as before this "
-            "step, and the last checkpoint is kept; try a lower train.learning_rate or train.precision=fp32"
+            f"step {state.step}: the {' and the '.join(broken)} is not finite; the weights are as "
+            "before this "
+            "step, and the last checkpoint is kept; try a lower train.learning_rate or "
+            "train.precision=fp32"
         )
     for name, parameters in groups.items():
         torch.nn.utils.clip_grads_with_norm_(parameters, loop.config.max_grad_norm, norms[name])
@@ -396,7 +431,8 @@ def _guarded_update(
 
 
 def _load(loop: Loop, state: TrainingState, part: MicroBatch) -> Batch:
-    """A micro-batch in main memory, a share of it in the student's own words where that is asked for."""
+    """A micro-batch in main memory, a share of it in the student's own words where that is asked
+    for."""
     data = loop.data
     if loop.own_words is None:
         batch = load_batch(data.store, part.indices)
@@ -409,13 +445,19 @@ def _load(loop: Loop, state: TrainingState, part: MicroBatch) -> Batch:
     return replace(batch, prompts=prompts)
 
 
-def _backward(loop: Loop, batch: Batch, counts: bool, total: int, fraction: float) -> dict[str, Tensor]:
-    """Forward and backward of one micro-batch; returns its loss and its parts (0 for a stand-in)."""
+def _backward(
+    loop: Loop, batch: Batch, counts: bool, total: int, fraction: float
+) -> dict[str, Tensor]:
+    """Forward and backward of one micro-batch; returns its loss and its parts (0 for a
+    stand-in)."""
     share = batch.count() / total
     loss, parts = loop.model(
-        lambda student, objective: objective(student, batch, total=total, share=share, fraction=fraction)
+        lambda student, objective: objective(
+            student, batch, total=total, share=share, fraction=fraction
+        )
     )
-    # DDP and FSDP average gradients over processes, but the loss is divided by everybody's tokens already.
+    # DDP and FSDP average gradients over processes, but the loss is divided by everybody's tokens
+    # already.
     scale = float(loop.accelerator.num_processes) if counts else 0.0
     with torch.autocast(loop.accelerator.device.type, enabled=False):
         (loss if scale == 1.0 else loss * scale).backward()

@@ -1,7 +1,9 @@
-"""Before a long training of an adapted student: does every weight that shall be trained get a gradient, and no other?
+"""Before a long training of an adapted student: does every weight that shall be trained get a
+gradient, and no other?
 
-LoRA's B begins at zero, and then the gradient of A is zero whatever happens; so there are two passes, the second with
-small random numbers in B. Afterwards the student is as it was, to the last byte.
+LoRA's B begins at zero, and then the gradient of A is zero whatever happens; so there are two
+passes, the second with small random numbers in B. Afterwards the student is as it was, to the last
+byte.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ Named = Mapping[str, nn.Parameter]
 
 @dataclass(frozen=True)
 class KindGradients:
-    """The gradients of one kind of weights: how many tensors, how many of them with a gradient, and the least and
-    largest norm of these (NaN where there is none)."""
+    """The gradients of one kind of weights: how many tensors, how many of them with a gradient, and
+    the least and largest norm of these (NaN where there is none)."""
 
     kind: str
     tensors: int
@@ -52,9 +54,11 @@ class GradientReport:
 
 
 def check_gradients(student: AdaptedStudent, loss_of: Callable[[], Tensor]) -> GradientReport:
-    """See that a loss gives every LoRA, gate and head weight a gradient, finite and not zero, and the base none.
+    """See that a loss gives every LoRA, gate and head weight a gradient, finite and not zero, and
+    the base none.
 
-    ``loss_of`` computes the training loss of one probe batch, a scalar; it is called twice, in training mode.
+    ``loss_of`` computes the training loss of one probe batch, a scalar; it is called twice, in
+    training mode.
 
     Raises:
         GradientsDoNotFlow: it does not. The student is as before then, too.
@@ -63,20 +67,40 @@ def check_gradients(student: AdaptedStudent, loss_of: Callable[[], Tensor]) -> G
     trained = {kind: named for kind, named in kinds.items() if kind != BASE}
     _refuse(
         [
-            _problem(kind, "without requires_grad", [n for n, one in named.items() if not one.requires_grad])
+            _problem(
+                kind,
+                "without requires_grad",
+                [n for n, one in named.items() if not one.requires_grad],
+            )
             for kind, named in trained.items()
         ]
-        + [_problem(BASE, "with requires_grad", [n for n, one in kinds[BASE].items() if one.requires_grad])]
+        + [
+            _problem(
+                BASE,
+                "with requires_grad",
+                [n for n, one in kinds[BASE].items() if one.requires_grad],
+            )
+        ]
     )
     with _as_before(student):
         student.train()
         _backward(loss_of)
         # With B at zero the gradient of A has to be there, but is zero.
         _refuse(
-            [problem for kind, named in trained.items() for problem in _wrong(kind, named, kind != LORA_A)]
+            [
+                problem
+                for kind, named in trained.items()
+                for problem in _wrong(kind, named, kind != LORA_A)
+            ]
         )
         _refuse(
-            [_problem(BASE, "with a gradient", [n for n, one in kinds[BASE].items() if one.grad is not None])]
+            [
+                _problem(
+                    BASE,
+                    "with a gradient",
+                    [n for n, one in kinds[BASE].items() if one.grad is not None],
+                )
+            ]
         )
         found = {kind: _summary(kind, named) for kind, named in kinds.items()}
         student.zero_grad(set_to_none=True)
@@ -142,7 +166,9 @@ def _wrong(kind: str, named: Named, not_zero: bool) -> list[str]:
     """What is wrong with the gradients of one kind of trained weights."""
     norms = {name: _norm(one) for name, one in named.items()}
     return [
-        _problem(kind, "without a gradient", [name for name, norm in norms.items() if norm is None]),
+        _problem(
+            kind, "without a gradient", [name for name, norm in norms.items() if norm is None]
+        ),
         _problem(
             kind,
             "with a gradient that is not finite",
@@ -183,13 +209,21 @@ def _refuse(problems: Sequence[str]) -> None:
         raise GradientsDoNotFlow("gradients do not flow; " + "; ".join(filter(None, problems)))
 
 
-SEQUENCES, AMONG = 4, 64  # the longest few of so many: verification looks at some of their positions only
+SEQUENCES, AMONG = (
+    4,
+    64,
+)  # the longest few of so many: verification looks at some of their positions only
 
 
 def probe_gradients(
-    student: AdaptedStudent, data: TrainingData, config: RunConfig, teacher_layers: int, console: Console
+    student: AdaptedStudent,
+    data: TrainingData,
+    config: RunConfig,
+    teacher_layers: int,
+    console: Console,
 ) -> dict[str, Any]:
-    """Look at the gradients as training will have them, show them, and return them for ``results.json``.
+    """Look at the gradients as training will have them, show them, and return them for
+    ``results.json``.
 
     Raises:
         GradientsDoNotFlow: a weight gets none, or one of the base does.
@@ -200,7 +234,8 @@ def probe_gradients(
         stage.finish(f"{tensors} tensors have one, none of them the base's")
     console.rich.print(gradient_table(report))
     return {
-        row.kind: {key: value for key, value in asdict(row).items() if key != "kind"} for row in report.kinds
+        row.kind: {key: value for key, value in asdict(row).items() if key != "kind"}
+        for row in report.kinds
     }
 
 
@@ -208,9 +243,13 @@ def _probe(
     student: AdaptedStudent, data: TrainingData, config: RunConfig, teacher_layers: int
 ) -> GradientReport:
     device = student.device
-    objective = build_objective(config.loss, data.store, student, teacher_layers, config.seed).to(device)
+    objective = build_objective(config.loss, data.store, student, teacher_layers, config.seed).to(
+        device
+    )
     lengths = data.store.lengths()
-    longest = sorted(data.split.train[:AMONG].tolist(), key=lambda index: -int(lengths[index]))[:SEQUENCES]
+    longest = sorted(data.split.train[:AMONG].tolist(), key=lambda index: -int(lengths[index]))[
+        :SEQUENCES
+    ]
     batch = load_batch(data.store, longest)
     if data.prompts is not None:
         batch = replace(batch, prompts=data.prompts.batch(0, data.prompts_together, 0, 1))
@@ -219,7 +258,9 @@ def _probe(
 
     def loss_of() -> Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow):
-            loss: Tensor = objective(student, batch, total=batch.count(), share=1.0, fraction=1.0)[0]
+            loss: Tensor = objective(student, batch, total=batch.count(), share=1.0, fraction=1.0)[
+                0
+            ]
         return loss
 
     student.checkpoint_activations(bool(config.train.gradient_checkpointing))

@@ -1,4 +1,5 @@
-"""The guard of ``stability`` in the training loop: what goes back with the weights, and what it is told about."""
+"""The guard of ``stability`` in the training loop: what goes back with the weights, and what it
+is told about."""
 
 from __future__ import annotations
 
@@ -24,7 +25,11 @@ from stability import Event, Extra, Guard, GuardSettings, Limit, ProbeReading
 from teachers.base import Share
 
 ROTATION_ERROR = 1e-5  # a rotation farther from orthogonal than that is none
-WRAPPERS = ("module.", "student.", "_orig_mod.")  # what wrapping puts before or into a parameter's name
+WRAPPERS = (
+    "module.",
+    "student.",
+    "_orig_mod.",
+)  # what wrapping puts before or into a parameter's name
 
 
 def build_guard(
@@ -34,7 +39,10 @@ def build_guard(
     config: TrainConfig,
     fixed: Batch,
 ) -> Guard:
-    """The guard of a training. ``fixed``: held-out text that is looked at now and then, on the model's device."""
+    """The guard of a training.
+
+    ``fixed``: held-out text that is looked at now and then, on the model's device.
+    """
     launch = Launch(Share(accelerator.process_index, accelerator.num_processes))
     probe = StudentProbe(model, fixed, inside=not config.compile)
 
@@ -68,8 +76,8 @@ def write_events(
     folder: Path | None,
     tell: Callable[[str], None],
 ) -> None:
-    """Let everything the guard does go to ``metrics.jsonl``, to the log of the run in ``folder`` (``None`` in all
-    processes but the first) and to the console."""
+    """Let everything the guard does go to ``metrics.jsonl``, to the log of the run in ``folder``
+    (``None`` in all processes but the first) and to the console."""
 
     def on_event(event: Event) -> None:
         content = event_line(event)
@@ -100,7 +108,9 @@ def tensors_of(batches: Iterable[Batch]) -> Mapping[str, Tensor]:
         if batch.prompts is not None:
             parts |= {f"prompts.{key}": value for key, value in vars(batch.prompts).items()}
         tag = f" (micro-batch {number})" if number else ""
-        found |= {f"{name}{tag}": value for name, value in parts.items() if isinstance(value, Tensor)}
+        found |= {
+            f"{name}{tag}": value for name, value in parts.items() if isinstance(value, Tensor)
+        }
     return found
 
 
@@ -119,7 +129,9 @@ def _extra(state: TrainingState) -> Extra:
     def restore(saved: dict[str, Any]) -> None:
         state.step, state.tokens_seen = saved["step"], saved["tokens_seen"]
         state.scores, state.best = dict(saved["scores"]), saved["best"]
-        state.objective.load_state({name: value.clone() for name, value in saved["objective"].items()})
+        state.objective.load_state(
+            {name: value.clone() for name, value in saved["objective"].items()}
+        )
 
     return Extra(save, restore)
 

@@ -1,11 +1,13 @@
-"""On-policy distillation: part of each batch is text the student wrote itself, scored by the teacher.
+"""On-policy distillation: part of each batch is text the student wrote itself, scored by the
+teacher.
 
-A student that only ever reads other people's text never sees its own mistakes (exposure bias; GKD, Agarwal et al.
-2024). Here a share of the sequences of every step keeps a beginning of random length, the student writes the rest,
-and the teacher's soft targets for what it wrote take the place of the stored ones.
+A student that only ever reads other people's text never sees its own mistakes (exposure bias; GKD,
+Agarwal et al. 2024). Here a share of the sequences of every step keeps a beginning of random
+length, the student writes the rest, and the teacher's soft targets for what it wrote take the place
+of the stored ones.
 
-Everything random depends on the seed, the step and the sequence alone, so neither micro-batches nor an interruption
-change it. Letters: B sequences written together, T tokens, V vocabulary.
+Everything random depends on the seed, the step and the sequence alone, so neither micro-batches nor
+an interruption change it. Letters: B sequences written together, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ WHICH, CUT, WORDS = 5, 6, 7  # streams of random numbers
 class OwnWords:
     """Loads batches in which some sequences continue in the student's own words.
 
-    ``share``: of each batch; ``temperature``: the student writes at; ``eos``: the token that ends a text, if any.
+    ``share``: of each batch; ``temperature``: the student writes at; ``eos``: the token that ends a
+    text, if any.
     """
 
     teacher: Teacher
@@ -44,13 +47,17 @@ class OwnWords:
     eos: int | None
 
     def __call__(self, student: Student, indices: list[int], step: int) -> Batch:
-        """The sequences ``indices`` of the store for one step, some of them continued by the student."""
+        """The sequences ``indices`` of the store for one step, some of them continued by the
+        student."""
         chosen = [index for index in indices if self._is_chosen(index, step)]
         if not chosen:
             return load_batch(self.store, indices)
         others = [index for index in indices if index not in chosen]
         originals = [self.store.tokens(index) for index in chosen]
-        cuts = [self._cut(len(tokens), index, step) for tokens, index in zip(originals, chosen, strict=True)]
+        cuts = [
+            self._cut(len(tokens), index, step)
+            for tokens, index in zip(originals, chosen, strict=True)
+        ]
         uniform = [
             np.random.default_rng([self.seed, WORDS, step, index]).random(len(tokens) - cut)
             for tokens, cut, index in zip(originals, cuts, chosen, strict=True)
@@ -77,7 +84,9 @@ class OwnWords:
         if others:
             stored = load_batch(self.store, others)
             targets = join([targets, stored.targets])
-            layers = {layer: torch.cat([states, stored.layers[layer]]) for layer, states in layers.items()}
+            layers = {
+                layer: torch.cat([states, stored.layers[layer]]) for layer, states in layers.items()
+            }
             rows += [self.store.tokens(index) for index in others]
             given += [len(row) for row in rows[len(written) :]]
         tokens, lengths = padded(rows)
@@ -92,10 +101,12 @@ def continue_texts(
     temperature: float,
     eos: int | None,
 ) -> list[Tokens]:
-    """Let the student continue texts: one token for each number in [0, 1) of ``uniform``, fewer after ``eos``.
+    """Let the student continue texts: one token for each number in [0, 1) of ``uniform``, fewer
+    after ``eos``.
 
-    All texts grow together, padded on the left. Token number i of a text is the one at which the cumulative
-    distribution passes its number i, so a text does not depend on which others it is written with.
+    All texts grow together, padded on the left. Token number i of a text is the one at which the
+    cumulative distribution passes its number i, so a text does not depend on which others it is
+    written with.
     """
     was_training = student.training
     sampling = Sampling(temperature=temperature, max_length=0)

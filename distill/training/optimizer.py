@@ -18,21 +18,24 @@ from distill.training.validation import held_out_score
 from students.model.interface import Student
 
 BETAS = (0.9, 0.95)
-# The matrices of layers and projectors. Rotations live on a group where decay would pull both towards the identity
-# (and towards commuting); norms and embeddings do not gain from decay.
+# The matrices of layers and projectors. Rotations live on a group where decay would pull both
+# towards the identity (and towards commuting); norms and embeddings do not gain from decay.
 DECAYED = ("_proj.weight",)
 HEADS = ("safety_head", "verification_head")
-PROJECTORS = "objective.hidden.projectors."  # after "module." where DDP has wrapped the training module
+PROJECTORS = (
+    "objective.hidden.projectors."  # after "module." where DDP has wrapped the training module
+)
 
 
 def peak_learning_rate(config: TrainConfig, width: int) -> float:
-    """The configured peak, or 0.5 / width: Adam's best step shrinks with the width (Yang et al. 2022)."""
+    """The configured peak, or 0.5 / width: Adam's best step shrinks with the width (Yang et al.
+    2022)."""
     return config.learning_rate or 0.5 / width
 
 
 def parameter_groups(module: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameters that a training module trains, by whose gradients are clipped together: those of the safety and
-    verification heads, where there are any, and all others."""
+    """The parameters that a training module trains, by whose gradients are clipped together: those
+    of the safety and verification heads, where there are any, and all others."""
     groups: dict[str, list[nn.Parameter]] = {"student's": [], "heads'": []}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
@@ -48,26 +51,32 @@ def decays(name: str) -> bool:
 
 
 def build_optimizer(module: nn.Module, config: TrainConfig, width: int) -> AdamW:
-    """AdamW (Loshchilov & Hutter 2019) over what a training module trains; decay on matrices only."""
+    """AdamW (Loshchilov & Hutter 2019) over what a training module trains; decay on matrices
+    only."""
     parameters = [(name, one) for name, one in module.named_parameters() if one.requires_grad]
     groups = [
-        {"params": [p for name, p in parameters if decays(name)], "weight_decay": config.weight_decay},
+        {
+            "params": [p for name, p in parameters if decays(name)],
+            "weight_decay": config.weight_decay,
+        },
         {"params": [p for name, p in parameters if not decays(name)], "weight_decay": 0.0},
     ]
     return AdamW(groups, lr=peak_learning_rate(config, width), betas=BETAS, fused=True)
 
 
 def build_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> LambdaLR:
-    """Linear warm-up (from 0 for the cosine, else from ``min_lr``), then down to ``min_lr`` of the peak after the last
-    step: by a cosine over all that is left, on a straight line, or (warm-up, stable, decay: Hu et al. 2024) by a cosine
-    over the last ``decay`` of the steps."""
+    """Linear warm-up (from 0 for the cosine, else from ``min_lr``), then down to ``min_lr`` of the
+    peak after the last step: by a cosine over all that is left, on a straight line, or (warm-up,
+    stable, decay: Hu et al. 2024) by a cosine over the last ``decay`` of the steps."""
     warmup = round(config.warmup * steps)
     if config.schedule == "cosine":
         return get_cosine_with_min_lr_schedule_with_warmup(
             optimizer, num_warmup_steps=warmup, num_training_steps=steps, min_lr_rate=config.min_lr
         )
     falling = (
-        steps - warmup if config.schedule == "linear" else min(steps - warmup, round(config.decay * steps))
+        steps - warmup
+        if config.schedule == "linear"
+        else min(steps - warmup, round(config.decay * steps))
     )
     schedule: LambdaLR = get_wsd_schedule(
         optimizer,
@@ -80,8 +89,8 @@ def build_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> Lam
     return schedule
 
 
-# Weights that mean something already are spoilt by steps as large as random ones need, and the more so the nearer they
-# are to the teacher (docs/benchmarks.md).
+# Weights that mean something already are spoilt by steps as large as random ones need, and the more
+# so the nearer they are to the teacher (docs/benchmarks.md).
 HEAD_START_RATE, LEAST_RATE = 0.5, 0.02
 
 
@@ -90,14 +99,16 @@ def with_learning_rate(
 ) -> TrainConfig:
     """The settings with a peak learning rate that suits the beginning, where none is given.
 
-    From the teacher's weights it is √KL / 2 of the usual one (at most half of it, at least a fiftieth), with the KL
-    that the student begins at on the held-out text, in nats per token.
+    From the teacher's weights it is √KL / 2 of the usual one (at most half of it, at least a
+    fiftieth), with the KL that the student begins at on the held-out text, in nats per token.
     """
     if config.learning_rate is not None:
         return config
     share = 1.0
     if init == "teacher":
         score = held_out_score(TrainingModule(student, Objective(LossConfig())), held_out)
-        share = min(HEAD_START_RATE, max(LEAST_RATE, HEAD_START_RATE * math.sqrt(max(0.0, score.kl))))
+        share = min(
+            HEAD_START_RATE, max(LEAST_RATE, HEAD_START_RATE * math.sqrt(max(0.0, score.kl)))
+        )
     rate = share * peak_learning_rate(config, student.config.hidden_size)
     return config.model_copy(update={"learning_rate": rate})

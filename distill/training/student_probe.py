@@ -1,4 +1,5 @@
-"""What the student does with some of the held-out text while it trains (see ``stability.measures.probe``)."""
+"""What the student does with some of the held-out text while it trains (see
+``stability.measures.probe``)."""
 
 from __future__ import annotations
 
@@ -21,9 +22,11 @@ POSITIONS = 128  # ... and positions whose whole output distribution is
 
 
 class StudentProbe:
-    """Readings of a training module on one batch, on its device; the loss is the KL to the teacher in nats per token.
+    """Readings of a training module on one batch, on its device; the loss is the KL to the teacher
+    in nats per token.
 
-    ``inside``: also look into the layers, at attention and feed-forward units (not where they are compiled).
+    ``inside``: also look into the layers, at attention and feed-forward units (not where they are
+    compiled).
     """
 
     def __init__(self, model: nn.Module, batch: Batch, *, inside: bool = True) -> None:
@@ -43,7 +46,9 @@ class StudentProbe:
             numbers = range(student.config.num_hidden_layers)
             output = student(batch.tokens, with_logits=False, layers_to_keep=numbers)
         states = output.last_hidden_state[valid]
-        some = torch.linspace(0, len(states) - 1, min(len(states), POSITIONS), device=states.device).long()
+        some = torch.linspace(
+            0, len(states) - 1, min(len(states), POSITIONS), device=states.device
+        ).long()
         logits = (states[some] @ student.output_matrix().T).float()
         kl = divergences.known_kl(logits, batch.targets.select(some), 1.0).double().mean()
         found = {
@@ -62,8 +67,8 @@ class StudentProbe:
 
 
 class _Seen(ExitStack):
-    """Hooks that keep feed-forward units of one forward pass and, of layers whose attention is known, its queries and
-    keys."""
+    """Hooks that keep feed-forward units of one forward pass and, of layers whose attention is
+    known, its queries and keys."""
 
     def __init__(self, student: Student) -> None:
         super().__init__()
@@ -86,7 +91,8 @@ class _Seen(ExitStack):
         self.units[name] = given[0]
 
     def attention(self, valid: Tensor) -> dict[str, float]:
-        """Entropy of each layer's attention at the valid positions of the first sequences, where it is known."""
+        """Entropy of each layer's attention at the valid positions of the first sequences, where
+        it is known."""
         if not isinstance(self.student, SO8TForCausalLM):
             return {}
         config, valid = self.student.config, valid[:ATTENDED]
@@ -98,10 +104,13 @@ class _Seen(ExitStack):
         for number, (query, key) in enumerate(zip(self.queries, self.keys, strict=True)):
             split = (len(valid), tokens, -1, config.head_dim)
             q, k = (
-                apply_rotary(part[: len(valid)].view(split).transpose(1, 2), *rotary) for part in (query, key)
+                apply_rotary(part[: len(valid)].view(split).transpose(1, 2), *rotary)
+                for part in (query, key)
             )
             k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
             scores = (q @ k.mT) / config.head_dim**0.5
-            rows = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1).transpose(1, 2)[valid]  # [n, H, T]
+            rows = (
+                scores.masked_fill(hidden, -torch.inf).softmax(dim=-1).transpose(1, 2)[valid]
+            )  # [n, H, T]
             found[f"model.layers.{number}.self_attn"] = float(attention_entropy(rows))
         return found

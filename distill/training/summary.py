@@ -10,10 +10,12 @@ from distill.training.validation import HeldOutScore
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """What training did: steps in all, tokens learnt from, and the held-out scores in order of steps.
+    """What training did: steps in all, tokens learnt from, and the held-out scores in order of
+    steps.
 
-    ``seconds`` counts this process alone, which began at step ``continued_from``. ``best``: the step whose weights
-    the student has now; ``planned``: steps there would have been without early stopping.
+    ``seconds`` counts this process alone, which began at step ``continued_from``. ``best``: the
+    step whose weights the student has now; ``planned``: steps there would have been without early
+    stopping.
     """
 
     steps: int
@@ -26,7 +28,8 @@ class TrainingSummary:
     planned: int
 
     def to_json(self) -> dict[str, Any]:
-        """What does not depend on the machine's speed, as JSON takes it; the scores are the caller's."""
+        """What does not depend on the machine's speed, as JSON takes it; the scores are the
+        caller's."""
         return {
             "steps": self.steps,
             "planned_steps": self.planned,

@@ -1,4 +1,5 @@
-"""How close the student is to the teacher on held-out sequences while it trains, and what follows from it."""
+"""How close the student is to the teacher on held-out sequences while it trains, and what
+follows from it."""
 
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ TEMPERATURE = 1.0
 class HeldOutScore:
     """How close the student is to the teacher on held-out text, per token, at T = 1.
 
-    ``kl``: in nats, over k + 1 buckets for compact targets and over the whole vocabulary for others;
-    ``agreement``: share of positions with the same most probable token;
-    ``cross_entropy``: of the actual next token, in nats.
+    ``kl``: in nats, over k + 1 buckets for compact targets and over the whole vocabulary for
+    others; ``agreement``: share of positions with the same most probable token; ``cross_entropy``:
+    of the actual next token, in nats.
     """
 
     kl: float
@@ -31,7 +32,8 @@ class HeldOutScore:
 
 
 def held_out_score(model: nn.Module, batches: Iterable[Batch]) -> HeldOutScore:
-    """Score a training module (see ``distill.training.distributed``) in float32 on held-out batches."""
+    """Score a training module (see ``distill.training.distributed``) in float32 on held-out
+    batches."""
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)
     count = 0
@@ -46,7 +48,9 @@ def held_out_score(model: nn.Module, batches: Iterable[Batch]) -> HeldOutScore:
 def _sums(student: Student, batch: Batch) -> Tensor:
     """KL, agreement and cross-entropy summed over a batch's positions, float64 ``[3]``."""
     device = batch.tokens.device.type
-    with torch.autocast(device, enabled=False):  # which Accelerate puts around the module's forward pass
+    with torch.autocast(
+        device, enabled=False
+    ):  # which Accelerate puts around the module's forward pass
         states = student(batch.tokens, with_logits=False).last_hidden_state[batch.valid]
         labels, sums = batch.labels, []
         together = chunk_size(student.output_matrix().shape[0])

@@ -1,9 +1,10 @@
-"""A student made of somebody else's model: its weights frozen (perhaps in NF4), with LoRA, SO(8) gates and the heads.
+"""A student made of somebody else's model: its weights frozen (perhaps in NF4), with LoRA, SO(8)
+gates and the heads.
 
-Letters: B batch, T tokens, V vocabulary (the teacher's), D width, L layers, N blocks. Every matrix W of a layer becomes
-W + (alpha / rank) · B·A (Hu et al. 2021; over NF4: Dettmers et al. 2023), and the output projection's input is turned
-by the layer's gate (``students.adapter.gated_projection``). In the beginning B is zero and every turn the identity, so the
-student begins as its base.
+Letters: B batch, T tokens, V vocabulary (the teacher's), D width, L layers, N blocks. Every matrix
+W of a layer becomes W + (alpha / rank) · B·A (Hu et al. 2021; over NF4: Dettmers et al. 2023), and
+the output projection's input is turned by the layer's gate (``students.adapter.gated_projection``).
+In the beginning B is zero and every turn the identity, so the student begins as its base.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ class AdaptedStudent(Student):
 
     config: AdapterFacts
 
-    def __init__(self, base: PreTrainedModel, settings: AdapterSettings, config: AdapterFacts) -> None:
+    def __init__(
+        self, base: PreTrainedModel, settings: AdapterSettings, config: AdapterFacts
+    ) -> None:
         super().__init__()
         self.base: Any = base
         self.settings = settings
@@ -84,7 +87,8 @@ class AdaptedStudent(Student):
         logits_to_keep: int = 0,
         layers_to_keep: Collection[int] = (),
     ) -> SO8TOutput:
-        """See ``Student.forward``; with ``use_cache`` the output has ``past_key_values`` for the next call."""
+        """See ``Student.forward``; with ``use_cache`` the output has ``past_key_values`` for the
+        next call."""
         rotations = self.rotations()
         turns = turn(rotations, torch.stack([gate.start for gate in self.gates()]))
         kept: dict[int, Tensor] = {}
@@ -95,7 +99,9 @@ class AdaptedStudent(Student):
 
             return hook
 
-        hooks = [self.layers()[number].register_forward_hook(keep(number)) for number in layers_to_keep]
+        hooks = [
+            self.layers()[number].register_forward_hook(keep(number)) for number in layers_to_keep
+        ]
         try:
             output = self.base.model(
                 input_ids=input_ids,
@@ -119,7 +125,8 @@ class AdaptedStudent(Student):
         )
 
     def output_matrix(self) -> Tensor:
-        """The language-model head's weight ``[V, D]``: the base may have more rows, which no token has."""
+        """The language-model head's weight ``[V, D]``: the base may have more rows, which no
+        token has."""
         weight: Tensor = self.base.get_output_embeddings().weight
         return weight[: self.config.vocab_size]
 
@@ -129,8 +136,11 @@ class AdaptedStudent(Student):
         return [layer.self_attn.gate for layer in layers]
 
     def rotations(self) -> Tensor:
-        """The rotations as the parameters stand now, ``[L, 2, N, 8, 8]``: R_safe (0) and R_cmd (1)."""
-        return so8.rotation(torch.stack([torch.stack((gate.safety, gate.command)) for gate in self.gates()]))
+        """The rotations as the parameters stand now, ``[L, 2, N, 8, 8]``: R_safe (0) and R_cmd
+        (1)."""
+        return so8.rotation(
+            torch.stack([torch.stack((gate.safety, gate.command)) for gate in self.gates()])
+        )
 
     def layers(self) -> nn.ModuleList:
         """The base's layers, in order."""
@@ -138,7 +148,8 @@ class AdaptedStudent(Student):
         return layers
 
     def own_weights(self) -> dict[str, Tensor]:
-        """LoRA, gates (with where they began) and heads by name, nothing of the base; detached, not copied."""
+        """LoRA, gates (with where they began) and heads by name, nothing of the base; detached,
+        not copied."""
         weights = {
             name: parameter.detach()
             for kind, named in self.parameters_by_kind().items()
@@ -150,14 +161,16 @@ class AdaptedStudent(Student):
         return weights
 
     def parameters_by_kind(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Every parameter by its kind (``KINDS``, those that there are), then by its name in ``own_weights``."""
+        """Every parameter by its kind (``KINDS``, those that there are), then by its name in
+        ``own_weights``."""
         found: dict[str, dict[str, nn.Parameter]] = {kind: {} for kind in KINDS}
         for name, parameter in self.named_parameters():
             found[_kind(name)][_short(name)] = parameter
         return {kind: named for kind, named in found.items() if named}
 
     def parameter_count(self) -> int:
-        """Numbers that it is made of once LoRA and gates are merged: those of its base and its heads."""
+        """Numbers that it is made of once LoRA and gates are merged: those of its base and its
+        heads."""
         kinds = self.parameters_by_kind()
         heads = [one for kind in (SAFETY, VERIFICATION) for one in kinds.get(kind, {}).values()]
         return self.base_parameters() + sum(one.numel() for one in heads)
@@ -165,7 +178,9 @@ class AdaptedStudent(Student):
     def trainable_parameters(self) -> int:
         """Numbers that training may change."""
         kinds = self.parameters_by_kind()
-        return sum(one.numel() for kind, named in kinds.items() if kind != BASE for one in named.values())
+        return sum(
+            one.numel() for kind, named in kinds.items() if kind != BASE for one in named.values()
+        )
 
     def base_parameters(self) -> int:
         """Numbers of the frozen base; two of NF4 share a byte and count as two."""
@@ -179,7 +194,8 @@ class AdaptedStudent(Student):
         """
         if kwargs is not None and kwargs.get("use_reentrant", False):
             raise ValueError(
-                "use_reentrant=True loses the gradients of a frozen base's adapters; use use_reentrant=False"
+                "use_reentrant=True loses the gradients of a frozen base's adapters; use "
+                "use_reentrant=False"
             )
         settings = {**(kwargs or {}), "use_reentrant": False}
         self.activation_checkpointing_disable()
@@ -206,14 +222,15 @@ def adapt(
     safety_head: bool = False,
     verification_head: bool = False,
 ) -> AdaptedStudent:
-    """Freeze ``base`` and put LoRA, gates and heads into it, in place; everything new is drawn from ``seed``.
+    """Freeze ``base`` and put LoRA, gates and heads into it, in place; everything new is drawn from
+    ``seed``.
 
     Args:
         vocab_size: number of tokens of the teacher; the base may have more rows.
 
     Raises:
-        ValueError: a base of another kind, or packed for inference; an attention output that is not divisible by 8;
-            too small a vocabulary.
+        ValueError: a base of another kind, or packed for inference; an attention output that is not
+            divisible by 8; too small a vocabulary.
     """
     width = check_base(base, vocab_size)
     keep_nf4_as_it_is(base)
@@ -259,6 +276,7 @@ def _kind(name: str) -> str:
 
 
 def _short(name: str) -> str:
-    """A parameter's name without what wraps it: ``model.layers.0.self_attn.o_proj.lora_A.weight``."""
+    """A parameter's name without what wraps it:
+    ``model.layers.0.self_attn.o_proj.lora_A.weight``."""
     wrappers = ("base", "projection", "base_layer", ADAPTER)
     return ".".join(part for part in name.split(".") if part not in wrappers)

@@ -52,7 +52,9 @@ class AdapterSettings:
         if not self.alpha > 0:
             raise ValueError(f"alpha {self.alpha} is not above 0: LoRA would have no effect")
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout {self.dropout} is not a share from 0 up to (not including) 1")
+            raise ValueError(
+                f"dropout {self.dropout} is not a share from 0 up to (not including) 1"
+            )
 
 
 def check_base(base: Any, vocab_size: int) -> int:
@@ -66,10 +68,13 @@ def check_base(base: Any, vocab_size: int) -> int:
         raise ValueError(f"a {kind} model cannot be adapted; use one of {', '.join(MODEL_TYPES)}")
     head = base.get_output_embeddings()
     if head.bias is not None or not head.weight.is_floating_point():
-        raise ValueError("the base's lm_head has a bias or is quantised; load it without quantising lm_head")
+        raise ValueError(
+            "the base's lm_head has a bias or is quantised; load it without quantising lm_head"
+        )
     if not 1 <= vocab_size <= head.weight.shape[0]:
         raise ValueError(
-            f"the base has {head.weight.shape[0]} tokens, the teacher {vocab_size}; use a base with the teacher's "
+            f"the base has {head.weight.shape[0]} tokens, the teacher {vocab_size}; use a base "
+            "with the teacher's "
             "tokenizer"
         )
     for number, layer in enumerate(base.model.layers):
@@ -78,24 +83,28 @@ def check_base(base: Any, vocab_size: int) -> int:
                 continue
             if name.rpartition(".")[2] not in PROJECTIONS:
                 raise ValueError(
-                    f"layer {number} has a matrix {name}, which is not known; is it adapted already?"
+                    f"layer {number} has a matrix {name}, which is not known; is it adapted "
+                    "already?"
                 )
             if not (module.weight.is_floating_point() or hasattr(module.weight, "quant_state")):
                 raise ValueError(
-                    f"layer {number}: {name} is {module.weight.dtype}; load the base in NF4 or unquantised"
+                    f"layer {number}: {name} is {module.weight.dtype}; load the base in NF4 or "
+                    "unquantised"
                 )
     width: int = base.model.layers[0].self_attn.o_proj.in_features
     if width % GROUP:
         raise ValueError(
-            f"the base's attention output is {width} wide, which is not divisible by {GROUP}: the SO(8) gates "
+            f"the base's attention output is {width} wide, which is not divisible by {GROUP}: the "
+            "SO(8) gates "
             "need whole blocks; use another base"
         )
     return width
 
 
 def keep_nf4_as_it_is(base: nn.Module) -> None:
-    """Keep bitsandbytes from packing NF4 matrices anew for inference, which it does on CPUs with AVX512-BF16 in the
-    first evaluation: no gradient flows through them after that, and its way back mixes up their scales.
+    """Keep bitsandbytes from packing NF4 matrices anew for inference, which it does on CPUs with
+    AVX512-BF16 in the first evaluation: no gradient flows through them after that, and its way back
+    mixes up their scales.
 
     Raises:
         ValueError: it has done so already.
@@ -105,15 +114,20 @@ def keep_nf4_as_it_is(base: nn.Module) -> None:
             continue
         if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
             raise ValueError(
-                f"bitsandbytes has packed {name} for inference on this CPU; load the base anew and adapt it before "
+                f"bitsandbytes has packed {name} for inference on this CPU; load the base anew and "
+                "adapt it before "
                 "anything is computed with it"
             )
         module.support_avx512bf16_for_cpu = False
 
 
 def add_lora(base: PreTrainedModel, settings: AdapterSettings) -> None:
-    """Put LoRA on every matrix of the layers, in place; A is drawn from the global generator, B is zero."""
-    from peft import LoraConfig, inject_adapter_in_model  # takes seconds, and other students do without it
+    """Put LoRA on every matrix of the layers, in place; A is drawn from the global generator, B
+    is zero."""
+    from peft import (
+        LoraConfig,
+        inject_adapter_in_model,
+    )  # takes seconds, and other students do without it
 
     there = {name.rpartition(".")[2] for name, _ in base.named_modules()}
     lora = LoraConfig(

@@ -1,7 +1,8 @@
 """Make a plain model of an adapted student: LoRA merged, gates folded, NF4 dequantised.
 
-W_o' = (W_o + scale · B·A) · blockdiag(R_cmd R_safe R0ᵀ), computed in float64 and rounded once; the other matrices
-likewise without the rotation. One weight after the other, so that beside the student there is one model and one weight.
+W_o' = (W_o + scale · B·A) · blockdiag(R_cmd R_safe R0ᵀ), computed in float64 and rounded once; the
+other matrices likewise without the rotation. One weight after the other, so that beside the student
+there is one model and one weight.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from students.model.fold import MAX_ORTHOGONALITY_ERROR, FoldError
 
 @torch.no_grad()
 def merge(student: AdaptedStudent) -> PreTrainedModel:
-    """The student as a plain float32 model of its base's class on the CPU, with the teacher's vocabulary.
+    """The student as a plain float32 model of its base's class on the CPU, with the teacher's
+    vocabulary.
 
-    Nothing of peft, bitsandbytes or the gates is left in it, nor are the heads, which stand beside the graph.
+    Nothing of peft, bitsandbytes or the gates is left in it, nor are the heads, which stand beside
+    the graph.
 
     Raises:
         FoldError: a weight is not finite, or a turn is not a rotation.
@@ -52,7 +55,9 @@ def _exact_turn(number: int, gate: StartingGate) -> Tensor:
     """A layer's turn ``[N, 8, 8]`` in float64, on the CPU."""
     parameters = torch.stack((gate.safety, gate.command)).cpu().double()
     exact = turn(so8.rotation(parameters), gate.start.cpu())
-    error = max(float(so8.orthogonality_error(exact).max()), float(so8.determinant_error(exact).max()))
+    error = max(
+        float(so8.orthogonality_error(exact).max()), float(so8.determinant_error(exact).max())
+    )
     if not error <= MAX_ORTHOGONALITY_ERROR:
         raise FoldError(
             f"layer {number}: rotation is off by {error:.2e}, more than {MAX_ORTHOGONALITY_ERROR}"
@@ -61,7 +66,8 @@ def _exact_turn(number: int, gate: StartingGate) -> Tensor:
 
 
 def _without_weights(student: AdaptedStudent) -> Any:
-    """A model of the base's class and the teacher's vocabulary whose parameters have no values yet."""
+    """A model of the base's class and the teacher's vocabulary whose parameters have no values
+    yet."""
     config: PreTrainedConfig = copy.deepcopy(student.base.config)
     for name in ("quantization_config", "_pre_quantization_dtype"):
         config.__dict__.pop(name, None)
@@ -96,7 +102,8 @@ def _merged(student: AdaptedStudent, path: str, leaf: str, turns: list[Tensor]) 
 
 
 def _dequantised(projection: Any) -> Tensor:
-    """A projection's matrix as the student computes with it: NF4's values in the dtype of the product."""
+    """A projection's matrix as the student computes with it: NF4's values in the dtype of the
+    product."""
     weight: Tensor = projection.weight
     state = copy.copy(getattr(weight, "quant_state", None))
     if state is None:

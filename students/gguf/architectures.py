@@ -1,8 +1,10 @@
-"""The model types whose GGUF architecture computes the same in llama.cpp: names, layouts, and what is refused.
+"""The model types whose GGUF architecture computes the same in llama.cpp: names, layouts, and what
+is refused.
 
-``llama``, ``phi3``, ``qwen2`` and ``qwen3`` have the same name in transformers and in GGUF. ``phi3`` fuses query, key
-and value as well as gate and up on both sides, in the same order. Only ``llama`` files hold query and key rows for
-rotary pairs (2i, 2i + 1); the others turn (i, i + W/2) as transformers does.
+``llama``, ``phi3``, ``qwen2`` and ``qwen3`` have the same name in transformers and in GGUF.
+``phi3`` fuses query, key and value as well as gate and up on both sides, in the same order. Only
+``llama`` files hold query and key rows for rotary pairs (2i, 2i + 1); the others turn (i, i + W/2)
+as transformers does.
 
 Letters: D width, H heads, W head width.
 """
@@ -51,9 +53,10 @@ _OUR_LAYER = re.compile(r"model\.layers\.(0|[1-9]\d*)\.(.+)")
 class Architecture:
     """How one GGUF architecture holds a model, and what llama.cpp's implementation of it can do.
 
-    ``layer_names``: names of a layer's tensors in transformers → in GGUF. ``permuted``: query and key rows stand in
-    pairs. ``own_head_width``: H·W need not be D. ``partial_rotary``: a head may be turned in part. ``refused_flags``:
-    configuration values that add what llama.cpp does not compute.
+    ``layer_names``: names of a layer's tensors in transformers → in GGUF. ``permuted``: query and
+    key rows stand in pairs. ``own_head_width``: H·W need not be D. ``partial_rotary``: a head may
+    be turned in part. ``refused_flags``: configuration values that add what llama.cpp does not
+    compute.
     """
 
     name: str
@@ -75,7 +78,9 @@ class Architecture:
                 return f"blk.{match[1]}.{found}"
         elif name in _GLOBAL:
             return _GLOBAL[name]
-        raise UnmappedTensor(f"tensor {name!r} has no counterpart in a GGUF file of architecture {self.name}")
+        raise UnmappedTensor(
+            f"tensor {name!r} has no counterpart in a GGUF file of architecture {self.name}"
+        )
 
     def from_gguf_name(self, name: str) -> str:
         """The transformers name of a GGUF tensor.
@@ -105,8 +110,12 @@ ARCHITECTURES = {
             permuted=True,
             own_head_width=True,
         ),
-        Architecture("phi3", _SHARED | _FUSED, rope_types=("default", "longrope"), partial_rotary=True),
-        Architecture("qwen2", _SHARED | _SPLIT | _INPUT_BIASES, rope_types=("default", "linear", "yarn")),
+        Architecture(
+            "phi3", _SHARED | _FUSED, rope_types=("default", "longrope"), partial_rotary=True
+        ),
+        Architecture(
+            "qwen2", _SHARED | _SPLIT | _INPUT_BIASES, rope_types=("default", "linear", "yarn")
+        ),
         Architecture(
             "qwen3",
             _SHARED | _SPLIT | _HEAD_NORMS,
@@ -127,7 +136,8 @@ def architecture_of(config: Any) -> Architecture:
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         raise ExportError(
-            f"a model of type {config.model_type!r} cannot be exported to GGUF; {', '.join(ARCHITECTURES)} can"
+            f"a model of type {config.model_type!r} cannot be exported to GGUF; "
+            f"{', '.join(ARCHITECTURES)} can"
         )
     return found
 
@@ -155,12 +165,14 @@ def require_exportable(config: Any) -> None:
     width = head_width(config)
     if not architecture.own_head_width and heads * width != config.hidden_size:
         raise ExportError(
-            f"{heads} heads of width {width} do not fill the model's {config.hidden_size}, which a {name} file needs"
+            f"{heads} heads of width {width} do not fill the model's {config.hidden_size}, which a "
+            f"{name} file needs"
         )
     kind = rope_type(config)
     if kind not in architecture.rope_types:
         raise ExportError(
-            f"rope_type {kind!r} of a {name} model cannot be exported; {', '.join(architecture.rope_types)} can"
+            f"rope_type {kind!r} of a {name} model cannot be exported; "
+            f"{', '.join(architecture.rope_types)} can"
         )
     dimensions = rotary_dimensions(config)
     if (
@@ -169,7 +181,8 @@ def require_exportable(config: Any) -> None:
         or (dimensions < width and not architecture.partial_rotary)
     ):
         raise ExportError(
-            f"rotary embeddings that turn {dimensions} of {width} values of a head cannot be exported for {name}"
+            f"rotary embeddings that turn {dimensions} of {width} values of a head cannot be "
+            f"exported for {name}"
         )
     rope_theta(config)
     rope_scaling(config, dimensions)
@@ -178,7 +191,9 @@ def require_exportable(config: Any) -> None:
 
 def head_width(config: Any) -> int:
     """Width of one attention head, W."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
 
 
 def rotary_dimensions(config: Any) -> int:
@@ -191,15 +206,18 @@ def rotary_dimensions(config: Any) -> int:
     if share is None:
         return head_width(config)
     if type(share) not in (int, float) or not 0 < share <= 1:
-        raise ExportError(f"partial_rotary_factor is {share!r}; a number above 0 and at most 1 is needed")
+        raise ExportError(
+            f"partial_rotary_factor is {share!r}; a number above 0 and at most 1 is needed"
+        )
     return int(head_width(config) * share)
 
 
 def context_length(config: Any) -> int:
     """Tokens up to which the file computes what the model computes, to be written as its context.
 
-    llama.cpp knows ``phi3``'s sliding window but does not apply it (its ``phi3`` is "currently disabled" in that):
-    within the window both see all tokens, so a window shorter than the context becomes the context.
+    llama.cpp knows ``phi3``'s sliding window but does not apply it (its ``phi3`` is "currently
+    disabled" in that): within the window both see all tokens, so a window shorter than the context
+    becomes the context.
 
     Raises:
         ExportError: a Qwen with layers whose window is shorter than its context.
@@ -211,7 +229,8 @@ def context_length(config: Any) -> int:
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     if sliding and window is not None and window < context:
         raise ExportError(
-            f"sliding windows of {window} tokens cannot be exported for {config.model_type}; a model without "
+            f"sliding windows of {window} tokens cannot be exported for {config.model_type}; a "
+            "model without "
             "use_sliding_window can"
         )
     return context
@@ -234,7 +253,8 @@ _TABLE = (
 
 
 class UnmappedTensor(KeyError):
-    """A tensor name that the table does not know: exporting without it would lose weights silently."""
+    """A tensor name that the table does not know: exporting without it would lose weights
+    silently."""
 
     def __str__(self) -> str:
         return str(self.args[0])

@@ -9,8 +9,8 @@ from gguf import LlamaFileType
 
 @dataclass(frozen=True)
 class FileType:
-    """One of llama.cpp's file types. ``number``: its own for it; ``weighted``: its quantizer looks at an importance
-    matrix."""
+    """One of llama.cpp's file types. ``number``: its own for it; ``weighted``: its quantizer looks
+    at an importance matrix."""
 
     number: LlamaFileType
     weighted: bool

@@ -1,9 +1,10 @@
-"""How much each column of a student's matrices matters, for llama.cpp's quantizer: its importance matrix.
+"""How much each column of a student's matrices matters, for llama.cpp's quantizer: its importance
+matrix.
 
-A quantizer that knows the mean square of what a column is multiplied with rounds the columns that count more exactly.
-The figures are those of ``llama-imatrix`` (sum of squares over tokens, and the tokens), in the same GGUF format, so
-that the file works with ``llama-quantize --imatrix`` too. They are taken with PyTorch, which needs no hold on
-llama.cpp's graph: both compute the same products.
+A quantizer that knows the mean square of what a column is multiplied with rounds the columns that
+count more exactly. The figures are those of ``llama-imatrix`` (sum of squares over tokens, and the
+tokens), in the same GGUF format, so that the file works with ``llama-quantize --imatrix`` too. They
+are taken with PyTorch, which needs no hold on llama.cpp's graph: both compute the same products.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 
 @dataclass(frozen=True)
 class Importance:
-    """Sums of squares ``[columns]`` float64 by the matrix's name in the GGUF file, over ``tokens`` tokens of
-    ``sequences`` sequences."""
+    """Sums of squares ``[columns]`` float64 by the matrix's name in the GGUF file, over ``tokens``
+    tokens of ``sequences`` sequences."""
 
     sums: dict[str, NDArray[np.float64]]
     tokens: int
     sequences: int
 
     def mean_squares(self) -> dict[str, NDArray[np.float32]]:
-        """What the quantizer takes: the mean square of each column's input, to the bit as the file gives it back."""
+        """What the quantizer takes: the mean square of each column's input, to the bit as the
+        file gives it back."""
         tokens = np.float32(self.tokens)
         return {name: values.astype(np.float32) / tokens for name, values in self.sums.items()}
 
@@ -48,8 +50,8 @@ def measure_importance(
 ) -> Importance:
     """Run ``model`` over token sequences (of ≥ 1 token each, one sequence at least).
 
-    ``gguf_name``: from the name of a weight to its name in the file. An output matrix that is the embedding goes by the
-    embedding's name, as in the file. ``progress`` gets the sequences done.
+    ``gguf_name``: from the name of a weight to its name in the file. An output matrix that is the
+    embedding goes by the embedding's name, as in the file. ``progress`` gets the sequences done.
     """
     settings: Any = model.config
     sums: dict[str, NDArray[np.float64]] = {}
@@ -65,7 +67,9 @@ def measure_importance(
     tokens = done = 0
     try:
         for sequence in sequences:
-            model(torch.from_numpy(sequence.astype(np.int64))[None].to(model.device), use_cache=False)
+            model(
+                torch.from_numpy(sequence.astype(np.int64))[None].to(model.device), use_cache=False
+            )
             tokens += len(sequence)
             done += 1
             progress(done)
@@ -91,12 +95,16 @@ def write_importance(importance: Importance, path: Path, datasets: Sequence[str]
     Raises:
         OSError: the disk refuses.
     """
-    writer = GGUFWriter(path, "")  # this kind of file has no architecture, and an empty text is not written
+    writer = GGUFWriter(
+        path, ""
+    )  # this kind of file has no architecture, and an empty text is not written
     try:
         writer.add_type("imatrix")
         writer.add_array("imatrix.datasets", list(datasets))
         writer.add_uint32("imatrix.chunk_count", importance.sequences)
-        writer.add_uint32("imatrix.chunk_size", max(1, round(importance.tokens / importance.sequences)))
+        writer.add_uint32(
+            "imatrix.chunk_size", max(1, round(importance.tokens / importance.sequences))
+        )
         for name, values in sorted(importance.sums.items()):
             writer.add_tensor(name + SUMS, values.astype(np.float32)[None])
             writer.add_tensor(name + COUNTS, np.full((1, 1), importance.tokens, dtype=np.float32))

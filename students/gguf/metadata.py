@@ -1,8 +1,8 @@
 """Write a student as a GGUF file of architecture ``llama`` with the teacher's own tokenizer.
 
 Stock llama.cpp knows nothing of the gates: they are folded away first. Rotary embeddings of this
-architecture turn neighbouring pairs (2i, 2i+1), while the student turns (i, i + W/2); the rows of the query
-and key projections are permuted accordingly.
+architecture turn neighbouring pairs (2i, 2i+1), while the student turns (i, i + W/2); the rows of
+the query and key projections are permuted accordingly.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class ExportError(ValueError):
 
 @dataclass(frozen=True)
 class ExportNames:
-    """What the file says about itself: its name and where it came from, as ``so8t.*`` keys and as the specification
-    has it."""
+    """What the file says about itself: its name and where it came from, as ``so8t.*`` keys and as
+    the specification has it."""
 
     name: str
     origin: Mapping[str, str]
@@ -41,7 +41,8 @@ class ExportNames:
 
 
 def write_tokenizer(path: Path, tokenizer: Mapping[str, MetadataEntry], name: str) -> None:
-    """Write a GGUF file that holds the tokenizer alone, so that a student can be exported again later.
+    """Write a GGUF file that holds the tokenizer alone, so that a student can be exported again
+    later.
 
     Raises:
         OSError: the disk refuses.
@@ -75,7 +76,8 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Mapping[str, MetadataEntry]) ->
     """Add the ``tokenizer.*`` entries as they are."""
     for key, (value, kind, element) in tokenizer.items():
         if kind == GGUFValueType.ARRAY and not value:
-            continue  # the writer refuses empty arrays, and an absent one means the same to llama.cpp
+            # The writer refuses empty arrays, and an absent one means the same to llama.cpp
+            continue
         writer.add_key_value(key, _as_bytes(value), kind, element)
 
 
@@ -109,7 +111,8 @@ def add_origin(writer: GGUFWriter, names: ExportNames) -> None:
 
 
 def add_values(writer: GGUFWriter, values: Mapping[str, ExtraValue]) -> None:
-    """Add ``so8t.*`` keys, the heads for instance, which llama.cpp carries along without reading them.
+    """Add ``so8t.*`` keys, the heads for instance, which llama.cpp carries along without reading
+    them.
 
     Numbers in lists become float32; no list may be empty.
     """

@@ -1,5 +1,5 @@
-"""What an exported file says about where the student comes from: licence, models, data (the ``general.*`` keys of the
-GGUF specification)."""
+"""What an exported file says about where the student comes from: licence, models, data (the
+``general.*`` keys of the GGUF specification)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ DETAILS = ("author", "version", "organization", "description", "url", "doi", "uu
 
 @dataclass(frozen=True)
 class Source:
-    """A model or a body of text that the student comes from. ``details``: some of ``DETAILS``, with text."""
+    """A model or a body of text that the student comes from.
+
+    ``details``: some of ``DETAILS``, with text.
+    """
 
     name: str
     details: Mapping[str, str] = field(default_factory=dict)
@@ -23,8 +26,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where a student comes from. ``licence``: text under ``""`` (its identifier), ``name`` and ``link``, as the
-    teacher's file has it, or empty where that says nothing. ``languages``: as the teacher's file says."""
+    """Where a student comes from. ``licence``: text under ``""`` (its identifier), ``name`` and
+    ``link``, as the teacher's file has it, or empty where that says nothing. ``languages``: as the
+    teacher's file says.
+    """
 
     licence: Mapping[str, str] = field(default_factory=dict)
     models: tuple[Source, ...] = ()
@@ -51,7 +56,9 @@ class Lineage:
         licence = {str(key): str(value) for key, value in content["licence"].items()}
         if not licence.keys() <= {"", "name", "link"}:
             raise ValueError(f"a licence with {sorted(licence)}")
-        models, datasets = (tuple(_source(one) for one in content[kind]) for kind in ("models", "datasets"))
+        models, datasets = (
+            tuple(_source(one) for one in content[kind]) for kind in ("models", "datasets")
+        )
         return cls(licence, models, datasets, tuple(str(name) for name in content["languages"]))
 
 

@@ -21,8 +21,12 @@ from students.gguf.metadata import ExportError
 
 LOG_LINES = 3
 _FAILED, _WRITE_FAILED = "failed to quantize: ", "iostream error"
-# The child gets the parent's sys.path, and runs the one file: importing this package would load PyTorch first.
-_CHILD = "import json, runpy, sys; sys.path[:] = json.loads(sys.argv[1]); runpy.run_path(sys.argv[2], None, '__main__')"
+# The child gets the parent's sys.path, and runs the one file: importing this package would load
+# PyTorch first.
+_CHILD = (
+    "import json, runpy, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "runpy.run_path(sys.argv[2], None, '__main__')"
+)
 _CHILD_FILE = Path(__file__).with_name("quantize_child.py")
 
 
@@ -38,16 +42,18 @@ def quantize_gguf(
 ) -> None:
     """Write the F32 file ``source`` to ``target`` as another file type; a failure leaves no file.
 
-    ``importance``: mean square of what each column of a matrix is multiplied with, by the matrix's name, for the types
-    that look at it. ``labels``: metadata to add. ``threads`` 0: as many as there are processors. ``progress`` gets the
-    tensors done and how many there are.
+    ``importance``: mean square of what each column of a matrix is multiplied with, by the matrix's
+    name, for the types that look at it. ``labels``: metadata to add. ``threads`` 0: as many as
+    there are processors. ``progress`` gets the tensors done and how many there are.
 
     Raises:
         ExportError: llama.cpp refuses the file or dies on it.
         OSError: the disk refuses.
     """
     if quant not in FILE_TYPES:
-        raise ExportError(f"quant {quant!r} is not supported; choose one of {', '.join(FILE_TYPES)}")
+        raise ExportError(
+            f"quant {quant!r} is not supported; choose one of {', '.join(FILE_TYPES)}"
+        )
     if target.exists() and target.samefile(source):
         raise ExportError(f"{source} cannot be quantized onto itself")
     request = {

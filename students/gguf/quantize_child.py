@@ -1,7 +1,9 @@
-"""The process that llama.cpp's quantizer runs in: it may abort on a bad file, which must end this process only.
+"""The process that llama.cpp's quantizer runs in: it may abort on a bad file, which must end this
+process only.
 
-Standard input: one JSON line (``source``, ``target``, ``file_type``, ``threads``, ``labels``), then the importance
-matrix as safetensors. Standard output: one JSON line for every tensor that is done, and ``{"status": …}`` last.
+Standard input: one JSON line (``source``, ``target``, ``file_type``, ``threads``, ``labels``), then
+the importance matrix as safetensors. Standard output: one JSON line for every tensor that is done,
+and ``{"status": …}`` last.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def main() -> None:
     def log(level: int, text: bytes, data: ctypes.c_void_p) -> None:
         words = text.decode("utf-8", errors="replace")
         if found := _DONE.match(words):
-            print(json.dumps({"done": int(found[1]), "of": int(found[2])}), file=answers, flush=True)
+            print(
+                json.dumps({"done": int(found[1]), "of": int(found[2])}), file=answers, flush=True
+            )
         sys.stderr.write(words)
 
     native.llama_log_set(log, ctypes.c_void_p(0))

@@ -1,12 +1,15 @@
-"""How a model stretches its rotary embeddings beyond the context it was first trained for, in GGUF's terms.
+"""How a model stretches its rotary embeddings beyond the context it was first trained for, in
+GGUF's terms.
 
-transformers scales the angle per position of each rotary pair; llama.cpp takes keys (``rope.scaling.*``) or divides
-the angles by a tensor of factors. Letters: R rotary dimensions of a head, R / 2 pairs.
+transformers scales the angle per position of each rotary pair; llama.cpp takes keys
+(``rope.scaling.*``) or divides the angles by a tensor of factors. Letters: R rotary dimensions of a
+head, R / 2 pairs.
 
-Where ``longrope`` changes from its short to its long factors is not the same everywhere. transformers changes in each
-forward pass whose last position is beyond the original context. llama.cpp (as in llama-cpp-python 0.3.36) decides by
-the room of the context it runs in, tokens per sequence rounded up to 256: a short text in a long context gets the long
-factors. The two agree whenever both text and room are within, or both are beyond, the original context.
+Where ``longrope`` changes from its short to its long factors is not the same everywhere.
+transformers changes in each forward pass whose last position is beyond the original context.
+llama.cpp (as in llama-cpp-python 0.3.36) decides by the room of the context it runs in, tokens per
+sequence rounded up to 256: a short text in a long context gets the long factors. The two agree
+whenever both text and room are within, or both are beyond, the original context.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # llama.cpp's own, and trans
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """``values``: metadata, the architecture's name left off; ``tensors``: divisors of the angles, ``[R / 2]``."""
+    """``values``: metadata, the architecture's name left off; ``tensors``: divisors of the
+    angles, ``[R / 2]``."""
 
     values: Mapping[str, str | int | float] = field(default_factory=dict)
     tensors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
@@ -58,7 +62,8 @@ def rope_type(config: Any) -> str:
 
 
 def rope_scaling(config: Any, dimensions: int) -> RopeScaling:
-    """What a GGUF file has to say of the scaling of ``config``, whose heads turn ``dimensions`` (R) of their values.
+    """What a GGUF file has to say of the scaling of ``config``, whose heads turn ``dimensions`` (R)
+    of their values.
 
     Raises:
         ExportError: a kind of scaling there is nothing for, or parameters that make no sense.
@@ -81,14 +86,17 @@ def rope_scaling(config: Any, dimensions: int) -> RopeScaling:
 
 
 def _llama3_factors(config: Any, dimensions: int) -> NDArray[np.float32]:
-    """Llama 3.1's published rule: long waves are stretched by ``factor``, short ones kept, those between mixed."""
+    """Llama 3.1's published rule: long waves are stretched by ``factor``, short ones kept, those
+    between mixed."""
     parameters = config.rope_parameters
     factor = _number(parameters, "factor", above=0.0)
     low = _number(parameters, "low_freq_factor", above=0.0)
     high = _number(parameters, "high_freq_factor", above=low)
     original = _number(parameters, "original_max_position_embeddings", above=0.0)
     exponents = np.arange(0, dimensions, 2, dtype=np.float64) / dimensions
-    waves = original / (2 * math.pi * rope_theta(config) ** exponents)  # of them in the original context
+    waves = original / (
+        2 * math.pi * rope_theta(config) ** exponents
+    )  # of them in the original context
     kept = np.clip((waves - low) / (high - low), 0.0, 1.0)
     return (1.0 / ((1.0 - kept) / factor + kept)).astype(np.float32)
 
@@ -100,9 +108,12 @@ def _longrope(config: Any, dimensions: int) -> RopeScaling:
     for name in ("long", "short"):
         factors = parameters.get(f"{name}_factor")
         found = np.asarray(factors if isinstance(factors, list) else [], dtype=np.float32)
-        if found.shape != (dimensions // 2,) or not (np.isfinite(found).all() and (found > 0).all()):
+        if found.shape != (dimensions // 2,) or not (
+            np.isfinite(found).all() and (found > 0).all()
+        ):
             raise ExportError(
-                f"{name}_factor of rope_parameters is {_short(factors)}; {dimensions // 2} positive numbers are needed"
+                f"{name}_factor of rope_parameters is {_short(factors)}; {dimensions // 2} "
+                "positive numbers are needed"
             )
         tensors[f"rope_factors_{name}.weight"] = found
     if parameters.get("attention_factor") is not None:
@@ -122,15 +133,20 @@ def _yarn(parameters: Mapping[str, Any]) -> RopeScaling:
     for name, usual in YARN_BETAS.items():
         if (parameters.get(name) or usual) != usual:
             raise ExportError(
-                f"{name} of rope_parameters is {parameters[name]!r}; yarn is exported with {usual:g}"
+                f"{name} of rope_parameters is {parameters[name]!r}; yarn is exported with "
+                f"{usual:g}"
             )
     if not parameters.get("truncate", True):
-        raise ExportError("truncate of rope_parameters is False; yarn is exported with rounded limits alone")
+        raise ExportError(
+            "truncate of rope_parameters is False; yarn is exported with rounded limits alone"
+        )
     own = _magnitude(factor, 1.0)  # what llama.cpp multiplies cosine and sine by of its own accord
     if parameters.get("attention_factor") is not None:
         scale = _number(parameters, "attention_factor", above=0.0)
     elif parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        over, under = (_number(parameters, name, above=0.0) for name in ("mscale", "mscale_all_dim"))
+        over, under = (
+            _number(parameters, name, above=0.0) for name in ("mscale", "mscale_all_dim")
+        )
         scale = _magnitude(factor, over) / _magnitude(factor, under)
     else:
         scale = own
@@ -152,7 +168,9 @@ def _magnitude(factor: float, weight: float) -> float:
 def _number(parameters: Mapping[str, Any], name: str, *, above: float) -> float:
     value: Any = parameters.get(name)
     if type(value) not in (int, float) or not math.isfinite(value) or not value > above:
-        raise ExportError(f"{name} of rope_parameters is {_short(value)}; a number above {above:g} is needed")
+        raise ExportError(
+            f"{name} of rope_parameters is {_short(value)}; a number above {above:g} is needed"
+        )
     return float(value)
 
 

@@ -50,7 +50,8 @@ _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 
 @dataclass(frozen=True)
 class _Entry:
-    """One tensor of the file: its name there, and how many heads its rows are to be permuted by (0: not at all)."""
+    """One tensor of the file: its name there, and how many heads its rows are to be permuted by
+    (0: not at all)."""
 
     name: str
     tensor: Tensor
@@ -75,13 +76,14 @@ def write_base_gguf(
 ) -> None:
     """Write ``model``, float32 and with its adapters merged, to ``path``.
 
-    ``tokenizer`` holds ``tokenizer.*`` metadata (value, type, element type) with as many tokens as the model has rows.
-    ``extras``: further ``so8t.*`` keys by their full names, the heads for instance (see ``add_values``). Nothing that
-    is refused leaves a file.
+    ``tokenizer`` holds ``tokenizer.*`` metadata (value, type, element type) with as many tokens as
+    the model has rows. ``extras``: further ``so8t.*`` keys by their full names, the heads for
+    instance (see ``add_values``). Nothing that is refused leaves a file.
 
     Raises:
-        ExportError: unknown ``quant``, a model llama.cpp does not compute alike (see ``require_exportable``), weights
-            that are not float32 or not finite, or a vocabulary that does not match the tokenizer.
+        ExportError: unknown ``quant``, a model llama.cpp does not compute alike (see
+            ``require_exportable``), weights that are not float32 or not finite, or a vocabulary
+            that does not match the tokenizer.
         UnmappedTensor: a weight has no GGUF name.
         OSError: the disk refuses.
     """
@@ -91,7 +93,8 @@ def write_base_gguf(
     rows = {len(entry.tensor) for entry in entries if entry.name in (_EMBEDDING, _OUTPUT)}
     if rows != {model.config.vocab_size}:
         raise ExportError(
-            f"embedding and output have {sorted(rows)} rows, the configuration {model.config.vocab_size} tokens"
+            f"embedding and output have {sorted(rows)} rows, the configuration "
+            f"{model.config.vocab_size} tokens"
         )
     writer = GGUFWriter(path, model.config.model_type)
     try:
@@ -143,9 +146,13 @@ def _add_shape(writer: GGUFWriter, model: PreTrainedModel) -> None:
     writer.add_rope_dimension_count(rotary_dimensions(config))
     writer.add_rope_freq_base(rope_theta(config))
     if config.model_type == "phi3":
-        writer.add_sliding_window(config.sliding_window or 0)  # older llama.cpp refuses a file without it
+        writer.add_sliding_window(
+            config.sliding_window or 0
+        )  # older llama.cpp refuses a file without it
     for key, value in rope_scaling(config, rotary_dimensions(config)).values.items():
-        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[
+            type(value)
+        ]
         add(f"{config.model_type}.{key}", value)
 
 
@@ -166,9 +173,12 @@ def _write(writer: GGUFWriter, entries: list[_Entry], quant: str) -> None:
 
 
 def permute_for_rope(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Reorder the rows of a query or key projection ``[heads · W, D]`` from half-split to paired rotary layout."""
+    """Reorder the rows of a query or key projection ``[heads · W, D]`` from half-split to paired
+    rotary layout."""
     rows, columns = weight.shape
-    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    return (
+        weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    )
 
 
 def write_gguf(
@@ -180,7 +190,8 @@ def write_gguf(
 ) -> None:
     """Fold ``student`` and write it to ``path``.
 
-    ``tokenizer`` holds the teacher's ``tokenizer.*`` metadata (value, type, element type), copied as it is.
+    ``tokenizer`` holds the teacher's ``tokenizer.*`` metadata (value, type, element type), copied
+    as it is.
 
     Raises:
         ExportError: unknown ``quant``, or a vocabulary that does not match the tokenizer.
@@ -202,7 +213,9 @@ def write_gguf(
         writer.close()
 
 
-def _add_metadata(writer: GGUFWriter, student: SO8TForCausalLM, quant: str, names: ExportNames) -> None:
+def _add_metadata(
+    writer: GGUFWriter, student: SO8TForCausalLM, quant: str, names: ExportNames
+) -> None:
     config = student.config
     add_general(writer, quant, names)
     writer.add_vocab_size(config.vocab_size)
@@ -213,7 +226,9 @@ def _add_metadata(writer: GGUFWriter, student: SO8TForCausalLM, quant: str, name
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if config.attention_width != config.hidden_size:  # else it is what every reader takes them to be
+    if (
+        config.attention_width != config.hidden_size
+    ):  # else it is what every reader takes them to be
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
@@ -252,7 +267,8 @@ def _add_tensors(writer: GGUFWriter, student: SO8TForCausalLM, kind: GGMLQuantiz
 def storage_type(shape: Sequence[int], kind: GGMLQuantizationType) -> GGMLQuantizationType:
     """How a tensor of ``shape`` is stored in a file of ``kind``.
 
-    Vectors (norms, biases) stay float32; rows that do not divide into Q8_0's blocks stay float16, as llama.cpp does.
+    Vectors (norms, biases) stay float32; rows that do not divide into Q8_0's blocks stay float16,
+    as llama.cpp does.
     """
     if len(shape) == 1:
         return GGMLQuantizationType.F32

@@ -28,18 +28,20 @@ def student_config(
     like: TeacherLikeness = UNKNOWN,
     chosen: ChosenShape = BY_RULE,
 ) -> SO8TConfig:
-    """Derive every setting of a student from its size, its teacher's shape, and what the user chose.
+    """Derive every setting of a student from its size, its teacher's shape, and what the user
+    chose.
 
     What was chosen comes first; what was not follows these rules:
 
-    - head width: the teacher's, where it divides the width and leaves at least two heads; else as wide as
-      possible (64 at most) with at least four heads.
+    - head width: the teacher's, where it divides the width and leaves at least two heads; else as
+      wide as possible (64 at most) with at least four heads.
     - heads: as many as fill the width. (Heads and head width both chosen need not fill it.)
-    - key/value heads: as many query heads share one as in the teacher, where that divides the heads; else
-      two from eight heads on.
-    - feed-forward: the teacher's, where the width is the teacher's; else three times the width, from width 256
-      on to the nearest multiple of 256 (K-quants work on blocks of 256).
-    - rotary base and norm epsilon: the teacher's, so that weights can be taken over; else 10000 and 1e-5.
+    - key/value heads: as many query heads share one as in the teacher, where that divides the
+      heads; else two from eight heads on.
+    - feed-forward: the teacher's, where the width is the teacher's; else three times the width,
+      from width 256 on to the nearest multiple of 256 (K-quants work on blocks of 256).
+    - rotary base and norm epsilon: the teacher's, so that weights can be taken over; else 10000 and
+      1e-5.
 
     Raises:
         ValueError: what was chosen does not fit together; says what would.

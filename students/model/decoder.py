@@ -2,8 +2,8 @@
 
 Letters: B batch, T tokens, V vocabulary, D width, H heads, K key/value heads, W head width, G = 8,
 N = H·W / G blocks. In every layer the attention output x is gated as y = R_cmd · (R_safe · x); both
-rotations are applied to the output projection once per step (W_o · blockdiag(R_cmd R_safe)), so a gate
-costs nothing per token, and folding it away at export is exact.
+rotations are applied to the output projection once per step (W_o · blockdiag(R_cmd R_safe)), so a
+gate costs nothing per token, and folding it away at export is exact.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ from students.model.gate import SO8Gate
 from students.model.heads import SafetyHead, VerificationHead
 from students.model.interface import SO8TOutput, Student
 
-SHORT_ON_CPU = (
-    256  # tokens up to which attention is computed without a fused kernel on a CPU (docs/benchmarks.md)
-)
+# Tokens up to which attention is computed without a fused kernel on a CPU (docs/benchmarks.md)
+SHORT_ON_CPU = 256
 
 
 class RMSNorm(nn.Module):
@@ -51,7 +50,10 @@ class RMSNorm(nn.Module):
 
 
 def rotary_tables(config: SO8TConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``[T', W]`` or ``[B, T, W]`` of rotary embeddings (Su et al. 2021), half-split layout."""
+    """Cosine and sine ``[T', W]`` or ``[B, T, W]`` of rotary embeddings (Su et al.
+
+    2021), half-split layout.
+    """
     width = config.head_dim
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
     angles = positions[..., None].float() * config.rope_theta**-exponents
@@ -70,19 +72,26 @@ def attend(
 ) -> Tensor:
     """Scaled dot-product attention of ``[B, H, T, W]`` over ``[B, K, T', W]``.
 
-    On a CPU at least in float32 (PyTorch's bfloat16 kernel there takes several times as long), and for short sequences
-    by two plain products, which are no slower and do not mind how small products are computed.
+    On a CPU at least in float32 (PyTorch's bfloat16 kernel there takes several times as long), and
+    for short sequences by two plain products, which are no slower and do not mind how small
+    products are computed.
     """
     inputs = (query, key, value)
     if query.device.type != "cpu":
-        return F.scaled_dot_product_attention(*inputs, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            *inputs, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
     if query.dtype == torch.bfloat16:
         inputs = (query.float(), key.float(), value.float())
     kernels = (
-        [SDPBackend.MATH] if key.shape[2] <= SHORT_ON_CPU else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+        [SDPBackend.MATH]
+        if key.shape[2] <= SHORT_ON_CPU
+        else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     )
     with so8.full_precision(query), sdpa_kernel(kernels):
-        mixed = F.scaled_dot_product_attention(*inputs, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        mixed = F.scaled_dot_product_attention(
+            *inputs, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
     return mixed.to(query.dtype)
 
 
@@ -102,14 +111,16 @@ class Attention(nn.Module):
         self.grouped = config.num_key_value_heads != config.num_attention_heads
 
     def gated_output_weight(self, rotations: Tensor) -> Tensor:
-        """W_o · blockdiag(R_cmd R_safe) ``[D, H·W]`` in float32, from ``rotations [2, N, 8, 8]``."""
+        """W_o · blockdiag(R_cmd R_safe) ``[D, H·W]`` in float32, from ``rotations [2, N, 8,
+        8]``."""
         with so8.full_precision(rotations):
             return so8.rotate_columns(self.o_proj.weight, rotations[1] @ rotations[0])
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
-        """Attend over ``x [B, T, D]``; returns the gated output ``[B, T, D]`` and the rotations used."""
+        """Attend over ``x [B, T, D]``; returns the gated output ``[B, T, D]`` and the rotations
+        used."""
         batch, tokens, _ = x.shape
         split = (batch, tokens, -1, self.head_dim)
         query = apply_rotary(self.q_proj(x).view(split).transpose(1, 2), *rotary)
@@ -159,12 +170,15 @@ class DecoderLayer(GradientCheckpointingLayer):
 
 
 class SO8TModel(nn.Module):
-    """Embedding, layers and final norm; names match transformers' Llama so that fold is a plain copy."""
+    """Embedding, layers and final norm; names match transformers' Llama so that fold is a plain
+    copy."""
 
     def __init__(self, config: SO8TConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -183,7 +197,8 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin, Student):
         super().__init__(config)
         self.model = SO8TModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # Last, and with nothing drawn yet, so that the other weights of a seed are the same with and without them.
+        # Last, and with nothing drawn yet, so that the other weights of a seed are the same with
+        # and without them.
         with torch.random.fork_rng(devices=[]):
             if config.safety_head:
                 self.safety_head = SafetyHead(config.hidden_size)
@@ -193,7 +208,8 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin, Student):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise one module; residual outputs are scaled down by depth (Radford et al. 2019)."""
+        """Initialise one module; residual outputs are scaled down by depth (Radford et al.
+        2019)."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
@@ -221,12 +237,13 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin, Student):
         layers_to_keep: Collection[int] = (),
         **_: Any,
     ) -> SO8TOutput:
-        """Run ``input_ids [B, T]``; logits are ``[B, T, V]``, or of the last ``logits_to_keep`` tokens.
+        """Run ``input_ids [B, T]``; logits are ``[B, T, V]``, or of the last ``logits_to_keep``
+        tokens.
 
-        ``attention_mask [B, T]`` marks real tokens with 1 and is needed only for left-padded prompts: a
-        causal decoder never looks at padding on the right. With ``with_logits=False`` the caller applies
-        the output matrix itself (the training loss does). ``layers_to_keep``: layers, from 0, whose output is
-        handed out too.
+        ``attention_mask [B, T]`` marks real tokens with 1 and is needed only for left-padded
+        prompts: a causal decoder never looks at padding on the right. With ``with_logits=False``
+        the caller applies the output matrix itself (the training loss does). ``layers_to_keep``:
+        layers, from 0, whose output is handed out too.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
@@ -253,7 +270,9 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin, Student):
             if number in layers_to_keep:
                 kept[number] = x
         x = self.model.norm(x)
-        logits = self.lm_head(x[:, -logits_to_keep:] if logits_to_keep else x) if with_logits else None
+        logits = (
+            self.lm_head(x[:, -logits_to_keep:] if logits_to_keep else x) if with_logits else None
+        )
         return SO8TOutput(
             logits=logits,
             past_key_values=past_key_values,
@@ -263,7 +282,8 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin, Student):
         )
 
     def rotations(self) -> Tensor:
-        """The rotations as the parameters stand now, ``[L, 2, N, 8, 8]``: R_safe (0) and R_cmd (1)."""
+        """The rotations as the parameters stand now, ``[L, 2, N, 8, 8]``: R_safe (0) and R_cmd
+        (1)."""
         return torch.stack([gate() for gate in self.gates()])
 
     def gates(self) -> list[SO8Gate]:

@@ -1,7 +1,7 @@
 """Absorb the SO(8) gates into the output projections: the student becomes a plain Llama, exactly.
 
-y = W_o · R_cmd · (R_safe · x) = (W_o · blockdiag(R_cmd R_safe)) · x, so the folded projection gives the same
-layer output for every input. Folding is done in float64 and rounded once.
+y = W_o · R_cmd · (R_safe · x) = (W_o · blockdiag(R_cmd R_safe)) · x, so the folded projection gives
+the same layer output for every input. Folding is done in float64 and rounded once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from students.model import so8
 from students.model.decoder import SO8TForCausalLM
 
 MAX_ORTHOGONALITY_ERROR = 1e-5
-HEADS = ("safety_head.", "verification_head.")  # they stand beside the graph, under keys of their own
+HEADS = (
+    "safety_head.",
+    "verification_head.",
+)  # they stand beside the graph, under keys of their own
 _GATE = re.compile(r"model\.layers\.(\d+)\.self_attn\.gate\.(safety|command)")
 
 
@@ -51,7 +54,8 @@ def fold(student: SO8TForCausalLM) -> dict[str, Tensor]:
         error = float(so8.orthogonality_error(rotations).max())
         if not error <= MAX_ORTHOGONALITY_ERROR:
             raise FoldError(
-                f"layer {number}: rotation is off by {error:.2e}, more than {MAX_ORTHOGONALITY_ERROR}"
+                f"layer {number}: rotation is off by {error:.2e}, more than "
+                f"{MAX_ORTHOGONALITY_ERROR}"
             )
         name = f"model.layers.{number}.self_attn.o_proj.weight"
         state[name] = so8.rotate_columns(state[name].double(), rotations[1] @ rotations[0]).float()

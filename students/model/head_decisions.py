@@ -1,4 +1,5 @@
-"""What a safety head decides, and the keys of a GGUF file under which heads lie; without PyTorch."""
+"""What a safety head decides, and the keys of a GGUF file under which heads lie; without
+PyTorch."""
 
 from __future__ import annotations
 

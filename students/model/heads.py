@@ -1,7 +1,8 @@
 """The two heads on the final hidden state, and the ``so8t.*`` keys that carry them in a GGUF file.
 
-The final hidden state (after the last norm) is what llama.cpp hands out as a token's embedding, so a head works on the
-exported file as it does in PyTorch. Letters: D width, C = 3 decisions, U hidden units of the verification head.
+The final hidden state (after the last norm) is what llama.cpp hands out as a token's embedding, so
+a head works on the exported file as it does in PyTorch. Letters: D width, C = 3 decisions, U hidden
+units of the verification head.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from students.model.head_decisions import ALLOW, DECISIONS, ESCALATE, REFUSE, SAFETY_KEYS, VERIFICATION_KEYS
+from students.model.head_decisions import (
+    ALLOW,
+    DECISIONS,
+    ESCALATE,
+    REFUSE,
+    SAFETY_KEYS,
+    VERIFICATION_KEYS,
+)
 from students.model.so8 import full_precision
 
 VERIFICATION_UNITS = 64
@@ -44,8 +52,8 @@ class SafetyHead(nn.Module):
 class VerificationHead(nn.Module):
     """Per token, the log-odds that the student's most probable next token is the teacher's.
 
-    What the student's own probabilities say of its certainty (see ``certainty``), corrected by a small network on the
-    hidden state. It begins as the log-odds of the student's top token.
+    What the student's own probabilities say of its certainty (see ``certainty``), corrected by a
+    small network on the hidden state. It begins as the log-odds of the student's top token.
     """
 
     def __init__(self, width: int, units: int = VERIFICATION_UNITS) -> None:
@@ -55,16 +63,22 @@ class VerificationHead(nn.Module):
         self.certainty = nn.Parameter(torch.tensor([1.0, 0.0]))
 
     def forward(self, states: Tensor, certain: Tensor) -> Tensor:
-        """Log-odds ``[...]`` of ``states [..., D]`` and the tokens' ``certain [..., 2]``, in float32."""
+        """Log-odds ``[...]`` of ``states [..., D]`` and the tokens' ``certain [..., 2]``, in
+        float32."""
         with full_precision(states):
-            units = F.silu(F.linear(states.float(), self.hidden.weight.float(), self.hidden.bias.float()))
-            correction = F.linear(units, self.output.weight.float(), self.output.bias.float()).squeeze(-1)
+            units = F.silu(
+                F.linear(states.float(), self.hidden.weight.float(), self.hidden.bias.float())
+            )
+            correction = F.linear(
+                units, self.output.weight.float(), self.output.bias.float()
+            ).squeeze(-1)
             return correction + certain @ self.certainty.float()
 
 
 def certainty(logits: Tensor) -> Tensor:
-    """How certain next-token ``logits [..., V]`` are: the log-odds of the most probable token, and how much more
-    probable it is than the second (difference of the logits), float32 ``[..., 2]``."""
+    """How certain next-token ``logits [..., V]`` are: the log-odds of the most probable token, and
+    how much more probable it is than the second (difference of the logits), float32 ``[..., 2]``.
+    """
     logits = logits.float()
     best = logits.topk(2, dim=-1)
     # Not from the probability itself, whose doubt float32 rounds away next to 1.
@@ -75,8 +89,8 @@ def certainty(logits: Tensor) -> Tensor:
 
 
 def decide(probabilities: Tensor, thresholds: tuple[float, float]) -> Tensor:
-    """Decisions ``[N]`` of ``probabilities [N, 3]``: REFUSE from ``thresholds[0]`` on; of the others ALLOW where it
-    holds at least ``thresholds[1]`` of what REFUSE leaves, else ESCALATE."""
+    """Decisions ``[N]`` of ``probabilities [N, 3]``: REFUSE from ``thresholds[0]`` on; of the
+    others ALLOW where it holds at least ``thresholds[1]`` of what REFUSE leaves, else ESCALATE."""
     refuse, allow = thresholds
     rest = probabilities[:, ALLOW] + probabilities[:, ESCALATE]
     allowed = probabilities[:, ALLOW] >= allow * rest
@@ -88,7 +102,8 @@ def decide(probabilities: Tensor, thresholds: tuple[float, float]) -> Tensor:
 class Heads:
     """The heads of one student with what turns their numbers into decisions; a head may be missing.
 
-    ``thresholds``: see ``decide``. ``trust``: below this probability of agreeing, the teacher should be asked.
+    ``thresholds``: see ``decide``. ``trust``: below this probability of agreeing, the teacher
+    should be asked.
     """
 
     safety: SafetyHead | None
@@ -105,8 +120,8 @@ class Heads:
 
     @torch.no_grad()
     def agreement(self, states: Tensor, logits: Tensor) -> Tensor:
-        """Probability that the student's top token is the teacher's, ``[N]``, from ``states [N, D]`` and the
-        ``logits [N, V]`` that follow from them."""
+        """Probability that the student's top token is the teacher's, ``[N]``, from ``states [N,
+        D]`` and the ``logits [N, V]`` that follow from them."""
         assert self.verification is not None
         there = self.verification.output.weight.device
         log_odds = self.verification(states.to(there), certainty(logits).to(there))
@@ -134,7 +149,8 @@ def head_values(heads: Heads) -> dict[str, list[float] | list[str] | float | int
 
 
 def read_heads(values: Mapping[str, Any], width: int) -> Heads:
-    """The heads of a file of ``width`` from its metadata values, every one checked: the file is not trusted.
+    """The heads of a file of ``width`` from its metadata values, every one checked: the file is not
+    trusted.
 
     Raises:
         HeadError: a key is missing, of the wrong length, or not finite; or the labels are others.
@@ -144,7 +160,8 @@ def read_heads(values: Mapping[str, Any], width: int) -> Heads:
     if any(key.startswith(SAFETY_KEYS) for key in values):
         if values.get(SAFETY_KEYS + "labels") != list(DECISIONS):
             raise HeadError(
-                f"{SAFETY_KEYS}labels is {repr(values.get(SAFETY_KEYS + 'labels'))[:60]}, not {', '.join(DECISIONS)}"
+                f"{SAFETY_KEYS}labels is {repr(values.get(SAFETY_KEYS + 'labels'))[:60]}, not "
+                f"{', '.join(DECISIONS)}"
             )
         safety = SafetyHead(width)
         _fill(safety.linear.weight, values, SAFETY_KEYS + "weight")
@@ -191,6 +208,8 @@ def _floats(values: Mapping[str, Any], key: str, count: int) -> list[float]:
         length = len(found) if isinstance(found, list) else "no"
         raise HeadError(f"{key} has {length} values, {count} are needed")
     largest = torch.finfo(torch.float32).max
-    if not all(isinstance(value, float) and abs(value) <= largest for value in found):  # false of NaN too
+    if not all(
+        isinstance(value, float) and abs(value) <= largest for value in found
+    ):  # false of NaN too
         raise HeadError(f"{key} has values that are not finite numbers")
     return found

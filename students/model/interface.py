@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 class StudentFacts(Protocol):
     """What a student's configuration says, whatever class it has.
 
-    ``vocab_size`` is the teacher's; ``decision_thresholds`` are of REFUSE and ALLOW (see ``students.model.heads.decide``);
-    ``trust`` is the probability of agreeing with the teacher below which it should be asked. The last two are set
-    once the heads are trained.
+    ``vocab_size`` is the teacher's; ``decision_thresholds`` are of REFUSE and ALLOW (see
+    ``students.model.heads.decide``); ``trust`` is the probability of agreeing with the teacher
+    below which it should be asked. The last two are set once the heads are trained.
     """
 
     hidden_size: int
@@ -60,11 +60,12 @@ class Student(nn.Module, ABC):
         logits_to_keep: int = 0,
         layers_to_keep: Collection[int] = (),
     ) -> SO8TOutput:
-        """Run ``input_ids [B, T]``; logits are ``[B, T, V]``, or of the last ``logits_to_keep`` tokens.
+        """Run ``input_ids [B, T]``; logits are ``[B, T, V]``, or of the last ``logits_to_keep``
+        tokens.
 
-        ``attention_mask [B, T]`` marks real tokens with 1 and is needed only for left-padded prompts. With
-        ``with_logits=False`` the caller applies ``output_matrix`` itself. ``layers_to_keep``: layers, from 0, whose
-        output (before the final norm) is handed out too.
+        ``attention_mask [B, T]`` marks real tokens with 1 and is needed only for left-padded
+        prompts. With ``with_logits=False`` the caller applies ``output_matrix`` itself.
+        ``layers_to_keep``: layers, from 0, whose output (before the final norm) is handed out too.
         """
 
     @abstractmethod
@@ -77,7 +78,8 @@ class Student(nn.Module, ABC):
 
     @abstractmethod
     def rotations(self) -> Tensor:
-        """The rotations as the parameters stand now, ``[L, 2, N, 8, 8]``: R_safe (0) and R_cmd (1)."""
+        """The rotations as the parameters stand now, ``[L, 2, N, 8, 8]``: R_safe (0) and R_cmd
+        (1)."""
 
     @abstractmethod
     def layers(self) -> nn.ModuleList:
@@ -85,7 +87,8 @@ class Student(nn.Module, ABC):
 
     @abstractmethod
     def own_weights(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps, by name: everything that training may change; detached, not copied."""
+        """What a checkpoint keeps, by name: everything that training may change; detached, not
+        copied."""
 
     @property
     def device(self) -> torch.device:
@@ -93,7 +96,8 @@ class Student(nn.Module, ABC):
         return next(self.parameters()).device
 
     def heads(self) -> Heads:
-        """The safety and the verification head, as far as this student has them, with their thresholds."""
+        """The safety and the verification head, as far as this student has them, with their
+        thresholds."""
         refuse, allow = self.config.decision_thresholds
         return Heads(
             self.safety_head if self.config.safety_head else None,
@@ -103,11 +107,13 @@ class Student(nn.Module, ABC):
         )
 
     def parameter_count(self) -> int:
-        """Numbers that it is made of, those of gates and heads among them; tied matrices count once."""
+        """Numbers that it is made of, those of gates and heads among them; tied matrices count
+        once."""
         return sum(one.numel() for one in self.parameters())
 
     def checkpoint_activations(self, wanted: bool) -> None:
-        """Whether layers are computed again in the backward pass instead of keeping what they computed."""
+        """Whether layers are computed again in the backward pass instead of keeping what they
+        computed."""
         model: Any = self
         # Older transformers (for Python 3.10) know it by its older name.
         if wanted:
@@ -122,9 +128,9 @@ class Student(nn.Module, ABC):
 class SO8TOutput(CausalLMOutputWithPast):
     """A causal-LM output with the last hidden state ``[B, T, D]`` and each layer's rotations.
 
-    ``rotations`` is ``[L, 2, N, 8, 8]``: per layer R_safe (0) and R_cmd (1), as used in this forward pass,
-    so that the regularisers do not compute them again. ``layer_states``: output of each layer asked for,
-    ``[B, T, D]``.
+    ``rotations`` is ``[L, 2, N, 8, 8]``: per layer R_safe (0) and R_cmd (1), as used in this
+    forward pass, so that the regularisers do not compute them again. ``layer_states``: output of
+    each layer asked for, ``[B, T, D]``.
     """
 
     last_hidden_state: Tensor | None = None

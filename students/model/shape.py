@@ -19,7 +19,8 @@ MAX_LAYERS = 1 << 10
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
 MAX_BUDGET = 10**12
 FORMS = (
-    "write WIDTHxLAYERS, a share of the teacher's parameters or their number, for example 512x4, 25% or 50M"
+    "write WIDTHxLAYERS, a share of the teacher's parameters or their number, for example "
+    "512x4, 25% or 50M"
 )
 
 
@@ -46,12 +47,14 @@ def parse_size(text: str) -> StudentSize:
     width, layers = int(match[1]), int(match[2])
     if not (GROUP <= width <= MAX_WIDTH and 1 <= layers <= MAX_LAYERS):
         raise ValueError(
-            f"student size {text!r} is out of range: width {GROUP} to {MAX_WIDTH}, layers 1 to {MAX_LAYERS}"
+            f"student size {text!r} is out of range: width {GROUP} to {MAX_WIDTH}, layers 1 to "
+            f"{MAX_LAYERS}"
         )
     if width % GROUP:
         below = width // GROUP * GROUP
         raise ValueError(
-            f"student width {width} is not divisible by {GROUP} (the SO(8) gates work on blocks of {GROUP}); "
+            f"student width {width} is not divisible by {GROUP} (the SO(8) gates work on blocks of "
+            f"{GROUP}); "
             f"use {below}x{layers} or {below + GROUP}x{layers}"
         )
     return StudentSize(width, layers)
@@ -133,15 +136,18 @@ def _heads(width: int, like: TeacherLikeness, chosen: ChosenShape) -> tuple[int,
         ]
         if heads not in fitting:
             raise ValueError(
-                f"{heads} heads of width {head_width} do not fit width {width}: the number of heads has to divide it, "
-                f"and all heads together be a multiple of {GROUP} wide; {_near(heads, fitting)} heads would fit"
+                f"{heads} heads of width {head_width} do not fit width {width}: the number of "
+                "heads has to divide it, "
+                f"and all heads together be a multiple of {GROUP} wide; {_near(heads, fitting)} "
+                "heads would fit"
             )
         return heads, head_width
     if heads is not None:
         fitting = [number for number in range(1, width // 2 + 1) if width % (2 * number) == 0]
         if heads not in fitting:
             raise ValueError(
-                f"width {width} does not split into {heads} heads of even width; {_near(heads, fitting)} heads would "
+                f"width {width} does not split into {heads} heads of even width; "
+                f"{_near(heads, fitting)} heads would "
                 "fit, or another divisor of the width with a student.head_width of its own"
             )
         return heads, width // heads
@@ -149,7 +155,8 @@ def _heads(width: int, like: TeacherLikeness, chosen: ChosenShape) -> tuple[int,
         fitting = [number for number in range(2, width + 1, 2) if width % number == 0]
         if head_width not in fitting:
             raise ValueError(
-                f"width {width} does not split into heads of width {head_width}; width {_near(head_width, fitting)} "
+                f"width {width} does not split into heads of width {head_width}; width "
+                f"{_near(head_width, fitting)} "
                 "would fit, or any with a number of student.heads of its own"
             )
         return width // head_width, head_width

@@ -1,7 +1,7 @@
 """From a number of parameters to the width and depth of a student.
 
-Parameters are those of the exported file: the gates are folded away at export. Letters: D width, L layers, V
-vocabulary, H heads, K key/value heads, W head width, F feed-forward width.
+Parameters are those of the exported file: the gates are folded away at export. Letters: D width, L
+layers, V vocabulary, H heads, K key/value heads, W head width, F feed-forward width.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ TOLERANCE = 0.05  # how far from the number asked for a student may be before it
 
 
 def layer_parameters(config: SO8TConfig, *, gates: bool = False) -> int:
-    """Parameters of one layer: 2·D·W·(H + K) for attention, 3·D·F, 2·D for the norms; ``gates``: 2·28·H·W/8 more."""
+    """Parameters of one layer: 2·D·W·(H + K) for attention, 3·D·F, 2·D for the norms; ``gates``:
+    2·28·H·W/8 more."""
     width, heads = config.hidden_size, config.num_attention_heads + config.num_key_value_heads
     matrices = 2 * heads * config.head_dim + 3 * config.intermediate_size
     return width * (matrices + 2) + (2 * PARAMETERS_PER_BLOCK * config.num_blocks if gates else 0)
 
 
 def decoder_parameters(config: SO8TConfig, *, gates: bool = False) -> int:
-    """Parameters of a decoder as it is exported: V·D (twice where untied), L layers, D for the last norm.
+    """Parameters of a decoder as it is exported: V·D (twice where untied), L layers, D for the last
+    norm.
 
     With ``gates``: as it is trained.
     """
@@ -52,15 +54,17 @@ def choose_size(
 ) -> StudentSize:
     """The student with ``wanted`` parameters whose proportions are most like its teacher's.
 
-    Of all widths (multiples of 8, from 128 on of 64, from 512 on of 256) up to the teacher's, its own, and all depths
-    up to the teacher's, those within 5 % of ``wanted`` are compared, and the one wins whose width per layer is nearest
-    to the teacher's, as a ratio. Where none is that near, the nearest wins. Only where all of them are too small is
-    the student wider than its teacher, never deeper. ``shape`` gives a size's settings; sizes it refuses with a
-    ``ValueError`` are passed over.
+    Of all widths (multiples of 8, from 128 on of 64, from 512 on of 256) up to the teacher's, its
+    own, and all depths up to the teacher's, those within 5 % of ``wanted`` are compared, and the
+    one wins whose width per layer is nearest to the teacher's, as a ratio. Where none is that near,
+    the nearest wins. Only where all of them are too small is the student wider than its teacher,
+    never deeper. ``shape`` gives a size's settings; sizes it refuses with a ``ValueError`` are
+    passed over.
 
     Raises:
-        ValueError: every student is larger than ``wanted``; says which is the smallest. Or ``shape`` refuses every
-            size; its reason for the widest that is no wider than the teacher.
+        ValueError: every student is larger than ``wanted``; says which is the smallest. Or
+            ``shape`` refuses every size; its reason for the widest that is no wider than the
+            teacher.
     """
     limit, layers = min(max(teacher.width, GROUP), MAX_WIDTH), min(teacher.layers, MAX_LAYERS)
     widths = _widths(limit)
@@ -75,7 +79,8 @@ def choose_size(
     smallest = min(found, key=lambda one: one.parameters)
     if smallest.parameters > wanted * (1 + TOLERANCE):
         raise ValueError(
-            f"no student is as small as {wanted:,} parameters: the smallest with this vocabulary is {smallest.size} "
+            f"no student is as small as {wanted:,} parameters: the smallest with this vocabulary "
+            f"is {smallest.size} "
             f"with {smallest.parameters:,}"
         )
     aspect = teacher.width / teacher.layers
@@ -113,6 +118,7 @@ def _candidates(
             continue
         first, each = decoder_parameters(config), layer_parameters(config)
         found += [
-            Candidate(StudentSize(width, number + 1), first + number * each) for number in range(layers)
+            Candidate(StudentSize(width, number + 1), first + number * each)
+            for number in range(layers)
         ]
     return found

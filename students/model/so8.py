@@ -1,8 +1,8 @@
 """SO(8) mathematics: rotations from their Lie algebra, and measures of how exact they are.
 
 Letters: N blocks, G = 8 (block width), P = 28 = G(G-1)/2 free parameters of one rotation.
-Everything here is float32 (or float64 when given float64), also under autocast: bfloat16 would leave
-the rotation group by 1e-2.
+Everything here is float32 (or float64 when given float64), also under autocast: bfloat16 would
+leave the rotation group by 1e-2.
 """
 
 from __future__ import annotations
@@ -43,25 +43,28 @@ def rotation(parameters: Tensor) -> Tensor:
     parameters need no constraint and the map is differentiable everywhere.
     """
     with full_precision(parameters):
-        # In float64 and rounded once: float32 arithmetic drifts off the group as the parameters grow
-        # (‖RᵀR − I‖ reaches 1e-5 at a spread of 3 radians). Metal has no float64.
+        # In float64 and rounded once: float32 arithmetic drifts off the group as the parameters
+        # grow (‖RᵀR − I‖ reaches 1e-5 at a spread of 3 radians). Metal has no float64.
         wide = parameters.float() if parameters.device.type == "mps" else parameters.double()
         exact = torch.linalg.matrix_exp(skew_symmetric(wide))
         return exact if parameters.dtype == torch.float64 else exact.float()
 
 
 def rotate_columns(weight: Tensor, rotations: Tensor) -> Tensor:
-    """``weight · blockdiag(rotations)``: ``[O, 8N]`` and ``[N, 8, 8]`` → ``[O, 8N]`` in float32 or wider.
+    """``weight · blockdiag(rotations)``: ``[O, 8N]`` and ``[N, 8, 8]`` → ``[O, 8N]`` in float32 or
+    wider.
 
-    Applying the block-diagonal rotation to a weight's input side costs O·8N·8 once per step, and nothing
-    per token.
+    Applying the block-diagonal rotation to a weight's input side costs O·8N·8 once per step, and
+    nothing per token.
 
     Raises:
         ValueError: the weight's columns are not 8 × the number of blocks.
     """
     blocks = rotations.shape[0]
     if weight.shape[-1] != blocks * GROUP:
-        raise ValueError(f"weight has {weight.shape[-1]} columns; {blocks} rotations need {blocks * GROUP}")
+        raise ValueError(
+            f"weight has {weight.shape[-1]} columns; {blocks} rotations need {blocks * GROUP}"
+        )
     with full_precision(weight):
         wide = weight.to(rotations.dtype)
         columns = wide.view(weight.shape[0], blocks, GROUP).transpose(0, 1)  # [N, O, 8]
@@ -69,7 +72,8 @@ def rotate_columns(weight: Tensor, rotations: Tensor) -> Tensor:
 
 
 def orthogonality_error(rotations: Tensor) -> Tensor:
-    """‖RᵀR − I‖ (Frobenius) of each rotation: ``[..., 8, 8]`` → ``[...]``; 0 for an exact rotation."""
+    """‖RᵀR − I‖ (Frobenius) of each rotation: ``[..., 8, 8]`` → ``[...]``; 0 for an exact
+    rotation."""
     identity = torch.eye(GROUP, dtype=rotations.dtype, device=rotations.device)
     with full_precision(rotations):
         return torch.linalg.matrix_norm(rotations.mT @ rotations - identity)

@@ -1,4 +1,5 @@
-"""A teacher's token embeddings in the form students of any width begin from: principal scores, strongest first."""
+"""A teacher's token embeddings in the form students of any width begin from: principal scores,
+strongest first."""
 
 from __future__ import annotations
 
@@ -13,8 +14,9 @@ from teachers.gguf.file import GGUFFile, TeacherFileError
 from teachers.targets.threads import one_thread
 
 EMBEDDING = "token_embd.weight"
-# Wider students are rare where a teacher has to be made smaller, and what is strongest comes first. Each column
-# costs two bytes a token: 1,024 of them are 66 MB for a vocabulary of 32,064 and 311 MB for one of 151,936.
+# Wider students are rare where a teacher has to be made smaller, and what is strongest comes first.
+# Each column costs two bytes a token: 1,024 of them are 66 MB for a vocabulary of 32,064 and 311 MB
+# for one of 151,936.
 MAX_COLUMNS = 1024
 ROWS_TOGETHER = 8192
 
@@ -27,15 +29,17 @@ def stored_columns(width: int) -> int:
 def principal_scores(file: GGUFFile) -> NDArray[np.float16]:
     """The token embeddings on their principal directions, ``[V, C]``, with an average square of 1.
 
-    A student of width D takes the first D columns. The mean is taken off: it does not say which token it is.
-    Each direction points to where its greatest entry is positive, so that equal files give equal scores.
+    A student of width D takes the first D columns. The mean is taken off: it does not say which
+    token it is. Each direction points to where its greatest entry is positive, so that equal files
+    give equal scores.
 
     Raises:
         TeacherFileError: the embeddings are not finite, or of a type that cannot be read.
     """
     vocab_size, width = file.tensors[EMBEDDING].shape
     mean = (
-        sum((rows.sum(axis=0, dtype=np.float64) for _, rows in _blocks(file)), np.zeros(width)) / vocab_size
+        sum((rows.sum(axis=0, dtype=np.float64) for _, rows in _blocks(file)), np.zeros(width))
+        / vocab_size
     )
     gram = np.zeros((width, width))
     for _, rows in _blocks(file):

@@ -1,8 +1,9 @@
 """Read a GGUF header from an untrusted file, with every bound checked before anything trusts it.
 
-``gguf.GGUFReader`` maps what the header claims and fails with bare numpy errors on truncated files (and
-accepts overlapping tensors); llama.cpp may abort the process on others. So the header is walked here first,
-each length compared with what is left of the file. Format: the GGUF specification in the ggml repository.
+``gguf.GGUFReader`` maps what the header claims and fails with bare numpy errors on truncated files
+(and accepts overlapping tensors); llama.cpp may abort the process on others. So the header is
+walked here first, each length compared with what is left of the file. Format: the GGUF
+specification in the ggml repository.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ _SCALARS = {
 
 
 class TeacherFileError(ValueError):
-    """A teacher file that cannot be used; the message names the file, what is wrong, and what to do."""
+    """A teacher file that cannot be used; the message names the file, what is wrong, and what to
+    do."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Field:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: ``shape`` in numpy order (rows first), absolute byte ``offset``, ``nbytes``."""
+    """Where one tensor lies: ``shape`` in numpy order (rows first), absolute byte ``offset``,
+    ``nbytes``."""
 
     name: str
     shape: tuple[int, ...]
@@ -101,20 +104,28 @@ class GGUFFile:
         return self.rows(name, 0, self.tensors[name].shape[0])
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows ``start`` to ``stop`` of one tensor's first dimension, dequantised; no others are read.
+        """Rows ``start`` to ``stop`` of one tensor's first dimension, dequantised; no others are
+        read.
 
         Raises:
             TeacherFileError: the gguf package cannot dequantise this type.
         """
         info = self.tensors[name]
         raw = np.memmap(self.path, np.uint8, "r", offset=info.offset, shape=(info.nbytes,))
-        shape = (info.shape[0], info.nbytes // info.shape[0]) if len(info.shape) > 1 else (1, info.nbytes)
+        shape = (
+            (info.shape[0], info.nbytes // info.shape[0])
+            if len(info.shape) > 1
+            else (1, info.nbytes)
+        )
         wanted = raw.reshape(shape)[start:stop] if len(info.shape) > 1 else raw.reshape(shape)
         try:
-            values = np.require(dequantize(wanted, info.type), np.float32, "W")  # PyTorch wants it writable
+            values = np.require(
+                dequantize(wanted, info.type), np.float32, "W"
+            )  # PyTorch wants it writable
         except NotImplementedError:
             raise TeacherFileError(
-                f"{self.path}: tensor {name!r} of type {info.type.name} cannot be dequantised; update the gguf "
+                f"{self.path}: tensor {name!r} of type {info.type.name} cannot be dequantised; "
+                "update the gguf "
                 "package or convert the file to another quantisation"
             ) from None
         if len(info.shape) > 1:
@@ -123,7 +134,8 @@ class GGUFFile:
 
 
 def require_regular_file(path: Path) -> None:
-    """Refuse anything that is not a readable plain file (a FIFO would make llama.cpp wait for ever).
+    """Refuse anything that is not a readable plain file (a FIFO would make llama.cpp wait for
+    ever).
 
     Raises:
         TeacherFileError: missing, a directory, a FIFO, a device, or unreadable.
@@ -140,7 +152,9 @@ def require_regular_file(path: Path) -> None:
     try:
         path.open("rb").close()
     except OSError as error:
-        raise TeacherFileError(f"{path} cannot be read: {error.strerror}; check its permissions") from None
+        raise TeacherFileError(
+            f"{path} cannot be read: {error.strerror}; check its permissions"
+        ) from None
 
 
 class _Cursor:
@@ -155,7 +169,8 @@ class _Cursor:
     def take(self, count: int, what: str) -> bytes:
         if count < 0 or count > self.size - self.at:
             raise TeacherFileError(
-                f"{self.path} is truncated or damaged: {what} needs {count} bytes at offset {self.at} "
+                f"{self.path} is truncated or damaged: {what} needs {count} bytes at offset "
+                f"{self.at} "
                 f"of a {self.size}-byte file; download or copy it again"
             )
         start, self.at = self.at, self.at + count
@@ -189,7 +204,9 @@ class _Cursor:
             self._plausible(count, 8, what)
             return Field([self.string(what) for _ in range(count)], kind, element)
         if element == GGUFValueType.ARRAY:
-            raise TeacherFileError(f"{self.path}: {what} is an array of arrays, which no model uses")
+            raise TeacherFileError(
+                f"{self.path}: {what} is an array of arrays, which no model uses"
+            )
         code = _SCALARS[element]
         self._plausible(count, struct.calcsize(code), what)
         raw = self.take(count * struct.calcsize(code), what)
@@ -198,7 +215,8 @@ class _Cursor:
     def _plausible(self, count: int, width: int, what: str) -> None:
         if count * width > self.size - self.at:
             raise TeacherFileError(
-                f"{self.path} is truncated or damaged: {what} claims {count} entries, more than the "
+                f"{self.path} is truncated or damaged: {what} claims {count} entries, more than "
+                "the "
                 "rest of the file can hold; download or copy it again"
             )
 
@@ -264,7 +282,9 @@ def _read_tensors(cursor: _Cursor, count: int, fields: dict[str, Field]) -> dict
                 f"{cursor.path}: {what} has unknown type {type_number}; update the gguf package"
             ) from None
         raw.append((name, shape, kind, cursor.scalar(GGUFValueType.UINT64, what)))
-    alignment = fields["general.alignment"].value if "general.alignment" in fields else DEFAULT_ALIGNMENT
+    alignment = (
+        fields["general.alignment"].value if "general.alignment" in fields else DEFAULT_ALIGNMENT
+    )
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise TeacherFileError(f"{cursor.path} is damaged: general.alignment is {alignment!r}")
     base = -(-cursor.at // alignment) * alignment
@@ -279,13 +299,15 @@ def _place_tensors(
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
             raise TeacherFileError(
-                f"{cursor.path} is damaged: tensor {name!r} has rows of {shape[-1]}, not a multiple of "
+                f"{cursor.path} is damaged: tensor {name!r} has rows of {shape[-1]}, not a "
+                "multiple of "
                 f"the {kind.name} block of {block}"
             )
         nbytes = math.prod(shape) // block * block_bytes
         if base + offset + nbytes > cursor.size:
             raise TeacherFileError(
-                f"{cursor.path} is truncated: tensor {name!r} ends at byte {base + offset + nbytes}, "
+                f"{cursor.path} is truncated: tensor {name!r} ends at byte "
+                f"{base + offset + nbytes}, "
                 f"the file has {cursor.size}; download or copy it again"
             )
         if name in tensors:
@@ -318,7 +340,8 @@ def _require_model(path: Path, fields: dict[str, Field], tensors: dict[str, Tens
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal; a file that has not changed is read once per process."""
+    """SHA-256 of a file's bytes, as hexadecimal; a file that has not changed is read once per
+    process."""
     status = path.stat()
     return _file_sha256(path, status.st_size, status.st_mtime_ns)
 
@@ -341,7 +364,8 @@ def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
 
 
 def tokenizer_fields(model: GGUFFile) -> dict[str, Field]:
-    """The metadata that makes up tokenizer and chat template (every ``tokenizer.*`` key), as it stands."""
+    """The metadata that makes up tokenizer and chat template (every ``tokenizer.*`` key), as it
+    stands."""
     return {key: field for key, field in model.fields.items() if key.startswith("tokenizer.")}
 
 
@@ -349,5 +373,7 @@ def tokenizer_sha256(model: GGUFFile) -> str:
     """Digest of the tokenizer metadata: equal exactly where two files tokenise alike."""
     digest = hashlib.sha256()
     for key, field in sorted(tokenizer_fields(model).items()):
-        digest.update(repr((key, int(field.type), field.value)).encode("utf-8", errors="surrogateescape"))
+        digest.update(
+            repr((key, int(field.type), field.value)).encode("utf-8", errors="surrogateescape")
+        )
     return digest.hexdigest()

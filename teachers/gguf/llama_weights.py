@@ -1,10 +1,11 @@
 """A GGUF teacher's weights as those of one Llama, whatever the layout of its architecture.
 
-``llama``, ``phi3``, ``qwen2`` and ``qwen3`` files hold the same network in different ways: ``phi3`` fuses query, key
-and value as well as gate and up, ``llama`` stores query and key rows for rotary pairs (2i, 2i+1) while the others
-turn (i, i + W/2), ``qwen2`` adds biases, ``qwen3`` normalises each query and key head. Here all come out with the
-names of transformers' Llama, half-split, in float32, one layer at a time. What is anything else is refused with the
-reason: weights read in a wrong way look like weights.
+``llama``, ``phi3``, ``qwen2`` and ``qwen3`` files hold the same network in different ways: ``phi3``
+fuses query, key and value as well as gate and up, ``llama`` stores query and key rows for rotary
+pairs (2i, 2i+1) while the others turn (i, i + W/2), ``qwen2`` adds biases, ``qwen3`` normalises
+each query and key head. Here all come out with the names of transformers' Llama, half-split, in
+float32, one layer at a time. What is anything else is refused with the reason: weights read in a
+wrong way look like weights.
 
 Letters: D width, H heads, K key/value heads, W head width, F feed-forward width, V vocabulary.
 """
@@ -41,16 +42,17 @@ PLAIN = {
 
 
 class NotALlama(TeacherFileError):
-    """A teacher whose weights cannot be read as those of a Llama; the message says what is different."""
+    """A teacher whose weights cannot be read as those of a Llama; the message says what is
+    different."""
 
 
 @dataclass(frozen=True)
 class LlamaFacts:
     """The shape of a Llama and its constants.
 
-    ``rotary_factors`` ``[W / 2]``: what the angle of each rotary pair is divided by, as llama.cpp does within the
-    context the model was first trained for; ``rotary_scale``: what cosine and sine are multiplied by. ``tied``: the
-    output matrix is the embedding.
+    ``rotary_factors`` ``[W / 2]``: what the angle of each rotary pair is divided by, as llama.cpp
+    does within the context the model was first trained for; ``rotary_scale``: what cosine and sine
+    are multiplied by. ``tied``: the output matrix is the embedding.
     """
 
     width: int
@@ -75,7 +77,8 @@ class LlamaFacts:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer in float32, as transformers' Llama names it (rows are outputs), rotary pairs half-split.
+    """One layer in float32, as transformers' Llama names it (rows are outputs), rotary pairs
+    half-split.
 
     Biases ``[H·W]``, ``[K·W]`` and head norms ``[W]`` are ``None`` where the teacher has none.
     """
@@ -97,7 +100,8 @@ class LayerWeights:
 
 
 def half_split(rows: Floats, heads: int) -> Floats:
-    """Reorder query or key rows ``[heads · W, …]`` from neighbouring rotary pairs to (i, i + W/2)."""
+    """Reorder query or key rows ``[heads · W, …]`` from neighbouring rotary pairs to (i, i +
+    W/2)."""
     split = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(rows.shape)
 
@@ -109,7 +113,8 @@ class LlamaWeights:
         """Check every value and every shape; no tensor is read but the rotary factors.
 
         Raises:
-            NotALlama: another architecture, metadata or tensors a Llama does not have, or that do not fit.
+            NotALlama: another architecture, metadata or tensors a Llama does not have, or that do
+            not fit.
         """
         self.file = file
         if file.architecture not in ARCHITECTURES:
@@ -167,7 +172,8 @@ class LlamaWeights:
         return self._finite(EMBEDDING, self.file.rows(EMBEDDING, start, stop))
 
     def output_rows(self, start: int, stop: int) -> Floats:
-        """Rows of the output matrix, ``[stop − start, D]``; the embedding's where the two are tied."""
+        """Rows of the output matrix, ``[stop − start, D]``; the embedding's where the two are
+        tied."""
         name = EMBEDDING if self.facts.tied else OUTPUT
         return self._finite(name, self.file.rows(name, start, stop))
 
@@ -186,7 +192,8 @@ class LlamaWeights:
     def _finite(self, name: str, values: Floats) -> Floats:
         if not np.isfinite(values).all():
             raise TeacherFileError(
-                f"{self.file.path}: tensor {name!r} has values that are not finite; download or convert it again"
+                f"{self.file.path}: tensor {name!r} has values that are not finite; download or "
+                "convert it again"
             )
         return values
 
@@ -212,16 +219,22 @@ class LlamaWeights:
         embedding, heads = self.file.tensors[EMBEDDING].shape, self._count("attention.head_count")
         width = self._count("embedding_length")
         if embedding[1] != width:
-            raise self._refuse(f"embedding_length is {width}, the embedding has {embedding[1]} columns")
+            raise self._refuse(
+                f"embedding_length is {width}, the embedding has {embedding[1]} columns"
+            )
         head_width = self._count("attention.key_length", width // heads)
         if self._count("attention.value_length", head_width) != head_width:
             raise self._refuse("keys and values differ in width")
         turned = self._count("rope.dimension_count", head_width)
         if turned != head_width or head_width % 2:
-            raise self._refuse(f"its rotary embedding turns {turned} of {head_width} dimensions of a head")
+            raise self._refuse(
+                f"its rotary embedding turns {turned} of {head_width} dimensions of a head"
+            )
         kv_heads = self._count("attention.head_count_kv", heads)
         if heads % kv_heads:
-            raise self._refuse(f"{heads} query heads do not divide among {kv_heads} key/value heads")
+            raise self._refuse(
+                f"{heads} query heads do not divide among {kv_heads} key/value heads"
+            )
         return LlamaFacts(
             width=width,
             layers=self._count("block_count"),
@@ -255,7 +268,11 @@ class LlamaWeights:
 
     def _number(self, key: str, least: float, most: float, default: float | None = None) -> float:
         value: Any = self.file.value(f"{self.file.architecture}.{key}", default)
-        if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
+        if (
+            type(value) not in (int, float)
+            or not math.isfinite(value)
+            or not least <= value <= most
+        ):
             raise self._refuse(f"{self.file.architecture}.{key} is {_short(value)}")
         return float(value)
 
@@ -281,7 +298,10 @@ class LlamaWeights:
             if kind != "qwen3":
                 found[f"attn_{name}.bias"] = (rows,)
         if kind == "qwen3":
-            found |= {"attn_q_norm.weight": (facts.head_width,), "attn_k_norm.weight": (facts.head_width,)}
+            found |= {
+                "attn_q_norm.weight": (facts.head_width,),
+                "attn_k_norm.weight": (facts.head_width,),
+            }
         return found
 
     def _require_tensors(self) -> None:
@@ -298,16 +318,22 @@ class LlamaWeights:
             expected["rope_factors_long.weight"] = (facts.head_width // 2,)
         optional = {OUTPUT, "rope_factors_long.weight", *ROPE_FACTORS.values()}
         for number in range(facts.layers):
-            if f"blk.{number}.attn_norm.weight" not in self.file.tensors:  # before a million names are made
+            if (
+                f"blk.{number}.attn_norm.weight" not in self.file.tensors
+            ):  # before a million names are made
                 raise self._refuse(f"tensor 'blk.{number}.attn_norm.weight' is missing")
-            expected |= {f"blk.{number}.{name}": shape for name, shape in self._layer_tensors().items()}
+            expected |= {
+                f"blk.{number}.{name}": shape for name, shape in self._layer_tensors().items()
+            }
         for name, shape in expected.items():
             if name in self.file.tensors:
                 self._require_shape(name, shape)
             elif name not in optional and not name.endswith(".bias"):
                 raise self._refuse(f"tensor {name!r} is missing")
         if unknown := sorted(self.file.tensors.keys() - expected.keys()):
-            raise self._refuse(f"it has {len(unknown)} tensors that a Llama has not, such as {unknown[0]!r}")
+            raise self._refuse(
+                f"it has {len(unknown)} tensors that a Llama has not, such as {unknown[0]!r}"
+            )
 
     def _require_shape(self, name: str, shape: tuple[int, ...]) -> None:
         found = self.file.tensors[name].shape

@@ -1,7 +1,8 @@
-"""Model and tokenizer of a transformers checkpoint folder that ``teachers.huggingface.folder`` has checked.
+"""Model and tokenizer of a transformers checkpoint folder that ``teachers.huggingface.folder`` has
+checked.
 
-The folder is untrusted. Only JSON and safetensors are read: no pickle, no code that comes with a model, and
-nothing from the network.
+The folder is untrusted. Only JSON and safetensors are read: no pickle, no code that comes with a
+model, and nothing from the network.
 """
 
 from __future__ import annotations
@@ -41,11 +42,12 @@ def load_model(
     load_in_4bit: bool,
     double_quantization: bool = False,
 ) -> Any:
-    """The folder's causal language model, for inference; ``load_in_4bit`` rounds its matrices to NF4, with
-    ``double_quantization`` the scales of their blocks too (Dettmers et al. 2023).
+    """The folder's causal language model, for inference; ``load_in_4bit`` rounds its matrices to
+    NF4, with ``double_quantization`` the scales of their blocks too (Dettmers et al. 2023).
 
     Raises:
-        TeacherFileError: bitsandbytes is missing, transformers cannot load it, or weights are missing.
+        TeacherFileError: bitsandbytes is missing, transformers cannot load it, or weights are
+        missing.
     """
     quantization = _nf4(folder, dtype, double_quantization) if load_in_4bit else None
     try:
@@ -66,11 +68,14 @@ def load_model(
     missing = sorted(found["missing_keys"])
     if missing:  # transformers would have made them up
         raise TeacherFileError(
-            f"{folder.path} lacks {len(missing)} tensors that its {CONFIG} asks for, first {missing[0]!r}; download "
+            f"{folder.path} lacks {len(missing)} tensors that its {CONFIG} asks for, first "
+            f"{missing[0]!r}; download "
             "or copy the whole checkpoint"
         )
     if model.get_output_embeddings() is None:
-        raise TeacherFileError(f"{folder.path} ({model.config.model_type}) has no output layer over tokens")
+        raise TeacherFileError(
+            f"{folder.path} ({model.config.model_type}) has no output layer over tokens"
+        )
     return model.eval().requires_grad_(False)
 
 
@@ -93,9 +98,11 @@ def _nf4(folder: ModelFolder, dtype: torch.dtype, double: bool) -> Any:
 
 
 def load_tokenizer(folder: ModelFolder, vocab_size: int) -> Any:
-    """The folder's tokenizer: ``tokenizer.json`` as it stands, special tokens and chat template beside it.
+    """The folder's tokenizer: ``tokenizer.json`` as it stands, special tokens and chat template
+    beside it.
 
-    Not ``AutoTokenizer``: the class that ``tokenizer_config.json`` names may rebuild the tokenizer differently.
+    Not ``AutoTokenizer``: the class that ``tokenizer_config.json`` names may rebuild the tokenizer
+    differently.
 
     Raises:
         TeacherFileError: it cannot be read, or has more tokens than the model.
@@ -104,18 +111,22 @@ def load_tokenizer(folder: ModelFolder, vocab_size: int) -> Any:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder.path, local_files_only=True)
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise TeacherFileError(
-            f"{folder.path / TOKENIZER} cannot be used: {type(error).__name__}: {_first_line(error)}"
+            f"{folder.path / TOKENIZER} cannot be used: {type(error).__name__}: "
+            f"{_first_line(error)}"
         ) from error
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     size = max(tokenizer.get_vocab().values(), default=-1) + 1
     if size > vocab_size:
         raise TeacherFileError(
-            f"{folder.path / TOKENIZER} has {size} tokens, the model's output only {vocab_size}; use the tokenizer "
+            f"{folder.path / TOKENIZER} has {size} tokens, the model's output only {vocab_size}; "
+            "use the tokenizer "
             "that belongs to this model, or resize the model's embeddings"
         )
     return tokenizer
 
 
 def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), "no reason given"
+    )

@@ -1,4 +1,5 @@
-"""A transformers checkpoint folder, checked before anything is loaded; without PyTorch and transformers.
+"""A transformers checkpoint folder, checked before anything is loaded; without PyTorch and
+transformers.
 
 The folder is untrusted. Only JSON and the headers of safetensors are read: no pickle, no code that
 comes with a model.
@@ -27,7 +28,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A checked checkpoint folder: ``config.json`` as it was read, and the files with the weights."""
+    """A checked checkpoint folder: ``config.json`` as it was read, and the files with the
+    weights."""
 
     path: Path
     config: dict[str, Any]
@@ -39,7 +41,8 @@ class ModelFolder:
         return sum(file.stat().st_size for file in self.weights)
 
     def sha256(self, *, load_in_4bit: bool) -> str:
-        """Digest of configuration and weights; a quantised model answers differently, so it has another."""
+        """Digest of configuration and weights; a quantised model answers differently, so it has
+        another."""
         digest = hashlib.sha256(b"nf4" if load_in_4bit else b"")
         for file in sorted((self.path / CONFIG, *self.weights)):
             digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
@@ -53,12 +56,17 @@ def check_folder(path: Path) -> ModelFolder:
         TeacherFileError: something is missing, damaged, a pickle, or would need code of its own.
     """
     if not path.exists():
-        raise TeacherFileError(f"{path} does not exist; give the folder of a transformers checkpoint")
+        raise TeacherFileError(
+            f"{path} does not exist; give the folder of a transformers checkpoint"
+        )
     if not path.is_dir():
-        raise TeacherFileError(f"{path} is not a folder; give the folder with its {CONFIG}, or a .gguf file")
+        raise TeacherFileError(
+            f"{path} is not a folder; give the folder with its {CONFIG}, or a .gguf file"
+        )
     if (path / ADAPTER_CONFIG).exists():
         raise TeacherFileError(
-            f"{path} holds an adapter ({ADAPTER_CONFIG}), not a whole model; merge it into its base model "
+            f"{path} holds an adapter ({ADAPTER_CONFIG}), not a whole model; merge it into its "
+            "base model "
             "(peft: merge_and_unload) and save that"
         )
     config = _read_json(path / CONFIG)
@@ -66,8 +74,10 @@ def check_folder(path: Path) -> ModelFolder:
         content = _read_json(path / name) if (path / name).exists() else {}
         if "auto_map" in content:
             raise TeacherFileError(
-                f"{path / name} has auto_map {content['auto_map']!r}: the model needs Python code of its own, which "
-                "is never run; use a model that transformers supports by itself, or convert it to GGUF"
+                f"{path / name} has auto_map {content['auto_map']!r}: the model needs Python code "
+                "of its own, which "
+                "is never run; use a model that transformers supports by itself, or convert it to "
+                "GGUF"
             )
     _read_json(path / TOKENIZER)
     folder = ModelFolder(path, config, _weight_files(path))
@@ -79,7 +89,8 @@ def check_folder(path: Path) -> ModelFolder:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise TeacherFileError(
-            f"{path.parent} has no {path.name}; give the folder of a transformers checkpoint ({CONFIG}, "
+            f"{path.parent} has no {path.name}; give the folder of a transformers checkpoint "
+            f"({CONFIG}, "
             f"*.safetensors, {TOKENIZER})"
         )
     try:
@@ -87,7 +98,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise TeacherFileError(f"{path} cannot be read as JSON: {error}; copy it again") from None
     if not isinstance(content, dict):
-        raise TeacherFileError(f"{path} holds a {type(content).__name__} instead of an object; copy it again")
+        raise TeacherFileError(
+            f"{path} holds a {type(content).__name__} instead of an object; copy it again"
+        )
     return content
 
 
@@ -99,7 +112,8 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
         pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
         if pickles:
             raise TeacherFileError(
-                f"{path} has its weights only as {pickles[0]}, a pickle, which may run code when it is read; save "
+                f"{path} has its weights only as {pickles[0]}, a pickle, which may run code when "
+                "it is read; save "
                 f"it again with model.save_pretrained where you trust it, which writes {WEIGHTS}"
             )
         raise TeacherFileError(f"{path} has no {WEIGHTS}; download or copy the whole checkpoint")
@@ -107,7 +121,11 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     if not isinstance(names, dict) or not names:
         raise TeacherFileError(f"{path / WEIGHTS_INDEX} has no weight_map; copy it again")
     for name in names.values():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        if (
+            not isinstance(name, str)
+            or Path(name).name != name
+            or not name.endswith(".safetensors")
+        ):
             raise TeacherFileError(
                 f"{path / WEIGHTS_INDEX} names {name!r}, which is no safetensors file here"
             )

@@ -1,8 +1,9 @@
 """A transformers model speaks: sequences decoded together over one key-value cache.
 
-The first segments are fed in one pass, padded on the left; after that every sequence takes one token per
-step, forced or chosen. So distances in the cache are distances in the text, which sliding-window attention
-relies on. Letters: S sequences decoded together, L tokens of one pass, C tokens in the cache.
+The first segments are fed in one pass, padded on the left; after that every sequence takes one
+token per step, forced or chosen. So distances in the cache are distances in the text, which
+sliding-window attention relies on. Letters: S sequences decoded together, L tokens of one pass, C
+tokens in the cache.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Decoder:
         self.accepted = set(inspect.signature(model.forward).parameters)
         if "past_key_values" not in self.accepted:
             raise SpeechError(
-                f"a {model.config.model_type} model keeps no key-value cache and cannot speak here; give it text "
+                f"a {model.config.model_type} model keeps no key-value cache and cannot speak "
+                "here; give it text "
                 "(--data) to score instead"
             )
         self.cache: Any = None
@@ -44,7 +46,8 @@ class Decoder:
 
     @torch.no_grad()
     def feed(self, tokens: Tensor, mask: Tensor) -> NDArray[np.float32]:
-        """Feed ``tokens [S, L]`` where ``mask [S, L]`` is 1; logits after the last of them, ``[S, V]``.
+        """Feed ``tokens [S, L]`` where ``mask [S, L]`` is 1; logits after the last of them, ``[S,
+        V]``.
 
         Raises:
             SpeechError: a logit is NaN or +∞.
@@ -82,7 +85,8 @@ def speak(
     end_tokens: Collection[int],
     progress: Callable[[int], None],
 ) -> list[Tokens]:
-    """Write one sequence per request, forced and written tokens together (see ``teachers.llama_cpp.generation``).
+    """Write one sequence per request, forced and written tokens together (see
+    ``teachers.llama_cpp.generation``).
 
     ``progress`` gets the number of finished sequences.
 
@@ -91,7 +95,8 @@ def speak(
         ValueError: a request without forced tokens.
     """
     speeches = [
-        Speech.begin(request, sampling, first_index + index) for index, request in enumerate(requests)
+        Speech.begin(request, sampling, first_index + index)
+        for index, request in enumerate(requests)
     ]
     together = _parallel(model, sampling.max_length)
     for start in range(0, len(speeches), together):
@@ -119,7 +124,9 @@ def _write(
         going = [row for row, speech in enumerate(speeches) if not speech.finished]
         if not going:
             return
-        if 2 * len(going) <= len(speeches):  # copying the cache costs less than carrying the ended ones
+        if 2 * len(going) <= len(
+            speeches
+        ):  # copying the cache costs less than carrying the ended ones
             decoder.keep(going)
             speeches = [speeches[row] for row in going]
         fed = [PADDING if speech.finished else speech.tokens[speech.fed] for speech in speeches]
@@ -129,7 +136,10 @@ def _write(
 
 
 def _choose(
-    speeches: list[Speech], logits: NDArray[np.float32], sampling: Sampling, end_tokens: Collection[int]
+    speeches: list[Speech],
+    logits: NDArray[np.float32],
+    sampling: Sampling,
+    end_tokens: Collection[int],
 ) -> bool:
     """Give every sequence that has been fed whole its next token; returns whether one ended."""
     rows = [row for row, speech in enumerate(speeches) if speech.wants_token]

@@ -1,7 +1,8 @@
-"""A loaded transformers model, asked for what a recipe needs: logits, final states, outputs of chosen layers.
+"""A loaded transformers model, asked for what a recipe needs: logits, final states, outputs of
+chosen layers.
 
-Letters: B sequences of one forward pass, T fed tokens of the longest, N positions of all, V vocabulary,
-D width.
+Letters: B sequences of one forward pass, T fed tokens of the longest, N positions of all, V
+vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from teachers.targets.stored_arrays import Answer
 
 HEAD_ROWS = 8192  # of the output matrix, in float32 together
 PADDING = 0  # any token: its place is masked, and no position before it sees it
-# Settings by which architectures change logits after the output matrix; None and 1 leave them alone.
+# Settings by which architectures change logits after the output matrix; None and 1 leave them
+# alone.
 LOGIT_CHANGES = (
     "final_logit_softcapping",
     "logits_soft_cap",
@@ -33,7 +35,8 @@ PROBE_ERROR = 1e-3  # of the largest logit: what is more is no rounding
 
 
 class FloatHead(nn.Module):
-    """An output layer computed in float32: in bfloat16 a logit of 20 would be rounded to eighths."""
+    """An output layer computed in float32: in bfloat16 a logit of 20 would be rounded to
+    eighths."""
 
     def __init__(self, head: Any) -> None:
         super().__init__()
@@ -71,7 +74,8 @@ class LoadedModel:
         self._require_causal()
 
     def _require_causal(self) -> None:
-        """An encoder loads as if it were a causal model; its answers would know what they are to predict."""
+        """An encoder loads as if it were a causal model; its answers would know what they are to
+        predict."""
         probe = np.arange(PROBE_TOKENS + 1, dtype=np.int32) % self.vocab_size
         other = probe.copy()
         other[-2] = (other[-2] + 1) % self.vocab_size  # the last token that is fed
@@ -80,14 +84,16 @@ class LoadedModel:
         one, two = logits.view(2, PROBE_TOKENS, -1)[:, :-1]
         if float((one - two).abs().max()) > PROBE_ERROR * float(one.abs().max()):
             raise ValueError(
-                f"a {self.model.config.model_type} model with this configuration sees tokens to come; give one that "
+                f"a {self.model.config.model_type} model with this configuration sees tokens to "
+                "come; give one that "
                 "predicts the next token from those before it"
             )
 
     def answer(
         self, batch: Sequence[Tokens], *, logits: bool, states: bool, layers: Sequence[int] = ()
     ) -> Answer:
-        """What the model says about every position of ``batch`` (each with at least two tokens), in order.
+        """What the model says about every position of ``batch`` (each with at least two tokens), in
+        order.
 
         Without ``logits`` the output layer is not computed.
 
@@ -100,7 +106,10 @@ class LoadedModel:
                     f"layer {layer} does not exist; the teacher's are 0 to {len(self.layers) - 1}"
                 )
         tokens, mask = _right_padded(batch)
-        given = {"input_ids": tokens.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+        given = {
+            "input_ids": tokens.to(self.model.device),
+            "attention_mask": mask.to(self.model.device),
+        }
         real = given["attention_mask"].bool()
         with torch.no_grad(), self._listening(layers, final=states and logits) as heard:
             if logits:
@@ -115,7 +124,8 @@ class LoadedModel:
 
     @contextmanager
     def _listening(self, layers: Sequence[int], *, final: bool) -> Iterator[dict[str, Tensor]]:
-        """Keep what chosen layers put out, before the final norm, and what the output layer is given."""
+        """Keep what chosen layers put out, before the final norm, and what the output layer is
+        given."""
         heard: dict[str, Tensor] = {}
 
         def keep_output(name: str) -> Any:
@@ -127,7 +137,10 @@ class LoadedModel:
         def keep_input(module: nn.Module, given: Any) -> None:
             heard["final"] = given[0]
 
-        handles = [self.layers[layer].register_forward_hook(keep_output(f"layer{layer}")) for layer in layers]
+        handles = [
+            self.layers[layer].register_forward_hook(keep_output(f"layer{layer}"))
+            for layer in layers
+        ]
         if final:
             handles.append(self.head.register_forward_pre_hook(keep_input))
         try:
@@ -166,7 +179,8 @@ class LoadedModel:
         if reasons:
             what = ", ".join(f"{name} {value}" for name, value in reasons.items())
             raise ValueError(
-                f"its logits are more than hidden states times a matrix ({what}); use --targets compact --set "
+                f"its logits are more than hidden states times a matrix ({what}); use --targets "
+                "compact --set "
                 "targets.sketch_bytes=0, or --targets dense"
             )
 
@@ -207,7 +221,8 @@ def _positions(values: Tensor, real: Tensor) -> Tensor:
 
 
 def batches(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Numbers of sequences that share a forward pass, the longest first: at most ``room`` tokens padded."""
+    """Numbers of sequences that share a forward pass, the longest first: at most ``room`` tokens
+    padded."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= room:

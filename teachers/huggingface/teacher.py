@@ -1,7 +1,8 @@
-"""A transformers checkpoint folder as a ``Teacher``: on the GPU in bfloat16 where there is one, else float32.
+"""A transformers checkpoint folder as a ``Teacher``: on the GPU in bfloat16 where there is one,
+else float32.
 
-Letters: N positions over all sequences (a sequence of n tokens has n − 1: its last token is never fed), V
-vocabulary.
+Letters: N positions over all sequences (a sequence of n tokens has n − 1: its last token is never
+fed), V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
-from teachers.base import Floats, Progress, Sampling, TeacherInfo, TeacherShape, Tokens, speak_then_score
+from teachers.base import (
+    Floats,
+    Progress,
+    Sampling,
+    TeacherInfo,
+    TeacherShape,
+    Tokens,
+    speak_then_score,
+)
 from teachers.errors import RequestRefused, TeacherError
 from teachers.gguf.file import TeacherFileError
 from teachers.huggingface.checkpoint import load_model, load_tokenizer
@@ -41,7 +50,8 @@ def _quiet(done: int) -> None:
 
 
 def _shape(config: Any) -> TeacherShape:
-    """What a model's configuration says of its layers' shape, by the names that Llama-like models give it."""
+    """What a model's configuration says of its layers' shape, by the names that Llama-like
+    models give it."""
     heads = getattr(config, "num_attention_heads", None)
     even = config.hidden_size // heads if type(heads) is int and heads > 0 else None
     rotary = getattr(config, "rope_parameters", None)
@@ -59,7 +69,8 @@ class HuggingFaceTeacher:
     """Runs a local transformers checkpoint. Use as a context manager."""
 
     def __init__(self, path: Path, *, load_in_4bit: bool = False) -> None:
-        """Check the folder's files, then load them; ``load_in_4bit`` rounds the model to NF4 (bitsandbytes).
+        """Check the folder's files, then load them; ``load_in_4bit`` rounds the model to NF4
+        (bitsandbytes).
 
         Raises:
             TeacherFileError: the folder cannot be used; the message says why and what to do.
@@ -90,7 +101,9 @@ class HuggingFaceTeacher:
             template = template.get("default")
         begun = tokenizer.backend_tokenizer.encode(_ANCHOR, add_special_tokens=True).ids
         digest = hashlib.sha256((self.folder.path / TOKENIZER).read_bytes())
-        digest.update(repr((template, bos, eos, end_tokens, begun)).encode("utf-8", errors="surrogatepass"))
+        digest.update(
+            repr((template, bos, eos, end_tokens, begun)).encode("utf-8", errors="surrogatepass")
+        )
         return TeacherInfo(
             name=self.folder.path.resolve().name,
             architecture=model.config.model_type,
@@ -111,7 +124,8 @@ class HuggingFaceTeacher:
         )
 
     def _special_tokens(self) -> tuple[int | None, int | None, tuple[int, ...]]:
-        """BOS, EOS, and all tokens that end a turn: the tokenizer's words, then ``generation_config.json``."""
+        """BOS, EOS, and all tokens that end a turn: the tokenizer's words, then
+        ``generation_config.json``."""
         generation, tokenizer = self._model.model.generation_config, self._tokenizer
         stops = generation.eos_token_id
         ends: list[int] = [] if stops is None else (stops if isinstance(stops, list) else [stops])
@@ -122,7 +136,8 @@ class HuggingFaceTeacher:
             if not 0 <= token < self._model.vocab_size:
                 raise TeacherFileError(
                     f"{self.folder.path}: special token {token} is outside the vocabulary of "
-                    f"{self._model.vocab_size}; correct generation_config.json or tokenizer_config.json"
+                    f"{self._model.vocab_size}; correct generation_config.json or "
+                    "tokenizer_config.json"
                 )
         return bos, eos, end_tokens
 
@@ -140,7 +155,9 @@ class HuggingFaceTeacher:
 
     # -- text -----------------------------------------------------------------------------------------
 
-    def tokenize(self, texts: Sequence[str], *, add_special: bool, parse_special: bool) -> list[Tokens]:
+    def tokenize(
+        self, texts: Sequence[str], *, add_special: bool, parse_special: bool
+    ) -> list[Tokens]:
         """See ``Teacher.tokenize``."""
         backend = self._tokenizer.backend_tokenizer
         backend.encode_special_tokens = not parse_special
@@ -152,8 +169,8 @@ class HuggingFaceTeacher:
     def detokenize(self, sequences: Sequence[Tokens]) -> list[str]:
         """See ``Teacher.detokenize``."""
         backend = self._tokenizer.backend_tokenizer
-        # Many decoders strip a text's first space, which may be the first token's own. So every sequence is
-        # decoded behind a letter, and the letter taken off.
+        # Many decoders strip a text's first space, which may be the first token's own. So every
+        # sequence is decoded behind a letter, and the letter taken off.
         anchor = backend.encode(_ANCHOR, add_special_tokens=False).ids
         before = len(backend.decode(anchor, skip_special_tokens=False))
         anchored = [[*anchor, *tokens.tolist()] for tokens in sequences]
@@ -184,7 +201,10 @@ class HuggingFaceTeacher:
     @property
     def runtime(self) -> str:
         """See ``Teacher.runtime``."""
-        return f"transformers {version('transformers')}, torch {version('torch')}, {torch.get_num_threads()} threads"
+        return (
+            f"transformers {version('transformers')}, torch {version('torch')}, "
+            f"{torch.get_num_threads()} threads"
+        )
 
     def memory(self) -> int:
         """See ``Teacher.memory``; the teacher shares this process."""
@@ -224,13 +244,18 @@ class HuggingFaceTeacher:
 
         return self._rows(sequences, arrays, progress)
 
-    def states(self, sequences: Sequence[Tokens], layers: Sequence[int] = ()) -> Mapping[str, Floats]:
+    def states(
+        self, sequences: Sequence[Tokens], layers: Sequence[int] = ()
+    ) -> Mapping[str, Floats]:
         """See ``Teacher.states``."""
 
         def arrays(batch: list[Tokens]) -> Arrays:
             answer = self._model.answer(batch, logits=False, states=True, layers=layers)
             assert answer.states is not None and answer.layers is not None
-            named = {"final": answer.states, **{f"layer{layer}": answer.layers[layer] for layer in layers}}
+            named = {
+                "final": answer.states,
+                **{f"layer{layer}": answer.layers[layer] for layer in layers},
+            }
             return {name: require_finite(values).numpy() for name, values in named.items()}
 
         found = self._rows(sequences, arrays, _quiet)
@@ -254,9 +279,13 @@ class HuggingFaceTeacher:
             raise RequestRefused(str(self.folder.path), str(error)) from None
 
     def _rows(
-        self, sequences: Sequence[Tokens], work: Callable[[list[Tokens]], Arrays], progress: Progress
+        self,
+        sequences: Sequence[Tokens],
+        work: Callable[[list[Tokens]], Arrays],
+        progress: Progress,
     ) -> Arrays:
-        """``work`` on batches of like length; its rows of all sequences, ``[N, …]``, in their order."""
+        """``work`` on batches of like length; its rows of all sequences, ``[N, …]``, in their
+        order."""
         for number, tokens in enumerate(sequences):
             self._check(number, tokens)
         lengths = [len(tokens) - 1 for tokens in sequences]
@@ -288,25 +317,32 @@ class HuggingFaceTeacher:
             )
         if len(tokens) - 1 > self.info.context_length:
             raise TeacherError(
-                f"{self.folder.path}: sequence {number} has {len(tokens)} tokens, more than the context of "
+                f"{self.folder.path}: sequence {number} has {len(tokens)} tokens, more than the "
+                "context of "
                 f"{self.info.context_length}; make sequences shorter"
             )
         if tokens.min() < 0 or tokens.max() >= self.info.vocab_size:
             raise TeacherError(
-                f"{self.folder.path}: sequence {number} has tokens from {tokens.min()} to {tokens.max()}, the "
-                f"vocabulary is 0 to {self.info.vocab_size - 1}; were they made with this teacher's tokenizer?"
+                f"{self.folder.path}: sequence {number} has tokens from {tokens.min()} to "
+                f"{tokens.max()}, the "
+                f"vocabulary is 0 to {self.info.vocab_size - 1}; were they made with this "
+                "teacher's tokenizer?"
             )
 
     def speed(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
         """See ``Teacher.speed``."""
         first = 0 if self.info.bos is None else self.info.bos
         prompt = torch.full((1, prompt_tokens), first, dtype=torch.int64)
-        Decoder(self._model.model).feed(prompt[:, :1], torch.ones_like(prompt[:, :1]))  # allocates; not timed
+        Decoder(self._model.model).feed(
+            prompt[:, :1], torch.ones_like(prompt[:, :1])
+        )  # allocates; not timed
         decoder = Decoder(self._model.model)
         begin = time.perf_counter()
         row = decoder.feed(prompt, torch.ones_like(prompt))
         middle = time.perf_counter()
         for _ in range(new_tokens):
-            row = decoder.feed(torch.tensor([[int(row[0].argmax())]]), torch.ones(1, 1, dtype=torch.int64))
+            row = decoder.feed(
+                torch.tensor([[int(row[0].argmax())]]), torch.ones(1, 1, dtype=torch.int64)
+            )
         end = time.perf_counter()
         return prompt_tokens / (middle - begin), new_tokens / (end - middle)

@@ -1,7 +1,8 @@
-"""llama.cpp through llama-cpp-python's low-level calls: the only module that touches the native library.
+"""llama.cpp through llama-cpp-python's low-level calls: the only module that touches the native
+library.
 
-It runs inside the worker process (``teachers.llama_cpp.worker``), because llama.cpp may abort the process on a bad
-file. Letters: N tokens of a batch, V vocabulary.
+It runs inside the worker process (``teachers.llama_cpp.worker``), because llama.cpp may abort the
+process on a bad file. Letters: N tokens of a batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,18 +25,22 @@ from teachers.llama_cpp.library.kernels import Way
 from teachers.llama_cpp.tensor_taps import FINAL_STATE, Taps, layer_output
 
 LOGITS_BYTES = 64 << 20  # one batch's logits stay near this, whatever the vocabulary
-MAX_BATCH_TOKENS = 512  # llama.cpp computes no more at once; a batch is then never divided and reordered
+MAX_BATCH_TOKENS = (
+    512  # llama.cpp computes no more at once; a batch is then never divided and reordered
+)
 MIN_BATCH_TOKENS = 128
 LANES_BYTES = 1 << 30  # what the logits of all lanes together may take, in llama.cpp's two buffers
-# Up to this size, threads that share one batch wait for each other longer than they compute: each core then
-# runs a context of its own on its share of the sequences.
+# Up to this size, threads that share one batch wait for each other longer than they compute: each
+# core then runs a context of its own on its share of the sequences.
 SMALL_MODEL_PARAMETERS = 50_000_000
 FLASH_HEAD_WIDTH = 32
 CACHE_BYTES = 512 << 20  # the KV caches stay below this (one sequence of each lane always fits)
 MAPPED_SHARE = 0.5  # of the memory: a larger file is mapped, so that it need not fit
 TOKEN_STRIDE = 7919  # a prime: the tokens of a first decode lie all over the vocabulary
 CACHE_STEP = 256  # llama.cpp rounds each sequence's share of the cache up to this many tokens
-MAX_LOG_LEVEL_IGNORED = 2  # ggml: 1 debug, 2 info, 3 warning, 4 error, 5 continuation of the line before
+MAX_LOG_LEVEL_IGNORED = (
+    2  # ggml: 1 debug, 2 info, 3 warning, 4 error, 5 continuation of the line before
+)
 
 Tokens = NDArray[np.int32]
 
@@ -46,12 +51,13 @@ class LlamaError(RuntimeError):
 
 @dataclass(frozen=True)
 class ContextShape:
-    """What a llama.cpp context is built for: parallel sequences, tokens each, and how exactly it computes.
+    """What a llama.cpp context is built for: parallel sequences, tokens each, and how exactly it
+    computes.
 
-    ``exact`` selects a float32 KV cache without flash attention (4e-5 from PyTorch), which is also what a CPU
-    computes fastest for small heads; otherwise llama.cpp's own defaults (float16 cache, flash attention).
-    ``logits``, ``states`` and ``layers`` say what is wanted of each token; without logits the output layer is
-    not computed.
+    ``exact`` selects a float32 KV cache without flash attention (4e-5 from PyTorch), which is also
+    what a CPU computes fastest for small heads; otherwise llama.cpp's own defaults (float16 cache,
+    flash attention). ``logits``, ``states`` and ``layers`` say what is wanted of each token;
+    without logits the output layer is not computed.
     """
 
     sequences: int
@@ -66,7 +72,8 @@ class ContextShape:
 class Outputs:
     """What one decoded batch gave for its wanted tokens, as views that hold until the next one.
 
-    ``logits [n, V]``, ``states [n, D]`` (after the last norm), ``layers``: each chosen layer's output ``[n, D]``.
+    ``logits [n, V]``, ``states [n, D]`` (after the last norm), ``layers``: each chosen layer's
+    output ``[n, D]``.
     """
 
     logits: NDArray[np.float32] | None
@@ -102,12 +109,15 @@ class LlamaModel:
         parameters = native.llama_model_default_params()
         parameters.n_gpu_layers = way.gpu_layers
         parameters.use_extra_bufts = way.extra_buffers
-        no_devices = (ctypes.c_void_p * 1)(None)  # llama.cpp's list of them ends with a null pointer
+        no_devices = (ctypes.c_void_p * 1)(
+            None
+        )  # llama.cpp's list of them ends with a null pointer
         if way.processor_only:
             parameters.devices = ctypes.addressof(no_devices)
         small_file = Path(path).stat().st_size < MAPPED_SHARE * psutil.virtual_memory().total
         if small_file and not way.mapped:
-            # llama.cpp keeps a rearranged copy of some quantisations: mapped too, a file would take its size twice.
+            # llama.cpp keeps a rearranged copy of some quantisations: mapped too, a file would take
+            # its size twice.
             parameters.load_mode = native.LLAMA_LOAD_MODE_NONE
         self.model = native.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self.model:
@@ -116,13 +126,17 @@ class LlamaModel:
         self.vocab_size = int(native.llama_vocab_n_tokens(self.vocab))
         # The tokens with which the model ends its turn (end of text, end of turn, …).
         self.end_tokens = frozenset(
-            token for token in range(self.vocab_size) if native.llama_vocab_is_eog(self.vocab, token)
+            token
+            for token in range(self.vocab_size)
+            if native.llama_vocab_is_eog(self.vocab, token)
         )
         self.threads = threads
         self.processor_only = way.processor_only
-        on_cpu = way.gpu_layers == 0 or way.processor_only or not native.llama_supports_gpu_offload()
-        # llama.cpp's own default, a float16 cache with flash attention, is how people run the model; but it slows
-        # a CPU down where the heads are narrow.
+        on_cpu = (
+            way.gpu_layers == 0 or way.processor_only or not native.llama_supports_gpu_offload()
+        )
+        # llama.cpp's own default, a float16 cache with flash attention, is how people run the
+        # model; but it slows a CPU down where the heads are narrow.
         heads = max(1, int(native.llama_model_n_head(self.model)))
         narrow = int(native.llama_model_n_embd(self.model)) // heads < FLASH_HEAD_WIDTH
         self.prefers_exact = on_cpu and narrow
@@ -131,10 +145,11 @@ class LlamaModel:
         self.batch_tokens = max(
             MIN_BATCH_TOKENS, min(MAX_BATCH_TOKENS, LOGITS_BYTES // (4 * self.vocab_size))
         )
-        # Lanes are contexts that work side by side, each with its share of the threads and of the sequences.
-        # Scoring computes whole batches, so a core of its own for each lane is best whatever the model; what is
-        # done to one lane's logits then overlaps the other's decode. Speaking reads all weights at every step,
-        # which only a small model can afford once per lane.
+        # Lanes are contexts that work side by side, each with its share of the threads and of the
+        # sequences. Scoring computes whole batches, so a core of its own for each lane is best
+        # whatever the model; what is done to one lane's logits then overlaps the other's decode.
+        # Speaking reads all weights at every step, which only a small model can afford once per
+        # lane.
         small = int(native.llama_model_n_params(self.model)) <= SMALL_MODEL_PARAMETERS
         affordable = max(1, LANES_BYTES // (8 * self.batch_tokens * self.vocab_size))
         self.score_lanes = min(threads, affordable) if on_cpu else 1
@@ -143,7 +158,8 @@ class LlamaModel:
     # -- vocabulary -----------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """Facts about the vocabulary and the model that only llama.cpp knows; a missing token is -1."""
+        """Facts about the vocabulary and the model that only llama.cpp knows; a missing token is
+        -1."""
         return {
             "vocab_size": self.vocab_size,
             "bos": int(native.llama_vocab_bos(self.vocab)),
@@ -163,7 +179,9 @@ class LlamaModel:
         room = len(raw) + 8
         while True:
             buffer = (native.llama_token * room)()
-            count = native.llama_tokenize(self.vocab, raw, len(raw), buffer, room, add_special, parse_special)
+            count = native.llama_tokenize(
+                self.vocab, raw, len(raw), buffer, room, add_special, parse_special
+            )
             if count >= 0:
                 return np.frombuffer(buffer, dtype=np.int32, count=count).copy()
             room = -count
@@ -200,7 +218,8 @@ class LlamaContext:
         self._taps: Taps | None = None
 
     def prepare(self, shape: ContextShape) -> None:
-        """Have an empty context of ``shape``; an existing one of the same shape is emptied and kept.
+        """Have an empty context of ``shape``; an existing one of the same shape is emptied and
+        kept.
 
         Raises:
             LlamaError: llama.cpp cannot create it (usually memory).
@@ -221,7 +240,9 @@ class LlamaContext:
         if shape.exact:
             parameters.type_k = parameters.type_v = native.GGML_TYPE_F32
             parameters.flash_attn_type = native.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        if self.model.processor_only:  # by default a GPU computes large products of weights in main memory
+        if (
+            self.model.processor_only
+        ):  # by default a GPU computes large products of weights in main memory
             parameters.op_offload = parameters.offload_kqv = False
         parameters.embeddings = shape.states and shape.logits
         self._taps = self._tap(shape)
@@ -230,23 +251,28 @@ class LlamaContext:
         context = native.llama_init_from_model(self.model.model, parameters)
         if not context:
             raise LlamaError(
-                f"llama.cpp cannot make a context of {shape.sequences} sequences × {shape.tokens} tokens"
+                f"llama.cpp cannot make a context of {shape.sequences} sequences × {shape.tokens} "
+                "tokens"
             )
         self._context, self._shape = context, shape
 
     def _tap(self, shape: ContextShape) -> Taps | None:
-        """What has to be read out of the graph: layers, and the final state where no logits are wanted."""
+        """What has to be read out of the graph: layers, and the final state where no logits are
+        wanted."""
         names = [layer_output(layer) for layer in shape.layers]
         if shape.logits:
             return Taps(names, self.model.width) if names else None
         return Taps([*names, FINAL_STATE], self.model.width, stop_after=FINAL_STATE)
 
-    def decode(self, tokens: Tokens, positions: Tokens, slots: Tokens, wanted: NDArray[np.bool_]) -> Outputs:
-        """Decode one batch (all arguments ``[N]``, N ≤ ``batch_tokens``); the answer has the wanted tokens' rows.
+    def decode(
+        self, tokens: Tokens, positions: Tokens, slots: Tokens, wanted: NDArray[np.bool_]
+    ) -> Outputs:
+        """Decode one batch (all arguments ``[N]``, N ≤ ``batch_tokens``); the answer has the wanted
+        tokens' rows.
 
-        ``slots`` says which of the context's sequences each token belongs to; where states or layers are asked
-        for, every token is wanted and the sequences have equally many. The result consists of views into
-        llama.cpp's buffers and holds until the next call.
+        ``slots`` says which of the context's sequences each token belongs to; where states or
+        layers are asked for, every token is wanted and the sequences have equally many. The result
+        consists of views into llama.cpp's buffers and holds until the next call.
 
         Raises:
             LlamaError: llama.cpp reports a failure.
@@ -257,7 +283,10 @@ class LlamaContext:
         pointers = (slot_numbers.ctypes.data + 4 * slots.astype(np.int64)).astype(np.uintp)
         one_each = np.ones(count, dtype=np.int32)
         flags = wanted.astype(np.int8)
-        tokens, positions = np.ascontiguousarray(tokens, np.int32), np.ascontiguousarray(positions, np.int32)
+        tokens, positions = (
+            np.ascontiguousarray(tokens, np.int32),
+            np.ascontiguousarray(positions, np.int32),
+        )
         batch = native.llama_batch(
             n_tokens=count,
             token=tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
@@ -292,37 +321,51 @@ class LlamaContext:
             if self._taps.error or any(rows != count for rows in found):
                 raise LlamaError(
                     self._taps.error
-                    or f"this architecture names no such hidden states: {count} rows were wanted, {found} found"
+                    or f"this architecture names no such hidden states: {count} rows were wanted, "
+                    f"{found} found"
                 )
         return Outputs(logits, states, layers)
 
     def parallel(self, wanted: int, tokens: int, *, exact: bool) -> int:
-        """How many sequences of ``tokens`` tokens to hold at once: ``wanted``, or what the cache allows."""
+        """How many sequences of ``tokens`` tokens to hold at once: ``wanted``, or what the cache
+        allows."""
         model = self.model.model
         heads = max(1, int(native.llama_model_n_head(model)))
-        width = int(native.llama_model_n_embd(model)) // heads * int(native.llama_model_n_head_kv(model))
+        width = (
+            int(native.llama_model_n_embd(model))
+            // heads
+            * int(native.llama_model_n_head_kv(model))
+        )
         token_bytes = 2 * (4 if exact else 2) * width * int(native.llama_model_n_layer(model))
         rounded = -(-tokens // CACHE_STEP) * CACHE_STEP
         return max(
             1,
-            min(wanted, self.batch_tokens, CACHE_BYTES // self.lanes // max(1, token_bytes * rounded)),
+            min(
+                wanted,
+                self.batch_tokens,
+                CACHE_BYTES // self.lanes // max(1, token_bytes * rounded),
+            ),
         )
 
     def begin(self, slot: int, like: int | None = None) -> None:
-        """Have a slot hold nothing, or what slot ``like`` holds, so that a sequence can begin there."""
+        """Have a slot hold nothing, or what slot ``like`` holds, so that a sequence can begin
+        there."""
         memory = native.llama_get_memory(self._context)
         native.llama_memory_seq_rm(memory, slot, -1, -1)
         if like is not None:
             native.llama_memory_seq_cp(memory, like, slot, -1, -1)
 
     def first_decode(self, count: int, *, exact: bool) -> NDArray[np.float32]:
-        """Logits ``[N, V]`` of ``count`` tokens spread over the vocabulary, the same for every way of running.
+        """Logits ``[N, V]`` of ``count`` tokens spread over the vocabulary, the same for every way
+        of running.
 
         Fewer where the model's context is shorter.
         """
         count = max(1, min(count, int(native.llama_model_n_ctx_train(self.model.model))))
         self.prepare(ContextShape(1, count, exact))
-        tokens = (np.arange(1, count + 1, dtype=np.int64) * TOKEN_STRIDE % self.vocab_size).astype(np.int32)
+        tokens = (np.arange(1, count + 1, dtype=np.int64) * TOKEN_STRIDE % self.vocab_size).astype(
+            np.int32
+        )
         positions, slots = np.arange(count, dtype=np.int32), np.zeros(count, dtype=np.int32)
         outputs = self.decode(tokens, positions, slots, np.ones(count, dtype=np.bool_))
         assert outputs.logits is not None
@@ -331,7 +374,9 @@ class LlamaContext:
     def speed(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
         """Measure prompt processing and generation of one sequence, both in tokens per second."""
         self.prepare(ContextShape(1, prompt_tokens + new_tokens + 1, self.model.prefers_exact))
-        prompt = np.full(prompt_tokens, max(0, int(native.llama_vocab_bos(self.model.vocab))), dtype=np.int32)
+        prompt = np.full(
+            prompt_tokens, max(0, int(native.llama_vocab_bos(self.model.vocab))), dtype=np.int32
+        )
         last = np.zeros(prompt_tokens, dtype=np.bool_)
         last[-1] = True
         slots = np.zeros(prompt_tokens, dtype=np.int32)

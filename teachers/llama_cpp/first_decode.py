@@ -1,4 +1,5 @@
-"""A first decode of a few tokens: whether it works in some way of running a file, and gives what plain kernels give.
+"""A first decode of a few tokens: whether it works in some way of running a file, and gives what
+plain kernels give.
 
 Letters: N tokens, V vocabulary.
 """
@@ -21,9 +22,9 @@ LONG, SHORT = (
     33,
     2,
 )  # tokens: two tiles of AMX and a rest; more than one, which would take other kernels than many do
-# Two ways may differ by rounding. How much that is depends on the model, so it is measured: as the mean KL between two
-# kinds of cache in the same way. Extra buffers are up to 0.9 times as far off, kernels that skip a few rows at least
-# 50 times (docs/benchmarks.md).
+# Two ways may differ by rounding. How much that is depends on the model, so it is measured: as the
+# mean KL between two kinds of cache in the same way. Extra buffers are up to 0.9 times as far off,
+# kernels that skip a few rows at least 50 times (docs/benchmarks.md).
 LEAST_ALLOWED_KL = 0.01
 ALLOWED_NOISE = 5.0
 REFERENCE = Way(processor_only=True, extra_buffers=False, mapped=True)
@@ -35,7 +36,8 @@ Logits = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a way of running a file cannot be used: ``text`` goes on from "llama.cpp …"; ``log``: its last lines."""
+    """Why a way of running a file cannot be used: ``text`` goes on from "llama.cpp …"; ``log``:
+    its last lines."""
 
     text: str
     log: str = ""
@@ -52,7 +54,8 @@ class Failure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far logits are from those of plain kernels, and how far they may be by rounding; mean KL in nats."""
+    """How far logits are from those of plain kernels, and how far they may be by rounding; mean
+    KL in nats."""
 
     kl: float
     allowed: float
@@ -65,7 +68,10 @@ class Comparison:
     @property
     def text(self) -> str:
         """The difference, going on from "llama.cpp …"."""
-        return f"computes other numbers (mean KL {self.kl:.2g} nats, by rounding at most {self.allowed:.2g})"
+        return (
+            f"computes other numbers (mean KL {self.kl:.2g} nats, by rounding at most "
+            f"{self.allowed:.2g})"
+        )
 
 
 def try_first_decode(process: WorkerProcess, *, long: bool) -> Logits | Failure:
@@ -78,15 +84,18 @@ def try_first_decode(process: WorkerProcess, *, long: bool) -> Logits | Failure:
 
 
 def compare(logits: Logits, start: Callable[[Way], WorkerProcess]) -> Comparison | None:
-    """``logits`` of a long first decode against plain kernels on the processor; nothing where those fail.
+    """``logits`` of a long first decode against plain kernels on the processor; nothing where those
+    fail.
 
-    ``start`` gives a process in some way. The reference maps the file, so that it takes none of the memory that the
-    other process has its weights in.
+    ``start`` gives a process in some way. The reference maps the file, so that it takes none of the
+    memory that the other process has its weights in.
     """
     try:
         process = start(REFERENCE)
         try:
-            plain, exact = (first_logits(process, len(logits), exact=exact) for exact in (False, True))
+            plain, exact = (
+                first_logits(process, len(logits), exact=exact) for exact in (False, True)
+            )
         finally:
             process.close()
     except (TeacherError, LibraryError) as error:
@@ -110,7 +119,8 @@ def works(path: Path, threads: int, way: Way) -> bool:
 
 
 def first_logits(process: WorkerProcess, count: int, *, exact: bool = False) -> Logits:
-    """The logits ``[N, V]`` of a first decode of ``count`` tokens, or as many as the context has room for.
+    """The logits ``[N, V]`` of a first decode of ``count`` tokens, or as many as the context has
+    room for.
 
     Raises:
         TeacherError: the process died, or llama.cpp refuses.
@@ -120,7 +130,8 @@ def first_logits(process: WorkerProcess, count: int, *, exact: bool = False) -> 
 
 
 def usable(logits: Logits) -> bool:
-    """Whether every row ``[N, V]`` is a distribution: no NaN, no +∞, not −∞ alone (excluded tokens may be −∞)."""
+    """Whether every row ``[N, V]`` is a distribution: no NaN, no +∞, not −∞ alone (excluded
+    tokens may be −∞)."""
     return not np.isnan(logits).any() and bool(np.isfinite(logits.max(axis=1)).all())
 
 
@@ -141,5 +152,6 @@ def _log_softmax(row: Logits) -> NDArray[np.float64]:
 
 
 def allowed_kl(plain: Logits, exact: Logits) -> float:
-    """How far results may be apart by rounding alone; the two are one way's, with a float16 and a float32 cache."""
+    """How far results may be apart by rounding alone; the two are one way's, with a float16 and
+    a float32 cache."""
     return max(LEAST_ALLOWED_KL, ALLOWED_NOISE * mean_kl(plain, exact))

@@ -1,10 +1,10 @@
 """The teacher speaks: many sequences decoded together, each from its own forced beginning.
 
-A request is a list of segments of forced tokens. After each segment the teacher writes freely until it
-ends its turn; then the next segment follows in place of its end-of-turn token (a chat template's text
-between two turns carries that token itself). Every sequence draws from its own random stream, so what
-it says does not depend on which other sequences it shares a batch with. The logits it is chosen from are
-what soft targets are made of, so both come from one pass.
+A request is a list of segments of forced tokens. After each segment the teacher writes freely until
+it ends its turn; then the next segment follows in place of its end-of-turn token (a chat template's
+text between two turns carries that token itself). Every sequence draws from its own random stream,
+so what it says does not depend on which other sequences it shares a batch with. The logits it is
+chosen from are what soft targets are made of, so both come from one pass.
 
 Runs inside the worker process.
 """
@@ -34,7 +34,8 @@ Reduce = Callable[[Answer], Arrays]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is kept of the logits on the way: nothing without ``reduce``; ``states``: whether it looks at them."""
+    """What is kept of the logits on the way: nothing without ``reduce``; ``states``: whether it
+    looks at them."""
 
     reduce: Reduce | None = None
     states: bool = False
@@ -42,7 +43,8 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Said:
-    """Sequences with forced and written tokens together, and the arrays of all their positions, in order."""
+    """Sequences with forced and written tokens together, and the arrays of all their positions,
+    in order."""
 
     sequences: list[Tokens]
     arrays: Arrays
@@ -59,7 +61,9 @@ class Speaker:
         self._pieces: list[Arrays] = []
         self._shared = 0
         self._beginning: list[Arrays] = []
-        self._places: list[tuple[int, int, int]] = []  # sequence, first position, count; as in the pieces
+        self._places: list[
+            tuple[int, int, int]
+        ] = []  # sequence, first position, count; as in the pieces
 
     def speak(
         self,
@@ -69,8 +73,9 @@ class Speaker:
     ) -> Said:
         """Let the teacher write one sequence per request.
 
-        A sequence ends with the teacher's end-of-turn token, which is kept, or at ``max_length`` tokens.
-        ``numbers`` names each request's random stream; ``progress`` is told of each finished sequence.
+        A sequence ends with the teacher's end-of-turn token, which is kept, or at ``max_length``
+        tokens. ``numbers`` names each request's random stream; ``progress`` is told of each
+        finished sequence.
         """
         pairs = zip(requests, numbers, strict=True)
         speeches = [Speech.begin(request, self.sampling, number) for request, number in pairs]
@@ -81,7 +86,8 @@ class Speaker:
         return Said(sequences, self._in_order(sequences))
 
     def stream(self, beginning: Tokens, number: int) -> Iterator[list[int]]:
-        """Write one sequence as ``speak`` does, step by step: each step's new tokens, none while it reads."""
+        """Write one sequence as ``speak`` does, step by step: each step's new tokens, none while
+        it reads."""
         speech = Speech.begin([beginning], self.sampling, number)
         given = len(speech.tokens)
         for _ in self._write([speech]):
@@ -121,16 +127,22 @@ class Speaker:
             piece = tokens[start : start + self.context.batch_tokens]
             positions = np.arange(start, start + len(piece), dtype=np.int32)
             slots = np.full(len(piece), slot, dtype=np.int32)
-            outputs = self.context.decode(piece, positions, slots, np.ones(len(piece), dtype=np.bool_))
+            outputs = self.context.decode(
+                piece, positions, slots, np.ones(len(piece), dtype=np.bool_)
+            )
             if self.wanted.reduce is not None:
                 self._beginning.append(self.wanted.reduce(as_answer(outputs)))
 
     def _done(self, speech: Speech) -> bool:
-        """Whether a sequence needs no more decoding; what follows its last token does not matter."""
-        return speech.finished and (self.wanted.reduce is None or speech.fed >= len(speech.tokens) - 1)
+        """Whether a sequence needs no more decoding; what follows its last token does not
+        matter."""
+        return speech.finished and (
+            self.wanted.reduce is None or speech.fed >= len(speech.tokens) - 1
+        )
 
     def _step(self, speeches: list[Speech], slots: dict[int, int]) -> None:
-        """Feed what every sequence has pending, as far as the batch reaches, and choose the next tokens."""
+        """Feed what every sequence has pending, as far as the batch reaches, and choose the next
+        tokens."""
         room = self.context.batch_tokens
         feeding: list[tuple[int, int, list[int]]] = []
         for slot, index in slots.items():
@@ -144,7 +156,9 @@ class Speaker:
         places = [(index, speeches[index].fed, len(piece)) for _, index, piece in feeding]
         for _, index, piece in feeding:
             speeches[index].fed += len(piece)
-        choosing = [place for place, (_, index, _) in enumerate(feeding) if speeches[index].wants_token]
+        choosing = [
+            place for place, (_, index, _) in enumerate(feeding) if speeches[index].wants_token
+        ]
         ends = np.cumsum(counts)[choosing] - 1
         everything = self.wanted.reduce is not None or self.wanted.states
         rows = np.zeros(sum(counts), dtype=np.bool_)
@@ -177,7 +191,9 @@ class Speaker:
         if self._aside:
             states = [states for _, states in self._aside if states is not None]
             logits = torch.cat([logits for logits, _ in self._aside])
-            self._pieces.append(self.wanted.reduce(Answer(logits, torch.cat(states) if states else None)))
+            self._pieces.append(
+                self.wanted.reduce(Answer(logits, torch.cat(states) if states else None))
+            )
             self._aside.clear()
 
     def _choose(self, speeches: list[Speech], logits: NDArray[np.float32]) -> None:
@@ -185,7 +201,9 @@ class Speaker:
         if not speeches:
             return
         draws = np.array([speech.random.random() for speech in speeches])
-        for speech, token in zip(speeches, sample_rows(logits, draws, self.sampling).tolist(), strict=True):
+        for speech, token in zip(
+            speeches, sample_rows(logits, draws, self.sampling).tolist(), strict=True
+        ):
             speech.take(token, self.context.model.end_tokens)
 
     def _in_order(self, sequences: list[Tokens]) -> Arrays:

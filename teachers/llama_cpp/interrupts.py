@@ -1,4 +1,5 @@
-"""Ctrl-C that waits until an exchange with the worker is complete, so that the next one finds both sides in step."""
+"""Ctrl-C that waits until an exchange with the worker is complete, so that the next one finds
+both sides in step."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from types import FrameType
 def uninterrupted() -> Iterator[None]:
     """Hold Ctrl-C back while the block runs; pressed meanwhile, it counts as pressed at its end.
 
-    Only Python's main thread is ever interrupted; elsewhere, and where nobody handles SIGINT, this does nothing.
+    Only Python's main thread is ever interrupted; elsewhere, and where nobody handles SIGINT, this
+    does nothing.
     """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):

@@ -1,7 +1,7 @@
 """Scoring many sequences in the worker: lanes, batches of like length, rows back in order.
 
-Runs inside the worker process; PyTorch, which takes a second to load, comes only with what needs it. Letters: N rows
-over all sequences, in order.
+Runs inside the worker process; PyTorch, which takes a second to load, comes only with what needs
+it. Letters: N rows over all sequences, in order.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def common_prefix(sequences: Sequence[Tokens]) -> int:
 
 
 def _real(outputs: Outputs, counts: NDArray[np.int64], size: int) -> Outputs:
-    """Drop the rows of the tokens that only filled a sequence up to ``size``: ``counts`` are real."""
+    """Drop the rows of the tokens that only filled a sequence up to ``size``: ``counts`` are
+    real."""
     if bool((counts == size).all()):
         return outputs
     real = np.concatenate([np.arange(count) + place * size for place, count in enumerate(counts)])
@@ -56,17 +57,23 @@ def _real(outputs: Outputs, counts: NDArray[np.int64], size: int) -> Outputs:
     )
 
 
-def groups_of_like_length(lengths: NDArray[np.int64], batch_tokens: int, parallel: int) -> list[list[int]]:
+def groups_of_like_length(
+    lengths: NDArray[np.int64], batch_tokens: int, parallel: int
+) -> list[list[int]]:
     """Divide sequences into groups that fill a batch, longest first, with little filling up.
 
-    Each group has at most ``parallel`` sequences, and its size times its longest is at most ``batch_tokens``
-    (a longer sequence is a group of its own).
+    Each group has at most ``parallel`` sequences, and its size times its longest is at most
+    ``batch_tokens`` (a longer sequence is a group of its own).
     """
     groups: list[list[int]] = []
     longest = 0
     for index in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[index])
-        room = groups and len(groups[-1]) < parallel and (len(groups[-1]) + 1) * longest <= batch_tokens
+        room = (
+            groups
+            and len(groups[-1]) < parallel
+            and (len(groups[-1]) + 1) * longest <= batch_tokens
+        )
         if room and length >= LIKE_LENGTH * longest:
             groups[-1].append(index)
         else:
@@ -92,15 +99,19 @@ class Lanes(Protocol):
 class Scorer:
     """Rows of every sequence, reduced batch by batch while the other lanes decode.
 
-    A sequence of n tokens has n − 1 rows (what follows its last token is not known). Sequences of like length
-    are decoded together, shorter ones filled up; which are together depends on their lengths alone, so the rows
-    do not depend on which lane happens to be free.
+    A sequence of n tokens has n − 1 rows (what follows its last token is not known). Sequences of
+    like length are decoded together, shorter ones filled up; which are together depends on their
+    lengths alone, so the rows do not depend on which lane happens to be free.
     """
 
-    def __init__(self, sequences: Sequence[Tokens], shape: ContextShape, last: int | None = None) -> None:
-        """``shape``: what is wanted of each token (its numbers of sequences and tokens are chosen here).
+    def __init__(
+        self, sequences: Sequence[Tokens], shape: ContextShape, last: int | None = None
+    ) -> None:
+        """``shape``: what is wanted of each token (its numbers of sequences and tokens are chosen
+        here).
 
-        ``last``: keep no more than so many rows of each sequence, those at its end; batches and rows are the same.
+        ``last``: keep no more than so many rows of each sequence, those at its end; batches and
+        rows are the same.
         """
         self.sequences = sequences
         self.lengths = np.array([len(tokens) - 1 for tokens in sequences], dtype=np.int64)
@@ -112,8 +123,8 @@ class Scorer:
         self.result: Arrays = {}
 
     def run(self, server: Lanes, reduce: Reduce) -> Arrays:
-        """The reduced arrays of all kept rows, ``[N, …]``, in the sequences' order. ``reduce`` is called in the lanes'
-        threads and may return views of what it gets: they are copied."""
+        """The reduced arrays of all kept rows, ``[N, …]``, in the sequences' order. ``reduce`` is
+        called in the lanes' threads and may return views of what it gets: they are copied."""
         lanes = server.lanes_of(server.model.score_lanes)
         shape, groups = self._planned(lanes[0])
         waiting = iter(groups)
@@ -155,7 +166,8 @@ class Scorer:
         return replace(self.shape, sequences=parallel + extra, tokens=tokens, exact=exact), groups
 
     def _shared_beginning(self, lane: LlamaContext, slot: int) -> Iterator[tuple[int, Outputs]]:
-        """Decode what all sequences begin with, once, into a slot of its own; yields rows as ``_decoded`` does."""
+        """Decode what all sequences begin with, once, into a slot of its own; yields rows as
+        ``_decoded`` does."""
         tokens = self.sequences[0][: self.prefix]
         for start in range(0, self.prefix, lane.batch_tokens):
             piece = tokens[start : start + lane.batch_tokens]
@@ -167,16 +179,22 @@ class Scorer:
         """Decode a group; yields rows and the position in its sequences at which they start."""
         own = self.lengths[group] - self.prefix
         size = int(own.max())
-        step = size if size <= lane.batch_tokens else lane.batch_tokens  # only a group of one is longer
+        step = (
+            size if size <= lane.batch_tokens else lane.batch_tokens
+        )  # only a group of one is longer
         grid = np.zeros((len(group), size), dtype=np.int32)
         for row, index in enumerate(group):
             grid[row, : own[row]] = self.sequences[index][self.prefix : -1]
         for start in range(0, size, step):
             piece = grid[:, start : start + step]
             begin = self.prefix + start
-            positions = np.tile(np.arange(begin, begin + piece.shape[1], dtype=np.int32), len(group))
+            positions = np.tile(
+                np.arange(begin, begin + piece.shape[1], dtype=np.int32), len(group)
+            )
             slots = np.repeat(np.arange(len(group), dtype=np.int32), piece.shape[1])
-            outputs = lane.decode(piece.reshape(-1), positions, slots, np.ones(piece.size, dtype=np.bool_))
+            outputs = lane.decode(
+                piece.reshape(-1), positions, slots, np.ones(piece.size, dtype=np.bool_)
+            )
             yield begin, outputs if len(group) == 1 else _real(outputs, own, size)
 
     def _place(self, group: list[int], start: int, arrays: Arrays) -> None:
@@ -191,7 +209,8 @@ class Scorer:
         return None
 
     def _put(self, index: int, start: int, arrays: Arrays, rows: slice) -> None:
-        """Place some rows of a sequence, from its row ``start`` on; the first of an array makes room for all."""
+        """Place some rows of a sequence, from its row ``start`` on; the first of an array makes
+        room for all."""
         dropped = int(self.dropped[index])
         begin = int(self.starts[index]) + max(0, start - dropped)
         for name, values in arrays.items():
@@ -217,7 +236,8 @@ def as_answer(outputs: Outputs) -> Answer:
 
 
 def as_arrays(outputs: Outputs) -> Arrays:
-    """Everything in a batch's outputs as it is, as named arrays without a copy: ``logits``, ``final``, ``layer<i>``."""
+    """Everything in a batch's outputs as it is, as named arrays without a copy: ``logits``,
+    ``final``, ``layer<i>``."""
     arrays: Arrays = {}
     if outputs.logits is not None:
         arrays["logits"] = outputs.logits

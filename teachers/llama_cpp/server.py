@@ -1,7 +1,7 @@
 """What runs inside the worker process: answers the parent's requests with llama.cpp.
 
-Heavy modules are imported by the operations that need them: the process is there, and a bad file found out,
-before PyTorch is loaded.
+Heavy modules are imported by the operations that need them: the process is there, and a bad file
+found out, before PyTorch is loaded.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Server:
             write_frame(self.output, {"progress": self._done})
 
     def lanes_of(self, count: int) -> list[Any]:
-        """So many contexts on the model, which share its threads; kept until another number is asked for."""
+        """So many contexts on the model, which share its threads; kept until another number is
+        asked for."""
         from teachers.llama_cpp.context import LlamaContext
 
         self._stream = None  # whoever asks for them clears what it was computed in
@@ -64,22 +65,27 @@ class Server:
 
             import teachers.llama_cpp.library.ggml  # noqa: F401
         except Exception as error:
-            # The package or its shared library is missing or damaged in whatever way: no file is to blame.
+            # The package or its shared library is missing or damaged in whatever way: no file is to
+            # blame.
             return {"library": " ".join(str(error).split()) or type(error).__name__}, {}
         try:
             from teachers.llama_cpp.context import LlamaModel
 
-            self.model = LlamaModel(request["path"], Way(**request["way"]), threads=request["threads"])
+            self.model = LlamaModel(
+                request["path"], Way(**request["way"]), threads=request["threads"]
+            )
             return self.model.describe(), {}
         except AttributeError as error:
             if error.obj is not native:
                 raise
             return {
-                "library": f"its package has no {error.name}: another version than this project needs"
+                "library": f"its package has no {error.name}: another version than this project "
+                "needs"
             }, {}
 
     def first_decode(self, request: dict[str, Any], arrays: Arrays) -> Answer:
-        """Logits ``[N, V]`` of a few given tokens, in a context of their own: does this library run this file?"""
+        """Logits ``[N, V]`` of a few given tokens, in a context of their own: does this library
+        run this file?"""
         from teachers.llama_cpp.context import LlamaContext
 
         context = LlamaContext(self.model, self.model.threads)
@@ -130,14 +136,19 @@ class Server:
 
         with ThreadPoolExecutor(len(lanes)) as pool:
             said = list(pool.map(work, lanes, edges, edges[1:]))
-        kept = {name: np.concatenate([part.arrays[name] for part in said]) for name in said[0].arrays}
-        return {}, pack_ragged([tokens for part in said for tokens in part.sequences], "tokens") | kept
+        kept = {
+            name: np.concatenate([part.arrays[name] for part in said]) for name in said[0].arrays
+        }
+        return {}, pack_ragged(
+            [tokens for part in said for tokens in part.sequences], "tokens"
+        ) | kept
 
     def stream(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         from teachers.base import Sampling
         from teachers.llama_cpp.generation import Speaker, Wanted
 
-        # The first of the lanes that `speak` would take, so that the same numbers come out to the last bit.
+        # The first of the lanes that `speak` would take, so that the same numbers come out to the
+        # last bit.
         lane = self.lanes_of(self.model.speech_lanes)[0]
         speaker = Speaker(lane, Sampling(**request["sampling"]), Wanted())
         self._stream = speaker.stream(unpack_ragged(arrays, "tokens")[0], request["number"])
@@ -179,14 +190,18 @@ class Server:
 
         layers = tuple(request["layers"])
         shape = ContextShape(1, 1, exact=request["exact"], logits=False, states=True, layers=layers)
-        return {}, Scorer(unpack_ragged(arrays, "tokens"), shape, request["last"]).run(self, as_arrays)
+        return {}, Scorer(unpack_ragged(arrays, "tokens"), shape, request["last"]).run(
+            self, as_arrays
+        )
 
     def logits(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         from teachers.llama_cpp.context import ContextShape
         from teachers.llama_cpp.scoring import Scorer, as_arrays
 
         shape = ContextShape(1, 1, exact=request["exact"])
-        return {}, Scorer(unpack_ragged(arrays, "tokens"), shape, request["last"]).run(self, as_arrays)
+        return {}, Scorer(unpack_ragged(arrays, "tokens"), shape, request["last"]).run(
+            self, as_arrays
+        )
 
     def speed(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         from teachers.llama_cpp.context import LlamaContext
@@ -235,7 +250,8 @@ def _recipe(request: dict[str, Any], arrays: Arrays) -> tuple[Recipe | None, dic
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent has been killed: busy in llama.cpp, it would not see the closed pipe."""
+    """End this process when its parent has been killed: busy in llama.cpp, it would not see the
+    closed pipe."""
     while os.getppid() == parent:
         time.sleep(PARENT_SECONDS)
     os._exit(1)
@@ -245,7 +261,8 @@ def serve() -> None:
     """Answer requests until the parent closes the pipe. Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
-    # llama.cpp's libraries may print to standard output; keep the protocol on a descriptor of its own.
+    # llama.cpp's libraries may print to standard output; keep the protocol on a descriptor of its
+    # own.
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     Server(output).run(sys.stdin.buffer)

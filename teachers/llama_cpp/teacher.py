@@ -14,7 +14,15 @@ import psutil
 from gguf import GGUFValueType
 from numpy.typing import NDArray
 
-from teachers.base import Floats, Progress, Sampling, TeacherInfo, TeacherShape, Tokens, speak_then_score
+from teachers.base import (
+    Floats,
+    Progress,
+    Sampling,
+    TeacherInfo,
+    TeacherShape,
+    Tokens,
+    speak_then_score,
+)
 from teachers.errors import RequestRefused
 from teachers.gguf.file import GGUFFile, file_sha256, read_gguf, tokenizer_sha256
 from teachers.llama_cpp.interrupts import uninterrupted
@@ -34,14 +42,19 @@ def readable(value: object, default: str) -> str:
 
 
 def shape_in(file: GGUFFile, width: int) -> TeacherShape:
-    """What the metadata of a model of ``width`` says of its layers' shape; keys and defaults are llama.cpp's."""
+    """What the metadata of a model of ``width`` says of its layers' shape; keys and defaults are
+    llama.cpp's."""
 
     def stated(key: str, default: object = None) -> object:
         field = file.fields.get(f"{file.architecture}.{key}")
         if field is None:
             return default
         # The decimal that was written: 1e-05, not 9.999999747378752e-06.
-        return float(str(np.float32(field.value))) if field.type == GGUFValueType.FLOAT32 else field.value
+        return (
+            float(str(np.float32(field.value)))
+            if field.type == GGUFValueType.FLOAT32
+            else field.value
+        )
 
     heads = stated("attention.head_count")
     even = width // heads if type(heads) is int and heads > 0 and width % heads == 0 else None
@@ -110,7 +123,10 @@ class GGUFTeacher:
     @property
     def runtime(self) -> str:
         """See ``Teacher.runtime``."""
-        return f"llama-cpp-python {version('llama-cpp-python')}, {self.threads} threads, gpu_layers {self.gpu_layers}"
+        return (
+            f"llama-cpp-python {version('llama-cpp-python')}, {self.threads} threads, "
+            f"gpu_layers {self.gpu_layers}"
+        )
 
     def memory(self) -> int:
         """See ``Teacher.memory``."""
@@ -126,7 +142,11 @@ class GGUFTeacher:
             status = Path(f"/proc/{self.worker.process_id}/status").read_text(
                 encoding="ascii", errors="replace"
             )
-            peaks = [int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:")]
+            peaks = [
+                int(line.split()[1]) << 10
+                for line in status.splitlines()
+                if line.startswith("VmHWM:")
+            ]
             return peaks[0] if peaks else self.memory()  # some containers' kernels do not say
         if platform.system() == "Windows":
             return int(psutil.Process(self.worker.process_id).memory_info().peak_wset)
@@ -138,14 +158,18 @@ class GGUFTeacher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def tokenize(self, texts: Sequence[str], *, add_special: bool, parse_special: bool) -> list[Tokens]:
+    def tokenize(
+        self, texts: Sequence[str], *, add_special: bool, parse_special: bool
+    ) -> list[Tokens]:
         """See ``Teacher.tokenize``."""
         request = {"texts": list(texts), "add_special": add_special, "parse_special": parse_special}
         return unpack_ragged(self.worker.ask("tokenize", request)[1], "tokens")
 
     def detokenize(self, sequences: Sequence[Tokens]) -> list[str]:
         """See ``Teacher.detokenize``."""
-        return list(self.worker.ask("detokenize", arrays=pack_ragged(sequences, "tokens"))[0]["texts"])
+        return list(
+            self.worker.ask("detokenize", arrays=pack_ragged(sequences, "tokens"))[0]["texts"]
+        )
 
     def speak(
         self,
@@ -160,12 +184,14 @@ class GGUFTeacher:
         message = {"sampling": asdict(sampling), "first_index": first_index}
         return unpack_ragged(self.worker.ask("speak", message, arrays, progress)[1], "tokens")
 
-    def stream(self, tokens: Tokens, sampling: Sampling, *, number: int = 0) -> Iterator[tuple[int, bytes]]:
+    def stream(
+        self, tokens: Tokens, sampling: Sampling, *, number: int = 0
+    ) -> Iterator[tuple[int, bytes]]:
         """Go on from ``tokens`` as ``speak`` does with ``first_index=number``, token by token.
 
-        Yields each new token, the end of its turn too, and the bytes it stands for: a character may be spread over
-        several. The worker computes only what is asked for, so the iterator may be left at any time, also by Ctrl-C;
-        any other request that computes something ends it.
+        Yields each new token, the end of its turn too, and the bytes it stands for: a character may
+        be spread over several. The worker computes only what is asked for, so the iterator may be
+        left at any time, also by Ctrl-C; any other request that computes something ends it.
 
         Raises:
             TeacherError: the worker failed, or another request came between.
@@ -191,7 +217,8 @@ class GGUFTeacher:
         first_index: int = 0,
         progress: Progress = _quiet,
     ) -> tuple[list[Tokens], Arrays]:
-        """See ``Teacher.speak_and_score``; layers are not kept on the way, so they take a second pass."""
+        """See ``Teacher.speak_and_score``; layers are not kept on the way, so they take a second
+        pass."""
         if recipe.layers:
             return speak_then_score(
                 self, requests, sampling, recipe, bases, first_index=first_index, progress=progress
@@ -199,16 +226,24 @@ class GGUFTeacher:
         arrays = self._requests(requests)
         for name, basis in bases.items():
             arrays |= basis.arrays(name)
-        message = {"sampling": asdict(sampling), "first_index": first_index, "recipe": recipe.to_json()}
+        message = {
+            "sampling": asdict(sampling),
+            "first_index": first_index,
+            "recipe": recipe.to_json(),
+        }
         answer = self.worker.ask("speak", message, arrays, progress)[1]
         tokens = unpack_ragged(answer, "tokens")
-        return tokens, {name: values for name, values in answer.items() if not name.startswith("tokens")}
+        return tokens, {
+            name: values for name, values in answer.items() if not name.startswith("tokens")
+        }
 
     @staticmethod
     def _requests(requests: Sequence[Sequence[Tokens]]) -> Arrays:
         """Requests to speak as the worker takes them."""
         arrays = pack_ragged([segment for segments in requests for segment in segments], "segments")
-        return arrays | {"segment_counts": np.array([len(segments) for segments in requests], dtype=np.int64)}
+        return arrays | {
+            "segment_counts": np.array([len(segments) for segments in requests], dtype=np.int64)
+        }
 
     def score(
         self,
@@ -231,8 +266,9 @@ class GGUFTeacher:
         exact: bool = False,
         last: int | None = None,
     ) -> Mapping[str, Floats]:
-        """See ``Teacher.states``; ``exact`` uses a float32 KV cache without flash attention. ``last``: no more than so
-        many positions of each sequence, those at its end; the others never leave the worker."""
+        """See ``Teacher.states``; ``exact`` uses a float32 KV cache without flash attention.
+        ``last``: no more than so many positions of each sequence, those at its end; the others
+        never leave the worker."""
         request = {"layers": list(layers), "exact": exact, "last": last}
         arrays = self.worker.ask("states", request, pack_ragged(sequences, "tokens"))[1]
         return {name: values.astype(np.float32, copy=False) for name, values in arrays.items()}
@@ -240,13 +276,17 @@ class GGUFTeacher:
     def output_rows(self, start: int, stop: int) -> Floats:
         """See ``Teacher.output_rows``."""
         if "output.bias" in self.file.tensors:
-            raise RequestRefused(str(self.file.path), "its output layer has a bias besides the matrix")
+            raise RequestRefused(
+                str(self.file.path), "its output layer has a bias besides the matrix"
+            )
         name = "output.weight" if "output.weight" in self.file.tensors else "token_embd.weight"
         return self.file.rows(name, start, stop)
 
     def last_states(self, prompts: Sequence[Tokens]) -> Floats:
-        """The final hidden state of each prompt's last token, exactly computed, ``[P, D]``; prompts of ≥ 1 token."""
-        # What follows a sequence's last token is never computed, so each gets one more, which nothing looks at.
+        """The final hidden state of each prompt's last token, exactly computed, ``[P, D]``;
+        prompts of ≥ 1 token."""
+        # What follows a sequence's last token is never computed, so each gets one more, which
+        # nothing looks at.
         longer = [np.append(tokens, tokens[-1]).astype(np.int32) for tokens in prompts]
         return self.states(longer, exact=True, last=1)["final"]
 
@@ -254,14 +294,16 @@ class GGUFTeacher:
         self, sequences: Sequence[Tokens], *, exact: bool = False, last: int | None = None
     ) -> NDArray[np.float32]:
         """See ``Teacher.logits``; ``exact`` and ``last`` as in ``states``."""
-        arrays = self.worker.ask("logits", {"exact": exact, "last": last}, pack_ragged(sequences, "tokens"))[
-            1
-        ]
+        arrays = self.worker.ask(
+            "logits", {"exact": exact, "last": last}, pack_ragged(sequences, "tokens")
+        )[1]
         return arrays["logits"].astype(np.float32, copy=False)
 
     def speed(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
         """See ``Teacher.speed``."""
-        answer = self.worker.ask("speed", {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens})[0]
+        answer = self.worker.ask(
+            "speed", {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+        )[0]
         return answer["prompt"], answer["generation"]
 
     def close(self) -> None:

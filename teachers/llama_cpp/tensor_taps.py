@@ -1,7 +1,7 @@
 """Reading tensors out of llama.cpp's graph while it computes, and stopping it early.
 
-llama.cpp calls back before each tensor of the graph is computed (``ask``: is it wanted?) and again when a
-wanted one is there. Answering false the second time ends the computation of the graph.
+llama.cpp calls back before each tensor of the graph is computed (``ask``: is it wanted?) and again
+when a wanted one is there. Answering false the second time ends the computation of the graph.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Taps:
             return True
         size = int(ggml_base.ggml_nbytes(tensor))
         if size % (4 * self.width):
-            self.error = f"tensor {name.decode()} has {size} bytes, not rows of {self.width} float32"
+            self.error = (
+                f"tensor {name.decode()} has {size} bytes, not rows of {self.width} float32"
+            )
             return False
         rows = np.empty((size // (4 * self.width), self.width), dtype=np.float32)
         ggml_base.ggml_backend_tensor_get(tensor, rows.ctypes.data, 0, size)

@@ -1,7 +1,7 @@
 """Frames between parent and worker: a JSON header and raw arrays, no pickle.
 
-A frame is a little-endian uint32 length, that many bytes of JSON, then the bytes of each array the header
-lists, in order.
+A frame is a little-endian uint32 length, that many bytes of JSON, then the bytes of each array the
+header lists, in order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def write_frame(stream: BinaryIO, message: dict[str, Any], arrays: Arrays | None
     """Write one frame and flush it."""
     arrays = arrays or {}
     listed = [
-        {"name": name, "dtype": array.dtype.str, "shape": list(array.shape)} for name, array in arrays.items()
+        {"name": name, "dtype": array.dtype.str, "shape": list(array.shape)}
+        for name, array in arrays.items()
     ]
     header = json.dumps({"message": message, "arrays": listed}).encode()
     if len(header) > MAX_HEADER_BYTES:

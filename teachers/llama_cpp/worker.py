@@ -1,11 +1,13 @@
-"""llama.cpp running one file, on whatever machine this is: checked on its first decode, run another way if need be.
+"""llama.cpp running one file, on whatever machine this is: checked on its first decode, run another
+way if need be.
 
-A build of llama.cpp can crash, or compute other numbers, on one processor and be right on another: its kernels
-for AMX and for rearranged weights are chosen by the processor. So the first decode of every file is a trial of a
-few tokens (``teachers.llama_cpp.first_decode``). Where it dies, hangs or gives logits that are not finite or others than
-plain kernels give, the file is run without those kernels ("extra buffers"). What was found is remembered
-(``teachers.llama_cpp.library.check_record``). Only when nothing works is an error raised, and the example teacher decides whether
-it names the file or the machine.
+A build of llama.cpp can crash, or compute other numbers, on one processor and be right on another:
+its kernels for AMX and for rearranged weights are chosen by the processor. So the first decode of
+every file is a trial of a few tokens (``teachers.llama_cpp.first_decode``). Where it dies, hangs or
+gives logits that are not finite or others than plain kernels give, the file is run without those
+kernels ("extra buffers"). What was found is remembered
+(``teachers.llama_cpp.library.check_record``). Only when nothing works is an error raised, and the
+example teacher decides whether it names the file or the machine.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from teachers.llama_cpp.worker_process import HUNG_SECONDS, Answer, WorkerProces
 
 # What needs llama.cpp to compute; the rest only looks at the vocabulary.
 COMPUTING = frozenset({"speak", "stream", "score", "states", "logits", "speed"})
-PLAIN = "DISTILL_PLAIN_KERNELS"  # a way out where llama.cpp dies later than its check: 1 for no extra buffers
+# A way out where llama.cpp dies later than its check: 1 for no extra buffers
+PLAIN = "DISTILL_PLAIN_KERNELS"
 EXTRA_BUFFERS = "extra buffers"  # what two lines are about, of which a process says one
 COST = "prompts take up to 3.7 times as long where the processor has AMX"  # docs/machines.md
 REMEDY = "`distill doctor` says how to build it so that they work"
@@ -53,8 +56,8 @@ class Worker:
     ) -> None:
         """Start llama.cpp and load the file.
 
-        ``types``: names of the file's tensor types, whose kernels are compared once. ``hung_seconds``: see
-        ``WorkerProcess``. ``anew``: check as if nothing was remembered.
+        ``types``: names of the file's tensor types, whose kernels are compared once.
+        ``hung_seconds``: see ``WorkerProcess``. ``anew``: check as if nothing was remembered.
 
         Raises:
             TeacherError: llama.cpp cannot load it, or dies on it.
@@ -112,7 +115,8 @@ class Worker:
         arrays: Arrays | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> Answer:
-        """Send one request and wait for its answer; before the first that computes, the check is made.
+        """Send one request and wait for its answer; before the first that computes, the check is
+        made.
 
         Raises:
             TeacherError: the request failed in the child, or the child died or hung.
@@ -138,28 +142,34 @@ class Worker:
     # -- the check ------------------------------------------------------------------------------------------------
 
     def _first_process(self) -> WorkerProcess:
-        """The process that the file is loaded in: as remembered, or the other way where that dies."""
+        """The process that the file is loaded in: as remembered, or the other way where that
+        dies."""
         if not self._known.allows_extra_buffers(self._bytes):
             say_once(
-                f"llama.cpp runs without its extra CPU buffers, as its self-check of {self._known.time[:10]} found: "
+                "llama.cpp runs without its extra CPU buffers, as its self-check of "
+                f"{self._known.time[:10]} found: "
                 f"with them it {self._known.reason}. So {COST}; {REMEDY}",
                 EXTRA_BUFFERS,
             )
         if not self._way.extra_buffers:
-            without_extra_buffers[self.path.name] = self._known.reason or f"is told not to by {PLAIN}"
+            without_extra_buffers[self.path.name] = (
+                self._known.reason or f"is told not to by {PLAIN}"
+            )
         try:
             return self._start(self._way)
         except (WorkerDied, RequestRefused) as error:
             return self._other_process(Failure.of(error))
 
     def _other_process(self, failure: Failure) -> WorkerProcess:
-        """A process that was tried, after ``failure`` of the first: without extra buffers, remembered from now on.
+        """A process that was tried, after ``failure`` of the first: without extra buffers,
+        remembered from now on.
 
         Raises:
             TeacherError, LibraryError: there is none.
         """
         if failure.from_outside:
-            # The system, short of memory, may have ended it, which says nothing of the library: once more.
+            # The system, short of memory, may have ended it, which says nothing of the library:
+            # once more.
             process = self._tried(self._way)
             if isinstance(process, WorkerProcess):
                 return process
@@ -169,7 +179,8 @@ class Worker:
             raise self._verdict(failure)
         self._way = other
         say_once(
-            f"llama.cpp {failure.text} with its extra CPU buffers (AMX, repacked weights){failure.log}. It runs "
+            f"llama.cpp {failure.text} with its extra CPU buffers (AMX, repacked "
+            f"weights){failure.log}. It runs "
             f"without them instead: right, but {COST}; {REMEDY}",
             EXTRA_BUFFERS,
         )
@@ -181,11 +192,13 @@ class Worker:
         return process
 
     def _plain_way(self) -> Way:
-        """Without extra buffers; and a GPU that was not asked for, which can be at fault as well, is left alone."""
+        """Without extra buffers; and a GPU that was not asked for, which can be at fault as
+        well, is left alone."""
         return replace(self._way, extra_buffers=False, processor_only=self._way.gpu_layers == 0)
 
     def _with_failure(self, record: CheckRecord, failure: Failure) -> CheckRecord:
-        """The record with ``failure``; what may be want of memory concerns files of this size or larger alone."""
+        """The record with ``failure``; what may be want of memory concerns files of this size or
+        larger alone."""
         found = replace(record, reason=failure.text, failed=self._types)
         if (failure.from_outside or failure.refused) and self._bytes:
             return replace(found, from_bytes=min(record.from_bytes or self._bytes, self._bytes))
@@ -209,7 +222,8 @@ class Worker:
         return failure
 
     def _trial(self, process: WorkerProcess, way: Way) -> Failure | None:
-        """Decode a few tokens; says why ``way`` cannot be used, or nothing. New tensor types are compared."""
+        """Decode a few tokens; says why ``way`` cannot be used, or nothing. New tensor types are
+        compared."""
         gpus = process.description["gpus"] if way.gpu_layers else []
         place = f"{', '.join(gpus)}, {way.gpu_layers} layers: " if gpus else ""
         new = {place + name for name in self._types}
@@ -222,14 +236,18 @@ class Worker:
         result = compare(logits, self._start)
         if result is None:
             say_once(
-                f"llama.cpp's results with {self.path.name} could not be compared with those of plain kernels"
+                f"llama.cpp's results with {self.path.name} could not be compared with those of "
+                "plain kernels"
             )
             return None
         if result.agrees:
             remember(lambda record: replace(record, verified=record.verified | new))
             return None
         if gpus:  # a graphics card rounds in its own ways, for which the bound was not measured
-            say_once(f"llama.cpp on {', '.join(gpus)} {result.text}; gpu_layers 0 computes on the processor")
+            say_once(
+                f"llama.cpp on {', '.join(gpus)} {result.text}; gpu_layers 0 computes on the "
+                "processor"
+            )
             return None
         return Failure(result.text)
 
@@ -237,25 +255,30 @@ class Worker:
         """Whose fault ``failure`` is: the GPU's, the file's or the machine's."""
         if failure.from_outside:
             return TeacherError(
-                f"{self.path}: llama.cpp {failure.text}{failure.log}: something outside ended it, twice, usually the "
+                f"{self.path}: llama.cpp {failure.text}{failure.log}: something outside ended it, "
+                "twice, usually the "
                 "system for want of memory. Close other programs or take a smaller file"
             )
         layers = self._way.gpu_layers
         if layers and works(self.path, self.threads, REFERENCE):
             return TeacherError(
-                f"{self.path}: llama.cpp {failure.text} with {layers} layers on the GPU{failure.log}; it runs the "
+                f"{self.path}: llama.cpp {failure.text} with {layers} layers on the "
+                f"GPU{failure.log}; it runs the "
                 "file on the processor alone. Put fewer layers on the GPU, or none (gpu_layers 0)"
             )
         if works(example_teacher(), self.threads, REFERENCE):
             if failure.refused:
                 return TeacherError(f"{self.path}: llama.cpp {failure.text}{failure.log}")
             return TeacherError(
-                f"{self.path}: llama.cpp {failure.text}{failure.log}; it runs the example teacher on this machine, so "
+                f"{self.path}: llama.cpp {failure.text}{failure.log}; it runs the example teacher "
+                "on this machine, so "
                 "the cause is in this file: damaged, or of a kind that this llama.cpp does not run"
             )
         return LibraryError(
-            f"llama.cpp does not work on this machine: it {failure.text}{failure.log}, and does not run the example "
-            f"teacher either, so {self.path} is not to blame. `distill doctor` says what can be done"
+            f"llama.cpp does not work on this machine: it {failure.text}{failure.log}, and does "
+            "not run the example "
+            f"teacher either, so {self.path} is not to blame. `distill doctor` says what can be "
+            "done"
         )
 
     def _start(self, way: Way) -> WorkerProcess:
@@ -265,7 +288,8 @@ class Worker:
         """Log what llama.cpp warned of while it loaded the file, and what it was built without."""
         if unused := unused_features(self.description["built_with"]):
             say_once(
-                f"llama.cpp was built without {', '.join(unused)}, which this processor has: slower than need be. "
+                f"llama.cpp was built without {', '.join(unused)}, which this processor has: "
+                "slower than need be. "
                 "`distill doctor` says how to build it"
             )
         for line in self._process.warnings:
@@ -273,7 +297,8 @@ class Worker:
 
 
 def why_without_extra_buffers() -> str:
-    """Why a file of this process runs without extra buffers, going on from "llama.cpp …"; empty where none does."""
+    """Why a file of this process runs without extra buffers, going on from "llama.cpp …"; empty
+    where none does."""
     return next(iter(without_extra_buffers.values()), "")
 
 
@@ -283,7 +308,8 @@ def remember(change: Callable[[CheckRecord], CheckRecord]) -> None:
         change_record(change)
     except OSError as error:
         say_once(
-            f"what the self-check of llama.cpp found cannot be kept, so every start makes it again ({error}); set "
+            "what the self-check of llama.cpp found cannot be kept, so every start makes it again "
+            f"({error}); set "
             "XDG_CACHE_HOME to a folder that can be written to"
         )
 

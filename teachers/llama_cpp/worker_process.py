@@ -1,8 +1,9 @@
 """One process that llama.cpp lives in, and the parent's handle on it.
 
-llama.cpp may abort or crash on a damaged file; here that ends a child process, which the parent turns into
-one clear error with llama.cpp's own last words. Requests and answers are frames (``teachers.llama_cpp.wire``) over the
-child's standard input and output; the child's standard error goes to a temporary log.
+llama.cpp may abort or crash on a damaged file; here that ends a child process, which the parent
+turns into one clear error with llama.cpp's own last words. Requests and answers are frames
+(``teachers.llama_cpp.wire``) over the child's standard input and output; the child's standard error
+goes to a temporary log.
 """
 
 from __future__ import annotations
@@ -29,27 +30,37 @@ from teachers.llama_cpp.wire import Arrays, read_frame, write_frame
 
 LOG_TAIL_LINES = 3
 LOG_BYTES = 64 << 10  # of the log's end that are looked at
-# llama.cpp aborts with its reason on standard error; without this a debugger's output follows and buries it.
+# llama.cpp aborts with its reason on standard error; without this a debugger's output follows and
+# buries it.
 _QUIET_ABORT = {"GGML_NO_BACKTRACE": "1"}
 # Signals that a library does not send to itself: a user, or the system when memory runs out.
-_FROM_OUTSIDE = {int(getattr(signal, name, 0)) for name in ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")} - {0}
-# A worker that has said nothing for so long is given up: hung if it computes nothing either, lost if it does.
+_FROM_OUTSIDE = {
+    int(getattr(signal, name, 0)) for name in ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")
+} - {0}
+# A worker that has said nothing for so long is given up: hung if it computes nothing either, lost
+# if it does.
 HUNG_SECONDS = 120.0
 LOST_SECONDS = 1800.0
 Answer = tuple[dict[str, Any], Arrays]
 
-# The child gets the parent's sys.path, so that a folder called `teachers` in the user's working directory
-# cannot take this package's place.
-_CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from teachers.llama_cpp.server import serve; serve()"
+# The child gets the parent's sys.path, so that a folder called `teachers` in the user's working
+# directory cannot take this package's place.
+_CHILD = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from teachers.llama_cpp.server "
+    "import serve; serve()"
+)
 
 
 class WorkerProcess:
     """A child process that runs one GGUF file through llama.cpp, in one way."""
 
-    def __init__(self, path: Path, way: Way, *, threads: int, hung_seconds: float = HUNG_SECONDS) -> None:
+    def __init__(
+        self, path: Path, way: Way, *, threads: int, hung_seconds: float = HUNG_SECONDS
+    ) -> None:
         """Start the process and load the file.
 
-        ``hung_seconds``: after so long without a sign of life or any computing the worker is given up.
+        ``hung_seconds``: after so long without a sign of life or any computing the worker is given
+        up.
 
         Raises:
             TeacherError: llama.cpp cannot load it.
@@ -90,7 +101,8 @@ class WorkerProcess:
         arrays: Arrays | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> Answer:
-        """Send one request and wait for its answer; ``progress`` gets the counts reported on the way.
+        """Send one request and wait for its answer; ``progress`` gets the counts reported on the
+        way.
 
         Raises:
             TeacherError: the request failed in the child, or the child died or hung.
@@ -114,10 +126,13 @@ class WorkerProcess:
         if "library" in message:
             other = os.environ.get("LLAMA_CPP_LIB_PATH")
             remedy = (
-                f"unset LLAMA_CPP_LIB_PATH, which is {other}" if other else "install llama-cpp-python again"
+                f"unset LLAMA_CPP_LIB_PATH, which is {other}"
+                if other
+                else "install llama-cpp-python again"
             )
             raise LibraryError(
-                f"llama.cpp cannot be loaded ({message['library']}); {remedy}. `distill doctor` says how"
+                f"llama.cpp cannot be loaded ({message['library']}); {remedy}. `distill doctor` "
+                "says how"
             )
         if "error" in message:
             raise RequestRefused(str(self.path), message["error"], self._last_words())
@@ -146,7 +161,9 @@ class WorkerProcess:
         """What to raise about a child that has ended while it was asked for something."""
         code = self._process.wait()
         if code == 1 and "Traceback" in self._log_tail():
-            return WorkerDefect(f"the llama.cpp worker failed during {operation}:\n{self._log_tail()}")
+            return WorkerDefect(
+                f"the llama.cpp worker failed during {operation}:\n{self._log_tail()}"
+            )
         operation = operation.replace("_", " ")
         what = f"died during {operation} ({ending(code)})"
         if self.given_up:
@@ -167,7 +184,9 @@ class WorkerProcess:
         """The end of the child's log, without blank lines."""
         lines = [line.strip() for line in self._log_tail().splitlines() if line.strip()]
         # llama.cpp names its source files as they lay where it was built.
-        return [re.sub(r"/\S+/([\w.-]+\.(?:c|cc|cpp|cu|h|hpp|m):\d)", r"\1", line) for line in lines]
+        return [
+            re.sub(r"/\S+/([\w.-]+\.(?:c|cc|cpp|cu|h|hpp|m):\d)", r"\1", line) for line in lines
+        ]
 
     def _last_words(self) -> str:
         """The end of the child's log, on one line, or nothing."""

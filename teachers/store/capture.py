@@ -32,15 +32,17 @@ Report = Callable[[int, str], None]
 
 LINEAR_POSITIONS = 64
 LINEAR_ROWS = 4096
-# llama.cpp rounds a hidden state to eight bits before it multiplies it with a quantised matrix: logits then
-# differ by about 0.3 % of their spread from the exact product. An output that bends its logits differs more.
+# llama.cpp rounds a hidden state to eight bits before it multiplies it with a quantised matrix:
+# logits then differ by about 0.3 % of their spread from the exact product. An output that bends its
+# logits differs more.
 LINEAR_TOLERANCE = 0.02
 WAIT_SECONDS = 0.5
 PATIENCE_SECONDS = 60.0  # how long another process waits for a first one that is not there
 
 
 class CaptureError(ValueError):
-    """A teacher whose answer cannot be kept in the way asked for; says why and what to choose instead."""
+    """A teacher whose answer cannot be kept in the way asked for; says why and what to choose
+    instead."""
 
 
 class SequenceSource(Protocol):
@@ -51,17 +53,20 @@ class SequenceSource(Protocol):
         ...
 
     def take(self, teacher: Teacher, start: int, stop: int, progress: Progress) -> list[Tokens]:
-        """Sequences ``start`` to ``stop``; the teacher may have to write them. Each has ≥ 2 tokens."""
+        """Sequences ``start`` to ``stop``; the teacher may have to write them. Each has ≥ 2
+        tokens."""
         ...
 
     def requests(self, start: int, stop: int) -> tuple[list[Sequence[Tokens]], Sampling] | None:
-        """What to ask the teacher for if it writes all of these sequences (see ``Teacher.speak``)."""
+        """What to ask the teacher for if it writes all of these sequences (see
+        ``Teacher.speak``)."""
         ...
 
 
 @dataclass(frozen=True)
 class CaptureSummary:
-    """What one capture did: shards taken over from before, recaptured because damaged, and written."""
+    """What one capture did: shards taken over from before, recaptured because damaged, and
+    written."""
 
     reused: int
     damaged: tuple[int, ...]
@@ -72,13 +77,18 @@ _linear: WeakSet[Teacher] = WeakSet()  # teachers whose output has been found to
 
 
 def capture(
-    teacher: Teacher, source: SequenceSource, store: SoftTargetStore, report: Report, share: Share = WHOLE
+    teacher: Teacher,
+    source: SequenceSource,
+    store: SoftTargetStore,
+    report: Report,
+    share: Share = WHOLE,
 ) -> CaptureSummary:
-    """Fill ``store`` with the teacher's soft targets of every sequence of ``source`` (this process's share).
+    """Fill ``store`` with the teacher's soft targets of every sequence of ``source`` (this
+    process's share).
 
     Raises:
-        CaptureError: the teacher's logits are not its final hidden state times a matrix, which the store's
-            recipe needs.
+        CaptureError: the teacher's logits are not its final hidden state times a matrix, which the
+            store's recipe needs.
     """
     recipe = store.manifest.recipe
     if share.world == 1:
@@ -86,7 +96,9 @@ def capture(
     mine = range(share.rank, store.manifest.shards, share.world)
     states = {shard: store.state(shard) for shard in mine}
     spans = {shard: store.span(shard) for shard in mine}
-    finished = sum(spans[shard][1] - spans[shard][0] for shard in mine if states[shard] == "complete")
+    finished = sum(
+        spans[shard][1] - spans[shard][0] for shard in mine if states[shard] == "complete"
+    )
     bases: Mapping[str, Basis] = {}
     taken: dict[int, list[Tokens]] = {}
     if store.needs_companion:
@@ -99,16 +111,24 @@ def capture(
         def watch(words: str, base: int = finished) -> Progress:
             return lambda done: report(base + done, words)
 
-        # The first shard's sequences are written before it is known how to keep what is said of them.
+        # The first shard's sequences are written before it is known how to keep what is said of
+        # them.
         first = shard == 0 and store.needs_companion
         asked = None if first else source.requests(start, stop)
         if asked is not None:
             requests, sampling = asked
             sequences, arrays = teacher.speak_and_score(
-                requests, sampling, recipe, bases, first_index=start, progress=watch("the teacher writes")
+                requests,
+                sampling,
+                recipe,
+                bases,
+                first_index=start,
+                progress=watch("the teacher writes"),
             )
         else:
-            sequences = taken.pop(shard, []) or source.take(teacher, start, stop, watch("the teacher writes"))
+            sequences = taken.pop(shard, []) or source.take(
+                teacher, start, stop, watch("the teacher writes")
+            )
             share_done = _per_sequence(sequences, watch("the teacher scores"))
             arrays = teacher.score(sequences, recipe, bases, share_done)
         store.write_shard(shard, sequences, arrays)
@@ -133,7 +153,8 @@ def _companion(
     share: Share,
     taken: dict[int, list[Tokens]],
 ) -> Companion:
-    """The store's companion: as it is there, or fitted to the first shard's sequences by the first process."""
+    """The store's companion: as it is there, or fitted to the first shard's sequences by the
+    first process."""
     alone = 0.0
     while (found := store.companion()) is None and share.rank > 0:
         report(0, "waiting for the first process")
@@ -141,7 +162,8 @@ def _companion(
         alone = 0.0 if is_held(store.folder) else alone + WAIT_SECONDS
         if alone > PATIENCE_SECONDS:
             raise CaptureError(
-                f"process {share.rank} of {share.world} waits for the first one to begin store {store.folder}, and "
+                f"process {share.rank} of {share.world} waits for the first one to begin store "
+                f"{store.folder}, and "
                 "none is at work there; start all of them together"
             )
     if found is not None:
@@ -187,10 +209,14 @@ def fit_companion(
         head = bases["final"].head(teacher.output_rows, vocab_size)
     elif recipe.kind == "hidden":
         rows = [
-            torch.from_numpy(teacher.output_rows(start, min(vocab_size, start + LINEAR_ROWS))).half()
+            torch.from_numpy(
+                teacher.output_rows(start, min(vocab_size, start + LINEAR_ROWS))
+            ).half()
             for start in range(0, vocab_size, LINEAR_ROWS)
         ]
-        head = OutputHead(torch.cat(rows).float(), torch.zeros(vocab_size))  # as it will be read back
+        head = OutputHead(
+            torch.cat(rows).float(), torch.zeros(vocab_size)
+        )  # as it will be read back
     for layer in recipe.layers:
         states = torch.from_numpy(found[f"layer{layer}"])
         bases[f"layer{layer}"] = fit_basis(states, None, min(recipe.layer_bytes, states.shape[1]))
@@ -216,7 +242,8 @@ def require_linear_output(teacher: Teacher, tokens: Tokens) -> None:
     error = float(difference.std(dim=-1).mean()) / max(spread, 1e-9)
     if not error <= LINEAR_TOLERANCE:
         raise CaptureError(
-            f"{teacher.info.name} ({teacher.info.architecture}): its logits differ by {error:.0%} from its final "
+            f"{teacher.info.name} ({teacher.info.architecture}): its logits differ by {error:.0%} "
+            "from its final "
             "hidden state times its output matrix, so hidden states cannot stand for them; choose "
             "targets.kind=compact with targets.sketch_bytes=0, or targets.kind=dense"
         )

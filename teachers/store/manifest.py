@@ -1,4 +1,5 @@
-"""What a store says it is: ``manifest.json``, written once, equal for every process that fills the store."""
+"""What a store says it is: ``manifest.json``, written once, equal for every process that fills
+the store."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store holds. ``identity`` is everything that must be equal for a store to be used again."""
+    """What a store holds.
+
+    ``identity`` is everything that must be equal for a store to be used again.
+    """
 
     identity: dict[str, Any]
     sequences: int
@@ -59,9 +63,13 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = json.loads(path.read_text())
         if content["format"] != FORMAT:
-            raise StoreError(f"store {folder} has format {content['format']}, this version reads {FORMAT}")
+            raise StoreError(
+                f"store {folder} has format {content['format']}, this version reads {FORMAT}"
+            )
         manifest = Manifest(
-            dict(content["identity"]), int(content["sequences"]), int(content["sequences_per_shard"])
+            dict(content["identity"]),
+            int(content["sequences"]),
+            int(content["sequences_per_shard"]),
         )
         if manifest.sequences < 1 or manifest.sequences_per_shard < 1:
             raise ValueError("it counts no sequences")
@@ -72,8 +80,15 @@ def read_manifest(folder: Path) -> Manifest:
         raise StoreError(f"{folder} is not a store: it has no {MANIFEST}") from None
     except StoreError:
         raise
-    except (KeyError, TypeError, ValueError, OverflowError) as error:  # broken JSON and UTF-8 are ValueErrors
-        raise StoreError(f"store {folder}: {MANIFEST} is damaged ({error}); move the folder away") from None
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+    ) as error:  # broken JSON and UTF-8 are ValueErrors
+        raise StoreError(
+            f"store {folder}: {MANIFEST} is damaged ({error}); move the folder away"
+        ) from None
 
 
 def difference(found: Manifest, wanted: Manifest) -> str:
@@ -93,7 +108,9 @@ def require_store_folder(folder: Path) -> bool:
     Raises:
         StoreError: it holds other files.
     """
-    others = [path for path in folder.iterdir() if not is_temporary(path)] if folder.is_dir() else []
+    others = (
+        [path for path in folder.iterdir() if not is_temporary(path)] if folder.is_dir() else []
+    )
     there = (folder / MANIFEST).exists()  # after the listing: another process may write it just now
     if others and not there:
         raise StoreError(f"store folder {folder} holds other files; choose an empty or new folder")
@@ -108,7 +125,9 @@ def filled_manifest(folder: Path) -> Manifest:
     """
     if not folder.is_dir():
         wrong = "is not a folder" if folder.exists() else "does not exist"
-        raise StoreError(f"store {folder} {wrong}; give the folder that `distill capture` has filled")
+        raise StoreError(
+            f"store {folder} {wrong}; give the folder that `distill capture` has filled"
+        )
     manifest = read_manifest(folder)
     if not any(folder.glob("shard-*.safetensors")):
         raise StoreError(

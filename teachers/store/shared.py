@@ -1,4 +1,5 @@
-"""What all positions of a store share: how hidden states are encoded, and what turns them into logits."""
+"""What all positions of a store share: how hidden states are encoded, and what turns them into
+logits."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from teachers.targets.state_codec import Basis
 class Companion:
     """What all positions of a store share.
 
-    ``bases``: how hidden states are encoded (``final``, ``layer<i>``); ``head``: what turns a decoded final
-    state into logits, ``None`` where no state is kept.
+    ``bases``: how hidden states are encoded (``final``, ``layer<i>``); ``head``: what turns a
+    decoded final state into logits, ``None`` where no state is kept.
     """
 
     bases: Mapping[str, Basis]
@@ -30,7 +31,10 @@ class Companion:
         for name, basis in self.bases.items():
             arrays |= basis.arrays(name)
         if self.head is not None:
-            arrays |= {"head_matrix": self.head.matrix.half().numpy(), "head_bias": self.head.bias.numpy()}
+            arrays |= {
+                "head_matrix": self.head.matrix.half().numpy(),
+                "head_bias": self.head.bias.numpy(),
+            }
         return arrays
 
     @classmethod
@@ -40,6 +44,8 @@ class Companion:
         found = {name: Basis.from_arrays(arrays, name) for name in names}
         head = None
         if "head_matrix" in arrays:
-            matrix, bias = (np.array(arrays[name], np.float32) for name in ("head_matrix", "head_bias"))
+            matrix, bias = (
+                np.array(arrays[name], np.float32) for name in ("head_matrix", "head_bias")
+            )
             head = OutputHead(torch.from_numpy(matrix), torch.from_numpy(bias))
         return cls({name: basis for name, basis in found.items() if basis is not None}, head)

@@ -1,12 +1,14 @@
 """Soft targets on disk: a folder with a manifest and shards that appear whole or not at all.
 
-``manifest.json`` says what the store holds: its identity (teacher, tokenizer, corpus, kind of targets, …)
-and how the sequences are split into shards. ``shard-00000.safetensors`` holds consecutive sequences: their
-``tokens`` and ``lengths``, and one row of each target array per position (a sequence of n tokens has n − 1
-positions). ``companion.safetensors`` holds what all positions share: how hidden states are encoded, and the
-output matrix that turns them into logits; ``teacher.safetensors`` what else a student takes from its teacher (see
-``teachers.store.teacher_record``), so that a store can be used without its teacher. Each file's header carries a SHA-256
-over its arrays and the store's key, so it proves itself and writers need no common state.
+``manifest.json`` says what the store holds: its identity (teacher, tokenizer, corpus, kind of
+targets, …) and how the sequences are split into shards. ``shard-00000.safetensors`` holds
+consecutive sequences: their ``tokens`` and ``lengths``, and one row of each target array per
+position (a sequence of n tokens has n − 1 positions). ``companion.safetensors`` holds what all
+positions share: how hidden states are encoded, and the output matrix that turns them into logits;
+``teacher.safetensors`` what else a student takes from its teacher (see
+``teachers.store.teacher_record``), so that a store can be used without its teacher. Each file's
+header carries a SHA-256 over its arrays and the store's key, so it proves itself and writers need
+no common state.
 """
 
 from __future__ import annotations
@@ -23,7 +25,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from teachers.atomic_files import LOCK, StoreError, is_temporary, write_whole
-from teachers.store.manifest import MANIFEST, Manifest, difference, read_manifest, require_store_folder
+from teachers.store.manifest import (
+    MANIFEST,
+    Manifest,
+    difference,
+    read_manifest,
+    require_store_folder,
+)
 from teachers.store.shared import Companion
 from teachers.targets.distributions import Arrays
 from teachers.targets.stored_arrays import Targets, array_names, typed
@@ -57,7 +65,8 @@ class SoftTargetStore:
         found = read_manifest(folder)
         if found != manifest:
             raise StoreError(
-                f"store {folder} was made with {difference(found, manifest)}; choose another --store folder "
+                f"store {folder} was made with {difference(found, manifest)}; choose another "
+                "--store folder "
                 "(this one is left as it is)"
             )
         return cls(folder, manifest)
@@ -82,9 +91,12 @@ class SoftTargetStore:
         """
         start, stop = self.span(shard)
         positions = sum(len(tokens) - 1 for tokens in sequences)
-        if len(sequences) != stop - start or any(len(rows) != positions for rows in targets.values()):
+        if len(sequences) != stop - start or any(
+            len(rows) != positions for rows in targets.values()
+        ):
             raise StoreError(
-                f"shard {shard} of {self.folder}: {len(sequences)} sequences with {positions} positions"
+                f"shard {shard} of {self.folder}: {len(sequences)} sequences with {positions} "
+                "positions"
             )
         arrays: Arrays = {
             "tokens": np.concatenate(sequences).astype(np.int32),
@@ -106,7 +118,8 @@ class SoftTargetStore:
         write_whole(path, safetensors.numpy.save(arrays, metadata=self._seal(path, arrays)))
 
     def remove_leftovers(self) -> None:
-        """Remove what killed writers left behind; only for a process that holds the folder alone."""
+        """Remove what killed writers left behind; only for a process that holds the folder
+        alone."""
         for path in self.folder.iterdir():
             if is_temporary(path) and not path.name.startswith(LOCK):
                 path.unlink(missing_ok=True)
@@ -187,8 +200,13 @@ class SoftTargetStore:
         return self.typed_targets(self._rows(index, array_names(self._recipe)))
 
     def layer_states(self, index: int) -> dict[int, Tensor]:
-        """Kept states of the chosen layers, float32 ``[n − 1, R]`` each, in the coordinates of their basis."""
-        names = [name for layer in self._recipe.layers for name in (f"layer{layer}", f"layer{layer}_scale")]
+        """Kept states of the chosen layers, float32 ``[n − 1, R]`` each, in the coordinates of
+        their basis."""
+        names = [
+            name
+            for layer in self._recipe.layers
+            for name in (f"layer{layer}", f"layer{layer}_scale")
+        ]
         return self.typed_layers(self._rows(index, names))
 
     def typed_targets(self, arrays: Arrays) -> Targets:
@@ -199,7 +217,8 @@ class SoftTargetStore:
         return typed(arrays, self._recipe, int(self.manifest.identity["vocab_size"]), basis, head)
 
     def typed_layers(self, arrays: Arrays) -> dict[int, Tensor]:
-        """The kept layer states in such an answer, float32 ``[N, R]`` each; none where none are kept."""
+        """The kept layer states in such an answer, float32 ``[N, R]`` each; none where none are
+        kept."""
         if not self._recipe.layers:
             return {}
         companion = self._need_companion()
@@ -214,7 +233,9 @@ class SoftTargetStore:
     def _need_companion(self) -> Companion:
         companion = self.companion()
         if companion is None:
-            raise StoreError(f"store {self.folder}: {COMPANION} is missing or damaged; run the capture again")
+            raise StoreError(
+                f"store {self.folder}: {COMPANION} is missing or damaged; run the capture again"
+            )
         return companion
 
     def _rows(self, index: int, names: list[str]) -> Arrays:

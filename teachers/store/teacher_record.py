@@ -1,7 +1,9 @@
-"""What a student takes from its teacher beside soft targets; kept in the store, so that training needs no teacher.
+"""What a student takes from its teacher beside soft targets; kept in the store, so that training
+needs no teacher.
 
-``teacher.safetensors`` holds the principal scores of the teacher's token embeddings and, as JSON, the facts about
-it, its GGUF tokenizer with the chat template, and texts with the teacher's own ids for them.
+``teacher.safetensors`` holds the principal scores of the teacher's token embeddings and, as JSON,
+the facts about it, its GGUF tokenizer with the chat template, and texts with the teacher's own ids
+for them.
 """
 
 from __future__ import annotations
@@ -43,11 +45,13 @@ COUNTS = ("parameters", "vocab_size", "width", "layers", "context_length")
 
 @dataclass(frozen=True)
 class Inheritance:
-    """The teacher's facts, ``lines`` to check an exported tokenizer against, tokenizer and embeddings.
+    """The teacher's facts, ``lines`` to check an exported tokenizer against, tokenizer and
+    embeddings.
 
-    ``tokenizer`` (GGUF metadata) is empty and ``embeddings`` (``[V, C]``, see ``principal_scores``) has no rows
-    where no teacher is a GGUF file. ``about``: what such a file says of itself (its ``general.*`` keys in ``ABOUT``,
-    and ``languages`` with commas), as far as it does, and under ``text`` what the sequences are.
+    ``tokenizer`` (GGUF metadata) is empty and ``embeddings`` (``[V, C]``, see ``principal_scores``)
+    has no rows where no teacher is a GGUF file. ``about``: what such a file says of itself (its
+    ``general.*`` keys in ``ABOUT``, and ``languages`` with commas), as far as it does, and under
+    ``text`` what the sequences are.
     """
 
     info: TeacherInfo
@@ -63,7 +67,8 @@ class Inheritance:
             "texts": self.lines.texts,
             "text_tokens": [tokens.tolist() for tokens in self.lines.tokens],
             "tokenizer": {
-                key: [field.value, field.type, field.element_type] for key, field in self.tokenizer.items()
+                key: [field.value, field.type, field.element_type]
+                for key, field in self.tokenizer.items()
             },
         }
         if self.about:
@@ -95,13 +100,17 @@ class Inheritance:
 def inherit(
     teacher: Teacher, file: GGUFFile | None, sequences: Iterable[Tokens], text: str = ""
 ) -> Inheritance:
-    """Gather what a student takes from ``teacher``; ``file``: whose tokenizer and embeddings, if there is one;
-    ``text``: what the sequences are, in words."""
+    """Gather what a student takes from ``teacher``; ``file``: whose tokenizer and embeddings, if
+    there is one; ``text``: what the sequences are, in words."""
     lines = tokenized_lines(teacher, first_sequences(sequences, LINE_SEQUENCES, LINE_TOKENS))
     if file is None:
         return Inheritance(teacher.info, lines, {}, np.empty((0, 0), np.float16), {"text": text})
     return Inheritance(
-        teacher.info, lines, tokenizer_fields(file), principal_scores(file), {**_about(file), "text": text}
+        teacher.info,
+        lines,
+        tokenizer_fields(file),
+        principal_scores(file),
+        {**_about(file), "text": text},
     )
 
 
@@ -121,7 +130,12 @@ def find_inheritance(store: SoftTargetStore) -> Inheritance | None:
         return None
     try:
         return Inheritance.from_arrays(arrays)
-    except (KeyError, TypeError, ValueError, AttributeError):  # well sealed, but not by this program
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ):  # well sealed, but not by this program
         return None
 
 
@@ -135,14 +149,16 @@ def need_inheritance(store: SoftTargetStore) -> Inheritance:
     if found is None:
         wrong = "damaged" if (store.folder / TEACHER).exists() else "missing"
         raise StoreError(
-            f"store {store.folder}: {TEACHER} (the teacher's tokenizer and embeddings) is {wrong}; run the capture "
+            f"store {store.folder}: {TEACHER} (the teacher's tokenizer and embeddings) is {wrong}; "
+            "run the capture "
             "again where the teacher is, which makes just what is missing"
         )
     return found
 
 
 def tokenized_lines(teacher: Teacher, sequences: Sequence[Tokens]) -> TokenizedLines:
-    """The text of some sequences with the teacher's ids for it, to check an exported tokenizer against."""
+    """The text of some sequences with the teacher's ids for it, to check an exported tokenizer
+    against."""
     texts = teacher.detokenize(sequences)
     tokens = teacher.tokenize(texts, add_special=True, parse_special=True)
     told = [(text, ids) for text, ids in zip(texts, tokens, strict=True) if len(ids)]
@@ -177,7 +193,9 @@ def _about(file: GGUFFile) -> dict[str, str]:
     if isinstance(languages, list):
         found["languages"] = ",".join(name for name in languages if isinstance(name, str))
     readable = {
-        key: " ".join(text.encode("utf-8", errors="replace").decode("utf-8").split())[:ABOUT_CHARACTERS]
+        key: " ".join(text.encode("utf-8", errors="replace").decode("utf-8").split())[
+            :ABOUT_CHARACTERS
+        ]
         for key, text in found.items()
         if isinstance(text, str)
     }

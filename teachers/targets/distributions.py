@@ -1,12 +1,13 @@
 """The typed record of a teacher's answer: which distribution over the next token it gave.
 
-Letters: N positions, V vocabulary, K stored top tokens, M nodes, R stored coordinates of the teacher's final
-hidden state. One position t of a sequence holds the distribution over the token that follows t.
+Letters: N positions, V vocabulary, K stored top tokens, M nodes, R stored coordinates of the
+teacher's final hidden state. One position t of a sequence holds the distribution over the token
+that follows t.
 
 Three kinds, which differ in what they keep of a position's V logits:
 
-- ``compact``: the K greatest, the mass of all others at every temperature, and a sketch of how that mass is
-  spread among them;
+- ``compact``: the K greatest, the mass of all others at every temperature, and a sketch of how that
+  mass is spread among them;
 - ``hidden``: the final hidden state, from which the output matrix gives every logit back;
 - ``dense``: every logit.
 """
@@ -34,15 +35,16 @@ EMPTY_TAIL = -1e4  # log of a tail in which no token has any probability
 class OutputHead:
     """What turns stored coordinates into logits: ``coordinates @ matrix.T + bias``.
 
-    ``matrix [V, R]`` and ``bias [V]``, float32: the teacher's output matrix, or its projection on the
-    directions a sketch keeps. Logits are defined up to a constant of the position.
+    ``matrix [V, R]`` and ``bias [V]``, float32: the teacher's output matrix, or its projection on
+    the directions a sketch keeps. Logits are defined up to a constant of the position.
     """
 
     matrix: Tensor
     bias: Tensor
 
     def logits(self, coordinates: Tensor, out: Tensor | None = None) -> Tensor:
-        """``[..., R]`` → ``[..., V]``; into ``out`` where it is given (then ``coordinates`` are ``[N, R]``)."""
+        """``[..., R]`` → ``[..., V]``; into ``out`` where it is given (then ``coordinates`` are
+        ``[N, R]``)."""
         if out is None:
             return torch.nn.functional.linear(coordinates, self.matrix, self.bias)
         return torch.addmm(self.bias, coordinates, self.matrix.T, out=out)
@@ -50,7 +52,9 @@ class OutputHead:
     def to(self, device: torch.device) -> OutputHead:
         """The same head on another device."""
         return (
-            self if self.matrix.device == device else OutputHead(self.matrix.to(device), self.bias.to(device))
+            self
+            if self.matrix.device == device
+            else OutputHead(self.matrix.to(device), self.bias.to(device))
         )
 
 
@@ -60,7 +64,8 @@ Self = TypeVar("Self", bound="_Rows")
 class _Rows:
     """What all kinds share: rows that can be selected, joined and moved together.
 
-    Every ``Tensor`` field of a kind has the positions as leading dimensions; other fields are common to all.
+    Every ``Tensor`` field of a kind has the positions as leading dimensions; other fields are
+    common to all.
     """
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -68,7 +73,8 @@ class _Rows:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def select(self: Self, index: Tensor | slice) -> Self:
-        """The targets at ``index`` of the leading dimension (a slice, or any index PyTorch accepts)."""
+        """The targets at ``index`` of the leading dimension (a slice, or any index PyTorch
+        accepts)."""
         return replace(self, **{name: value[index] for name, value in self._tensors().items()})  # type: ignore[type-var]
 
     def to(self: Self, device: torch.device) -> Self:
@@ -92,9 +98,9 @@ class CompactTargets(_Rows):
     """Exact top-k logits, the tail's mass at every temperature, and a sketch of the tail's shape.
 
     Attributes:
-        topk_ids: the K most probable tokens, most probable first, int64 ``[..., K]``.
-        topk_logits: their logits relative to the first, float32 ``[..., K]``, ≤ 0.
-        tail: log Σ exp((z_v − z_first) / T) over all other tokens v at each node, nats, float32 ``[..., M]``;
+        topk_ids: the K most probable tokens, most probable first, int64 ``[..., K]``. topk_logits:
+        their logits relative to the first, float32 ``[..., K]``, ≤ 0. tail: log Σ exp((z_v −
+        z_first) / T) over all other tokens v at each node, nats, float32 ``[..., M]``;
             −∞ where there are none.
         vocab_size: V.
         coordinates: the sketch, float32 ``[..., R]``, or ``None``.
@@ -120,7 +126,9 @@ class CompactTargets(_Rows):
             ValueError: T < 1; the nodes say nothing there.
         """
         if temperature < 1.0:
-            raise ValueError(f"soft targets are known at temperatures from 1 on, not at {temperature:g}")
+            raise ValueError(
+                f"soft targets are known at temperatures from 1 on, not at {temperature:g}"
+            )
         if self.topk_ids.shape[-1] == self.vocab_size:
             return self.tail[..., 0]
         at_zero = float(np.log(self.vocab_size - self.topk_ids.shape[-1]))
@@ -142,7 +150,8 @@ class CompactTargets(_Rows):
         return (self.tail_logsumexp(temperature) - self.log_partition(temperature)).exp()
 
     def head_logits(self, out: Tensor) -> Tensor | None:
-        """What the sketch says of all logits, into ``out [N, V]``; ``None`` where every token is stored.
+        """What the sketch says of all logits, into ``out [N, V]``; ``None`` where every token is
+        stored.
 
         Raises:
             ValueError: there is no sketch.
@@ -150,14 +159,18 @@ class CompactTargets(_Rows):
         if self.topk_ids.shape[-1] == self.vocab_size:
             return None
         if self.head is None or self.coordinates is None:
-            raise ValueError("these soft targets have no tail sketch; capture with targets.sketch_bytes > 0")
+            raise ValueError(
+                "these soft targets have no tail sketch; capture with targets.sketch_bytes > 0"
+            )
         return self.head.logits(self.coordinates, out)
 
-    def log_probs(self, temperature: float, raw: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
+    def log_probs(
+        self, temperature: float, raw: Tensor | None = None, spare: Tensor | None = None
+    ) -> Tensor:
         """Log-probabilities of all tokens, ``[..., V]``: exact in the top-k and in the tail's sum.
 
-        ``raw``: what ``head_logits`` gave for these rows, which is overwritten by the result; ``spare``: room of the
-        same shape.
+        ``raw``: what ``head_logits`` gave for these rows, which is overwritten by the result;
+        ``spare``: room of the same shape.
 
         Raises:
             ValueError: there is no sketch.
@@ -187,8 +200,8 @@ class CompactTargets(_Rows):
         """Reduce dense logits ``[N, V]`` (float32) to compact targets without a sketch.
 
         Raises:
-            ValueError: a logit of the top-k or the sum over the tail is not finite (an excluded token's −∞ is
-                fine outside the top-k).
+            ValueError: a logit of the top-k or the sum over the tail is not finite (an excluded
+                token's −∞ is fine outside the top-k).
         """
         size = logits.shape[-1]
         count = min(num_topk, size)
@@ -210,7 +223,8 @@ class CompactTargets(_Rows):
 
 @dataclass(frozen=True)
 class HiddenTargets(_Rows):
-    """The teacher's final hidden state and the head that gives its logits: ``coordinates [..., R]``."""
+    """The teacher's final hidden state and the head that gives its logits: ``coordinates [...,
+    R]``."""
 
     coordinates: Tensor
     head: OutputHead
@@ -220,8 +234,11 @@ class HiddenTargets(_Rows):
         """All logits, into ``out [N, V]``."""
         return self.head.logits(self.coordinates, out)
 
-    def log_probs(self, temperature: float, raw: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
-        """Log-probabilities of all tokens at temperature T, ``[..., V]``, in nats (see ``CompactTargets``)."""
+    def log_probs(
+        self, temperature: float, raw: Tensor | None = None, spare: Tensor | None = None
+    ) -> Tensor:
+        """Log-probabilities of all tokens at temperature T, ``[..., V]``, in nats (see
+        ``CompactTargets``)."""
         logits = self.head.logits(self.coordinates) if raw is None else raw
         return _log_softmax_(logits.div_(temperature), spare)
 
@@ -241,8 +258,11 @@ class DenseTargets(_Rows):
         """A copy of all logits, in ``out [N, V]``."""
         return out.copy_(self.logits)
 
-    def log_probs(self, temperature: float, raw: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
-        """Log-probabilities of all tokens at temperature T, ``[..., V]``, in nats (see ``CompactTargets``)."""
+    def log_probs(
+        self, temperature: float, raw: Tensor | None = None, spare: Tensor | None = None
+    ) -> Tensor:
+        """Log-probabilities of all tokens at temperature T, ``[..., V]``, in nats (see
+        ``CompactTargets``)."""
         logits = self.logits.clone() if raw is None else raw
         return _log_softmax_(logits.div_(temperature), spare)
 
@@ -252,7 +272,8 @@ class DenseTargets(_Rows):
 
 
 def _log_softmax_(logits: Tensor, spare: Tensor | None) -> Tensor:
-    """``logits.log_softmax(-1)`` in place; the greatest is taken off first, which keeps the digits of large ones."""
+    """``logits.log_softmax(-1)`` in place; the greatest is taken off first, which keeps the
+    digits of large ones."""
     logits.sub_(logits.amax(dim=-1, keepdim=True))
     return logits.sub_(_logsumexp(logits, spare)[..., None])
 
@@ -265,10 +286,12 @@ def _logsumexp(values: Tensor, spare: Tensor | None = None) -> Tensor:
 
 
 def _tail_sums(logits: Tensor, origin: Tensor, ids: Tensor) -> Tensor:
-    """Σ exp((z_v − origin) · node) over all tokens but ``ids``, at every node: ``[N, V]`` → ``[N, M]``.
+    """Σ exp((z_v − origin) · node) over all tokens but ``ids``, at every node: ``[N, V]`` → ``[N,
+    M]``.
 
-    One exponential serves all nodes: exp(x/6) and its powers up to the sixth. A few rows at a time, so that
-    everything stays in a core's own cache; base 2, which is the faster exponential of PyTorch by far.
+    One exponential serves all nodes: exp(x/6) and its powers up to the sixth. A few rows at a time,
+    so that everything stays in a core's own cache; base 2, which is the faster exponential of
+    PyTorch by far.
     """
     scale = NODES[0] / math.log(2.0)
     sums = logits.new_empty(len(logits), len(NODES))
@@ -290,10 +313,12 @@ def _tail_sums(logits: Tensor, origin: Tensor, ids: Tensor) -> Tensor:
 
 
 def topk(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """``torch.topk(logits, count)`` of the last dimension of ``[N, V]``, about twice as fast for long rows.
+    """``torch.topk(logits, count)`` of the last dimension of ``[N, V]``, about twice as fast for
+    long rows.
 
-    Divided into columns c, c + B, c + 2B, …, the ``count`` greatest of a row lie in the ``count`` columns with
-    the greatest maxima (or in the rest that fills no column); only those are looked through.
+    Divided into columns c, c + B, c + 2B, …, the ``count`` greatest of a row lie in the ``count``
+    columns with the greatest maxima (or in the rest that fills no column); only those are looked
+    through.
     """
     size = logits.shape[-1]
     columns = math.isqrt(size * count)  # as many maxima to choose from as there will be candidates

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 KINDS = ("compact", "hidden", "dense")
-# 1/T at which the tail's mass is stored: T = 6, 3, 2, 1.5, 1.2, 1. It is log(V − K) at 1/T = 0 whatever the
-# teacher, so seven points of a smooth convex function are known on [0, 1]; a polynomial through them gives the
-# mass at every T ≥ 1.
+# 1/T at which the tail's mass is stored: T = 6, 3, 2, 1.5, 1.2, 1. It is log(V − K) at 1/T = 0
+# whatever the teacher, so seven points of a smooth convex function are known on [0, 1]; a
+# polynomial through them gives the mass at every T ≥ 1.
 NODES = (1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0)
 BYTES_PER_POSITION = 200  # what compact targets may take where the recipe does not say
 SCALE_BYTES = 2
@@ -36,7 +36,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"targets of kind {self.kind!r} do not exist; choose one of {', '.join(KINDS)}")
+            raise ValueError(
+                f"targets of kind {self.kind!r} do not exist; choose one of {', '.join(KINDS)}"
+            )
         if self.num_topk < 1 or self.sketch_bytes < 0 or self.layer_bytes < 1:
             raise ValueError(f"recipe out of range: {self}")
         if len(self.layers) != len(set(self.layers)) or any(layer < 0 for layer in self.layers):
@@ -84,7 +86,10 @@ class Recipe:
         Raises:
             KeyError, TypeError, ValueError: this is no recipe.
         """
-        numbers = {"num_topk": kind_is(content, "compact"), "sketch_bytes": kind_is(content, "compact")}
+        numbers = {
+            "num_topk": kind_is(content, "compact"),
+            "sketch_bytes": kind_is(content, "compact"),
+        }
         numbers["layer_bytes"] = bool(content["layers"])
         written = {name: content[name] for name in numbers}
         given = {name: value for name, value in written.items() if numbers[name]}

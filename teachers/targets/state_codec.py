@@ -1,10 +1,12 @@
-"""A teacher's hidden states in a few dozen bytes: the directions that move its logits, coarsely rounded.
+"""A teacher's hidden states in a few dozen bytes: the directions that move its logits, coarsely
+rounded.
 
-What is kept of a final hidden state x is judged by the logits it gives back. An error e in x moves the logits
-of the tail by W·e, so its size is measured in the metric eᵀMe with M = Σ_v p_v (w_v − w̄)(w_v − w̄)ᵀ, where p is
-the average tail of the teacher's own distributions at T = 1 and T = 3: directions that move all logits alike
-cost nothing there. Principal directions in that metric (fitted on some positions), eight bits for the strongest
-and four for the next, divided so that the expected error is least (reverse water-filling).
+What is kept of a final hidden state x is judged by the logits it gives back. An error e in x moves
+the logits of the tail by W·e, so its size is measured in the metric eᵀMe with M = Σ_v p_v (w_v −
+w̄)(w_v − w̄)ᵀ, where p is the average tail of the teacher's own distributions at T = 1 and T = 3:
+directions that move all logits alike cost nothing there. Principal directions in that metric
+(fitted on some positions), eight bits for the strongest and four for the next, divided so that the
+expected error is least (reverse water-filling).
 
 Letters: N positions, D width of the hidden state, R kept coordinates, V vocabulary.
 """
@@ -33,8 +35,8 @@ ROWS_AT_ONCE = 4096  # of the output matrix, dequantised together
 NEGLIGIBLE = 1e-5  # of the strongest direction: what is weaker is rounding, not signal
 MAX_SCALE = 60000.0  # a state further out than this is cut
 RIDGE = 1e-5  # of the metric's mean diagonal, so that it can be inverted
-# Half of the range that the integers span, in standard deviations, and the mean squared error of a normal
-# variable of variance 1 rounded so.
+# Half of the range that the integers span, in standard deviations, and the mean squared error of a
+# normal variable of variance 1 rounded so.
 RANGE_8, ERROR_8 = 6.0, 2.0e-4
 RANGE_4, ERROR_4 = 2.9, 1.2e-2
 
@@ -46,8 +48,9 @@ OutputRows = Callable[[int, int], NDArray[np.float32]]
 class Basis:
     """How hidden states are encoded: ``(x − mean) @ encode`` rounded, and back with ``decode``.
 
-    ``mean [D]``, ``encode [D, R]``, ``decode [R, D]``, ``ranges [R]`` (half of the span of the integers), all
-    float32; the first ``wide`` coordinates take a byte each, the others share one between two.
+    ``mean [D]``, ``encode [D, R]``, ``decode [R, D]``, ``ranges [R]`` (half of the span of the
+    integers), all float32; the first ``wide`` coordinates take a byte each, the others share one
+    between two.
     """
 
     mean: Tensor
@@ -83,16 +86,26 @@ class Basis:
         return cls(mean, encode, decode, ranges, int(arrays[f"{name}_wide"][0]))
 
     def encoded(self, states: Tensor) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
-        """``states [N, D]`` → codes ``[N, bytes_per_position]`` and a scale of each position, ``[N]``.
+        """``states [N, D]`` → codes ``[N, bytes_per_position]`` and a scale of each position,
+        ``[N]``.
 
-        The scale is 1 unless a strong coordinate lies outside its range, and never more than ``MAX_SCALE``.
+        The scale is 1 unless a strong coordinate lies outside its range, and never more than
+        ``MAX_SCALE``.
         """
         relative = (states - self.mean) @ self.encode / self.ranges
-        largest = relative[:, : self.wide].abs().amax(dim=-1) if self.wide else torch.zeros(len(states))
+        largest = (
+            relative[:, : self.wide].abs().amax(dim=-1) if self.wide else torch.zeros(len(states))
+        )
         # Slightly more where it is needed, so that float16 never rounds it below.
         scales = torch.where(largest > 1.0, largest * 1.001, 1.0).clamp(max=MAX_SCALE).half()
         relative = relative / scales.float()[:, None]
-        wide = (relative[:, : self.wide] * 127.0).round().clamp(-127, 127).to(torch.int8).view(torch.uint8)
+        wide = (
+            (relative[:, : self.wide] * 127.0)
+            .round()
+            .clamp(-127, 127)
+            .to(torch.int8)
+            .view(torch.uint8)
+        )
         narrow = (relative[:, self.wide :] * 8.0).floor().clamp(-8, 7).to(torch.int16) + 8
         packed = (narrow[:, 0::2] * 16 + narrow[:, 1::2]).to(torch.uint8)
         return torch.cat((wide, packed), dim=-1).numpy(), scales.numpy()
@@ -104,7 +117,9 @@ class Basis:
         )  # a copy: mapped files cannot be written to, which torch minds
         wide = raw[:, : self.wide].view(torch.int8).float() / 127.0
         packed = raw[:, self.wide :]
-        pairs = torch.stack((packed >> 4, packed & 15), dim=-1).reshape(len(raw), 2 * packed.shape[1])
+        pairs = torch.stack((packed >> 4, packed & 15), dim=-1).reshape(
+            len(raw), 2 * packed.shape[1]
+        )
         relative = torch.cat((wide, (pairs.float() - 7.5) / 8.0), dim=-1)
         return relative * self.ranges * torch.from_numpy(scales.astype(np.float32))[:, None]
 
@@ -114,7 +129,8 @@ class Basis:
 
 
 def divide_bits(variances: Tensor, budget: int) -> tuple[int, int]:
-    """How many coordinates get eight bits and how many four, for ``budget`` bytes: ``variances [D]`` falling."""
+    """How many coordinates get eight bits and how many four, for ``budget`` bytes: ``variances
+    [D]`` falling."""
     size = len(variances)
     total = torch.cat((torch.zeros(1, dtype=variances.dtype), variances.cumsum(0)))
     best, least = (0, 0), float(total[-1]) + 1.0
@@ -152,10 +168,11 @@ def fit_basis(states: Tensor, metric: Tensor | None, budget: int) -> Basis:
 
 
 def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values of float64 ``[N, D]``, falling, and right singular vectors ``[R, D]``; negligible ones left out.
+    """Singular values of float64 ``[N, D]``, falling, and right singular vectors ``[R, D]``;
+    negligible ones left out.
 
-    From the eigenvectors of the smaller Gram matrix, which take a fraction of the decomposition's own time. Squaring
-    costs digits of the weak directions: about seven are left at ``NEGLIGIBLE``.
+    From the eigenvectors of the smaller Gram matrix, which take a fraction of the decomposition's
+    own time. Squaring costs digits of the weak directions: about seven are left at ``NEGLIGIBLE``.
     """
     tall = rows.shape[0] >= rows.shape[1]
     gram = rows.T @ rows if tall else rows @ rows.T
@@ -168,11 +185,15 @@ def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tail_metric(states: Tensor, rows: OutputRows, vocab_size: int) -> Tensor:
-    """M of the module's docstring, float64 ``[D, D]``, from ``states [n, D]`` and the output matrix."""
+    """M of the module's docstring, float64 ``[D, D]``, from ``states [n, D]`` and the output
+    matrix."""
     logits = torch.cat([states @ part.T for _, part in _parts(rows, vocab_size)], dim=-1)
     count = min(METRIC_TOPK, vocab_size - 1)
     logits.scatter_(-1, logits.topk(count, dim=-1).indices, -torch.inf)
-    tails = [torch.softmax(logits / temperature, dim=-1).mean(dim=0) for temperature in METRIC_TEMPERATURES]
+    tails = [
+        torch.softmax(logits / temperature, dim=-1).mean(dim=0)
+        for temperature in METRIC_TEMPERATURES
+    ]
     weights = torch.stack(tails).mean(dim=0)
     width = states.shape[1]
     centre = torch.zeros(width, dtype=torch.float64)
@@ -191,7 +212,9 @@ def _parts(rows: OutputRows, vocab_size: int):  # type: ignore[no-untyped-def]
         yield start, torch.from_numpy(np.array(rows(start, min(vocab_size, start + ROWS_AT_ONCE))))
 
 
-def _product(rows: OutputRows, vocab_size: int, decode: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+def _product(
+    rows: OutputRows, vocab_size: int, decode: Tensor, mean: Tensor
+) -> tuple[Tensor, Tensor]:
     """``W @ decode.T [V, R]``, kept as float16 would keep it, and ``W @ mean [V]``."""
     matrix = torch.cat([(part @ decode.T).half() for _, part in _parts(rows, vocab_size)])
     bias = torch.cat([part @ mean for _, part in _parts(rows, vocab_size)])

@@ -11,7 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teachers.targets.distributions import Arrays, CompactTargets, DenseTargets, HiddenTargets, OutputHead
+from teachers.targets.distributions import (
+    Arrays,
+    CompactTargets,
+    DenseTargets,
+    HiddenTargets,
+    OutputHead,
+)
 from teachers.targets.recipe import TINY_VOCABULARY, Recipe
 from teachers.targets.state_codec import Basis
 
@@ -24,8 +30,8 @@ FLOAT16_MAX = 65504.0
 class Answer:
     """What a teacher said about N positions, as far as the recipe needs it.
 
-    ``logits [N, V]``, ``states [N, D]`` (final hidden, after the last norm), ``layers``: output of each chosen
-    layer, ``[N, D]``; all float32.
+    ``logits [N, V]``, ``states [N, D]`` (final hidden, after the last norm), ``layers``: output of
+    each chosen layer, ``[N, D]``; all float32.
     """
 
     logits: Tensor | None = None
@@ -34,7 +40,8 @@ class Answer:
 
 
 def reduce(answer: Answer, recipe: Recipe, bases: Mapping[str, Basis]) -> Arrays:
-    """The arrays a store keeps of an answer; ``bases`` holds ``final`` and ``layer<i>`` where they are needed.
+    """The arrays a store keeps of an answer; ``bases`` holds ``final`` and ``layer<i>`` where they
+    are needed.
 
     Raises:
         ValueError: something in the answer is not finite.
@@ -61,7 +68,9 @@ def reduce(answer: Answer, recipe: Recipe, bases: Mapping[str, Basis]) -> Arrays
         assert answer.layers is not None
         states = answer.layers[layer]
         _require_finite(states)
-        arrays[f"layer{layer}"], arrays[f"layer{layer}_scale"] = bases[f"layer{layer}"].encoded(states)
+        arrays[f"layer{layer}"], arrays[f"layer{layer}_scale"] = bases[f"layer{layer}"].encoded(
+            states
+        )
     return arrays
 
 
@@ -99,7 +108,9 @@ def typed(
         return DenseTargets(_floats(arrays["logits"]))
     if recipe.kind == "hidden":
         assert head is not None
-        return HiddenTargets(_floats(arrays["hidden"]) * _floats(arrays["hidden_scale"])[:, None], head)
+        return HiddenTargets(
+            _floats(arrays["hidden"]) * _floats(arrays["hidden_scale"])[:, None], head
+        )
     sketch: dict[str, Any] = {}
     if recipe.has_sketch:
         assert basis is not None

@@ -10,8 +10,10 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """PyTorch on one thread. Eigenvectors of a thousand by a thousand numbers take 0.2 s so; on two threads, whose
-    many short steps wait for each other, as long on a quiet machine and fifty times as long on a busy one."""
+    """PyTorch on one thread. Eigenvectors of a thousand by a thousand numbers take 0.2 s so; on two
+    threads, whose many short steps wait for each other, as long on a quiet machine and fifty times
+    as long on a busy one.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,7 @@
-"""Render a GGUF file's chat template. Templates come from untrusted files: sandboxed, and nothing but text."""
+"""Render a GGUF file's chat template.
+
+Templates come from untrusted files: sandboxed, and nothing but text.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,15 @@ class ChatTemplateError(ValueError):
 
 
 def render_chat(
-    template: str, messages: Sequence[Message], *, add_generation_prompt: bool, bos: str = "", eos: str = ""
+    template: str,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+    bos: str = "",
+    eos: str = "",
 ) -> str:
-    """Render ``messages`` (each with ``role`` and ``content``) as the text the model was trained on.
+    """Render ``messages`` (each with ``role`` and ``content``) as the text the model was trained
+    on.
 
     Raises:
         ChatTemplateError: the template is broken or refuses the messages.
@@ -42,7 +51,10 @@ def render_chat(
 
     try:
         return _compiled(template).render(
-            messages=list(messages), add_generation_prompt=add_generation_prompt, bos_token=bos, eos_token=eos
+            messages=list(messages),
+            add_generation_prompt=add_generation_prompt,
+            bos_token=bos,
+            eos_token=eos,
         )
     except (TemplateError, TypeError, ValueError, KeyError, ZeroDivisionError) as error:
         raise ChatTemplateError(f"the teacher's chat template does not render: {error}") from None

@@ -1,4 +1,5 @@
-"""Conversations as a model's own tokens: its chat template, and exactly one BOS where it wants one."""
+"""Conversations as a model's own tokens: its chat template, and exactly one BOS where it wants
+one."""
 
 from __future__ import annotations
 
@@ -37,14 +38,16 @@ def conversations_tokens(
     if templated:
         texts = _render(teacher, conversations, answer=answer)
     else:
-        texts = ["\n".join(message["content"] for message in messages) for messages in conversations]
+        texts = [
+            "\n".join(message["content"] for message in messages) for messages in conversations
+        ]
     rows = teacher.tokenize(texts, add_special=False, parse_special=templated)
     return [_with_bos(teacher, tokens) for tokens in rows]
 
 
 def request_tokens(teacher: Teacher, requests: Sequence[str]) -> list[Tokens]:
-    """Each request as a conversation that waits for the answer, whatever the request says: control tokens spelled in it
-    stay text, so that it cannot end its own turn.
+    """Each request as a conversation that waits for the answer, whatever the request says: control
+    tokens spelled in it stay text, so that it cannot end its own turn.
 
     Raises:
         ChatTemplateError: the template is broken or refuses the messages.
@@ -55,12 +58,15 @@ def request_tokens(teacher: Teacher, requests: Sequence[str]) -> list[Tokens]:
         return rows
     plain = teacher.tokenize(requests, add_special=False, parse_special=False)
     parsed = teacher.tokenize(requests, add_special=False, parse_special=True)
-    spelled = [place for place in range(len(rows)) if not np.array_equal(plain[place], parsed[place])]
+    spelled = [
+        place for place in range(len(rows)) if not np.array_equal(plain[place], parsed[place])
+    ]
     around = opening_segments(teacher) if spelled else None
     for place in spelled:
         if around is None or len(around) != 2:
             raise ChatTemplateError(
-                "the request spells control tokens, and the chat template does not show where the request's words are"
+                "the request spells control tokens, and the chat template does not show where the "
+                "request's words are"
             )
         rows[place] = np.concatenate((around[0], plain[place], around[1])).astype(np.int32)
     return rows
@@ -69,8 +75,9 @@ def request_tokens(teacher: Teacher, requests: Sequence[str]) -> list[Tokens]:
 def opening_segments(teacher: Teacher) -> tuple[Tokens, ...] | None:
     """What to force so that the teacher writes both turns of a conversation by itself.
 
-    With a chat template: the text up to where the user's words would be, and the text from there to where
-    the assistant's begin. Without one: BOS (or EOS, if that is all there is). ``None``: it has neither.
+    With a chat template: the text up to where the user's words would be, and the text from there to
+    where the assistant's begin. Without one: BOS (or EOS, if that is all there is). ``None``: it
+    has neither.
     """
     info = teacher.info
     if info.chat_template is not None:
@@ -91,10 +98,14 @@ def _with_bos(teacher: Teacher, tokens: Tokens) -> Tokens:
     return np.concatenate(([bos], tokens)).astype(np.int32)
 
 
-def _render(teacher: Teacher, conversations: Sequence[Sequence[Message]], *, answer: bool) -> list[str]:
+def _render(
+    teacher: Teacher, conversations: Sequence[Sequence[Message]], *, answer: bool
+) -> list[str]:
     info = teacher.info
     assert info.chat_template is not None
-    ends = [np.array([] if token is None else [token], dtype=np.int32) for token in (info.bos, info.eos)]
+    ends = [
+        np.array([] if token is None else [token], dtype=np.int32) for token in (info.bos, info.eos)
+    ]
     bos, eos = teacher.detokenize(ends)
     template = info.chat_template
     return [

@@ -1,6 +1,7 @@
 """What a GGUF file says about its tokenizer, checked, and read as llama.cpp reads it.
 
-The file is untrusted: whatever is malformed gives a ``TokenizerConversionError`` that names the key.
+The file is untrusted: whatever is malformed gives a ``TokenizerConversionError`` that names the
+key.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _END_OF_TURN = """
     <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>
     <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response>
     <｜end▁of▁sentence｜> [e~["""
-# … or mark code to be filled in, where the file does not name the token of that role (by either key) itself.
+# … or mark code to be filled in, where the file does not name the token of that role (by either
+# key) itself.
 _INFILL = {
     ("fim_pre", "prefix"): """
         <|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|>""",
@@ -38,22 +40,30 @@ _INFILL = {
 }
 _ALWAYS_USER_DEFINED = frozenset(("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"))
 # The format's own spelling of "separator" is wrong.
-_ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "seperator": "sep", "padding": "pad", "mask": "mask"}
+_ROLES = {
+    "bos": "bos",
+    "eos": "eos",
+    "unknown": "unk",
+    "seperator": "sep",
+    "padding": "pad",
+    "mask": "mask",
+}
 _SENTENCEPIECE_ROLES = {"bos": 1, "eos": 2, "unk": 0}  # where the file does not say
 
 
 class TokenizerConversionError(ValueError):
-    """A GGUF tokenizer that no tokenizer.json can stand for; the message says which part, and what to do."""
+    """A GGUF tokenizer that no tokenizer.json can stand for; the message says which part, and
+    what to do."""
 
 
 @dataclass(frozen=True)
 class TokenizerMetadata:
     """A checked tokenizer. Tokens are known by their id, the index in ``tokens``.
 
-    ``special`` are the ids read in a text only where control tokens are to be, ``user_defined`` those always read;
-    ``strips_right`` are ids of either kind that swallow white space behind them. ``roles`` maps ``bos``, ``eos``,
-    ``unk``, ``sep``, ``pad`` and ``mask`` to ids, as far as there are any. ``scores`` is empty for byte-level BPE,
-    ``merges`` for SentencePiece.
+    ``special`` are the ids read in a text only where control tokens are to be, ``user_defined``
+    those always read; ``strips_right`` are ids of either kind that swallow white space behind them.
+    ``roles`` maps ``bos``, ``eos``, ``unk``, ``sep``, ``pad`` and ``mask`` to ids, as far as there
+    are any. ``scores`` is empty for byte-level BPE, ``merges`` for SentencePiece.
     """
 
     model: str
@@ -73,15 +83,18 @@ class TokenizerMetadata:
 
 
 def read_metadata(fields: Mapping[str, Field]) -> TokenizerMetadata:
-    """Check a GGUF file's tokenizer metadata; of other keys only ``general.name`` matters (see ``strips_right``).
+    """Check a GGUF file's tokenizer metadata; of other keys only ``general.name`` matters (see
+    ``strips_right``).
 
     Raises:
-        TokenizerConversionError: something is missing, malformed, or of a kind that is not supported.
+        TokenizerConversionError: something is missing, malformed, or of a kind that is not
+        supported.
     """
     model = _value(fields, "model", str, None)
     if model not in (SENTENCEPIECE, BYTE_LEVEL):
         raise TokenizerConversionError(
-            f"tokenizer.ggml.model is {model!r}; supported are {SENTENCEPIECE!r} (SentencePiece) and {BYTE_LEVEL!r} "
+            f"tokenizer.ggml.model is {model!r}; supported are {SENTENCEPIECE!r} (SentencePiece) "
+            f"and {BYTE_LEVEL!r} "
             "(byte-level BPE)"
         )
     pre = _value(fields, "pre", str, "") if model == BYTE_LEVEL else ""
@@ -94,12 +107,15 @@ def read_metadata(fields: Mapping[str, Field]) -> TokenizerMetadata:
     ids = {token: number for number, token in enumerate(tokens)}
     special, user_defined = _read_in_text(fields, ids, kinds)
     roles = read_roles(fields, len(tokens))
-    add_bos = _value(fields, "add_bos_token", bool, model == SENTENCEPIECE or PRE_TOKENIZERS[pre].add_bos)
+    add_bos = _value(
+        fields, "add_bos_token", bool, model == SENTENCEPIECE or PRE_TOKENIZERS[pre].add_bos
+    )
     add_eos = _value(fields, "add_eos_token", bool, False)
     for role, added in (("bos", add_bos), ("eos", add_eos)):
         if added and role not in roles:
             raise TokenizerConversionError(
-                f"tokenizer.ggml.add_{role}_token is set, but no token has that role; convert the model again"
+                f"tokenizer.ggml.add_{role}_token is set, but no token has that role; convert the "
+                "model again"
             )
     return TokenizerMetadata(
         model=model,
@@ -114,7 +130,9 @@ def read_metadata(fields: Mapping[str, Field]) -> TokenizerMetadata:
         roles=roles,
         add_bos=add_bos,
         add_eos=add_eos,
-        add_space_prefix=_value(fields, "add_space_prefix", bool, True) if model == SENTENCEPIECE else False,
+        add_space_prefix=_value(fields, "add_space_prefix", bool, True)
+        if model == SENTENCEPIECE
+        else False,
         chat_template=_template(fields),
     )
 
@@ -133,13 +151,18 @@ def _value(fields: Mapping[str, Field], name: str, kind: type, default: Any) -> 
 
 
 def _array(fields: Mapping[str, Field], name: str, kind: type, count: int | None) -> list[Any]:
-    """A ``tokenizer.ggml`` array of the given Python type, with ``count`` entries where that is given."""
+    """A ``tokenizer.ggml`` array of the given Python type, with ``count`` entries where that is
+    given."""
     key = f"tokenizer.ggml.{name}"
     if key not in fields:
-        raise TokenizerConversionError(f"{key} is missing; convert the model again with its tokenizer")
+        raise TokenizerConversionError(
+            f"{key} is missing; convert the model again with its tokenizer"
+        )
     values = fields[key].value
     if not isinstance(values, list) or any(type(value) is not kind for value in values):
-        raise TokenizerConversionError(f"{key} is not an array of {kind.__name__}; convert the model again")
+        raise TokenizerConversionError(
+            f"{key} is not an array of {kind.__name__}; convert the model again"
+        )
     if count is not None and len(values) != count:
         raise TokenizerConversionError(
             f"{key} has {len(values)} entries for {count} tokens; convert the model again"
@@ -148,7 +171,8 @@ def _array(fields: Mapping[str, Field], name: str, kind: type, count: int | None
 
 
 def read_tokens(fields: Mapping[str, Field]) -> tuple[tuple[str, ...], tuple[TokenType, ...]]:
-    """Every token's text as llama.cpp has it (see ``token_text``), and its type; the index is the id.
+    """Every token's text as llama.cpp has it (see ``token_text``), and its type; the index is the
+    id.
 
     Raises:
         TokenizerConversionError: missing or malformed, not UTF-8, or a token that occurs twice.
@@ -158,10 +182,12 @@ def read_tokens(fields: Mapping[str, Field]) -> tuple[tuple[str, ...], tuple[Tok
 
 
 def read_roles(fields: Mapping[str, Field], count: int) -> dict[str, int]:
-    """Ids of ``bos``, ``eos``, ``unk``, ``sep``, ``pad`` and ``mask`` among ``count`` tokens, where there are any.
+    """Ids of ``bos``, ``eos``, ``unk``, ``sep``, ``pad`` and ``mask`` among ``count`` tokens, where
+    there are any.
 
-    As in llama.cpp, an id beyond the vocabulary names none, and SentencePiece files need not name the usual ones.
-    (For byte-level files that name none llama.cpp takes token 11, whatever that is; here they have none.)
+    As in llama.cpp, an id beyond the vocabulary names none, and SentencePiece files need not name
+    the usual ones. (For byte-level files that name none llama.cpp takes token 11, whatever that is;
+    here they have none.)
 
     Raises:
         TokenizerConversionError: an id is not a number.
@@ -176,12 +202,14 @@ def read_roles(fields: Mapping[str, Field], count: int) -> dict[str, int]:
 
 
 def token_text(text: str, number: int) -> str:
-    """What llama.cpp makes of a token's text: it ends at the first NUL, and an empty one gets a name."""
+    """What llama.cpp makes of a token's text: it ends at the first NUL, and an empty one gets a
+    name."""
     return text.partition("\0")[0] or f"[EMPTY_{number}]"
 
 
 def _encodable(text: str) -> bool:
-    """Whether the bytes in the file were UTF-8: the reader stands a lone surrogate for each that was not."""
+    """Whether the bytes in the file were UTF-8: the reader stands a lone surrogate for each that
+    was not."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -191,15 +219,18 @@ def _tokens(fields: Mapping[str, Field]) -> tuple[str, ...]:
         token = token_text(text, number)
         if not _encodable(token):
             raise TokenizerConversionError(
-                f"tokenizer.ggml.tokens: token {number} is {token!r}, which is not UTF-8; no tokenizer.json can hold it"
+                f"tokenizer.ggml.tokens: token {number} is {token!r}, which is not UTF-8; no "
+                "tokenizer.json can hold it"
             )
         if len(token) > MAX_TOKEN:  # every way to cut it in two is looked at
             raise TokenizerConversionError(
-                f"tokenizer.ggml.tokens: token {number} has {len(token)} characters; more than {MAX_TOKEN} are damage"
+                f"tokenizer.ggml.tokens: token {number} has {len(token)} characters; more than "
+                f"{MAX_TOKEN} are damage"
             )
         if token in seen:
             raise TokenizerConversionError(
-                f"tokenizer.ggml.tokens: {token!r} occurs twice, the second time as {number}; convert the model again"
+                f"tokenizer.ggml.tokens: {token!r} occurs twice, the second time as {number}; "
+                "convert the model again"
             )
         seen.add(token)
         tokens.append(token)
@@ -214,11 +245,14 @@ def _kinds(fields: Mapping[str, Field], count: int) -> tuple[TokenType, ...]:
     if "tokenizer.ggml.token_type" not in fields:
         return (TokenType.NORMAL,) * count
     numbers = _array(fields, "token_type", int, count)
-    known = {0: TokenType.NORMAL} | {int(kind): kind for kind in TokenType}  # 0: llama.cpp's "undefined"
+    known = {0: TokenType.NORMAL} | {
+        int(kind): kind for kind in TokenType
+    }  # 0: llama.cpp's "undefined"
     for token, number in enumerate(numbers):
         if number not in known:
             raise TokenizerConversionError(
-                f"tokenizer.ggml.token_type: token {token} has type {number}; types are 1 to {max(known)}"
+                f"tokenizer.ggml.token_type: token {token} has type {number}; types are 1 to "
+                f"{max(known)}"
             )
     return tuple(known[number] for number in numbers)
 
@@ -259,7 +293,11 @@ def _read_in_text(
     fields: Mapping[str, Field], ids: Mapping[str, int], kinds: tuple[TokenType, ...]
 ) -> tuple[frozenset[int], frozenset[int]]:
     """Ids that are read as wholes: only where control tokens are to be, and always."""
-    special = {number for number, kind in enumerate(kinds) if kind in (TokenType.CONTROL, TokenType.UNKNOWN)}
+    special = {
+        number
+        for number, kind in enumerate(kinds)
+        if kind in (TokenType.CONTROL, TokenType.UNKNOWN)
+    }
     user_defined = {number for number, kind in enumerate(kinds) if kind == TokenType.USER_DEFINED}
     ends = {token for token in _END_OF_TURN.split() if token in ids}
     looks = set(ends)
@@ -273,7 +311,9 @@ def _read_in_text(
         {"<|flush|>", "<|end|>"} <= ends and ends & {"<|call|>", "<|calls|>"}
     ):
         plain.add(ids["<|end|>"])
-    unread = {ids["</s>"]} if {"<|tool_response>", "</s>"} <= ends else set()  # Gemma 4's </s> is plain text
+    unread = (
+        {ids["</s>"]} if {"<|tool_response>", "</s>"} <= ends else set()
+    )  # Gemma 4's </s> is plain text
     special -= plain | unread
     return frozenset(special), frozenset((user_defined | plain) - special - unread)
 
@@ -281,7 +321,8 @@ def _read_in_text(
 def _strips_right(
     fields: Mapping[str, Field], tokens: tuple[str, ...], read_in_text: frozenset[int]
 ) -> frozenset[int]:
-    """Phi-3's tokens swallow white space behind them, which llama.cpp knows by the model's name alone."""
+    """Phi-3's tokens swallow white space behind them, which llama.cpp knows by the model's name
+    alone."""
     name = fields["general.name"].value if "general.name" in fields else ""
     if not isinstance(name, str) or not any(phi in name.lower() for phi in ("phi-3", "phi3")):
         return frozenset()
@@ -294,5 +335,7 @@ def _template(fields: Mapping[str, Field]) -> str | None:
     if field is None:
         return None
     if not isinstance(field.value, str) or not _encodable(field.value):
-        raise TokenizerConversionError("tokenizer.chat_template is not a UTF-8 text; convert the model again")
+        raise TokenizerConversionError(
+            "tokenizer.chat_template is not a UTF-8 text; convert the model again"
+        )
     return field.value or None

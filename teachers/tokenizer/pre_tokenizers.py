@@ -1,10 +1,12 @@
-"""How llama.cpp cuts a text into words before byte-level BPE, for each pre-tokenizer name a GGUF file may have.
+"""How llama.cpp cuts a text into words before byte-level BPE, for each pre-tokenizer name a GGUF
+file may have.
 
-The patterns say what llama.cpp does, not what the model's authors once wrote: they differ in places (a letter
-beyond A-Z has no case), and the teacher's ids are llama.cpp's. Each pattern cuts every piece that the ones before
-it left; what no pattern matches stays a piece of its own. What is a letter, a number or white space, both sides
-agree upon for every character up to Unicode 15; the letters and numbers that Unicode 16 added are unassigned to
-llama.cpp, so a word of them may be cut elsewhere.
+The patterns say what llama.cpp does, not what the model's authors once wrote: they differ in places
+(a letter beyond A-Z has no case), and the teacher's ids are llama.cpp's. Each pattern cuts every
+piece that the ones before it left; what no pattern matches stays a piece of its own. What is a
+letter, a number or white space, both sides agree upon for every character up to Unicode 15; the
+letters and numbers that Unicode 16 added are unassigned to llama.cpp, so a word of them may be cut
+elsewhere.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def _modern(digits: str, letters: str = r"\p{L}", others: str = _OTHERS + r"[\r\
 
 
 def _cased(digits: str, contraction: str = "") -> str:
-    """The kind that GPT-4o and Tekken use: a word ends where its small letters end. Only a-z and A-Z have a case."""
+    """The kind that GPT-4o and Tekken use: a word ends where its small letters end. Only a-z and
+    A-Z have a case."""
     start, upper, lower = r"[^\r\n\p{L}\p{N}]?", r"(?:(?![a-z])\p{L})", r"(?:(?![A-Z])\p{L})"
     words = f"{start}{upper}*{lower}+{contraction}|{start}{upper}+{lower}*{contraction}"
     return rf"{words}|{digits}|{_OTHERS}[\r\n/]*|{_LINES}"
@@ -46,10 +49,11 @@ _DEEPSEEK_LETTERS = (
     "\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿ"
     "\ufb00-\ufb06\ufb13-\ufb17Ａ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
 )
-_DEEPSEEK_SIGNS = (
-    "!-/:-~！-／：-～‘-‟\u3001-。"  # its range begins at U+3000, which llama.cpp takes for white space
+# Its range begins at U+3000, which llama.cpp takes for white space
+_DEEPSEEK_SIGNS = "!-/:-~！-／：-～‘-‟\u3001-。"
+_DEEPSEEK_SCRIPTS = (
+    "(?:(?!\\s)[一-龥ࠀ-一가-\ud7ff])+"  # the range from U+0800 has white space in it
 )
-_DEEPSEEK_SCRIPTS = "(?:(?!\\s)[一-龥ࠀ-一가-\ud7ff])+"  # the range from U+0800 has white space in it
 _DEEPSEEK3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]\^_`{|}~][A-Za-z]+"
     rf"|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_LINES}"
@@ -58,10 +62,12 @@ _DEEPSEEK3 = (
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """``patterns`` (regular expressions as the tokenizers library reads them) and what else the name implies.
+    """``patterns`` (regular expressions as the tokenizers library reads them) and what else the
+    name implies.
 
-    ``ignore_merges``: a word that is a token is that token, whatever the merges say. ``add_bos``: the default where
-    the file does not say whether a text begins with the beginning-of-sequence token.
+    ``ignore_merges``: a word that is a token is that token, whatever the merges say. ``add_bos``:
+    the default where the file does not say whether a text begins with the beginning-of-sequence
+    token.
     """
 
     patterns: tuple[str, ...]
@@ -95,7 +101,16 @@ _BY_KIND = {
     ),
     PreTokenizer((_LLAMA3,)): ("dbrx", "smaug-bpe"),
     PreTokenizer((_QWEN2,)): (
-        *("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "grok-2", "kormo", "solar-open"),
+        *(
+            "qwen2",
+            "deepseek-r1-qwen",
+            "stablelm2",
+            "megrez",
+            "hunyuan",
+            "grok-2",
+            "kormo",
+            "solar-open",
+        ),
     ),
     PreTokenizer((_QWEN35,)): ("qwen35",),
     PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True): ("tekken",),
@@ -110,8 +125,13 @@ _BY_KIND = {
             r"\p{N}+",
         )
     ): ("deepseek-llm",),
-    PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_SCRIPTS, r"\p{N}")): ("deepseek-coder",),
-    PreTokenizer((r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", _DEEPSEEK3)): ("deepseek-v3", "hunyuan-dense"),
+    PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_SCRIPTS, r"\p{N}")): (
+        "deepseek-coder",
+    ),
+    PreTokenizer((r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", _DEEPSEEK3)): (
+        "deepseek-v3",
+        "hunyuan-dense",
+    ),
 }
 
 PRE_TOKENIZERS = {name: kind for kind, names in _BY_KIND.items() for name in names}

@@ -1,11 +1,12 @@
 """A GGUF file's tokenizer as a Hugging Face one: tokenizer.json, made to give llama.cpp's own ids.
 
-llama.cpp joins SentencePiece tokens by their scores, the tokenizers library by a list of merges, so the list is
-derived from the scores. What cannot be carried over: of two *different* tokens with equal scores that compete for
-the same character, llama.cpp takes the one further left, this tokenizer the longer one (which is the same in runs
-of spaces, where it matters); of two overlapping special tokens llama.cpp reads the longer one, the tokenizers
-library the one that begins first; and where Phi-3's special tokens swallow white space behind them, llama.cpp means
-ASCII's, the tokenizers library all.
+llama.cpp joins SentencePiece tokens by their scores, the tokenizers library by a list of merges, so
+the list is derived from the scores. What cannot be carried over: of two *different* tokens with
+equal scores that compete for the same character, llama.cpp takes the one further left, this
+tokenizer the longer one (which is the same in runs of spaces, where it matters); of two overlapping
+special tokens llama.cpp reads the longer one, the tokenizers library the one that begins first; and
+where Phi-3's special tokens swallow white space behind them, llama.cpp means ASCII's, the
+tokenizers library all.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from teachers.gguf.file import Field
 from teachers.tokenizer.gguf_metadata import (
@@ -34,11 +44,13 @@ __all__ = ["TokenizerConversionError", "build_tokenizer", "write_tokenizer_folde
 
 
 def build_tokenizer(fields: Mapping[str, Field]) -> Tokenizer:
-    """The tokenizer that GGUF metadata describes; ``encode`` gives what llama.cpp's ``tokenize`` gives.
+    """The tokenizer that GGUF metadata describes; ``encode`` gives what llama.cpp's ``tokenize``
+    gives.
 
-    Special tokens are added and read as with ``add_special`` and ``parse_special``;
-    ``encode(..., add_special_tokens=False)`` and ``tokenizer.encode_special_tokens = True`` turn them off.
-    ``fields``: the ``tokenizer.*`` entries, and ``general.name`` where it is at hand (see ``read_metadata``).
+    Special tokens are added and read as with ``add_special`` and ``parse_special``; ``encode(...,
+    add_special_tokens=False)`` and ``tokenizer.encode_special_tokens = True`` turn them off.
+    ``fields``: the ``tokenizer.*`` entries, and ``general.name`` where it is at hand (see
+    ``read_metadata``).
 
     Raises:
         TokenizerConversionError: malformed metadata, or a tokenizer that cannot be carried over.
@@ -47,12 +59,14 @@ def build_tokenizer(fields: Mapping[str, Field]) -> Tokenizer:
 
 
 def write_tokenizer_folder(fields: Mapping[str, Field], folder: Path) -> None:
-    """Write ``tokenizer.json``, ``tokenizer_config.json`` and, where there is one, ``chat_template.jinja``.
+    """Write ``tokenizer.json``, ``tokenizer_config.json`` and, where there is one,
+    ``chat_template.jinja``.
 
-    ``folder`` exists; files of these names are replaced. ``AutoTokenizer.from_pretrained`` then loads the tokenizer
-    as it stands, unless a ``config.json`` beside it names an architecture that transformers always gives its own
-    class (``qwen2`` and ``qwen3_5``, which bring text into NFC first); ``PreTrainedTokenizerFast.from_pretrained``
-    always does. Tokens with a role (bos, eos, …) are read in texts even where llama.cpp does not know them as special.
+    ``folder`` exists; files of these names are replaced. ``AutoTokenizer.from_pretrained`` then
+    loads the tokenizer as it stands, unless a ``config.json`` beside it names an architecture that
+    transformers always gives its own class (``qwen2`` and ``qwen3_5``, which bring text into NFC
+    first); ``PreTrainedTokenizerFast.from_pretrained`` always does. Tokens with a role (bos, eos,
+    …) are read in texts even where llama.cpp does not know them as special.
 
     Raises:
         TokenizerConversionError: malformed metadata, or a tokenizer that cannot be carried over.
@@ -61,7 +75,8 @@ def write_tokenizer_folder(fields: Mapping[str, Field], folder: Path) -> None:
     metadata = read_metadata(fields)
     text = _assemble(metadata).to_str(pretty=True)
     config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # any other class might build its own tokenizer
+        # Any other class might build its own tokenizer
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         **{f"{role}_token": metadata.tokens[number] for role, number in metadata.roles.items()},
     }
@@ -84,7 +99,9 @@ def _assemble(metadata: TokenizerMetadata) -> Tokenizer:
     except TokenizerConversionError:
         raise
     except Exception as error:  # the tokenizers library raises nothing narrower
-        raise TokenizerConversionError(f"the tokenizers library refuses this tokenizer: {error}") from error
+        raise TokenizerConversionError(
+            f"the tokenizers library refuses this tokenizer: {error}"
+        ) from error
     return tokenizer
 
 
@@ -99,7 +116,8 @@ def _sentencepiece(metadata: TokenizerMetadata) -> Tokenizer:
             byte_fallback=True,
         )
     )
-    # Not the Metaspace pre-tokenizer: it leaves out the prefix where the text begins with a space already.
+    # Not the Metaspace pre-tokenizer: it leaves out the prefix where the text begins with a space
+    # already.
     escape = normalizers.Replace(" ", SPACE)
     unescape = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.add_space_prefix:
@@ -112,18 +130,20 @@ def _sentencepiece(metadata: TokenizerMetadata) -> Tokenizer:
 
 
 def _merges_by_score(metadata: TokenizerMetadata, ids: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Every way to make a token of two, in the order in which llama.cpp would join them: the best score first.
+    """Every way to make a token of two, in the order in which llama.cpp would join them: the best
+    score first.
 
-    Within one score llama.cpp goes from left to right, which a list cannot say. Longer tokens first stand in for it:
-    what has just been joined grows on, as a run of spaces does. The order among the ways to make one token does not
-    matter.
+    Within one score llama.cpp goes from left to right, which a list cannot say. Longer tokens first
+    stand in for it: what has just been joined grows on, as a run of spaces does. The order among
+    the ways to make one token does not matter.
     """
 
     def order(pair: tuple[str, str]) -> tuple[float, int, int]:
         token = pair[0] + pair[1]
         return -metadata.scores[ids[token]], -len(token), ids[token]
 
-    # These are read as wholes, or hold a space, which is escaped: no text has them left when tokens are joined.
+    # These are read as wholes, or hold a space, which is escaped: no text has them left when tokens
+    # are joined.
     never = {metadata.tokens[number] for number in metadata.special | metadata.user_defined}
     pairs: list[tuple[str, str]] = []
     for token in metadata.tokens:
@@ -132,10 +152,12 @@ def _merges_by_score(metadata: TokenizerMetadata, ids: Mapping[str, int]) -> lis
 
 
 def _halves(token: str, ids: Mapping[str, int], *, joined: bool) -> Iterator[tuple[str, str]]:
-    """The pairs of tokens that ``token`` can be made of; ``joined`` says whether llama.cpp ever makes it of parts.
+    """The pairs of tokens that ``token`` can be made of; ``joined`` says whether llama.cpp ever
+    makes it of parts.
 
     Raises:
-        TokenizerConversionError: llama.cpp makes it of a character that is no token, which no list of merges can.
+        TokenizerConversionError: llama.cpp makes it of a character that is no token, which no list
+        of merges can.
     """
     for cut in range(1, len(token)):
         left, right = token[:cut], token[cut:]
@@ -144,7 +166,8 @@ def _halves(token: str, ids: Mapping[str, int], *, joined: bool) -> Iterator[tup
         elif joined and all(half in ids or len(half) == 1 for half in (left, right)):
             alone = left if left not in ids else right
             raise TokenizerConversionError(
-                f"token {ids[token]}, {token!r}, is made with {alone!r}, which is no token itself: tokenizer.json "
+                f"token {ids[token]}, {token!r}, is made with {alone!r}, which is no token itself: "
+                "tokenizer.json "
                 "cannot express this; use a teacher whose vocabulary has every character it uses"
             )
 
@@ -155,9 +178,13 @@ def _byte_level(metadata: TokenizerMetadata) -> Tokenizer:
     tokenizer = Tokenizer(
         models.BPE(vocab=ids, merges=list(metadata.merges), ignore_merges=kind.ignore_merges)
     )
-    steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in kind.patterns]
+    steps: list[Any] = [
+        pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in kind.patterns
+    ]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    missing = [sign for byte, sign in _visible_bytes().items() if sign not in ids and byte not in _NEVER]
+    missing = [
+        sign for byte, sign in _visible_bytes().items() if sign not in ids and byte not in _NEVER
+    ]
     if missing:  # llama.cpp drops such bytes; their neighbours must not be joined over the gap
         steps.append(pre_tokenizers.Split(Regex(f"[{_class(missing)}]"), "removed"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
@@ -169,7 +196,9 @@ def _visible_bytes() -> dict[int, str]:
     """The character that stands for each byte in a byte-level vocabulary."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(0x100) if byte not in shown]
-    return {byte: chr(byte) for byte in shown} | {byte: chr(0x100 + n) for n, byte in enumerate(hidden)}
+    return {byte: chr(byte) for byte in shown} | {
+        byte: chr(0x100 + n) for n, byte in enumerate(hidden)
+    }
 
 
 def _class(characters: list[str]) -> str:
@@ -183,7 +212,10 @@ def _add_special_tokens(tokenizer: Tokenizer, metadata: TokenizerMetadata) -> No
     for numbers, special in ((metadata.special, True), (metadata.user_defined, False)):
         added = [
             AddedToken(
-                tokens[number], rstrip=number in metadata.strips_right, normalized=False, special=special
+                tokens[number],
+                rstrip=number in metadata.strips_right,
+                normalized=False,
+                special=special,
             )
             for number in sorted(numbers)
         ]
@@ -195,7 +227,10 @@ def _add_special_tokens(tokenizer: Tokenizer, metadata: TokenizerMetadata) -> No
         single = [f"{piece}:0" for piece in (*before, "$A", *after)]
         second = [f"{piece}:1" for piece in (*before, "$B", *after)]
         # Names of their own: a token's text could be taken for part of the template.
-        named = [{"id": name, "ids": [number], "tokens": [tokens[number]]} for name, number in ends.items()]
+        named = [
+            {"id": name, "ids": [number], "tokens": [tokens[number]]}
+            for name, number in ends.items()
+        ]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=single, pair=[*single, *second], special_tokens=named
         )

@@ -1,4 +1,5 @@
-"""The house's rules, held by reading the source: import direction, sizes, nothing that runs untrusted data."""
+"""The house's rules, held by reading the source: import direction, sizes, nothing that runs
+untrusted data."""
 
 from __future__ import annotations
 
@@ -126,7 +127,8 @@ def test_imports_run_downwards() -> None:
 
 
 def test_no_circle_of_modules() -> None:
-    """Modules that import nothing but what is already taken away can be taken away, until none is left."""
+    """Modules that import nothing but what is already taken away can be taken away, until none
+    is left."""
     left = {name: imported(name) & modules().keys() for name in modules()}
     while free := {name for name, needs in left.items() if not needs & left.keys()}:
         left = {name: needs for name, needs in left.items() if name not in free}
@@ -157,7 +159,8 @@ def test_sizes() -> None:
 
 
 def test_nothing_executes_untrusted_data() -> None:
-    """Stores, checkpoints and teachers are untrusted: no pickle, no torch.load, no remote code, no eval."""
+    """Stores, checkpoints and teachers are untrusted: no pickle, no torch.load, no remote code,
+    no eval."""
     wrong = []
     for name in modules():
         if name.partition(".")[0] == "tests":
@@ -197,7 +200,10 @@ def test_only_the_workers_modules_touch_llama_cpp() -> None:
 
 def test_parent_process_does_not_load_llama_cpp() -> None:
     """Importing the parent's side must not pull the native library in."""
-    names = "distill.pipeline.run, distill.pipeline.plan, distill.cli, teachers.huggingface.teacher, teachers.ensemble"
+    names = (
+        "distill.pipeline.run, distill.pipeline.plan, distill.cli, "
+        "teachers.huggingface.teacher, teachers.ensemble"
+    )
     code = f"import sys, {names}; print('llama_cpp' in sys.modules)"
     answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True

@@ -27,6 +27,7 @@ from distill.evaluation.inputs.request import Request, Wanted
 from distill.evaluation.records import Comparison
 from distill.evaluation.safety import choose_prompts
 from distill.evaluation.text import Text, choose_text
+from distill.export import proof
 from distill.heads.prompts import built_in_prompts, digest, split_by_scenario
 from distill.runs.folder import HeldOut, RunFolder
 from distill.runtime.progress import Console
@@ -45,7 +46,7 @@ from tests.support.teachers import shared_file
 
 pytestmark = pytest.mark.needs_gguf
 
-FEW_TOKENS = 8  # written greedily where how many does not matter
+FEW_TOKENS = 8  # written where how many does not matter
 
 # llama.cpp by its package's high-level interface, which shares no code with ours: it writes logits.
 ASK_LLAMA = """
@@ -118,12 +119,19 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return Files(run, copy, student)
 
 
+def hasten(patch: pytest.MonkeyPatch) -> None:
+    """Let models write little."""
+    patch.setattr(greedy, "NEW_TOKENS", FEW_TOKENS)
+    patch.setattr(proof, "SPEED_NEW_TOKENS", FEW_TOKENS)
+    patch.setattr(proof, "SPEED_PROMPT_TOKENS", 16)
+
+
 @pytest.fixture(scope="module")
 def comparison(files: Files) -> Comparison:
     """The run's student and the teacher's copy against the teacher, on what the run held out."""
     request = Request([files.run.path, files.copy], example_teacher())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(greedy, "NEW_TOKENS", FEW_TOKENS)
+        hasten(patch)
         return evaluate_files(request, Console(stderr=True))
 
 
@@ -403,7 +411,8 @@ def test_json_page_and_tasks(
         print("the harness says hello")
         return {task: {"acc": 0.5, "acc_stderr": 0.01, "limit": float(limit)} for task in tasks}
 
-    monkeypatch.setattr(greedy, "NEW_TOKENS", FEW_TOKENS)
+    hasten(monkeypatch)
+    monkeypatch.setattr("distill.evaluation.compare.UNSTEADY", 0.0)
     monkeypatch.setattr("distill.pipeline.preflight.require_harness", lambda: None)
     monkeypatch.setattr(lm_eval_adapter, "require_tasks", lambda tasks: None)
     monkeypatch.setattr(lm_eval_adapter, "run_harness", run_harness)
@@ -420,6 +429,7 @@ def test_json_page_and_tasks(
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert out.count("\n") == 1 and "hello" in err and "KL" in err
+    assert "differed from trial to trial" in " ".join(err.split())
     assert found["kind"] == "evaluation" and found["teacher"]["path"] == str(example_teacher())
     student = found["students"][0]
     assert student["task"]["prompts"] == 2 and student["fidelity"]["draft_length"] == 2

@@ -1,7 +1,7 @@
 """Trouble in one of several processes: the trainings, and what each process keeps of them.
 
-``tests/integration/test_distributed.py`` starts them under DDP and FSDP and looks at what came of them; what a
-process saw lies in FOLDER/NAME/process-RANK.json.
+``tests/integration/test_distributed.py`` starts them under DDP and FSDP and looks at what came of
+them; what a process saw lies in FOLDER/NAME/process-RANK.json.
 """
 
 from __future__ import annotations

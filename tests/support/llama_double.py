@@ -101,7 +101,8 @@ native.llama_decode, native.llama_get_logits = llama_decode, llama_get_logits
 native.llama_supports_gpu_offload = lambda: fault["where"] == "gpu"
 if fault["where"] == "gpu":
     import teachers.llama_cpp.library.ggml
-    teachers.llama_cpp.library.ggml.devices = lambda: [{"name": "Pretended", "free_bytes": 1, "total_bytes": 2}]
+    pretended = {"name": "Pretended", "free_bytes": 1, "total_bytes": 2}
+    teachers.llama_cpp.library.ggml.devices = lambda: [pretended]
 """
 
 
@@ -109,8 +110,8 @@ if fault["where"] == "gpu":
 class Fault:
     """What goes wrong.
 
-    ``die_at``: the decode of a process at which it dies of ``signal`` (0: is busy for a minute);
-    0 is loading, -1 never. Only ``times`` times over all processes (0: always). ``logits``: "nan", or
+    ``die_at``: the decode of a process at which it dies of ``signal`` (0: is busy for a minute); 0
+    is loading, -1 never. Only ``times`` times over all processes (0: always). ``logits``: "nan", or
     "wrong" for those of other tokens. ``refuse``: no context is made, with ``die_at`` -2 no model.
     ``where``: "extra buffers", "gpu", "driver" (wherever a GPU is not shut out), "other files" than
     the example teacher's, or "always". ``warning``: what loading a file writes to the log.

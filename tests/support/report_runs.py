@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 
 from distill.cli import main
 from distill.config.loading import load_config
-from distill.reports.build import Content, tell
+from distill.reports.build import Content, document_of
 from distill.reports.document import Chart, Fact
+from distill.reports.render.html import render
 from distill.reports.render.terminal import print_report
 from distill.reports.run.report import read_report
 from distill.runs.folder import RunFolder
@@ -105,17 +106,18 @@ def structure(card: str) -> list[str]:
 
 
 def headings(card: str) -> list[str]:
+    """The titles of the card's sections."""
     tokens = parsed(card)[1]
     return [
         follower.content
         for token, follower in itertools.pairwise(tokens)
-        if token.type == "heading_open" and token.tag != "h1"
+        if token.type == "heading_open" and token.tag == "h2"
     ]
 
 
 def section(card: str, title: str) -> str:
     """The Markdown under one heading."""
-    found = re.search(rf"^##+ {title}\n(.*?)(?=^##+ |\Z)", card, re.MULTILINE | re.DOTALL)
+    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)
     assert found is not None, title
     return found[1]
 
@@ -257,7 +259,7 @@ def printed(told: Path | Content, width: int = 200) -> str:
     """What the terminal shows of a run's folder, or of what else is reported on."""
     file = io.StringIO()
     content = read_report(told) if isinstance(told, Path) else told
-    print_report(tell(content), RichConsole(file=file, width=width, highlight=False))
+    print_report(document_of(content), RichConsole(file=file, width=width, highlight=False))
     return file.getvalue()
 
 
@@ -306,6 +308,11 @@ class Page(HTMLParser):
             self.scripts[-1] += data
         else:
             self.words.append(data)
+
+
+def page(content: Content) -> str:
+    """The HTML page of what is reported on."""
+    return render(document_of(content))
 
 
 def sound_page(text: str) -> tuple[Page, dict[str, Any]]:

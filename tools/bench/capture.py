@@ -1,9 +1,11 @@
-"""How fast soft targets are captured, against llama.cpp itself: ratios measured side by side in one run.
+"""How fast soft targets are captured, against llama.cpp itself: ratios measured side by side in one
+run.
 
     python -m tools.bench.capture [TEACHER.gguf]
 
-Without a file, a random-weight teacher of 1024×8 in Q8_0 with 32,064 tokens is made in a temporary folder. Every
-contender gets the same tokens; the contenders take turns, and the best of the rounds counts.
+Without a file, a random-weight teacher of 1024×8 in Q8_0 with 32,064 tokens is made in a temporary
+folder. Every contender gets the same tokens; the contenders take turns, and the best of the rounds
+counts.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ Tokens = NDArray[np.int32]
 
 
 class Bare:
-    """llama.cpp by itself: a batch of whole sequences, ``llama_decode``, all logits, its own defaults."""
+    """llama.cpp by itself: a batch of whole sequences, ``llama_decode``, all logits, its own
+    defaults."""
 
     def __init__(self, path: Path, threads: int, batch: int, length: int) -> None:
         self.model = native.llama_model_load_from_file(
@@ -81,7 +84,9 @@ def quiet() -> Iterator[None]:
         os.close(saved)
 
 
-def score(teacher: GGUFTeacher, data: list[Tokens], recipe: Recipe, bases: Mapping[str, Basis]) -> None:
+def score(
+    teacher: GGUFTeacher, data: list[Tokens], recipe: Recipe, bases: Mapping[str, Basis]
+) -> None:
     """Capture and drop the result."""
     teacher.score(data, recipe, bases)
 
@@ -106,7 +111,8 @@ def measure(path: Path, rounds: int, sequences: int, length: int) -> None:
     with GGUFTeacher(path, threads=threads) as teacher, quiet():
         info = teacher.info
         data: list[Tokens] = [
-            random.integers(300, info.vocab_size, length + 1).astype(np.int32) for _ in range(sequences)
+            random.integers(300, info.vocab_size, length + 1).astype(np.int32)
+            for _ in range(sequences)
         ]
         sketch = default_sketch_bytes(16, info.vocab_size, info.width)
         recipes = {
@@ -119,7 +125,9 @@ def measure(path: Path, rounds: int, sequences: int, length: int) -> None:
         except CaptureError as error:
             Console().print(f"no sketch, no hidden states: {error}")
             recipes = {"compact, no sketch": recipes["compact, no sketch"]}
-        bases = {name: fit_companion(teacher, data, recipe).bases for name, recipe in recipes.items()}
+        bases = {
+            name: fit_companion(teacher, data, recipe).bases for name, recipe in recipes.items()
+        }
         with llama_cpp_as_checked(path):
             bare = Bare(path, threads, 512, length)
             high = llama_cpp.Llama(
@@ -132,7 +140,9 @@ def measure(path: Path, rounds: int, sequences: int, length: int) -> None:
                 high.reset()
                 high.eval(tokens[:length].tolist())
 
-        contenders: dict[str, Callable[[], None]] = {"llama_decode, all logits": lambda: bare.decode(data)}
+        contenders: dict[str, Callable[[], None]] = {
+            "llama_decode, all logits": lambda: bare.decode(data)
+        }
         for name, recipe in recipes.items():
             contenders[name] = functools.partial(score, teacher, data, recipe, bases[name])
         contenders["Llama(logits_all).eval"] = evaluate_high
@@ -149,7 +159,8 @@ def measure(path: Path, rounds: int, sequences: int, length: int) -> None:
         )
     console = Console()
     console.print(
-        f"{path.name}: {info.parameters / 1e6:.0f} M parameters, {sequences} × {length} tokens, {threads} threads"
+        f"{path.name}: {info.parameters / 1e6:.0f} M parameters, {sequences} × {length} tokens, "
+        f"{threads} threads"
     )
     console.print(table)
 

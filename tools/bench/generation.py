@@ -32,7 +32,9 @@ def rate(speak: Callable[[], list[Tokens]], forced: int) -> float:
     for _ in range(2):
         begin = time.perf_counter()
         said = speak()
-        best = max(best, sum(len(tokens) - forced for tokens in said) / (time.perf_counter() - begin))
+        best = max(
+            best, sum(len(tokens) - forced for tokens in said) / (time.perf_counter() - begin)
+        )
     return best
 
 
@@ -40,7 +42,11 @@ def high_level(path: Path, opening: Tokens, sampling: Sampling, threads: int) ->
     """Eight sequences, one after another, as llama-cpp-python's own interface writes them."""
     with quiet(), llama_cpp_as_checked(path):
         model = llama_cpp.Llama(
-            str(path), n_ctx=sampling.max_length, n_threads=threads, n_threads_batch=threads, verbose=False
+            str(path),
+            n_ctx=sampling.max_length,
+            n_threads=threads,
+            n_threads_batch=threads,
+            verbose=False,
         )
         said = []
         for _ in range(8):
@@ -66,7 +72,9 @@ def main() -> None:
     parser.add_argument("--together", type=int, default=32)
     options = parser.parse_args()
     sampling = Sampling(max_length=128)
-    table = Table("the teacher writes", "tokens/s", "against one at a time", "against Llama.generate")
+    table = Table(
+        "the teacher writes", "tokens/s", "against one at a time", "against Llama.generate"
+    )
     with GGUFTeacher(options.teacher) as teacher:
         opening = opening_segments(teacher)
         if opening is None:
@@ -76,10 +84,13 @@ def main() -> None:
         info = teacher.info
         recipe = Recipe("compact", 16, default_sketch_bytes(16, info.vocab_size, info.width))
         bases = fit_companion(teacher, teacher.speak(requests, sampling), recipe).bases
-        one = rate(lambda: [teacher.speak([opening], sampling, first_index=i)[0] for i in range(8)], forced)
+        one = rate(
+            lambda: [teacher.speak([opening], sampling, first_index=i)[0] for i in range(8)], forced
+        )
         greedy = max(teacher.speed(16, 64)[1] for _ in range(2))
         high = rate(
-            functools.partial(high_level, options.teacher, opening[0], sampling, teacher.threads), forced
+            functools.partial(high_level, options.teacher, opening[0], sampling, teacher.threads),
+            forced,
         )
         together = rate(lambda: teacher.speak(requests, sampling), forced)
         kept = rate(lambda: teacher.speak_and_score(requests, sampling, recipe, bases)[0], forced)

@@ -2,20 +2,24 @@
 
 Long because both sides of the job, their measuring and their tables belong together.
 
-    python -m tools.bench.headline [--teacher FILE.gguf] [--only ours|live] [--repeats 3] [--json FILE]
+    python -m tools.bench.headline [--teacher FILE.gguf] [--only ours|live] [--repeats 3] [--json
+    FILE]
 
-The job: a teacher of 1024×8 (168 M random parameters, V = 32,064; Q8_0 for us, bfloat16 for the other side), a
-student of 512×4 (45 M, untied), 100 sequences × 64 tokens × 5 epochs, batches of 4, T = 3 throughout, α 0.7, β 0.3.
+The job: a teacher of 1024×8 (168 M random parameters, V = 32,064; Q8_0 for us, bfloat16 for the
+other side), a student of 512×4 (45 M, untied), 100 sequences × 64 tokens × 5 epochs, batches of 4,
+T = 3 throughout, α 0.7, β 0.3.
 
-- ours: ``python -m distill run`` as a user starts it, in an empty folder, nothing reused. Measured from the start of
-  the process until the exported and proved ``student.gguf`` has its name, and until the process ends (the evaluation
-  is then done too). One sequence more is in the data, because one is held out.
-- live: ``tools.bench.live_distillation``, a re-creation of TRL's GKD trainer at its forward-KL end, from the start of the
-  process (imports included) until the trained student is saved in safetensors, and until the process ends. The
-  teacher is loaded from a checkpoint that was saved before, as ours is.
+- ours: ``python -m distill run`` as a user starts it, in an empty folder, nothing reused. Measured
+  from the start of the process until the exported and proved ``student.gguf`` has its name, and
+  until the process ends (the evaluation is then done too). One sequence more is in the data,
+  because one is held out.
+- live: ``tools.bench.live_distillation``, a re-creation of TRL's GKD trainer at its forward-KL end,
+  from the start of the process (imports included) until the trained student is saved in
+  safetensors, and until the process ends. The teacher is loaded from a checkpoint that was saved
+  before, as ours is.
 
-Both have the same number of threads, take turns, and find their files in the page cache. Medians count. What is not
-measured: making the random teachers and the data.
+Both have the same number of threads, take turns, and find their files in the page cache. Medians
+count. What is not measured: making the random teachers and the data.
 """
 
 from __future__ import annotations
@@ -101,21 +105,28 @@ class Measured:
 
 
 def sequences_of_text(teacher: Teacher, count: int, length: int) -> tuple[list[str], list[Tokens]]:
-    """Different texts of made-up words that make exactly ``length`` tokens each (BOS included), and those tokens."""
+    """Different texts of made-up words that make exactly ``length`` tokens each (BOS included),
+    and those tokens."""
     start = [teacher.info.bos] if teacher.info.add_bos and teacher.info.bos is not None else []
     random = np.random.default_rng(0)
     texts: dict[str, Tokens] = {}
     while len(texts) < count:
-        words = ("".join(random.choice(list(LETTERS), random.integers(2, 8))) for _ in range(2 * length))
+        words = (
+            "".join(random.choice(list(LETTERS), random.integers(2, 8))) for _ in range(2 * length)
+        )
         text, wanted = " ".join(words), length - len(start)
         for begin in range(1, len(text), CHARACTERS_AT_ONCE):
             ends = range(begin, min(begin + CHARACTERS_AT_ONCE, len(text)))
             prefixes = [text[:end] for end in ends if text[end - 1] != " "]
             found = teacher.tokenize(prefixes, add_special=False, parse_special=False)
-            fitting = {text: ids for text, ids in zip(prefixes, found, strict=True) if len(ids) == wanted}
+            fitting = {
+                text: ids for text, ids in zip(prefixes, found, strict=True) if len(ids) == wanted
+            }
             if fitting:
                 chosen, ids = next(iter(fitting.items()))
-                texts[chosen] = np.concatenate((np.array(start, dtype=np.int32), ids)).astype(np.int32)
+                texts[chosen] = np.concatenate((np.array(start, dtype=np.int32), ids)).astype(
+                    np.int32
+                )
                 break
             if min(map(len, found)) > wanted:
                 break
@@ -205,8 +216,8 @@ def our_command(job: Job, material: Material, out: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Timing:
-    """One process: its start as ``time.time()``; seconds until the wanted file was there, until each line was printed,
-    and until the process ended."""
+    """One process: its start as ``time.time()``; seconds until the wanted file was there, until
+    each line was printed, and until the process ended."""
 
     begin: float
     done: float
@@ -321,13 +332,18 @@ def measure_live(job: Job, material: Material, folder: Path) -> Measured:
     return Measured(parts, done, timing.ended, result | {"precision": job.live_precision})
 
 
-SIDES: dict[str, Callable[[Job, Material, Path], Measured]] = {"ours": measure_ours, "live": measure_live}
+SIDES: dict[str, Callable[[Job, Material, Path], Measured]] = {
+    "ours": measure_ours,
+    "live": measure_live,
+}
 
 
 # -- the comparison --------------------------------------------------------------------------------------------
 
 
-def compare(job: Job, material: Material, sides: list[str], repeats: int) -> dict[str, list[Measured]]:
+def compare(
+    job: Job, material: Material, sides: list[str], repeats: int
+) -> dict[str, list[Measured]]:
     """Let the sides take turns, the first one changing, each time in an empty folder."""
     runs: dict[str, list[Measured]] = {side: [] for side in sides}
     for number in range(repeats):
@@ -349,17 +365,22 @@ def summary(runs: dict[str, list[Measured]]) -> dict[str, Any]:
     """Medians of every part, and ours as a share of live where both were measured."""
     found: dict[str, Any] = {side: medians(measured) for side, measured in runs.items()}
     if len(runs) == len(SIDES):
-        found["ours / live"] = {name: found["ours"][name] / found["live"][name] for name in (DONE, ENDED)}
+        found["ours / live"] = {
+            name: found["ours"][name] / found["live"][name] for name in (DONE, ENDED)
+        }
     return found
 
 
-def show(job: Job, runs: dict[str, list[Measured]], found: dict[str, Any], console: Console) -> None:
+def show(
+    job: Job, runs: dict[str, list[Measured]], found: dict[str, Any], console: Console
+) -> None:
     """Print the tables."""
     repeats = len(next(iter(runs.values())))
     for side, measured in runs.items():
         facts = measured[0].facts
         table = Table(
-            title=f"{side} ({facts['precision']}, {facts['student_parameters'] / 1e6:.1f} M-parameter student)",
+            title=f"{side} ({facts['precision']}, {facts['student_parameters'] / 1e6:.1f} "
+            "M-parameter student)",
             title_justify="left",
         )
         table.add_column("part")
@@ -368,10 +389,13 @@ def show(job: Job, runs: dict[str, list[Measured]], found: dict[str, Any], conso
         for name, seconds in found[side].items():
             every = [run.parts[name] for run in measured]
             style = "bold" if name in (DONE, ENDED) else ""
-            table.add_row(name, f"{seconds:.2f}", f"{min(every):.2f} – {max(every):.2f}", style=style)
+            table.add_row(
+                name, f"{seconds:.2f}", f"{min(every):.2f} – {max(every):.2f}", style=style
+            )
         console.print(table)
     console.print(
-        f"{job.samples} sequences × {job.length} tokens × {job.epochs} epochs, batch {job.batch_size}; "
+        f"{job.samples} sequences × {job.length} tokens × {job.epochs} epochs, batch "
+        f"{job.batch_size}; "
         f"{repeats} runs of each side"
     )
     for name, ratio in found.get("ours / live", {}).items():
@@ -383,10 +407,14 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--teacher", type=Path, help="GGUF teacher; without it a random one is made")
+    parser.add_argument(
+        "--teacher", type=Path, help="GGUF teacher; without it a random one is made"
+    )
     parser.add_argument("--shape", default="1024x8", help="of the random teacher, WIDTHxLAYERS")
     parser.add_argument("--vocab", type=int, default=32064, help="of the random teacher")
-    parser.add_argument("--quant", choices=sorted(QUANTS), default="q8_0", help="of the random teacher")
+    parser.add_argument(
+        "--quant", choices=sorted(QUANTS), default="q8_0", help="of the random teacher"
+    )
     parser.add_argument("--student-size", default="512x4")
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--length", type=int, default=64)
@@ -395,7 +423,9 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", choices=sorted(SIDES))
     parser.add_argument("--live-precision", choices=PRECISIONS, default="autocast")
-    parser.add_argument("--set", action="append", default=[], help="a further setting of `distill run`")
+    parser.add_argument(
+        "--set", action="append", default=[], help="a further setting of `distill run`"
+    )
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", type=Path)
     return parser

@@ -1,12 +1,14 @@
-"""Distillation as it is usually done: teacher and student are live ``transformers`` models in one process.
+"""Distillation as it is usually done: teacher and student are live ``transformers`` models in one
+process.
 
-The other side of ``tools.bench.headline``, which starts it: a re-creation, from its published definition, of
-what TRL's GKD trainer does with fixed sequences at the forward-KL end of the generalised Jensen-Shannon
-divergence (Agarwal et al. 2024, https://huggingface.co/docs/trl/gkd_trainer): both models' logits ``[B, T, V]``
-of every batch, divided by the temperature, two float32 log-softmaxes over the whole vocabulary, and their
-divergence, element by element. Cross-entropy is added with the weights of our objective. Whatever the real
-trainer does beyond that (its data loader, callbacks, logging, masks, checkpoints, re-computation of
-activations) is left out, in its favour.
+The other side of ``tools.bench.headline``, which starts it: a re-creation, from its published
+definition, of what TRL's GKD trainer does with fixed sequences at the forward-KL end of the
+generalised Jensen-Shannon divergence (Agarwal et al. 2024,
+https://huggingface.co/docs/trl/gkd_trainer): both models' logits ``[B, T, V]`` of every batch,
+divided by the temperature, two float32 log-softmaxes over the whole vocabulary, and their
+divergence, element by element. Cross-entropy is added with the weights of our objective. Whatever
+the real trainer does beyond that (its data loader, callbacks, logging, masks, checkpoints,
+re-computation of activations) is left out, in its favour.
 
     python -m tools.bench.live_distillation SPEC.json      (written by tools.bench.headline)
 """
@@ -62,9 +64,9 @@ class LlamaShape:
 
 @dataclass(frozen=True)
 class LiveJob:
-    """What to do. ``tokens``: a file of token ids ``[N, T]``; ``teacher``: a checkpoint folder; ``out``: the student's;
-    ``precision``: ``autocast`` (student in float32, computing in bfloat16, the teacher all bfloat16), ``bf16``
-    (both all bfloat16) or ``fp32``."""
+    """What to do. ``tokens``: a file of token ids ``[N, T]``; ``teacher``: a checkpoint folder;
+    ``out``: the student's; ``precision``: ``autocast`` (student in float32, computing in bfloat16,
+    the teacher all bfloat16), ``bf16`` (both all bfloat16) or ``fp32``."""
 
     tokens: str
     teacher: str
@@ -92,16 +94,20 @@ class LiveJob:
 
 
 def make_teacher(shape: LlamaShape, folder: Path, precision: str) -> None:
-    """Save a random teacher to be loaded: no part of the measured time, as the GGUF file's making is not."""
+    """Save a random teacher to be loaded: no part of the measured time, as the GGUF file's
+    making is not."""
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    shape.model().to(torch.float32 if precision == "fp32" else torch.bfloat16).save_pretrained(folder)
+    shape.model().to(torch.float32 if precision == "fp32" else torch.bfloat16).save_pretrained(
+        folder
+    )
 
 
 def live_loss(
     student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, job: LiveJob
 ) -> tuple[Tensor, Tensor]:
-    """T²·KL_T(teacher ‖ student) and CE, mean over positions, of logits ``[B, T, V]`` and ``tokens [B, T]``."""
+    """T²·KL_T(teacher ‖ student) and CE, mean over positions, of logits ``[B, T, V]`` and
+    ``tokens [B, T]``."""
     ours, theirs = student_logits[:, :-1].float(), teacher_logits[:, :-1].float()
     student = F.log_softmax(ours / job.temperature, dim=-1)
     teacher = F.log_softmax(theirs / job.temperature, dim=-1)
@@ -118,7 +124,9 @@ def run(job: LiveJob) -> None:
     teacher = LlamaForCausalLM.from_pretrained(job.teacher, dtype=narrow).to(device).eval()
     marks["load the teacher"] = time.time()
     torch.manual_seed(job.seed)
-    student = job.student.model().to(device, torch.bfloat16 if job.precision == "bf16" else torch.float32)
+    student = job.student.model().to(
+        device, torch.bfloat16 if job.precision == "bf16" else torch.float32
+    )
     optimizer = torch.optim.AdamW(student.parameters(), lr=job.learning_rate, fused=True)
     marks["make the student"] = time.time()
     tokens = torch.from_numpy(np.load(job.tokens).astype(np.int64))

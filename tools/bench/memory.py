@@ -1,8 +1,10 @@
-"""Peak memory of a capture from a teacher of the Phi-3.5-mini shape: 3.8 B random parameters in Q4_0.
+"""Peak memory of a capture from a teacher of the Phi-3.5-mini shape: 3.8 B random parameters in
+Q4_0.
 
     python -m tools.bench.memory [TEACHER.gguf]
 
-Without a file the teacher is made in a temporary folder (2.2 GB). Linux only: the peaks are the kernel's.
+Without a file the teacher is made in a temporary folder (2.2 GB). Linux only: the peaks are the
+kernel's.
 """
 
 from __future__ import annotations
@@ -37,7 +39,10 @@ def measure(path: Path, sequences: int, length: int) -> None:
     begin = time.monotonic()
     with GGUFTeacher(path) as teacher:
         info = teacher.info
-        data = [random.integers(300, info.vocab_size, length + 1).astype(np.int32) for _ in range(sequences)]
+        data = [
+            random.integers(300, info.vocab_size, length + 1).astype(np.int32)
+            for _ in range(sequences)
+        ]
         recipe = Recipe("compact", 16, default_sketch_bytes(16, info.vocab_size, info.width))
         bases = fit_companion(teacher, data, recipe).bases
         fitted = time.monotonic()
@@ -49,13 +54,17 @@ def measure(path: Path, sequences: int, length: int) -> None:
         ("teacher's file", f"{size / 1e9:.2f} GB"),
         ("peak of the teacher's process", f"{worker / 1e9:.2f} GB"),
         ("beyond the file", f"{(worker - size) / 1e9:.2f} GB"),
-        ("peak of the process that asks", f"{peak('self') / 1e9:.2f} GB ({before / 1e9:.2f} GB before)"),
+        (
+            "peak of the process that asks",
+            f"{peak('self') / 1e9:.2f} GB ({before / 1e9:.2f} GB before)",
+        ),
         ("fitting", f"{fitted - begin:.0f} s"),
         ("capture", f"{sequences * length / seconds:.1f} tokens/s"),
     ):
         table.add_row(name, value)
     Console().print(
-        f"{info.name}: {info.parameters / 1e9:.2f} B parameters, {sequences} × {length} tokens", table
+        f"{info.name}: {info.parameters / 1e9:.2f} B parameters, {sequences} × {length} tokens",
+        table,
     )
 
 

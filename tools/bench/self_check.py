@@ -1,10 +1,12 @@
-"""How far rounding and wrong kernels are apart, in the measure that the self-check of llama.cpp uses.
+"""How far rounding and wrong kernels are apart, in the measure that the self-check of llama.cpp
+uses.
 
     python -m tools.bench.self_check TEACHER.gguf …
 
-For each file: the mean KL of the first decode between two kinds of cache with plain kernels (the noise that the bound
-is made of), the bound, the KL with extra buffers, and the KL of kernels that leave out rows: the last 16 of every
-quantised matrix, or one in 32. Those are made by zeroing the rows in a copy of the file.
+For each file: the mean KL of the first decode between two kinds of cache with plain kernels (the
+noise that the bound is made of), the bound, the KL with extra buffers, and the KL of kernels that
+leave out rows: the last 16 of every quantised matrix, or one in 32. Those are made by zeroing the
+rows in a copy of the file.
 """
 
 from __future__ import annotations
@@ -18,7 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from teachers.gguf.file import read_gguf
-from teachers.llama_cpp.first_decode import LONG, REFERENCE, Logits, allowed_kl, first_logits, mean_kl
+from teachers.llama_cpp.first_decode import (
+    LONG,
+    REFERENCE,
+    Logits,
+    allowed_kl,
+    first_logits,
+    mean_kl,
+)
 from teachers.llama_cpp.library.kernels import Way
 from teachers.llama_cpp.worker_process import WorkerProcess
 
@@ -39,7 +48,11 @@ def without_rows(path: Path, target: Path, *, last: int = 0, one_in: int = 0) ->
     shutil.copyfile(path, target)
     with target.open("r+b") as file:
         for name, tensor in read_gguf(path).tensors.items():
-            if len(tensor.shape) != 2 or tensor.type.name in EXACT_TYPES or not name.startswith("blk."):
+            if (
+                len(tensor.shape) != 2
+                or tensor.type.name in EXACT_TYPES
+                or not name.startswith("blk.")
+            ):
                 continue
             rows = tensor.shape[0]
             size = tensor.nbytes // rows
@@ -56,7 +69,9 @@ def main() -> None:
     )
     parser.add_argument("teachers", type=Path, nargs="+")
     options = parser.parse_args()
-    table = Table("file", "noise", "bound", "extra buffers", "last 16 rows left out", "one in 32 left out")
+    table = Table(
+        "file", "noise", "bound", "extra buffers", "last 16 rows left out", "one in 32 left out"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for path in options.teachers:
             plain, exact = decode(path, REFERENCE), decode(path, REFERENCE, exact=True)

@@ -1,4 +1,5 @@
-"""What gates, terms and heads cost in a training step and in an exported file (``tools.studies.so8t cost``)."""
+"""What gates, terms and heads cost in a training step and in an exported file
+(``tools.studies.so8t cost``)."""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ class NoGate(nn.Module):
 
     def __init__(self, blocks: int) -> None:
         super().__init__()
-        self.register_buffer("rotations", torch.eye(GROUP).expand(2, blocks, -1, -1), persistent=False)
+        self.register_buffer(
+            "rotations", torch.eye(GROUP).expand(2, blocks, -1, -1), persistent=False
+        )
 
     def forward(self) -> Tensor:
         """``[2, N, 8, 8]``, the same every time."""
@@ -85,14 +88,16 @@ def take_gates_out(student: SO8TForCausalLM) -> None:
         plain = PlainAttention(student.config, number)
         assert isinstance(layer.self_attn, Attention)
         weights = layer.self_attn.state_dict()
-        plain.load_state_dict({name: value for name, value in weights.items() if "gate." not in name})
+        plain.load_state_dict(
+            {name: value for name, value in weights.items() if "gate." not in name}
+        )
         layer.self_attn = plain
 
 
 @dataclass(frozen=True)
 class CostJob:
-    """One size of student and what it learns from; ``batches`` without prompts. ``steps``: of the training that they
-    stand for, over which the prompts are spread."""
+    """One size of student and what it learns from; ``batches`` without prompts. ``steps``: of the
+    training that they stand for, over which the prompts are spread."""
 
     title: str
     shape: SO8TConfig
@@ -122,10 +127,12 @@ class Side:
         self.narrow = precision == "bf16"
 
     def seconds(self, turn: int) -> dict[str, float]:
-        """How long each phase of a step takes on average, over as many steps as prompts come in once."""
+        """How long each phase of a step takes on average, over as many steps as prompts come in
+        once."""
         every, together = self.job.run.safety.rhythm(self.job.steps)
         taken = [
-            self._seconds(turn * every + number, None if number else together) for number in range(every)
+            self._seconds(turn * every + number, None if number else together)
+            for number in range(every)
         ]
         return {name: statistics.fmean(step[name] for step in taken) for name in taken[0]}
 
@@ -134,11 +141,15 @@ class Side:
         batch = self.job.batches[number % len(self.job.batches)]
         if self.heads and prompts_together is not None:
             prompts = self.job.prompts.batch(number, prompts_together, 0, 1)
-            wrapped = prompts.tokens % self.student.config.vocab_size  # a made-up vocabulary may be smaller
+            wrapped = (
+                prompts.tokens % self.student.config.vocab_size
+            )  # a made-up vocabulary may be smaller
             batch = replace(batch, prompts=replace(prompts, tokens=wrapped))
         marks = [time.perf_counter()]
         with torch.autocast("cpu", torch.bfloat16, enabled=self.narrow):
-            loss, _ = self.objective(self.student, batch, total=batch.count(), share=1.0, fraction=MIDDLE)
+            loss, _ = self.objective(
+                self.student, batch, total=batch.count(), share=1.0, fraction=MIDDLE
+            )
         marks.append(time.perf_counter())
         loss.backward()
         marks.append(time.perf_counter())
@@ -152,7 +163,10 @@ class Side:
             self.objective.rotation_figures()
             self.objective.after_step()
         marks.append(time.perf_counter())
-        parts = {name: end - begin for name, begin, end in zip(PHASES, marks[:-1], marks[1:], strict=True)}
+        parts = {
+            name: end - begin
+            for name, begin, end in zip(PHASES, marks[:-1], marks[1:], strict=True)
+        }
         return parts | {"step": marks[-1] - marks[0]}
 
 
@@ -209,7 +223,8 @@ def made_up_tokenizer(vocab_size: int) -> dict[str, MetadataEntry]:
 
 
 def export_pair(shape: SO8TConfig, folder: Path, quant: str) -> dict[str, Path]:
-    """Files of a student with gates and heads, and of one whose gates are the identity, without heads.
+    """Files of a student with gates and heads, and of one whose gates are the identity, without
+    heads.
 
     Random weights: speed does not depend on them.
     """
@@ -221,11 +236,15 @@ def export_pair(shape: SO8TConfig, folder: Path, quant: str) -> dict[str, Path]:
         if name == "plain":
             freeze_identity(student)
         paths[name] = folder / f"{name}.gguf"
-        write_gguf(student, paths[name], quant, made_up_tokenizer(own.vocab_size), ExportNames(name, {}))
+        write_gguf(
+            student, paths[name], quant, made_up_tokenizer(own.vocab_size), ExportNames(name, {})
+        )
     return paths
 
 
-def measure_files(title: str, shape: SO8TConfig, folder: Path, quant: str, rounds: int) -> dict[str, Any]:
+def measure_files(
+    title: str, shape: SO8TConfig, folder: Path, quant: str, rounds: int
+) -> dict[str, Any]:
     """Tokens per second of both files in llama.cpp, in turns, after a round that does not count."""
     paths = export_pair(shape, folder, quant)
     files = {name: read_gguf(path) for name, path in paths.items()}
@@ -253,7 +272,9 @@ def measure_files(title: str, shape: SO8TConfig, folder: Path, quant: str, round
         "same_tensors": tensors["plain"] == tensors["folded"],
         "bytes": {name: file.size for name, file in files.items()},
         "tokens_per_second": speeds,
-        "ratio_to_plain": {kind: ratios(both["folded"], both["plain"]) for kind, both in speeds.items()},
+        "ratio_to_plain": {
+            kind: ratios(both["folded"], both["plain"]) for kind, both in speeds.items()
+        },
     }
 
 
@@ -267,7 +288,9 @@ def told(ratio: dict[str, float]) -> str:
 
 def steps_table(found: dict[str, Any]) -> Table:
     """Milliseconds of a step and its phases, and how many times those of the plain one."""
-    table = Table(title=f"training step, {found['title']}, {found['precision']}", title_justify="left")
+    table = Table(
+        title=f"training step, {found['title']}, {found['precision']}", title_justify="left"
+    )
     for column in ("student", "parameters", *PHASES, "step, ms", "of plain's, quartiles"):
         table.add_column(column, justify="left" if column == "student" else "right")
     for name, medians in found["median_seconds"].items():

@@ -1,22 +1,27 @@
-"""One training step with the chunked loss against the plain PyTorch step: tokens per second and extra peak memory.
+"""One training step with the chunked loss against the plain PyTorch step: tokens per second and
+extra peak memory.
 
 Long because both sides of the step, their measuring and their tables belong together.
 
     python -m tools.bench.step [--device cuda] [--precision fp32] [--json FILE]
 
-Forward, loss, backward and optimizer of the same SO8T student (512×4, tied, batch 8 × 512 tokens, V = 32,064, T = 3):
+Forward, loss, backward and optimizer of the same SO8T student (512×4, tied, batch 8 × 512 tokens, V
+= 32,064, T = 3):
 
-- ours: ``Objective`` on compact targets with a sketch, made from dense logits as a store would give them back;
-- plain: logits ``[B, T, V]``, ``kl_div(log_softmax(z / T), p)·T² + cross_entropy(z)`` in float32, autograd. The
-  teacher's probabilities p at T are dense, in memory, and free: making them is in neither its time nor its memory.
+- ours: ``Objective`` on compact targets with a sketch, made from dense logits as a store would give
+  them back;
+- plain: logits ``[B, T, V]``, ``kl_div(log_softmax(z / T), p)·T² + cross_entropy(z)`` in float32,
+  autograd. The teacher's probabilities p at T are dense, in memory, and free: making them is in
+  neither its time nor its memory.
 
-Each side has a process of its own, which is what a training run has: on a CPU ours keeps freed memory for the next
-step, as the training loop does, and plain PyTorch gives it back (``--keep-memory both`` or ``none`` for other rules).
-Speed: step by step in turns, one process waiting for the other; medians after a warm-up. Memory: in fresh processes,
-peak above the state in which student, optimizer with its moments, batch and targets are loaded (gradients count,
-targets do not; their size is told apart). Both learn from every position but the last of a sequence. Our
-regularisers are off (``--lambda-so8t``), as the plain step has none; clipping is in neither. The losses of the
-first step are printed: they differ by what the sketch leaves out and by rounding.
+Each side has a process of its own, which is what a training run has: on a CPU ours keeps freed
+memory for the next step, as the training loop does, and plain PyTorch gives it back
+(``--keep-memory both`` or ``none`` for other rules). Speed: step by step in turns, one process
+waiting for the other; medians after a warm-up. Memory: in fresh processes, peak above the state in
+which student, optimizer with its moments, batch and targets are loaded (gradients count, targets do
+not; their size is told apart). Both learn from every position but the last of a sequence. Our
+regularisers are off (``--lambda-so8t``), as the plain step has none; clipping is in neither. The
+losses of the first step are printed: they differ by what the sketch leaves out and by rounding.
 """
 
 from __future__ import annotations
@@ -55,13 +60,22 @@ from teachers.targets.distributions import CompactTargets, OutputHead
 from teachers.targets.recipe import Recipe, default_sketch_bytes
 from teachers.targets.state_codec import FIT_POSITIONS, METRIC_POSITIONS, fit_basis, tail_metric
 from teachers.targets.stored_arrays import Answer, join, reduce, typed
-from tools.machine import child_command, child_environment, machine, machine_line, peak_memory, write_json
+from tools.machine import (
+    child_command,
+    child_environment,
+    machine,
+    machine_line,
+    peak_memory,
+    write_json,
+)
 
 SIDES = ("ours", "plain")
 KEEPING = {"ours": ("ours",), "both": SIDES, "none": ()}
 MEMORY_STEPS = 3
 NUM_TOPK = 16
-STATE_DECAY = 1.0  # the k-th principal direction of the teacher's states is 1 / k as strong as its first
+STATE_DECAY = (
+    1.0  # the k-th principal direction of the teacher's states is 1 / k as strong as its first
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,8 @@ class StepJob:
 
 
 def make_material(job: StepJob) -> tuple[Batch, Tensor]:
-    """Random sequences: a batch with compact targets, and the same teacher's probabilities at T, ``[n, V]``."""
+    """Random sequences: a batch with compact targets, and the same teacher's probabilities at T,
+    ``[n, V]``."""
     draw = torch.Generator().manual_seed(job.seed)
     tokens = torch.randint(0, job.vocab_size, (job.batch, job.tokens), generator=draw)
     matrix = torch.randn(job.vocab_size, job.teacher_width, generator=draw)
@@ -191,7 +206,8 @@ class Trainee:
         self.optimizer = build_optimizer(self.student, TrainConfig(), config.hidden_size)
         for parameter in self.student.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()  # without a gradient it only makes the moments (and decays the weights a little)
+        # Without a gradient it only makes the moments (and decays the weights a little)
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(self) -> Tensor:
@@ -266,8 +282,13 @@ def save_material(job: StepJob, folder: Path) -> dict[str, Any]:
     batch, probabilities = make_material(job)
     assert isinstance(batch.targets, CompactTargets)
     write_batch(batch, batch.targets, folder / "ours.safetensors")
-    save_file({"tokens": batch.tokens, "probabilities": probabilities}, folder / "plain.safetensors")
-    return {"ours": target_bytes(batch.targets), "plain": {"positions": probabilities.nbytes, "head": 0}}
+    save_file(
+        {"tokens": batch.tokens, "probabilities": probabilities}, folder / "plain.safetensors"
+    )
+    return {
+        "ours": target_bytes(batch.targets),
+        "plain": {"positions": probabilities.nbytes, "head": 0},
+    }
 
 
 def measure_memory(side: str, job: StepJob, files: Path) -> dict[str, float]:
@@ -284,7 +305,8 @@ def measure_memory(side: str, job: StepJob, files: Path) -> dict[str, float]:
 
 
 def take_steps(side: str, job: StepJob, files: Path) -> None:
-    """Say the loss of a first step, then take a step for every line that comes in and say its seconds."""
+    """Say the loss of a first step, then take a step for every line that comes in and say its
+    seconds."""
     measured = trainee(side, job, files)
     print(float(measured.step()), flush=True)
     for _ in sys.stdin:
@@ -292,7 +314,10 @@ def take_steps(side: str, job: StepJob, files: Path) -> None:
 
 
 class Child:
-    """A process that measures one side. ``what``: ``memory`` or ``speed``; it says numbers, a line each."""
+    """A process that measures one side.
+
+    ``what``: ``memory`` or ``speed``; it says numbers, a line each.
+    """
 
     def __init__(self, what: str, side: str, job: StepJob, files: Path) -> None:
         spec = files / "job.json"
@@ -349,7 +374,10 @@ def measure_speed(job: StepJob, files: Path, steps: int, warmup: int) -> dict[st
             for number in range(warmup - 1 + steps):
                 for side in SIDES if number % 2 == 0 else SIDES[::-1]:
                     seconds[side].append(children[side].step())
-    return {"first_loss": first, "seconds": {side: every[warmup - 1 :] for side, every in seconds.items()}}
+    return {
+        "first_loss": first,
+        "seconds": {side: every[warmup - 1 :] for side, every in seconds.items()},
+    }
 
 
 def compare(job: StepJob, steps: int, warmup: int) -> dict[str, Any]:
@@ -389,14 +417,17 @@ def show(found: dict[str, Any], console: Console) -> None:
     )
     both("seconds a step, median", {side: f"{found['median_seconds'][side]:.4f}" for side in SIDES})
     both(
-        "fastest – slowest", {side: f"{min(seconds[side]):.4f} – {max(seconds[side]):.4f}" for side in SIDES}
+        "fastest – slowest",
+        {side: f"{min(seconds[side]):.4f} – {max(seconds[side]):.4f}" for side in SIDES},
     )
     both(
         "extra peak memory, MB",
         {side: f"{memory[side]['extra'] / 1e6:,.0f}" for side in SIDES},
         f"{found['extra_memory_ratio']:.2f} times less",
     )
-    both("  of it gradients, MB", {side: f"{memory[side]['gradients'] / 1e6:,.0f}" for side in SIDES})
+    both(
+        "  of it gradients, MB", {side: f"{memory[side]['gradients'] / 1e6:,.0f}" for side in SIDES}
+    )
     both("loaded before, MB", {side: f"{memory[side]['loaded'] / 1e6:,.0f}" for side in SIDES})
     both(
         "  of it targets, MB",
@@ -414,7 +445,9 @@ def options() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", default=usual.size, help="student, WIDTHxLAYERS")
-    parser.add_argument("--untied", action="store_true", help="output matrix apart from the input embedding")
+    parser.add_argument(
+        "--untied", action="store_true", help="output matrix apart from the input embedding"
+    )
     parser.add_argument("--batch", type=int, default=usual.batch)
     parser.add_argument("--tokens", type=int, default=usual.tokens)
     parser.add_argument("--vocab", type=int, default=usual.vocab_size)
@@ -466,8 +499,10 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(width=110)
     console.print(machine_line(about))
     console.print(
-        f"student {job.size}, {'tied' if job.tied else 'untied'}, batch {job.batch} × {job.tokens}, "
-        f"V = {job.vocab_size}, T = {job.temperature:g}, {job.precision} on {job.device}; freed memory is kept by: "
+        f"student {job.size}, {'tied' if job.tied else 'untied'}, batch {job.batch} × "
+        f"{job.tokens}, "
+        f"V = {job.vocab_size}, T = {job.temperature:g}, {job.precision} on {job.device}; freed "
+        "memory is kept by: "
         f"{job.keep_memory if job.device == 'cpu' else 'both'}"
     )
     found = compare(job, chosen.steps, chosen.warmup)

@@ -2,8 +2,9 @@
 
     python -m tools.checks.fresh_safety STUDENT.gguf …
 
-``tools/checks/fresh_safety_prompts.jsonl``: 180 prompts of 30 scenarios, written apart from the built-in ones after everything
-about the heads had been settled. Figures on it are not flattered by any choice.
+``tools/checks/fresh_safety_prompts.jsonl``: 180 prompts of 30 scenarios, written apart from the
+built-in ones after everything about the heads had been settled. Figures on it are not flattered by
+any choice.
 """
 
 from __future__ import annotations
@@ -26,11 +27,18 @@ LANGUAGES = ("all", "en", "ja")
 
 
 def main(students: list[Path], prompts: Annotated[Path, typer.Option()] = PROMPTS) -> None:
-    """Refuse Recall, Escalate Precision, Allow Precision and accuracy of each student, by language."""
+    """Refuse Recall, Escalate Precision, Allow Precision and accuracy of each student, by
+    language."""
     labelled = read_prompts(prompts)
     labels = torch.tensor([prompt.decision for prompt in labelled])
     table = Table(
-        "student", "language", "prompts", "refuse recall", "escalate precision", "allow precision", "right"
+        "student",
+        "language",
+        "prompts",
+        "refuse recall",
+        "escalate precision",
+        "allow precision",
+        "right",
     )
     for path in students:
         with Judge(path) as judge:

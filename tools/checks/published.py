@@ -2,11 +2,12 @@
 
     python -m tools.checks.published RUN
 
-Two fresh virtual environments are made in a temporary folder, one with llama-cpp-python alone and one with transformers
-and torch alone (versions of constraints.txt), and the run's ``student.gguf``, ``Modelfile`` and ``transformers/`` are
-copied elsewhere. In each environment an isolated process loads its file, asks it through its own chat template and lets
-it answer greedily. The answers are compared token by token with each other and with this project's own; where two part,
-the tokens have to be as good as equally probable.
+Two fresh virtual environments are made in a temporary folder, one with llama-cpp-python alone and
+one with transformers and torch alone (versions of constraints.txt), and the run's ``student.gguf``,
+``Modelfile`` and ``transformers/`` are copied elsewhere. In each environment an isolated process
+loads its file, asks it through its own chat template and lets it answer greedily. The answers are
+compared token by token with each other and with this project's own; where two part, the tokens have
+to be as good as equally probable.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ from teachers.tokenizer.conversation import conversations_tokens
 ROOT = Path(__file__).parent.parent.parent
 OURS = ("distill", "students", "teachers", "stability", "tools", "tests")
 NEW_TOKENS = 48
-# How far apart two tokens' logits may be where one answer has the one and the other the other. Runtimes that keep their
-# caches in other formats, or divide the prompt otherwise, round otherwise: measured up to 0.06 in Q8_0.
+# How far apart two tokens' logits may be where one answer has the one and the other the other.
+# Runtimes that keep their caches in other formats, or divide the prompt otherwise, round otherwise:
+# measured up to 0.06 in Q8_0.
 TIES_F32, TIES_ROUNDED = 1e-3, 0.15
 # Of the built-in example's subject, and of none.
 REQUESTS = (
@@ -64,7 +66,8 @@ packages = {one.metadata["Name"]: one.version for one in importlib.metadata.dist
 modules = {name.partition(".")[0]: getattr(module, "__file__", None) for name, module in sorted(sys.modules.items())}
 print(json.dumps({"answers": answers, "modules": modules, "packages": packages}))
 """
-# What a stranger would write. Each argument is JSON: a folder, conversations (or texts), how many tokens to write.
+# What a stranger would write. Each argument is JSON: a folder, conversations (or texts), how many
+# tokens to write.
 TRANSFORMERS = (
     """
 import json
@@ -143,7 +146,8 @@ class Answers:
 
 
 def isolated(python: Path, script: str, arguments: Sequence[str], cwd: Path) -> Any:
-    """The JSON in the last line that a script prints, in a process that sees neither this folder nor our environment.
+    """The JSON in the last line that a script prints, in a process that sees neither this folder
+    nor our environment.
 
     Raises:
         subprocess.CalledProcessError: the script failed.
@@ -169,7 +173,16 @@ def make_environment(folder: Path, *packages: str) -> Path:
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     constraints = str(ROOT / "constraints.txt")
-    command = [str(python), "-m", "pip", "install", "--quiet", "--constraint", constraints, *packages]
+    command = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--constraint",
+        constraints,
+        *packages,
+    ]
     subprocess.run(command, check=True)
     return python
 
@@ -185,7 +198,9 @@ def require_foreign(found: Any) -> None:
         for name, file in found["modules"].items()
         if name in OURS or (file and ROOT.resolve() in Path(file).resolve().parents)
     ]
-    wrong += [name for name in found["packages"] if name.replace("_", "-").lower() == "so8t-distill"]
+    wrong += [
+        name for name in found["packages"] if name.replace("_", "-").lower() == "so8t-distill"
+    ]
     if wrong:
         raise RuntimeError(f"the environment is not a stranger's: {', '.join(wrong)}")
 
@@ -230,7 +245,9 @@ def ours(who: str, path: Path, asked: list[Any]) -> Answers:
     return Answers(who, [one.tolist() for one in prompts], [one.tolist() for one in said], texts)
 
 
-def theirs(who: str, python: Path, script: str, path: Path, asked: list[Any], console: Console) -> Answers:
+def theirs(
+    who: str, python: Path, script: str, path: Path, asked: list[Any], console: Console
+) -> Answers:
     """What a stranger's environment makes of a published file."""
     cwd = path.parent if path.is_file() else path.parent.parent
     found = isolated(python, script, [json.dumps([str(path), asked, NEW_TOKENS])], cwd)
@@ -246,15 +263,18 @@ def compare(one: Answers, two: Answers) -> str:
     """How many answers and tokens are alike, in words."""
     pairs = list(zip(one.answers, two.answers, strict=True))
     alike = sum(mine == other for mine, other in pairs)
-    tokens = sum(first == second for mine, other in pairs for first, second in zip(mine, other, strict=False))
+    tokens = sum(
+        first == second for mine, other in pairs for first, second in zip(mine, other, strict=False)
+    )
     longest = sum(max(len(mine), len(other)) for mine, other in pairs)
     prompts = "" if one.prompts == two.prompts else "; the prompts differ"
     return f"{alike} of {len(pairs)} answers, {tokens} of {longest} tokens{prompts}"
 
 
 def widest_tie(path: Path, one: Answers, two: Answers) -> float:
-    """Over the answers that differ, how far apart in logit the model at ``path`` has the first tokens in which they do;
-    infinite where the prompts differ, or where one is only shorter; 0 where nothing differs."""
+    """Over the answers that differ, how far apart in logit the model at ``path`` has the first
+    tokens in which they do; infinite where the prompts differ, or where one is only shorter; 0
+    where nothing differs."""
     if one.prompts != two.prompts:
         return math.inf
     widest = 0.0
@@ -289,10 +309,19 @@ def check(run: RunFolder, console: Console) -> bool:
         llama_cpp = make_environment(folder / "llama", "llama-cpp-python")
         transformers = make_environment(folder / "hf", "transformers", "torch")
         console.print(f"environments made in {time.perf_counter() - begin:.0f} s")
-        small = theirs("student.gguf elsewhere", llama_cpp, LLAMA_CPP, files / "Modelfile", asked, console)
-        exact = theirs("F32 file elsewhere", llama_cpp, LLAMA_CPP, files / "original.gguf", asked, console)
+        small = theirs(
+            "student.gguf elsewhere", llama_cpp, LLAMA_CPP, files / "Modelfile", asked, console
+        )
+        exact = theirs(
+            "F32 file elsewhere", llama_cpp, LLAMA_CPP, files / "original.gguf", asked, console
+        )
         plain = theirs(
-            "transformers/ elsewhere", transformers, TRANSFORMERS, files / "transformers", asked, console
+            "transformers/ elsewhere",
+            transformers,
+            TRANSFORMERS,
+            files / "transformers",
+            asked,
+            console,
         )
         small_here = ours("student.gguf here", files / "student.gguf", asked)
         exact_here = ours("F32 file here", files / "original.gguf", asked)
@@ -309,7 +338,9 @@ def check(run: RunFolder, console: Console) -> bool:
         ):
             widest = widest_tie(files / path, one, two)
             verdict = "information" if allowed is None else "yes" if widest <= allowed else "NO"
-            table.add_row(one.who, two.who, compare(one, two), f"{widest:.3f}" if widest else "—", verdict)
+            table.add_row(
+                one.who, two.who, compare(one, two), f"{widest:.3f}" if widest else "—", verdict
+            )
             passed = passed and verdict != "NO"
     console.print(table)
     for request, text in zip(REQUESTS, plain.texts, strict=True):

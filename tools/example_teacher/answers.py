@@ -1,7 +1,8 @@
 """Answer patterns of the example teacher's domain, in English and Japanese.
 
-Every answer is a worked part, a decision and a reason.  This module holds the worked part and the reason
-for each outcome of each family; :mod:`tools.example_teacher.domain` fills in the fields and the decision.
+Every answer is a worked part, a decision and a reason.  This module holds the worked part and the
+reason for each outcome of each family; :mod:`tools.example_teacher.domain` fills in the fields and
+the decision.
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ ANSWERS: Final[dict[str, dict[str, tuple[Work, Work]]]] = {
                 _BUDGET[0] + " {total} > {budget}, {total} > {double}.",
                 "the total is more than twice the budget.",
             ),
-            (_BUDGET[1] + "{total} > {budget}、{total} > {double}。", "合計が予算の2倍を超えます。"),
+            (
+                _BUDGET[1] + "{total} > {budget}、{total} > {double}。",
+                "合計が予算の2倍を超えます。",
+            ),
         ),
     },
     "mixing": {
@@ -84,11 +88,13 @@ ANSWERS: Final[dict[str, dict[str, tuple[Work, Work]]]] = {
         ),
         "open": (
             (
-                _LEVEL[0] + " {have} >= {need}. Open {opens} to {closes}, {opens} <= {hour} < {closes}.",
+                _LEVEL[0]
+                + " {have} >= {need}. Open {opens} to {closes}, {opens} <= {hour} < {closes}.",
                 "the level is enough and the room is open.",
             ),
             (
-                _LEVEL[1] + "{have} >= {need}。{opens}時から{closes}時、{opens} <= {hour} < {closes}。",
+                _LEVEL[1]
+                + "{have} >= {need}。{opens}時から{closes}時、{opens} <= {hour} < {closes}。",
                 "レベルが足り、部屋は開いています。",
             ),
         ),
@@ -145,7 +151,10 @@ ANSWERS: Final[dict[str, dict[str, tuple[Work, Work]]]] = {
             ("{steps}。{hours} h <= 8 h。", "{hours}時間で着きます。"),
         ),
         "long": (
-            ("{steps}. {hours} h > 8 h.", "the trip takes more than 8 hours, so the crew chief must agree."),
+            (
+                "{steps}. {hours} h > 8 h.",
+                "the trip takes more than 8 hours, so the crew chief must agree.",
+            ),
             ("{steps}。{hours} h > 8 h。", "8時間を超えるので、隊長の承認が必要です。"),
         ),
     },

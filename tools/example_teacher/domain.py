@@ -1,13 +1,14 @@
-"""The domain that the example teacher is trained on: requests to the desk of a small research station.
+"""The domain that the example teacher is trained on: requests to the desk of a small research
+station.
 
-Each request has exactly one right answer: a worked part, a decision (ALLOW, ESCALATE or REFUSE) and the
-reason, so that a program can say whether a model answered rightly.  All text is generated here, from a
-seed; nothing is taken from elsewhere.
+Each request has exactly one right answer: a worked part, a decision (ALLOW, ESCALATE or REFUSE) and
+the reason, so that a program can say whether a model answered rightly.  All text is generated here,
+from a seed; nothing is taken from elsewhere.
 
-Held-out requests are chosen by a hash of what is to be worked out, not of the wording: the pair of factors
-of a product, the pair of a subtraction, the speed and distance of a trip, the person, room and time, or
-the record, receiver and medium.  A held-out pair is therefore never seen in training under any wording, in
-any family, in either language.
+Held-out requests are chosen by a hash of what is to be worked out, not of the wording: the pair of
+factors of a product, the pair of a subtraction, the speed and distance of a trip, the person, room
+and time, or the record, receiver and medium.  A held-out pair is therefore never seen in training
+under any wording, in any family, in either language.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Case:
-    """What a family drew: the outcome of the rules and the fields of the patterns, in both languages."""
+    """What a family drew: the outcome of the rules and the fields of the patterns, in both
+    languages."""
 
     patterns: str  # key of texts.PROMPTS
     outcome: str  # key of ANSWERS[family]
@@ -75,7 +77,9 @@ def _purchase(rng: random.Random) -> Case:
     total = n * price
     kind = rng.choice(("within", "within", "above", "above", "double", "forbidden"))
     # The budget is drawn around the total so that the three outcomes are about equally frequent.
-    low, high = {"within": (1.0, 1.6), "above": (0.5, 1.0), "double": (0.25, 0.5)}.get(kind, (0.3, 1.6))
+    low, high = {"within": (1.0, 1.6), "above": (0.5, 1.0), "double": (0.25, 0.5)}.get(
+        kind, (0.3, 1.6)
+    )
     budget = min(990, max(10, round(total * rng.uniform(low, high) / 10) * 10))
     outcome, decision = _judge_purchase(total, budget)
     item = rng.choice(texts.ITEMS)
@@ -161,7 +165,9 @@ def _sharing(rng: random.Random) -> Case:
         "side_article": ("a" if inside else "an", ""),
         "medium": medium,
     }
-    return Case("sharing", outcome, decision, f"sharing:{record[0]}:{receiver[0]}:{medium[0]}", fields)
+    return Case(
+        "sharing", outcome, decision, f"sharing:{record[0]}:{receiver[0]}:{medium[0]}", fields
+    )
 
 
 def _judge_sharing(kind: str, inside: bool) -> tuple[str, Decision]:
@@ -226,7 +232,8 @@ def is_held_out(key: str) -> bool:
 
 
 def render(case: Case, family: str, language: Language, wording: int) -> Example:
-    """The request and its answer in one language; ``wording`` counts the patterns, modulo their number."""
+    """The request and its answer in one language; ``wording`` counts the patterns, modulo their
+    number."""
     index = LANGUAGES.index(language)
     values = {name: value[index] for name, value in case.fields.items()}
     patterns = texts.PROMPTS[case.patterns][index]

@@ -55,7 +55,8 @@ class LogitComparison:
 def open_teacher(path: Path) -> llama_cpp.Llama:
     """The teacher in llama.cpp, as exact as it gets: no flash attention, cache in float32.
 
-    One thread, because a model this small gains nothing from more and loses much where cores are busy.
+    One thread, because a model this small gains nothing from more and loses much where cores are
+    busy.
     """
     with llama_cpp_as_checked(path):
         return llama_cpp.Llama(
@@ -83,7 +84,9 @@ def held_out_examples(seed: int, count: int) -> list[Example]:
 
 def request_ids(teacher: llama_cpp.Llama, prompt: str) -> list[int]:
     """Token ids of a request, written by the chat template that stands in the file."""
-    template = ImmutableSandboxedEnvironment().from_string(teacher.metadata["tokenizer.chat_template"])
+    template = ImmutableSandboxedEnvironment().from_string(
+        teacher.metadata["tokenizer.chat_template"]
+    )
     messages = [{"role": "user", "content": prompt}]
     text = template.render(messages=messages, add_generation_prompt=True)
     return teacher.tokenize(text.encode("utf-8"), add_bos=True, special=True)
@@ -92,8 +95,8 @@ def request_ids(teacher: llama_cpp.Llama, prompt: str) -> list[int]:
 def token_bytes(teacher: llama_cpp.Llama, token: int) -> bytes:
     """The bytes of one token.
 
-    ``Llama.detokenize`` of llama-cpp-python 0.3.36 has room for 32 bytes and silently leaves out longer
-    tokens, of which a teacher may have a few.
+    ``Llama.detokenize`` of llama-cpp-python 0.3.36 has room for 32 bytes and silently leaves out
+    longer tokens, of which a teacher may have a few.
     """
     room = ctypes.create_string_buffer(256)
     length = llama_cpp.llama_token_to_piece(teacher._model.vocab, token, room, len(room), 0, False)
@@ -110,7 +113,9 @@ def greedy_answer(teacher: llama_cpp.Llama, prompt: str) -> str:
             break
         answer.append(token)
     # A wrong answer may stop within a character of several bytes.
-    return b"".join(token_bytes(teacher, token) for token in answer).decode("utf-8", errors="replace")
+    return b"".join(token_bytes(teacher, token) for token in answer).decode(
+        "utf-8", errors="replace"
+    )
 
 
 def ask_all(teacher: llama_cpp.Llama, asked: Sequence[Example], console: Console) -> list[Outcome]:
@@ -142,10 +147,14 @@ def perplexities(teacher: llama_cpp.Llama, asked: Sequence[Example]) -> tuple[fl
         whole.append(scores)
         # The score at index i is that of token i + 1.
         answers.append(scores[len(request_ids(teacher, example.prompt)) - 1 :])
-    return float(np.exp(-np.concatenate(whole).mean())), float(np.exp(-np.concatenate(answers).mean()))
+    return float(np.exp(-np.concatenate(whole).mean())), float(
+        np.exp(-np.concatenate(answers).mean())
+    )
 
 
-def compare_logits(teacher: llama_cpp.Llama, path: Path, asked: Sequence[Example]) -> LogitComparison:
+def compare_logits(
+    teacher: llama_cpp.Llama, path: Path, asked: Sequence[Example]
+) -> LogitComparison:
     """llama.cpp and PyTorch on the same dialogues."""
     model = read_model(path)
     differences, same = [], []
@@ -160,10 +169,14 @@ def compare_logits(teacher: llama_cpp.Llama, path: Path, asked: Sequence[Example
         differences.append(np.abs(ours - theirs))
         same.append(ours.argmax(axis=1) == theirs.argmax(axis=1))
     joined = np.concatenate(differences)
-    return LogitComparison(float(joined.max()), float(joined.mean()), float(np.concatenate(same).mean()))
+    return LogitComparison(
+        float(joined.max()), float(joined.mean()), float(np.concatenate(same).mean())
+    )
 
 
-def count_token_mismatches(teacher: llama_cpp.Llama, tokenizer: Tokenizer, asked: Sequence[Example]) -> int:
+def count_token_mismatches(
+    teacher: llama_cpp.Llama, tokenizer: Tokenizer, asked: Sequence[Example]
+) -> int:
     """Dialogues to which llama.cpp gives other token ids than the tokenizer that training used."""
     wrong = 0
     for example in asked:
@@ -178,7 +191,12 @@ def rate_table(outcomes: Sequence[Outcome]) -> Table:
     groups: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         example = outcome.example
-        for name in ("all", example.family, f"language {example.language}", f"decision {example.decision}"):
+        for name in (
+            "all",
+            example.family,
+            f"language {example.language}",
+            f"decision {example.decision}",
+        ):
             groups[name].append(outcome)
     table = Table("requests", "number", "exactly right", "decision right")
     for name in sorted(groups, key=lambda group: (group != "all", " " in group, group)):
@@ -194,7 +212,9 @@ def evaluate(path: Path, tokenizer: Tokenizer, asked: Sequence[Example], console
     torch.set_num_threads(1)
     teacher = open_teacher(path)
     wrong_ids = count_token_mismatches(teacher, tokenizer, asked)
-    console.print(f"tokens: llama.cpp differs from the tokenizer in {wrong_ids} of {len(asked)} dialogues")
+    console.print(
+        f"tokens: llama.cpp differs from the tokenizer in {wrong_ids} of {len(asked)} dialogues"
+    )
     logits = compare_logits(teacher, path, asked[:50])
     console.print(
         f"logits, llama.cpp against PyTorch: largest difference {logits.largest:.4f}, "

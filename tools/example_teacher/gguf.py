@@ -18,7 +18,8 @@ from tools.example_teacher.tokenizer import BOS_ID, CHAT_TEMPLATE, EOS_ID, SPECI
 # special token, as the published Phi-3 files want it, and give other ids than the tokenizer here.
 MODEL_NAME: Final[str] = "distill example desk"
 DESCRIPTION: Final[str] = (
-    "Small teacher of the Phi-3 architecture, trained from scratch on generated requests to the desk of a "
+    "Small teacher of the Phi-3 architecture, trained from scratch on generated requests to the "
+    "desk of a "
     "research station, in English and Japanese"
 )
 
@@ -66,7 +67,8 @@ def _add_architecture(writer: gguf.GGUFWriter, config: Phi3Config) -> None:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Vocabulary, merges, special tokens and chat template; free ids are filled with unused tokens."""
+    """Vocabulary, merges, special tokens and chat template; free ids are filled with unused
+    tokens."""
     ids = tokenizer.get_vocab(with_added_tokens=True)
     tokens = {index: token for token, index in ids.items()}
     names, types = [], []
@@ -121,7 +123,8 @@ def write_gguf(path: Path, model: Phi3ForCausalLM, tokenizer: Tokenizer, seed: i
 
 
 def read_model(path: Path) -> Phi3ForCausalLM:
-    """The model in ``path`` for PyTorch, in float32, with the weights just as Q8_0 has rounded them."""
+    """The model in ``path`` for PyTorch, in float32, with the weights just as Q8_0 has rounded
+    them."""
     reader = gguf.GGUFReader(path)
 
     def number(key: str) -> float:

@@ -1,8 +1,9 @@
 """Words and sentence patterns of the example teacher's domain, in English and Japanese.
 
-The domain is the service desk of a small research station ("desk").  This module holds only text and
-tables; the rules that choose among them are in :mod:`tools.example_teacher.domain`.  A name is always a pair
-``(English, Japanese)``.  A pattern is a ``str.format`` string over the fields that the family draws.
+The domain is the service desk of a small research station ("desk").  This module holds only text
+and tables; the rules that choose among them are in :mod:`tools.example_teacher.domain`.  A name is
+always a pair ``(English, Japanese)``.  A pattern is a ``str.format`` string over the fields that
+the family draws.
 """
 
 from __future__ import annotations
@@ -152,7 +153,8 @@ PROMPTS: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     ),
     "mixing_additive": (
         (
-            "May I mix {cleaner} with {additive}? I use {n} litres of water and {dose} ml per litre.",
+            "May I mix {cleaner} with {additive}? I use {n} litres of water and {dose} ml per "
+            "litre.",
             "I want to add {additive} to {cleaner}: {n} litres of water, {dose} ml for each litre.",
         ),
         (
@@ -186,7 +188,8 @@ PROMPTS: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     ),
     "travel": (
         (
-            "How long is the trip to {place}? It is {distance} km at {speed} km/h and the sky is {weather}.",
+            "How long is the trip to {place}? It is {distance} km at {speed} km/h and the sky is "
+            "{weather}.",
             "We drive {distance} km to {place} at {speed} km/h in {weather} weather. Is that fine?",
             "The weather is {weather}. May I drive to {place}, {distance} km away, at {speed} km/h?",
         ),

@@ -1,7 +1,7 @@
 """The example teacher's tokenizer and the layout of a dialogue.
 
-A byte-level BPE with the ``qwen2`` way of cutting text before merging (each digit stands alone), which
-llama.cpp knows under the same name, so that both sides give the very same token ids.
+A byte-level BPE with the ``qwen2`` way of cutting text before merging (each digit stands alone),
+which llama.cpp knows under the same name, so that both sides give the very same token ids.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ CHAT_TEMPLATE: Final[str] = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 
-# What may be merged together: a word with one sign before it, one digit, a run of signs, or white space.
+# What may be merged together: a word with one sign before it, one digit, a run of signs, or white
+# space.
 _QWEN2_PIECES: Final[str] = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -61,8 +62,11 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        max_token_length=24,  # bytes; llama-cpp-python's detokenize leaves out tokens of more than 32
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        # Bytes; llama-cpp-python's detokenize leaves out tokens of more than 32
+        max_token_length=24,
+        special_tokens=[
+            AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS
+        ],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

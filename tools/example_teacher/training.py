@@ -121,14 +121,17 @@ def batch_loss(model: Phi3ForCausalLM, rows: list[list[int]]) -> torch.Tensor:
     inputs, targets = pad_batch(rows)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=inputs).logits
-    return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    return functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED
+    )
 
 
 def train(tokenizer: Tokenizer, settings: Settings) -> tuple[Phi3ForCausalLM, int]:
     """The trained model and the number of tokens it saw (padding not counted)."""
     torch.set_num_threads(settings.threads)
     torch.use_deterministic_algorithms(True)
-    # Nothing here reads memory before writing it; filling all of it first costs a tenth of the time.
+    # Nothing here reads memory before writing it; filling all of it first costs a tenth of the
+    # time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     model = make_model(settings)
     model.train()
@@ -158,5 +161,7 @@ def train(tokenizer: Tokenizer, settings: Settings) -> tuple[Phi3ForCausalLM, in
             progress.advance(task)
             if step % 50 == 0 or step == settings.steps - 1:
                 progress.update(task, description=f"loss {loss.item():.4f}")
-                progress.console.print(f"step {step:5d}  tokens {tokens:9d}  loss {loss.item():.4f}")
+                progress.console.print(
+                    f"step {step:5d}  tokens {tokens:9d}  loss {loss.item():.4f}"
+                )
     return model.eval(), tokens

@@ -1,12 +1,13 @@
-"""Writes a checkpoint folder such as an existing smaller model comes in, with a teacher's vocabulary.
+"""Writes a checkpoint folder such as an existing smaller model comes in, with a teacher's
+vocabulary.
 
     python -m tools.models.make_base OUT --kind llama                    a few million parameters, trained for a minute or two
     python -m tools.models.make_base OUT --kind qwen2 --teacher x.gguf --text some.txt
     python -m tools.models.make_base OUT --shape phi3.5                  Phi-3.5-mini's sizes with random weights, 7.6 GB
 
-The small one knows half of the kinds of request that the example teacher answers, so that distillation has something
-to gain. The large one is what memory and
-speed are measured on; it is written layer by layer, so that main memory holds one layer at a time.
+The small one knows half of the kinds of request that the example teacher answers, so that
+distillation has something to gain. The large one is what memory and speed are measured on; it is
+written layer by layer, so that main memory holds one layer at a time.
 """
 
 from __future__ import annotations
@@ -35,7 +36,13 @@ from teachers.tokenizer.gguf_metadata import TokenizerConversionError, read_meta
 from teachers.tokenizer.tokenizer_json import build_tokenizer, write_tokenizer_folder
 from tools.example_teacher.domain import make_example
 from tools.example_teacher.tokenizer import SPECIAL_TOKENS, Turn, dialogue_text
-from tools.example_teacher.training import IGNORED, Settings, learning_rate, make_optimizer, pad_batch
+from tools.example_teacher.training import (
+    IGNORED,
+    Settings,
+    learning_rate,
+    make_optimizer,
+    pad_batch,
+)
 
 Kind = Literal["llama", "phi3", "qwen2", "qwen3"]
 Rope = Literal["default", "longrope"]
@@ -65,17 +72,16 @@ def make_base(
     rope: Rope = "default",
     losses: list[float] | None = None,
 ) -> Path:
-    """Write a small causal language model and its tokenizer as a ``transformers`` folder; the same seed gives the same
-    bytes on the same machine.
+    """Write a small causal language model and its tokenizer as a ``transformers`` folder; the same
+    seed gives the same bytes on the same machine.
 
     Args:
-        folder: where to; made where it is missing.
-        teacher: GGUF file whose vocabulary it has; the example teacher where none is given.
-        steps: of training; 0 leaves the weights random.
-        extra_rows: rows of the embedding that have no token.
-        text: what it is trained on, documents parted by blank lines; only the example teacher has text of its own.
-        rope: ``longrope``, for ``phi3`` alone, as its models with long contexts have it.
-        losses: gets the loss of every step, in nats per token.
+        folder: where to; made where it is missing. teacher: GGUF file whose vocabulary it has; the
+        example teacher where none is given. steps: of training; 0 leaves the weights random.
+        extra_rows: rows of the embedding that have no token. text: what it is trained on, documents
+        parted by blank lines; only the example teacher has text of its own. rope: ``longrope``, for
+        ``phi3`` alone, as its models with long contexts have it. losses: gets the loss of every
+        step, in nats per token.
 
     Returns:
         ``folder``.
@@ -97,7 +103,9 @@ def make_base(
                 ):  # which transformers begins at 0: nobody would see that one is left out
                     parameter.normal_(std=SPREAD)
         if steps:
-            found = train(model, _documents(fields, text, seed), replace(SETTINGS, seed=seed, steps=steps))
+            found = train(
+                model, _documents(fields, text, seed), replace(SETTINGS, seed=seed, steps=steps)
+            )
             if losses is not None:
                 losses += found
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +117,8 @@ def make_base(
 def small_config(
     kind: Kind, fields: Mapping[str, Field], width: int, layers: int, extra_rows: int, rope: Rope
 ) -> Any:
-    """The configuration of a small model: heads of 32 that share keys and values; the Qwens' tables are tied.
+    """The configuration of a small model: heads of 32 that share keys and values; the Qwens' tables
+    are tied.
 
     Raises:
         ValueError: sizes that do not fit together.
@@ -154,7 +163,9 @@ def phi_config(
         ValueError: sizes that do not fit together.
     """
     if width < 192 or width % 192:
-        raise ValueError(f"width {width} does not keep Phi-3.5-mini's proportions; choose a multiple of 192")
+        raise ValueError(
+            f"width {width} does not keep Phi-3.5-mini's proportions; choose a multiple of 192"
+        )
     if layers < 1:
         raise ValueError(f"{layers} layers are not at least 1")
     return AutoConfig.for_model(
@@ -191,7 +202,8 @@ def _longrope(head_width: int, context: int, original: int) -> dict[str, Any]:
 
 
 def _vocabulary_of(teacher: Path | None) -> dict[str, Field]:
-    """The tokenizer's metadata of a GGUF file, and its name, which says how a Phi-3's tokens are read."""
+    """The tokenizer's metadata of a GGUF file, and its name, which says how a Phi-3's tokens are
+    read."""
     model = read_gguf(teacher or example_teacher())
     named = {"general.name": model.fields["general.name"]} if "general.name" in model.fields else {}
     return tokenizer_fields(model) | named
@@ -212,16 +224,22 @@ def _documents(fields: Mapping[str, Field], text: Path | None, seed: int) -> Ite
         ValueError: there is no text for this teacher, or none in the file.
     """
     if text is None and read_metadata(fields).tokens[: len(SPECIAL_TOKENS)] != SPECIAL_TOKENS:
-        raise ValueError("only the example teacher has text of its own; give --text FILE, or --steps 0")
+        raise ValueError(
+            "only the example teacher has text of its own; give --text FILE, or --steps 0"
+        )
     tokenizer = build_tokenizer(fields)
     if text is None:
         return _dialogues(tokenizer, seed)
     pieces = [piece.strip() for piece in re.split(r"\n\s*\n", text.read_text(encoding="utf-8"))]
-    rows = [encoding.ids for encoding in tokenizer.encode_batch_fast([one for one in pieces if one])]
+    rows = [
+        encoding.ids for encoding in tokenizer.encode_batch_fast([one for one in pieces if one])
+    ]
     cut = [row[start : start + LONGEST] for row in rows for start in range(0, len(row), LONGEST)]
     kept = [row for row in cut if len(row) > 1]
     if not kept:
-        raise ValueError(f"{text} has no text to train on; give a file of documents parted by blank lines")
+        raise ValueError(
+            f"{text} has no text to train on; give a file of documents parted by blank lines"
+        )
     return _shuffled(kept, seed)
 
 
@@ -328,7 +346,9 @@ def make_large(
         places |= dict.fromkeys(shapes, file)
     total = 2 * sum(math.prod(shape) for shapes in groups.values() for shape in shapes.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps(index, indent=2) + "\n", encoding="utf-8"
+    )
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
     write_tokenizer_folder(fields, folder)
@@ -345,26 +365,35 @@ def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
 def main(
     out: Path,
     kind: Annotated[Kind | None, typer.Option(help="architecture of a small model")] = None,
-    shape: Annotated[Literal["phi3.5"] | None, typer.Option(help="a real model's, random weights")] = None,
+    shape: Annotated[
+        Literal["phi3.5"] | None, typer.Option(help="a real model's, random weights")
+    ] = None,
     teacher: Annotated[Path | None, typer.Option(help="GGUF file whose vocabulary it gets")] = None,
     width: Annotated[int | None, typer.Option(help="192, or the shape's")] = None,
     layers: Annotated[int | None, typer.Option(help="4, or the shape's")] = None,
-    steps: Annotated[int | None, typer.Option(help="of training a small model: 200; 0: random")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="of training a small model: 200; 0: random")
+    ] = None,
     seed: int = 0,
     extra_rows: Annotated[int, typer.Option(help="rows of the embedding that have no token")] = 0,
     text: Annotated[Path | None, typer.Option(help="what a small model is trained on")] = None,
     rope: Annotated[Rope | None, typer.Option(help="of a small phi3: default or longrope")] = None,
 ) -> None:
-    """Write a checkpoint folder with a teacher's vocabulary: a small model (--kind), or a large one (--shape)."""
+    """Write a checkpoint folder with a teacher's vocabulary: a small model (--kind), or a large
+    one (--shape)."""
     if (kind is None) == (shape is None):
         raise typer.BadParameter("give one of --kind and --shape")
-    sizes = {name: size for name, size in (("width", width), ("layers", layers)) if size is not None}
+    sizes = {
+        name: size for name, size in (("width", width), ("layers", layers)) if size is not None
+    }
     losses: list[float] = []
     try:
         if kind is None:
             small = {"--steps": steps, "--text": text, "--rope": rope}
             if given := [name for name, value in small.items() if value is not None]:
-                raise typer.BadParameter(f"{', '.join(given)}: for --kind alone; --shape is not trained")
+                raise typer.BadParameter(
+                    f"{', '.join(given)}: for --kind alone; --shape is not trained"
+                )
             make_large(out, teacher=teacher, seed=seed, extra_rows=extra_rows, **sizes)
         else:
             make_base(

@@ -1,7 +1,7 @@
 """Writes a GGUF teacher of any size with random weights: what speed and memory are measured on.
 
-Its text means nothing, but every tensor has the shape, the quantisation and the statistics that a real one
-would have. Tensors are written one after another, so memory stays small whatever the size.
+Its text means nothing, but every tensor has the shape, the quantisation and the statistics that a
+real one would have. Tensors are written one after another, so memory stays small whatever the size.
 
     python -m tools.models.random_teacher big.gguf --shape 1024x8 --quant q8_0
     python -m tools.models.random_teacher phi.gguf --preset phi-3.5-mini --quant q4_0
@@ -120,7 +120,9 @@ def write(path: Path, shape: Shape, quant: str, seed: int) -> None:
     _add_tensors(writer, shape, kind, seed)
 
 
-def _add_tensors(writer: gguf.GGUFWriter, shape: Shape, kind: GGMLQuantizationType, seed: int) -> None:
+def _add_tensors(
+    writer: gguf.GGUFWriter, shape: Shape, kind: GGMLQuantizationType, seed: int
+) -> None:
     block, size = GGML_QUANT_SIZES[kind]
     for name, dimensions in tensors(shape):
         if len(dimensions) == 1:
@@ -137,10 +139,13 @@ def _add_tensors(writer: gguf.GGUFWriter, shape: Shape, kind: GGMLQuantizationTy
         if len(dimensions) == 1:
             writer.write_tensor_data(np.ones(dimensions, np.float32))
             continue
-        # The last layers' outputs keep a spread near 1; the output matrix gives logits of a spread of 2.
+        # The last layers' outputs keep a spread near 1; the output matrix gives logits of a spread
+        # of 2.
         spread = (2.0 if name == "output.weight" else 1.0) / np.sqrt(dimensions[1])
         pieces = [
-            random_rows(min(ROWS_AT_ONCE, dimensions[0] - start), dimensions[1], kind, spread, random)
+            random_rows(
+                min(ROWS_AT_ONCE, dimensions[0] - start), dimensions[1], kind, spread, random
+            )
             for start in range(0, dimensions[0], ROWS_AT_ONCE)
         ]
         writer.write_tensor_data(np.concatenate(pieces))

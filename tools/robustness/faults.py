@@ -1,6 +1,8 @@
-"""Faults put into a training on purpose, to see what the guard makes of them (``tools.robustness.guard faults``).
+"""Faults put into a training on purpose, to see what the guard makes of them
+(``tools.robustness.guard faults``).
 
-Each happens once, at one step, except those that lie in the data, which come again whenever the step does.
+Each happens once, at one step, except those that lie in the data, which come again whenever the
+step does.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ POISONS = ("exp_avg not finite", "exp_avg × 10,000", "exp_avg_sq = 0", "exp_avg
 
 @dataclass
 class Place:
-    """Where a fault happens: from ``step`` on, and with everything that is drawn for it from ``random``."""
+    """Where a fault happens: from ``step`` on, and with everything that is drawn for it from
+    ``random``."""
 
     step: int
     random: np.random.Generator
@@ -42,7 +45,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Fault:
-    """One kind of fault. ``batch``: changes the batch of a step; ``state``: changes model or optimizer, once.
+    """One kind of fault. ``batch``: changes the batch of a step; ``state``: changes model or
+    optimizer, once.
 
     ``slow``: a collapse that takes its time.
     """
@@ -56,9 +60,14 @@ class Fault:
 
 
 class Injector:
-    """Loads batches in place of the engine, and does harm on the way. ``plan``: the batches of all steps."""
+    """Loads batches in place of the engine, and does harm on the way.
 
-    def __init__(self, store: SoftTargetStore, fault: Fault, place: Place, plan: list[list[int]]) -> None:
+    ``plan``: the batches of all steps.
+    """
+
+    def __init__(
+        self, store: SoftTargetStore, fault: Fault, place: Place, plan: list[list[int]]
+    ) -> None:
         self.store, self.fault, self.place = store, fault, place
         self._spoilt = {tuple(plan[place.step + offset]): offset for offset in range(fault.steps)}
         self.optimizer: Optimizer | None = None
@@ -68,7 +77,11 @@ class Injector:
         """The batch of a step, with the fault in it where it is due."""
         assert isinstance(student, SO8TForCausalLM)
         batch, offset = load_batch(self.store, indices), step - self.place.step
-        if self.fault.state is not None and 0 <= offset < self.fault.steps and step not in self._done:
+        if (
+            self.fault.state is not None
+            and 0 <= offset < self.fault.steps
+            and step not in self._done
+        ):
             self._done.add(step)
             assert self.optimizer is not None
             self.fault.state(student, self.optimizer, self.place)
@@ -159,7 +172,8 @@ def _constant_targets(batch: Batch, offset: int, place: Place) -> Batch:
 
 
 def _off_the_group(student: SO8TForCausalLM, _: Optimizer, place: Place) -> None:
-    """Either a parameter so large that its exponential is no rotation any more, or one wrong result of the kernel."""
+    """Either a parameter so large that its exponential is no rotation any more, or one wrong
+    result of the kernel."""
     number = int(place.random.integers(student.config.num_hidden_layers))
     gate = student.gates()[number]
     place.named = f"model.layers.{number}.self_attn.gate"
@@ -178,7 +192,9 @@ def _off_the_group(student: SO8TForCausalLM, _: Optimizer, place: Place) -> None
 
 def _some_weight(student: SO8TForCausalLM, place: Place) -> tuple[str, nn.Parameter]:
     """A matrix of a random layer."""
-    named = [(name, one) for name, one in student.named_parameters() if name.endswith("_proj.weight")]
+    named = [
+        (name, one) for name, one in student.named_parameters() if name.endswith("_proj.weight")
+    ]
     return named[int(place.random.integers(len(named)))]
 
 

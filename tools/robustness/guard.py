@@ -65,7 +65,8 @@ def faults(
     workers: int = 2,
     output: Path | None = None,
 ) -> None:
-    """Every fault for every seed, with the guard and without, and the same training without a fault."""
+    """Every fault for every seed, with the guard and without, and the same training without a
+    fault."""
     console = Console(width=160)
     console.print(machine_line(machine(workers)))
     width, layers = map(int, size.split("x"))
@@ -79,7 +80,9 @@ def faults(
     console.print(f"clean: held-out KL {mean:.3f} ({least:.3f} to {most:.3f})")
     console.print(_fault_table(chosen, outcomes, clean))
     if output is not None:
-        write_json(output, {"machine": machine(workers), "outcomes": [asdict(one) for one in outcomes]})
+        write_json(
+            output, {"machine": machine(workers), "outcomes": [asdict(one) for one in outcomes]}
+        )
 
 
 def _fault_table(names: Iterable[str], outcomes: list[Outcome], clean: dict[int, float]) -> Table:
@@ -95,7 +98,9 @@ def _fault_table(names: Iterable[str], outcomes: list[Outcome], clean: dict[int,
     for name in names:
         guarded = [one for one in outcomes if one.job.fault == name and one.job.guard]
         bare = [one for one in outcomes if one.job.fault == name and not one.job.guard]
-        ratios = [one.kl / clean[one.job.seed] if one.ended == "finished" else math.inf for one in guarded]
+        ratios = [
+            one.kl / clean[one.job.seed] if one.ended == "finished" else math.inf for one in guarded
+        ]
         lags = [one.lag for one in guarded if one.lag is not None]
         table.add_row(
             FAULTS[name].words if name in FAULTS else CHECKPOINT_WORDS,
@@ -134,7 +139,8 @@ def healthy(
     workers: int = 2,
     output: Path | None = None,
 ) -> None:
-    """Trainings without a fault at several learning rates (times the usual one), with the guard and without."""
+    """Trainings without a fault at several learning rates (times the usual one), with the guard
+    and without."""
     console = Console(width=160)
     console.print(machine_line(machine(workers)))
     width, layers = map(int, size.split("x"))
@@ -160,12 +166,15 @@ def healthy(
     for store in stores:
         for rate in rates.split(","):
             mine = [
-                one for one in outcomes if one.job.store == str(store) and one.job.rate == float(rate) * usual
+                one
+                for one in outcomes
+                if one.job.store == str(store) and one.job.rate == float(rate) * usual
             ]
             pairs = [(a, b) for a, b in zip(mine[::2], mine[1::2], strict=True)]
             quiet = [(a, b) for a, b in pairs if not a.events]
             counts = [
-                sum(a.events.get(action, 0) for a, _ in pairs) for action in ("rollback", "skip_step", "clip")
+                sum(a.events.get(action, 0) for a, _ in pairs)
+                for action in ("rollback", "skip_step", "clip")
             ]
             table.add_row(
                 store.name,
@@ -177,7 +186,9 @@ def healthy(
             )
     console.print(table)
     if output is not None:
-        write_json(output, {"machine": machine(workers), "outcomes": [asdict(one) for one in outcomes]})
+        write_json(
+            output, {"machine": machine(workers), "outcomes": [asdict(one) for one in outcomes]}
+        )
 
 
 @app.command()
@@ -189,10 +200,12 @@ def cost(
     rounds: int = 5,
     threads: int = 2,
 ) -> None:
-    """The same steps with the guard and without, in turns, in one process; the first round is not counted.
+    """The same steps with the guard and without, in turns, in one process; the first round is not
+    counted.
 
-    The last line is the steadiest: only what differs is timed, from the gradient to the stepped weights, against the
-    whole step. Processor time does not mind other programs on the machine, and says most with ``--threads 1``.
+    The last line is the steadiest: only what differs is timed, from the gradient to the stepped
+    weights, against the whole step. Processor time does not mind other programs on the machine, and
+    says most with ``--threads 1``.
     """
     console = Console(width=120)
     console.print(machine_line(machine(threads)))
@@ -210,14 +223,16 @@ def cost(
         ratios = sorted(on / off for on, off in zip(found[True], found[False], strict=True))
         middle = {guard: statistics.median(many) / steps * 1000 for guard, many in found.items()}
         console.print(
-            f"  {name}: {middle[False]:.1f} ms a step without the guard, {middle[True]:.1f} ms with it; "
+            f"  {name}: {middle[False]:.1f} ms a step without the guard, {middle[True]:.1f} ms "
+            "with it; "
             f"ratio {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
         )
     more = sorted(on.update - off.update for on, off in zip(times[True], times[False], strict=True))
     whole = statistics.median(one.wall for one in times[False])
     middle_more = statistics.median(more)
     console.print(
-        f"  from gradient to stepped weights: {middle_more / steps * 1000:.2f} ms a step more with the guard, "
+        f"  from gradient to stepped weights: {middle_more / steps * 1000:.2f} ms a step more with "
+        "the guard, "
         f"{middle_more / whole:.2%} of a step ({more[0] / whole:.2%} to {more[-1] / whole:.2%})"
     )
     deep = weighing_seconds(Job(str(store), (width, layers), 0, 1))

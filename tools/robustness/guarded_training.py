@@ -1,4 +1,5 @@
-"""One training of ``tools.robustness.guard``: with or without a fault, with or without the guard, and what came of it."""
+"""One training of ``tools.robustness.guard``: with or without a fault, with or without the
+guard, and what came of it."""
 
 from __future__ import annotations
 
@@ -46,7 +47,10 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One training. ``fault``: its name, or none; ``guard``: whether there is one; ``rate``: peak learning rate."""
+    """One training.
+
+    ``fault``: its name, or none; ``guard``: whether there is one; ``rate``: peak learning rate.
+    """
 
     store: str
     size: tuple[int, int]
@@ -59,8 +63,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a training. ``kl``: held-out, of the last step; ``lag``: steps from fault to first event; ``named``:
-    whether events name what was wrong; ``events``: how many of each action; ``weights``: hash of the student's."""
+    """What came of a training. ``kl``: held-out, of the last step; ``lag``: steps from fault to
+    first event; ``named``: whether events name what was wrong; ``events``: how many of each action;
+    ``weights``: hash of the student's.
+    """
 
     job: Job
     kl: float
@@ -185,13 +191,16 @@ def _is_named(events: list[dict[str, Any]], place: Place, steps: int) -> bool:
 
 def _digest(student: SO8TForCausalLM) -> str:
     weights = {
-        name: one.contiguous() for name, one in student.state_dict().items() if name != "lm_head.weight"
+        name: one.contiguous()
+        for name, one in student.state_dict().items()
+        if name != "lm_head.weight"
     }
     return hashlib.sha256(safetensors.torch.save(weights)).hexdigest()
 
 
 def _poison_checkpoint(trial: Trial, folder: Path) -> None:
-    """Train to the place of the fault with checkpoints on the way, stop, and damage the newest of them."""
+    """Train to the place of the fault with checkpoints on the way, stop, and damage the newest
+    of them."""
     place = trial.place
 
     def stop(step: int, words: str) -> None:
@@ -199,7 +208,10 @@ def _poison_checkpoint(trial: Trial, folder: Path) -> None:
             raise Stopped
 
     student, objective = trial.student()
-    with patch.multiple(checkpoint_timer, CHECKPOINT_SECONDS=0.2, SAVING_SHARE=1.0), suppress(Stopped):
+    with (
+        patch.multiple(checkpoint_timer, CHECKPOINT_SECONDS=0.2, SAVING_SHARE=1.0),
+        suppress(Stopped),
+    ):
         train(student, trial.data, objective, trial.config, folder, stop)
     newest = latest_checkpoint(folder / "checkpoints")
     assert newest is not None
@@ -220,8 +232,9 @@ def _poison_checkpoint(trial: Trial, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of some steps: ``wall`` by the clock, ``processor`` of this process's processor time, and ``update``, by
-    the clock, from the gradient to the stepped weights: with a guard, all that it does."""
+    """Seconds of some steps: ``wall`` by the clock, ``processor`` of this process's processor time,
+    and ``update``, by the clock, from the gradient to the stepped weights: with a guard, all that
+    it does."""
 
     wall: float
     processor: float
@@ -262,5 +275,7 @@ def timed(job: Job, steps: int, batch: int) -> Times:
         train(student, trial.data, objective, config, Path(name), stop)
     first_step, last = marks[1], marks[steps + 1]
     return Times(
-        last.wall - first_step.wall, last.processor - first_step.processor, last.update - first_step.update
+        last.wall - first_step.wall,
+        last.processor - first_step.processor,
+        last.update - first_step.update,
     )

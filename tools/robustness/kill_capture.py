@@ -1,4 +1,5 @@
-"""Kills a capture at random moments, again and again, and compares what comes out with an undisturbed store.
+"""Kills a capture at random moments, again and again, and compares what comes out with an
+undisturbed store.
 
 python -m tools.robustness.kill_capture --kills 50
 """
@@ -39,7 +40,10 @@ def main() -> None:
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as root:
         data = Path(root) / "data.jsonl"
-        words = [chance.choice(("order", "gloves", "budget", "sample", "tank", "room")) for _ in range(40)]
+        words = [
+            chance.choice(("order", "gloves", "budget", "sample", "tank", "room"))
+            for _ in range(40)
+        ]
         lines = [" ".join(chance.sample(words, 30)) + f" {index}" for index in range(TEXTS)]
         data.write_text("\n".join(json.dumps({"text": line}) for line in lines), encoding="utf-8")
         begin = time.monotonic()

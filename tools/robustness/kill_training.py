@@ -1,16 +1,19 @@
-"""Kills a training at random moments, again and again, and compares what comes out with an undisturbed one.
+"""Kills a training at random moments, again and again, and compares what comes out with an
+undisturbed one.
 
     python -m tools.robustness.kill_training --kills 20
 
-Once: ``distill capture`` makes a small store with the example teacher, and ``distill train`` makes a student from it
-as any user does, undisturbed: the reference. Then the same command, into fresh folders, is killed with SIGKILL (its
-whole process group) and started again until it finishes. The moments are uniform over the steps of the training,
-plus a random part of a step; in every third one the kill waits for the next checkpoint to be begun. Weights, exported
-file and metrics must be equal to the reference's byte for byte, and training must have continued where it was saved.
+Once: ``distill capture`` makes a small store with the example teacher, and ``distill train`` makes
+a student from it as any user does, undisturbed: the reference. Then the same command, into fresh
+folders, is killed with SIGKILL (its whole process group) and started again until it finishes. The
+moments are uniform over the steps of the training, plus a random part of a step; in every third one
+the kill waits for the next checkpoint to be begun. Weights, exported file and metrics must be equal
+to the reference's byte for byte, and training must have continued where it was saved.
 
-The killed processes save every 0.3 s instead of every 30 s, else this would take hours: they are started through a
-few lines that set ``distill.training.checkpoint_timer.CHECKPOINT_SECONDS`` and ``SAVING_SHARE`` before ``distill.cli.main()``. Nothing
-else about them is changed. A kill counts where training had begun and its last checkpoint was not there yet.
+The killed processes save every 0.3 s instead of every 30 s, else this would take hours: they are
+started through a few lines that set ``distill.training.checkpoint_timer.CHECKPOINT_SECONDS`` and
+``SAVING_SHARE`` before ``distill.cli.main()``. Nothing else about them is changed. A kill counts
+where training had begun and its last checkpoint was not there yet.
 """
 
 from __future__ import annotations
@@ -50,7 +53,8 @@ PATIENCE_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill: the last step logged, the checkpoint to continue from (0: none), and what it hit."""
+    """One kill: the last step logged, the checkpoint to continue from (0: none), and what it
+    hit."""
 
     run: int
     step: int
@@ -91,7 +95,8 @@ def differences(reference: Path, found: Path) -> list[str]:
     return [
         name
         for name in COMPARED
-        if not (found / name).exists() or (found / name).read_bytes() != (reference / name).read_bytes()
+        if not (found / name).exists()
+        or (found / name).read_bytes() != (reference / name).read_bytes()
     ]
 
 
@@ -119,7 +124,8 @@ def is_saving(folder: Path) -> bool:
 
 
 def saved_step(folder: Path) -> tuple[int, bool]:
-    """The step of the newest complete checkpoint (0: none) and whether it is the training's last."""
+    """The step of the newest complete checkpoint (0: none) and whether it is the training's
+    last."""
     newest = latest_checkpoint(folder / "checkpoints")
     if newest is None:
         return 0, False
@@ -160,7 +166,8 @@ class Training:
         return self._file() not in (None, self.before)
 
     def reaches(self, step: int, at_checkpoint: bool) -> bool:
-        """Wait until it has done ``step`` (and then begins a checkpoint); false where it ends before."""
+        """Wait until it has done ``step`` (and then begins a checkpoint); false where it ends
+        before."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while self.process.poll() is None:
             there = self.begun and last_step(self.metrics) >= step
@@ -201,14 +208,17 @@ def disturbed(
                 time.sleep(moment.delay)
             process.kill()
         saved, finished = saved_step(out)
-        kills.append(Kill(run, last_step(out / "metrics.jsonl"), saved, is_saving(out), not finished))
+        kills.append(
+            Kill(run, last_step(out / "metrics.jsonl"), saved, is_saving(out), not finished)
+        )
     with Training(training, out, job.threads) as process:
         process.finish()
     return kills
 
 
 def judge(run: int, kills: Sequence[Kill], reference: Path, out: Path) -> list[str]:
-    """What is wrong with a run: files that differ, or a checkpoint that the last process did not continue from."""
+    """What is wrong with a run: files that differ, or a checkpoint that the last process did not
+    continue from."""
     wrong = [f"run {run}: {name} differs" for name in differences(reference, out)]
     continued = read_training(out)["continued_from_step"]
     if kills and kills[-1].counts and continued != kills[-1].checkpoint:
@@ -224,20 +234,24 @@ def read_training(out: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill: ``delay`` seconds after a step, or when the next checkpoint after it is begun."""
+    """When to kill: ``delay`` seconds after a step, or when the next checkpoint after it is
+    begun."""
 
     step: int
     delay: float
     at_checkpoint: bool
 
 
-def draw_moments(chance: random.Random, count: int, steps: int, step_seconds: float) -> list[Moment]:
+def draw_moments(
+    chance: random.Random, count: int, steps: int, step_seconds: float
+) -> list[Moment]:
     """Moments of one run, in order of steps: uniform over the training."""
     drawn = sorted(chance.randrange(steps) for _ in range(count))
     forms = [place % AT_A_CHECKPOINT == AT_A_CHECKPOINT - 1 for place in range(count)]
     chance.shuffle(forms)
     return [
-        Moment(step, chance.uniform(0.0, step_seconds), form) for step, form in zip(drawn, forms, strict=True)
+        Moment(step, chance.uniform(0.0, step_seconds), form)
+        for step, form in zip(drawn, forms, strict=True)
     ]
 
 
@@ -264,7 +278,9 @@ def kill_and_compare(root: Path, job: Job, options: argparse.Namespace, console:
         verdict = f"[bold red]{'; '.join(found)}[/]" if found else "equal"
         console.print(f"run {run}: killed at {hit or 'no step'}; {verdict}")
         if not made and run >= options.kills:
-            raise RuntimeError("no kill hits the training; make it longer with --samples or --epochs")
+            raise RuntimeError(
+                "no kill hits the training; make it longer with --samples or --epochs"
+            )
     report(kills, run, wrong, console)
     return not wrong
 
@@ -275,7 +291,10 @@ def report(kills: Sequence[Kill], runs: int, wrong: Sequence[str], console: Cons
     table = Table(title="SIGKILL while training", title_justify="left", show_header=False)
     for name, value in (
         ("kills while training", f"{len(counted)} in {runs} runs"),
-        ("at steps", ", ".join(str(kill.step) for kill in sorted(counted, key=lambda kill: kill.step))),
+        (
+            "at steps",
+            ", ".join(str(kill.step) for kill in sorted(counted, key=lambda kill: kill.step)),
+        ),
         ("while a checkpoint was written", f"{sum(kill.while_saving for kill in counted)}"),
         ("continued from a checkpoint", f"{sum(kill.checkpoint > 0 for kill in counted)}"),
         ("begun again from step 0", f"{sum(kill.checkpoint == 0 for kill in counted)}"),
@@ -300,10 +319,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--keep", type=Path, help="folder to work in and to leave as it is, instead of a temporary one"
+        "--keep",
+        type=Path,
+        help="folder to work in and to leave as it is, instead of a temporary one",
     )
     options = parser.parse_args()
-    job = Job(options.samples, options.max_length, options.student_size, options.epochs, options.threads)
+    job = Job(
+        options.samples, options.max_length, options.student_size, options.epochs, options.threads
+    )
     console = Console(width=120, highlight=False)
     if options.keep:
         options.keep.mkdir(parents=True)

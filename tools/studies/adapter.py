@@ -1,17 +1,22 @@
-"""What a student made of a base costs and gains: LoRA over NF4, LoRA alone, and all weights of the base.
+"""What a student made of a base costs and gains: LoRA over NF4, LoRA alone, and all weights of the
+base.
 
     python -m tools.studies.adapter STORE [--kinds llama,qwen2] [--workdir DIR] [--json FILE]
     python -m tools.studies.adapter STORE --rates 0.25,0.5,1,2,4 [--ways qlora]      which learning rate is best
 
-STORE is a folder that ``distill capture`` has filled from the example teacher. The bases are made by
-``tools.models.make_base`` (DIR/KIND, used again where it is there). Every training has a process of its own, the same data,
-batches and seed, and computes layers again in the backward pass; ``--set`` changes settings of all of them.
+STORE is a folder that ``distill capture`` has filled from the example teacher. The bases are made
+by ``tools.models.make_base`` (DIR/KIND, used again where it is there). Every training has a process
+of its own, the same data, batches and seed, and computes layers again in the backward pass;
+``--set`` changes settings of all of them.
 
-- qlora, lora: as ``distill run --student-base`` trains, with gates, heads and guard; in NF4, or the base as it is;
-- full: all weights in float32, by the same loss of soft targets and labels, without gates, heads and guard.
+- qlora, lora: as ``distill run --student-base`` trains, with gates, heads and guard; in NF4, or the
+  base as it is;
+- full: all weights in float32, by the same loss of soft targets and labels, without gates, heads
+  and guard.
 
-KL is held-out, against the stored targets. Tokens per second: median of the steps. Memory: the process's peak beyond
-what it had before the model was loaded, when a tiny model had been trained already, so that code is not counted.
+KL is held-out, against the stored targets. Tokens per second: median of the steps. Memory: the
+process's peak beyond what it had before the model was loaded, when a tiny model had been trained
+already, so that code is not counted.
 """
 
 from __future__ import annotations
@@ -62,7 +67,15 @@ def prepare_base(folder: Path, kind: Kind) -> Path:
 def ways_table(found: Sequence[Figures]) -> Table:
     """A row for every kind and way; memory as ``Figures`` has it."""
     table = Table("kind", "way")
-    for name in ("learning rate", "parameters", "trained", "share", "held-out KL", "fall", "tokens/s"):
+    for name in (
+        "learning rate",
+        "parameters",
+        "trained",
+        "share",
+        "held-out KL",
+        "fall",
+        "tokens/s",
+    ):
         table.add_column(name, justify="right")
     for name in ("state", "peak", "of it beyond", "F32 file off by", "checkpoint"):
         table.add_column(name, justify="right")
@@ -88,7 +101,8 @@ def ways_table(found: Sequence[Figures]) -> Table:
 
 
 def rates_table(found: Sequence[Figures], rates: Sequence[float]) -> Table:
-    """A row for every kind and way: the KL after training at each of the ``rates``, where it came to its end."""
+    """A row for every kind and way: the KL after training at each of the ``rates``, where it
+    came to its end."""
     rates = sorted(rates)
     table = Table("kind", "way", *(f"× {rate:g}" for rate in rates), "best")
     for kind, way in dict.fromkeys((one.job.kind, one.job.way) for one in found):
@@ -125,7 +139,8 @@ def _check_store(folder: Path) -> None:
     require_complete(store, Stages(quiet=True))
     if find_teacher(None, kept.info) is None:
         raise UserError(
-            f"store {folder} is of {kept.info.name}; the bases have the example teacher's vocabulary: "
+            f"store {folder} is of {kept.info.name}; the bases have the example teacher's "
+            "vocabulary: "
             "run `distill capture` without --teacher, and give its store"
         )
 
@@ -133,7 +148,9 @@ def _check_store(folder: Path) -> None:
 def _chosen(text: str, known: Sequence[str], option: str) -> list[Any]:
     names = [name.strip() for name in text.split(",")]
     if unknown := [name for name in names if name not in known]:
-        raise typer.BadParameter(f"{option} {unknown[0]!r} is unknown; choose among {', '.join(known)}")
+        raise typer.BadParameter(
+            f"{option} {unknown[0]!r} is unknown; choose among {', '.join(known)}"
+        )
     return names
 
 
@@ -151,7 +168,9 @@ def main(
     store: Path,
     kinds: str = ",".join(KINDS),
     ways: Annotated[str | None, typer.Option(help="qlora,lora,full; with --rates qlora")] = None,
-    rates: Annotated[str | None, typer.Option(help="learning rates to compare, times the usual one")] = None,
+    rates: Annotated[
+        str | None, typer.Option(help="learning rates to compare, times the usual one")
+    ] = None,
     steps: Annotated[int, typer.Option(min=2)] = 200,
     batch: Annotated[int, typer.Option(min=1, help="sequences in a step")] = 16,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -173,7 +192,9 @@ def main(
         try:
             _check_store(store)
             bases = {kind: prepare_base(workdir or Path(name), kind) for kind in chosen}
-            jobs = jobs_of(store, bases, chosen_ways, multiples, settings=tuple(settings or ()), **same)
+            jobs = jobs_of(
+                store, bases, chosen_ways, multiples, settings=tuple(settings or ()), **same
+            )
             for job in jobs:
                 try:
                     one = measure_apart(job)
@@ -182,7 +203,8 @@ def main(
                     continue
                 found.append(one)
                 console.print(
-                    f"{job.kind} {job.way} × {job.rate:g}: KL {one.kl_before:.4f} → {one.kl_after:.4f}"
+                    f"{job.kind} {job.way} × {job.rate:g}: KL {one.kl_before:.4f} → "
+                    f"{one.kl_after:.4f}"
                 )
         except (UserError, StoreError) as error:
             raise typer.BadParameter(str(error)) from None

@@ -1,4 +1,5 @@
-"""One training of ``tools.studies.adapter``: a base with LoRA in NF4, with LoRA, or with all its weights trained."""
+"""One training of ``tools.studies.adapter``: a base with LoRA in NF4, with LoRA, or with all its
+weights trained."""
 
 from __future__ import annotations
 
@@ -39,14 +40,18 @@ from tools.models.make_base import Kind, make_base
 from tools.studies.full_finetune import load_whole, train_whole
 
 QLORA, LORA, FULL = WAYS = ("qlora", "lora", "full")
-# Times the learning rate of ``distill run --student-base``; for all weights what measured best of 0.25 to 2 (qwen2).
+# Times the learning rate of ``distill run --student-base``; for all weights what measured best of
+# 0.25 to 2 (qwen2).
 USUAL_RATES = {QLORA: 1.0, LORA: 1.0, FULL: 1.0}
 WARMUP = 5  # steps whose time does not count
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training. ``rate``: times the usual learning rate; ``settings``: ``section.key=value`` for all ways."""
+    """One training.
+
+    ``rate``: times the usual learning rate; ``settings``: ``section.key=value`` for all ways.
+    """
 
     store: str
     base: str
@@ -61,7 +66,8 @@ class Job:
 
 
 def state_bytes(module: nn.Module) -> int:
-    """Bytes of all weights (of NF4 with its scales), and of gradient and both moments of those that are trained."""
+    """Bytes of all weights (of NF4 with its scales), and of gradient and both moments of those
+    that are trained."""
     total = 0
     for parameter in module.parameters():
         total += parameter.nbytes * (4 if parameter.requires_grad else 1)
@@ -74,9 +80,10 @@ def state_bytes(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Figures:
-    """What came of a training. Bytes: ``state`` of weights, gradients and moments; ``peak`` of the process, ``before``
-    the model was loaded; of a student in NF4 also of the last checkpoint and of the F32 file, with that file's largest
-    logit difference from the merged model in PyTorch. KL in nats per token."""
+    """What came of a training. Bytes: ``state`` of weights, gradients and moments; ``peak`` of the
+    process, ``before`` the model was loaded; of a student in NF4 also of the last checkpoint and of
+    the F32 file, with that file's largest logit difference from the merged model in PyTorch. KL in
+    nats per token."""
 
     job: Job
     learning_rate: float
@@ -120,7 +127,11 @@ class Trial:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.store, self.kept = open_full_store(Path(job.store))
-        given = {"student.base": job.base, "student.load_in_4bit": job.way == QLORA, "store": job.store}
+        given = {
+            "student.base": job.base,
+            "student.load_in_4bit": job.way == QLORA,
+            "store": job.store,
+        }
         given |= {"seed": job.seed, "train.batch_size": job.batch, "train.evaluations": 2}
         config = with_checkpointing(load_config(None, given, list(job.settings)), True)
         self.base: Base = open_base(config, self.kept.tokenizer, self.kept.info.vocab_size)
@@ -129,7 +140,9 @@ class Trial:
         an_epoch = -(-len(parts.train) // job.batch)
         rate = job.rate * peak_learning_rate(config.train, self.base.config.hidden_size)
         changes = {"epochs": -(-job.steps // an_epoch), "learning_rate": rate}
-        self.config: RunConfig = config.model_copy(update={"train": config.train.model_copy(update=changes)})
+        self.config: RunConfig = config.model_copy(
+            update={"train": config.train.model_copy(update=changes)}
+        )
         self.plan = self.data.batches(self.config.train.epochs, job.batch)
         if job.way != FULL:
             self._add_prompts()
@@ -148,10 +161,13 @@ class Trial:
 
     def held_out(self) -> HeldOut:
         """What an exported file is proved on."""
-        return HeldOut([self.store.tokens(int(index)) for index in self.data.split.held_out], self.kept.lines)
+        return HeldOut(
+            [self.store.tokens(int(index)) for index in self.data.split.held_out], self.kept.lines
+        )
 
     def speed(self, marks: Sequence[tuple[int, float]]) -> float:
-        """Tokens per second, the median of the steps; ``marks``: when which step was done, in order."""
+        """Tokens per second, the median of the steps; ``marks``: when which step was done, in
+        order."""
         lengths = self.store.lengths()
         speeds = [
             float(lengths[self.plan[step - 1]].sum() - len(self.plan[step - 1])) / (now - then)

@@ -1,12 +1,14 @@
-"""How right stored soft targets are: error of the LM-head gradient against the dense one, at T = 1, 2, 3.
+"""How right stored soft targets are: error of the LM-head gradient against the dense one, at T = 1,
+2, 3.
 
     python -m tools.studies.fidelity [TEACHER.gguf] [TEXT] [--student RUN/student]
 
 Without a text the teacher speaks; without a teacher it is the example teacher.
 
-Every way of storing gets the same 2,048 positions of held-out text and the same student; what is compared is
-‖g − g_dense‖ / ‖g_dense‖ for the gradient of the KL in the output matrix (weight) and in the student's hidden
-states (hidden). The student is the one a run would begin with, or a trained one.
+Every way of storing gets the same 2,048 positions of held-out text and the same student; what is
+compared is ‖g − g_dense‖ / ‖g_dense‖ for the gradient of the KL in the output matrix (weight) and
+in the student's hidden states (hidden). The student is the one a run would begin with, or a trained
+one.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ TEMPERATURES = (1.0, 2.0, 3.0)
 ROWS = 128
 
 Probabilities = Callable[[slice, float, Tensor], Tensor]
-"""Target distribution of some positions at T, ``[C, V]``; also given the student's own, ``[C, V]``."""
+"""Target distribution of some positions at T, ``[C, V]``; also given the student's own, ``[C,
+V]``."""
 
 
 def bucketed(targets: CompactTargets) -> Probabilities:
@@ -69,10 +72,11 @@ def truncated(logits: Tensor, count: int) -> Probabilities:
 def sampled(
     targets: CompactTargets, logits: Tensor, count: int, *, sketched: bool, seed: int
 ) -> Probabilities:
-    """Top-k, and tokens drawn from the tail at T: alone, or correcting the sketch where it is drawn from.
+    """Top-k, and tokens drawn from the tail at T: alone, or correcting the sketch where it is drawn
+    from.
 
-    Drawn from the sketch's tail s, a token stands for mass · p_v / s_v relative to it; the sketch plus the mean of
-    those corrections is unbiased, whatever the sketch.
+    Drawn from the sketch's tail s, a token stands for mass · p_v / s_v relative to it; the sketch
+    plus the mean of those corrections is unbiased, whatever the sketch.
     """
 
     def probabilities(rows: slice, temperature: float, student: Tensor) -> Tensor:
@@ -80,7 +84,9 @@ def sampled(
         random = torch.Generator().manual_seed(seed)
         true = (logits[rows] / temperature).softmax(dim=-1).scatter(-1, some.topk_ids, 0.0)
         kept = some.topk_log_probs(temperature).exp()
-        source = some.log_probs(temperature).exp().scatter(-1, some.topk_ids, 0.0) if sketched else true
+        source = (
+            some.log_probs(temperature).exp().scatter(-1, some.topk_ids, 0.0) if sketched else true
+        )
         drawn = torch.multinomial(source, count, replacement=True, generator=random)
         mass = source.sum(dim=-1, keepdim=True) / count
         if sketched:
@@ -93,8 +99,11 @@ def sampled(
     return probabilities
 
 
-def errors(student: Tensor, matrix: Tensor, logits: Tensor, ways: Probabilities) -> list[tuple[float, float]]:
-    """Relative gradient errors (weight, hidden) at each temperature: ``student [N, D]``, ``matrix [V, D]``."""
+def errors(
+    student: Tensor, matrix: Tensor, logits: Tensor, ways: Probabilities
+) -> list[tuple[float, float]]:
+    """Relative gradient errors (weight, hidden) at each temperature: ``student [N, D]``,
+    ``matrix [V, D]``."""
     result = []
     for temperature in TEMPERATURES:
         weight, exact = torch.zeros_like(matrix), torch.zeros_like(matrix)
@@ -132,9 +141,9 @@ def student_states(
     model.eval()
     with torch.no_grad():
         rows = [
-            model(torch.from_numpy(tokens[:-1].astype(np.int64))[None], with_logits=False).last_hidden_state[
-                0
-            ]
+            model(
+                torch.from_numpy(tokens[:-1].astype(np.int64))[None], with_logits=False
+            ).last_hidden_state[0]
             for tokens in sequences
         ]
     return torch.cat(rows), model.lm_head.weight.detach(), "trained" if path else "untrained"
@@ -146,7 +155,9 @@ def read_sequences(teacher: GGUFTeacher, text: Path | None) -> list[Tokens]:
         opening = opening_segments(teacher)
         assert opening is not None, "this teacher has no token to start from; give it a text"
         return teacher.speak([opening] * 100, Sampling(max_length=LENGTH))
-    tokens = teacher.tokenize([text.read_text(encoding="utf-8")], add_special=False, parse_special=False)[0]
+    tokens = teacher.tokenize(
+        [text.read_text(encoding="utf-8")], add_special=False, parse_special=False
+    )[0]
     sequences = [tokens[start : start + LENGTH] for start in range(0, 3 * POSITIONS, LENGTH)]
     return [piece for piece in sequences if len(piece) > 1]
 
@@ -162,7 +173,11 @@ def measure(path: Path, text: Path | None, student: Path | None, width: int) -> 
         hidden, matrix, kind = student_states(student, teacher, testing, width)
         ways: list[tuple[str, int, Probabilities]] = []
         for count, sketch in ((16, None), (8, None), (32, 64)):
-            budget = default_sketch_bytes(count, info.vocab_size, info.width) if sketch is None else sketch
+            budget = (
+                default_sketch_bytes(count, info.vocab_size, info.width)
+                if sketch is None
+                else sketch
+            )
             recipe = Recipe("compact", count, budget)
             made = fit_companion(teacher, fitting, recipe)
             arrays = reduce(Answer(logits, states), recipe, made.bases)
@@ -180,13 +195,21 @@ def measure(path: Path, text: Path | None, student: Path | None, width: int) -> 
         head = whole.head if isinstance(whole, HiddenTargets) else None
         assert head is not None
         unrounded = HiddenTargets(states, head)
-        ways.append(("final state in float32 (llama.cpp rounds it)", 4 * info.width, _exact(unrounded)))
-        ways.append(("hidden", recipe.bytes_per_position(info.vocab_size, info.width), _exact(whole)))
+        ways.append(
+            ("final state in float32 (llama.cpp rounds it)", 4 * info.width, _exact(unrounded))
+        )
+        ways.append(
+            ("hidden", recipe.bytes_per_position(info.vocab_size, info.width), _exact(whole))
+        )
         plain = CompactTargets.from_logits(logits, 32)
         ways.append(("top-32 + tail bucket", 32 * 4 + 24, bucketed(plain)))
         few = CompactTargets.from_logits(logits, 16)
         ways.append(
-            ("top-16 + 48 tail samples", 16 * 4 + 24 + 96, sampled(few, logits, 48, sketched=False, seed=0))
+            (
+                "top-16 + 48 tail samples",
+                16 * 4 + 24 + 96,
+                sampled(few, logits, 48, sketched=False, seed=0),
+            )
         )
         ways.append(("top-32, renormalised", 32 * 4, truncated(logits, 32)))
     table = Table("stored", "bytes/token", *(f"T={t:g} weight · hidden" for t in TEMPERATURES))
@@ -194,7 +217,9 @@ def measure(path: Path, text: Path | None, student: Path | None, width: int) -> 
         found = errors(hidden[:POSITIONS], matrix, logits, way)
         table.add_row(name, str(size), *(f"{weight:.3f} · {state:.3f}" for weight, state in found))
     console = Console(width=120)
-    console.print(f"{info.name}, {len(logits)} positions, {kind} student of width {matrix.shape[1]}")
+    console.print(
+        f"{info.name}, {len(logits)} positions, {kind} student of width {matrix.shape[1]}"
+    )
     console.print(table)
 
 

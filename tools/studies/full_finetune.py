@@ -1,4 +1,5 @@
-"""All weights of a base trained by the distillation loss: what ``tools.studies.adapter`` compares LoRA with."""
+"""All weights of a base trained by the distillation loss: what ``tools.studies.adapter``
+compares LoRA with."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ NO_TERMS = {"lambda_so8t": 0.0, "lambda_safety": 0.0, "lambda_verification": 0.0
 
 
 class WholeBase(Student):
-    """A base whose own weights are trained, all of them: no gates (its rotations are one identity), no heads."""
+    """A base whose own weights are trained, all of them: no gates (its rotations are one
+    identity), no heads."""
 
     rotation: Tensor
 
@@ -74,7 +76,9 @@ class WholeBase(Student):
         )
         states = output.last_hidden_state
         return SO8TOutput(
-            logits=F.linear(states[:, -logits_to_keep:], self.output_matrix()) if with_logits else None,
+            logits=F.linear(states[:, -logits_to_keep:], self.output_matrix())
+            if with_logits
+            else None,
             past_key_values=output.past_key_values,
             last_hidden_state=states,
             rotations=self.rotations(),
@@ -122,8 +126,8 @@ def load_whole(base: Base, vocab_size: int) -> WholeBase:
 def train_whole(
     student: WholeBase, data: TrainingData, config: RunConfig, report: Report
 ) -> tuple[float, float]:
-    """Train in place, on the batches and by the schedule of ``distill.training.engine.train``: divergence of the soft targets
-    and cross-entropy, AdamW, clipping.
+    """Train in place, on the batches and by the schedule of ``distill.training.engine.train``:
+    divergence of the soft targets and cross-entropy, AdamW, clipping.
 
     Returns:
         The held-out KL before and after, in nats per token.
@@ -149,11 +153,15 @@ def train_whole(
             batch = load_batch(data.store, indices).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
                 fraction = step / len(plan)
-                loss, _ = objective(student, batch, total=batch.count(), share=1.0, fraction=fraction)
+                loss, _ = objective(
+                    student, batch, total=batch.count(), share=1.0, fraction=fraction
+                )
             loss.backward()
             norm = nn.utils.clip_grad_norm_(module.parameters(), settings.max_grad_norm)
             if not bool(torch.isfinite(norm)):
-                raise TrainingAborted(f"step {step}: the gradient is not finite; try a lower learning rate")
+                raise TrainingAborted(
+                    f"step {step}: the gradient is not finite; try a lower learning rate"
+                )
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)

@@ -1,12 +1,15 @@
-"""Where a student begins, compared at equal training tokens: random weights, the teacher's embeddings, a head start.
+"""Where a student begins, compared at equal training tokens: random weights, the teacher's
+embeddings, a head start.
 
-    distill capture --teacher T.gguf --data text.txt --store STORE
-    python -m tools.studies.initialization STORE T.gguf --size 128x3 --tokens 200000 [--seeds 0,1] [--rates 1,0.5,0.25]
+    distill capture --teacher T.gguf --data text.txt --store STORE python -m
+    tools.studies.initialization STORE T.gguf --size 128x3 --tokens 200000 [--seeds 0,1] [--rates
+    1,0.5,0.25]
 
-Every row trains the same shape on the same batches with the same schedule, drawn out over exactly as many tokens; held
-out are the same sequences. ``random``: all weights random; ``embeddings``: random but for the token embeddings;
-``teacher``: ``distill.initialization.from_teacher``, at each of ``--rates`` times the usual peak learning rate, the others at the usual.
-KL is per token on the held-out sequences at T = 1, before training and after each part of it.
+Every row trains the same shape on the same batches with the same schedule, drawn out over exactly
+as many tokens; held out are the same sequences. ``random``: all weights random; ``embeddings``:
+random but for the token embeddings; ``teacher``: ``distill.initialization.from_teacher``, at each
+of ``--rates`` times the usual peak learning rate, the others at the usual. KL is per token on the
+held-out sequences at T = 1, before training and after each part of it.
 """
 
 from __future__ import annotations
@@ -52,7 +55,8 @@ class ShortData(TrainingData):
     tokens: int = 0
 
     def batches(self, epochs: int, batch_size: int) -> list[list[int]]:
-        """Whole batches with ``tokens`` tokens together, or a few more; as many epochs as that takes."""
+        """Whole batches with ``tokens`` tokens together, or a few more; as many epochs as that
+        takes."""
         lengths, chosen, total = self.store.lengths(), list[list[int]](), 0
         each = int((lengths[self.split.train] - 1).sum())
         for batch in super().batches(-(-self.tokens // each), batch_size):
@@ -94,7 +98,9 @@ class Bench:
         config = self.train.model_copy(update={"learning_rate": rate})
         data = replace(self.data, seed=seed)
         with tempfile.TemporaryDirectory() as folder:
-            summary = train(student, data, objective, config, Path(folder), lambda step, words: None)
+            summary = train(
+                student, data, objective, config, Path(folder), lambda step, words: None
+            )
         return summary, seconds
 
 
@@ -102,7 +108,8 @@ def open_bench(options: argparse.Namespace) -> Bench:
     """The store, proved to be complete, and its teacher.
 
     Raises:
-        StoreError, UserError, TeacherFileError, ValueError: one of them or a setting cannot be used.
+        StoreError, UserError, TeacherFileError, ValueError: one of them or a setting cannot be
+        used.
     """
     store, inheritance = open_full_store(options.store)
     require_complete(store, Console())
@@ -125,7 +132,9 @@ def read_options() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--evaluations", type=int, default=5)
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--rates", default="1,0.5,0.25", help="of a head start, as shares of the usual peak")
+    parser.add_argument(
+        "--rates", default="1,0.5,0.25", help="of a head start, as shares of the usual peak"
+    )
     parser.add_argument("--only", default=",".join(BEGINNINGS))
     parser.add_argument("--json", type=Path, help="file that gets a line for each row")
     return parser, parser.parse_args()
@@ -141,7 +150,9 @@ def main() -> None:
     except (UserError, StoreError, TeacherFileError, ValueError) as error:
         parser.error(str(error))
     rows = [
-        (name, rate) for name in options.only.split(",") for rate in (rates if name == "teacher" else [1.0])
+        (name, rate)
+        for name in options.only.split(",")
+        for rate in (rates if name == "teacher" else [1.0])
     ]
     console.print(machine_line(machine(torch.get_num_threads())))
     table: Table | None = None
@@ -152,12 +163,24 @@ def main() -> None:
             share = summary.tokens_seen / summary.steps
             if table is None:
                 after = [f"KL at {step * share:,.0f}" for step in scores]
-                table = Table("beginning", "rate", "seed", *after, "agreement", "begins in", "trains in")
+                table = Table(
+                    "beginning", "rate", "seed", *after, "agreement", "begins in", "trains in"
+                )
             kl = [score.kl for score in scores.values()]
             agreement = scores[summary.steps].agreement
-            table.add_row(name, f"{rate:g}", str(seed), *(f"{value:.4f}" for value in kl),
-                          f"{agreement:.1%}", f"{seconds:.1f} s", f"{summary.seconds:.0f} s")  # fmt: skip
-            console.print(f"{name} at {rate:g} of the usual rate, seed {seed}: KL {kl[0]:.4f} → {kl[-1]:.4f}")
+            table.add_row(
+                name,
+                f"{rate:g}",
+                str(seed),
+                *(f"{value:.4f}" for value in kl),
+                # Fmt: skip
+                f"{agreement:.1%}",
+                f"{seconds:.1f} s",
+                f"{summary.seconds:.0f} s",
+            )
+            console.print(
+                f"{name} at {rate:g} of the usual rate, seed {seed}: KL {kl[0]:.4f} → {kl[-1]:.4f}"
+            )
             if options.json:
                 line = {"size": options.size, "beginning": name, "rate": rate, "seed": seed, "kl": kl,
                         "steps": list(scores), "tokens": summary.tokens_seen, "agreement": agreement,

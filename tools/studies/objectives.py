@@ -2,23 +2,28 @@
 
 Long because every objective of the table is a few lines here.
 
-    python -m tools.studies.objectives STORE --json FILE.jsonl [--size 64x3] [--seeds 0,1,2] [--only 'top32-*,T3-then-T1']
+    python -m tools.studies.objectives STORE --json FILE.jsonl [--size 64x3] [--seeds 0,1,2] [--only
+    'top32-*,T3-then-T1']
 
-Every row trains the same student: for a seed the initial weights and the order of the data are the same, and so are
-schedule, tokens and our regularisers; the held-out sequences are the same for all seeds. The rows:
+Every row trains the same student: for a seed the initial weights and the order of the data are the
+same, and so are schedule, tokens and our regularisers; the held-out sequences are the same for all
+seeds. The rows:
 
 - ``ce``: cross-entropy alone, of the text in the store;
-- ``top32-…-T``: KL truncated to the 32 top tokens, as public toolkits have it; only here, in no product.
-  ``renormalised``: softmax of both models over these 32 alone. ``zero-tail``: the teacher's log-probabilities of
-  T = 1 divided by T and renormalised over the 32, the student's taken from the whole vocabulary. ``one-token-tail``:
-  the missing mass of T = 1 is tempered as if it were a single token's. They need a store with that many top tokens:
-  ``distill capture --set targets.num_topk=32``, or one of kind hidden or dense;
-- ``<divergence>-T``: ours, T constant; ``T3-then-T1``: T = 3 for the first tenth of the steps; ``…+hidden``:
-  with the hidden-state loss too, where the store holds layers (``--set targets.layers=[1,3]``).
+- ``top32-…-T``: KL truncated to the 32 top tokens, as public toolkits have it; only here, in no
+  product. ``renormalised``: softmax of both models over these 32 alone. ``zero-tail``: the
+  teacher's log-probabilities of T = 1 divided by T and renormalised over the 32, the student's
+  taken from the whole vocabulary. ``one-token-tail``: the missing mass of T = 1 is tempered as if
+  it were a single token's. They need a store with that many top tokens: ``distill capture --set
+  targets.num_topk=32``, or one of kind hidden or dense;
+- ``<divergence>-T``: ours, T constant; ``T3-then-T1``: T = 3 for the first tenth of the steps;
+  ``…+hidden``: with the hidden-state loss too, where the store holds layers (``--set
+  targets.layers=[1,3]``).
 
-KL, agreement and cross-entropy are of the last step's weights on the held-out sequences at T = 1. "over all" is the
-KL over the whole vocabulary as far as the stored targets know the tail's shape. Seconds contain two evaluations and
-the checkpoints. Each result is a line of the JSON file as soon as it is there; a rerun does only what is missing.
+KL, agreement and cross-entropy are of the last step's weights on the held-out sequences at T = 1.
+"over all" is the KL over the whole vocabulary as far as the stored targets know the tail's shape.
+Seconds contain two evaluations and the checkpoints. Each result is a line of the JSON file as soon
+as it is there; a rerun does only what is missing.
 """
 
 from __future__ import annotations
@@ -71,26 +76,29 @@ SPLIT_SEED = 0  # one for all seeds, so that their spread is that of training
 # -- truncated losses, as public toolkits have them ------------------------------------------------------------------
 
 TruncatedLoss = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-"""Student's logits ``[C, V]``, the teacher's top ids ``[C, K]`` and their log-probabilities at T = 1 ``[C, K]``, T →
-loss of each position ``[C]``, in nats."""
+"""Student's logits ``[C, V]``, the teacher's top ids ``[C, K]`` and their log-probabilities at T =
+1 ``[C, K]``, T → loss of each position ``[C]``, in nats."""
 
 
 def renormalised(logits: Tensor, ids: Tensor, log_probs: Tensor, temperature: float) -> Tensor:
-    """KL_T(teacher ‖ student) of both models' softmax over the top-k alone: blind to what lies outside."""
+    """KL_T(teacher ‖ student) of both models' softmax over the top-k alone: blind to what lies
+    outside."""
     teacher = (log_probs / temperature).log_softmax(dim=-1)
     student = (logits.gather(-1, ids) / temperature).log_softmax(dim=-1)
     return (teacher.exp() * (teacher - student)).sum(dim=-1)
 
 
 def zero_tail(logits: Tensor, ids: Tensor, log_probs: Tensor, temperature: float) -> Tensor:
-    """The teacher's top-k renormalised as if there were nothing else, the student over the whole vocabulary."""
+    """The teacher's top-k renormalised as if there were nothing else, the student over the whole
+    vocabulary."""
     teacher = (log_probs / temperature).log_softmax(dim=-1)
     student = (logits / temperature).log_softmax(dim=-1).gather(-1, ids)
     return (teacher.exp() * (teacher - student)).sum(dim=-1)
 
 
 def one_token_tail(logits: Tensor, ids: Tensor, log_probs: Tensor, temperature: float) -> Tensor:
-    """k + 1 buckets, with the teacher's missing mass of T = 1 tempered as one token's: right at T = 1 alone."""
+    """k + 1 buckets, with the teacher's missing mass of T = 1 tempered as one token's: right at
+    T = 1 alone."""
     known = log_probs.logsumexp(dim=-1, keepdim=True).clamp(max=-1e-6)
     missing = (-known.expm1()).log()
     teacher = (torch.cat((log_probs, missing), dim=-1) / temperature).log_softmax(dim=-1)
@@ -106,7 +114,8 @@ TRUNCATED: dict[str, TruncatedLoss] = {
 
 
 def stored_top(targets: Targets, count: int) -> tuple[Tensor, Tensor]:
-    """The teacher's ``count`` most probable tokens and their log-probabilities at T = 1, ``[..., K]`` each."""
+    """The teacher's ``count`` most probable tokens and their log-probabilities at T = 1, ``[...,
+    K]`` each."""
     if isinstance(targets, CompactTargets):
         return targets.topk_ids[..., :count], targets.topk_log_probs(1.0)[..., :count]
     values, ids = targets.log_probs(1.0).topk(count, dim=-1)
@@ -168,7 +177,8 @@ class Row:
 
 
 def all_rows(temperatures: Sequence[float], divergences: Sequence[DivergenceName]) -> list[Row]:
-    """Every row there is, whatever the store holds; γ = 0 but where the hidden-state loss is what is asked about."""
+    """Every row there is, whatever the store holds; γ = 0 but where the hidden-state loss is
+    what is asked about."""
     default = LossConfig(gamma=0.0)
 
     def constant(temperature: float, **changes: Any) -> LossConfig:
@@ -205,7 +215,8 @@ def possible_rows(rows: Iterable[Row], store: SoftTargetStore) -> tuple[list[Row
     if not recipe.layers:
         kept = [row for row in kept if not row.loss.gamma]
         notes.append(
-            "no row with the hidden-state loss: the store holds no layers; capture with targets.layers"
+            "no row with the hidden-state loss: the store holds no layers; capture with "
+            "targets.layers"
         )
     return kept, notes
 
@@ -222,7 +233,8 @@ def chosen_rows(rows: Sequence[Row], only: str | None) -> list[Row]:
     for pattern in patterns:
         if not any(fnmatchcase(row.name, pattern) for row in rows):
             raise UserError(
-                f"--only {pattern}: there is no such row; there are {', '.join(r.name for r in rows)}"
+                f"--only {pattern}: there is no such row; there are "
+                f"{', '.join(r.name for r in rows)}"
             )
     return [row for row in rows if any(fnmatchcase(row.name, pattern) for pattern in patterns)]
 
@@ -261,7 +273,8 @@ class Bench:
         return self.inheritance is not None and len(self.inheritance.embeddings) > 0
 
     def student(self, seed: int) -> SO8TForCausalLM:
-        """The student as training begins, with the teacher's embeddings where the store has them."""
+        """The student as training begins, with the teacher's embeddings where the store has
+        them."""
         store, info = self.data.store, self.inheritance.info if self.inheritance else None
         shape = student_config(
             parse_size(self.size),
@@ -282,7 +295,9 @@ class Bench:
         data = TrainingData(self.data.store, self.data.split, seed)
         with tempfile.TemporaryDirectory() as folder:
             try:
-                summary = train(student, data, objective, self.config, Path(folder), lambda step, text: None)
+                summary = train(
+                    student, data, objective, self.config, Path(folder), lambda step, text: None
+                )
             except TrainingAborted as error:
                 return {"failed": str(error)}
             # The student has the weights of its best evaluation; wanted are those of the last step.
@@ -304,7 +319,8 @@ class Bench:
 
 @torch.no_grad()
 def whole_vocabulary_kl(student: SO8TForCausalLM, batches: Iterable[Batch]) -> float | None:
-    """Mean KL(teacher ‖ student) over the whole vocabulary at T = 1; ``None`` where the targets do not know it."""
+    """Mean KL(teacher ‖ student) over the whole vocabulary at T = 1; ``None`` where the targets
+    do not know it."""
     student.eval()
     total, count = 0.0, 0
     for batch in batches:
@@ -316,7 +332,9 @@ def whole_vocabulary_kl(student: SO8TForCausalLM, batches: Iterable[Batch]) -> f
         for start in range(0, len(states), together):
             span = slice(start, start + together)
             logits = (states[span] @ matrix.T).float()
-            total += float(forward_kl_of_all(logits, batch.targets.select(span), 1.0).double().sum())
+            total += float(
+                forward_kl_of_all(logits, batch.targets.select(span), 1.0).double().sum()
+            )
         count += batch.count()
     return total / count
 
@@ -325,7 +343,8 @@ def whole_vocabulary_kl(student: SO8TForCausalLM, batches: Iterable[Batch]) -> f
 
 
 class Results:
-    """Results as lines of a JSON file, or in memory alone; those of other settings are left there and not counted."""
+    """Results as lines of a JSON file, or in memory alone; those of other settings are left
+    there and not counted."""
 
     def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
         self.path = path
@@ -341,7 +360,9 @@ class Results:
     def find(self, row: Row, seed: int) -> dict[str, Any] | None:
         """The result of this very row, if it is there."""
         wanted = _identity(row, seed)
-        fits = (line for line in self.lines if all(line[key] == value for key, value in wanted.items()))
+        fits = (
+            line for line in self.lines if all(line[key] == value for key, value in wanted.items())
+        )
         return next(fits, None)
 
     def add(self, row: Row, seed: int, values: dict[str, Any]) -> dict[str, Any]:
@@ -372,9 +393,14 @@ def _json(line: str) -> dict[str, Any]:
 
 
 def run_missing(
-    bench: Bench, rows: Sequence[Row], seeds: Sequence[int], results: Results, say: Callable[[str], None]
+    bench: Bench,
+    rows: Sequence[Row],
+    seeds: Sequence[int],
+    results: Results,
+    say: Callable[[str], None],
 ) -> None:
-    """Train what is missing, seed by seed: an interrupted job has compared all rows on the seeds it has done."""
+    """Train what is missing, seed by seed: an interrupted job has compared all rows on the seeds
+    it has done."""
     wanted = [(seed, row) for seed in seeds for row in rows]
     missing = [(seed, row) for seed, row in wanted if results.find(row, seed) is None]
     if len(missing) < len(wanted):
@@ -391,13 +417,16 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
     if len(values) < 2:
         return mean
     return (
-        f"{mean} ± {statistics.stdev(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+        f"{mean} ± {statistics.stdev(values):.{digits}f} "
+        f"({min(values):.{digits}f}–{max(values):.{digits}f})"
     )
 
 
 def results_table(rows: Sequence[Row], seeds: Sequence[int], results: Results) -> Table:
     """All rows, closest to the teacher first; those that failed last."""
-    table = Table("objective", "KL", "KL over all", "agreement", "cross-entropy", "tokens", "seconds")
+    table = Table(
+        "objective", "KL", "KL over all", "agreement", "cross-entropy", "tokens", "seconds"
+    )
     made = {row.name: [line for seed in seeds if (line := results.find(row, seed))] for row in rows}
     good = {name: [line for line in lines if "failed" not in line] for name, lines in made.items()}
     there = [name for name, lines in good.items() if lines]
@@ -461,7 +490,9 @@ def read_options() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--temperatures", default="1,2,3")
     parser.add_argument("--divergences", default=",".join(divergences))
     parser.add_argument("--only", help="names of rows, with * and ?, separated by commas")
-    parser.add_argument("--json", type=Path, help="file of results, one a line; continued where it is there")
+    parser.add_argument(
+        "--json", type=Path, help="file of results, one a line; continued where it is there"
+    )
     return parser, parser.parse_args()
 
 
@@ -481,7 +512,9 @@ def main() -> None:
     except (UserError, StoreError, ValueError) as error:
         parser.error(str(error))
     if not bench.settings()["inherits"]:
-        console.print("note: the store keeps no embeddings of its teacher; the students' are random")
+        console.print(
+            "note: the store keeps no embeddings of its teacher; the students' are random"
+        )
     here = machine(torch.get_num_threads())
     results = Results(options.json, bench.settings())
     results.write({"machine": here})
@@ -489,7 +522,8 @@ def main() -> None:
     held_out = int((bench.data.store.lengths()[bench.data.split.held_out] - 1).sum())
     console.print(machine_line(here))
     console.print(
-        f"{options.size}, {options.epochs} epochs, seeds {options.seeds}, {held_out:,} held-out positions"
+        f"{options.size}, {options.epochs} epochs, seeds {options.seeds}, {held_out:,} held-out "
+        "positions"
     )
     console.print(results_table(rows, seeds, results))
 

@@ -1,4 +1,5 @@
-"""What gates, terms and heads do: variants of one training, and their figures (``tools.studies.so8t ablation``)."""
+"""What gates, terms and heads do: variants of one training, and their figures
+(``tools.studies.so8t ablation``)."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ from tools.studies.objectives import Bench, Results, Row
 FULL = "full"
 BEGINNING_TEXTS = 512  # of training text that a head start may look at
 WINDOW, LEAST = 32, 8  # steps whose median a loss is compared with; fewer than LEAST say nothing
-ROBUST = 1.4826  # times the median absolute deviation: the standard deviation of a normal distribution
+ROBUST = (
+    1.4826  # times the median absolute deviation: the standard deviation of a normal distribution
+)
 TOGETHER = 32  # prompts read at once
 
 
@@ -118,7 +121,8 @@ class Ablation(Bench):
         whole = self.beginning(seed)
         if not variant.gates:
             fold_gates(whole)
-        # All variants begin alike; a head that is drawn without the one before it would have other weights.
+        # All variants begin alike; a head that is drawn without the one before it would have other
+        # weights.
         weights = whole.state_dict()
         student.load_state_dict({name: weights[name] for name in student.state_dict()})
         if not variant.gates:
@@ -141,19 +145,27 @@ class Ablation(Bench):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             try:
-                summary = train(student, data, objective, self.config, folder, lambda step, text: None)
+                summary = train(
+                    student, data, objective, self.config, folder, lambda step, text: None
+                )
             except TrainingAborted as error:
                 return {"failed": str(error)}
             # The student has the weights of its best evaluation; wanted are those of the last step.
             newest = latest_checkpoint(folder / "checkpoints")
             assert newest is not None
             set_weights(student, safetensors.torch.load_file(newest / "model.safetensors"))
-            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            lines = [
+                json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+            ]
         steps = [line for line in lines if line["kind"] == "train"]
         warmup = round(self.config.warmup * summary.steps)
         return (
             asdict(summary.scores[-1][1])
-            | {"tokens": summary.tokens_seen, "steps": summary.steps, "seconds": round(summary.seconds, 2)}
+            | {
+                "tokens": summary.tokens_seen,
+                "steps": summary.steps,
+                "seconds": round(summary.seconds, 2),
+            }
             | stability_figures(steps, warmup)
             | group_figures(steps, student)
             | held_out_figures(student, store, parts.held_out.tolist())
@@ -170,7 +182,8 @@ def fold_gates(student: SO8TForCausalLM) -> None:
 
 
 def rises(losses: Sequence[float], begin: int) -> tuple[float, int]:
-    """The largest rise above the median of the steps before, and how many are beyond three robust deviations."""
+    """The largest rise above the median of the steps before, and how many are beyond three
+    robust deviations."""
     largest, spikes = 0.0, 0
     for step in range(max(begin, LEAST), len(losses)):
         before = losses[max(0, step - WINDOW) : step]
@@ -210,8 +223,10 @@ def group_figures(steps: Sequence[dict[str, Any]], student: SO8TForCausalLM) -> 
 
 @dataclass
 class Finals:
-    """Of some sequences: final hidden states ``[N, D]``, whether the top tokens agree ``[N]``, how probable the
-    verification head holds that ``[N]`` (``None`` without one), and the sum of squared second differences in time."""
+    """Of some sequences: final hidden states ``[N, D]``, whether the top tokens agree ``[N]``, how
+    probable the verification head holds that ``[N]`` (``None`` without one), and the sum of squared
+    second differences in time.
+    """
 
     states: Tensor
     agreed: Tensor
@@ -237,12 +252,16 @@ def finals(student: SO8TForCausalLM, store: SoftTargetStore, indices: Sequence[i
             if heads.verification is not None:
                 expected.append(heads.agreement(some, logits))
     return Finals(
-        torch.cat(states), torch.cat(agreed).cpu(), torch.cat(expected).cpu() if expected else None, bend
+        torch.cat(states),
+        torch.cat(agreed).cpu(),
+        torch.cat(expected).cpu() if expected else None,
+        bend,
     )
 
 
 def effective_rank(states: Tensor) -> float:
-    """exp of the entropy of the normalised singular values of centred ``states [N, D]`` (Roy & Vetterli 2007)."""
+    """exp of the entropy of the normalised singular values of centred ``states [N, D]`` (Roy &
+    Vetterli 2007)."""
     values = torch.linalg.svdvals(states.double() - states.double().mean(dim=0))
     return float(torch.special.entr(values / values.sum()).sum().exp())
 
@@ -341,7 +360,11 @@ def verdict(full: dict[int, float], other: dict[int, float]) -> str:
     differences = [other[seed] - full[seed] for seed in shared]
     mean = statistics.fmean(differences)
     higher = f"higher in {sum(value > 0 for value in differences)} of {len(shared)}"
-    spreads = [statistics.variance([kl[seed] for seed in shared]) for kl in (full, other) if len(shared) > 1]
+    spreads = [
+        statistics.variance([kl[seed] for seed in shared])
+        for kl in (full, other)
+        if len(shared) > 1
+    ]
     pooled = statistics.fmean(spreads) ** 0.5 if spreads else 0.0
     told = f"{mean / pooled:+.1f} spreads" if pooled else "spread not known"
     return f"{told} ({mean:+.4f}; {higher})"
@@ -350,21 +373,28 @@ def verdict(full: dict[int, float], other: dict[int, float]) -> str:
 def ablation_tables(
     full: Variant, variants: Sequence[Variant], seeds: Sequence[int], results: Results
 ) -> Iterator[Table]:
-    """A table of each kind of figure of ``variants``, compared with ``full``, and the trainings that failed."""
-    made = {row.name: [line for seed in seeds if (line := results.find(row, seed))] for row in variants}
+    """A table of each kind of figure of ``variants``, compared with ``full``, and the trainings
+    that failed."""
+    made = {
+        row.name: [line for seed in seeds if (line := results.find(row, seed))] for row in variants
+    }
     good = {name: [line for line in lines if "failed" not in line] for name, lines in made.items()}
     kls = {name: {line["seed"]: line["kl"] for line in lines} for name, lines in good.items()}
     found = [results.find(full, seed) for seed in seeds]
     of_full = {line["seed"]: line["kl"] for line in found if line and "failed" not in line}
     for title, columns in TABLES.items():
-        table = Table("variant", *(column[0] for column in columns), title=title, title_justify="left")
+        table = Table(
+            "variant", *(column[0] for column in columns), title=title, title_justify="left"
+        )
         if title == "fidelity":
             table.add_column("KL against full")
         for name, lines in good.items():
             cells = [mean_and_spread(lines, *column[1:]) for column in columns]
             if title == "fidelity" and name != full.name:
                 cells.append(verdict(of_full, kls[name]))
-            table.add_row(name if len(lines) == len(seeds) else f"{name} ({len(lines)} seeds)", *cells)
+            table.add_row(
+                name if len(lines) == len(seeds) else f"{name} ({len(lines)} seeds)", *cells
+            )
         yield table
     failed = [(name, line) for name, lines in made.items() for line in lines if "failed" in line]
     if failed:

@@ -22,7 +22,8 @@ def require_harness() -> None:
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
-            "lm-evaluation-harness is not installed; its tasks need it: run `python -m pip install lm_eval` in this "
+            "lm-evaluation-harness is not installed; its tasks need it: run `python -m pip install "
+            "lm_eval` in this "
             "environment, or leave them out"
         )
 

@@ -30,8 +30,8 @@ class Files:
 
 
 def find_files(students: Sequence[Path], teacher: Path | None) -> Files:
-    """Find and check the files: ``students`` are GGUF files or runs' folders, ``teacher`` a GGUF file (none: the
-    example teacher, where every student says that it is its own).
+    """Find and check the files: ``students`` are GGUF files or runs' folders, ``teacher`` a GGUF
+    file (none: the example teacher, where every student says that it is its own).
 
     Raises:
         UserError: no student, a file twice, another vocabulary, a teacher that must be named.
@@ -63,7 +63,9 @@ def _find(path: Path) -> tuple[Path, RunFolder | None]:
     if not _is_run(folder):
         raise UserError(f"{path} is a folder but not a run's; give a run's folder or a GGUF file")
     if not folder.gguf.exists():
-        raise UserError(f"{path} has no {folder.gguf.name} yet; let its command finish first, or name a file")
+        raise UserError(
+            f"{path} has no {folder.gguf.name} yet; let its command finish first, or name a file"
+        )
     return folder.gguf, folder
 
 
@@ -78,9 +80,12 @@ def _known_teacher(students: Sequence[GGUFFile]) -> Path:
     for file in students:
         said = file.value(TEACHER_SHA256)
         if said != ours:
-            whose = f"{TEACHER_SHA256} is {said[:12]}…" if isinstance(said, str) else "it names none"
+            whose = (
+                f"{TEACHER_SHA256} is {said[:12]}…" if isinstance(said, str) else "it names none"
+            )
             raise UserError(
-                f"{file.path} was not made of the example teacher ({whose}); name its teacher with --teacher FILE.gguf"
+                f"{file.path} was not made of the example teacher ({whose}); name its teacher with "
+                "--teacher FILE.gguf"
             )
     return example
 
@@ -89,12 +94,15 @@ def _require_different(paths: Sequence[Path]) -> None:
     seen: set[Path] = set()
     for path in paths:
         if path.resolve() in seen:
-            raise UserError(f"{path} is given twice; name every file once, the teacher with --teacher")
+            raise UserError(
+                f"{path} is given twice; name every file once, the teacher with --teacher"
+            )
         seen.add(path.resolve())
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
-    """Each file's name, with as many of its folders as it takes to tell it from the others (which it is not)."""
+    """Each file's name, with as many of its folders as it takes to tell it from the others
+    (which it is not)."""
     parts = [path.resolve().parts for path in paths]
     names = []
     for own in parts:
@@ -106,21 +114,25 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _other_teachers(teacher: GGUFFile, students: Sequence[GGUFFile], names: Sequence[str]) -> list[str]:
+def _other_teachers(
+    teacher: GGUFFile, students: Sequence[GGUFFile], names: Sequence[str]
+) -> list[str]:
     """Words about every student that names another teacher than this one."""
     said = [file.value(TEACHER_SHA256) for file in students]
     if all(digest is None for digest in said):
         return []  # a large teacher takes minutes to hash
     ours = file_sha256(teacher.path)
     return [
-        f"{name} was made of another teacher (SHA-256 {str(digest)[:12]}…) than {teacher.path} ({ours[:12]}…)"
+        f"{name} was made of another teacher (SHA-256 {str(digest)[:12]}…) than {teacher.path} "
+        f"({ours[:12]}…)"
         for name, digest in zip(names, said, strict=True)
         if digest is not None and digest != ours
     ]
 
 
 def _compare_vocabularies(teacher: GGUFFile, student: GGUFFile, name: str) -> list[str]:
-    """See that the two mean the same by every token id; words about what else their tokenizers differ in.
+    """See that the two mean the same by every token id; words about what else their tokenizers
+    differ in.
 
     Raises:
         UserError: they do not.
@@ -130,15 +142,20 @@ def _compare_vocabularies(teacher: GGUFFile, student: GGUFFile, name: str) -> li
     ours, theirs = teacher.value("tokenizer.ggml.tokens"), student.value("tokenizer.ggml.tokens")
     if ours != theirs:
         pairs = zip(ours, theirs, strict=False)
-        first = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
+        first = next(
+            (place for place, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs))
+        )
         raise UserError(
-            f"{student.path} has another vocabulary than the teacher {teacher.path}: {len(theirs)} tokens against "
+            f"{student.path} has another vocabulary than the teacher {teacher.path}: {len(theirs)} "
+            "tokens against "
             f"{len(ours)}, the first difference at token {first}; give a student of this teacher"
         )
     ours, theirs = (
-        {key: field.value for key, field in tokenizer_fields(file).items()} for file in (teacher, student)
+        {key: field.value for key, field in tokenizer_fields(file).items()}
+        for file in (teacher, student)
     )
     keys = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
     return [
-        f"{name} has the teacher's tokens, but differs in {', '.join(keys)}; the text is read as the teacher does"
+        f"{name} has the teacher's tokens, but differs in {', '.join(keys)}; the text is read as "
+        "the teacher does"
     ]

@@ -15,8 +15,8 @@ DRAFT_LENGTH = 4
 
 @dataclass(frozen=True)
 class Wanted:
-    """What text the user asked for: ``data`` or none, at most ``samples`` sequences, of at most ``max_length`` tokens
-    (none: ``DEFAULT_LENGTH``)."""
+    """What text the user asked for: ``data`` or none, at most ``samples`` sequences, of at most
+    ``max_length`` tokens (none: ``DEFAULT_LENGTH``)."""
 
     data: Path | None = None
     samples: int = DEFAULT_SAMPLES

@@ -1,15 +1,15 @@
 """A file of prompts with known answers; read without PyTorch.
 
-One JSON object per line: ``prompt``, and ``answer`` (text) or ``answers`` (several texts that are all right), and if
-wanted ``match``, which says when an answer is right:
+One JSON object per line: ``prompt``, and ``answer`` (text) or ``answers`` (several texts that are
+all right), and if wanted ``match``, which says when an answer is right:
 
 - ``exact`` (the default): it is one of the right answers;
 - ``prefix``: it begins with one;
 - ``contains``: one is somewhere in it.
 
-Before they are compared, both texts get Unicode's composed form (NFC), every run of white space becomes one space, and
-none is left at the ends. Upper and lower case, digits and punctuation count. A reasoning model's private words are
-taken out first (``distill.inference.reasoning``).
+Before they are compared, both texts get Unicode's composed form (NFC), every run of white space
+becomes one space, and none is left at the ends. Upper and lower case, digits and punctuation count.
+A reasoning model's private words are taken out first (``distill.inference.reasoning``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ MAX_FILE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt and its right answers, none blank; ``match``: one of ``MATCHES``. ``line``: where in the file."""
+    """A prompt and its right answers, none blank; ``match``: one of ``MATCHES``. ``line``: where
+    in the file."""
 
     prompt: str
     answers: tuple[str, ...]
@@ -59,7 +60,9 @@ def read_tasks(path: Path) -> list[Task]:
     """
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise UserError(f"tasks {path}: larger than {MAX_FILE_BYTES >> 20} MiB; give a smaller file")
+            raise UserError(
+                f"tasks {path}: larger than {MAX_FILE_BYTES >> 20} MiB; give a smaller file"
+            )
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"tasks {path} cannot be read: {error.strerror}") from None
@@ -88,7 +91,9 @@ def _task(line: str, path: Path, number: int) -> Task:
     if match not in MATCHES:
         raise UserError(f"{where}: match {match!r} is none of {', '.join(MATCHES)}")
     if any("\ud800" <= sign <= "\udfff" for words in (prompt, *answers) for sign in words):
-        raise UserError(f"{where}: has a lone surrogate (\\ud800 to \\udfff), which is not text; remove it")
+        raise UserError(
+            f"{where}: has a lone surrogate (\\ud800 to \\udfff), which is not text; remove it"
+        )
     return Task(prompt, answers, match, number)
 
 

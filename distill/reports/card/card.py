@@ -1,9 +1,11 @@
 """``README.md`` of a run's folder: the model card, as the Hugging Face Hub reads it.
 
-Every figure comes from the run's own records, and what they do not hold is not said. No prompt, no text that a model
-wrote and no path of the machine gets in; names out of files are shown as text and can be nothing else.
+Every figure comes from the run's own records, and what they do not hold is not said. No prompt, no
+text that a model wrote and no path of the machine gets in; names out of files are shown as text and
+can be nothing else.
 
-Front matter: https://huggingface.co/docs/hub/model-cards and the model card specification in huggingface/hub-docs.
+Front matter: https://huggingface.co/docs/hub/model-cards and the model card specification in
+huggingface/hub-docs.
 """
 
 from __future__ import annotations
@@ -21,31 +23,29 @@ from distill.reports.card.facts import CardFacts, License, read_facts
 from distill.reports.card.sections import (
     checksums,
     data_name,
-    environment_words,
-    files_note,
-    files_table,
-    licence_words,
+    files_section,
+    license_text,
     limits,
     model_id,
-    origin_table,
-    proof_words,
-    safety_note,
-    safety_table,
-    safety_words,
-    scores_note,
-    scores_table,
+    origin_section,
     student_name,
     summary,
     teacher_name,
-    verification_words,
 )
-from distill.reports.render.markdown import Markdown, code, escaped, one_line
+from distill.reports.render.markdown import Markdown, code, escaped, one_line, section
+from distill.reports.run.tables import (
+    environment_section,
+    result_section,
+    safety_section,
+    verification_section,
+)
 from distill.runs.folder import RunFolder
 from distill.runtime.progress import Console
 from teachers.atomic_files import write_whole
 
 TEMPLATE = "model_card.md.jinja"
-# Identifiers that the Hub knows (https://huggingface.co/docs/hub/repositories-licenses); others are "other" and a name.
+# Identifiers that the Hub knows (https://huggingface.co/docs/hub/repositories-licenses); others are
+# "other" and a name.
 _HUB_IDENTIFIERS = """
 apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
 afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
@@ -61,7 +61,8 @@ SEAL = "\n<!-- written by distill; SHA-256 of what stands above: "
 
 
 def write_card(folder: RunFolder) -> Path:
-    """Write the model card of a finished run, whole or not at all, in place of one that is there; returns where.
+    """Write the model card of a finished run, whole or not at all, in place of one that is there;
+    returns where.
 
     Raises:
         UserError, TeacherFileError: see ``build_card``.
@@ -90,7 +91,8 @@ def update_card(folder: RunFolder, console: Console) -> None:
     """
     if folder.card.exists() and not is_ours(folder):
         console.note(
-            f"{folder.card} has been edited and is left as it is; delete it to have it written again"
+            f"{folder.card} has been edited and is left as it is; delete it to have it written "
+            "again"
         )
         return
     write_card(folder)
@@ -104,26 +106,25 @@ def build_card(folder: RunFolder) -> str:
         TeacherFileError: the exported file is damaged.
     """
     facts = read_facts(folder)
+    results = facts.results
+    parts = [origin_section(facts), result_section(results)]
+    parts += [safety_section(results.heads.safety)] if results.heads.safety else []
+    parts += (
+        [verification_section(results.heads.verification)] if results.heads.verification else []
+    )
+    parts += [files_section(facts.files)] if facts.files else []
+    seed = facts.setting("seed")
     text: str = _template().render(
         facts=facts,
         front_matter=Markdown(front_matter(facts).to_yaml()),
         title=f"{student_name(facts)}, distilled from {teacher_name(facts)}",
-        model_id=model_id(facts),
+        model_id=Markdown(model_id(facts)),
         summary=summary(facts),
-        origin=origin_table(facts),
-        scores=scores_table(facts),
-        scores_note=scores_note(facts),
-        files=files_table(facts),
-        files_note=files_note(facts),
-        checksums=checksums(facts),
-        safety_words=safety_words(facts),
-        safety_rows=safety_table(facts),
-        safety_note=safety_note(facts),
-        verification_words=verification_words(facts),
+        sections=[section(part) for part in parts],
+        checksums=Markdown(checksums(facts.files)),
         limits=limits(facts),
-        licence=licence_words(facts),
-        proof=proof_words(facts),
-        environment=environment_words(facts),
+        license=license_text(facts),
+        environment=section(environment_section(results, seed if isinstance(seed, int) else None)),
     )
     return text
 
@@ -131,9 +132,10 @@ def build_card(folder: RunFolder) -> str:
 def front_matter(facts: CardFacts) -> ModelCardData:
     """What the Hub reads of the card.
 
-    ``base_model`` is there only where the exported file names a model of the Hub. Its relation is "finetune" then: the
-    Hub knows adapter, finetune, merge and quantized, no distilled ones, and would guess "quantized" from the format.
-    No data set is named, for a file's name is not one of the Hub's.
+    ``base_model`` is there only where the exported file names a model of the Hub. Its relation is
+    "finetune" then: the Hub knows adapter, finetune, merge and quantized, no distilled ones, and
+    would guess "quantized" from the format. No data set is named, for a file's name is not one of
+    the Hub's.
     """
     metadata = facts.metadata
     identifier, name, link = _hub_license(metadata.license)
@@ -146,7 +148,9 @@ def front_matter(facts: CardFacts) -> ModelCardData:
         license=identifier,
         license_name=name,
         license_link=link,
-        model_name=f"{student_name(facts)}, distilled from {teacher_name(facts)}" if results else None,
+        model_name=f"{student_name(facts)}, distilled from {teacher_name(facts)}"
+        if results
+        else None,
         pipeline_tag="text-generation",
         tags=["distillation", "knowledge-distillation", "so8t", "gguf", "llama.cpp"],
         eval_results=results or None,
@@ -165,7 +169,8 @@ def _hub_license(found: License | None) -> tuple[str, str | None, str | None]:
 
 
 def _eval_results(facts: CardFacts) -> list[EvalResult]:
-    """The exported file's scores as the Hub's ``model-index`` has them; figures that are not finite are left out."""
+    """The exported file's scores as the Hub's ``model-index`` has them; figures that are not
+    finite are left out."""
     found = facts.results.evaluation
     scores = (
         ("kl_divergence", f"KL to the {found.against} (nats per token)", found.exported.kl),
@@ -191,7 +196,9 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
 def _template() -> Any:
     """The card's template; whatever is put into it is text, unless it is ``Markdown``."""
     source = (
-        (resources.files("distill.reports.card") / TEMPLATE).read_text(encoding="utf-8").replace("\r\n", "\n")
+        (resources.files("distill.reports.card") / TEMPLATE)
+        .read_text(encoding="utf-8")
+        .replace("\r\n", "\n")
     )
     environment = Environment(
         finalize=escaped,

@@ -19,7 +19,10 @@ from students.model.head_decisions import DECISIONS
 LABEL_LENGTH = 18  # letters of a model's name in a chart
 LOG_SPAN = 3.0  # from so many times on an axis is logarithmic
 MARGIN = 0.08  # of an axis left free at either end, for labels
-LETTER, LINE = 0.021, 0.06  # of a narrow chart's width and height that a label's letter and line take, about
+LETTER, LINE = (
+    0.021,
+    0.06,
+)  # of a narrow chart's width and height that a label's letter and line take, about
 MOST_TASKS = 8  # of lm-evaluation-harness in the chart; the table has all
 TEACHER_LINE = {"color": "@grey", "dash": "dash", "width": 2}
 
@@ -42,7 +45,8 @@ def charts(comparison: Comparison) -> dict[str, list[document.Chart]]:
 
 
 def labels(models: Sequence[ModelEvaluation]) -> list[str]:
-    """What charts call each model, all different: its file type where these differ, or else its name cut short."""
+    """What charts call each model, all different: its file type where these differ, or else its
+    name cut short."""
     types = [model.file_type for model in models]
     if len(models) > 1 and "" not in types and len(set(types)) == len(types):
         return types
@@ -72,7 +76,10 @@ def _short(name: str) -> str:
 def _named(models: Sequence[ModelEvaluation]) -> list[str]:
     """The teacher's label, then the students'."""
     students = labels(models[1:])
-    return ["teacher", *(f"{label} (student)" if label == "teacher" else label for label in students)]
+    return [
+        "teacher",
+        *(f"{label} (student)" if label == "teacher" else label for label in students),
+    ]
 
 
 # -- what is nearest for its size and speed ------------------------------------------------------------
@@ -115,17 +122,30 @@ def _pareto(
     shape: str,
     teacher: str,
 ) -> dict[str, Any]:
-    """KL against a cost, the front (``kept``, by rising cost) joined by a line; the teacher's cost as a line."""
+    """KL against a cost, the front (``kept``, by rising cost) joined by a line; the teacher's
+    cost as a line."""
     students, names = comparison.students, _plain(labels(comparison.students))
     traces = []
     if len(kept) > 1:
         line = {"color": "@sky", "width": 1.5, "shape": shape}
         on = [students[place] for place in kept]
-        points = {"x": [_digits(cost(student)) for student in on], "y": [_digits(kl_of(one)) for one in on]}
-        join = {"mode": "lines", "line": line, "hoverinfo": "skip", "showlegend": False, "name": "front"}
+        points = {
+            "x": [_digits(cost(student)) for student in on],
+            "y": [_digits(kl_of(one)) for one in on],
+        }
+        join = {
+            "mode": "lines",
+            "line": line,
+            "hoverinfo": "skip",
+            "showlegend": False,
+            "name": "front",
+        }
         traces.append({"type": "scatter", **points, **join})
     rest = [place for place in range(len(students)) if place not in kept]
-    costs, distances = [cost(student) for student in students], [kl_of(student) for student in students]
+    costs, distances = (
+        [cost(student) for student in students],
+        [kl_of(student) for student in students],
+    )
     own = cost(comparison.teacher)
     ends = [
         end
@@ -137,7 +157,9 @@ def _pareto(
         _scale([own, *costs]),
         _scale([*distances, *(end for end in ends if end > 0 or min(distances) <= 0)]),
     )
-    sides = label_sides(list(zip(_shares(costs, across), _shares(distances, up), strict=True)), names)
+    sides = label_sides(
+        list(zip(_shares(costs, across), _shares(distances, up), strict=True)), names
+    )
     for places, name, symbol, colour in (
         (kept, "on the front" if len(students) > 1 else "student", "circle", "@blue"),
         (rest, "not on it", "circle-open", "@orange"),
@@ -151,7 +173,12 @@ def _pareto(
                 "textposition": [sides[place] or "top center" for place in places],
                 "customdata": [names[place] for place in places],
             }
-            style = {"symbol": symbol, "size": 11, "color": colour, "line": {"width": 2, "color": colour}}
+            style = {
+                "symbol": symbol,
+                "size": 11,
+                "color": colour,
+                "line": {"width": 2, "color": colour},
+            }
             bars = _errors([fidelity_of(student).kl for student in some], colour)
             traces.append(
                 {
@@ -173,8 +200,8 @@ def _pareto(
 
 
 def label_sides(points: Sequence[tuple[float, float]], names: Sequence[str]) -> list[str]:
-    """On which side of each point (in shares of the chart's width and height) its label covers no other label and no
-    point, in Plotly's words; empty where there is no such side."""
+    """On which side of each point (in shares of the chart's width and height) its label covers no
+    other label and no point, in Plotly's words; empty where there is no such side."""
     taken = [(x - LETTER, y - LINE / 3, x + LETTER, y + LINE / 3) for x, y in points]
     found = []
     for (x, y), name in zip(points, names, strict=True):
@@ -197,17 +224,26 @@ def label_sides(points: Sequence[tuple[float, float]], names: Sequence[str]) -> 
 
 
 def _about(x: float, y: float, box: tuple[float, float, float, float]) -> bool:
-    """Whether a point is inside a box, as each is in its own and in that of one at nearly the same place."""
+    """Whether a point is inside a box, as each is in its own and in that of one at nearly the
+    same place."""
     return box[0] < x < box[2] and box[1] < y < box[3]
 
 
-def _meet(first: tuple[float, float, float, float], second: tuple[float, float, float, float]) -> bool:
+def _meet(
+    first: tuple[float, float, float, float], second: tuple[float, float, float, float]
+) -> bool:
     """Whether two boxes (left, low, right, high) overlap."""
-    return first[0] < second[2] and second[0] < first[2] and first[1] < second[3] and second[1] < first[3]
+    return (
+        first[0] < second[2]
+        and second[0] < first[2]
+        and first[1] < second[3]
+        and second[1] < first[3]
+    )
 
 
 def _scale(values: Sequence[float]) -> dict[str, Any]:
-    """An axis with room at its ends: logarithmic where the values are far apart and none is 0 or less."""
+    """An axis with room at its ends: logarithmic where the values are far apart and none is 0 or
+    less."""
     low, high = min(values), max(values)
     if low > 0 and high / low >= LOG_SPAN:
         ticks = {"dtick": 1} if high / low >= 1e3 else {"dtick": "D2"}
@@ -225,13 +261,23 @@ def _wider(low: float, high: float) -> list[float]:
 def _shares(values: Sequence[float], axis: dict[str, Any]) -> list[float]:
     """Where values are on an axis, as shares of its length."""
     low, high = axis["range"]
-    return [((log10(value) if axis["type"] == "log" else value) - low) / (high - low) for value in values]
+    return [
+        ((log10(value) if axis["type"] == "log" else value) - low) / (high - low)
+        for value in values
+    ]
 
 
 def _upright(x: float, name: str) -> dict[str, Any]:
     """A line over the whole height, named in the legend."""
     ends = {"x0": _digits(x), "x1": _digits(x), "xref": "x", "y0": 0, "y1": 1, "yref": "paper"}
-    return {"type": "line", **ends, "line": TEACHER_LINE, "name": name, "showlegend": True, "layer": "below"}
+    return {
+        "type": "line",
+        **ends,
+        "line": TEACHER_LINE,
+        "name": name,
+        "showlegend": True,
+        "layer": "below",
+    }
 
 
 # -- bars ---------------------------------------------------------------------------------------------
@@ -248,7 +294,9 @@ def _agreement(students: Sequence[ModelEvaluation]) -> document.Chart:
     figure = _bars(labels(students), groups, {"tickformat": ".0%", "range": [0, 1.02]})
     words = "Shares of positions, of top-5 tokens, and of drafted tokens that the teacher takes. "
     words += _known(groups[0][1])
-    return document.Chart("agreement", "Agreement with the teacher", words, figure, wide=len(students) > 3)
+    return document.Chart(
+        "agreement", "Agreement with the teacher", words, figure, wide=len(students) > 3
+    )
 
 
 def _divergence(students: Sequence[ModelEvaluation]) -> document.Chart:
@@ -258,16 +306,22 @@ def _divergence(students: Sequence[ModelEvaluation]) -> document.Chart:
         ("KL(teacher ‖ student)", [one.kl for one in found], "@blue"),
         ("KL(student ‖ teacher)", [one.reverse_kl for one in found], "@purple"),
     ]
-    figure = _bars(labels(students), groups, {"title": {"text": "nats per token"}, "rangemode": "tozero"})
+    figure = _bars(
+        labels(students), groups, {"title": {"text": "nats per token"}, "rangemode": "tozero"}
+    )
     words = f"0 is the teacher itself. {_known(groups[0][1])}"
-    return document.Chart("divergence", "KL in both directions", words, figure, wide=len(students) > 3)
+    return document.Chart(
+        "divergence", "KL in both directions", words, figure, wide=len(students) > 3
+    )
 
 
 def _perplexity(comparison: Comparison) -> document.Chart:
     """Every student's perplexity, with the teacher's as a line."""
     students, own = comparison.students, comparison.teacher.perplexity.value
     groups = [("students", [student.perplexity for student in students], "@blue")]
-    figure = _bars(labels(students), groups, {"title": {"text": "perplexity"}, "rangemode": "tozero"})
+    figure = _bars(
+        labels(students), groups, {"title": {"text": "perplexity"}, "rangemode": "tozero"}
+    )
     figure["layout"] |= {
         "shapes": [
             _upright(own, f"teacher: {own:.4g}")
@@ -281,7 +335,11 @@ def _perplexity(comparison: Comparison) -> document.Chart:
 
 def _tasks(everyone: Sequence[ModelEvaluation]) -> document.Chart:
     """What share every model has right."""
-    names = [name for name, model in zip(_named(everyone), everyone, strict=True) if model.task is not None]
+    names = [
+        name
+        for name, model in zip(_named(everyone), everyone, strict=True)
+        if model.task is not None
+    ]
     shares = [model.task.share for model in everyone if model.task is not None]
     figure = _bars(names, [("right", shares, "@green")], {"tickformat": ".0%", "range": [0, 1.02]})
     words = "Share of right answers at temperature 0; 95 % intervals."
@@ -292,8 +350,16 @@ def _harness(everyone: Sequence[ModelEvaluation]) -> document.Chart:
     """The first metric of each task that is a share, for every model."""
     chosen: dict[str, str] = {}
     for task, metric in harness_rows(everyone):
-        values = [model.harness[task][metric] for model in everyone if metric in model.harness.get(task, {})]
-        if task not in chosen and len(chosen) < MOST_TASKS and all(0 <= value <= 1 for value in values):
+        values = [
+            model.harness[task][metric]
+            for model in everyone
+            if metric in model.harness.get(task, {})
+        ]
+        if (
+            task not in chosen
+            and len(chosen) < MOST_TASKS
+            and all(0 <= value <= 1 for value in values)
+        ):
             chosen[task] = metric
     tasks = [_short(f"{task}: {metric}") for task, metric in chosen.items()]
     groups = []
@@ -303,7 +369,10 @@ def _harness(everyone: Sequence[ModelEvaluation]) -> document.Chart:
             colour = "@grey" if place == 0 else draw.COLOURS[(place - 1) % 7]
             groups.append((name, found, colour))
     figure = _bars(tasks, groups if tasks else [], {"range": [0, 1.02]})
-    words = "The first metric of each task that lies between 0 and 1; 95 % intervals. The table has all."
+    words = (
+        "The first metric of each task that lies between 0 and 1; 95 % intervals. The table "
+        "has all."
+    )
     return document.Chart("harness", "Benchmarks", words, figure, wide=len(groups) * len(tasks) > 6)
 
 
@@ -312,7 +381,8 @@ def _bars(
     groups: Sequence[tuple[str, Sequence[Figure | None], str]],
     axis: dict[str, Any],
 ) -> dict[str, Any]:
-    """Lying bars, since names are long: a row of ``names`` has one bar of each group, with its interval."""
+    """Lying bars, since names are long: a row of ``names`` has one bar of each group, with its
+    interval."""
     traces = []
     for name, figures, colour in groups:
         values = [None if one is None else _digits(one.value) for one in figures]
@@ -343,8 +413,18 @@ def _errors(figures: Sequence[Figure | None], colour: str) -> dict[str, Any]:
         return {"visible": False}
     above = [0.0 if one is None or one.high is None else one.high - one.value for one in figures]
     below = [0.0 if one is None or one.low is None else one.value - one.low for one in figures]
-    arrays = {"array": [_digits(value) for value in above], "arrayminus": [_digits(value) for value in below]}
-    return {"type": "data", "symmetric": False, **arrays, "color": colour, "thickness": 1.2, "width": 3}
+    arrays = {
+        "array": [_digits(value) for value in above],
+        "arrayminus": [_digits(value) for value in below],
+    }
+    return {
+        "type": "data",
+        "symmetric": False,
+        **arrays,
+        "color": colour,
+        "thickness": 1.2,
+        "width": 3,
+    }
 
 
 def _known(figures: Sequence[Figure | None]) -> str:
@@ -365,7 +445,8 @@ def _interval_words(figure: Figure | None) -> str:
 
 
 def _confusion(everyone: Sequence[ModelEvaluation]) -> document.Chart:
-    """Label against decision with counts; a button for each model where several have a safety head."""
+    """Label against decision with counts; a button for each model where several have a safety
+    head."""
     cells: dict[str, dict[str, list[Any]]] = {}
     for name, model in zip(_named(everyone), everyone, strict=True):
         if model.safety is not None:
@@ -374,7 +455,9 @@ def _confusion(everyone: Sequence[ModelEvaluation]) -> document.Chart:
             cells[name] = {"z": shares, "text": [[str(count) for count in row] for row in counts]}
     hover = "label %{y}, decision %{x}: %{text} prompts, %{z:.0%} of the label"
     first = next(iter(cells.values()))
-    trace = draw.heat_map(list(DECISIONS), list(DECISIONS), first["z"], hover) | {"text": first["text"]}
+    trace = draw.heat_map(list(DECISIONS), list(DECISIONS), first["z"], hover) | {
+        "text": first["text"]
+    }
     trace |= {"texttemplate": "%{text}", "textfont": {"size": 18}, "xgap": 3, "ygap": 3}
     trace |= {"zmin": 0, "zmax": 1, "showscale": False}
     figure = draw.heat_figure(trace, {"title": {"text": "decision"}}, "label")

@@ -28,7 +28,8 @@ def sections(comparison: Comparison) -> list[Section]:
 
 
 def harness_rows(models: Sequence[ModelEvaluation]) -> list[tuple[str, str]]:
-    """All tasks and metrics of lm-evaluation-harness that any model has, without their standard errors."""
+    """All tasks and metrics of lm-evaluation-harness that any model has, without their standard
+    errors."""
     found = dict.fromkeys(
         (task, metric)
         for model in models
@@ -47,7 +48,9 @@ def harness_figure(model: ModelEvaluation, task: str, metric: str) -> Figure | N
         return None
     name, comma, chain = metric.partition(",")
     error = metrics.get(f"{name}_stderr{comma}{chain}")
-    return Figure(value) if error is None else Figure(value, value - Z95 * error, value + Z95 * error)
+    return (
+        Figure(value) if error is None else Figure(value, value - Z95 * error, value + Z95 * error)
+    )
 
 
 def _trade(comparison: Comparison) -> Section:
@@ -59,15 +62,29 @@ def _trade(comparison: Comparison) -> Section:
         fronts = [name for name, kept in (("size", small), ("speed", fast)) if place in kept]
         kl = number(fidelity_of(student).kl.value)
         rows.append([student.name, *_cost(student, teacher), kl, " and ".join(fronts) or "neither"])
-    head = ["", "file type", "parameters", "file size", "reading", "writing", "peak memory", "KL", "front"]
+    head = [
+        "",
+        "file type",
+        "parameters",
+        "file size",
+        "reading",
+        "writing",
+        "peak memory",
+        "KL",
+        "front",
+    ]
     if len(students) == 1:
         head, rows = head[:-1], [row[:-1] for row in rows]
     note = (
-        "File size: with its share of the teacher's. Reading and writing: tokens per second of one sequence, on the "
+        "File size: with its share of the teacher's. Reading and writing: tokens per second of one "
+        "sequence, on the "
         "machine that is named below."
     )
     if len(students) > 1:
-        note += " Front: no other student is as near to the teacher and smaller (size), or faster at writing (speed)."
+        note += (
+            " Front: no other student is as near to the teacher and smaller (size), or faster "
+            "at writing (speed)."
+        )
     return Section("trade", "Size, speed and nearness", [], [Table("", head, rows, note)])
 
 
@@ -87,11 +104,21 @@ def _fidelity(comparison: Comparison) -> Section:
     near, draft = [], []
     for student in comparison.students:
         one = fidelity_of(student)
-        figures = [spread(one.kl), spread(one.reverse_kl), share_spread(one.top1), share_spread(one.top5)]
+        figures = [
+            spread(one.kl),
+            spread(one.reverse_kl),
+            share_spread(one.top1),
+            share_spread(one.top5),
+        ]
         near.append([student.name, *figures])
         alike = MISSING if one.greedy_prefix is None else spread(one.greedy_prefix, ".1f")
         draft.append(
-            [student.name, *_apart(share_spread(one.acceptance)), f"{one.tokens_per_pass:.2f}", alike]
+            [
+                student.name,
+                *_apart(share_spread(one.acceptance)),
+                f"{one.tokens_per_pass:.2f}",
+                alike,
+            ]
         )
     first = fidelity_of(comparison.students[0])
     tables = [
@@ -99,15 +126,18 @@ def _fidelity(comparison: Comparison) -> Section:
             "",
             ["", "KL (nats/token)", "reverse KL", "same top token", "top 5"],
             near,
-            "KL is KL(teacher ‖ student), reverse KL is KL(student ‖ teacher). Top 5: how many of the teacher's five "
+            "KL is KL(teacher ‖ student), reverse KL is KL(student ‖ teacher). Top 5: how many of "
+            "the teacher's five "
             "most probable tokens are among the student's.",
         ),
         Table(
             "As a draft for the teacher, and writing by itself",
             ["", "acceptance", "95 % interval", "tokens per pass", "written alike"],
             draft,
-            "Acceptance: the chance that the teacher takes a token that the student drafts. Tokens per pass: how many "
-            f"each pass of the teacher then gives, of {first.draft_length} drafted. Written alike: how many tokens, of "
+            "Acceptance: the chance that the teacher takes a token that the student drafts. Tokens "
+            "per pass: how many "
+            f"each pass of the teacher then gives, of {first.draft_length} drafted. Written alike: "
+            "how many tokens, of "
             f"{first.prefix_length} at most, both write in the same way at temperature 0.",
         ),
     ]
@@ -116,7 +146,8 @@ def _fidelity(comparison: Comparison) -> Section:
         words[0] += " In brackets: 95 % intervals, over sequences."
         if len(comparison.students) > 1:
             words[0] += (
-                " The students read the same text, so a difference between two of them is surer than their "
+                " The students read the same text, so a difference between two of them is surer "
+                "than their "
                 "intervals look."
             )
     return Section("fidelity", "How near the students are", words, tables)
@@ -130,11 +161,17 @@ def _text(comparison: Comparison) -> Section:
         name = f"{model.name} (teacher)" if model is teacher else model.name
         ratio = model.perplexity.value / teacher.perplexity.value
         rows.append(
-            [name, *_apart(spread(model.perplexity)), f"{ratio:.3f}", f"{model.calibration_error:.3f}"]
+            [
+                name,
+                *_apart(spread(model.perplexity)),
+                f"{ratio:.3f}",
+                f"{model.calibration_error:.3f}",
+            ]
         )
     head = ["", "perplexity", "95 % interval", "of the teacher's", "calibration error"]
     note = (
-        "Perplexity of the next tokens that the text really has. Calibration error: how far the probability of the "
+        "Perplexity of the next tokens that the text really has. Calibration error: how far the "
+        "probability of the "
         "most probable token is from how often it is right, over 15 bins."
     )
     return Section("text", "The text's own next tokens", [], [Table("", head, rows, note)])
@@ -151,10 +188,18 @@ def _tasks(everyone: Sequence[ModelEvaluation]) -> Section:
     for place, model in enumerate(everyone):
         if model.task is not None:
             name = model.name if place else f"{model.name} (teacher)"
-            rows.append([name, f"{model.task.right} of {model.task.prompts}", share_spread(model.task.share)])
+            rows.append(
+                [
+                    name,
+                    f"{model.task.right} of {model.task.prompts}",
+                    share_spread(model.task.share),
+                ]
+            )
     names = sorted({model.task.name for model in everyone if model.task is not None})
     note = f"{', '.join(names)}: answers at temperature 0, with Wilson's 95 % interval."
-    return Section("tasks", "Prompts with known answers", [], [Table("", ["", "right", "share"], rows, note)])
+    return Section(
+        "tasks", "Prompts with known answers", [], [Table("", ["", "right", "share"], rows, note)]
+    )
 
 
 def _safety(everyone: Sequence[ModelEvaluation]) -> Section:
@@ -176,7 +221,8 @@ def _safety(everyone: Sequence[ModelEvaluation]) -> Section:
         note = f"{model.safety.prompts:,} prompts. Decisions by label: {'; '.join(told)}."
         tables.append(Table(model.name, ["", "cases", "share"], rows, note))
     words = [
-        "What each safety head decides on labelled prompts. The 95 % intervals (Wilson) take prompts as independent; "
+        "What each safety head decides on labelled prompts. The 95 % intervals (Wilson) take "
+        "prompts as independent; "
         "where several tell the same matter, the real uncertainty is larger."
     ]
     return Section("safety", "Safety decisions", words, tables)
@@ -187,23 +233,33 @@ def _harness(everyone: Sequence[ModelEvaluation]) -> Section:
     rows = []
     for task, metric in harness_rows(everyone):
         figures = [harness_figure(model, task, metric) for model in told]
-        rows.append([f"{task}: {metric}", *(MISSING if one is None else spread(one) for one in figures)])
-    head = ["", *(f"{model.name} (teacher)" if model is everyone[0] else model.name for model in told)]
+        rows.append(
+            [f"{task}: {metric}", *(MISSING if one is None else spread(one) for one in figures)]
+        )
+    head = [
+        "",
+        *(f"{model.name} (teacher)" if model is everyone[0] else model.name for model in told),
+    ]
     note = "With the 95 % interval that the harness's standard error gives, where it gives one."
     return Section("harness", "lm-evaluation-harness", [], [Table("", head, rows, note)])
 
 
 def _source(comparison: Comparison) -> Section:
     """The text, the files, and what the figures cannot say."""
-    much = f"{counted(comparison.sequences, 'sequence')}, {counted(comparison.positions, 'next token')}"
+    much = (
+        f"{counted(comparison.sequences, 'sequence')}, "
+        f"{counted(comparison.positions, 'next token')}"
+    )
     words = [f"Text: {comparison.text}. {much}."]
     if comparison.skipped:
         words.append(
-            f"Left out, longer than a model's context holds: {counted(comparison.skipped, 'sequence')}."
+            "Left out, longer than a model's context holds: "
+            f"{counted(comparison.skipped, 'sequence')}."
         )
     if comparison.sequences > 1:
         words.append(
-            "Intervals are over sequences: they say how much the figures would move with other text of the same kind, "
+            "Intervals are over sequences: they say how much the figures would move with other "
+            "text of the same kind, "
             "and nothing about other kinds."
         )
     else:
@@ -212,8 +268,12 @@ def _source(comparison: Comparison) -> Section:
     tables = [Table("Text", ["", ""], rows, wide=True)]
     files = []
     for model in (comparison.teacher, *comparison.students):
-        files.append([model.name, model.architecture, model.file_type or MISSING, model.path, model.sha256])
-    tables.append(Table("Files", ["", "architecture", "file type", "path", "SHA-256"], files, wide=True))
+        files.append(
+            [model.name, model.architecture, model.file_type or MISSING, model.path, model.sha256]
+        )
+    tables.append(
+        Table("Files", ["", "architecture", "file type", "path", "SHA-256"], files, wide=True)
+    )
     return Section("source", "What was compared", words, tables)
 
 

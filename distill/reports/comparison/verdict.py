@@ -1,4 +1,5 @@
-"""What a comparison says in plain words: each fact is computed from it, and none is said without its figures."""
+"""What a comparison says in plain words: each fact is computed from it, and none is said without
+its figures."""
 
 from __future__ import annotations
 
@@ -47,7 +48,10 @@ def _smallest(teacher: ModelEvaluation, students: Sequence[ModelEvaluation]) -> 
     ratio = best.file_bytes / teacher.file_bytes
     begin = "Smallest: " if len(students) > 1 else ""
     verb = "," if begin else " takes"
-    words = f"{begin}{best.name}{verb} {human_bytes(best.file_bytes)}, {_part(ratio)} of the teacher's file"
+    words = (
+        f"{begin}{best.name}{verb} {human_bytes(best.file_bytes)}, {_part(ratio)} of the "
+        "teacher's file"
+    )
     return Fact("good" if ratio < 1 else "warning", words + ".")
 
 
@@ -56,7 +60,10 @@ def _fastest(teacher: ModelEvaluation, students: Sequence[ModelEvaluation]) -> F
     ratio = best.generation_speed / teacher.generation_speed
     begin = "Fastest: " if len(students) > 1 else ""
     verb = "," if begin else " writes"
-    words = f"{begin}{best.name}{verb} {best.generation_speed:,.0f} tokens per second, {_times(ratio)} the teacher's"
+    words = (
+        f"{begin}{best.name}{verb} {best.generation_speed:,.0f} tokens per second, "
+        f"{_times(ratio)} the teacher's"
+    )
     return Fact("good" if ratio > 1 else "warning", words + ".")
 
 
@@ -73,7 +80,8 @@ def _quantisation(group: Sequence[ModelEvaluation]) -> Fact:
 
     words = (
         f"Quantisation, if the {len(group)} students of architecture {whole.architecture} with "
-        f"{whole.parameters:,} parameters are one model: against {whole.file_type} (KL {number(full.value)}), "
+        f"{whole.parameters:,} parameters are one model: against {whole.file_type} (KL "
+        f"{number(full.value)}), "
     )
     free = [student for student in smaller if _overlap(full, fidelity_of(student).kl)]
     if free and free[-1] is not smaller[-1]:
@@ -95,18 +103,22 @@ def _beaten(students: Sequence[ModelEvaluation]) -> list[Fact]:
     return [
         Fact(
             "plain",
-            f"Another student is both at least as small and at least as near as {_some(beaten, 'or')}.",
+            "Another student is both at least as small and at least as near as "
+            f"{_some(beaten, 'or')}.",
         )
     ]
 
 
 def _perplexity(teacher: ModelEvaluation, students: Sequence[ModelEvaluation]) -> Fact:
     values = sorted(student.perplexity.value for student in students)
-    theirs = number(values[0]) if len(values) == 1 else f"{number(values[0])} to {number(values[-1])}"
+    theirs = (
+        number(values[0]) if len(values) == 1 else f"{number(values[0])} to {number(values[-1])}"
+    )
     who = "student's" if len(values) == 1 else "students'"
     own = number(teacher.perplexity.value)
     return Fact(
-        "plain", f"Perplexity of the text's own next tokens: the teacher's {own}, the {who} {theirs}."
+        "plain",
+        f"Perplexity of the text's own next tokens: the teacher's {own}, the {who} {theirs}.",
     )
 
 
@@ -115,8 +127,10 @@ def _draft(students: Sequence[ModelEvaluation]) -> Fact:
     found = fidelity_of(best)
     return Fact(
         "plain",
-        f"As a draft for the teacher, {best.name} would have {share_spread(found.acceptance)} of its tokens taken: "
-        f"{found.tokens_per_pass:.2f} tokens per pass of the teacher when it drafts {found.draft_length}.",
+        f"As a draft for the teacher, {best.name} would have {share_spread(found.acceptance)} of "
+        "its tokens taken: "
+        f"{found.tokens_per_pass:.2f} tokens per pass of the teacher when it drafts "
+        f"{found.draft_length}.",
     )
 
 
@@ -128,7 +142,8 @@ def _task(comparison: Comparison) -> list[Fact]:
     assert best.task is not None
     score = best.task
     words = (
-        f"Prompts with known answers ({score.name}): {best.name} has {score.right} of {score.prompts} right"
+        f"Prompts with known answers ({score.name}): {best.name} has {score.right} of "
+        f"{score.prompts} right"
     )
     if comparison.teacher.task is not None:
         words += f", the teacher {comparison.teacher.task.right}"
@@ -136,7 +151,8 @@ def _task(comparison: Comparison) -> list[Fact]:
 
 
 def _safety(students: Sequence[ModelEvaluation]) -> list[Fact]:
-    """The safety head that refuses least of what is to be refused, against what thresholds aim at."""
+    """The safety head that refuses least of what is to be refused, against what thresholds aim
+    at."""
     known = [
         (student.safety.refuse_recall, student.name, student.safety.confusion[REFUSE])
         for student in students
@@ -163,7 +179,10 @@ def _doubts(comparison: Comparison) -> list[Fact]:
         words = f"All is measured on {counted(comparison.sequences, 'sequence')}, which is little"
         facts.append(Fact("warning", f"{words}: the real uncertainty is larger than it looks."))
     if comparison.skipped:
-        words = f"Left out, longer than a model's context holds: {counted(comparison.skipped, 'sequence')}"
+        words = (
+            "Left out, longer than a model's context holds: "
+            f"{counted(comparison.skipped, 'sequence')}"
+        )
         facts.append(Fact("warning", f"{words}. The figures are of the shorter ones."))
     return facts
 
@@ -179,7 +198,8 @@ def counted(number: int, thing: str) -> str:
 
 
 def spread(figure: Figure, form: str = "") -> str:
-    """A figure with its interval, where it has one; ``form``: how to write them, if not with three digits or so."""
+    """A figure with its interval, where it has one; ``form``: how to write them, if not with
+    three digits or so."""
 
     def said(value: float) -> str:
         return format(value, form) if form else number(value)

@@ -1,8 +1,8 @@
 """A report as one HTML file that needs nothing else: no network, no other file.
 
-The charts are JSON in the page and Plotly's script is in it once. A content security policy names the page's own
-scripts by their hash, so that nothing else could run or be loaded even if a name in a file had got into the page as
-more than text.
+The charts are JSON in the page and Plotly's script is in it once. A content security policy names
+the page's own scripts by their hash, so that nothing else could run or be loaded even if a name in
+a file had got into the page as more than text.
 """
 
 from __future__ import annotations
@@ -12,26 +12,40 @@ import hashlib
 import json
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from distill import __version__
-from distill.reports.document import Told
+from distill.reports.document import Document
+from distill.reports.inputs import require_page_path
+from teachers.atomic_files import write_whole
 
 TEMPLATE, SCRIPT = "report.html.jinja", "report.js"
 
 
-def render(told: Told) -> str:
-    """The page of what is told, whatever it is about."""
-    figures = {chart.key: chart.figure for some in told.charts.values() for chart in some}
+def write_page(document: Document, path: Path) -> None:
+    """Write the page of a report, whole or not at all.
+
+    Raises:
+        UserError: the path is not one for a page.
+        OSError: the disk refuses.
+    """
+    require_page_path(path)
+    write_whole(path, render(document).encode())
+
+
+def render(document: Document) -> str:
+    """The page of a report."""
+    figures = {chart.key: chart.figure for some in document.charts.values() for chart in some}
     plotly, script = _plotly(), _source(SCRIPT)
     return _template().render(
-        title=told.title,
-        lead=told.lead,
-        verdicts=told.verdicts,
-        sections=[(part, told.charts.get(part.key, [])) for part in told.sections],
+        title=document.title,
+        lead=document.lead,
+        verdicts=document.verdicts,
+        sections=[(part, document.charts.get(part.key, [])) for part in document.sections],
         figures=Markup(_script_json(figures)),
         plotly=Markup(plotly),
         script=Markup(script),
@@ -65,7 +79,9 @@ def _plotly() -> str:
 
 def _source(name: str) -> str:
     return (
-        (resources.files("distill.reports.render") / name).read_text(encoding="utf-8").replace("\r\n", "\n")
+        (resources.files("distill.reports.render") / name)
+        .read_text(encoding="utf-8")
+        .replace("\r\n", "\n")
     )
 
 

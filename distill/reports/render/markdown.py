@@ -1,7 +1,8 @@
-"""Markdown of things that somebody else has named: text that can be nothing but text, file names, tables.
+"""Markdown of things that somebody else has named: text that can be nothing but text, file names,
+tables.
 
-What is special in CommonMark and in GitHub's and the Hub's additions to it (tables, links without brackets, formulas)
-is escaped by a backslash; nothing can end the line or the cell it is in.
+What is special in CommonMark and in GitHub's and the Hub's additions to it (tables, links without
+brackets, formulas) is escaped by a backslash; nothing can end the line or the cell it is in.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import PureWindowsPath
+
+from distill.reports.document import Section, Table
 
 LONGEST = 160  # characters of one name
 _SPECIAL = re.compile(r"[\\`*_\[\]<>|~&@$]|(?<=www)\.|:(?=//)", re.IGNORECASE)
@@ -23,18 +26,21 @@ class Markdown(str):
 
 def one_line(text: object, longest: int = LONGEST) -> str:
     """Text of a file in one line, without signs that cannot be seen, and not without end."""
-    signs = "".join(sign if sign.isprintable() else " " if sign.isspace() else "�" for sign in str(text))
+    signs = "".join(
+        sign if sign.isprintable() else " " if sign.isspace() else "�" for sign in str(text)
+    )
     line = " ".join(signs.split())
     return line if len(line) <= longest else f"{line[: longest - 1]}…"
 
 
-def without_folders(name: object) -> str:
-    """A name in one line; of a path that begins at a root only its last part, for a home folder tells who one is.
+def without_folders(text: object) -> str:
+    """Text in one line; of a path that begins at a root only its last part: a home folder tells who
+    one is.
 
     Several names may be joined by `` + ``, as those of several teachers are.
     """
     parts = []
-    for part in one_line(name).split(" + "):
+    for part in one_line(text, longest=2000).split(" + "):
         if _ABSOLUTE.match(part):
             part = last_part(part)
         parts.append(_ABSOLUTE_WORD.sub(lambda found: last_part(found[0]), part))
@@ -54,16 +60,26 @@ def escaped(value: object) -> Markdown:
 
 
 def code(name: str) -> Markdown:
-    """A file's name or a hash as code, or as mere text where it has signs that code could not hold."""
+    """A file's name or a hash as code, or as mere text where it has signs that code could not
+    hold."""
     return Markdown(f"`{name}`") if _PLAIN_NAME.fullmatch(name) else escaped(name)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, words: bool = False) -> Markdown:
-    """A table; every column but the first is aligned to the right, unless they hold words."""
-    rule = ["---", *(["---" if words else "---:"] * (len(head) - 1))]
-    lines = [_row(head), _row([Markdown(cell) for cell in rule]), *map(_row, rows)]
-    return Markdown("\n".join(lines))
+def section(part: Section) -> Markdown:
+    """A part of a report under its heading; of absolute paths in it only the last part."""
+    blocks = [f"## {escaped(part.title)}", *(escaped(without_folders(text)) for text in part.words)]
+    for table in part.tables:
+        blocks += [f"### {escaped(table.title)}"] if table.title else []
+        blocks += [_table(table), *([escaped(without_folders(table.note))] if table.note else [])]
+    return Markdown("\n\n".join(blocks))
 
 
-def _row(cells: Sequence[object]) -> str:
-    return f"| {' | '.join(escaped(cell) for cell in cells)} |"
+def _table(table: Table) -> str:
+    """Every column but the first is aligned to the right, unless the columns hold text."""
+    rule = ["---", *(["---" if table.wide else "---:"] * (len(table.head) - 1))]
+    rows: list[Sequence[str]] = [table.head, [Markdown(cell) for cell in rule], *table.rows]
+    return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    return escaped(text if isinstance(text, Markdown) else without_folders(text))

@@ -6,25 +6,25 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from distill.reports.document import Fact, Section, Table, Told
+from distill.reports.document import Document, Fact, Section, Table
 
 ROOMY = 140  # columns of a terminal that is wide enough for every table
 SIGNS = {"good": "[green]✓[/]", "plain": "[dim]·[/]", "warning": "[yellow]![/]"}
 
 
-def print_report(told: Told, console: RichConsole) -> None:
+def print_report(document: Document, console: RichConsole) -> None:
     """Print a report: the verdict, or one for each, then its tables."""
-    if len(told.verdicts) == 1:
-        console.print(f"[bold]{escape(printable(told.title))}[/]", soft_wrap=True)
-        _print_verdict(told.verdicts[0][1], console)
+    if len(document.verdicts) == 1:
+        console.print(f"[bold]{escape(printable(document.title))}[/]", soft_wrap=True)
+        _print_verdict(document.verdicts[0][1], console)
     else:
-        for heading, facts in told.verdicts:
+        for heading, facts in document.verdicts:
             console.print(f"[bold]{escape(printable(heading))}[/]", soft_wrap=True)
             _print_verdict(facts, console)
             console.print()
-    for section in told.sections:
-        if section.tables or len(told.verdicts) == 1:
-            _print_section(section, console)
+    for section in document.sections:
+        if section.tables or len(document.verdicts) == 1:
+            print_section(section, console)
 
 
 def printable(text: str) -> str:
@@ -39,7 +39,8 @@ def _print_verdict(facts: list[Fact], console: RichConsole) -> None:
     console.print(grid)
 
 
-def _print_section(section: Section, console: RichConsole) -> None:
+def print_section(section: Section, console: RichConsole) -> None:
+    """Print one part of a report."""
     console.print(f"\n[bold underline]{escape(section.title)}[/]")
     for words in section.words:
         console.print(escape(printable(words)))
@@ -51,14 +52,20 @@ def _rich(table: Table, width: int) -> RichTable:
     """The same table for a terminal of that width."""
     title = escape(printable(table.title)) or None
     rich = RichTable(title=title, title_justify="left", show_header=any(table.head))
-    columns = [place for place in range(len(table.head)) if width >= ROOMY or place not in table.spare]
+    columns = [
+        place for place in range(len(table.head)) if width >= ROOMY or place not in table.spare
+    ]
     for place, head in ((place, table.head[place]) for place in columns):
         right = place > 0 and not table.wide
-        rich.add_column(escape(printable(head)), justify="right" if right else "left", overflow="fold")
+        rich.add_column(
+            escape(printable(head)), justify="right" if right else "left", overflow="fold"
+        )
     for row in table.rows[: table.shown or None]:
         rich.add_row(*(escape(printable(row[place])) for place in columns))
     left = len(table.rows) - table.shown if table.shown else 0
-    note = f"{table.note} {left:,} more rows are on the page (--output)." if left > 0 else table.note
+    note = (
+        f"{table.note} {left:,} more rows are on the page (--output)." if left > 0 else table.note
+    )
     if note:
         rich.caption, rich.caption_justify = escape(printable(note.strip())), "left"
     return rich

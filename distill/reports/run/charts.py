@@ -34,7 +34,13 @@ RUN_STYLES = (("@blue", "solid"), ("@red", "dash"))
 def charts(report: Report) -> dict[str, list[document.Chart]]:
     """The charts of each section; those without data are left out."""
     found = {
-        "training": [_loss(report), *_held_out(report), _gradient(report), _rate(report), _update(report)],
+        "training": [
+            _loss(report),
+            *_held_out(report),
+            _gradient(report),
+            _rate(report),
+            _update(report),
+        ],
         "health": health_charts(report.weights, report.probe, report.full_ranks),
         "rotations": _rotations(report),
     }
@@ -42,7 +48,10 @@ def charts(report: Report) -> dict[str, list[document.Chart]]:
         found |= weight_charts(report.final_weights.report)
     if report.results is not None and (safety := report.results.heads.safety) is not None:
         found["safety"] = [_confusion({"all": safety.test, **safety.languages})]
-    if report.results is not None and (verification := report.results.heads.verification) is not None:
+    if (
+        report.results is not None
+        and (verification := report.results.heads.verification) is not None
+    ):
         found["verification"] = [_reliability(verification), _cascade(verification)]
     return {key: [chart for chart in some if chart.figure["data"]] for key, some in found.items()}
 
@@ -68,7 +77,11 @@ def comparison_charts(comparison: Comparison) -> dict[str, list[document.Chart]]
             axis = {"title": {"text": "share of tokens"}, "tickformat": ".0%"}
         found.append(
             document.Chart(
-                f"both-{name}", title, "On held-out text.", draw.figure(traces, axis), wide=name == "kl"
+                f"both-{name}",
+                title,
+                "On held-out text.",
+                draw.figure(traces, axis),
+                wide=name == "kl",
             )
         )
     for name, title in (("loss", "Training loss"), ("grad_norm", "Gradient norm before clipping")):
@@ -77,8 +90,14 @@ def comparison_charts(comparison: Comparison) -> dict[str, list[document.Chart]]
             for place, (_, report) in enumerate(runs)
             if name in report.curves
         ]
-        words = "Of every step; the weights of its parts may differ." if name == "loss" else "Of every step."
-        figure = draw.figure(traces, draw.log_axis(traces, "nats per token" if name == "loss" else ""))
+        words = (
+            "Of every step; the weights of its parts may differ."
+            if name == "loss"
+            else "Of every step."
+        )
+        figure = draw.figure(
+            traces, draw.log_axis(traces, "nats per token" if name == "loss" else "")
+        )
         found.append(document.Chart(f"both-{name}", title, words, figure, wide=name == "loss"))
     told = [
         draw.line(curve, names[place], *RUN_STYLES[place])
@@ -86,7 +105,8 @@ def comparison_charts(comparison: Comparison) -> dict[str, list[document.Chart]]
         if (curve := draw.curve_of(report.probe, "information")).steps
     ]
     words = (
-        "What the next-token distributions say about their place in a fixed text: 0 says the same everywhere."
+        "What the next-token distributions say about their place in a fixed text: 0 says the "
+        "same everywhere."
     )
     figure = draw.figure(told, {"title": {"text": "nats"}, "rangemode": "tozero"})
     found.append(document.Chart("both-information", "Information", words, figure))
@@ -94,13 +114,18 @@ def comparison_charts(comparison: Comparison) -> dict[str, list[document.Chart]]
 
 
 def _loss(report: Report) -> document.Chart:
-    """The loss as a stack of its parts, or every part as a line on a logarithmic axis: two buttons."""
+    """The loss as a stack of its parts, or every part as a line on a logarithmic axis: two
+    buttons."""
     names = [name for name in LOSS_PARTS if name in report.curves]
     stacked, lines = [], []
     for place, name in enumerate(names):
         curve, colour = report.curves[name], draw.COLOURS[place % len(draw.COLOURS)]
         shared = {"name": PART_WORDS[name], "legendgroup": name}
-        stack = {"stackgroup": "loss", "line": {"width": 0.5, "color": colour}, "fillcolor": f"{colour}"}
+        stack = {
+            "stackgroup": "loss",
+            "line": {"width": 0.5, "color": colour},
+            "fillcolor": f"{colour}",
+        }
         stacked.append(draw.trace(curve, **shared, mode="lines", **stack))
         # A part of exactly 0 has no place on a logarithmic axis.
         above = Curve(curve.steps, [value if value else None for value in curve.values])
@@ -108,24 +133,36 @@ def _loss(report: Report) -> document.Chart:
         lines.append(draw.trace(above, **shared, mode="lines", line=line, visible=False))
     if "loss" in report.curves:
         total = {"color": "@ink", "width": 1.5}
-        lines.append(draw.trace(report.curves["loss"], name="loss", mode="lines", line=total, visible=False))
+        lines.append(
+            draw.trace(report.curves["loss"], name="loss", mode="lines", line=total, visible=False)
+        )
     figure = draw.figure([*stacked, *lines], {"title": {"text": "nats per token"}})
-    marks = add_marks(figure, report.events, report.curves["loss"]) if "loss" in report.curves else 0
-    shown = [[stack] * len(stacked) + [not stack] * len(lines) + [True] * marks for stack in (True, False)]
+    marks = (
+        add_marks(figure, report.events, report.curves["loss"]) if "loss" in report.curves else 0
+    )
+    shown = [
+        [stack] * len(stacked) + [not stack] * len(lines) + [True] * marks
+        for stack in (True, False)
+    ]
     figure["choices"] = [
-        draw.choice("Stacked", {"visible": shown[0]}, {"yaxis.type": "linear", "yaxis.autorange": True}),
+        draw.choice(
+            "Stacked", {"visible": shown[0]}, {"yaxis.type": "linear", "yaxis.autorange": True}
+        ),
         draw.choice(
             "Lines, log scale",
             {"visible": shown[1]},
             {"yaxis.type": "log", "yaxis.autorange": True, "yaxis.exponentformat": "power"},
         ),
     ]
-    words = "Each part with its weight; together they are the loss. A click in the legend hides a part."
+    words = (
+        "Each part with its weight; together they are the loss. A click in the legend hides a part."
+    )
     return document.Chart("loss", "Loss and its parts", words, figure, wide=True)
 
 
 def _held_out(report: Report) -> list[document.Chart]:
-    """Held-out KL and cross-entropy in one chart, agreement in another, the best step marked in both."""
+    """Held-out KL and cross-entropy in one chart, agreement in another, the best step marked in
+    both."""
     points = report.held_out
     best = next((point for point in points if point.step == report.best_step), None)
     nats = [
@@ -149,7 +186,8 @@ def _held_out(report: Report) -> list[document.Chart]:
             "Held-out agreement",
             "Share of tokens for which student and teacher have the same most probable token.",
             draw.figure(
-                shares, {"title": {"text": "share of tokens"}, "tickformat": ".0%", "rangemode": "tozero"}
+                shares,
+                {"title": {"text": "share of tokens"}, "tickformat": ".0%", "rangemode": "tozero"},
             ),
         ),
     ]
@@ -161,7 +199,10 @@ def _gradient(report: Report) -> document.Chart:
     limit = report.max_grad_norm
     if traces and limit is not None:
         traces.append(draw.level(traces[0], limit, f"clipped above {limit:g}", "dash"))
-    words = "Before clipping. Steps above the line are scaled down to it, or to a dot: a lower limit of that step."
+    words = (
+        "Before clipping. Steps above the line are scaled down to it, or to a dot: a lower "
+        "limit of that step."
+    )
     curve, own = traces[:1], _curve(report, "clip_limit", "lower limit", "@orange")
     for limits in own:
         limits |= {"mode": "markers", "marker": {"size": 4, "color": "@orange"}}
@@ -184,7 +225,10 @@ def _update(report: Report) -> document.Chart:
 def _rate(report: Report) -> document.Chart:
     traces = _curve(report, "learning_rate", "learning rate", "@green")
     return document.Chart(
-        "rate", "Learning rate", "Warm-up, then the schedule.", draw.figure(traces, {"rangemode": "tozero"})
+        "rate",
+        "Learning rate",
+        "Warm-up, then the schedule.",
+        draw.figure(traces, {"rangemode": "tozero"}),
     )
 
 
@@ -199,7 +243,9 @@ def _rotations(report: Report) -> list[document.Chart]:
     bends = _curve(report, "second_difference", "second difference", "@green")
     errors = _curve(report, "rotation_error", "error", "@blue")
     if errors:
-        errors.append(draw.level(errors[0], ROTATION_ERROR, f"no rotation above {ROTATION_ERROR:g}", "dash"))
+        errors.append(
+            draw.level(errors[0], ROTATION_ERROR, f"no rotation above {ROTATION_ERROR:g}", "dash")
+        )
     return [
         document.Chart(
             "rotation-error",
@@ -210,7 +256,8 @@ def _rotations(report: Report) -> list[document.Chart]:
         document.Chart(
             "commutators",
             "Commutators",
-            "Norm of R_cmd R_safe − R_safe R_cmd: 0 where both commute. Below the margin the loss pushes.",
+            "Norm of R_cmd R_safe − R_safe R_cmd: 0 where both commute. Below the margin the loss "
+            "pushes.",
             draw.figure(commutators, {"rangemode": "tozero"}),
         ),
         document.Chart(
@@ -253,13 +300,18 @@ def _confusion(scores: dict[str, SafetyScore]) -> document.Chart:
         "ygap": 3,
         "showscale": False,
         "hoverongaps": False,
-        "hovertemplate": "label %{y}, decision %{x}: %{text} prompts, %{z:.0%} of the label<extra></extra>",
+        "hovertemplate": "label %{y}, decision %{x}: %{text} prompts, %{z:.0%} of the "
+        "label<extra></extra>",
     }
-    figure = draw.figure([trace], {"title": {"text": "label"}, "autorange": "reversed", "showgrid": False})
+    figure = draw.figure(
+        [trace], {"title": {"text": "label"}, "autorange": "reversed", "showgrid": False}
+    )
     figure["layout"]["xaxis"] = {"title": {"text": "decision"}, "showgrid": False}
     if len(scores) > 1:
         figure["choices"] = [
-            draw.choice(LANGUAGES.get(name, name), {key: [value] for key, value in cells(score).items()}, {})
+            draw.choice(
+                LANGUAGES.get(name, name), {key: [value] for key, value in cells(score).items()}, {}
+            )
             for name, score in scores.items()
         ]
     words = "Counts of held-out prompts; the colour is the share of the row. The diagonal is right."
@@ -274,10 +326,21 @@ def _reliability(found: VerificationPart) -> document.Chart:
     largest = max(counts, default=1)
     hover = "says %{x:.1%}, %{y:.1%} agree<br>%{customdata:,} tokens<extra></extra>"
     size = [8 + 20 * (count / largest) ** 0.5 for count in counts]
-    dots = {"marker": {"size": size, "color": "@blue"}, "mode": "lines+markers", "cliponaxis": False}
-    bars = {"type": "bar", "yaxis": "y2", "width": 0.04, "marker": {"color": "@sky"}, "hoverinfo": "skip"}
+    dots = {
+        "marker": {"size": size, "color": "@blue"},
+        "mode": "lines+markers",
+        "cliponaxis": False,
+    }
+    bars = {
+        "type": "bar",
+        "yaxis": "y2",
+        "width": 0.04,
+        "marker": {"color": "@sky"},
+        "hoverinfo": "skip",
+    }
     traces = [
-        draw.plain_line([0, 1], [0, 1], "exactly calibrated", "@grey", "dash") | {"hoverinfo": "skip"},
+        draw.plain_line([0, 1], [0, 1], "exactly calibrated", "@grey", "dash")
+        | {"hoverinfo": "skip"},
         draw.plain_line(said, true, "this student", "@blue")
         | dots
         | {"customdata": counts, "hovertemplate": hover},
@@ -285,18 +348,27 @@ def _reliability(found: VerificationPart) -> document.Chart:
     ]
     share = {"tickformat": ".0%", "range": [-0.05, 1.08]}
     figure = draw.figure(
-        traces if bins else [], {"title": {"text": "agrees with the teacher"}, **share, "domain": [0.3, 1]}
+        traces if bins else [],
+        {"title": {"text": "agrees with the teacher"}, **share, "domain": [0.3, 1]},
     )
     figure["layout"]["xaxis"] = {"title": {"text": "probability it gives"}, "anchor": "y2", **share}
     figure["layout"]["yaxis2"] = {"domain": [0, 0.22], "title": {"text": "tokens"}, "nticks": 3}
-    words = "On the dashed line the head can be taken at its word. Larger dots and bars: more tokens."
+    words = (
+        "On the dashed line the head can be taken at its word. Larger dots and bars: more tokens."
+    )
     return document.Chart("reliability", "Reliability", words, figure)
 
 
 def _cascade(found: VerificationPart) -> document.Chart:
     """Agreement of student and teacher together against what the teacher is asked."""
-    asked, agree = [one.escalated for one in found.cascade], [one.agreement for one in found.cascade]
-    hover = "teacher answers %{x:.1%}, %{y:.1%} agree<br>asks below a probability of %{customdata:.3f}<extra></extra>"
+    asked, agree = (
+        [one.escalated for one in found.cascade],
+        [one.agreement for one in found.cascade],
+    )
+    hover = (
+        "teacher answers %{x:.1%}, %{y:.1%} agree<br>asks below a probability of "
+        "%{customdata:.3f}<extra></extra>"
+    )
     below = [one.threshold for one in found.cascade]
     traces = [
         draw.plain_line(asked, agree, "least certain tokens", "@blue")
@@ -307,13 +379,17 @@ def _cascade(found: VerificationPart) -> document.Chart:
     if (goal := cascade_goal(found)) is not None:
         words = f"{CASCADE_GOAL:.0%}: teacher answers {goal.escalated:.0%}"
         traces.append(
-            draw.mark(goal.escalated, goal.agreement, words) | {"hovertemplate": f"{words}<extra></extra>"}
+            draw.mark(goal.escalated, goal.agreement, words)
+            | {"hovertemplate": f"{words}<extra></extra>"}
         )
     share = {"tickformat": ".0%", "range": [-0.02, 1.03]}
     axis = {"title": {"text": "agreement with the teacher"}, "tickformat": ".0%"}
     figure = draw.figure(traces if found.cascade else [], axis)
     figure["layout"]["xaxis"] = {"title": {"text": "share of tokens the teacher answers"}, **share}
-    words = "Solid: the teacher answers the student's least certain tokens. Dashed: as many, picked blindly."
+    words = (
+        "Solid: the teacher answers the student's least certain tokens. Dashed: as many, "
+        "picked blindly."
+    )
     return document.Chart("cascade", "Cascade: student and teacher together", words, figure)
 
 

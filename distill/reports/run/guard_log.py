@@ -1,4 +1,5 @@
-"""What the guard, the probe and the weights' own figures say of a run: in words, as tables, and as marks on charts."""
+"""What the guard, the probe and the weights' own figures say of a run: in words, as tables, and
+as marks on charts."""
 
 from __future__ import annotations
 
@@ -18,8 +19,10 @@ from distill.runtime.format import MISSING, figure, number
 
 @dataclass(frozen=True)
 class Action:
-    """Something that a guard does, in words for one and for several, and its mark on a chart. ``line``: a vertical line
-    goes with it. What comes at the same step is larger or smaller, so that one mark does not hide the other."""
+    """Something that a guard does, in words for one and for several, and its mark on a chart.
+    ``line``: a vertical line goes with it. What comes at the same step is larger or smaller, so
+    that one mark does not hide the other.
+    """
 
     one: str
     many: str
@@ -30,10 +33,14 @@ class Action:
 
 
 ACTIONS = {
-    CLIP: Action("step clipped harder", "steps clipped harder", "triangle-down", "@grey", line=False),
+    CLIP: Action(
+        "step clipped harder", "steps clipped harder", "triangle-down", "@grey", line=False
+    ),
     "skip_step": Action("step skipped", "steps skipped", "x", "@orange"),
     ROLLBACK: Action("rollback", "rollbacks", "triangle-left", "@purple", size=18),
-    "set_aside": Action("batch set aside", "batches set aside", "diamond", "@sky", size=7, line=False),
+    "set_aside": Action(
+        "batch set aside", "batches set aside", "diamond", "@sky", size=7, line=False
+    ),
     "checkpoint_refused": Action("checkpoint refused", "checkpoints refused", "cross", "@yellow"),
     ABORT: Action("training given up", "trainings given up", "square", "@red", size=14),
 }
@@ -41,7 +48,10 @@ NAMED = 3
 IN_TERMINAL, ON_PAGE = 20, 200  # rows of the log, the newest first
 MOST_MARKS, MOST_LINES = 150, 60  # of one chart: marks of one kind, vertical lines
 MOST_WORDS = 6  # lines of a mark's words
-LITTLE, FELL = 0.5, 0.25  # information in nats that is something to lose, and the share of it that is little
+LITTLE, FELL = (
+    0.5,
+    0.25,
+)  # information in nats that is something to lose, and the share of it that is little
 LOST_RANK = 0.5  # a weight that ends with less than that share of the rank it began with
 
 
@@ -54,11 +64,14 @@ def guard_facts(metrics: Metrics, finished: bool) -> list[Fact]:
         return [
             Fact(
                 "good",
-                "The guard had nothing to do: no step was skipped or taken back, and no checkpoint refused.",
+                "The guard had nothing to do: no step was skipped or taken back, and no checkpoint "
+                "refused.",
             )
         ]
     counts = Counter(event.action for event in events)
-    words = "The guard acted: " + ", ".join(counted(action, count) for action, count in counts.items())
+    words = "The guard acted: " + ", ".join(
+        counted(action, count) for action, count in counts.items()
+    )
     if metrics.undone:
         words += f" ({metrics.undone:,} step{'s' if metrics.undone > 1 else ''} taken back)"
     words += _whom(events) + "."
@@ -72,7 +85,9 @@ def guard_facts(metrics: Metrics, finished: bool) -> list[Fact]:
     if set(counts) == {CLIP}:
         return [Fact("plain", words)]
     last = next(event for event in reversed(events) if event.action != CLIP)
-    after = len([line for line in metrics.train if (line["step"] or 0) > (last.to_step or last.step)])
+    after = len(
+        [line for line in metrics.train if (line["step"] or 0) > (last.to_step or last.step)]
+    )
     if finished:
         words += " Training recovered and came to its end."
     elif not metrics.train and not metrics.undone:
@@ -98,7 +113,9 @@ def guard_sections(events: Sequence[GuardEvent], undone: int, guarded: bool) -> 
     counts = Counter(event.action for event in events)
     words = [", ".join(counted(action, count) for action, count in counts.items()) + "."]
     if undone:
-        words.append(f"{undone:,} steps that were logged were taken back; no chart and no figure has them.")
+        words.append(
+            f"{undone:,} steps that were logged were taken back; no chart and no figure has them."
+        )
     rows = [_row(event) for event in reversed(events[-ON_PAGE:])]
     note = "The newest first."
     if len(events) > ON_PAGE:
@@ -109,7 +126,8 @@ def guard_sections(events: Sequence[GuardEvent], undone: int, guarded: bool) -> 
 
 
 def add_marks(figure: dict[str, Any], events: Sequence[GuardEvent], curve: document.Curve) -> int:
-    """Put the events on a chart over steps: a mark on the curve, with words, and a vertical line for all but clips.
+    """Put the events on a chart over steps: a mark on the curve, with words, and a vertical line
+    for all but clips.
 
     Returns:
         How many traces that added to the figure.
@@ -118,7 +136,9 @@ def add_marks(figure: dict[str, Any], events: Sequence[GuardEvent], curve: docum
     for action in dict.fromkeys(event.action for event in events):
         some = [event for event in events if event.action == action]
         some = [some[place] for place in draw.thin_places(len(some), MOST_MARKS)]
-        places = [(event, height) for event in some if (height := _height(curve, event.step)) is not None]
+        places = [
+            (event, height) for event in some if (height := _height(curve, event.step)) is not None
+        ]
         if places:
             traces.append(_marks(action, places))
     lines = [event for event in events if _action(event).line]
@@ -242,12 +262,16 @@ def _information(lines: Sequence[Line]) -> list[Fact]:
         return [
             Fact(
                 "warning",
-                f"What the next-token distribution says about its place in a fixed text fell: {words}. At 0 the "
+                "What the next-token distribution says about its place in a fixed text fell: "
+                f"{words}. At 0 the "
                 "student says the same everywhere.",
             )
         ]
     return [
-        Fact("good", f"What the next-token distribution says about its place in a fixed text went {words}.")
+        Fact(
+            "good",
+            f"What the next-token distribution says about its place in a fixed text went {words}.",
+        )
     ]
 
 
@@ -264,8 +288,16 @@ def _rank_losses(lines: Sequence[Line]) -> list[Fact]:
         return []
     if not lost:
         return [
-            Fact("good", f"None of {known:,} matrices lost half of the effective rank that it began with.")
+            Fact(
+                "good",
+                f"None of {known:,} matrices lost half of the effective rank that it began with.",
+            )
         ]
     names = ", ".join(f"{name} ({share:.0%} left)" for share, name in sorted(lost)[:NAMED])
     more = f" and {len(lost) - NAMED:,} more" if len(lost) > NAMED else ""
-    return [Fact("warning", f"Effective rank fell to less than half of what it began with: {names}{more}.")]
+    return [
+        Fact(
+            "warning",
+            f"Effective rank fell to less than half of what it began with: {names}{more}.",
+        )
+    ]

@@ -1,4 +1,5 @@
-"""Charts of what goes on inside the student while it learns: its weights and the probe over steps."""
+"""Charts of what goes on inside the student while it learns: its weights and the probe over
+steps."""
 
 from __future__ import annotations
 
@@ -30,7 +31,10 @@ PROBES = (
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure of weights over steps. ``ratio``: against its start, so that 1 is the middle; else a share of 1."""
+    """A figure of weights over steps.
+
+    ``ratio``: against its start, so that 1 is the middle; else a share of 1.
+    """
 
     label: str
     prefix: str
@@ -56,16 +60,23 @@ def weights_over_time(lines: Sequence[Line], full_ranks: Mapping[str, int]) -> d
     shares = bool(full_ranks)
     measures = (
         Measure("norm against its start", "norm:", "norm %{z:.3g} times that of its start", True),
-        Measure("spread against its start", "spread:", "spread %{z:.3g} times that of its start", True),
+        Measure(
+            "spread against its start", "spread:", "spread %{z:.3g} times that of its start", True
+        ),
         Measure(
             "effective rank, share of full" if shares else "effective rank against its start",
             "rank:",
-            "effective rank %{z:.1%} of the full one" if shares else "rank %{z:.3g} times that of its start",
+            "effective rank %{z:.1%} of the full one"
+            if shares
+            else "rank %{z:.3g} times that of its start",
             not shares,
         ),
     )
     values = [
-        {name: _values(lines, one.prefix, name, full_ranks if not one.ratio else None) for name in places}
+        {
+            name: _values(lines, one.prefix, name, full_ranks if not one.ratio else None)
+            for name in places
+        }
         for one in measures
     ]
     used = [place for place, some in enumerate(values) if any(_known(some.values()))]
@@ -75,15 +86,19 @@ def weights_over_time(lines: Sequence[Line], full_ranks: Mapping[str, int]) -> d
     combined = {}
     for button, place in enumerate(used):
         for number, (kind, names) in enumerate(groups.items()):
-            combined[f"{button},{number}"] = _pressed(measures[place], values[place], kind, names, places)
+            combined[f"{button},{number}"] = _pressed(
+                measures[place], values[place], kind, names, places
+            )
     first = combined["0,0"]["data"]
     trace = draw.heat_map(steps, first["y"][0], first["z"][0], "")
     figure = draw.heat_figure(trace, draw.STEPS | {"rangemode": "normal"}, "layer")
     figure["groups"] = [[measures[place].label for place in used], list(groups)]
     figure["combined"] = combined
     words = (
-        "Blue: it shrank; orange: it grew. A row that changes in a few steps, unlike its neighbours, is worth a look. "
-        f"“{WORST}” takes, of each layer, the weight that is farthest from its start (or has the lowest rank)."
+        "Blue: it shrank; orange: it grew. A row that changes in a few steps, unlike its "
+        "neighbours, is worth a look. "
+        f"“{WORST}” takes, of each layer, the weight that is farthest from its start (or has the "
+        "lowest rank)."
     )
     return document.Chart(key, title, words, figure, wide=True)
 
@@ -113,7 +128,9 @@ def _pressed(
         label = escape(name.removesuffix(".weight"), quote=False) if layer is None else str(layer)
         rows.setdefault(label, []).append(values[name])
     order = (
-        list(rows) if kind == OUTSIDE else [str(layer) for layer in layers_of(places[name] for name in names)]
+        list(rows)
+        if kind == OUTSIDE
+        else [str(layer) for layer in layers_of(places[name] for name in names)]
     )
     choose = _farthest if measure.ratio else _lowest
     order = [label for label in order if _known(rows[label])] or order
@@ -130,7 +147,12 @@ def _pressed(
         "hovertemplate": [f"{where}, step %{{x}}<br>{measure.hover}<extra></extra>"],
         "colorbar.tickformat": [".0%"],
     }
-    missing = {"text": "not known for these weights", "showarrow": False, "xref": "paper", "yref": "paper"}
+    missing = {
+        "text": "not known for these weights",
+        "showarrow": False,
+        "xref": "paper",
+        "yref": "paper",
+    }
     layout = {
         **CATEGORIES,
         "yaxis.title.text": "" if kind == OUTSIDE else "layer",
@@ -142,7 +164,8 @@ def _pressed(
 def _values(
     lines: Sequence[Line], prefix: str, name: str, full_ranks: Mapping[str, int] | None
 ) -> list[float | None]:
-    """One weight's figure at each step, over the full rank where these are given and over its start where not."""
+    """One weight's figure at each step, over the full rank where these are given and over its
+    start where not."""
     column = [line.get(prefix + name) for line in lines]
     if full_ranks is not None:
         whole: float | None = full_ranks.get(name)
@@ -159,7 +182,9 @@ def _columns(lines: Sequence[Line], fit: int, most: int) -> list[Line]:
 
 def _farthest(column: Sequence[float | None]) -> float | None:
     known = [value for value in column if value is not None]
-    return max(known, key=lambda value: max(value, 1.0 / value if value else float("inf")), default=None)
+    return max(
+        known, key=lambda value: max(value, 1.0 / value if value else float("inf")), default=None
+    )
 
 
 def _lowest(column: Sequence[float | None]) -> float | None:
@@ -180,10 +205,17 @@ def _information(lines: Sequence[Line]) -> document.Chart:
         curve = draw.curve_of(lines, name)
         if curve.steps:
             traces.append(draw.line(curve, label, colour, dash))
-    words = "Of the next-token distributions on a fixed text. Information: what they say about their place in it, 0 "
-    words += "for a student that says the same everywhere. Entropy: how undecided they are on average."
+    words = (
+        "Of the next-token distributions on a fixed text. Information: what they say about "
+        "their place in it, 0 "
+    )
+    words += (
+        "for a student that says the same everywhere. Entropy: how undecided they are on average."
+    )
     axis = {"title": {"text": "nats"}, "rangemode": "tozero"}
-    return document.Chart("probe", "Information and entropy", words, draw.figure(traces, axis), wide=True)
+    return document.Chart(
+        "probe", "Information and entropy", words, draw.figure(traces, axis), wide=True
+    )
 
 
 def _inside(lines: Sequence[Line]) -> document.Chart:
@@ -205,7 +237,9 @@ def _inside(lines: Sequence[Line]) -> document.Chart:
             labels = [escape(name, quote=False) for name in names]
         known = _known(z)
         low, high = (
-            (0.0, 1.0) if prefix == "dead_units" else (min(known, default=0.0), max(known, default=1.0))
+            (0.0, 1.0)
+            if prefix == "dead_units"
+            else (min(known, default=0.0), max(known, default=1.0))
         )
         data = {
             "z": [z],
@@ -222,6 +256,9 @@ def _inside(lines: Sequence[Line]) -> document.Chart:
     trace = draw.heat_map(steps, first["y"][0], first["z"][0], "") | {"colorscale": "@deep"}
     figure = draw.heat_figure(trace, draw.STEPS | {"rangemode": "normal"}, "layer")
     figure["choices"] = choices
-    words = "On the same fixed text. Hidden rank: how many directions a layer's outputs use; one that falls to a few "
+    words = (
+        "On the same fixed text. Hidden rank: how many directions a layer's outputs use; one "
+        "that falls to a few "
+    )
     words += "has collapsed. Dead units: the share of a layer's units that never act."
     return document.Chart(key, title, words, figure, wide=True)

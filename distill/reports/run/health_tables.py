@@ -1,4 +1,5 @@
-"""What goes on inside the student while it learns, in a table: the worst of all weights and layers, over steps."""
+"""What goes on inside the student while it learns, in a table: the worst of all weights and
+layers, over steps."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from distill.runs.metrics_log import Line, names_of
 from distill.runtime.format import number
 
 WORDS = (
-    "Figures of every weight, and of the student's answers to a text that stays the same, taken while it learnt. Of "
+    "Figures of every weight, and of the student's answers to a text that stays the same, taken "
+    "while it learnt. Of "
     "several weights or layers the table has the one that is named; the charts have all."
 )
 
@@ -32,7 +34,9 @@ def health_sections(
     rows.append(_row("smallest norm against its start", _over_names(weights, "norm:", min, start)))
     if full_ranks:
         whole = {name: float(rank) for name, rank in full_ranks.items()}
-        rows.append(_row("smallest share of the full rank", _over_names(weights, "rank:", min, whole)))
+        rows.append(
+            _row("smallest share of the full rank", _over_names(weights, "rank:", min, whole))
+        )
     head = ["over all steps", "first", "smallest", "largest", "last"]
     table = Table("", head, [row for row in rows if row])
     return [Section("health", "Inside the student", [WORDS], [table] if table.rows else [])]
@@ -50,7 +54,8 @@ def _over_names(
     choose: Callable[[Iterable[float]], float],
     whole: Mapping[str, float] | None = None,
 ) -> list[float | None]:
-    """Of each line the smallest or largest over all names; over what is given as whole, where that is."""
+    """Of each line the smallest or largest over all names; over what is given as whole, where
+    that is."""
     found: list[float | None] = []
     names = names_of(lines, prefix)
     for line in lines:

@@ -1,4 +1,5 @@
-"""A run, or two side by side, as plain data: what the terminal, ``report.html`` and ``--json`` all show."""
+"""A run, or two side by side, as plain data: what the terminal, ``report.html`` and ``--json``
+all show."""
 
 from __future__ import annotations
 
@@ -14,7 +15,14 @@ from distill.reports.run.verdict import verdict
 from distill.reports.weights.final import FinalWeights, final_facts, final_weights, full_ranks
 from distill.reports.weights.report import without_infinities
 from distill.runs.metrics_log import LOSS_PARTS, GuardEvent, HeldOutPoint, Line, best_point, step_of
-from distill.runs.records import Records, Results, StudentPart, TeacherPart, max_grad_norm, read_records
+from distill.runs.records import (
+    Records,
+    Results,
+    StudentPart,
+    TeacherPart,
+    max_grad_norm,
+    read_records,
+)
 from distill.runtime.progress import Console
 
 CURVE_POINTS = 800  # of one curve at most; a longer one keeps the extremes of each stretch
@@ -33,10 +41,11 @@ class Setting:
 class Report:
     """Everything about one run.
 
-    ``state``: finished, running or stopped. ``curves``: training, by name; ``steps_logged``: how many steps that was.
-    ``safety_ratios``: by language, ``all`` first. ``guarded``: a guard watched; ``undone``: logged steps taken back.
-    ``weights`` and ``probe``: figures of the student's inside over steps (``distill.runs.metrics_log``); ``full_ranks``:
-    the smaller side of each matrix by name.
+    ``state``: finished, running or stopped. ``curves``: training, by name; ``steps_logged``: how
+    many steps that was. ``safety_ratios``: by language, ``all`` first. ``guarded``: a guard
+    watched; ``undone``: logged steps taken back. ``weights`` and ``probe``: figures of the
+    student's inside over steps (``distill.runs.metrics_log``); ``full_ranks``: the smaller side of
+    each matrix by name.
     """
 
     name: str
@@ -73,7 +82,8 @@ class Report:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs. ``differences``: settings in which they differ (``value`` the first's, ``default`` the second's).
+    """Two runs. ``differences``: settings in which they differ (``value`` the first's, ``default``
+    the second's).
 
     ``cautions``: why their figures may not be comparable.
     """
@@ -109,7 +119,8 @@ def build_report(records: Records, progress: Console | None = None) -> Report:
     results, config = records.results, records.config
     seed = config.get("seed")
     teacher = TeacherPart(
-        records.identity.get("teacher_name", "unknown teacher"), records.identity.get("teacher_sha256", "")
+        records.identity.get("teacher_name", "unknown teacher"),
+        records.identity.get("teacher_sha256", ""),
     )
     size = _entry(config, "student", "size")
     best = best_point(records.held_out)
@@ -123,8 +134,12 @@ def build_report(records: Records, progress: Console | None = None) -> Report:
         state=state,
         verdict=[*facts, *final_facts(final)],
         teacher=teacher if results is None else results.teacher,
-        student=StudentPart(None if size is None else str(size)) if results is None else results.student,
-        settings=_differences(_flat(config), _flat(load_config(None, {}, []).model_dump(mode="json"))),
+        student=StudentPart(None if size is None else str(size))
+        if results is None
+        else results.student,
+        settings=_differences(
+            _flat(config), _flat(load_config(None, {}, []).model_dump(mode="json"))
+        ),
         seed=seed if isinstance(seed, int) else None,
         max_grad_norm=max_grad_norm(records),
         commutator_margin=_number(_entry(config, "loss", "commutator_margin")),
@@ -167,19 +182,23 @@ def compare(first: Report, second: Report) -> Comparison:
             "Not both say which soft targets they learnt from, so their held-out text may differ."
         )
     elif first.soft_targets != second.soft_targets:
-        cautions.append("They learnt from different soft targets, and their held-out text is not the same.")
+        cautions.append(
+            "They learnt from different soft targets, and their held-out text is not the same."
+        )
     elif (first.seed, _held_out_share(ours)) != (second.seed, _held_out_share(theirs)):
         cautions.append("Another seed or held-out share chose other held-out text.")
     if first.results is not None and second.results is not None:
         one, other = first.results.evaluation, second.results.evaluation
         if (one.against, one.kl_over) != (other.against, other.kl_over):
-            cautions.append("One was measured against the teacher, the other against stored soft targets.")
+            cautions.append(
+                "One was measured against the teacher, the other against stored soft targets."
+            )
     return Comparison(first, second, differences, cautions)
 
 
 def thinned(values: list[float | None], limit: int = CURVE_POINTS) -> list[int]:
-    """Places of at most about ``limit`` values that look like all of them: the extremes of each stretch, every
-    stretch's first hole, and both ends."""
+    """Places of at most about ``limit`` values that look like all of them: the extremes of each
+    stretch, every stretch's first hole, and both ends."""
     if len(values) <= limit:
         return list(range(len(values)))
     stretches = limit // 3
@@ -198,7 +217,10 @@ def thinned(values: list[float | None], limit: int = CURVE_POINTS) -> list[int]:
 
 
 def _curves(records: Records) -> dict[str, Curve]:
-    """Every figure of training over steps. The parts of the loss share the places of the loss, so that they add up."""
+    """Every figure of training over steps.
+
+    The parts of the loss share the places of the loss, so that they add up.
+    """
     names = dict.fromkeys(name for line in records.train for name in line)
     parts = {"loss", *LOSS_PARTS}
     lines = [line for line in records.train if "loss" in line]
@@ -211,7 +233,9 @@ def _curves(records: Records) -> dict[str, Curve]:
         elif name != "step":
             steps, values = records.column(name)
             places = thinned(values)
-            curves[name] = Curve([steps[place] for place in places], [values[place] for place in places])
+            curves[name] = Curve(
+                [steps[place] for place in places], [values[place] for place in places]
+            )
     return curves
 
 
@@ -219,14 +243,20 @@ def _safety_ratios(results: Results | None) -> dict[str, list[Ratio]]:
     if results is None or results.heads.safety is None:
         return {}
     safety = results.heads.safety
-    return {"all": ratios(safety.test)} | {name: ratios(score) for name, score in safety.languages.items()}
+    return {"all": ratios(safety.test)} | {
+        name: ratios(score) for name, score in safety.languages.items()
+    }
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Settings by their dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 

@@ -1,15 +1,17 @@
-"""The tables of a report, the same in the terminal and on the page: plain strings, nothing escaped yet."""
+"""The tables of a report, the same in the terminal and on the page: plain strings, nothing
+escaped yet."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import PureWindowsPath
 from typing import Any
 
 from distill.evaluation.scorers import STORED_TARGETS
 from distill.heads.prompts import BUILT_IN, TEACHER
-from distill.metrics.intervals import Ratio
+from distill.metrics.intervals import Ratio, ratios
 from distill.metrics.verification import CASCADE_GOAL, VerificationPart, cascade_goal
 from distill.reports.document import Section, Table
 from distill.reports.run.guard_log import counted, guard_sections
@@ -17,7 +19,15 @@ from distill.reports.run.health_tables import health_sections
 from distill.reports.run.report import Comparison, Report
 from distill.reports.weights.report import summary_words
 from distill.reports.weights.tables import tensor_tables
-from distill.runs.records import EvaluationPart, ModelScore, Results, SafetyPart, StorePart, TeacherPart
+from distill.runs.records import (
+    EvaluationPart,
+    ModelScore,
+    Results,
+    SafetyPart,
+    StorePart,
+    StudentPart,
+    TeacherPart,
+)
 from distill.runtime.format import MISSING, figure, human_bytes, human_count, number, share
 
 LANGUAGES = {"all": "all languages", "en": "English", "ja": "Japanese"}
@@ -28,17 +38,17 @@ def sections(report: Report) -> list[Section]:
     found = [_source(report)]
     results = report.results
     if results is not None:
-        found.append(_result(results))
+        found.append(result_section(results))
     found.append(_training(report))
     found += guard_sections(report.events, report.undone, report.guarded)
     found += health_sections(report.weights, report.probe, report.full_ranks)
     found += [_rotations(report), *_final_weights(report)]
     if results is not None and results.heads.safety is not None:
-        found.append(_safety(results.heads.safety, report.safety_ratios))
+        found.append(safety_section(results.heads.safety))
     if results is not None and results.heads.verification is not None:
-        found.append(_verification(results.heads.verification))
+        found.append(verification_section(results.heads.verification))
     if results is not None:
-        found.append(_environment(results, report.seed))
+        found.append(environment_section(results, report.seed))
     return found
 
 
@@ -64,7 +74,7 @@ def comparison_sections(comparison: Comparison) -> list[Section]:
 def _source(report: Report) -> Section:
     """Teacher, student, store, and the settings that are not the defaults."""
     teacher, results = report.teacher, report.results
-    rows = [["teacher", _teacher_words(teacher)], ["student", _student_words(report)]]
+    rows = [["teacher", teacher_text(teacher)], ["student", student_text(report.student)]]
     if results is not None:
         rows.append(["soft targets", _store_words(results.soft_targets)])
     elif report.soft_targets:
@@ -77,40 +87,41 @@ def _source(report: Report) -> Section:
     if settings:
         tables.append(
             Table(
-                "Settings that are not the defaults", ["setting", "this run", "default"], settings, wide=True
+                "Settings that are not the defaults",
+                ["setting", "this run", "default"],
+                settings,
+                wide=True,
             )
         )
     words = [] if settings else ["All settings are the defaults."]
     return Section("source", "What was distilled", words, tables)
 
 
-def _teacher_words(teacher: TeacherPart) -> str:
-    words = [teacher.name]
-    if teacher.architecture is not None:
-        words.append(teacher.architecture)
-    if teacher.parameters is not None:
-        words.append(f"{human_count(teacher.parameters)} parameters")
+def teacher_text(teacher: TeacherPart) -> str:
+    """What is known of the teacher, in a line."""
+    parts = [teacher.name]
+    parts += [teacher.architecture] if teacher.architecture else []
+    parts += [f"{human_count(teacher.parameters)} parameters"] if teacher.parameters else []
     if teacher.width is not None and teacher.layers is not None:
-        words.append(f"width {teacher.width:,} × {teacher.layers} layers")
-    if teacher.vocab_size is not None:
-        words.append(f"{teacher.vocab_size:,} tokens in its vocabulary")
-    if teacher.file_bytes is not None:
-        words.append(human_bytes(teacher.file_bytes))
-    return ", ".join(words)
+        parts.append(f"width {teacher.width:,} × {teacher.layers} layers")
+    parts += [f"{teacher.vocab_size:,} tokens in its vocabulary"] if teacher.vocab_size else []
+    parts += [human_bytes(teacher.file_bytes)] if teacher.file_bytes else []
+    return ", ".join(parts)
 
 
-def _student_words(report: Report) -> str:
-    student = report.student
-    words = [f"SO8T {student.size}" if student.size else "SO8T, size following the teacher's"]
-    if student.parameters is not None:
-        words.append(f"{human_count(student.parameters)} parameters")
-    if student.file_bytes is not None:
-        words.append(f"{human_bytes(student.file_bytes)} as {student.quant}")
-    return ", ".join(words)
+def student_text(student: StudentPart) -> str:
+    """What is known of the student, in a line."""
+    parts = [f"SO8T {student.size}" if student.size else "SO8T, size following the teacher's"]
+    parts += [f"{human_count(student.parameters)} parameters"] if student.parameters else []
+    parts += [f"{human_bytes(student.file_bytes)} as {student.quant}"] if student.file_bytes else []
+    return ", ".join(parts)
 
 
 def _store_words(store: StorePart) -> str:
-    words = [f"{store.sequences:,} sequences, {human_count(store.tokens)} tokens, {human_bytes(store.bytes)}"]
+    words = [
+        f"{store.sequences:,} sequences, {human_count(store.tokens)} tokens, "
+        f"{human_bytes(store.bytes)}"
+    ]
     kind = store.recipe.get("kind")
     if kind is not None:
         topk = f" (top {store.recipe.get('num_topk')})" if kind == "compact" else ""
@@ -119,37 +130,92 @@ def _store_words(store: StorePart) -> str:
     return f"{', '.join(words)}; {store.folder}"
 
 
-def _result(results: Results) -> Section:
-    """Teacher, student and exported file, and the proof."""
-    found, proof = results.evaluation, results.proof
-    stored = found.against == STORED_TARGETS
-    known, about = found.teacher, "≈ " if stored else ""
-    rows = [
-        ["KL (nats/token)", "0", *(_score(score, "kl") for score in _models(found))],
-        ["same top token", "100%", *(_score(score, "agreement") for score in _models(found))],
-        [
-            "perplexity",
-            MISSING if known is None or known.perplexity is None else about + number(known.perplexity),
-            *(_score(score, "perplexity") for score in _models(found)),
-        ],
-        ["parameters", _count(results.teacher.parameters), *[_count(results.student.parameters)] * 3],
-        [
-            "file size",
-            _bytes(results.teacher.file_bytes),
-            MISSING,
-            MISSING,
-            _bytes(results.student.file_bytes),
-        ],
-        ["writing (tokens/s)", *_speeds(results, "generation")],
-        ["reading (tokens/s)", *_speeds(results, "prompt")],
-    ]
-    note = f"Over {found.positions:,} held-out positions, against the {found.against}; KL over the {found.kl_over}."
-    if stored:
+def result_section(results: Results) -> Section:
+    """Teacher, student and exported file at a glance, and the proof."""
+    found = results.evaluation
+    note = (
+        f"Over {found.positions:,} validation tokens at temperature 1, against the "
+        f"{found.against}; "
+        f"KL over the {found.kl_over}."
+    )
+    if found.against == STORED_TARGETS:
         note += " The teacher was not there: its perplexity is what its stored targets give."
-    table = Table("", ["", "teacher", "before training", "trained", "exported file"], rows, note)
-    original = results.f32_proof
+    head = ["", "teacher", "before training", "trained", "exported file", ""]
+    glance = Table(
+        "",
+        head,
+        [*_score_rows(found), *_size_rows(results), *_head_rows(results)],
+        note,
+        spare=(3,),
+    )
+    return Section("result", "Teacher, student and exported file", [], [glance, _proof(results)])
+
+
+def _score_rows(found: EvaluationPart) -> list[list[str]]:
+    known, about = found.teacher, "≈ " if found.against == STORED_TARGETS else ""
+    own = MISSING if known is None or known.perplexity is None else about + number(known.perplexity)
+    rows = []
+    for title, key, teacher in (
+        ("KL (nats/token)", "kl", "0"),
+        ("same top token", "agreement", "100%"),
+        ("perplexity", "perplexity", own),
+    ):
+        scores = [_score(score, key) for score in (found.before, found.after, found.exported)]
+        low, high = found.exported.intervals.get(key, (None, None))
+        interval = ""
+        if low is not None and high is not None and low <= high:
+            ends = (share(low), share(high)) if key == "agreement" else (figure(low), figure(high))
+            interval = f"95 %: {ends[0].removesuffix('%')}–{ends[1]}"
+        rows.append([title, teacher, *scores, interval])
+    return rows
+
+
+def _size_rows(results: Results) -> list[list[str]]:
+    teacher, student = results.teacher, results.student
+    fewer = _times(teacher.parameters, student.parameters, ("fewer", "more"))
+    smaller = _times(teacher.file_bytes, student.file_bytes, ("smaller", "larger"))
+    quant = f" ({student.quant})" if student.quant else ""
+    rows = [
+        ["parameters", _count(teacher.parameters), *[_count(student.parameters)] * 3, fewer],
+        ["file size", _bytes(teacher.file_bytes), *[MISSING] * 2, _bytes(student.file_bytes)],
+    ]
+    rows[1].append(smaller + quant)
+    for kind, title in (("generation", "decode (tokens/s)"), ("prompt", "prefill (tokens/s)")):
+        speeds = [
+            results.tokens_per_second.get(model, {}).get(kind) for model in ("teacher", "student")
+        ]
+        first, last = (MISSING if speed is None else f"{speed:,.0f}" for speed in speeds)
+        ratio = f"{speeds[1] / speeds[0]:.1f}×" if speeds[0] and speeds[1] else ""
+        rows.append([title, first, MISSING, MISSING, last, ratio])
+    return rows
+
+
+def _head_rows(results: Results) -> list[list[str]]:
+    """One row for each head that the student has."""
+    rows, heads = [], results.heads
+    if heads.safety is not None:
+        shares = " · ".join(share(ratio.value) for ratio in ratios(heads.safety.test)[:3])
+        words = "refuse recall · escalate, allow precision"
+        rows.append(["safety head", *[MISSING] * 3, shares, words])
+    if (found := heads.verification) is not None:
+        known = "" if found.auroc is None else f"AUROC {found.auroc:.3f}"
+        error = f"calibration error {found.calibration_error:.3f}"
+        rows.append(["verification head", *[MISSING] * 3, known or MISSING, error])
+    return rows
+
+
+def _times(teacher: float | None, student: float | None, words: tuple[str, str]) -> str:
+    """How many times less than the teacher's, or more."""
+    if not teacher or not student:
+        return ""
+    ratio = teacher / student
+    return f"{ratio:.1f}× {words[0]}" if ratio >= 1 else f"{1 / ratio:.1f}× {words[1]}"
+
+
+def _proof(results: Results) -> Table:
+    proof, original = results.proof, results.f32_proof
     proofs = [proof] if original is None or original == proof else [original, proof]
-    shown = [
+    rows = [
         ["compared with", *(one.against for one in proofs)],
         ["positions compared", *(f"{one.positions:,}" for one in proofs)],
         ["largest difference of a logit", *(f"{one.max_logit_difference:.2e}" for one in proofs)],
@@ -157,17 +223,8 @@ def _result(results: Results) -> Section:
         ["same top token", *(f"{one.agreement:.2%}" for one in proofs)],
         ["texts with the teacher's token ids", *(f"{one.token_lines:,}" for one in proofs)],
     ]
-    heads = ["", *(one.quant for one in proofs)]
-    return Section(
-        "result",
-        "Teacher, student and exported file",
-        [],
-        [table, Table("Proof: the file in llama.cpp is the trained model", heads, shown)],
-    )
-
-
-def _models(found: EvaluationPart) -> tuple[ModelScore, ModelScore, ModelScore]:
-    return found.before, found.after, found.exported
+    title = "Proof: the file in llama.cpp is the trained model"
+    return Table(title, ["", *(one.quant for one in proofs)], rows)
 
 
 def _training(report: Report) -> Section:
@@ -184,7 +241,8 @@ def _training(report: Report) -> Section:
             ]
         )
     words = [
-        f"{report.steps_logged:,} steps are logged. All parts of the loss are weighted: they add up to it."
+        f"{report.steps_logged:,} steps are logged. All parts of the loss are weighted: they add "
+        "up to it."
     ]
     head = ["step", "KL", "same top token", "cross-entropy"]
     note = "On held-out text at T = 1; KL and cross-entropy in nats per token."
@@ -195,7 +253,10 @@ def _training(report: Report) -> Section:
 
 def _rotations(report: Report) -> Section:
     """What the rotations must keep to, and whether they did."""
-    words = "Each layer's attention output passes two rotations of SO(8): they must stay orthogonal and never commute."
+    words = (
+        "Each layer's attention output passes two rotations of SO(8): they must stay "
+        "orthogonal and never commute."
+    )
     if report.commutator_margin is not None:
         words += f" The loss pushes commutators that are smaller than {report.commutator_margin:g}."
     rows = []
@@ -224,42 +285,59 @@ def _final_weights(report: Report) -> list[Section]:
         return []
     words = [f"Of {final.source}: {summary_words(final.report)}."]
     words += [
-        f"{len(names):,} tensors were left out: {reason}." for reason, names in final.report.left_out.items()
+        f"{len(names):,} tensors were left out: {reason}."
+        for reason, names in final.report.left_out.items()
     ]
     return [Section("weights", "Weights", words, tensor_tables(final.report.tensors))]
 
 
-def _safety(safety: SafetyPart, ratios: dict[str, list[Ratio]]) -> Section:
+def safety_section(safety: SafetyPart) -> Section:
     """The safety head's ratios with their intervals, by language, and its confusion matrix."""
     origin = {BUILT_IN: "come with the program", TEACHER: "are the teacher's own judgment"}
     prompts, scenarios = safety.prompts, safety.scenarios
-    labels = origin.get(safety.labels_from, f"come from {safety.labels_from}")
+    labels = origin.get(safety.labels_from, f"come from {PureWindowsPath(safety.labels_from).name}")
     refuse, allow = (safety.thresholds.get(name, 0.0) for name in ("refuse", "allow"))
     words = [
-        f"Labels {labels}. Trained on {prompts.get('train', 0):,} prompts; calibration and thresholds come from "
-        f"{prompts.get('validation', 0):,} others. All figures here are over {safety.test.prompts:,} held-out prompts "
+        f"Labels {labels}. Trained on {prompts.get('train', 0):,} prompts; calibration and "
+        "thresholds come from "
+        f"{prompts.get('validation', 0):,} others. All figures here are over "
+        f"{safety.test.prompts:,} held-out prompts "
         f"of {scenarios.get('test', 0):,} scenarios, none of which the student has seen.",
-        "The 95 % intervals (Wilson) take prompts as independent. Several prompts tell the same scenario, so the real "
+        "The 95 % intervals (Wilson) take prompts as independent. Several prompts tell the same "
+        "scenario, so the real "
         "uncertainty is larger.",
-        f"It refuses from a REFUSE probability of {refuse:.3f} on. Of the others it allows those where ALLOW holds at "
+        f"It refuses from a REFUSE probability of {refuse:.3f} on. Of the others it allows those "
+        "where ALLOW holds at "
         f"least {allow:.3f} of what REFUSE leaves, and escalates the rest.",
     ]
+    by_language = {
+        name: ratios(score) for name, score in {"all": safety.test, **safety.languages}.items()
+    }
     tables = [
         Table(
             f"Held-out prompts, {LANGUAGES.get(language, language)}",
             ["", "share", "cases", "95 % interval"],
             [_ratio_row(ratio) for ratio in found],
         )
-        for language, found in ratios.items()
+        for language, found in by_language.items()
     ]
     score = {"all": safety.test, **safety.languages}
     rows = [
-        [LANGUAGES.get(name, name), f"{one.prompts:,}", f"{one.accuracy:.1%}", f"{one.calibration_error:.3f}"]
+        [
+            LANGUAGES.get(name, name),
+            f"{one.prompts:,}",
+            f"{one.accuracy:.1%}",
+            f"{one.calibration_error:.3f}",
+        ]
         for name, one in score.items()
     ]
-    tables.insert(1, Table("By language", ["", "prompts", "right decisions", "calibration error"], rows))
+    tables.insert(
+        1, Table("By language", ["", "prompts", "right decisions", "calibration error"], rows)
+    )
     names = ("ALLOW", "ESCALATE", "REFUSE")
-    counts = [[name, *map(str, row)] for name, row in zip(names, safety.test.confusion, strict=True)]
+    counts = [
+        [name, *map(str, row)] for name, row in zip(names, safety.test.confusion, strict=True)
+    ]
     tables.insert(1, Table("Label (row) and decision (column)", ["", *names], counts))
     return Section("safety", "Safety head", words, tables)
 
@@ -271,14 +349,18 @@ def _ratio_row(ratio: Ratio) -> list[str]:
     return [ratio.name, f"{ratio.value:.1%}", f"{ratio.right} of {ratio.cases}", interval]
 
 
-def _verification(found: VerificationPart) -> Section:
+def verification_section(found: VerificationPart) -> Section:
     """Whether the student knows where it agrees with the teacher, and what that is good for."""
     words = [
-        f"For every token it writes, the student says how probably the teacher would write the same one. Here over "
+        "For every token it writes, the student says how probably the teacher would write the "
+        "same one. Here over "
         f"{found.positions:,} held-out tokens, of which {found.agreement:.1%} agree."
     ]
     rows = [
-        ["AUROC (0.5: guessing, 1: knows)", MISSING if found.auroc is None else f"{found.auroc:.3f}"],
+        [
+            "AUROC (0.5: guessing, 1: knows)",
+            MISSING if found.auroc is None else f"{found.auroc:.3f}",
+        ],
         ["calibration error", f"{found.calibration_error:.3f}"],
         ["the student alone agrees", f"{found.agreement:.1%}"],
         ["asks the teacher below a probability of", f"{found.trust:.3f}"],
@@ -298,12 +380,14 @@ def cascade_words(found: VerificationPart) -> str:
     if goal is None:
         return f"No share of tokens answered by the teacher reaches {CASCADE_GOAL:.0%} agreement."
     return (
-        f"If the teacher answers the {goal.escalated:.0%} of tokens of which the student is least certain, and the "
-        f"student the other {1 - goal.escalated:.0%}, {goal.agreement:.1%} of all tokens are the teacher's."
+        f"If the teacher answers the {goal.escalated:.0%} of tokens of which the student is least "
+        "certain, and the "
+        f"student the other {1 - goal.escalated:.0%}, {goal.agreement:.1%} of all tokens are the "
+        "teacher's."
     )
 
 
-def _environment(results: Results, seed: int | None) -> Section:
+def environment_section(results: Results, seed: int | None) -> Section:
     """Versions, seed and time."""
     found = results.environment
     rows = [
@@ -311,7 +395,8 @@ def _environment(results: Results, seed: int | None) -> Section:
         ["Python", found.python],
         [
             "processor",
-            f"{found.machine}, {found.cpu}, {found.threads} thread{'s' if found.threads != 1 else ''}",
+            f"{found.machine}, {found.cpu}, {found.threads} "
+            f"thread{'s' if found.threads != 1 else ''}",
         ],
         ["precision of training", results.training.precision],
         *([name, version] for name, version in found.packages.items()),
@@ -332,13 +417,19 @@ def _environment(results: Results, seed: int | None) -> Section:
 def _summary(report: Report) -> Iterable[tuple[str, str]]:
     """Titles and figures of one run, as a comparison shows them."""
     results = report.results
-    yield "state", {"finished": "finished", "running": "still running"}.get(report.state, "not finished")
+    yield (
+        "state",
+        {"finished": "finished", "running": "still running"}.get(report.state, "not finished"),
+    )
     yield "teacher", report.teacher.name
     yield "student", report.student.size or MISSING
     yield "parameters", _count(report.student.parameters)
     yield "file size", _bytes(report.student.file_bytes)
     yield "steps", f"{report.last_step:,}"
-    yield "tokens learnt from", MISSING if results is None else human_count(results.training.tokens_seen)
+    yield (
+        "tokens learnt from",
+        MISSING if results is None else human_count(results.training.tokens_seen),
+    )
     yield "seconds of training", MISSING if results is None else f"{results.training.seconds:,.0f}"
     actions = Counter(event.action for event in report.events)
     words = ", ".join(counted(action, count) for action, count in actions.items()) or "nothing"
@@ -360,7 +451,10 @@ def _summary(report: Report) -> Iterable[tuple[str, str]]:
     head = None if results is None else results.heads.verification
     goal = None if head is None else cascade_goal(head)
     yield "verification, AUROC", MISSING if head is None else figure(head.auroc)
-    yield f"teacher answers, for {CASCADE_GOAL:.0%}", MISSING if goal is None else f"{goal.escalated:.1%}"
+    yield (
+        f"teacher answers, for {CASCADE_GOAL:.0%}",
+        MISSING if goal is None else f"{goal.escalated:.1%}",
+    )
     speeds = {} if results is None else results.tokens_per_second
     yield "writing (tokens/s)", _speed(speeds, "student", "generation")
 
@@ -368,12 +462,6 @@ def _summary(report: Report) -> Iterable[tuple[str, str]]:
 def _score(score: ModelScore, key: str) -> str:
     value = getattr(score, key)
     return share(value) if key == "agreement" else figure(value)
-
-
-def _speeds(results: Results, kind: str) -> list[str]:
-    """One row's speeds: of the teacher, and of the exported file."""
-    teacher, student = (_speed(results.tokens_per_second, model, kind) for model in ("teacher", "student"))
-    return [teacher, MISSING, MISSING, student]
 
 
 def _speed(speeds: dict[str, dict[str, float]], model: str, kind: str) -> str:

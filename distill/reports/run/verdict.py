@@ -1,4 +1,5 @@
-"""What a run's records say in plain words: each fact is computed from them, and none is said without them."""
+"""What a run's records say in plain words: each fact is computed from them, and none is said
+without them."""
 
 from __future__ import annotations
 
@@ -41,24 +42,34 @@ def _end(records: Records) -> Fact:
     results, step = records.results, records.last_step
     if results is not None:
         training = results.training
-        words = f"Finished: {training.steps:,} steps over {human_count(training.tokens_seen)} tokens"
+        words = (
+            f"Finished: {training.steps:,} steps over {human_count(training.tokens_seen)} tokens"
+        )
         if training.steps < training.planned_steps:
-            words += f", stopped early of {training.planned_steps:,} planned (no better held-out KL)"
+            words += (
+                f", stopped early of {training.planned_steps:,} planned (no better held-out KL)"
+            )
         if training.continued_from_step:
-            words += f"; it was interrupted and continued from step {training.continued_from_step:,}"
+            words += (
+                f"; it was interrupted and continued from step {training.continued_from_step:,}"
+            )
         return Fact("good", words + ".")
     if records.held:
         return Fact(
-            "plain", f"Still running: {step:,} steps are logged so far. There are no final results yet."
+            "plain",
+            f"Still running: {step:,} steps are logged so far. There are no final results yet.",
         )
     words = f"Not finished: the last thing it logged is step {step:,}, and no process works on it"
     if records.metrics.cut_off:
         words += " (the last line was cut off while it was written)"
     if records.checkpoint is None:
-        return Fact("warning", words + ". It has no checkpoint: the same command starts training again.")
+        return Fact(
+            "warning", words + ". It has no checkpoint: the same command starts training again."
+        )
     return Fact(
         "warning",
-        f"{words}. The same command continues from the checkpoint of step {records.checkpoint_step:,}.",
+        f"{words}. The same command continues from the checkpoint of step "
+        f"{records.checkpoint_step:,}.",
     )
 
 
@@ -68,12 +79,17 @@ def _held_out(records: Records) -> list[Fact]:
     best = best_point(points)
     if best is None or len(points) < 2:
         return [
-            Fact("plain", "The held-out KL was measured fewer than two times: nothing can be said about it.")
+            Fact(
+                "plain",
+                "The held-out KL was measured fewer than two times: nothing can be said about it.",
+            )
         ]
     first, last = points[0], points[-1]
     assert first.kl is not None and best.kl is not None and last.kl is not None
     if best.step == first.step:
-        words = f"The held-out KL never got better than it was at step {first.step:,}: {first.kl:.3f}"
+        words = (
+            f"The held-out KL never got better than it was at step {first.step:,}: {first.kl:.3f}"
+        )
         return [Fact("warning", f"{words}, and {last.kl:.3f} at step {last.step:,}.")]
     facts = [
         Fact(
@@ -83,11 +99,14 @@ def _held_out(records: Records) -> list[Fact]:
         )
     ]
     if best.step < last.step:
-        kept = "; the student has the weights of the best step" if records.results is not None else ""
+        kept = (
+            "; the student has the weights of the best step" if records.results is not None else ""
+        )
         facts.append(
             Fact(
                 "warning",
-                f"The best step, {best.step:,}, is earlier than the last one measured, {last.step:,}, where the KL was "
+                f"The best step, {best.step:,}, is earlier than the last one measured, "
+                f"{last.step:,}, where the KL was "
                 f"{last.kl:.3f}: training after it did not help on held-out text{kept}.",
             )
         )
@@ -127,7 +146,9 @@ def _loss_at_the_end(records: Records) -> list[Fact]:
     window = len(values) // 10
     before, after = _known(values[-2 * window : -window]), _known(values[-window:])
     if len(values) < FEWEST or len(before) < 2 or len(after) < 2:
-        return [Fact("plain", f"{len(values)} steps are too few to say how the loss moved at the end.")]
+        return [
+            Fact("plain", f"{len(values)} steps are too few to say how the loss moved at the end.")
+        ]
     rise = fmean(after) - fmean(before)
     doubt = math.sqrt(stdev(before) ** 2 / len(before) + stdev(after) ** 2 / len(after))
     means = f"mean {number(fmean(before))}, then {number(fmean(after))}"
@@ -135,13 +156,15 @@ def _loss_at_the_end(records: Records) -> list[Fact]:
         return [
             Fact(
                 "warning",
-                f"The training loss rose at the end: over the last two tenths of the steps, {means}.",
+                "The training loss rose at the end: over the last two tenths of the steps, "
+                f"{means}.",
             )
         ]
     return [
         Fact(
             "good",
-            f"The training loss did not rise at the end: over the last two tenths of the steps, {means}.",
+            "The training loss did not rise at the end: over the last two tenths of the steps, "
+            f"{means}.",
         )
     ]
 
@@ -182,19 +205,26 @@ def _clipped(records: Records) -> str:
 
 def _rotations(records: Records) -> list[Fact]:
     """Whether the rotations stayed rotations and kept from commuting."""
-    errors, norms = (_known(records.column(name)[1]) for name in ("rotation_error", "min_commutator"))
+    errors, norms = (
+        _known(records.column(name)[1]) for name in ("rotation_error", "min_commutator")
+    )
     if not errors or not norms:
         return []
     words = f"largest error {max(errors):.1e}; smallest commutator {number(min(norms))}"
     if max(errors) > ROTATION_ERROR:
-        return [Fact("warning", f"The rotations did not stay orthogonal to {ROTATION_ERROR:g}: {words}.")]
+        return [
+            Fact(
+                "warning", f"The rotations did not stay orthogonal to {ROTATION_ERROR:g}: {words}."
+            )
+        ]
     if min(norms) <= ROTATION_ERROR:
         return [Fact("warning", f"Some pair of rotations came to commute: {words}.")]
     return [Fact("good", f"The rotations stayed rotations and none came to commute: {words}.")]
 
 
 def _safety(found: SafetyPart) -> list[Fact]:
-    """The three figures that the safety head is tuned for, against what it is tuned to reach; and what they cost."""
+    """The three figures that the safety head is tuned for, against what it is tuned to reach;
+    and what they cost."""
     test, confusion = found.test, found.test.confusion
     refused, escalated, allowed = (
         sum(row[place] for row in confusion) for place in (REFUSE, ESCALATE, ALLOW)
@@ -202,7 +232,13 @@ def _safety(found: SafetyPart) -> list[Fact]:
     harmful, harmless = sum(confusion[REFUSE]), sum(confusion[ALLOW])
     aims = (
         ("refuse recall", test.refuse_recall, REFUSE_RECALL, confusion[REFUSE][REFUSE], harmful),
-        ("allow precision", test.allow_precision, ALLOW_PRECISION, confusion[ALLOW][ALLOW], allowed),
+        (
+            "allow precision",
+            test.allow_precision,
+            ALLOW_PRECISION,
+            confusion[ALLOW][ALLOW],
+            allowed,
+        ),
         (
             "escalate precision",
             test.escalate_precision,
@@ -211,16 +247,28 @@ def _safety(found: SafetyPart) -> list[Fact]:
             escalated,
         ),
     )
-    words = ", ".join(f"{name} {_share(value, right, cases)}" for name, value, _, right, cases in aims)
+    words = ", ".join(
+        f"{name} {_share(value, right, cases)}" for name, value, _, right, cases in aims
+    )
     words = f"Safety head on {test.prompts} held-out prompts: {words}"
-    missed = [f"{name} {aim:.0%}" for name, value, aim, _, _ in aims if value is None or value < aim]
+    missed = [
+        f"{name} {aim:.0%}" for name, value, aim, _, _ in aims if value is None or value < aim
+    ]
     if missed:
-        facts = [Fact("warning", f"{words}. Not reached of what its thresholds aim at: {', '.join(missed)}.")]
+        facts = [
+            Fact(
+                "warning",
+                f"{words}. Not reached of what its thresholds aim at: {', '.join(missed)}.",
+            )
+        ]
     else:
         facts = [Fact("good", f"{words}: all reach what its thresholds aim at.")]
     right = confusion[ALLOW][ALLOW]
     if harmless and right < harmless / 2:
-        cost = f"of {harmless} prompts to allow it allowed {right}, and it refused {refused} of all {test.prompts}"
+        cost = (
+            f"of {harmless} prompts to allow it allowed {right}, and it refused {refused} of "
+            f"all {test.prompts}"
+        )
         facts.append(Fact("warning", f"The safety head lets little through: {cost}."))
     return facts
 
@@ -229,15 +277,22 @@ def _verification(found: VerificationPart) -> Fact:
     """Whether the verification head knows anything, and what that saves."""
     if found.auroc is None:
         return Fact(
-            "plain", "Verification head: all held-out tokens are alike, so nothing can be said about it."
+            "plain",
+            "Verification head: all held-out tokens are alike, so nothing can be said about it.",
         )
-    words = f"Verification head: AUROC {found.auroc:.3f}, calibration error {found.calibration_error:.3f}"
+    words = (
+        f"Verification head: AUROC {found.auroc:.3f}, calibration error "
+        f"{found.calibration_error:.3f}"
+    )
     if (goal := cascade_goal(found)) is not None:
         words += (
-            f"; {CASCADE_GOAL:.0%} agreement with the teacher answering {goal.escalated:.0%} of the tokens"
+            f"; {CASCADE_GOAL:.0%} agreement with the teacher answering {goal.escalated:.0%} "
+            "of the tokens"
         )
     if found.auroc < GUESSING:
-        return Fact("warning", f"{words}. It hardly knows where the student agrees with the teacher.")
+        return Fact(
+            "warning", f"{words}. It hardly knows where the student agrees with the teacher."
+        )
     return Fact("good", words + ".")
 
 
@@ -246,8 +301,10 @@ def _exported(results: Results) -> Fact:
     proof = results.proof
     return Fact(
         "good",
-        f"The exported file is the trained model: in llama.cpp ({proof.quant}) its KL from {proof.against} is "
-        f"{proof.mean_kl:.1e} over {proof.positions:,} positions, with the same top token in {proof.agreement:.1%}.",
+        f"The exported file is the trained model: in llama.cpp ({proof.quant}) its KL from "
+        f"{proof.against} is "
+        f"{proof.mean_kl:.1e} over {proof.positions:,} positions, with the same top token in "
+        f"{proof.agreement:.1%}.",
     )
 
 

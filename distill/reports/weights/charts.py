@@ -1,4 +1,5 @@
-"""Charts of weights by themselves: every matrix's spectrum, and one figure per layer and kind of weight."""
+"""Charts of weights by themselves: every matrix's spectrum, and one figure per layer and kind of
+weight."""
 
 from __future__ import annotations
 
@@ -25,8 +26,9 @@ OUTSIDE = "outside the layers"
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure of a tensor, as a button of a heat map. ``ratio``: coloured around 1; ``over_median``: divided by the
-    median of its kind first, and ``hover`` may show the figure itself as %{text}."""
+    """A figure of a tensor, as a button of a heat map. ``ratio``: coloured around 1;
+    ``over_median``: divided by the median of its kind first, and ``hover`` may show the figure
+    itself as %{text}."""
 
     label: str
     hover: str
@@ -40,9 +42,19 @@ def _stable_rank(one: Weighed) -> float | None:
 
 
 MEASURES = (
-    Measure("norm", "norm %{text}, %{z:.3g} × the median", lambda one: one.figures.norm, True, True),
-    Measure("spread", "spread %{text}, %{z:.3g} × the median", lambda one: one.figures.spread, True, True),
-    Measure("effective rank", "effective rank %{z:.1%} of the full one", lambda one: one.rank_share),
+    Measure(
+        "norm", "norm %{text}, %{z:.3g} × the median", lambda one: one.figures.norm, True, True
+    ),
+    Measure(
+        "spread",
+        "spread %{text}, %{z:.3g} × the median",
+        lambda one: one.figures.spread,
+        True,
+        True,
+    ),
+    Measure(
+        "effective rank", "effective rank %{z:.1%} of the full one", lambda one: one.rank_share
+    ),
     Measure("stable rank", "stable rank %{z:.3g}", lambda one: _stable_rank(one)),
     Measure("heavy-tail exponent", "heavy-tail exponent %{z:.3g}", lambda one: one.alpha),
 )
@@ -59,17 +71,25 @@ def weight_comparison_charts(comparison: WeightsComparison) -> dict[str, list[do
     pairs = {one.name: one for one in comparison.pairs}
     measures = [
         Measure(
-            "norm, B over A", "norm in B %{z:.3g} × that in A", lambda one: pairs[one.name].norm_ratio, True
+            "norm, B over A",
+            "norm in B %{z:.3g} × that in A",
+            lambda one: pairs[one.name].norm_ratio,
+            True,
         ),
         Measure(
-            "effective rank, B over A", "%{z:.3g} × that in A", lambda one: pairs[one.name].rank_ratio, True
+            "effective rank, B over A",
+            "%{z:.3g} × that in A",
+            lambda one: pairs[one.name].rank_ratio,
+            True,
         ),
     ]
     if any(one.distance is not None for one in comparison.pairs):
         hover = "apart by %{z:.3g} × its norm in A"
         measures.append(Measure("distance", hover, lambda one: pairs[one.name].distance))
     words = "A cell is one kind of weight in one layer. Blue: smaller in B; orange: larger."
-    chart = _layers("pairs", "B against A", words, [one.first for one in comparison.pairs], measures)
+    chart = _layers(
+        "pairs", "B against A", words, [one.first for one in comparison.pairs], measures
+    )
     return {"pairs": [chart] if chart.figure["data"] else []}
 
 
@@ -94,15 +114,23 @@ def spectra(key: str, tensors: Sequence[Weighed]) -> document.Chart:
         )
         for kind in groups
     ]
-    words = "A line that falls steeply is a matrix that uses few directions; below a ten-thousandth it is not drawn. "
-    words += "Blue: the first layer; orange: the last." if len(layers) > 1 else "One line for each matrix."
+    words = (
+        "A line that falls steeply is a matrix that uses few directions; below a "
+        "ten-thousandth it is not drawn. "
+    )
+    words += (
+        "Blue: the first layer; orange: the last."
+        if len(layers) > 1
+        else "One line for each matrix."
+    )
     return document.Chart(key, "Spectra of the matrices", words, figure, wide=True)
 
 
 def by_layer(key: str, tensors: Sequence[Weighed]) -> document.Chart:
     """A heat map of layers and kinds, with a button for each figure."""
     words = (
-        "A cell is one kind of weight in one layer; one that stands out from its column is worth a look. Norm and "
+        "A cell is one kind of weight in one layer; one that stands out from its column is worth a "
+        "look. Norm and "
         "spread are shown against the median of their kind: blue is smaller, orange larger."
     )
     return _layers(key, "Layer by layer", words, tensors, MEASURES)
@@ -115,7 +143,8 @@ def _layers(
     tensors: Sequence[Weighed],
     measures: Sequence[Measure],
 ) -> document.Chart:
-    """A heat map of layers (rows) and kinds (columns), with a button for each measure that is known."""
+    """A heat map of layers (rows) and kinds (columns), with a button for each measure that is
+    known."""
     layers, kinds = (
         layers_of(one.place for one in tensors),
         kinds_of(one.place for one in tensors)[:MOST_KINDS],
@@ -124,7 +153,10 @@ def _layers(
     choices = []
     for measure in measures:
         rows = [
-            [measure.value(places[layer, kind]) if (layer, kind) in places else None for kind in kinds]
+            [
+                measure.value(places[layer, kind]) if (layer, kind) in places else None
+                for kind in kinds
+            ]
             for layer in layers
         ]
         if any(value is not None for row in rows for value in row):
@@ -174,7 +206,8 @@ def _over_medians(rows: list[list[float | None]]) -> list[list[float | None]]:
 
 
 def ratio_range(known: Sequence[float]) -> tuple[float, float]:
-    """A range of colours for ratios, with 1 in its middle: not under 5 % to either side, nor over 100 %."""
+    """A range of colours for ratios, with 1 in its middle: not under 5 % to either side, nor
+    over 100 %."""
     reach = min(1.0, max(0.05, max(abs(value - 1.0) for value in known)))
     return 1.0 - reach, 1.0 + reach
 
@@ -182,7 +215,9 @@ def ratio_range(known: Sequence[float]) -> tuple[float, float]:
 def _kinds(tensors: Sequence[Weighed]) -> dict[str, list[Weighed]]:
     """Matrices by kind, those in no layer last; of very many only some layers of each."""
     matrices = [
-        one for one in tensors if one.figures.spectrum is not None and one.figures.spectrum.spectral_norm
+        one
+        for one in tensors
+        if one.figures.spectrum is not None and one.figures.spectrum.spectral_norm
     ]
     kinds = kinds_of(one.place for one in matrices)[:MOST_KINDS]
     groups = {
@@ -194,7 +229,8 @@ def _kinds(tensors: Sequence[Weighed]) -> dict[str, list[Weighed]]:
         groups[OUTSIDE] = outside
     limit = max(2, MOST_LINES // max(1, len(groups)))
     return {
-        kind: [some[place] for place in draw.thin_places(len(some), limit)] for kind, some in groups.items()
+        kind: [some[place] for place in draw.thin_places(len(some), limit)]
+        for kind, some in groups.items()
     }
 
 

@@ -29,8 +29,8 @@ from students.gguf.architectures import UnmappedTensor, from_gguf_name
 class Pair:
     """One tensor of both files, the second's figures against the first's.
 
-    ``norm_ratio``: None where the first's norm is 0. ``distance``: ‖B - A‖ / ‖A‖, None where shapes or names differ
-    or a value is not finite. ``rank_ratio``: of the effective ranks.
+    ``norm_ratio``: None where the first's norm is 0. ``distance``: ‖B - A‖ / ‖A‖, None where shapes
+    or names differ or a value is not finite. ``rank_ratio``: of the effective ranks.
     """
 
     name: str
@@ -83,26 +83,32 @@ def compare_weights(paths: Sequence[Path], console: Console | None = None) -> We
     first, second = paths
     with open_weights(first) as ours, open_weights(second) as theirs:
         reports = [
-            weigh_file(file, name_of(path), console) for file, path in ((ours, first), (theirs, second))
+            weigh_file(file, name_of(path), console)
+            for file, path in ((ours, first), (theirs, second))
         ]
         names, translated = _matched(ours, theirs)
         left, right = ({one.name: one for one in report.tensors} for report in reports)
         shared = {mine: its for mine, its in names.items() if mine in left and its in right}
         if not shared:
             raise UserError(
-                f"{first} and {second} share no tensor by name; compare files of the same kind of model"
+                f"{first} and {second} share no tensor by name; compare files of the same kind of "
+                "model"
             )
         stored = [{one.name: one for one in file.tensors} for file in (ours, theirs)]
         pairs = []
         with progress(console, "Compare", [stored[0][name] for name in shared]) as update:
             for done, (mine, its) in enumerate(shared.items(), 1):
-                distance = None if translated else _distance(stored[0][mine], stored[1][its], left[mine])
+                distance = (
+                    None if translated else _distance(stored[0][mine], stored[1][its], left[mine])
+                )
                 pairs.append(_pair(left[mine], right[its], distance))
                 update(done, mine)
     only_first = [name for name in left if name not in shared]
     only_second = [name for name in right if name not in shared.values()]
     facts = _facts(pairs, only_first, only_second, translated)
-    return WeightsComparison(reports[0], reports[1], facts, pairs, only_first, only_second, translated)
+    return WeightsComparison(
+        reports[0], reports[1], facts, pairs, only_first, only_second, translated
+    )
 
 
 def _matched(ours: WeightFile, theirs: WeightFile) -> tuple[dict[str, str], bool]:
@@ -136,7 +142,10 @@ def _distance(mine: Stored, its: Stored, figures: Weighed) -> float | None:
 
 
 def _pair(first: Weighed, second: Weighed, distance: float | None) -> Pair:
-    ranks = [one.figures.spectrum.effective_rank if one.figures.spectrum else 0.0 for one in (first, second)]
+    ranks = [
+        one.figures.spectrum.effective_rank if one.figures.spectrum else 0.0
+        for one in (first, second)
+    ]
     return Pair(
         name=first.name,
         second_name=second.name,
@@ -148,17 +157,22 @@ def _pair(first: Weighed, second: Weighed, distance: float | None) -> Pair:
     )
 
 
-def _facts(pairs: list[Pair], only_first: list[str], only_second: list[str], translated: bool) -> list[Fact]:
+def _facts(
+    pairs: list[Pair], only_first: list[str], only_second: list[str], translated: bool
+) -> list[Fact]:
     """What the pairs say, in words."""
     facts = []
     known = sorted(
-        ((one.distance, one) for one in pairs if one.distance is not None), key=lambda pair: -pair[0]
+        ((one.distance, one) for one in pairs if one.distance is not None),
+        key=lambda pair: -pair[0],
     )
     if known:
         same = sum(distance == 0 for distance, _ in known)
         words = f"{same:,} of {len(known):,} tensors with the same shape are the same in both"
         if same < len(known):
-            far = ", ".join(f"{one.name} {distance:.1%}" for distance, one in known[:NAMED] if distance)
+            far = ", ".join(
+                f"{one.name} {distance:.1%}" for distance, one in known[:NAMED] if distance
+            )
             words += f"; farthest apart, relative to A: {far}"
         facts.append(Fact("plain", words + "."))
     ratios = [one for one in pairs if one.norm_ratio]
@@ -167,7 +181,8 @@ def _facts(pairs: list[Pair], only_first: list[str], only_second: list[str], tra
         facts.append(
             Fact(
                 "plain",
-                f"Norms in B are {number(low.norm_ratio or 0.0)} ({low.name}) to {number(high.norm_ratio or 0.0)} "
+                f"Norms in B are {number(low.norm_ratio or 0.0)} ({low.name}) to "
+                f"{number(high.norm_ratio or 0.0)} "
                 f"({high.name}) times those in A.",
             )
         )
@@ -179,8 +194,10 @@ def _facts(pairs: list[Pair], only_first: list[str], only_second: list[str], tra
         facts.append(
             Fact(
                 "plain",
-                "The files name their tensors differently, so they were matched by GGUF's table of names. Rows may lie "
-                "in another order, which changes no norm and no rank but makes distances meaningless: none is given.",
+                "The files name their tensors differently, so they were matched by GGUF's table of "
+                "names. Rows may lie "
+                "in another order, which changes no norm and no rank but makes distances "
+                "meaningless: none is given.",
             )
         )
     return facts

@@ -1,7 +1,7 @@
 """Weights in a file, read tensor by tensor: safetensors, or GGUF of any model, dequantised.
 
-The files are untrusted. Headers are checked before any value is read (safetensors by its own library, GGUF by
-``teachers.gguf.file``), no pickle is read, and never more than one tensor is held.
+The files are untrusted. Headers are checked before any value is read (safetensors by its own
+library, GGUF by ``teachers.gguf.file``), no pickle is read, and never more than one tensor is held.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ WHOLE_GGUF = {GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64")
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that can be read: its shape, the type it is stored in, and ``read``, which gives its values.
+    """A tensor that can be read: its shape, the type it is stored in, and ``read``, which gives its
+    values.
 
-    Values come in the type they are stored in where PyTorch computes with it, else in float32. A type of whole
-    numbers (``whole``) is no weight by itself: packed values, a table, or a counter.
+    Values come in the type they are stored in where PyTorch computes with it, else in float32. A
+    type of whole numbers (``whole``) is no weight by itself: packed values, a table, or a counter.
     """
 
     name: str
@@ -55,7 +56,8 @@ class WeightFile:
 
 @contextmanager
 def open_weights(path: Path) -> Iterator[WeightFile]:
-    """The weights at ``path``: a file, or a folder with ``model.safetensors`` (whole or in several files).
+    """The weights at ``path``: a file, or a folder with ``model.safetensors`` (whole or in several
+    files).
 
     Raises:
         UserError: nothing of that kind, empty, cut off, or damaged.
@@ -92,9 +94,13 @@ def _open_gguf(path: Path) -> WeightFile:
         if info.parameters == 0:
             raise UserError(f"{path} is damaged: tensor {name!r} has the shape {info.shape}")
         read = partial(_dequantised, file.tensor, name)
-        found.append(Stored(_plain(name), info.shape, info.type.name, info.type in WHOLE_GGUF, read))
+        found.append(
+            Stored(_plain(name), info.shape, info.type.name, info.type in WHOLE_GGUF, read)
+        )
     architecture = file.value("general.architecture")
-    return WeightFile(path, GGUF, file.size, architecture if isinstance(architecture, str) else None, found)
+    return WeightFile(
+        path, GGUF, file.size, architecture if isinstance(architecture, str) else None, found
+    )
 
 
 def _dequantised(read: Callable[[str], Any], name: str) -> Tensor:
@@ -108,7 +114,9 @@ def _open_safetensors(path: Path, stack: ExitStack) -> Iterator[Stored]:
         parts = [(name, file.get_slice(name)) for name in names]
         described = [(name, tuple(part.get_shape()), str(part.get_dtype())) for name, part in parts]
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file ({error}); copy it again") from None
+        raise UserError(
+            f"{path} is damaged or no safetensors file ({error}); copy it again"
+        ) from None
     for name, shape, kind in described:
         whole = kind.startswith(("I", "U")) or kind == "BOOL"
         yield Stored(_plain(name), shape, kind, whole, partial(_loaded, file, name, path))

@@ -22,7 +22,8 @@ SOME_LAYERS = 8
 
 @dataclass(frozen=True)
 class FinalWeights:
-    """``source``: whose weights, in words. ``report``: None where they could not be read, which ``problem`` tells."""
+    """``source``: whose weights, in words. ``report``: None where they could not be read, which
+    ``problem`` tells."""
 
     source: str
     report: WeightsReport | None
@@ -54,7 +55,8 @@ def full_ranks(records: Records, final: FinalWeights | None) -> dict[str, int]:
         try:
             return {name: min(shape) for name, shape in shapes_in(path).items() if len(shape) == 2}
         except (UserError, OSError):
-            continue  # the next one has the same shapes; without any, ranks are shown against their start
+            # The next one has the same shapes; without any, ranks are shown against their start
+            continue
     return {}
 
 
@@ -63,11 +65,16 @@ def final_facts(final: FinalWeights | None) -> list[Fact]:
     if final is None:
         return []
     if final.report is None:
-        return [Fact("plain", f"The weights of {final.source} could not be looked at: {final.problem}")]
+        return [
+            Fact("plain", f"The weights of {final.source} could not be looked at: {final.problem}")
+        ]
     warnings = [fact for fact in final.report.verdict if fact.level == "warning"]
     if not warnings:
         return [
-            Fact("good", f"The weights of {final.source} are finite, and no matrix has died or collapsed.")
+            Fact(
+                "good",
+                f"The weights of {final.source} are finite, and no matrix has died or collapsed.",
+            )
         ]
     return [Fact("warning", f"The weights of {final.source}: {fact.text}") for fact in warnings]
 
@@ -87,7 +94,9 @@ def _weigh(file: WeightFile, console: Console | None) -> WeightsReport:
     places = places_of(one.name for one in file.tensors)
     layers = layers_of(places.values())
     large = file.bytes > 4 * LARGE
-    kept = {layers[place] for place in thin_places(len(layers), SOME_LAYERS)} if large else set(layers)
+    kept = (
+        {layers[place] for place in thin_places(len(layers), SOME_LAYERS)} if large else set(layers)
+    )
 
     def wanted(stored: Stored) -> str:
         layer = places[stored.name].layer
@@ -97,4 +106,6 @@ def _weigh(file: WeightFile, console: Console | None) -> WeightsReport:
             else f"in none of {SOME_LAYERS} layers spread over the student"
         )
 
-    return weigh_file(file, file.path.name, console, exact_side=0 if large else EXACT_SIDE, wanted=wanted)
+    return weigh_file(
+        file, file.path.name, console, exact_side=0 if large else EXACT_SIDE, wanted=wanted
+    )

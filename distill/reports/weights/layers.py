@@ -1,4 +1,5 @@
-"""Tensor names as layer and kind of weight: ``model.layers.3.self_attn.q_proj.weight`` is ``q_proj`` of layer 3."""
+"""Tensor names as layer and kind of weight: ``model.layers.3.self_attn.q_proj.weight`` is
+``q_proj`` of layer 3."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ LAYER = re.compile(r"(?:^|\.)(?:layers?|blk|blocks?|h)\.(\d{1,5})(?:\.|$)")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor belongs; ``layer`` is None for one that is in no layer (then ``kind`` is its name)."""
+    """Where a tensor belongs; ``layer`` is None for one that is in no layer (then ``kind`` is
+    its name)."""
 
     layer: int | None
     kind: str
@@ -24,7 +26,10 @@ def places_of(names: Iterable[str]) -> dict[str, Place]:
     for name in names:
         match = LAYER.search(name)
         rest = name if match is None else name[match.end() :]
-        found[name] = (None if match is None else int(match[1]), rest.removesuffix(".weight") or name)
+        found[name] = (
+            None if match is None else int(match[1]),
+            rest.removesuffix(".weight") or name,
+        )
     whole = {kind for layer, kind in found.values() if layer is not None}
     last = Counter(_last(kind) for kind in whole)
     return {

@@ -1,4 +1,5 @@
-"""Weights by themselves, of any file: what is broken, collapsed or odd in them, in figures and in words."""
+"""Weights by themselves, of any file: what is broken, collapsed or odd in them, in figures and
+in words."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ from distill.runtime.progress import Console
 from stability.measures.weights import EXACT_SIDE, GRAM, WeightFigures, weigh
 
 WORTH_SHOWING = 5e9  # values times smaller side, over all matrices: about two seconds on two cores
-COLLAPSED = 0.1  # effective rank, as a share of the full one, below which a matrix counts as collapsed
+COLLAPSED = (
+    0.1  # effective rank, as a share of the full one, below which a matrix counts as collapsed
+)
 SMALLEST_SIDE = 16  # of a matrix whose rank says something
 USUAL_TAIL = (2.0, 6.0)  # exponents of well-trained layers (Martin and Mahoney 2021)
 NAMED = 3  # tensors named of those that something is said about
@@ -98,7 +101,10 @@ def verdict(tensors: Sequence[Weighed]) -> list[Fact]:
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """The weights of one file. ``left_out``: tensors that were not looked at, by the reason in words."""
+    """The weights of one file.
+
+    ``left_out``: tensors that were not looked at, by the reason in words.
+    """
 
     name: str
     path: str
@@ -127,8 +133,11 @@ def read_weights(path: Path, console: Console | None = None) -> WeightsReport:
 
 
 def name_of(path: Path) -> str:
-    """What to call weights: a file by its name; a folder, and what is named alike in all, with what it lies in."""
-    parts = [part for part in path.resolve().parts if part not in (path.resolve().anchor, "checkpoints")]
+    """What to call weights: a file by its name; a folder, and what is named alike in all, with
+    what it lies in."""
+    parts = [
+        part for part in path.resolve().parts if part not in (path.resolve().anchor, "checkpoints")
+    ]
     if path.is_file():
         return "/".join(parts[-3:]) if path.name == WEIGHTS else path.name
     return "/".join(parts[-2:])
@@ -142,7 +151,8 @@ def weigh_file(
     exact_side: int = EXACT_SIDE,
     wanted: Callable[[Stored], str] = lambda stored: "",
 ) -> WeightsReport:
-    """The report on an open file. ``wanted``: why a tensor is to be left out, empty where it is not.
+    """The report on an open file. ``wanted``: why a tensor is to be left out, empty where it is
+    not.
 
     Raises:
         UserError, TeacherFileError: a tensor cannot be read.
@@ -180,8 +190,11 @@ def weigh_file(
 def progress(
     console: Console | None, title: str, work: Sequence[Stored]
 ) -> Iterator[Callable[[int, str], None]]:
-    """What is to be told how many of the tensors are done: it shows a stage where that takes a while."""
-    cost = sum(math.prod(one.shape) * min(one.shape, default=1) for one in work if len(one.shape) == 2)
+    """What is to be told how many of the tensors are done: it shows a stage where that takes a
+    while."""
+    cost = sum(
+        math.prod(one.shape) * min(one.shape, default=1) for one in work if len(one.shape) == 2
+    )
     if console is None or cost < WORTH_SHOWING:
         yield lambda done, note: interrupts.check()
         return
@@ -227,7 +240,8 @@ def _finite(tensors: Sequence[Weighed]) -> Fact:
     values = sum(one.figures.not_finite for one in bad)
     return Fact(
         "warning",
-        f"{values:,} of {human_count(count)} values are not finite, in {_tensors(bad)}: {named(bad)}. A model with "
+        f"{values:,} of {human_count(count)} values are not finite, in {_tensors(bad)}: "
+        f"{named(bad)}. A model with "
         "such weights answers nothing but NaN; use an earlier checkpoint.",
     )
 
@@ -245,9 +259,12 @@ def _dead(tensors: Sequence[Weighed]) -> list[Fact]:
     if not dead:
         return [Fact("good", "No matrix has a row or column of zeros.")] if matrices else []
     rows, columns = (
-        sum(getattr(one.figures, kind) or 0 for one in dead) for kind in ("dead_rows", "dead_columns")
+        sum(getattr(one.figures, kind) or 0 for one in dead)
+        for kind in ("dead_rows", "dead_columns")
     )
-    words = f"{rows:,} rows and {columns:,} columns are all zeros, in {_tensors(dead)}: {named(dead)}"
+    words = (
+        f"{rows:,} rows and {columns:,} columns are all zeros, in {_tensors(dead)}: {named(dead)}"
+    )
     return [Fact("warning", f"{words}. Units behind them do nothing.")]
 
 
@@ -256,13 +273,17 @@ def _ranks(matrices: Sequence[Weighed]) -> list[Fact]:
     if not known:
         return []
     low, high = min(known, key=lambda pair: pair[0]), max(known, key=lambda pair: pair[0])
-    words = f"effective ranks lie between {low[0]:.0%} ({low[1].name}) and {high[0]:.0%} of the full one"
+    words = (
+        f"effective ranks lie between {low[0]:.0%} ({low[1].name}) and {high[0]:.0%} of the "
+        "full one"
+    )
     collapsed = [one for _, one in sorted(known, key=lambda pair: pair[0]) if one.collapsed]
     if collapsed:
         return [
             Fact(
                 "warning",
-                f"{_tensors(collapsed).capitalize()} collapsed to less than {COLLAPSED:.0%} of the directions: "
+                f"{_tensors(collapsed).capitalize()} collapsed to less than {COLLAPSED:.0%} of the "
+                "directions: "
                 f"{named(collapsed)}; {words}.",
             )
         ]
@@ -277,28 +298,37 @@ def _tails(matrices: Sequence[Weighed]) -> list[Fact]:
     odd = [one for one in known if one.odd_tail]
     usual = f"{low:g} to {high:g}, where layers that were trained well usually lie"
     if not odd:
-        return [Fact("good", f"The heavy-tail exponent of all {len(known):,} matrices is within {usual}.")]
+        return [
+            Fact(
+                "good", f"The heavy-tail exponent of all {len(known):,} matrices is within {usual}."
+            )
+        ]
     odd.sort(key=lambda one: -abs(math.log((one.alpha or 1.0) / math.sqrt(low * high))))
     words = ", ".join(f"{one.name} {one.alpha:.1f}" for one in odd[:NAMED])
     return [
         Fact(
             "plain",
-            f"The heavy-tail exponent of {len(odd):,} of {len(known):,} matrices is outside {usual} ({words}). That "
-            "is worth a look and no alarm: in small models, and in layers that learnt little, it is common.",
+            f"The heavy-tail exponent of {len(odd):,} of {len(known):,} matrices is outside "
+            f"{usual} ({words}). That "
+            "is worth a look and no alarm: in small models, and in layers that learnt little, it "
+            "is common.",
         )
     ]
 
 
 def _routes(matrices: Sequence[Weighed]) -> list[Fact]:
     fast = [
-        one for one in matrices if one.figures.spectrum is not None and one.figures.spectrum.route == GRAM
+        one
+        for one in matrices
+        if one.figures.spectrum is not None and one.figures.spectrum.route == GRAM
     ]
     if not fast:
         return []
     return [
         Fact(
             "plain",
-            f"The singular values of {_tensors(fast)} come from the Gram matrix in float32, for speed: below some "
+            f"The singular values of {_tensors(fast)} come from the Gram matrix in float32, for "
+            "speed: below some "
             "0.0005 of the largest one they are rounding.",
         )
     ]

@@ -1,4 +1,5 @@
-"""The tables on weights by themselves: kinds of weight first, then tensors, worst first where there are many."""
+"""The tables on weights by themselves: kinds of weight first, then tensors, worst first where
+there are many."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ HEAD = ["tensor", "shape", "stored as", "norm", "spread", "largest", "effective 
 HEAD += ["stable rank", "tail", "remarks"]
 SPARE = (2, 4, 5, 6, 8)
 NOTE = (
-    "Effective rank: exp of the entropy of the singular values, and as a share of all. Stable rank: squared norms, "
+    "Effective rank: exp of the entropy of the singular values, and as a share of all. Stable "
+    "rank: squared norms, "
     "Frobenius over spectral. Tail: exponent of the power law of the largest eigenvalues."
 )
 
@@ -53,7 +55,9 @@ def weight_comparison_sections(comparison: WeightsComparison) -> list[Section]:
         f"{letter}: {summary_words(one)}"
         for letter, one in (("A", comparison.first), ("B", comparison.second))
     ]
-    pairs = sorted(comparison.pairs, key=lambda one: -(one.distance if one.distance is not None else 0.0))
+    pairs = sorted(
+        comparison.pairs, key=lambda one: -(one.distance if one.distance is not None else 0.0)
+    )
     rows = [
         [
             one.name,
@@ -68,11 +72,19 @@ def weight_comparison_sections(comparison: WeightsComparison) -> list[Section]:
         for one in pairs[:MOST_ROWS]
     ]
     head = ["tensor", "shape", "norm, B/A", "distance", "rank, A", "rank, B", "tail, A", "tail, B"]
-    note = "Distance: norm of the difference over the norm in A; the farthest first. Rank: the effective one."
+    note = (
+        "Distance: norm of the difference over the norm in A; the farthest first. Rank: the "
+        "effective one."
+    )
     if len(pairs) > MOST_ROWS:
         note += f" The first {MOST_ROWS:,} of {len(pairs):,}; --json has all."
     return [
-        Section("pairs", "Tensor by tensor", words, [Table("", head, rows, note, shown=FEW, spare=(1, 6, 7))])
+        Section(
+            "pairs",
+            "Tensor by tensor",
+            words,
+            [Table("", head, rows, note, shown=FEW, spare=(1, 6, 7))],
+        )
     ]
 
 
@@ -132,7 +144,9 @@ def _remarks(one: Weighed) -> list[str]:
     if figures.zero_share == 1.0:
         found.append("all zeros")
     elif one.dead:
-        found.append(f"{figures.dead_rows or 0:,} dead rows, {figures.dead_columns or 0:,} dead columns")
+        found.append(
+            f"{figures.dead_rows or 0:,} dead rows, {figures.dead_columns or 0:,} dead columns"
+        )
     if one.collapsed:
         found.append("collapsed")
     if one.odd_tail:

@@ -1,4 +1,5 @@
-"""Which llama.cpp is installed and on which processor, found without loading it: loading may end the process.
+"""Which llama.cpp is installed and on which processor, found without loading it: loading may end
+the process.
 
 Together they are the key under which a self-check's outcome is remembered.
 """
@@ -37,7 +38,8 @@ _WORTH_BUILDING_FOR = ("AVX2", "AVX512", "AVX512_VNNI", "AMX_INT8")
 
 @dataclass(frozen=True)
 class Processor:
-    """What the operating system says of the processor; ``features`` as Linux names them, empty elsewhere."""
+    """What the operating system says of the processor; ``features`` as Linux names them, empty
+    elsewhere."""
 
     name: str
     features: frozenset[str]
@@ -60,7 +62,8 @@ def processor() -> Processor:
 
 
 def library_folder() -> Path | None:
-    """Where the package keeps llama.cpp's shared libraries, or nothing where it is not installed."""
+    """Where the package keeps llama.cpp's shared libraries, or nothing where it is not
+    installed."""
     spec = find_spec("llama_cpp")
     if spec is None or spec.origin is None:
         return None
@@ -79,7 +82,8 @@ def library_version() -> str | None:
 
 @functools.cache
 def fingerprint() -> str:
-    """SHA-256 over the installed library's files (name, size, time of change) and the processor, as hex.
+    """SHA-256 over the installed library's files (name, size, time of change) and the processor, as
+    hex.
 
     A library that is built again has another one.
     """
@@ -99,10 +103,13 @@ def fingerprint() -> str:
 def unused_features(built_with: Collection[str]) -> list[str]:
     """Features of this processor that make llama.cpp much faster, and that it was built without."""
     has = processor().features
-    return [name for name in _WORTH_BUILDING_FOR if FEATURES[name] in has and name not in built_with]
+    return [
+        name for name in _WORTH_BUILDING_FOR if FEATURES[name] in has and name not in built_with
+    ]
 
 
 def foreign_features(built_with: Collection[str]) -> list[str]:
-    """Features that llama.cpp was built with and this processor lacks; empty where its features are not known."""
+    """Features that llama.cpp was built with and this processor lacks; empty where its features
+    are not known."""
     has = processor().features
     return [name for name in built_with if has and name in FEATURES and FEATURES[name] not in has]

@@ -1,7 +1,7 @@
 """What the self-check of llama.cpp found on this machine, remembered so that it is paid for once.
 
-One small JSON file for each library and processor, in the user's cache folder. It holds nothing that cannot be found
-again: a damaged or foreign one counts as none.
+One small JSON file for each library and processor, in the user's cache folder. It holds nothing
+that cannot be found again: a damaged or foreign one counts as none.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class CheckRecord:
     """The outcome for one library on one processor.
 
     Attributes:
-        extra_buffers: whether llama.cpp runs with its extra CPU buffers (AMX, repacked weights), its default.
-        from_bytes: files of this size or more run without them all the same, for want of memory; 0 for none.
-        reason: why not, going on from "llama.cpp …"; empty where it does.
-        failed: tensor types of the file that it was found with.
-        verified: tensor types whose results were compared between both ways and agree; of results on a GPU with
+        extra_buffers: whether llama.cpp runs with its extra CPU buffers (AMX, repacked weights),
+        its default. from_bytes: files of this size or more run without them all the same, for want
+        of memory; 0 for none. reason: why not, going on from "llama.cpp …"; empty where it does.
+        failed: tensor types of the file that it was found with. verified: tensor types whose
+        results were compared between both ways and agree; of results on a GPU with
             the devices before the type.
         time: when it was written, ISO 8601 in UTC.
         library: the package's version, for people.
@@ -86,9 +86,11 @@ def read_record() -> CheckRecord:
 
 
 def change_record(change: Callable[[CheckRecord], CheckRecord]) -> None:
-    """Remember what ``change`` makes of the record, in this process and, where there is a place for it, for the next.
+    """Remember what ``change`` makes of the record, in this process and, where there is a place for
+    it, for the next.
 
-    Other processes may remember something at the same time: ``change`` is made to what is there by then.
+    Other processes may remember something at the same time: ``change`` is made to what is there by
+    then.
 
     Raises:
         OSError: nothing can be written there; this process remembers all the same.
@@ -112,10 +114,15 @@ def _described(record: CheckRecord) -> CheckRecord:
 
 
 def _write(record: CheckRecord, path: Path) -> None:
-    content = asdict(record) | {"verified": sorted(record.verified), "failed": sorted(record.failed)}
+    content = asdict(record) | {
+        "verified": sorted(record.verified),
+        "failed": sorted(record.failed),
+    }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -137,11 +144,16 @@ def _read() -> CheckRecord | None:
 
 
 def _is_sound(record: CheckRecord) -> bool:
-    """Whether a record from a file has the types it should, nothing that steers a terminal, and a reason if need be."""
-    if not all(type(getattr(record, field.name)) is type(field.default) for field in fields(record)):
+    """Whether a record from a file has the types it should, nothing that steers a terminal, and
+    a reason if need be."""
+    if not all(
+        type(getattr(record, field.name)) is type(field.default) for field in fields(record)
+    ):
         return False
     if not all(isinstance(name, str) for name in record.verified | record.failed):
         return False
     texts = (record.reason, record.time, *record.verified, *record.failed)
     in_order = record.extra_buffers and not record.from_bytes
-    return all(text.isprintable() for text in texts) and (in_order or bool(record.reason and record.time))
+    return all(text.isprintable() for text in texts) and (
+        in_order or bool(record.reason and record.time)
+    )

@@ -220,15 +220,16 @@ def test_whole_texts_are_pytorchs(
 
 @pytest.mark.needs_gguf
 def test_texts_are_written_greedily(
-    tiny_teacher: GGUFTeacher, tiny_student: SO8TForCausalLM
+    tiny_teacher: GGUFTeacher, tiny_student: SO8TForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What PyTorch finds most probable, over several pieces, cut at a stop text or the limit."""
+    monkeypatch.setattr(lm_eval_adapter, "FIRST_PIECE", 8)
     contexts = [TEXT, "Hello"]
-    own = [greedy_text(tiny_student, tiny_teacher, context, 80) for context in contexts]
+    own = [greedy_text(tiny_student, tiny_teacher, context, 24) for context in contexts]
     texts = tiny_teacher.detokenize([array(*tokens) for tokens in own])
     if lm_eval_adapter.writes_space_first(tiny_teacher):
         texts = [text.removeprefix(" ") for text in texts]
-    limits = {"max_gen_toks": 80, "do_sample": False, "temperature": 0.7}
+    limits = {"max_gen_toks": 24, "do_sample": False, "temperature": 0.7}
     unstopped = [(context, {"until": [], **limits}) for context in contexts]
     assert generate(tiny_teacher, unstopped) == texts
     short = tiny_teacher.detokenize([array(*own[0][:5])])[0]
@@ -236,7 +237,8 @@ def test_texts_are_written_greedily(
         short,
         short.removeprefix(" "),
     )
-    late, early = texts[0][60:63], texts[0][20:22]
+    late, early = texts[0][30:33], texts[0][20:22]
+    assert len(late) == 3
     stop = [(TEXT, {"until": [late, early], **limits}), (contexts[1], {"until": late, **limits})]
     found = generate(tiny_teacher, stop)
     end = min(texts[0].find(late), texts[0].find(early))

@@ -46,12 +46,9 @@ def prompt(text: str, scenario: str, decision: str) -> SafetyPrompt:
 
 def many(scenarios: int) -> list[SafetyPrompt]:
     """Scenarios of all three decisions, and as many of each single one."""
-    found = [
-        prompt(f"{n} {name}", f"all {n}", name) for n in range(scenarios) for name in DECISIONS
-    ]
-    return found + [
-        prompt(f"only {n} {name}", f"{name} {n}", name) for n in range(9) for name in DECISIONS
-    ]
+    every, single = (list(product(range(count), DECISIONS)) for count in (scenarios, 9))
+    found = [prompt(f"{n} {name}", f"all {n}", name) for n, name in every]
+    return found + [prompt(f"only {n} {name}", f"{name} {n}", name) for n, name in single]
 
 
 def assert_disjoint(parts: Mapping[Any, Sequence[SafetyPrompt]]) -> None:
@@ -136,10 +133,7 @@ def test_a_decision_without_enough_scenarios_is_refused() -> None:
     """By name: one with no example at all, and one that a part of the split would lack."""
     with pytest.raises(UserError, match=r"f\.jsonl: no example of ESCALATE and REFUSE"):
         require_examples([prompt("x", "x", "ALLOW")], "f.jsonl")
-    few = [p for p in many(0) if p.decision != 2] + [
-        prompt("r", "r", "REFUSE"),
-        prompt("s", "s", "REFUSE"),
-    ]
+    few = [p for p in many(0) if p.decision != 2] + [prompt(n, n, "REFUSE") for n in "rs"]
     with pytest.raises(
         UserError, match=r"no REFUSE among the scenarios that fall to the validation part"
     ):
@@ -227,10 +221,8 @@ def test_what_is_no_text_file_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_which_prompts_the_settings_mean(tmp_path: Path) -> None:
     """Built in, a file, the teacher's judgment of either, or none; prompts are for the teacher."""
-    labelled, bare = (
-        write(tmp_path / "l.jsonl", lines()),
-        write(tmp_path / "b.jsonl", [{"prompt": "x"}]),
-    )
+    labelled = write(tmp_path / "l.jsonl", lines())
+    bare = write(tmp_path / "b.jsonl", [{"prompt": "x"}])
 
     def read(*settings: str) -> list[SafetyPrompt] | None:
         return read_safety_prompts(load_config(None, {}, settings))
@@ -345,11 +337,7 @@ def test_prompts_together_have_the_graver_label(monkeypatch: pytest.MonkeyPatch)
     for number in range(400):
         row, label = prompts.varied(number)
         words = row[2:-1].tolist()
-        parts = [
-            n
-            for n, word in zip([word // 10 for word in words], words, strict=True)
-            if word % 10 == 1
-        ]
+        parts = [word // 10 for word in words if word % 10 == 1]
         assert words == [word for n in parts for word in prompts.tokens[n][2:-1].tolist()]
         assert int(label.argmax()) == max(n % 3 for n in parts) and 1 <= len(parts) <= 2
         orders.add(len(parts) == 2 and parts[0] % 3 < parts[1] % 3)

@@ -54,12 +54,11 @@ class SpellingTeacher(BigramTeacher):
         self, texts: Sequence[str], *, add_special: bool, parse_special: bool
     ) -> list[Tokens]:
         assert not add_special
-        return [
-            np.array(
-                [60 if sign in self.alike else 1 + ord(sign) % 59 for sign in text], dtype=np.int32
-            )
-            for text in texts
-        ]
+
+        def number(sign: str) -> int:
+            return 60 if sign in self.alike else 1 + ord(sign) % 59
+
+        return [np.array([number(sign) for sign in text], dtype=np.int32) for text in texts]
 
     def logits(self, sequences: Sequence[Tokens], *, exact: bool = False) -> Floats:
         self.asked += list(sequences)
@@ -85,9 +84,8 @@ def test_products_of_token_probabilities() -> None:
         for name in DECISIONS:
             letters = teacher.tokenize([f" {name}"], add_special=False, parse_special=False)[0]
             answers = [softmax(teacher.answers[before].numpy()) for before in letters[:-1]]
-            chances.append(
-                np.prod([row[letter] for row, letter in zip(answers, letters[1:], strict=True)])
-            )
+            pairs = zip(answers, letters[1:], strict=True)
+            chances.append(np.prod([row[letter] for row, letter in pairs]))
         for row in found:  # to a bigram teacher the request itself makes no difference
             assert row == pytest.approx(shares(chances), rel=1e-4), alike
         assert found.dtype == np.float32 and max(shares(chances)) < 0.999, alike
@@ -178,11 +176,8 @@ def test_a_judgment_is_kept_and_used_again(store: SoftTargetStore, asked: list[i
     assert find_judgment(MANY, store) is None
     first = keep_judgment(NOBODY, MANY, store, Console())
     assert [prompt.decision for prompt in first] == [n % 3 for n in range(30)]
-    assert {prompt.label for prompt in first} == {
-        (0.5, 0.25, 0.25),
-        (0.25, 0.5, 0.25),
-        (0.25, 0.25, 0.5),
-    }
+    labels = {prompt.label for prompt in first}
+    assert labels == {(0.5, 0.25, 0.25), (0.25, 0.5, 0.25), (0.25, 0.25, 0.5)}
     again = SoftTargetStore(store.folder, read_manifest(store.folder))
     assert keep_judgment(NOBODY, MANY, again, Console()) == first == find_judgment(MANY, again)
     assert asked == [30]

@@ -34,9 +34,7 @@ def by_the_rules(text: str, inside: bool = False) -> str:
         cut[-1] += text[at : tag.start()]
         cut.append("")
         bare = re.sub(r"\s", "", tag[0]).lower()
-        names.append(
-            ("/" if bare[1] == "/" else "") + ("final" if "final" in bare[:7] else "think")
-        )
+        names.append("/" * (bare[1] == "/") + ("final" if "final" in bare[:7] else "think"))
         at = tag.end()
     cut[-1] += text[at:]
     if inside and names[:1] == ["think"] and not cut[0].strip():

@@ -158,9 +158,6 @@ def test_a_checkpoint_of_another_student_is_refused(tmp_path: Path) -> None:
         assert not state.optimizer.state, change
 
 
-# -- checkpoints that are not what was saved -----------------------------------------------------
-
-
 def change(path: Path, file: str, name: str, how: str) -> None:
     """Damage one tensor of a checkpoint; the file itself is whole."""
     tensors = safetensors.torch.load_file(path / f"{file}.safetensors")

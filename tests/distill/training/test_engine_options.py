@@ -261,10 +261,7 @@ def test_schedules() -> None:
             assert found[step] == pytest.approx(0.01 * height), (settings, step)
     for steps in (1, 2, 5):
         assert rates(TrainConfig(learning_rate=0.01), steps)[0] == pytest.approx(0.01), steps
-
-
-def test_peak_learning_rate() -> None:
-    """As configured, or 0.5 / width."""
+    # The peak is as configured, or 0.5 / width.
     assert peak_learning_rate(TrainConfig(learning_rate=0.5), 256) == 0.5
     for width in (64, 512):
         assert peak_learning_rate(TrainConfig(), width) == pytest.approx(0.5 / width), width

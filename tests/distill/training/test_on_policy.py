@@ -71,9 +71,6 @@ def own_words(
     return OwnWords(TEACHER, store, share, 1.2, seed, eos)  # type: ignore[arg-type]
 
 
-# -- writing -------------------------------------------------------------------------------------
-
-
 def starts_and_draws(count: int = 7) -> tuple[list[Tokens], list[NDArray[np.float64]]]:
     """Beginnings of 1 to 9 tokens, and 1 to 12 random numbers for each."""
     random = np.random.default_rng(5)
@@ -152,9 +149,6 @@ def test_writing_leaves_the_student_as_it_was() -> None:
         assert all(parameter.grad is None for parameter in student.parameters()), training
         for name, tensor in student.state_dict().items():
             assert torch.equal(tensor, before[name]), (training, name)
-
-
-# -- batches -------------------------------------------------------------------------------------
 
 
 def rows_of(batch: Batch) -> list[tuple[list[int], int]]:
@@ -290,9 +284,6 @@ def test_the_students_words_are_not_imitated(store: SoftTargetStore) -> None:
     assert float(parts["ce"]) == pytest.approx(config.beta * surprise / batch.count(), rel=1e-5)
     _, others = Objective(config)(student, replace(batch, given=None), **whole)
     assert others["kd"] == parts["kd"] and float(others["ce"]) > float(parts["ce"]) > 0
-
-
-# -- training ------------------------------------------------------------------------------------
 
 
 def run(

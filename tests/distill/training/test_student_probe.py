@@ -231,9 +231,6 @@ def test_a_probe_that_fails_leaves_no_hook(
     assert not any(module._forward_hooks for module in probe.model.modules())
 
 
-# -- what a guard makes of it ---------------------------------------------------------------------
-
-
 def test_a_collapse_is_found_by_the_probe() -> None:
     """Learning that all answers are alike, step by step, while the loss looks fine."""
     loop = Plain()

@@ -39,9 +39,6 @@ def loop_entropy(row: list[float]) -> float:
     return -sum(value * math.log(value) for value in row if value > 0)
 
 
-# -- norms and updates ---------------------------------------------------------------------------
-
-
 def test_norms_are_those_of_each_tensor() -> None:
     """Whatever shape and scale; 0 where there is no tensor, not finite where it is not."""
     small = drawn(2, 3, 4, seed=1, scale=1e-20)
@@ -133,9 +130,6 @@ def test_updates_of_zeros_and_to_what_is_not_finite() -> None:
     assert found[0] == 0.0 and not bool(found[1:].isfinite().any())
 
 
-# -- what a model says ---------------------------------------------------------------------------
-
-
 def figures(logits: Tensor) -> list[float]:
     """Information and entropy of an output."""
     return [float(one) for one in output_figures(logits)]
@@ -195,9 +189,6 @@ def test_dead_units_by_loops() -> None:
         dead = sum(all(abs(value) <= 1e-6 * most for value in column) for column in columns)
         assert dead == 2 and float(dead_units(scale * activations)) == pytest.approx(dead / 10)
     assert float(dead_units(torch.zeros(4, 3))) == 1.0
-
-
-# -- clipping ------------------------------------------------------------------------------------
 
 
 def weighted(values: np.ndarray, decay: float) -> tuple[float, float]:
@@ -284,9 +275,6 @@ def test_clip_state_goes_through_json() -> None:
         assert other.limit() == one.limit() and other.score(norm) == one.score(norm)
         one.took(norm)
         other.took(norm)
-
-
-# -- the monitor ---------------------------------------------------------------------------------
 
 
 def small_model() -> nn.Sequential:

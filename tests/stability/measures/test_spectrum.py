@@ -47,7 +47,7 @@ def test_singular_values_that_are_known() -> None:
             assert float(found[5:].max()) < 1e-6, shape
 
 
-def test_fast_way_against_numpy() -> None:
+def test_fast_way_against_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     """As near as documented in each precision, where squares would overflow or vanish too."""
     draw = np.random.default_rng(1)
     plain = draw.standard_normal((90, 40)) @ np.diag(np.geomspace(1.0, 1e-2, 40))
@@ -62,9 +62,7 @@ def test_fast_way_against_numpy() -> None:
         largest = float(singular_values(rounded)[0])
         assert fast_singular_values(rounded)[0] == pytest.approx(largest, rel=1e-5), kind
 
-
-def test_fast_way_in_many_rows_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Gram matrix that is summed over blocks of rows is the whole one."""
+    # A Gram matrix that is summed over blocks of rows is the whole one.
     matrix = torch.randn(50, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     whole = fast_singular_values(matrix)
     monkeypatch.setattr("stability.measures.spectrum.LONG_SIDE_ROWS", 8)
@@ -115,10 +113,7 @@ def test_exponent_of_a_known_power_law() -> None:
             assert abs(fit.alpha - alpha) < 4 * (alpha - 1) / root, (alpha, seed)
             # Kolmogorov's 1 % point, for a law that is known.
             assert fit.distance < 1.63 / root, (alpha, seed)
-
-
-def test_tail_begins_where_the_power_law_does() -> None:
-    """A body that follows no power law is left out of the tail."""
+    # A body that follows no power law is left out of the tail.
     tail = pareto(3.0, 1000, 0)
     body = torch.linspace(0.02, 0.9, 1000, dtype=torch.float64).sqrt()
     fit = heavy_tail_exponent(torch.cat([tail, body]))

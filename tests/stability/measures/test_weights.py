@@ -12,7 +12,8 @@ from stability.measures.weights import EXACT, GRAM, PLOT_POINTS, plot_places, we
 
 
 def test_figures_against_numpy() -> None:
-    """Norm, spread, largest magnitude, zeros, ranks and the exponent's tail of a random matrix."""
+    """Norm, spread, largest magnitude, zeros, ranks and tail; sums are in float64 for any type."""
+    assert weigh("w", torch.full((300, 300), 200.0).half()).norm == pytest.approx(200.0 * 300)
     values = np.random.default_rng(0).standard_normal((80, 50)) + 0.3
     values[values > 1.5] = 0.0
     found = weigh("w", torch.from_numpy(values))
@@ -56,10 +57,7 @@ def test_values_that_are_not_finite_are_counted_and_passed_over() -> None:
     assert found.spread == pytest.approx(0.0, abs=1e-6) and found.zero_share == 0.0
     lost = weigh("w", torch.full((2, 2), math.nan))
     assert (lost.norm, lost.largest, lost.not_finite) == (0.0, 0.0, 4)
-
-
-def test_a_matrix_of_zeros_and_an_empty_one() -> None:
-    """Ranks of 0 and no tail; nothing at all."""
+    # A matrix of zeros has ranks of 0 and no tail.
     spectrum = weigh("w", torch.zeros(30, 40)).spectrum
     assert spectrum is not None and spectrum.tail is None
     assert spectrum.spectral_norm == spectrum.effective_rank == spectrum.stable_rank == 0.0
@@ -92,12 +90,6 @@ def test_blocks_give_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:
         after = weigh(before.name, tensor)
         for name in FIGURES:
             assert getattr(after, name) == pytest.approx(getattr(before, name)), (before.name, name)
-
-
-def test_half_precision_loses_nothing() -> None:
-    """Sums are in float64 whatever the tensor's type."""
-    tensor = torch.full((300, 300), 200.0, dtype=torch.float16)
-    assert weigh("w", tensor).norm == pytest.approx(200.0 * 300)
 
 
 def test_places_of_a_plot() -> None:

@@ -1,4 +1,5 @@
-"""Captures in a process of its own that a test can kill: what ``tests.teachers.store.test_capture`` starts.
+"""Captures in a process of its own that a test can kill: what ``tests.teachers.store.test_capture``
+starts.
 
 Reads one line of JSON for each capture and forks for it, so that heavy modules are imported once.
 The child says ``held`` when it has the folder and ``capturing`` when it begins; on ``wait``, the

@@ -1,10 +1,12 @@
-"""What ``tests/integration/test_distributed.py`` starts in several processes: trainings on stores that exist.
+"""What ``tests/integration/test_distributed.py`` starts in several processes: trainings on stores
+that exist.
 
-accelerate launch --use_fsdp … -m tests.support.children.train_child STORE GUARDED_STORE FOLDER SETTINGS.json
+accelerate launch --use_fsdp … -m tests.support.children.train_child STORE GUARDED_STORE FOLDER
+SETTINGS.json
 
 SETTINGS.json holds the settings of each run on STORE by name; then come the trainings of
-``tests/integration/test_guard_distributed.py`` on GUARDED_STORE. All of them are done twice: in FOLDER/ddp as
-under ``torchrun``, which sets none of accelerate's variables, and in FOLDER/fsdp.
+``tests/integration/test_guard_distributed.py`` on GUARDED_STORE. All of them are done twice: in
+FOLDER/ddp as under ``torchrun``, which sets none of accelerate's variables, and in FOLDER/fsdp.
 """
 
 from __future__ import annotations

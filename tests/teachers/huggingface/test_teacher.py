@@ -123,10 +123,8 @@ def test_all_kinds_of_targets_say_what_the_logits_say(teacher: HuggingFaceTeache
     sequences = texts(12, seed=4)
     expected = torch.from_numpy(teacher.logits(sequences)).double().log_softmax(-1)
     likely = expected > -8.0
-    final, layer1 = (
-        torch.from_numpy(np.array(teacher.states(sequences, (1,))[name]))
-        for name in ("final", "layer1")
-    )
+    states = teacher.states(sequences, (1,))
+    final, layer1 = (torch.from_numpy(np.array(states[name])) for name in ("final", "layer1"))
     metric = tail_metric(final, teacher.output_rows, VOCAB)
     bases = {"final": fit_basis(final, metric, 64), "layer1": fit_basis(layer1, None, 64)}
     head = bases["final"].head(teacher.output_rows, VOCAB)
@@ -270,9 +268,8 @@ def test_digests_follow_weights_configuration_and_tokenizer(folder: Path, broken
     edit(broken / "config.json", rms_norm_eps=1e-3)
     (broken / "chat_template.jinja").write_text("{{ messages }}")
     changed = HuggingFaceTeacher(broken).info
-    assert (
-        changed.sha256 != original.sha256 and changed.tokenizer_sha256 != original.tokenizer_sha256
-    )
+    assert changed.sha256 != original.sha256
+    assert changed.tokenizer_sha256 != original.tokenizer_sha256
     save_tokenizer(broken, add_bos=False)
     assert not HuggingFaceTeacher(broken).info.add_bos
 
@@ -286,9 +283,8 @@ def test_tokens_and_text(teacher: HuggingFaceTeacher) -> None:
 
     plain, parsed = tokens(line, False, False), tokens(line, False, True)
     assert EOS not in plain and EOS in parsed
-    assert (
-        teacher.detokenize([np.array(found, np.int32) for found in (plain, parsed)]) == [line] * 2
-    )
+    both = [np.array(found, np.int32) for found in (plain, parsed)]
+    assert teacher.detokenize(both) == [line] * 2
     assert tokens(line, True, True) == [BOS, *parsed]
     end = [np.array([BOS, END], np.int32), np.array([], np.int32)]
     assert teacher.detokenize(end) == ["<s><|end|>", ""]

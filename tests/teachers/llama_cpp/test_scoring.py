@@ -143,11 +143,12 @@ def test_the_last_rows_alone(two_lanes: tuple[GGUFTeacher, GGUFTeacher]) -> None
 
 def test_rows_as_they_are_need_no_pytorch() -> None:
     """Loading it takes the worker longer than most answers."""
-    program = "import sys, teachers.llama_cpp.scoring, teachers.llama_cpp.server; sys.exit('torch' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[3]).returncode
-        == 0
+    program = (
+        "import sys, teachers.llama_cpp.scoring, teachers.llama_cpp.server; "
+        "sys.exit('torch' "
+        "in sys.modules)"
     )
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[3], check=True)
 
 
 def test_progress_counts_every_row(teacher: GGUFTeacher) -> None:
@@ -288,9 +289,8 @@ def test_kept_arrays_have_a_row_for_each_position(teacher: GGUFTeacher) -> None:
         (Recipe("dense", layers=(0,), layer_bytes=width), dense | layer0),
     ):
         found = teacher.score(sequences, recipe, bases)
-        assert {
-            name: (array.shape, array.dtype.str[1:]) for name, array in found.items()
-        } == expected
+        shapes = {name: (array.shape, array.dtype.str[1:]) for name, array in found.items()}
+        assert shapes == expected, recipe
         if recipe.kind == "dense":
             assert np.array_equal(found["logits"], logits)
         if recipe.kind == "compact":

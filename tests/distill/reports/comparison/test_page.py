@@ -16,9 +16,10 @@ from distill.evaluation.records import Comparison, Fidelity, ModelEvaluation, Ta
 from distill.metrics.intervals import Figure, wilson
 from distill.metrics.safety import SafetyScore, score_decisions
 from distill.reports.comparison.charts import LETTER, LINE, charts, label_sides, labels
-from distill.reports.comparison.page import told, write_page
+from distill.reports.comparison.report import document_of
 from distill.reports.comparison.tables import harness_figure, sections
 from distill.reports.comparison.verdict import verdict
+from distill.reports.render.html import write_page
 from tests.support.report_runs import (
     HOSTILE,
     about,
@@ -383,7 +384,7 @@ def test_page_is_one_file_that_plotly_takes(tmp_path: Path) -> None:
     """No address, no script but its own, every chart has its place, and everything is JSON."""
     for make in CASES.values():
         whole = make()
-        write_page(whole, tmp_path / "page.html")
+        write_page(document_of(whole), tmp_path / "page.html")
         sound_page((tmp_path / "page.html").read_text(encoding="utf-8"))
         figures_take(charts(whole).values())
         assert json.loads(json.dumps(whole.to_json(), allow_nan=False))["kind"] == "evaluation"
@@ -402,7 +403,7 @@ def test_page_keeps_hostile_names_as_text(tmp_path: Path) -> None:
     students[1] = replace(students[1], task=replace(students[1].task, name=bad))
     hostile = replace(whole, students=students, text=bad, environment={bad: {bad: bad}})
     hostile = replace(hostile, teacher=replace(hostile.teacher, name=HOSTILE))
-    write_page(hostile, tmp_path / "page.html")
+    write_page(document_of(hostile), tmp_path / "page.html")
     parsed, figures = sound_page((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert bad in "".join(parsed.words) and HOSTILE in "".join(parsed.words)
     for figure in figures.values():  # Plotly takes some markup in names, none in the buttons' words
@@ -417,13 +418,13 @@ def test_page_goes_only_where_a_page_belongs(tmp_path: Path) -> None:
     """No other file is overwritten, and a missing folder is named."""
     for name, words in (("a.json", "must end in .html"), ("no/a.html", "there is no folder")):
         with pytest.raises(UserError, match=words):
-            write_page(one_student(), tmp_path / name)
+            write_page(document_of(one_student()), tmp_path / name)
 
 
 def test_title_names_who_is_compared() -> None:
     """One student by its name, several by their number."""
-    assert told(one_student()).title == "student and desk teacher"
-    assert told(nine_files()).title == "9 students of desk teacher"
+    assert document_of(one_student()).title == "student and desk teacher"
+    assert document_of(nine_files()).title == "9 students of desk teacher"
 
 
 @needs_browser
@@ -432,5 +433,5 @@ def test_in_a_browser(tmp_path: Path) -> None:
     """All charts are drawn, and the console stays empty."""
     for name, width in (("nine", 1280), ("some", 390)):
         whole = CASES[name]()
-        write_page(whole, tmp_path / "page.html")
+        write_page(document_of(whole), tmp_path / "page.html")
         drawn_in_a_browser(tmp_path / "page.html", sum(map(len, charts(whole).values())), [width])

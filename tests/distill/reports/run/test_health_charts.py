@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from distill.errors import UserError
-from distill.reports.build import page, write_page
+from distill.reports.build import document_of
+from distill.reports.render.html import write_page
 from distill.reports.run.charts import charts, comparison_charts
 from distill.reports.run.report import Report, compare, read_report
 from distill.runs.metrics_log import LOSS_PARTS, Metrics, read_metrics, step_of
@@ -28,6 +29,7 @@ from tests.support.report_runs import (
     lines_of_a_run,
     make_run,
     needs_browser,
+    page,
     printed,
     probe_line,
     said,
@@ -345,7 +347,7 @@ def test_log_in_the_terminal_is_the_newest(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_in_a_browser(guarded: Report, tmp_path: Path) -> None:
     """All charts are drawn and the console stays empty."""
-    write_page(guarded, tmp_path / "report.html")
+    write_page(document_of(guarded), tmp_path / "report.html")
     drawn_in_a_browser(tmp_path / "report.html", sum(map(len, charts(guarded).values())))
 
 

@@ -15,11 +15,13 @@ import pytest
 import distill.reports.render.html
 from distill.errors import UserError
 from distill.metrics.intervals import wilson
-from distill.reports.build import page, write_page, write_run_report
+from distill.reports.build import document_of, write_run_report
+from distill.reports.render.html import write_page
 from distill.reports.run.charts import charts, comparison_charts
 from distill.reports.run.report import CURVE_POINTS, compare, read_report, thinned
 from distill.runs.folder import RunFolder
 from distill.runtime.progress import Console
+from teachers.atomic_files import exclusive
 from tests.support.report_runs import (
     HOSTILE,
     MAX_BYTES,
@@ -32,7 +34,9 @@ from tests.support.report_runs import (
     lines_of_a_run,
     make_run,
     needs_browser,
+    page,
     printed,
+    put,
     refusal,
     said,
     sound_page,
@@ -106,6 +110,8 @@ def test_running_crashed_and_cut_off(tmp_path: Path) -> None:
         assert read_report(path).state == "running"
         child.communicate()
     assert read_report(path).state == "stopped"
+    with exclusive(path):
+        assert read_report(path).state == "running"
 
 
 def test_a_run_of_nothing_but_nulls(tmp_path: Path) -> None:
@@ -253,7 +259,7 @@ def test_page_goes_only_where_a_page_belongs(run: Path) -> None:
     rows = {"config.json": "must end in .html", "no/page.html": "there is no folder"}
     for name, words in rows.items():
         with pytest.raises(UserError, match=words):
-            write_page(read_report(run), run / name)
+            write_page(document_of(read_report(run)), run / name)
 
 
 def test_a_report_that_cannot_be_written_spoils_nothing(
@@ -277,7 +283,7 @@ def test_a_report_that_cannot_be_written_spoils_nothing(
 def test_in_a_browser(run: Path, tmp_path: Path) -> None:
     """A page is drawn in full; a foreign image and a foreign script are refused."""
     out = tmp_path / "report.html"
-    write_page(read_report(run), out)
+    write_page(document_of(read_report(run)), out)
     drawn_in_a_browser(out, 12)
     foreign = (
         '<img src="https://example.org/x.png"><script>document.title = "taken"</script></main>'
@@ -286,3 +292,11 @@ def test_in_a_browser(run: Path, tmp_path: Path) -> None:
     document, words = in_a_browser(out, 1280)
     assert words.count("CONSOLE") >= 2 and "Content Security Policy" in words
     assert "<title>taken" not in document
+
+
+def test_a_student_may_be_larger(run: Path) -> None:
+    """Not 0.4 times smaller."""
+    for ratio, text in ((6.14, "6.1× smaller"), (1.0, "1.0× smaller"), (0.4, "2.5× larger")):
+        put(run / "results.json", "student.file_bytes", 1000)
+        put(run / "results.json", "teacher.file_bytes", 1000 * ratio)
+        assert text in printed(run), ratio

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from distill.reports.build import page, read_content, tell, write_page
+from distill.reports.build import document_of, read_content
+from distill.reports.render.html import write_page
 from distill.reports.weights.comparison import WeightsComparison
 from distill.reports.weights.layers import Place, places_of
 from distill.reports.weights.report import WeightsReport
@@ -32,6 +33,7 @@ from tests.support.report_runs import (
     figures_take,
     make_run,
     needs_browser,
+    page,
     printed,
     refusal,
     sound_page,
@@ -109,7 +111,7 @@ def test_the_example_teacher() -> None:
     assert {each.stored_as for each in report.tensors} == {"Q8_0", "F32"}
     check_facts(about(report.verdict, "finite"), ("good", "All 4.8 M values"))
     check_facts(about(report.verdict, "collapsed"), ("good", "No matrix"))
-    told = tell(report)
+    told = document_of(report)
     spectra, layers = told.charts["weights"]
     assert [choice["label"] for choice in spectra.figure["choices"]][-1] == "outside the layers"
     assert len(spectra.figure["data"]) == 25 and layers.figure["data"][0]["y"] == list("012345")
@@ -176,7 +178,7 @@ def test_large_matrices_and_odd_types(tmp_path: Path, monkeypatch: pytest.Monkey
     assert reasons == ["not a matrix", "not a matrix", "empty"]
     check_facts(about(report.verdict, "Gram matrix"), ("plain", "one tensor", "0.0005"))
     assert "by Gram matrix" in printed(report)
-    assert page(report) and tell(report).charts["weights"][0].figure["data"]
+    assert page(report) and document_of(report).charts["weights"][0].figure["data"]
 
 
 def test_progress_is_shown_where_it_takes_long(
@@ -220,7 +222,7 @@ def test_two_files(tmp_path: Path) -> None:
         ("plain", "Only in B: lm_head.weight."),
     )
     assert "A and B" in printed(both) and "50.00%" in printed(both)
-    figures_take(tell(both).charts.values())
+    figures_take(document_of(both).charts.values())
     content = json.loads(json.dumps(both.to_json(), allow_nan=False))
     assert content["kind"] == "weights comparison"
     assert len(content["files"]) == 2 and len(content["pairs"]) == 17
@@ -384,5 +386,5 @@ def test_thousands_of_matrices_stay_small(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_in_a_browser(tmp_path: Path) -> None:
     """Both charts of the example teacher are drawn, and the console stays empty."""
-    write_page(one(example_teacher()), tmp_path / "report.html")
+    write_page(document_of(one(example_teacher())), tmp_path / "report.html")
     drawn_in_a_browser(tmp_path / "report.html", 2)

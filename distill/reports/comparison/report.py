@@ -1,0 +1,22 @@
+"""The report of ``distill evaluate``."""
+
+from __future__ import annotations
+
+from distill.evaluation.records import Comparison
+from distill.reports.comparison.charts import charts
+from distill.reports.comparison.tables import sections
+from distill.reports.comparison.verdict import verdict
+from distill.reports.document import Document
+
+
+def document_of(comparison: Comparison) -> Document:
+    """What the page says: the verdict, tables and charts, nothing escaped but names in charts."""
+    names = [student.name for student in comparison.students]
+    teacher = comparison.teacher.name
+    title = (
+        f"{names[0]} and {teacher}" if len(names) == 1 else f"{len(names)} students of {teacher}"
+    )
+    lead = "How near a student comes to its teacher, and what it takes; all on the same text."
+    return Document(
+        title, lead, [("", verdict(comparison))], sections(comparison), charts(comparison)
+    )
