@@ -1,9 +1,6 @@
-"""Watching a training run, and keeping it from being spoilt.
+"""A guard for any training loop; start with ``Guard``."""
 
-Works on any module and optimizer; knows nothing of teachers or SO8T. ``Guard`` is where to begin.
-"""
-
-from stability.events import Event, GaveUp, GuardSettings, Limit, Verdict
+from stability.events import Event, GaveUp, GuardSettings, Hooks, Limit, Verdict
 from stability.guard import Guard
 from stability.measures.monitor import Monitor
 from stability.measures.probe import ModuleProbe, ProbeReading
@@ -15,6 +12,7 @@ __all__ = [
     "GaveUp",
     "Guard",
     "GuardSettings",
+    "Hooks",
     "Limit",
     "ModuleProbe",
     "Monitor",

@@ -1,4 +1,4 @@
-"""What the processes of a launch must agree on, so that all of them do the same."""
+"""Agreement of the processes of a launch, so that all of them do the same."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from typing import Any
 import torch
 from torch import distributed
 
-from stability.detectors import Trouble
+from stability.detectors import Anomaly
 
-BATCH = "batch: "  # how ``stability.diagnosis`` begins the name of a batch's tensor
+BATCH = "batch: "  # before the name of a batch's tensor (``stability.diagnosis``)
 
 
 class Processes:
-    """The processes of ``torch.distributed``, or this one alone. ``device``: of the tensors they exchange."""
+    """The processes of ``torch.distributed``, or only this one; they exchange on ``device``."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.count = 1
-        if distributed.is_available() and distributed.is_initialized():
-            self.count = distributed.get_world_size()
+        launched = distributed.is_available() and distributed.is_initialized()
+        self.count = distributed.get_world_size() if launched else 1
 
-    def most(self, number: int) -> int:
+    def maximum(self, number: int) -> int:
         """The largest of all processes' numbers."""
         if self.count == 1:
             return number
@@ -30,8 +29,8 @@ class Processes:
         distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
         return int(value)
 
-    def all(self, value: Any) -> list[Any]:
-        """Every process's value, in the order of their ranks."""
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of ranks."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -39,15 +38,15 @@ class Processes:
         return values
 
 
-def nearest_the_cause(found: Sequence[Trouble | None]) -> Trouble:
-    """The most severe of what the processes found in one step; of equals what is nearest to the cause.
+def root_cause(anomalies: Sequence[Anomaly | None]) -> Anomaly:
+    """The most severe of the processes' anomalies in one step; of equals the one nearest the cause.
 
-    The process that has the damage can name it; the others see what came of it: a loss that is not finite though their
-    own batch is, or a collapse that they would blame on the data.
+    The process with the damage can name it. The others see its effects: a loss that is not finite
+    though their own batch is, or a collapse that they would attribute to the data.
     """
 
-    def rank(one: Trouble) -> tuple[int, bool, bool, bool]:
-        named = one.tensor or ""
-        return int(one.action), not one.blames_data, named.startswith(BATCH), bool(named)
+    def rank(one: Anomaly) -> tuple[int, bool, bool, bool]:
+        tensor = one.tensor or ""
+        return int(one.action), not one.suspects_data, tensor.startswith(BATCH), bool(tensor)
 
-    return max((one for one in found if one is not None), key=rank)  # the first process's of equals
+    return max((one for one in anomalies if one is not None), key=rank)  # the first of equals

@@ -1,22 +1,25 @@
-"""What a guard is told, and what it answers."""
+"""The guard's settings, what its caller adds, and what it answers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from stability.detectors import Action, Trouble
+from stability.detectors import Action
+from stability.measures.probe import Probe, ProbeReading
+from stability.snapshots import Extra
 
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """``max_norm``: of the gradient, always (none unless it is given); ``z_clip``: how many deviations above past norms
-    it is cut besides.
+    """Bounds of the clipping, and how often the guard looks and acts.
 
-    ``snapshot_every`` steps a state is kept in memory, the newest ``snapshots`` of them. ``rollbacks``: how often in a
-    row it goes back before it gives up; each time the learning rate is multiplied by ``lower``, is reached again over
-    ``rewarm`` steps and comes back over ``recover`` steps. ``probe_every``: steps between looks at the fixed text.
+    ``max_norm``: limit of gradient norms; ``z_clip``: deviations above past norms at which they
+    are clipped too. ``snapshot_every``: steps between snapshots, of which the newest ``snapshots``
+    stay in memory. ``rollbacks``: in a row, before the guard gives up; each multiplies the learning
+    rate by ``lower``, reached over ``rewarm`` steps, which rises to its schedule over ``recover``
+    more. ``probe_every``: steps between readings of the probe.
     """
 
     max_norm: float = math.inf
@@ -30,11 +33,6 @@ class GuardSettings:
     probe_every: int = 25
 
     def __post_init__(self) -> None:
-        """See that counts are ones.
-
-        Raises:
-            ValueError: names the setting that is too small.
-        """
         for name in ("snapshot_every", "snapshots", "rollbacks", "recover", "probe_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
@@ -42,7 +40,7 @@ class GuardSettings:
 
 @dataclass(frozen=True)
 class Limit:
-    """A figure of the caller's that must not exceed ``at_most``; ``where`` says which tensor it is worst in."""
+    """A bound of one of the caller's stats; ``where`` names the tensor with the worst value."""
 
     name: str
     at_most: float
@@ -51,12 +49,12 @@ class Limit:
 
 @dataclass(frozen=True)
 class Event:
-    """What the guard did, as the log has it. ``batch``: the caller's names for what was in the batch."""
+    """One act of the guard, as logged. ``batch``: the caller's names of what was in the batch."""
 
     step: int
     action: str
     signal: str
-    words: str
+    message: str
     tensor: str | None = None
     value: float | None = None
     limit: float | None = None
@@ -65,9 +63,29 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Hooks:
+    """What the caller adds to a guard.
+
+    ``probe``: reads the model on a probe text; without it a collapse shows only in the loss.
+    ``extra``: the caller's own state (data position, objective), which rolls back too. ``limits``:
+    of the stats that ``Guard.step`` gets. ``on_event``: gets every event at once; ``on_probe``: the
+    step and every reading.
+    """
+
+    probe: Probe | None = None
+    extra: Extra | None = None
+    limits: Sequence[Limit] = ()
+    on_event: Callable[[Event], None] = lambda event: None
+    on_probe: Callable[[int, ProbeReading], None] = lambda step, reading: None
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """What became of a step. ``action``: what was done about it; ``totals``: gradient norms of the clip groups before
-    clipping; ``limits``: what they were cut to; ``update_ratio``: the largest of any weight."""
+    """The outcome of a step.
+
+    ``action``: what was done; ``totals``: gradient norms of the clip groups before clipping;
+    ``limits``: their limits; ``update_ratio``: the largest update-to-weight ratio of any weight.
+    """
 
     action: Action
     totals: dict[str, float] = field(default_factory=dict)
@@ -78,23 +96,8 @@ class Verdict:
 
 
 class GaveUp(RuntimeError):
-    """Training cannot go on; the model is as it was in its last good state. ``event`` says why."""
+    """Training cannot go on; the model is in its last good state. ``event`` says why."""
 
     def __init__(self, event: Event) -> None:
-        super().__init__(event.words)
+        super().__init__(event.message)
         self.event = event
-
-
-def event_of(
-    step: int,
-    action: str,
-    trouble: Trouble,
-    words: str,
-    *,
-    to_step: int | None = None,
-    batch: list[int] | None = None,
-) -> Event:
-    """What is logged of trouble and what was done about it."""
-    return Event(
-        step, action, trouble.signal, words, trouble.tensor, trouble.value, trouble.limit, to_step, batch
-    )

@@ -1,4 +1,4 @@
-"""The last good states of a training, in memory, to go back to."""
+"""The last good states of a training, in memory, for rollbacks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stability.measures.step import local
 
 @dataclass(frozen=True)
 class Extra:
-    """What of the caller's own state goes with a snapshot: ``save`` returns a copy, ``restore`` puts it back."""
+    """The caller's own part of a snapshot: ``save`` returns a copy, ``restore`` puts it back."""
 
     save: Callable[[], Any]
     restore: Callable[[Any], None]
@@ -26,11 +26,11 @@ class Extra:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the optimizer's step after ``step`` others begins from.
+    """The state from which the optimizer takes its next step, after ``step`` others.
 
-    Taken after that step's backward pass: buffers are as that left them; the random state is that of before it.
-    ``moments``: the optimizer's state of each parameter, ``groups`` its settings; ``information``: of the newest look
-    at the fixed text.
+    Taken after the backward pass, which has updated the buffers; the random state is from before
+    the forward pass. ``moments``: the optimizer's state of each parameter, ``groups`` its settings;
+    ``information``: of the newest probe reading; ``losses``: the loss detector's state.
     """
 
     step: int
@@ -42,24 +42,24 @@ class Snapshot:
     randomness: dict[str, Tensor]
     extra: Any
     information: float | None
+    losses: dict[str, Any] | None
 
 
 class Keeper:
-    """Takes snapshots and keeps the newest few.
+    """Takes snapshots and keeps the newest ``count``.
 
-    Each holds, in main memory, the weights that are trained, buffers and optimizer state: with Adam three times the
-    weights. Of what FSDP has spread, each process keeps its part.
-
-    Raises:
-        ValueError: the optimizer has parameters that are not the model's, which would not go back.
+    Each holds trained weights, buffers and optimizer state in main memory: with Adam three times
+    the weights. Each process keeps its part of what FSDP has sharded. An optimizer with parameters
+    that are not the model's is refused (``ValueError``).
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        schedule: LRScheduler | None,
-        extra: Extra | None,
+        *,
+        schedule: LRScheduler | None = None,
+        extra: Extra | None = None,
         count: int,
     ) -> None:
         self.model, self.optimizer, self.schedule, self.extra = model, optimizer, schedule, extra
@@ -68,43 +68,47 @@ class Keeper:
         self._random: tuple[int, dict[str, Tensor]] | None = None
         self.weights = [one for one in model.parameters() if one.requires_grad]
         known = {id(one) for one in model.parameters()}
-        strangers = sum(id(one) not in known for group in optimizer.param_groups for one in group["params"])
-        if strangers:
-            raise ValueError(
-                f"{strangers} parameters of the optimizer are not the model's: they could not go back"
-            )
+        owned = [one for group in optimizer.param_groups for one in group["params"]]
+        if unknown := sum(id(one) not in known for one in owned):
+            raise ValueError(f"{unknown} parameters of the optimizer are not the model's")
 
     def keep_random_state(self, step: int) -> None:
-        """Remember the random state as it is before a step that a snapshot may be taken in."""
+        """Remember the random state before a step in which a snapshot may be taken."""
         self._random = step, random_state()
 
     @torch.no_grad()
-    def take(self, step: int, information: float | None, *, keep_first: bool = False) -> None:
-        """Keep the state as it is now; the oldest goes when there are too many, or the second where the first is to
-        stay."""
+    def take(
+        self,
+        step: int,
+        information: float | None,
+        *,
+        losses: dict[str, Any] | None = None,
+        keep_first: bool = False,
+    ) -> None:
+        """Take a snapshot; drop the oldest of too many, or with ``keep_first`` the second."""
         while len(self.kept) >= max(self.count, 2 if keep_first else 1):
             self.kept.pop(1 if keep_first and len(self.kept) > 1 else 0)
-        settings = [
-            {key: copy.copy(value) for key, value in group.items() if key != "params"}
-            for group in self.optimizer.param_groups
-        ]
-        self.kept.append(
-            Snapshot(
-                step,
-                [_copied(one) for one in self.weights],
-                [_copied(one) for one in self.model.buffers()],
-                [_copied_state(self.optimizer.state.get(one, {})) for one in self.weights],
-                settings,
-                None if self.schedule is None else copy.deepcopy(self.schedule.state_dict()),
-                self._random[1] if self._random is not None and self._random[0] == step else random_state(),
-                None if self.extra is None else self.extra.save(),
-                information,
-            )
+        known = self._random
+        randomness = known[1] if known is not None and known[0] == step else random_state()
+        groups = self.optimizer.param_groups
+        states = (self.optimizer.state.get(one, {}) for one in self.weights)
+        snapshot = Snapshot(
+            step,
+            [_copied(one) for one in self.weights],
+            [_copied(one) for one in self.model.buffers()],
+            [{key: _copied(value) for key, value in one.items()} for one in states],
+            [{key: copy.copy(one[key]) for key in one if key != "params"} for one in groups],
+            None if self.schedule is None else copy.deepcopy(self.schedule.state_dict()),
+            randomness,
+            None if self.extra is None else self.extra.save(),
+            information,
+            losses,
         )
+        self.kept.append(snapshot)
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
-        """Put a snapshot back; younger ones are of a future that will not be, and go."""
+        """Restore a snapshot, and drop those taken after it."""
         for weight, saved in zip(self.weights, snapshot.weights, strict=True):
             local(weight).copy_(saved)
         self.restore_buffers(snapshot)
@@ -123,12 +127,12 @@ class Keeper:
 
     @torch.no_grad()
     def restore_buffers(self, snapshot: Snapshot) -> None:
-        """Put the buffers alone back (running averages, which a forward pass changes)."""
+        """Restore only the buffers (running averages, which a forward pass changes)."""
         for buffer, saved in zip(self.model.buffers(), snapshot.buffers, strict=True):
             local(buffer).copy_(saved)
 
     def _restore_moments(self, weight: nn.Parameter, moments: dict[str, Any]) -> None:
-        """One parameter's state, written into the tensors that are there, so that it stays spread as it is."""
+        """Write a parameter's state into the tensors that are there, which may be sharded."""
         if not moments:
             self.optimizer.state.pop(weight, None)
             return
@@ -140,13 +144,8 @@ class Keeper:
                 state[key] = copy.deepcopy(saved)
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    """A copy in main memory of what this process holds."""
-    return local(tensor.detach()).to("cpu", copy=True)
-
-
-def _copied_state(state: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _copied(value) if isinstance(value, Tensor) else copy.deepcopy(value)
-        for key, value in state.items()
-    }
+def _copied(value: Any) -> Any:
+    """A copy, in main memory; of a tensor only the local part."""
+    if isinstance(value, Tensor):
+        return local(value.detach()).to("cpu", copy=True)
+    return copy.deepcopy(value)

@@ -1,8 +1,6 @@
 """The SO8T student: SO(8) gates, the decoder, its construction, folding and GGUF export.
 
-Importing this package registers the architecture with transformers, so that
-``AutoModelForCausalLM.from_pretrained`` loads a saved student; transformers and PyTorch are not
-imported for that (see ``students.registration``).
+Importing this package registers the architecture with transformers (``students.registration``).
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""transformers knows the SO8T architecture after ``import students``, which does not import it.
+"""Register SO8T with transformers on ``import students``, without importing transformers.
 
 ``AutoModelForCausalLM.from_pretrained`` then loads a student, whichever of the two was imported
-first. To register the model takes transformers and PyTorch, which need seconds to import, and much
-of this package does without them. So it is done when somebody imports transformers: a finder on
-``sys.meta_path`` lets the other finders look for it, and has the decoder, which registers itself,
-imported once transformers has been.
+first. Registering needs transformers and PyTorch, which take seconds to import, and much of this
+package does without them. So a finder on ``sys.meta_path`` waits for the import of transformers and
+then imports the decoder, which registers itself.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from types import ModuleType
 
 DECODER = "students.model.decoder"
 AWAITED = "transformers"
-# Modules of this package are awaited too: where one of them is what imports transformers, the
-# decoder, which may need it, has to wait until it is complete.
+# Modules of this package are awaited too: where one of them imports transformers, the decoder,
+# which may need it, has to wait until it is complete.
 OURS = "students."
 
 
@@ -32,8 +31,7 @@ def register_with_transformers() -> None:
 
 
 class _Awaiting(MetaPathFinder):
-    """Finds what is awaited as the other finders do; stays until that is not only found but
-    imported."""
+    """Finds the awaited modules through the other finders; stays until they are imported."""
 
     def __init__(self) -> None:
         self.unfinished = 0  # awaited modules that are being imported, one within the other
@@ -41,12 +39,12 @@ class _Awaiting(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Where the module is, with a loader that sees to the registration."""
+        """The module's spec, with a loader that registers the decoder."""
         if fullname != AWAITED and not fullname.startswith(OURS):
             return None
         others = [one for one in sys.meta_path if one is not self and hasattr(one, "find_spec")]
-        found = (one.find_spec(fullname, path, target) for one in others)
-        spec = next((one for one in found if one is not None), None)
+        specs = (one.find_spec(fullname, path, target) for one in others)
+        spec = next((one for one in specs if one is not None), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module

@@ -10,12 +10,12 @@ from students.model.interface import Student
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, on this process; every process that holds a part must ask for it."""
+    """The whole tensor, on this process; a collective call for all that hold a part."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def laid_out_like(whole: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor spread as ``tensor`` is, on its device; as it is where that is not spread."""
+    """A whole tensor, distributed as ``tensor`` is if that is."""
     if not isinstance(tensor, DTensor):
         return whole
     return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements)

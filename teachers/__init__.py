@@ -1,5 +1,4 @@
-"""Running a teacher: GGUF files through llama.cpp, their soft targets, and the store that keeps
-them."""
+"""Running a teacher: GGUF files through llama.cpp, soft targets, and the store of them."""
 
 from pathlib import Path
 

@@ -13,8 +13,7 @@ LOCK = ".lock"
 
 
 class StoreError(ValueError):
-    """A store that cannot be used as asked; the message names the folder, the reason and the
-    remedy."""
+    """A store that cannot be used as asked; names the folder, the reason and the remedy."""
 
 
 @contextmanager

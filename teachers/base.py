@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,10 @@ Floats = NDArray[np.float32]
 Progress = Callable[[int], None]
 
 
+def no_progress(done: int) -> None:
+    """Progress that nobody watches."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the teacher picks tokens: temperature and nucleus (``top_p`` 1 keeps everything)."""
@@ -30,15 +34,28 @@ class Sampling:
     seed: int = 0
 
 
-MOST = 1 << 20  # heads or widths that a real model may have
-ROTARY_BASES = (1.0, 1e12)
-NORM_EPSILONS = (1e-30, 0.1)
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One sequence to write per prompt, forced and generated tokens together.
+
+    A prompt is a list of forced segments. After each one the teacher writes until it ends its turn;
+    the next segment then stands in place of its end-of-turn token (a chat template's text between
+    two turns carries that token itself). Sequence i draws from random stream ``first_index + i`` of
+    the seed, so it does not depend on what it is batched with.
+    """
+
+    prompts: Sequence[Sequence[Tokens]]
+    sampling: Sampling
+    first_index: int = 0
+
+
+MAX_COUNT = 1 << 20  # heads or widths that a real model may have
+BOUNDS = {"rope_theta": (1.0, 1e12), "rms_norm_eps": (1e-30, 0.1)}
 
 
 @dataclass(frozen=True)
 class TeacherShape:
-    """The proportions of a teacher's layers, all of which have the same; ``None`` where they are
-    not known."""
+    """The proportions of a teacher's layers, the same in all of them; ``None``: not known."""
 
     heads: int | None = None
     kv_heads: int | None = None
@@ -48,45 +65,25 @@ class TeacherShape:
     rms_norm_eps: float | None = None
 
     @classmethod
-    def believed(
-        cls,
-        *,
-        heads: object = None,
-        kv_heads: object = None,
-        head_width: object = None,
-        ffn_width: object = None,
-        rope_theta: object = None,
-        rms_norm_eps: object = None,
-    ) -> TeacherShape:
-        """A shape from values of an untrusted file; what no model has (or has per layer) counts
-        as not known."""
-        return cls(
-            heads=_count(heads),
-            kv_heads=_count(kv_heads),
-            head_width=_count(head_width),
-            ffn_width=_count(ffn_width),
-            rope_theta=_within(rope_theta, ROTARY_BASES),
-            rms_norm_eps=_within(rms_norm_eps, NORM_EPSILONS),
-        )
+    def from_untrusted(cls, **stated: object) -> TeacherShape:
+        """A shape from a file's values; what no model has (or has per layer) counts as unknown."""
+        return cls(**{name: _plausible(name, value) for name, value in stated.items()})
 
 
-def _count(value: object) -> int | None:
-    return value if type(value) is int and 1 <= value <= MOST else None
-
-
-def _within(value: object, bounds: tuple[float, float]) -> float | None:
-    if type(value) not in (int, float):  # a bool is an int to isinstance
+def _plausible(name: str, value: object) -> Any:
+    if name not in BOUNDS:
+        return value if type(value) is int and 1 <= value <= MAX_COUNT else None
+    if type(value) is not int and type(value) is not float:  # a bool is an int to isinstance
         return None
-    assert isinstance(value, (int, float))
-    return float(value) if bounds[0] <= value <= bounds[1] else None
+    least, most = BOUNDS[name]
+    return float(value) if least <= value <= most else None
 
 
 @dataclass(frozen=True)
 class TeacherInfo:
     """Facts about a teacher; token ids it does not have are ``None``.
 
-    ``end_tokens``: the tokens with which it ends its turn. ``shape``: of its layers, as far as it
-    is known.
+    ``end_tokens``: those with which it ends its turn. ``shape``: of its layers, if known.
     """
 
     name: str
@@ -109,21 +106,20 @@ class TeacherInfo:
 
 @dataclass(frozen=True)
 class TokenizedLines:
-    """Texts and the ids the teacher's own tokenizer gives them (control tokens parsed, BOS as it
-    wants)."""
+    """Texts and the teacher's own ids for them (control tokens parsed, BOS as it wants)."""
 
     texts: list[str]
     tokens: list[Tokens]
 
 
-Self = TypeVar("Self")
+Self = TypeVar("Self", bound="Teacher")
 
 
 class Teacher(Protocol):
-    """A language model that can tokenise, speak, and say how probable every next token is.
+    """A language model that tokenizes, generates, and gives the probability of every next token.
 
     Letters: N positions over all sequences together (a sequence of n tokens has n − 1), V
-    vocabulary.
+    vocabulary, D width.
     """
 
     info: TeacherInfo
@@ -143,39 +139,37 @@ class Teacher(Protocol):
         """The text of each token sequence, control tokens written out."""
         ...
 
-    def speak(
-        self,
-        requests: Sequence[Sequence[Tokens]],
-        sampling: Sampling,
-        *,
-        first_index: int = 0,
-        progress: Progress = ...,
+    def generate(
+        self, request: GenerationRequest, progress: Progress = no_progress
     ) -> list[Tokens]:
-        """Write one sequence per request (see ``teachers.llama_cpp.generation``); progress
-        counts finished sequences."""
+        """Write one sequence per prompt; ``progress`` counts finished sequences."""
         ...
 
-    def speak_and_score(
+    def generate_and_score(
         self,
-        requests: Sequence[Sequence[Tokens]],
-        sampling: Sampling,
+        request: GenerationRequest,
         recipe: Recipe,
         bases: Mapping[str, Basis],
-        *,
-        first_index: int = 0,
-        progress: Progress = ...,
+        progress: Progress = no_progress,
     ) -> tuple[list[Tokens], Arrays]:
-        """``speak`` and ``score`` of what is said, in one pass where the teacher can."""
-        ...
+        """``generate``, and ``score`` of the result: here in two passes, each half of ``progress``;
+        a teacher that can do both in one overrides it."""
+        sequences = self.generate(request, lambda done: progress(done // 2))
+        total, count = sum(len(tokens) - 1 for tokens in sequences), len(sequences)
+
+        def scored(positions: int) -> None:
+            progress(count // 2 + (count - count // 2) * positions // max(1, total))
+
+        return sequences, self.score(sequences, recipe, bases, scored)
 
     def score(
         self,
         sequences: Sequence[Tokens],
         recipe: Recipe,
         bases: Mapping[str, Basis],
-        progress: Progress = ...,
+        progress: Progress = no_progress,
     ) -> Arrays:
-        """What ``recipe`` keeps of all positions, as the arrays a store keeps, ``[N, …]``.
+        """What ``recipe`` keeps of all positions, as the arrays of a store, ``[N, …]``.
 
         ``bases``: how hidden states are encoded, ``final`` and ``layer<i>``, where the recipe needs
         them.
@@ -185,13 +179,11 @@ class Teacher(Protocol):
     def states(
         self, sequences: Sequence[Tokens], layers: Sequence[int] = ()
     ) -> Mapping[str, Floats]:
-        """Hidden states of all positions, ``[N, D]`` each: ``final`` (after the last norm) and
-        ``layer<i>``."""
+        """Hidden states ``[N, D]``: ``final`` (after the last norm) and ``layer<i>``."""
         ...
 
     def output_rows(self, start: int, stop: int) -> Floats:
-        """Rows of the output matrix, ``[stop − start, D]``: logits are final states times its
-        transpose.
+        """Rows ``[stop − start, D]`` of the matrix whose transpose turns final states into logits.
 
         Raises:
             ValueError: the teacher's output is not one matrix.
@@ -214,41 +206,31 @@ class Teacher(Protocol):
         """Bytes of main memory that the teacher's process takes at present."""
         ...
 
-    def __enter__(self: Self) -> Self: ...
+    def __enter__(self: Self) -> Self:
+        return self
 
-    def __exit__(self, *_: object) -> None: ...
-
-
-def speak_then_score(
-    teacher: Teacher,
-    requests: Sequence[Sequence[Tokens]],
-    sampling: Sampling,
-    recipe: Recipe,
-    bases: Mapping[str, Basis],
-    *,
-    first_index: int = 0,
-    progress: Progress,
-) -> tuple[list[Tokens], Arrays]:
-    """``Teacher.speak_and_score`` in two passes; ``progress`` counts sequences, each half for
-    either pass."""
-    said = teacher.speak(
-        requests, sampling, first_index=first_index, progress=lambda done: progress(done // 2)
-    )
-    total, count = sum(len(tokens) - 1 for tokens in said), len(said)
-
-    def scored(positions: int) -> None:
-        progress(count // 2 + (count - count // 2) * positions // max(1, total))
-
-    return said, teacher.score(said, recipe, bases, scored)
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which shards this process writes: those whose number leaves ``rank`` when divided by
-    ``world``."""
+class ProcessRank:
+    """This process's place in a launch: it writes the shards s with s mod ``world`` = ``rank``."""
 
     rank: int = 0
     world: int = 1
 
 
-WHOLE = Share()
+SINGLE_PROCESS = ProcessRank()
+
+
+def budget_slices(sizes: Sequence[int], budget: int) -> Iterator[slice]:
+    """Slices of consecutive items whose ``sizes`` sum to ``budget`` at most; one item at least."""
+    start = used = 0
+    for index, size in enumerate(sizes):
+        if index > start and used + size > budget:
+            yield slice(start, index)
+            start, used = index, 0
+        used += size
+    if sizes:
+        yield slice(start, len(sizes))

@@ -1,5 +1,4 @@
-"""Several teachers with one vocabulary as a single one: p = Σ w_i · p_i, mixed as distributions at
-T = 1.
+"""Several teachers with one vocabulary as one: p = Σ w_i · p_i, distributions mixed at T = 1.
 
 Its "logits" are log p, so a temperature tempers the mixture, not its members. A mixture has no
 hidden state.
@@ -20,15 +19,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teachers.base import Floats, Progress, Sampling, Teacher, TeacherInfo, Tokens, speak_then_score
+from teachers.base import (
+    Floats,
+    GenerationRequest,
+    Progress,
+    Teacher,
+    TeacherInfo,
+    Tokens,
+    budget_slices,
+    no_progress,
+)
 from teachers.targets.distributions import Arrays
 from teachers.targets.recipe import Recipe
 from teachers.targets.state_codec import Basis
 from teachers.targets.stored_arrays import Answer, reduce
 
-GROUP_BYTES = (
-    32 << 20
-)  # of one member's logits; with the mixture and what is being computed, four times that
+GROUP_BYTES = 32 << 20  # of one member's logits; with mixture and intermediates four times that
 TEXTS_TOGETHER = 4096  # tokens whose texts are compared together
 REMEDY = "use --targets compact --set targets.sketch_bytes=0, or --targets dense"
 
@@ -37,12 +43,8 @@ class EnsembleError(ValueError):
     """Teachers that cannot be mixed, or something that a mixture does not have."""
 
 
-def _quiet(done: int) -> None:
-    """Progress that nobody watches."""
-
-
-class EnsembleTeacher:
-    """A mixture of teachers. The first one tokenises, and speaks. Use as a context manager."""
+class EnsembleTeacher(Teacher):
+    """A mixture of teachers. The first one tokenizes and generates. Use as a context manager."""
 
     def __init__(self, teachers: Sequence[Teacher], weights: Sequence[float]) -> None:
         """Check that the teachers can be mixed; ``weights`` need not add up to 1.
@@ -82,71 +84,48 @@ class EnsembleTeacher:
             sha256=hashlib.sha256(repr(members).encode()).hexdigest(),
         )
 
-    def __enter__(self) -> EnsembleTeacher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def tokenize(
         self, texts: Sequence[str], *, add_special: bool, parse_special: bool
     ) -> list[Tokens]:
-        """See ``Teacher.tokenize``."""
         return self.teachers[0].tokenize(
             texts, add_special=add_special, parse_special=parse_special
         )
 
     def detokenize(self, sequences: Sequence[Tokens]) -> list[str]:
-        """See ``Teacher.detokenize``."""
         return self.teachers[0].detokenize(sequences)
 
-    def speak(
-        self,
-        requests: Sequence[Sequence[Tokens]],
-        sampling: Sampling,
-        *,
-        first_index: int = 0,
-        progress: Progress = _quiet,
+    def generate(
+        self, request: GenerationRequest, progress: Progress = no_progress
     ) -> list[Tokens]:
-        """See ``Teacher.speak``: the first teacher speaks alone; what it says is scored by all."""
-        return self.teachers[0].speak(
-            requests, sampling, first_index=first_index, progress=progress
-        )
+        """See ``Teacher.generate``: the first teacher writes alone; all score what it wrote."""
+        return self.teachers[0].generate(request, progress)
 
     @property
     def runtime(self) -> str:
-        """See ``Teacher.runtime``."""
         return "; ".join(teacher.runtime for teacher in self.teachers)
 
     def memory(self) -> int:
-        """See ``Teacher.memory``."""
         return sum(teacher.memory() for teacher in self.teachers)
 
-    def speak_and_score(
+    def generate_and_score(
         self,
-        requests: Sequence[Sequence[Tokens]],
-        sampling: Sampling,
+        request: GenerationRequest,
         recipe: Recipe,
         bases: Mapping[str, Basis],
-        *,
-        first_index: int = 0,
-        progress: Progress = _quiet,
+        progress: Progress = no_progress,
     ) -> tuple[list[Tokens], Arrays]:
-        """See ``Teacher.speak_and_score``; in two passes."""
+        """See ``Teacher.generate_and_score``; refuses a recipe before anything is written."""
         self._require_logits_alone(recipe)
-        return speak_then_score(
-            self, requests, sampling, recipe, bases, first_index=first_index, progress=progress
-        )
+        return super().generate_and_score(request, recipe, bases, progress)
 
     def score(
         self,
         sequences: Sequence[Tokens],
         recipe: Recipe,
         bases: Mapping[str, Basis],
-        progress: Progress = _quiet,
+        progress: Progress = no_progress,
     ) -> Arrays:
-        """See ``Teacher.score``; a few sequences at a time, so that memory does not grow with their
-        number.
+        """See ``Teacher.score``; a few sequences at a time, which bounds memory.
 
         Raises:
             EnsembleError: the recipe keeps hidden states.
@@ -165,26 +144,22 @@ class EnsembleTeacher:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _require_logits_alone(self, recipe: Recipe) -> None:
-        if recipe.kind == "hidden" or recipe.has_sketch or recipe.layers:
-            hidden = "targets of kind hidden" if recipe.kind == "hidden" else "a sketch"
-            what = "layers" if recipe.layers else hidden
+        if recipe.needs_states or recipe.layers:
+            states = "a sketch" if recipe.has_sketch else f"targets of kind {recipe.kind}"
+            what = "layers" if recipe.layers else states
             raise EnsembleError(f"{what} cannot be kept: {self._no_states()}")
 
     def states(
         self, sequences: Sequence[Tokens], layers: Sequence[int] = ()
     ) -> Mapping[str, Floats]:
-        """A mixture has none.
-
-        Raises:
-            EnsembleError: always.
+        """Raises:
+        EnsembleError: always; a mixture has none.
         """
         raise EnsembleError(self._no_states())
 
     def output_rows(self, start: int, stop: int) -> Floats:
-        """A mixture has none.
-
-        Raises:
-            EnsembleError: always.
+        """Raises:
+        EnsembleError: always; a mixture has none.
         """
         raise EnsembleError(self._no_states())
 
@@ -199,17 +174,11 @@ class EnsembleTeacher:
         groups = [self._mixed(group, exact=exact) for group in self._groups(sequences)]
         return torch.cat(groups).numpy()
 
-    def _groups(self, sequences: Sequence[Tokens]) -> Iterator[Sequence[Tokens]]:
+    def _groups(self, sequences: Sequence[Tokens]) -> list[Sequence[Tokens]]:
         """Consecutive sequences whose logits fit ``GROUP_BYTES``; one sequence at least."""
         room = GROUP_BYTES // (4 * self.info.vocab_size)
-        start, positions = 0, 0
-        for index, tokens in enumerate(sequences):
-            positions += len(tokens) - 1
-            if positions > room and index > start:
-                yield sequences[start:index]
-                start, positions = index, len(tokens) - 1
-        if start < len(sequences):
-            yield sequences[start:]
+        sizes = [len(tokens) - 1 for tokens in sequences]
+        return [sequences[part] for part in budget_slices(sizes, room)]
 
     def _mixed(self, sequences: Sequence[Tokens], *, exact: bool) -> Tensor:
         """log Σ w_i p_i of all positions, float32 ``[N, V]``, in nats; −∞ where every p_i is 0."""
@@ -228,28 +197,22 @@ class EnsembleTeacher:
     def speed(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
         """See ``Teacher.speed``: the members work one after another, so their times add up."""
         speeds = [teacher.speed(prompt_tokens, new_tokens) for teacher in self.teachers]
-        prompt, generation = (
+        prompt, new = (
             1.0 / sum(1.0 / speed for speed in each) for each in zip(*speeds, strict=True)
         )
-        return prompt, generation
+        return prompt, new
 
     def close(self) -> None:
-        """See ``Teacher.close``."""
         for teacher in self.teachers:
             teacher.close()
 
 
 def _require_same_vocabulary(first: Teacher, other: Teacher) -> None:
-    """Every token id must mean the same text to both.
-
-    A token for which one of them has no text at all fills up an output matrix and contradicts
-    nothing.
-    """
+    """Every token id must mean the same text to both; none at all (filling) contradicts nothing."""
     sizes = (first.info.vocab_size, other.info.vocab_size)
     if sizes[0] == sizes[1] and first.info.tokenizer_sha256 == other.info.tokenizer_sha256:
         return
-    differs = next(_differences(first, other, min(sizes)), None)
-    if differs is not None:
+    if differs := next(_differences(first, other, min(sizes)), None):
         token, one, two = differs
         where = f"token {token} is {one!r} to the first and {two!r} to the second"
     elif sizes[0] != sizes[1]:
@@ -260,18 +223,15 @@ def _require_same_vocabulary(first: Teacher, other: Teacher) -> None:
         return
     raise EnsembleError(
         f"{first.info.name} and {other.info.name} have different vocabularies of {sizes[0]} and "
-        f"{sizes[1]} tokens: "
-        f"{where}; an ensemble needs teachers with the same tokenizer"
+        f"{sizes[1]} tokens: {where}; an ensemble needs teachers with the same tokenizer"
     )
 
 
 def _differences(first: Teacher, other: Teacher, size: int) -> Iterator[tuple[int, str, str]]:
     """Tokens below ``size`` that have different texts, and both texts."""
     for start in range(0, size, TEXTS_TOGETHER):
-        single = [
-            np.array([token], dtype=np.int32)
-            for token in range(start, min(size, start + TEXTS_TOGETHER))
-        ]
+        stop = min(size, start + TEXTS_TOGETHER)
+        single = list(np.arange(start, stop, dtype=np.int32)[:, None])
         texts = zip(first.detokenize(single), other.detokenize(single), strict=True)
         for token, (one, two) in zip(itertools.count(start), texts, strict=False):
             if one and two and one != two:

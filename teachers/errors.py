@@ -1,7 +1,4 @@
-"""What can go wrong while llama.cpp runs a file.
-
-Which of them the caller sees decides whose fault it is.
-"""
+"""What can go wrong while llama.cpp runs a file; the class says whose fault it is."""
 
 from __future__ import annotations
 
@@ -13,8 +10,7 @@ class TeacherError(ValueError):
 
 
 class RequestRefused(TeacherError):
-    """A request was answered with an error (``message``) by a teacher that lives on; ``log``:
-    its last lines."""
+    """A teacher that lives on answered with the error ``message``; ``log``: its last lines."""
 
     def __init__(self, path: str, message: str, log: str = "") -> None:
         self.message, self.log = message, log
@@ -22,14 +18,13 @@ class RequestRefused(TeacherError):
 
 
 class WorkerDied(TeacherError):
-    """The process that runs llama.cpp ended, or hung and was stopped, while it was asked for
-    something.
+    """The process that runs llama.cpp ended, or hung and was stopped, during a request.
 
     Attributes:
         what: what happened, going on from "llama.cpp …" ("died during score (signal SIGSEGV)").
         log: its last lines on one line, or nothing.
         from_outside: another process ended it (the system for want of memory, a user).
-        hung: it was stopped because it had given no sign of life.
+        hung: it was stopped, having given no sign of life.
     """
 
     def __init__(
@@ -39,9 +34,8 @@ class WorkerDied(TeacherError):
         memory = "; the system may have run out of memory" if from_outside else ""
         super().__init__(
             f"{path}: llama.cpp {what}{log}{memory}. Nothing saved is lost: run the same command "
-            "again; if it "
-            "comes to the same, try DISTILL_PLAIN_KERNELS=1 in the environment, and `distill "
-            "doctor`"
+            "again; if it comes to the same, try DISTILL_PLAIN_KERNELS=1 in the environment, and "
+            "`distill doctor`"
         )
 
 

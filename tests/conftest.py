@@ -28,7 +28,7 @@ from students.model.decoder import SO8TForCausalLM
 from teachers import example_teacher
 from teachers.errors import RequestRefused
 from teachers.gguf.file import read_gguf
-from teachers.llama_cpp.library.kernels import Way
+from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.server import Server
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.llama_cpp.wire import read_frame, write_frame
@@ -50,13 +50,13 @@ class LlamaHere:
     """Stands for ``WorkerProcess``: llama.cpp in the tests' own process."""
 
     def __init__(
-        self, path: Path, way: Way, *, threads: int, hung_seconds: float = math.inf
+        self, path: Path, way: LoadOptions, *, threads: int, hung_seconds: float = math.inf
     ) -> None:
         self.path = path
         self.process_id = os.getpid()
         self.warnings: list[str] = []
         self.server = Server(io.BytesIO())
-        load = {"path": str(path), "threads": threads, "way": asdict(way)}
+        load = {"path": str(path), "threads": threads, "options": asdict(way)}
         self.description = self.ask("load", load)[0]
 
     def ask(
@@ -83,9 +83,9 @@ class LlamaHere:
     def close(self) -> None:
         """Free the model and its contexts; safe to call twice."""
         if self.server.model is not None:
-            for lane in self.server.lanes:
-                lane.release()
-            self.server.lanes = []
+            for context in self.server.contexts:
+                context.release()
+            self.server.contexts = []
             self.server.model.close()
 
 

@@ -21,7 +21,7 @@ def llama_cpp_as_checked(path: Path) -> Iterator[None]:
     ``path``: the GGUF file to check with.
     """
     with GGUFTeacher(path) as teacher:
-        extra_buffers = teacher.worker.way().extra_buffers
+        extra_buffers = teacher.worker.options().extra_buffers
     defaults = native.llama_model_default_params
 
     def checked() -> Any:

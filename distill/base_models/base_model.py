@@ -1,8 +1,4 @@
-"""A student made of an existing model: its folder is looked at before anything takes long, then
-adapted.
-
-What cannot become an exported student in the end is refused in the beginning.
-"""
+"""A student made of an existing model. What could not be exported in the end is refused first."""
 
 from __future__ import annotations
 
@@ -62,8 +58,8 @@ class Base:
     def dtype(self) -> torch.dtype:
         """What its weights are saved in, and those of the merged model again."""
         stated = getattr(self.config, "dtype", None)
-        found = getattr(torch, stated, None) if isinstance(stated, str) else stated
-        return found if found in (torch.bfloat16, torch.float16) else torch.float32
+        dtype = getattr(torch, stated, None) if isinstance(stated, str) else stated
+        return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
 
     @cached_property
     def sha256(self) -> str:
@@ -89,8 +85,8 @@ def open_base(
         settings = AutoConfig.from_pretrained(path, local_files_only=True)
     # Settings that transformers cannot make sense of.
     except (OSError, ValueError, KeyError, TypeError) as error:
-        words = " ".join(str(error).split())[:200]
-        raise UserError(f"{what} {path}: config.json cannot be used: {words}") from None
+        text = " ".join(str(error).split())[:200]
+        raise UserError(f"{what} {path}: config.json cannot be used: {text}") from None
     try:
         require_exportable(settings)
     except ExportError as error:
@@ -99,8 +95,7 @@ def open_base(
     if width % GROUP:
         raise UserError(
             f"{what} {path}: its attention output is {width} wide, not divisible by {GROUP}, as "
-            "the SO(8) "
-            "gates need; choose another base"
+            "the SO(8) gates need; choose another base"
         )
     try:
         match = compare_vocabularies(tokenizer, path, int(settings.vocab_size), vocab_size)
@@ -122,11 +117,10 @@ def training_device() -> torch.device:
 
 
 def load_base_student(base: Base, config: RunConfig, vocab_size: int) -> AdaptedStudent:
-    """The student as training begins, on the device that it is trained on; the same settings give
-    the same bytes.
+    """The initial student on the device that it is trained on; the same settings give the same
+    bytes.
 
-    NF4 computes in bfloat16; a base that is not quantised is float32 on a CPU and bfloat16
-    elsewhere.
+    NF4 computes in bfloat16; a base that is not quantized is float32 on a CPU, else bfloat16.
 
     Raises:
         UserError: transformers or bitsandbytes cannot load the folder.
@@ -163,8 +157,7 @@ def load_base_student(base: Base, config: RunConfig, vocab_size: int) -> Adapted
 
 @torch.no_grad()
 def _add_rows(model: Any, vocab_size: int) -> None:
-    """Give the model a row for each of the teacher's padding tokens: the mean of all others,
-    which says nothing."""
+    """Give the model a row for each of the teacher's padding tokens: the mean of all others."""
     known = model.get_input_embeddings().weight.shape[0]
     model.resize_token_embeddings(vocab_size, mean_resizing=False)
     tables: list[nn.Module] = [model.get_input_embeddings(), model.get_output_embeddings()]

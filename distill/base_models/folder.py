@@ -13,7 +13,7 @@ def base_folder(path: Path, what: str = "--student-base") -> ModelFolder:
     """The folder of a model that is to become a student, which errors call ``what``.
 
     Raises:
-        UserError: it is none, or is quantised.
+        UserError: it is none, or is quantized.
     """
     try:
         folder = check_folder(path)
@@ -21,8 +21,7 @@ def base_folder(path: Path, what: str = "--student-base") -> ModelFolder:
         raise UserError(f"{what}: {error}") from None
     if "quantization_config" in folder.config:
         raise UserError(
-            f"{what} {path} is quantised already; give the folder of the model before that, and "
-            "add "
-            "--load-in-4bit"
+            f"{what} {path} is quantized already; give the folder of the model before that, and "
+            "add --load-in-4bit"
         )
     return folder

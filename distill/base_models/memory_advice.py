@@ -1,4 +1,4 @@
-"""What would make training a base model fit in memory: smaller batches, rank, length, 4 bits."""
+"""What would make training fit in memory: smaller batches, rank, length, 4 bits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from distill.base_models.memory_estimate import memory_of
+from distill.base_models.memory_estimate import memory_of, snapshot_bytes
 from distill.config.schema import RunConfig
 from distill.runtime.format import human_bytes
 
@@ -29,19 +29,17 @@ def how_to_fit(
     for ways in _CHANGES:
         if needed <= limit:
             return lines
-        found: tuple[int, str, RunConfig] | None = None
-        for words, changed in ways(config):
+        least, setting, best = needed, "", config
+        for text, changed in ways(config):
             total = memory_of(base, changed, vocab_size, device).total
-            if total < (needed if found is None else found[0]):
-                found = total, words, changed
+            if total < least:
+                least, setting, best = total, text, changed
             if total <= limit:
                 break
-        if found is None:
-            continue
-        lines.append(
-            f"{found[1]} saves {human_bytes(needed - found[0])} (then {human_bytes(found[0])})"
-        )
-        needed, config = found[0], found[2]
+        if least < needed:
+            saved = human_bytes(needed - least)
+            lines.append(f"{setting} saves {saved} (then {human_bytes(least)})")
+        needed, config = least, best
     return lines if needed <= limit else [*lines, NOTHING_FITS]
 
 
@@ -86,8 +84,7 @@ def _length(config: RunConfig) -> Ways:
         yield _changed(config, "data", max_length=length)
 
 
-# The first two change nothing in the result, and the third only how far back a spoilt training can
-# go.
+# The first two change nothing in the result, and the third only how far a rollback can go.
 _CHANGES: Sequence[Callable[[RunConfig], Ways]] = (
     _checkpointing,
     _micro_batches,
@@ -100,7 +97,23 @@ _CHANGES: Sequence[Callable[[RunConfig], Ways]] = (
 
 def _changed(config: RunConfig, section: str, **values: Any) -> tuple[str, RunConfig]:
     """The settings with others in one section, and how that is written."""
-    words = ", ".join(f"{section}.{name}={str(value).lower()}" for name, value in values.items())
-    return words, config.model_copy(
+    text = ", ".join(f"{section}.{name}={str(value).lower()}" for name, value in values.items())
+    return text, config.model_copy(
         update={section: getattr(config, section).model_copy(update=values)}
     )
+
+
+def how_to_fit_new(config: RunConfig, parameters: int) -> list[str]:
+    """The same for a new student of so many parameters, without what is not measured."""
+    ways, guard = [], config.train.guard
+    saved = snapshot_bytes(config, parameters) * (guard.snapshots - 1) // guard.snapshots
+    if saved:
+        ways.append(f"train.guard.snapshots=1 saves {human_bytes(saved)}")
+    if not config.train.gradient_checkpointing:
+        ways.append(
+            "train.gradient_checkpointing=true keeps the input of each layer only, for a third "
+            "more time"
+        )
+    if config.train.accumulation < config.train.batch_size:
+        ways.append(f"train.accumulation={config.train.batch_size} computes one sequence at a time")
+    return [*ways, "a smaller --student-size"]

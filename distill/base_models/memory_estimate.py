@@ -1,5 +1,4 @@
-"""What training an adapted student takes in memory, estimated before anything is loaded, and what
-would make it fit.
+"""What training takes in memory, estimated before anything is loaded.
 
 Letters: n tokens of a micro-batch, V vocabulary, D width, L layers, H heads of width W, K key/value
 heads, A = H·W, I feed-forward width, r rank, N = A / 8 blocks of a gate.
@@ -17,19 +16,32 @@ from distill.config.schema import RunConfig
 from distill.losses.chunked_lm_head import chunk_size
 from distill.runtime.device import choose_precision
 from distill.runtime.format import human_bytes
-from students.gguf.architectures import head_width
+from students.gguf.architectures import architecture_of, head_width
 from students.model.head_decisions import DECISIONS
 from students.model.heads import VERIFICATION_UNITS
 from students.model.shape import GROUP, PARAMETERS_PER_BLOCK
 
 NF4_BLOCK = 64  # numbers that share a scale
-SCALE_BLOCK = 256  # scales that share a scale, with double quantisation
+SCALE_BLOCK = 256  # scales that share a scale, with double quantization
 NF4_TABLES, SCALE_TABLES = 4 * 16, 4 * 256 + 4  # bytes for each matrix
-LOGITS_COPIES = (
-    5  # float32 buffers of a chunk: logits, the teacher's, and what the losses compute with
-)
+LOGITS_COPIES = 5  # float32 buffers of a chunk: logits, the teacher's, and those of the losses
 PROMPT_TOKENS = 64  # of one of the safety head's prompts, roughly
 SNAPSHOT_COPIES = 3  # weights and two moments
+TRAINING_COPIES = 4  # float32 weights, gradients and two moments: the very least
+
+
+def snapshot_bytes(config: RunConfig, trained: int) -> int:
+    """Main memory that the guard's snapshots of so many parameters take, in float32."""
+    return 4 * trained * SNAPSHOT_COPIES * _snapshots(config)
+
+
+def least_memory(config: RunConfig, trained: int) -> int:
+    """Bytes that training a new student of so many parameters takes at the very least."""
+    return 4 * trained * TRAINING_COPIES + snapshot_bytes(config, trained)
+
+
+def _snapshots(config: RunConfig) -> int:
+    return config.train.guard.snapshots if config.train.guard.enabled else 0
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ class AdapterTraining:
     rank: int = 16
     dropout: float = 0.0
     load_in_4bit: bool = False
-    double_quantisation: bool = True
+    double_quantization: bool = True
     load_dtype: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
     sequences: int = 1
@@ -161,14 +173,14 @@ def _shape(base: Any, vocab_size: int) -> _Shape:
     width, inner, one = base.hidden_size, base.intermediate_size, head_width(base)
     heads, kv_heads = base.num_attention_heads, base.num_key_value_heads
     attention, keys = heads * one, kv_heads * one
-    kind = base.model_type
-    fused, head_norms = kind == "phi3", kind == "qwen3"
+    names = architecture_of(base).layer_names
+    fused, head_norms = "self_attn.qkv_proj.weight" in names, "self_attn.q_norm.weight" in names
     if fused:
         inputs, hidden = [(attention + 2 * keys, width)], [(2 * inner, width)]
     else:
         inputs, hidden = [(attention, width), (keys, width), (keys, width)], [(inner, width)] * 2
     vectors = 2 * width + (2 * one if head_norms else 0)
-    if kind == "qwen2":
+    if "self_attn.q_proj.bias" in names and "self_attn.o_proj.bias" not in names:  # always there
         vectors += attention + 2 * keys
     elif getattr(base, "attention_bias", False):
         vectors += attention + 2 * keys + width
@@ -191,11 +203,10 @@ def _shape(base: Any, vocab_size: int) -> _Shape:
 
 
 def estimate(base: Any, training: AdapterTraining) -> AdapterMemory:
-    """Bytes that training takes, from the ``transformers`` configuration of a base that can be
-    adapted.
+    """Bytes that training an adapted student takes, from its base's ``transformers`` configuration.
 
     - base: matrices of layers at the load dtype, or in NF4 (half a byte, and a scale for 64
-      numbers: a float32, or with double quantisation a byte, and a float32 for 256 of those); all
+      numbers: a float32, or with double quantization a byte, and a float32 for 256 of those); all
       else, the output matrix too, at the load dtype.
     - adapters: LoRA, gates with where they began, heads, in float32; gradients once, moments twice
       what is trained.
@@ -215,15 +226,14 @@ def estimate(base: Any, training: AdapterTraining) -> AdapterMemory:
     fused kernels).
     """
     shape = _shape(base, training.vocab_size)
-    trained = (
-        shape.lora(training.rank)
-        + 2 * shape.layers * shape.attention // GROUP * PARAMETERS_PER_BLOCK
-    )
+    blocks = shape.layers * shape.attention // GROUP
+    trained = shape.lora(training.rank) + 2 * blocks * PARAMETERS_PER_BLOCK
     if training.safety_head:
         trained += len(DECISIONS) * (shape.width + 1)
     if training.verification_head:
         trained += VERIFICATION_UNITS * (shape.width + 2) + 1 + 2
     starts, frequencies = 4 * shape.gates, 4 * shape.head_width  # buffers
+    kept = SNAPSHOT_COPIES * 4 * trained + starts + frequencies
     return AdapterMemory(
         base=_base_bytes(shape, training),
         adapters=4 * trained + starts,
@@ -232,7 +242,7 @@ def estimate(base: Any, training: AdapterTraining) -> AdapterMemory:
         activations=_activations(shape, training),
         temporary=_temporary(shape, training),
         loss=_loss(shape, training),
-        snapshots=training.snapshots * (SNAPSHOT_COPIES * 4 * trained + starts + frequencies),
+        snapshots=training.snapshots * kept,
         base_numbers=shape.numbers,
         trained_numbers=trained,
         on_cpu=training.on_cpu,
@@ -243,9 +253,8 @@ def _base_bytes(shape: _Shape, training: AdapterTraining) -> int:
     if not training.load_in_4bit:
         return shape.numbers * training.load_bytes
     matrices = [rows * columns for rows, columns in shape.matrices]
-    packed = shape.layers * sum(
-        _nf4_bytes(numbers, training.double_quantisation) for numbers in matrices
-    )
+    double = training.double_quantization
+    packed = shape.layers * sum(_nf4_bytes(numbers, double) for numbers in matrices)
     return packed + (shape.numbers - shape.layers * sum(matrices)) * training.load_bytes
 
 
@@ -264,13 +273,10 @@ def _activations(shape: _Shape, training: AdapterTraining) -> int:
         around += training.lora_bytes * shape.lora(training.rank)
     if not training.checkpointing:
         return around + shape.layers * _layer_activations(shape, training, tokens)
-    inputs = shape.layers * tokens * shape.width * training.load_bytes
+    around += shape.layers * tokens * shape.width * training.load_bytes
     # Prompts go through by themselves, and are fewer.
-    return (
-        around
-        + inputs
-        + _layer_activations(shape, training, max(training.tokens, training.prompt_tokens))
-    )
+    largest = max(training.tokens, training.prompt_tokens)
+    return around + _layer_activations(shape, training, largest)
 
 
 def _layer_activations(shape: _Shape, training: AdapterTraining, tokens: int) -> int:
@@ -288,9 +294,7 @@ def _layer_activations(shape: _Shape, training: AdapterTraining, tokens: int) ->
     norms = 8 * (shape.width + 1)
     if shape.head_norms:
         norms += 4 * (shape.attention + shape.heads + shape.keys + shape.kv_heads)
-    attention = 2 * (shape.attention + shape.keys) + (
-        shape.attention + shape.keys if shape.fused else 0
-    )
+    attention = (3 if shape.fused else 2) * (shape.attention + shape.keys)
     gate = 4 * shape.attention if narrow != 4 else 0
     columns = [columns for _, columns in shape.matrices]
     uncast = training.autocast is None or (training.load_in_4bit and not training.on_cpu)
@@ -315,12 +319,8 @@ def _temporary(shape: _Shape, training: AdapterTraining) -> int:
 
 
 def _loss(shape: _Shape, training: AdapterTraining) -> int:
-    tokens, vocab, wide, narrow = (
-        training.tokens,
-        training.vocab_size,
-        training.load_bytes,
-        training.base_bytes,
-    )
+    tokens, vocab = training.tokens, training.vocab_size
+    wide, narrow = training.load_bytes, training.base_bytes
     chunk = min(tokens, chunk_size(vocab)) * vocab * (4 * LOGITS_COPIES + narrow)
     narrowed = narrow if narrow != wide else 0
     return chunk + (2 * wide + narrowed) * tokens * shape.width + narrowed * vocab * shape.width
@@ -336,10 +336,10 @@ def memory_of(
     process of a launch takes as much.
     """
     processes = PartialState()
-    found = device or processes.device
-    on_cpu = found.type in ("cpu", "mps")  # nothing is trained on Metal
+    device = device or processes.device
+    on_cpu = device.type in ("cpu", "mps")  # nothing is trained on Metal
     train, student = config.train, config.student
-    precision = choose_precision(train, base.hidden_size, torch.device("cpu") if on_cpu else found)
+    precision = choose_precision(train, base.hidden_size, torch.device("cpu") if on_cpu else device)
     parts = train.accumulation * processes.num_processes
     prompts = -(-config.safety.together // parts) if config.safety_head else 0
     return estimate(
@@ -355,7 +355,7 @@ def memory_of(
             length=config.data.max_length,
             prompt_tokens=prompts * PROMPT_TOKENS,
             checkpointing=train.gradient_checkpointing is not False,
-            snapshots=train.guard.snapshots if train.guard.enabled else 0,
+            snapshots=_snapshots(config),
             safety_head=config.safety_head,
             verification_head=config.verification_head,
             on_cpu=on_cpu,
@@ -364,7 +364,7 @@ def memory_of(
 
 
 def memory_rows(memory: AdapterMemory) -> list[tuple[str, str]]:
-    """The estimate as rows of a table, in words."""
+    """The estimate as rows of a table."""
     rows = [
         ("base weights", memory.base),
         ("LoRA, gates and heads", memory.adapters),

@@ -1,5 +1,5 @@
-"""Whether a base model and a GGUF teacher mean the same by every token id, which learning by
-logits rests on."""
+"""Whether a base model and a GGUF teacher have the same token at every id, as distillation by
+logits needs."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from teachers.tokenizer.gguf_metadata import (
     token_text,
 )
 
-# Names that converters and model makers give to rows without a token: [PAD32011], <unused7>, <|reserved_9|>, …
+# Names that converters give to rows without a token: [PAD32011], <unused7>, <|reserved_9|>, …
 _PADDING = re.compile(
-    r"[\[<]\|?_?(pad|padding|unused|reserved|reserved_token|reserved_special_token|placeholder|empty|dummy|extra|special)"
+    r"[\[<]\|?_?(pad|padding|unused|reserved|reserved_token|reserved_special_token|placeholder|"
+    r"empty|dummy|extra|special)"
     r"[_ -]?\d+\|?[\]>]",
     re.IGNORECASE,
 )
@@ -50,35 +51,25 @@ class VocabularyMatch:
     tokens_cut: int
     roles: dict[str, tuple[int | None, int | None]]
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """One line for the console."""
-        said = [f"{_count(self.common, 'token')}, all alike"]
+        parts = [f"{_count(self.common, 'token')}, all alike"]
         if self.padding:
-            said.append(
+            parts.append(
                 f"{_count(self.padding, 'more id')} of the teacher {_are(self.padding)} padding"
             )
         if self.rows_to_add:
-            fewer = "row" if self.rows_to_add == 1 else "rows"
-            said.append(
-                f"the base has {self.rows_to_add:,} {fewer} fewer, which {_are(self.rows_to_add)} "
-                "added"
-            )
+            are = _are(self.rows_to_add)
+            parts.append(f"the base has {_count(self.rows_to_add, 'row')} fewer, which {are} added")
         if self.rows_to_cut:
-            what = (
-                "padding"
-                if not self.tokens_cut
-                else f"padding but for {_count(self.tokens_cut, 'token')}"
-            )
-            are = _are(self.rows_to_cut)
-            said.append(
-                f"the base has {_count(self.rows_to_cut, 'more row')}, which {are} {what} and "
-                f"{are} cut"
-            )
+            more, are = _count(self.rows_to_cut, "more row"), _are(self.rows_to_cut)
+            but = f" but for {_count(self.tokens_cut, 'token')}" if self.tokens_cut else ""
+            parts.append(f"the base has {more}, which {are} padding{but} and {are} cut")
         for role, (base, teacher) in self.roles.items():
-            said.append(
+            parts.append(
                 f"{role} is {_id(base)} in the base, {_id(teacher)} in the teacher, whose is used"
             )
-        return "; ".join(said)
+        return "; ".join(parts)
 
 
 def _count(number: int, noun: str) -> str:
@@ -118,32 +109,29 @@ def compare_vocabularies(
     if max(base, default=-1) >= base_rows:
         raise UserError(
             f"the base's tokenizer has {max(base) + 1:,} tokens, its embedding only {base_rows:,} "
-            "rows; use the "
-            "tokenizer that belongs to the base model"
+            "rows; use the tokenizer that belongs to the base model"
         )
     if len(texts) > teacher_rows:
         raise UserError(
             f"the teacher's tokenizer has {len(texts):,} tokens, its embedding only "
-            f"{teacher_rows:,} rows; convert "
-            "the teacher again"
+            f"{teacher_rows:,} rows; convert the teacher again"
         )
     common = padding = 0
     different: list[int] = []
     for number in range(teacher_rows):
-        said = base.get(number)
-        if number >= len(texts):
-            text, is_padding = None, True
-        else:
-            text, is_padding = texts[number], _is_padding(texts[number], kinds[number])
-        if text is not None and said is not None and _alike(text, kinds[number], said, number):
+        text = texts[number] if number < len(texts) else None
+        ours = base.get(number)
+        if text is not None and ours is not None and _alike(text, kinds[number], ours, number):
             common += 1
-        elif is_padding and (said is None or _PADDING.fullmatch(said)):
+        elif (text is None or _is_padding(text, kinds[number])) and (
+            ours is None or _PADDING.fullmatch(ours)
+        ):
             padding += 1
         else:
             different.append(number)
     if different:
         raise UserError(_difference(texts, base, different, teacher_rows))
-    ours = {role: getattr(tokenizer, f"{role}_token_id") for role in _ROLES}
+    roles = {role: (getattr(tokenizer, f"{role}_token_id"), theirs.get(role)) for role in _ROLES}
     return VocabularyMatch(
         common=common,
         padding=padding,
@@ -152,11 +140,7 @@ def compare_vocabularies(
         tokens_cut=sum(
             number >= teacher_rows and not _PADDING.fullmatch(text) for number, text in base.items()
         ),
-        roles={
-            role: (ours[role], theirs.get(role))
-            for role in _ROLES
-            if ours[role] != theirs.get(role)
-        },
+        roles={role: pair for role, pair in roles.items() if pair[0] != pair[1]},
     )
 
 
@@ -164,13 +148,12 @@ def _is_padding(text: str, kind: TokenType) -> bool:
     return kind == TokenType.UNUSED or _PADDING.fullmatch(text) is not None
 
 
-def _alike(text: str, kind: TokenType, said: str, number: int) -> bool:
-    """Whether a teacher's token is the base's ``said``, up to what a conversion to GGUF changes
-    in writing it."""
-    said = token_text(said, number)
+def _alike(text: str, kind: TokenType, ours: str, number: int) -> bool:
+    """Whether a teacher's token is the base's ``ours``, up to how conversion to GGUF writes it."""
+    ours = token_text(ours, number)
     # User-defined tokens are looked for before spaces become ▁, so converters write theirs as
     # spaces.
-    return text == said or (kind == TokenType.USER_DEFINED and text == said.replace("▁", " "))
+    return text == ours or (kind == TokenType.USER_DEFINED and text == ours.replace("▁", " "))
 
 
 def _difference(
@@ -178,11 +161,9 @@ def _difference(
 ) -> str:
     first = different[0]
     teacher = repr(texts[first]) if first < len(texts) else "missing"
-    said = repr(base[first]) if first in base else "missing"
+    ours = repr(base[first]) if first in base else "missing"
     return (
         f"the base does not have the teacher's vocabulary: {len(different):,} of "
-        f"{_count(teacher_rows, 'token')} "
-        f"{'differs' if len(different) == 1 else 'differ'}, first token {first}, which is "
-        f"{teacher} in the teacher and "
-        f"{said} in the base; {_REMEDY}"
+        f"{_count(teacher_rows, 'token')} {'differs' if len(different) == 1 else 'differ'}, first "
+        f"token {first}, which is {teacher} in the teacher and {ours} in the base; {_REMEDY}"
     )

@@ -1,5 +1,4 @@
-"""From a teacher and a corpus to a store full of soft targets: what ``run`` and ``capture``
-share."""
+"""From a teacher and a corpus to a store of soft targets, for ``run`` and ``capture``."""
 
 from __future__ import annotations
 
@@ -10,25 +9,21 @@ from distill.capture.teachers import open_teacher
 from distill.config.schema import RunConfig
 from distill.runtime.format import human_bytes, human_count
 from distill.runtime.progress import Console
-from teachers.base import WHOLE, Share, Teacher, TeacherInfo
+from teachers.base import SINGLE_PROCESS, ProcessRank, Teacher, TeacherInfo
 from teachers.gguf.file import read_gguf
 from teachers.store.capture import capture
 from teachers.store.store import SoftTargetStore
 from teachers.store.teacher_record import (
     TEACHER,
-    Inheritance,
-    find_inheritance,
-    inherit,
-    write_inheritance,
+    TeacherRecord,
+    find_teacher_record,
+    make_teacher_record,
+    write_teacher_record,
 )
 
 
 def load_teacher(config: RunConfig, console: Console) -> Teacher:
-    """Load the teacher and say what it is.
-
-    Raises:
-        UserError, TeacherFileError, TeacherError, EnsembleError: it cannot be used.
-    """
+    """Load the teacher and report what it is; raises as ``open_teacher``."""
     with console.stage("Load teacher") as stage:
         teacher = open_teacher(config.teacher)
         info = teacher.info
@@ -39,11 +34,7 @@ def load_teacher(config: RunConfig, console: Console) -> Teacher:
 def read_data(
     config: RunConfig, teacher: Teacher, console: Console, entries: list[Entry] | None = None
 ) -> Corpus:
-    """Read the data, unless these ``entries`` are it, and say what is in it.
-
-    Raises:
-        UserError: it cannot be used.
-    """
+    """Read the data, unless given as ``entries``, and report it; raises as ``build_corpus``."""
     with console.stage("Read data") as stage:
         corpus = build_corpus(config.data, teacher, config.seed, entries)
         spoken = f", the teacher writes in {corpus.spoken}" if corpus.spoken else ""
@@ -54,7 +45,11 @@ def read_data(
 
 
 def fill_store(
-    teacher: Teacher, corpus: Corpus, store: SoftTargetStore, console: Console, share: Share = WHOLE
+    teacher: Teacher,
+    corpus: Corpus,
+    store: SoftTargetStore,
+    console: Console,
+    share: ProcessRank = SINGLE_PROCESS,
 ) -> bool:
     """Capture what is missing; returns whether everything was there already."""
     with console.stage("Capture", total=_sequences(store, share)) as stage:
@@ -73,29 +68,28 @@ def fill_store(
     return summary.written == 0
 
 
-def keep_inheritance(
+def keep_teacher_record(
     teacher: Teacher,
     gguf: Path | None,
     store: SoftTargetStore,
     console: Console,
-    share: Share = WHOLE,
+    share: ProcessRank = SINGLE_PROCESS,
     text: str = "",
-) -> Inheritance:
-    """What the store keeps of its teacher beside soft targets; made now where it is missing or
-    damaged.
+) -> TeacherRecord:
+    """The store's teacher record, made now if it is missing or damaged.
 
-    ``gguf``: whose tokenizer and embeddings. The lines come from this process's own shards.
-    ``text``: what the sequences are, in words.
+    ``gguf``: source of tokenizer and embeddings. The lines come from this process's own shards.
+    ``text``: a description of the sequences.
     """
-    found = find_inheritance(store)
+    kept = find_teacher_record(store)
     # An older version did not keep the teacher's shape, which the student's follows.
     if (
-        found is not None
-        and (found.tokenizer or gguf is None)
-        and found.info.shape == teacher.info.shape
+        kept is not None
+        and (kept.tokenizer or gguf is None)
+        and kept.info.shape == teacher.info.shape
     ):
-        return found
-    if found is None and (store.folder / TEACHER).exists():
+        return kept
+    if kept is None and (store.folder / TEACHER).exists():
         console.warn(f"{store.folder / TEACHER} was damaged and is made again")
     with console.stage("Keep teacher") as stage:
         spans = (
@@ -103,8 +97,8 @@ def keep_inheritance(
             for shard in range(share.rank, store.manifest.shards, share.world)
         )
         sequences = (store.tokens(index) for span in spans for index in span)
-        made = inherit(teacher, read_gguf(gguf) if gguf else None, sequences, text)
-        write_inheritance(store, made)
+        made = make_teacher_record(teacher, read_gguf(gguf) if gguf else None, sequences, text)
+        write_teacher_record(store, made)
         size = human_bytes((store.folder / TEACHER).stat().st_size)
         stage.finish(
             f"tokenizer and embeddings, {size}" if gguf else "no GGUF file, so no tokenizer is kept"
@@ -113,16 +107,12 @@ def keep_inheritance(
 
 
 def text_of(config: RunConfig, info: TeacherInfo) -> str:
-    """What the sequences of a store are, in words: a file's name without its folders, which may
-    be private."""
-    return (
-        f"text written by {info.name}"
-        if config.data.path is None
-        else Path(config.data.path).resolve().name
-    )
+    """A store's text in words: a file's name without its folders, which may be private."""
+    path = config.data.path
+    return f"text written by {info.name}" if path is None else Path(path).resolve().name
 
 
-def _sequences(store: SoftTargetStore, share: Share) -> int:
+def _sequences(store: SoftTargetStore, share: ProcessRank) -> int:
     """How many sequences this process's shards hold."""
     spans = [store.span(shard) for shard in range(share.rank, store.manifest.shards, share.world)]
     return sum(stop - start for start, stop in spans)

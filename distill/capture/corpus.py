@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import numpy as np
 
 from distill.config.schema import DataConfig
 from distill.errors import UserError
-from teachers.base import Progress, Sampling, Teacher, Tokens
+from distill.runtime.files import json_lines, read_text, require_unicode
+from teachers.base import GenerationRequest, Progress, Sampling, Teacher, Tokens
 from teachers.tokenizer.chat_template import ChatTemplateError
 from teachers.tokenizer.conversation import conversation_tokens, opening_segments
 
@@ -75,27 +76,25 @@ class Corpus:
         """See ``teachers.store.capture.SequenceSource``."""
         chosen = self.items[start:stop]
         requests = [item.segments for item in chosen if item.speaks]
-        spoken = iter(
-            teacher.speak(requests, self.sampling, first_index=start, progress=progress)
+        rows = iter(
+            teacher.generate(GenerationRequest(requests, self.sampling, start), progress)
             if requests
             else ()
         )
-        return [next(spoken) if item.speaks else item.segments[0] for item in chosen]
+        return [next(rows) if item.speaks else item.segments[0] for item in chosen]
 
-    def requests(self, start: int, stop: int) -> tuple[list[Sequence[Tokens]], Sampling] | None:
+    def generation_request(self, start: int, stop: int) -> GenerationRequest | None:
         """See ``teachers.store.capture.SequenceSource``."""
         chosen = self.items[start:stop]
         if not all(item.speaks for item in chosen):
             return None
-        return [item.segments for item in chosen], self.sampling
+        return GenerationRequest([item.segments for item in chosen], self.sampling, start)
 
 
 def build_corpus(
     config: DataConfig, teacher: Teacher, seed: int, entries: list[Entry] | None = None
 ) -> Corpus:
-    """Read the data (or plan what the teacher will say) and tokenise it.
-
-    ``entries``: the data, if it has been read already.
+    """Read the data, unless given as ``entries``, or plan the teacher's text; tokenize it.
 
     Raises:
         UserError: missing, empty or malformed data; names file and line.
@@ -114,7 +113,7 @@ def build_corpus(
         return Corpus(
             [Item(opening, True)] * (config.samples or DEFAULT_SPOKEN_SAMPLES), sampling, notes
         )
-    items = _tokenise(entries, teacher, max_length, notes)
+    items = _tokenize(entries, teacher, max_length, notes)
     if config.samples is not None and config.samples < len(items):
         kept = np.random.default_rng(seed).permutation(len(items))[: config.samples]
         items = [items[index] for index in sorted(kept.tolist())]
@@ -125,15 +124,11 @@ def build_corpus(
     return Corpus(items, sampling, notes)
 
 
-# -- reading --------------------------------------------------------------------------------------------------
-
-
 def read_entries(config: DataConfig) -> list[Entry] | None:
-    """The data as it stands in its files, all of it; ``None`` where the teacher is to speak.
+    """The data in its files; ``None`` if the teacher generates it.
 
     Raises:
-        UserError: missing, empty or malformed data, naming file and line; or a teacher that would
-            say one thing only.
+        UserError: unusable data, with file and line; or a teacher that generates one text only.
     """
     if config.path is not None:
         return list(_read(Path(config.path)))
@@ -163,7 +158,7 @@ def _read(path: Path) -> Iterator[Entry]:
         reason = "is not a regular file or folder" if path.exists() else "does not exist"
         raise UserError(f"data {path} {reason}; give a JSONL or text file, or a folder of them")
     for file in files:
-        text = _read_text(file)
+        text = read_text(file, "data file")
         if not text.strip():
             raise UserError(f"data file {file} is empty; remove it or fill it")
         if _suffix(file) in JSONL_SUFFIXES:
@@ -176,42 +171,19 @@ def _suffix(file: Path) -> str:
     return file.suffix.lower()
 
 
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"data file {file}, line {line}: not UTF-8 (byte {error.start}); convert it"
-        ) from None
-    except OSError as error:
-        raise UserError(f"data file {file} cannot be read: {error.strerror}") from None
-
-
 def _read_jsonl(file: Path, text: str) -> Iterator[Entry]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, value in json_lines(text, f"data file {file}"):
         where = f"data file {file}, line {number}"
-        try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(
-                f"{where}: not valid JSON ({error}); each line must be one JSON object"
-            ) from None
         kinds = [kind for kind in _KINDS if isinstance(value, dict) and kind in value]
         if len(kinds) != 1:
-            found = f"has {' and '.join(kinds)}" if kinds else "has none of them"
-            raise UserError(f"{where}: needs exactly one of {', '.join(_KINDS)}; it {found}")
+            has = f"has {' and '.join(kinds)}" if kinds else "has none of them"
+            raise UserError(f"{where}: needs exactly one of {', '.join(_KINDS)}; it {has}")
         _check_value(kinds[0], value[kinds[0]], where)
         yield Entry(kinds[0], value[kinds[0]], where)
 
 
 def _check_value(kind: str, value: Any, where: str) -> None:
-    if not _is_unicode(value):
-        raise UserError(
-            f"{where}: has a lone surrogate (\\ud800 to \\udfff), which is not text; remove it"
-        )
+    require_unicode(value, where)
     if kind != "messages":
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{where}: {kind!r} must be text that is not empty, got {value!r}")
@@ -232,19 +204,7 @@ def _check_value(kind: str, value: Any, where: str) -> None:
         )
 
 
-def _is_unicode(value: Any) -> bool:
-    """Whether JSON text can be encoded (JSON may spell out half of a surrogate pair)."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-# -- tokenising -----------------------------------------------------------------------------------------------
-
-
-def _tokenise(
+def _tokenize(
     entries: list[Entry], teacher: Teacher, max_length: int, notes: list[str]
 ) -> list[Item]:
     items: list[Item] = []
@@ -275,7 +235,7 @@ def _tokenise(
 def _windows(entry: Entry, teacher: Teacher, max_length: int) -> list[Item]:
     """Cut a text into sequences, each beginning with BOS where the model wants one.
 
-    Control tokens spelled out in the text stay text: data must not speak for the template.
+    Control tokens spelled out in the text stay text: data must not imitate the template.
     """
     pieces = _pieces(entry.value)
     tokens = np.concatenate(
@@ -291,8 +251,7 @@ def _windows(entry: Entry, teacher: Teacher, max_length: int) -> list[Item]:
 
 
 def _pieces(text: str) -> list[str]:
-    """Cut long text at line ends, so that no piece is much longer than
-    ``MAX_TOKENIZED_AT_ONCE``."""
+    """Cut long text at line ends, into pieces of about ``MAX_TOKENIZED_AT_ONCE`` at most."""
     pieces: list[str] = []
     start = 0
     while len(text) - start > MAX_TOKENIZED_AT_ONCE:

@@ -14,8 +14,8 @@ from teachers.atomic_files import StoreError
 from teachers.base import TeacherInfo
 from teachers.gguf.file import file_sha256, read_gguf
 from teachers.store.manifest import filled_manifest
-from teachers.store.store import COMPANION, SoftTargetStore
-from teachers.store.teacher_record import Inheritance, need_inheritance
+from teachers.store.store import SHARED_CODEC, SoftTargetStore
+from teachers.store.teacher_record import TeacherRecord, require_teacher_record
 from teachers.targets.recipe import Recipe
 
 # What of these sections a run from a store still looks at; everything else in them was decided by
@@ -24,10 +24,9 @@ LOOKED_AT = {"teacher": {"gpu_layers", "path"}, "data": {"held_out"}, "targets":
 
 
 def without_capture(config: RunConfig, recipe: Recipe, console: Console) -> RunConfig:
-    """The settings with those of the capture as the store has them, or at their defaults where it
-    does not say.
+    """The settings with those of the capture as in the store, or defaults if unknown there.
 
-    Says which of them were given in vain.
+    Warns of settings that were given in vain.
     """
     unused = []
     changes: dict[str, Section] = {}
@@ -45,32 +44,26 @@ def without_capture(config: RunConfig, recipe: Recipe, console: Console) -> RunC
     return config.model_copy(update=changes)
 
 
-def open_full_store(folder: Path) -> tuple[SoftTargetStore, Inheritance]:
-    """An existing store and what it keeps of its teacher; its shards are not looked at yet.
+def open_full_store(folder: Path) -> tuple[SoftTargetStore, TeacherRecord]:
+    """An existing store and its teacher record; its shards are not checked yet.
 
     Raises:
-        StoreError: not a store, damaged, or without what it should keep of its teacher.
+        StoreError: not a store, damaged, or without the record.
         UserError: no student can be exported from it.
     """
     store = SoftTargetStore(folder, filled_manifest(folder))
-    inheritance = need_inheritance(store)
-    if not inheritance.tokenizer:
+    teacher_record = require_teacher_record(store)
+    if not teacher_record.tokenizer:
         raise UserError(
-            f"store {folder} was captured from {inheritance.info.name}, which is no GGUF file, "
-            "whose tokenizer "
-            "the exported student needs; convert the teacher with llama.cpp's "
-            "convert_hf_to_gguf.py and capture "
-            "from that"
+            f"store {folder} was captured from {teacher_record.info.name}, which is no GGUF file, "
+            "whose tokenizer the exported student needs; convert the teacher with llama.cpp's "
+            "convert_hf_to_gguf.py and capture from that"
         )
-    return store, inheritance
+    return store, teacher_record
 
 
 def require_complete(store: SoftTargetStore, console: Console) -> None:
-    """Prove every file of the store that training reads.
-
-    Raises:
-        StoreError: one is missing or damaged; names it.
-    """
+    """Check every file that training reads; ``StoreError`` names one that is missing or damaged."""
     shards = store.manifest.shards
     with console.stage("Check targets", total=shards) as stage:
         bad: dict[str, list[str]] = {"missing": [], "damaged": []}
@@ -78,16 +71,16 @@ def require_complete(store: SoftTargetStore, console: Console) -> None:
             if (state := store.state(shard)) != "complete":
                 bad[state].append(store.shard_path(shard).name)
             stage.update(shard + 1)
-        if store.needs_companion and store.companion() is None:
-            bad["damaged" if (store.folder / COMPANION).exists() else "missing"].append(COMPANION)
+        if store.needs_shared_codec and store.shared_codec() is None:
+            bad["damaged" if (store.folder / SHARED_CODEC).exists() else "missing"].append(
+                SHARED_CODEC
+            )
         for state, names in bad.items():
             if names:
                 raise StoreError(
                     f"store {store.folder} has {len(names)} file{'s' * (len(names) > 1)} {state} "
-                    f"({names[0]}"
-                    f"{', …' * (len(names) > 1)}); run the capture again where the teacher is, "
-                    "which makes just "
-                    "that, or copy the store again"
+                    f"({names[0]}{', …' * (len(names) > 1)}); run the capture again where the "
+                    "teacher is, which makes just that, or copy the store again"
                 )
         tokens = human_count(int(store.lengths().sum()))
         size = human_bytes(store.bytes_on_disk())
@@ -95,12 +88,10 @@ def require_complete(store: SoftTargetStore, console: Console) -> None:
 
 
 def find_teacher(path: str | None, info: TeacherInfo) -> Path | None:
-    """The file of a store's teacher: ``path`` where it is given, or the example teacher where it is
-    that one.
+    """The file of a store's teacher: ``path`` if given, else the example teacher if it is that.
 
     Raises:
-        UserError: ``path`` is another teacher.
-        TeacherFileError: it is no GGUF file.
+        UserError, TeacherFileError: ``path`` is another teacher, or no GGUF file.
     """
     if path is None:
         return example_teacher() if file_sha256(example_teacher()) == info.sha256 else None
@@ -108,7 +99,6 @@ def find_teacher(path: str | None, info: TeacherInfo) -> Path | None:
     if file_sha256(Path(path)) != info.sha256:
         raise UserError(
             f"--teacher {path} is not the teacher whose soft targets the store holds ({info.name}, "
-            "SHA-256 "
-            f"{info.sha256[:12]}…); leave it out, or give that file"
+            f"SHA-256 {info.sha256[:12]}…); leave it out, or give that file"
         )
     return Path(path)

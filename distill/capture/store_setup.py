@@ -32,11 +32,7 @@ PROBE_TOKENS = 24
 
 
 def recipe_for(config: TargetsConfig, teacher: Teacher, console: Console) -> Recipe:
-    """What to keep of each position; how large the sketch is depends on the teacher.
-
-    Raises:
-        UserError: a layer that the teacher does not have.
-    """
+    """What to store of each position; ``UserError`` for a layer that the teacher lacks."""
     info = teacher.info
     for layer in config.layers:
         if layer >= info.layers:
@@ -63,11 +59,7 @@ def _no_sketch(teacher: Teacher) -> str | None:
     tokens = (np.arange(1, PROBE_TOKENS + 1) % teacher.info.vocab_size).astype(np.int32)
     try:
         require_linear_output(teacher, tokens)
-    except (
-        CaptureError,
-        RequestRefused,
-        EnsembleError,
-    ) as error:  # a dead worker is no answer to this
+    except (CaptureError, RequestRefused, EnsembleError) as error:  # not of a dead worker
         return str(error)
     return None
 
@@ -98,9 +90,8 @@ def store_manifest(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> Manifest
 
 
 @dataclass(frozen=True)
-class StorePlace:
-    """Where a store goes: ``asked`` for by the user, or named after ``stem`` in
-    ``beside``/stores."""
+class StoreLocation:
+    """A store's location: ``asked`` for, or ``beside``/stores, named after ``stem``."""
 
     asked: Path | None
     beside: Path
@@ -108,12 +99,12 @@ class StorePlace:
 
 
 def open_store(
-    teacher: Teacher, corpus: Corpus, recipe: Recipe, place: StorePlace
+    teacher: Teacher, corpus: Corpus, recipe: Recipe, place: StoreLocation
 ) -> SoftTargetStore:
-    """Open the store these very soft targets belong in.
+    """Open the store of these soft targets.
 
-    It lies beside the run's folder unless told otherwise; one that an earlier run in this working
-    directory has made is used where it is.
+    It is beside the run's folder unless asked for elsewhere; one that an earlier run in this
+    working directory made is used where it is.
 
     Raises:
         StoreError: the folder asked for holds something else.
@@ -140,7 +131,7 @@ def largest_size(corpus: Corpus, recipe: Recipe, teacher: Teacher) -> int:
 
 def _require_space(folder: Path, needed: int) -> None:
     """Refuse soft targets that cannot fit, before any of them is made."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     kept = [*folder.glob("shard-*"), *folder.glob(TEACHER)] if folder.is_dir() else []
     there = sum(path.stat().st_size for path in kept)
     free = shutil.disk_usage(existing).free + there

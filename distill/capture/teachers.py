@@ -14,8 +14,7 @@ from teachers.llama_cpp.teacher import GGUFTeacher
 
 
 def teacher_paths(config: TeacherConfig) -> list[Path]:
-    """Every teacher's file or folder, the main one first; the example teacher where none is
-    given."""
+    """Every teacher's path, the main one first; by default the example teacher."""
     first = Path(config.path) if config.path else example_teacher()
     return [first, *(Path(path) for path in config.mix_with)]
 
@@ -26,43 +25,32 @@ def teacher_stem(config: TeacherConfig) -> str:
 
 
 def find_gguf(config: TeacherConfig) -> Path | None:
-    """The GGUF file whose tokenizer and embeddings the student takes: the first of the teachers
-    that is one."""
+    """The first teacher that is a GGUF file: the student takes its tokenizer and embeddings."""
     return next((path for path in teacher_paths(config) if not path.is_dir()), None)
 
 
 def tokenizer_of(config: TeacherConfig) -> dict[str, Field]:
-    """The tokenizer that the student takes, as GGUF metadata.
-
-    Raises:
-        TeacherFileError: the file is damaged.
-    """
+    """The tokenizer that the student takes, as GGUF metadata; the file may be damaged."""
     path = find_gguf(config)
     assert path is not None, "see require_gguf"
     return tokenizer_fields(read_gguf(path))
 
 
 def require_gguf(config: TeacherConfig) -> None:
-    """See that one of the teachers is a GGUF file.
-
-    Raises:
-        UserError: every teacher is a transformers folder.
-    """
+    """Raise ``UserError`` unless one of the teachers is a GGUF file."""
     if find_gguf(config) is None:
         raise UserError(
             f"teacher {teacher_paths(config)[0]} is a folder: not a GGUF file, whose tokenizer the "
-            "exported student "
-            "needs; capture from a transformers folder with `distill capture`, or convert it with "
-            "llama.cpp's "
-            "convert_hf_to_gguf.py"
+            "exported student needs; capture from a transformers folder with `distill capture`, or "
+            "convert it with llama.cpp's convert_hf_to_gguf.py"
         )
 
 
 def require_teachers(config: TeacherConfig) -> None:
-    """See that every teacher can be read, as far as a file's header and a folder's files say.
+    """Check every teacher's header or folder, and that the settings fit.
 
     Raises:
-        UserError, TeacherFileError: one cannot be used, or with other settings only.
+        UserError, TeacherFileError: one cannot be used, or only with other settings.
     """
     _require_fitting(config)
     for path in teacher_paths(config):
@@ -73,11 +61,7 @@ def require_teachers(config: TeacherConfig) -> None:
 
 
 def _require_fitting(config: TeacherConfig) -> None:
-    """See that the settings are of teachers like these.
-
-    Raises:
-        UserError: they are not.
-    """
+    """Raise ``UserError`` unless the settings fit the kinds of teachers."""
     if config.weights and not config.mix_with:
         raise UserError(
             "teacher.weights is for several teachers; name the others in teacher.mix_with"

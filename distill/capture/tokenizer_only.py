@@ -21,11 +21,9 @@ WIDTH = 32
 def tokenizer_alone(
     tokenizer: Mapping[str, MetadataEntry], vocab_size: int
 ) -> Iterator[GGUFTeacher]:
-    """Something that tokenises and renders conversations like the model that ``tokenizer`` (GGUF
-    metadata) is of.
+    """The tokenizer and chat template of ``tokenizer`` (GGUF metadata), in a running llama.cpp.
 
-    llama.cpp reads a tokenizer only from a whole model, so it gets the smallest one: a single
-    narrow layer.
+    llama.cpp reads a tokenizer only from a whole model, so it gets a single narrow layer.
     """
     config = SO8TConfig(
         vocab_size=vocab_size,

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from distill.commands.options import AsJson
+
 commands = typer.Typer()
 audit = typer.Typer(no_args_is_help=True, help="The log of a run, audit.jsonl.")
 commands.add_typer(audit, name="audit")
@@ -27,9 +29,9 @@ def verify(
             help="A head that was printed before and kept elsewhere: the log must go on from it.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """See that no line of the log was edited, dropped, inserted or moved, and that the files are
+    """Verify that no line of the log was edited, dropped, inserted or moved, and that the files are
     those it names.
 
     Exits with 0 if so, with 2 if not.

@@ -31,7 +31,7 @@ def chat(
         str | None, typer.Option(help="System message, if the model's chat template takes one.")
     ] = None,
     safety: Annotated[
-        bool, typer.Option(help="Show what the student's heads say, if it has any.")
+        bool, typer.Option(help="Show what the student's heads decide, if it has any.")
     ] = True,
 ) -> None:
     """Talk to a GGUF file through llama.cpp.

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distill.commands.options import AsJson
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -26,7 +28,7 @@ def doctor(
     gpu_layers: Annotated[
         int, typer.Option(min=-1, help="Layers of it on the GPU; -1: all of them.")
     ] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Examine this machine: processor, memory, disk, packages, llama.cpp and its self-check, GPUs,
     speed.
@@ -46,20 +48,22 @@ def doctor(
     if teacher is not None:
         read_gguf(teacher)  # refused before anything is examined
 
-    show_warnings(quiet=True)  # what would be warned of is found and said here
+    show_warnings(quiet=True)  # what would be warned of is reported here
     console = Console(highlight=False, quiet=as_json)
-    found = []
+    findings = []
     with console.status("examining this machine …"):
         for finding in examine(teacher or example_teacher(), gpu_layers):
-            found.append(finding)
+            findings.append(finding)
             _print(finding, console)
-    broken = [finding.name for finding in found if finding.level == "broken"]
+    broken = [finding.name for finding in findings if finding.level == "broken"]
     if as_json:
         print(
-            json_line({"main_job": not broken, "findings": [asdict(finding) for finding in found]})
+            json_line(
+                {"main_job": not broken, "findings": [asdict(finding) for finding in findings]}
+            )
         )
     elif broken:
-        text = f"[red]The main job would not run here:[/] {', '.join(broken)} must be mended first."
+        text = f"[red]The main job would not run here:[/] {', '.join(broken)} must be fixed first."
         console.print(text, soft_wrap=True)
     else:
         console.print(

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from distill.commands.options import AsJson, Page
+
 commands = typer.Typer()
 
 Students = Annotated[
@@ -25,8 +27,7 @@ Data = Annotated[
     Path | None,
     typer.Option(
         help="JSONL (prompt, messages or text), plain text, or a folder of them. Default: what the "
-        "students' run "
-        "held out, or else the teacher speaks."
+        "students' run held out, or else the teacher generates it."
     ),
 ]
 MaxLength = Annotated[
@@ -46,24 +47,19 @@ SafetyPrompts = Annotated[
     Path | None,
     typer.Option(
         help="JSONL file of prompt and label for the safety head. Default: those that the run has "
-        "kept for it, or the "
-        "built-in ones."
+        "kept for it, or the built-in ones."
     ),
 ]
 Tasks = Annotated[
     Path | None,
     typer.Option(
         help="JSONL file of prompts with their right answers, asked of every model (prompt, "
-        "answer; match: exact, "
-        "contains or prefix)."
+        "answer; match: exact, contains or prefix)."
     ),
 ]
 Harness = Annotated[
     str | None,
     typer.Option(metavar="TASK,TASK", help="Tasks of lm-evaluation-harness, if that is installed."),
-]
-Output = Annotated[
-    Path | None, typer.Option("--output", help="HTML file to write, which opens without a network.")
 ]
 
 
@@ -75,7 +71,7 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=2, help="Sequences at most.")] = 256,
     max_length: MaxLength = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=(1 << 32) - 1, help="Seed of what is chosen and spoken.")
+        int, typer.Option(min=0, max=(1 << 32) - 1, help="Seed of what is chosen and generated.")
     ] = 0,
     draft_length: DraftLength = 4,
     safety_prompts: SafetyPrompts = None,
@@ -87,22 +83,21 @@ def evaluate(
     gpu_layers: Annotated[
         int, typer.Option(min=-1, help="Layers of every model on the GPU; -1: all of them.")
     ] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
-    output: Output = None,
+    as_json: AsJson = False,
+    output: Page = None,
 ) -> None:
-    """Say how near students are to their teacher, how well they predict text, how fast and how
-    large they are."""
+    """Compare students with their teacher: predictions, tasks, speed, size."""
     import json
 
     from distill.evaluation.inputs.check import check_evaluation
-    from distill.evaluation.inputs.request import Request, Wanted
+    from distill.evaluation.inputs.request import Request, TextRequest
 
     names = [name.strip() for name in (lm_eval or "").split(",") if name.strip()]
     _check(lm_eval, names, lm_eval_limit, output)
     request = Request(
         students=students,
         teacher=teacher,
-        text=Wanted(data, samples, max_length, seed),
+        text=TextRequest(data, samples, max_length, seed),
         draft_length=draft_length,
         safety_prompts=safety_prompts,
         tasks=tasks,

@@ -1,5 +1,5 @@
-"""Which errors are expected, what they exit with, and how they are said: 0 done, 2 the user's
-input, 1 ours."""
+"""Which errors are expected, their exit codes, and their messages: 0 done, 2 the user's input,
+1 ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``judge``: what a student's heads say of a prompt."""
+"""``judge``: what a student's heads decide on a prompt."""
 
 from __future__ import annotations
 

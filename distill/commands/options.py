@@ -25,13 +25,14 @@ Data = Annotated[
     typer.Option(
         "--data",
         help="JSONL (prompt, messages or text), plain text, or a folder of them. Default: the "
-        "teacher speaks.",
+        "teacher generates it.",
     ),
 ]
 Samples = Annotated[
     int | None,
     typer.Option(
-        "--samples", help="Sequences at most. Default: all the data; 4096 when the teacher speaks."
+        "--samples",
+        help="Sequences at most. Default: all the data; 4096 when the teacher generates it.",
     ),
 ]
 Epochs = Annotated[
@@ -74,7 +75,7 @@ Init = Annotated[
     str | None,
     typer.Option(
         metavar="auto|teacher|embeddings|random",
-        help="Where the student's weights begin. Default: auto, at the teacher's where its "
+        help="What the student's weights start from. Default: auto, the teacher's where its "
         "architecture allows it.",
     ),
 ]
@@ -84,8 +85,7 @@ StudentBase = Annotated[
         "--student-base",
         metavar="FOLDER",
         help="A transformers model with the teacher's vocabulary (llama, phi3, qwen2, qwen3) that "
-        "becomes the student: "
-        "frozen, with LoRA and SO(8) gates. In place of --student-size.",
+        "becomes the student: frozen, with LoRA and SO(8) gates. In place of --student-size.",
     ),
 ]
 LoraRank = Annotated[
@@ -116,4 +116,26 @@ Settings = Annotated[
         metavar="SECTION.KEY=VALUE",
         help="Any other setting, for example train.batch_size=32. Repeatable.",
     ),
+]
+StorePath = Annotated[
+    Path, typer.Argument(metavar="STORE", help="Folder that `distill capture` has filled.")
+]
+StoreTeacher = Annotated[
+    Path | None,
+    typer.Option(
+        "--teacher",
+        help="The store's own teacher, for the student to start from its weights. Default: not "
+        "here.",
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        help="Memory that training is to fit into, such as 12GiB; lists what would help.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")]
+Page = Annotated[
+    Path | None, typer.Option("--output", help="HTML file to write, which opens without a network.")
 ]

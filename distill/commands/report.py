@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from distill.commands.options import AsJson, Page
+
 commands = typer.Typer()
 
 
@@ -17,18 +19,13 @@ def report(
         typer.Argument(
             metavar="PATH [PATH]",
             help="Folder of a run, finished or not; or weights: a checkpoint's folder, a "
-            ".safetensors or .gguf file. "
-            "Two of a kind are compared.",
+            ".safetensors or .gguf file. Two of a kind are compared.",
         ),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", help="HTML file to write, which opens without a network."),
-    ] = None,
+    as_json: AsJson = False,
+    output: Page = None,
 ) -> None:
-    """Say how a run went, from its own records, or what a model's weights look like; or compare
-    two."""
+    """Show how a run went, from its own records, or what weights look like; or compare two."""
     from distill.reports.inputs import check_report
 
     check_report(paths, output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -14,6 +14,7 @@ from distill.commands.options import (
     Init,
     LoadIn4bit,
     LoraRank,
+    Memory,
     Out,
     Preset,
     SafetyLabels,
@@ -21,6 +22,8 @@ from distill.commands.options import (
     Seed,
     Settings,
     Store,
+    StorePath,
+    StoreTeacher,
     StudentBase,
     StudentQuant,
     StudentSize,
@@ -59,17 +62,12 @@ def run(
     """Teacher in, proved student out: capture, train, export, prove, evaluate."""
     from distill.config.loading import load_config
     from distill.pipeline.preflight import check_run
-    from distill.runs.folder import Places
+    from distill.runs.folder import RunPaths
 
-    overrides = _what_to_capture(teacher, data, samples, targets, seed) | {
-        "student.size": student_size,
-        **_base(student_base, lora_r, load_in_4bit, config),
-        "train.epochs": epochs,
-        "export.quant": quant,
-        "safety.labels": safety_labels,
-        "student.init": init,
-    }
-    settings, places = load_config(config, overrides, set_ or [], preset), Places(out, store)
+    overrides = _capture_settings(teacher, data, samples, targets, seed)
+    overrides |= _base_settings(student_base, lora_r, load_in_4bit, config)
+    overrides |= _student_settings(student_size, init, epochs, quant, safety_labels)
+    settings, places = load_config(config, overrides, set_ or [], preset), RunPaths(out, store)
     inputs = check_run(settings, places)
 
     from distill.pipeline.run import run as run_pipeline
@@ -96,9 +94,8 @@ def capture(
     from distill.config.loading import load_config
     from distill.pipeline.preflight import check_capture
 
-    overrides = _what_to_capture(teacher, data, samples, targets, seed) | {
-        "safety.labels": safety_labels
-    }
+    overrides = _capture_settings(teacher, data, samples, targets, seed)
+    overrides["safety.labels"] = safety_labels
     settings = load_config(config, overrides, set_ or [])
     inputs = check_capture(settings, store)
 
@@ -109,20 +106,12 @@ def capture(
 
 @commands.command()
 def train(
-    store: Annotated[
-        Path, typer.Argument(metavar="STORE", help="Folder that `distill capture` has filled.")
-    ],
+    store: StorePath,
     student_size: StudentSize = None,
     student_base: StudentBase = None,
     lora_r: LoraRank = None,
     load_in_4bit: LoadIn4bit = False,
-    teacher: Annotated[
-        Path | None,
-        typer.Option(
-            help="The store's own teacher, for the student to begin at its weights. Default: not "
-            "here."
-        ),
-    ] = None,
+    teacher: StoreTeacher = None,
     out: Out = None,
     epochs: Epochs = None,
     seed: Seed = None,
@@ -138,17 +127,9 @@ def train(
     from distill.config.loading import load_config
     from distill.pipeline.preflight import check_train
 
-    overrides = {
-        "store": str(store),
-        "student.size": student_size,
-        **_base(student_base, lora_r, load_in_4bit, config),
-        "train.epochs": epochs,
-        "seed": seed,
-        "export.quant": quant,
-        "safety.labels": safety_labels,
-        "student.init": init,
-        "teacher.path": str(teacher) if teacher else None,
-    }
+    overrides = _capture_settings(teacher, None, None, None, seed) | {"store": str(store)}
+    overrides |= _base_settings(student_base, lora_r, load_in_4bit, config)
+    overrides |= _student_settings(student_size, init, epochs, quant, safety_labels)
     settings = load_config(config, overrides, set_ or [], preset)
     inputs = check_train(settings, out)
 
@@ -170,28 +151,19 @@ def plan(
     targets: Targets = None,
     seed: Seed = None,
     init: Init = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Memory that training is to fit into, such as 12GiB; says what would help."
-        ),
-    ] = None,
+    memory: Memory = None,
     preset: Preset = "recommended",
     config: ConfigFile = None,
     set_: Settings = None,
 ) -> None:
-    """Say before a run what it will take: tokens, disk, time and memory, from a short measured
-    probe."""
+    """Measure on a short probe what a run will take: tokens, disk, time and memory."""
     from distill.config.loading import load_config, parse_memory
     from distill.errors import UserError
     from distill.pipeline.preflight import check_plan
 
-    overrides = _what_to_capture(teacher, data, samples, targets, seed) | {
-        "student.size": student_size,
-        **_base(student_base, lora_r, load_in_4bit, config),
-        "student.init": init,
-        "train.epochs": epochs,
-    }
+    overrides = _capture_settings(teacher, data, samples, targets, seed)
+    overrides |= _base_settings(student_base, lora_r, load_in_4bit, config)
+    overrides |= _student_settings(student_size, init, epochs)
     try:
         limit = None if memory is None else parse_memory(memory)
     except ValueError as error:
@@ -205,20 +177,18 @@ def plan(
 
 
 def _console(*, every_process: bool = False) -> Console:
-    """Where a command prints, first what of the machine is in its way.
-
-    In a launch of several processes the first one speaks, unless ``every_process`` does.
-    """
-    from distill.runtime.launch_environment import launched_share
+    """Where a command prints, first warnings of the machine; in a launch of several processes only
+    the first one, unless ``every_process`` does."""
+    from distill.runtime.launch_environment import process_rank
     from distill.runtime.machine_checks import warn_of_machine
     from distill.runtime.progress import Console
 
-    console = Console(quiet=launched_share().rank > 0 and not every_process)
+    console = Console(quiet=process_rank().rank > 0 and not every_process)
     warn_of_machine(console)
     return console
 
 
-def _base(
+def _base_settings(
     folder: Path | None, rank: int | None, load_in_4bit: bool, config: Path | None
 ) -> dict[str, object]:
     """The flags of a student made of a base, as settings; without a file of settings it must be
@@ -237,7 +207,7 @@ def _base(
     }
 
 
-def _what_to_capture(
+def _capture_settings(
     teacher: Path | None,
     data: Path | None,
     samples: int | None,
@@ -251,4 +221,21 @@ def _what_to_capture(
         "data.samples": samples,
         "targets.kind": targets,
         "seed": seed,
+    }
+
+
+def _student_settings(
+    size: str | None,
+    init: str | None,
+    epochs: int | None,
+    quant: str | None = None,
+    safety_labels: str | None = None,
+) -> dict[str, object]:
+    """The flags of the student, its training and its export, as settings."""
+    return {
+        "student.size": size,
+        "student.init": init,
+        "train.epochs": epochs,
+        "export.quant": quant,
+        "safety.labels": safety_labels,
     }

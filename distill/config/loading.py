@@ -26,13 +26,12 @@ _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 def load_config(
     path: Path | None, overrides: dict[str, Any], settings: list[str], preset: str = RECOMMENDED
 ) -> RunConfig:
-    """Combine a preset, a JSON or YAML file, named flags and ``section.key=value`` settings; later
-    ones win.
+    """Combine a preset, a JSON or YAML file, flags and ``section.key=value``; later ones win.
 
     ``overrides`` maps dotted keys to values (``None``: not given).
 
     Raises:
-        UserError: unreadable file, unknown key, or a value out of range; names every one of them.
+        UserError: unreadable file, unknown keys or values out of range, all of which it names.
     """
     if preset not in PRESETS:
         raise UserError(f"--preset {preset!r} does not exist; choose {' or '.join(PRESETS)}")
@@ -59,11 +58,7 @@ def load_config(
 
 
 def parse_config(tree: Any, where: str = "") -> RunConfig:
-    """Check a tree of settings.
-
-    Raises:
-        UserError: names every unknown key and every value out of range.
-    """
+    """Validate a tree of settings; ``UserError`` names every unknown key and bad value."""
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -115,11 +110,7 @@ def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def parse_quants(text: str) -> tuple[Quant, ...]:
-    """File types with commas between them, each once, in their order; ``all`` for every one.
-
-    Raises:
-        UserError: there is no such type.
-    """
+    """File types separated by commas, each once; ``all``: every one. ``UserError`` if unknown."""
     known = get_args(Quant)
     asked = [name.strip() for name in text.lower().split(",") if name.strip()]
     names = tuple(
@@ -138,12 +129,7 @@ def parse_quants(text: str) -> tuple[Quant, ...]:
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of a size such as ``12GiB``, ``1.5 GB`` or ``800MB``; a number without a unit is in
-    bytes.
-
-    Raises:
-        ValueError: it is no size above 0.
-    """
+    """Bytes of a size such as ``12GiB``, ``1.5 GB`` or ``800``; ``ValueError`` if it is none."""
     match = re.fullmatch(
         r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII
     )
@@ -152,7 +138,16 @@ def parse_memory(text: str) -> int:
     if size < 1:
         raise ValueError(
             f"{text!r} is no amount of memory; write a number above 0 and a unit, such as 12GiB or "
-            "800MB "
-            "(kB, MB, GB, TB; KiB, MiB, GiB, TiB)"
+            "800MB (kB, MB, GB, TB; KiB, MiB, GiB, TiB)"
         )
     return size
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= (
+            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat

@@ -31,11 +31,12 @@ class Section(BaseModel):
 
 
 class TeacherConfig(Section):
-    """The teacher. ``path``: a GGUF file, or a transformers checkpoint folder to capture from; none
-    means the example teacher. ``gpu_layers``: layers given to a GPU where llama.cpp was built with
-    one, −1 for all. ``mix_with``: further teachers with the same vocabulary, mixed with it as
-    distributions; ``weights``: of all of them, the first included (none: equal). ``load_in_4bit``:
-    NF4 for folders, through bitsandbytes.
+    """The teacher.
+
+    ``path``: a GGUF file, or a transformers folder to capture from; none: the example teacher.
+    ``gpu_layers``: layers on a GPU where llama.cpp has one, −1 for all. ``mix_with``: further
+    teachers with the same vocabulary; ``weights``: of all in the mixture, the first included (none:
+    equal). ``load_in_4bit``: NF4 for folders, through bitsandbytes.
     """
 
     path: str | None = None
@@ -46,19 +47,20 @@ class TeacherConfig(Section):
 
 
 class StudentConfig(Section):
-    """The student. ``size``: hidden × layers, such as 512x4, or a share of the teacher's
-    parameters, such as 25%, or a number of parameters, such as 50M; none means half the teacher's
-    width and depth. ``tie_embeddings``: one matrix for the input embedding and the output.
-    ``heads``, ``kv_heads`` (which the heads share), ``head_width`` (of each) and ``ffn_width`` (of
-    the feed-forward): none follows the teacher's shape (see
-    ``students.model.build.student_config``). ``init``: where the weights begin: teacher (projected
-    from the teacher's own), embeddings (random ones, with the teacher's token embeddings), random,
-    or auto (teacher where that can be).
+    """The student.
+
+    ``size``: width × layers, such as 512x4, or a share of the teacher's parameters, such as 25%, or
+    a number of parameters, such as 50M; none: half the teacher's width and depth.
+    ``tie_embeddings``: one matrix for the input embedding and the output. ``heads``, ``kv_heads``,
+    ``head_width``, ``ffn_width``: none follows the teacher's shape
+    (``students.model.build.student_config``). ``init``: the first weights: teacher (projected from
+    the teacher's), embeddings (random, with the teacher's token embeddings), random, or auto
+    (teacher if possible).
 
     ``base``: folder of a transformers model with the teacher's vocabulary, which becomes the
-    student in place of a new one: frozen, with LoRA of ``lora_rank``, counted ``lora_alpha /
-    lora_rank`` times, and ``lora_dropout``. ``load_in_4bit``: its matrices in NF4, through
-    bitsandbytes."""
+    student: frozen, with LoRA of ``lora_rank``, scaled by ``lora_alpha / lora_rank``, and
+    ``lora_dropout``. ``load_in_4bit``: its matrices in NF4, through bitsandbytes.
+    """
 
     size: str | None = None
     base: str | None = None
@@ -112,8 +114,7 @@ class StudentConfig(Section):
         if given := [name for name, value in new.items() if value is not None]:
             raise ValueError(
                 f"{', '.join(given)} would be of a new student, but base = {self.base} is what the "
-                "student is made "
-                "of; give the one or the other"
+                "student is made of; give the one or the other"
             )
         return self
 
@@ -131,11 +132,12 @@ class StudentConfig(Section):
 
 
 class DataConfig(Section):
-    """What the teacher reads or says. ``path``: JSONL, text or a folder; none means the teacher
-    speaks. ``samples``: how many sequences at most (none: all of the data, or 4,096 when the
-    teacher speaks). ``max_length``: tokens of a sequence at most. ``held_out``: share of the
-    sequences kept for evaluation. ``sampling_temperature`` and ``top_p``: how the teacher picks its
-    words."""
+    """What the teacher reads or generates.
+
+    ``path``: JSONL, text or a folder; none: the teacher generates it. ``samples``: sequences at
+    most (none: all, or 4,096 generated ones), of ``max_length`` tokens at most. ``held_out``: share
+    of the sequences kept for evaluation. ``sampling_temperature``, ``top_p``: of generation.
+    """
 
     path: str | None = None
     samples: Annotated[int, Field(ge=2)] | None = None
@@ -146,11 +148,12 @@ class DataConfig(Section):
 
 
 class TargetsConfig(Section):
-    """The soft targets. ``kind``: compact (top-k, the tail's mass, a sketch of its shape), hidden
-    (the final hidden state, which gives every logit back) or dense (every logit). ``num_topk``:
-    tokens that compact targets keep exactly. ``sketch_bytes``: bytes for the tail's shape (none:
-    what is left of 200 a token; 0: no sketch). ``layers``: layers whose output is kept too, counted
-    from 0; ``layer_bytes``: bytes of each.
+    """The soft targets.
+
+    ``kind``: compact (top-k, the tail's mass and a sketch of its shape), hidden (the final hidden
+    state, which gives every logit back) or dense (every logit). ``num_topk``: tokens stored
+    exactly. ``sketch_bytes``: for the tail's shape (none: the rest of 200 a token; 0: no sketch).
+    ``layers``: teacher layers whose output is stored too, from 0; ``layer_bytes``: bytes of each.
     """
 
     kind: Literal["compact", "hidden", "dense"] = "compact"
@@ -201,12 +204,14 @@ class LossConfig(Section):
 
 
 class SafetyConfig(Section):
-    """What the safety head learns. ``labels``: builtin (the prompts that come with the program), a
-    JSONL file of ``prompt`` and ``label`` (ALLOW, ESCALATE, REFUSE), teacher (its own judgment of
-    the prompts, as probabilities), or none. ``prompts``: JSONL file of the prompts that the teacher
-    judges (none: the built-in ones). ``passes``: how many prompts pass in training altogether,
-    ``together`` at most in one step; where they need not be in every step, all steps but every n-th
-    have none."""
+    """What the safety head learns.
+
+    ``labels``: builtin (the built-in prompts), a JSONL file of ``prompt`` and ``label`` (ALLOW,
+    ESCALATE, REFUSE), teacher (its own judgment of the prompts, as probabilities), or none.
+    ``prompts``: JSONL file for the teacher to judge (none: the built-in ones). ``passes``: prompts
+    in training altogether, at most ``together`` in a step; if they need not be in every step, they
+    come in every n-th.
+    """
 
     labels: str = "builtin"
     prompts: str | None = None
@@ -214,20 +219,21 @@ class SafetyConfig(Section):
     together: Count = 16
 
     def rhythm(self, steps: int) -> tuple[int, int]:
-        """For a training of so many steps: prompts come in every n-th of them, and how many
-        then; (n, count)."""
+        """Prompts come in every n-th of ``steps`` steps, and how many then: (n, count)."""
         every = max(1, self.together * steps // self.passes)
         return every, min(self.together, -(-self.passes * every // max(1, steps)))
 
 
 class GuardConfig(Section):
-    """What keeps training from being spoilt (docs/stability.md). ``enabled``: without it a loss or
-    gradient that is not finite ends the run, and nothing else is watched. ``z_clip``: gradients are
-    cut to so many standard deviations above past norms. ``snapshot_every`` steps the state is kept
-    in memory, the newest ``snapshots`` of them. ``rollbacks``: how often in a row training goes
-    back before it gives up; each time the learning rate is multiplied by ``lower``, is reached
-    again over ``rewarm`` steps and comes back over ``recover`` steps. ``probe_every``: steps
-    between looks at some held-out text."""
+    """What keeps training from being damaged (docs/stability.md).
+
+    ``enabled``: without it, a loss or gradient that is not finite ends the run, and nothing else is
+    watched. ``z_clip``: gradients are clipped this many standard deviations above past norms.
+    ``snapshot_every``: steps between snapshots in memory, the newest ``snapshots`` of which are
+    kept. ``rollbacks``: how often in a row before giving up; each multiplies the learning rate by
+    ``lower``, which is reached again over ``rewarm`` steps and recovers over ``recover`` steps.
+    ``probe_every``: steps between probes on held-out text.
+    """
 
     enabled: bool = True
     z_clip: Positive = 5.0
@@ -280,10 +286,7 @@ class TrainConfig(Section):
 
 
 class ExportConfig(Section):
-    """The exported file.
-
-    ``quant``: one of llama.cpp's file types (see ``students.gguf.file_types``).
-    """
+    """The exported file; ``quant``: a llama.cpp file type (``students.gguf.file_types``)."""
 
     quant: Quant = "q8_0"
 

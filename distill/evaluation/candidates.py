@@ -1,5 +1,4 @@
-"""Which files ``distill evaluate`` compares: found, checked and named before any of them is
-loaded."""
+"""The files that ``distill evaluate`` compares, checked before any model is loaded."""
 
 from __future__ import annotations
 
@@ -17,10 +16,7 @@ from teachers.gguf.file import GGUFFile
 
 @dataclass(frozen=True)
 class Candidate:
-    """A GGUF file to be measured.
-
-    ``run``: the run's folder that it lies in, if it does; ``heads``: what it carries.
-    """
+    """A GGUF file to be measured; ``run``: the folder of its run, if it is in one."""
 
     name: str
     file: GGUFFile
@@ -29,8 +25,7 @@ class Candidate:
 
     @property
     def file_type(self) -> str:
-        """The file type that the file says it has, such as Q4_K_M; empty where it says none, or
-        an unknown one."""
+        """The file type by its metadata, such as Q4_K_M; empty: missing or unknown."""
         try:
             return (
                 LlamaFileType(self.file.value("general.file_type"))
@@ -42,11 +37,7 @@ class Candidate:
 
     @property
     def context_length(self) -> int:
-        """How many tokens the model was trained to look at.
-
-        Raises:
-            UserError: the file does not say.
-        """
+        """Tokens of the model's trained context; raises ``UserError`` if it is missing."""
         key = f"{self.file.architecture}.context_length"
         length = self.file.value(key)
         if type(length) is not int or length < 1:
@@ -65,14 +56,10 @@ class Candidates:
     warnings: list[str]
 
 
-def find_candidates(found: Files) -> Candidates:
-    """The files of the teacher and its students, with the heads that they carry.
-
-    Raises:
-        UserError: broken heads.
-    """
+def find_candidates(files: Files) -> Candidates:
+    """The teacher and its students with their heads; raises ``UserError`` for broken heads."""
     students = [
         Candidate(name, file, run, heads_in(file))
-        for name, file, run in zip(found.names[1:], found.students, found.runs, strict=True)
+        for name, file, run in zip(files.names[1:], files.students, files.runs, strict=True)
     ]
-    return Candidates(Candidate(found.names[0], found.teacher), students, found.warnings)
+    return Candidates(Candidate(files.names[0], files.teacher), students, files.warnings)

@@ -1,7 +1,7 @@
 """``distill evaluate``: the teacher and its students, run through llama.cpp on the same text.
 
-Logits are computed exactly (float32 KV cache, no flash attention), so that figures can be
-reproduced elsewhere; what is written and how fast is measured as people run the models.
+Logits are exact (float32 KV cache, no flash attention), so that results can be reproduced
+elsewhere; generation and speed are measured as people run the models.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from distill.evaluation.candidates import Candidate, Candidates, find_candidates
 from distill.evaluation.cost import UNSTEADY, Cost, measure_cost
 from distill.evaluation.fidelity import TextScore, score_text
-from distill.evaluation.greedy import SEQUENCES, GreedyScore, beginnings, greedy_scores
+from distill.evaluation.greedy import SEQUENCES, GreedyScore, greedy_prompts, greedy_scores
 from distill.evaluation.inputs.check import EvaluationInputs, check_evaluation
 from distill.evaluation.inputs.request import Request
 from distill.evaluation.records import Comparison, Fidelity, ModelEvaluation, TaskScore
@@ -23,7 +23,7 @@ from distill.evaluation.scorers import llama_scorer
 from distill.evaluation.text import choose_text, digest
 from distill.metrics.distributions import tokens_per_pass
 from distill.metrics.safety import SafetyScore
-from distill.runtime.environment import environment, how_llama_cpp_ran
+from distill.runtime.environment import environment, llama_cpp_environment
 from distill.runtime.format import human_bytes, human_count
 from distill.runtime.progress import Console
 from teachers.base import Tokens
@@ -42,10 +42,7 @@ def evaluate_files(
     console: Console,
     inputs: EvaluationInputs | None = None,
 ) -> Comparison:
-    """Measure everything that is asked for; what is wrong with the input is said before anything
-    takes long.
-
-    ``inputs``: what ``check_evaluation`` has read, if it was called.
+    """Measure everything asked for; ``inputs``: the result of ``check_evaluation``, if called.
 
     Raises:
         UserError, TeacherFileError, TeacherError, ChatTemplateError: the input cannot be used.
@@ -65,7 +62,7 @@ def evaluate_files(
 
 
 class Measurement:
-    """One evaluation while it goes on; ``stack`` closes the models. Everything is by a model's
+    """One evaluation in progress; ``stack`` closes the models. Everything is keyed by model
     name."""
 
     def __init__(
@@ -80,10 +77,10 @@ class Measurement:
         self.costs: dict[str, Cost] = {}
         self.warnings: list[str] = []
 
-    def warn(self, words: str) -> None:
-        """Say it now, and keep it beside the figures."""
-        self.console.warn(words)
-        self.warnings.append(words)
+    def warn(self, message: str) -> None:
+        """Show a warning now, and keep it with the results."""
+        self.console.warn(message)
+        self.warnings.append(message)
 
     @property
     def teacher(self) -> GGUFTeacher:
@@ -110,13 +107,13 @@ class Measurement:
         self._measure_costs()
         with self.console.stage("Read text", total=len(text.items)) as stage:
             sequences = text.sequences(self.teacher, stage.update)
-            stage.finish(text.words)
+            stage.finish(text.description)
         scores = self._score(sequences)
         greedy, prefix_length = self._write(sequences)
         safety = self._judge(tests)
         answers = self._answer(inputs.tasks)
         benchmarks = self._benchmark()
-        found = []
+        evaluations = []
         for model in self.everyone:
             name, score, cost = model.name, scores[model.name], self.costs[model.name]
             evaluation = ModelEvaluation(
@@ -137,11 +134,11 @@ class Measurement:
                 safety=safety.get(name),
                 harness=benchmarks.get(name, {}),
             )
-            found.append(evaluation)
+            evaluations.append(evaluation)
         return Comparison(
-            teacher=found[0],
-            students=found[1:],
-            text=text.words,
+            teacher=evaluations[0],
+            students=evaluations[1:],
+            text=text.description,
             text_sha256=digest(sequences),
             sequences=len(sequences),
             positions=sum(len(tokens) - 1 for tokens in sequences),
@@ -149,7 +146,7 @@ class Measurement:
             seed=self.request.text.seed,
             environment=environment()
             | {
-                "llama_cpp": how_llama_cpp_ran(),
+                "llama_cpp": llama_cpp_environment(),
                 "arithmetic": ARITHMETIC,
                 "gpu_layers": self.request.gpu_layers,
             },
@@ -162,8 +159,7 @@ class Measurement:
         return model
 
     def _measure_costs(self) -> None:
-        """Load each model and measure it at once: those that are there already wait for
-        something to do."""
+        """Load each model and measure it at once, while the models loaded before are idle."""
         with self.console.stage("Speed and memory", total=len(self.everyone)) as stage:
             for number, candidate in enumerate(self.everyone):
                 stage.update(number, candidate.name)
@@ -197,9 +193,8 @@ class Measurement:
         return scores
 
     def _write(self, sequences: Sequence[Tokens]) -> tuple[dict[str, GreedyScore], int]:
-        """How long the students write what the teacher writes, and the most tokens that they
-        were to write."""
-        start = beginnings(
+        """Each student's greedy score, and the most tokens of a continuation."""
+        start = greedy_prompts(
             sequences, min(model.info.context_length for model in self.models.values())
         )
         if start is None:
@@ -262,21 +257,21 @@ class Measurement:
             return {}
         from distill.evaluation.lm_eval_adapter import run_harness
 
-        found = {}
+        results = {}
         with self.console.stage("lm-eval", total=len(self.everyone)) as stage:
             for number, (name, model) in enumerate(self.models.items()):
                 stage.update(number, name)
                 with redirect_stdout(sys.stderr):  # ours is for the result
-                    found[name] = run_harness(
+                    results[name] = run_harness(
                         model, list(self.request.harness), self.request.harness_limit
                     )
             stage.finish(", ".join(self.request.harness))
-        return found
+        return results
 
     def _fidelity(
         self, score: TextScore, greedy: GreedyScore | None, prefix_length: int
     ) -> Fidelity | None:
-        """The figures against the teacher; none of the teacher itself."""
+        """The comparison with the teacher; none for the teacher itself."""
         if not score.compared:
             return None
         drafted = self.request.draft_length

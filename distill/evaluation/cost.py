@@ -11,10 +11,8 @@ from teachers.llama_cpp.teacher import GGUFTeacher
 
 @dataclass(frozen=True)
 class Cost:
-    """Prompt and generation speed of one sequence in tokens per second, and the most bytes of main
-    memory that llama.cpp's process had had by then. ``spread``: the fastest trial of writing in
-    parts of the slowest.
-    """
+    """Prompt and generation speed of one sequence in tokens per second, and llama.cpp's peak memory
+    in bytes. ``spread``: the fastest generation trial over the slowest."""
 
     prompt_speed: float
     generation_speed: float
@@ -23,11 +21,7 @@ class Cost:
 
 
 def measure_cost(model: GGUFTeacher) -> Cost:
-    """Read a prompt and write some tokens, three times, and take the medians.
-
-    The model should be freshly loaded, and no other be at work: what else it is asked for takes
-    memory of its own.
-    """
+    """Medians of three speed trials; the model is freshly loaded and the machine idle."""
     reading, writing = zip(*(measure_speed(model) for _ in range(SPEED_ROUNDS)), strict=True)
     spread = max(writing) / min(writing)
     return Cost(statistics.median(reading), statistics.median(writing), model.peak_memory(), spread)

@@ -1,5 +1,4 @@
-"""Models on one text: how they predict it, and how near the students' distributions are to the
-teacher's."""
+"""How models predict one text, and how near the students' distributions are to the teacher's."""
 
 from __future__ import annotations
 
@@ -29,10 +28,7 @@ from teachers.base import Tokens
 
 @dataclass(frozen=True)
 class TextScore:
-    """One model on the text.
-
-    ``compared``: the figures ``COMPARED`` against the teacher, which itself has none.
-    """
+    """One model on the text; ``compared``: the metrics ``COMPARED``, empty for the teacher."""
 
     perplexity: Figure
     calibration_error: float
@@ -46,14 +42,13 @@ def score_text(
     vocab_size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, TextScore]:
-    """Score all ``models``, of which ``teacher`` is one, on all positions of ``sequences`` (≥ 2
-    tokens each).
+    """Score all ``models``, ``teacher`` included, on ``sequences`` of at least two tokens.
 
-    Logits of one group of sequences are held at a time, of the teacher and one student.
-    ``progress`` counts sequences over all models.
+    Holds the logits of one group of sequences, of the teacher and one student. ``progress`` counts
+    sequences over all models.
 
     Raises:
-        UserError: a model computes something that is not a number.
+        UserError: a model's logits are not finite.
     """
     predictions: dict[str, list[Prediction]] = {name: [] for name in models}
     compared: dict[str, list[Floats]] = {name: [] for name in models if name != teacher}
@@ -65,9 +60,9 @@ def score_text(
         done += len(group)
         progress(done)
         for name, rows in compared.items():
-            found = _finite(models[name](group), name)
-            predictions[name].append(predict(found, labels))
-            rows.append(by_sequence(compare(expected, found), lengths))
+            logits = _finite(models[name](group), name)
+            predictions[name].append(predict(logits, labels))
+            rows.append(by_sequence(compare(expected, logits), lengths))
             done += len(group)
             progress(done)
     lengths = _positions(sequences)
@@ -102,8 +97,7 @@ def _score(prediction: Prediction, compared: Sequence[Floats], lengths: Sequence
 
 
 def _exponential(nats: Figure) -> Figure:
-    """A perplexity of a cross-entropy; exp keeps the order, so the interval's ends are those of
-    the cross-entropy."""
+    """The perplexity of a cross-entropy; exp keeps the order of the interval's ends."""
     if nats.low is None or nats.high is None:
         return Figure(perplexity(nats.value))
     return Figure(perplexity(nats.value), perplexity(nats.low), perplexity(nats.high))

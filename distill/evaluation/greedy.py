@@ -1,5 +1,4 @@
-"""How long a student writes what its teacher writes, both at temperature 0 behind the same
-beginnings."""
+"""How long a student generates the same tokens as its teacher at temperature 0."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from distill.metrics.distributions import agreeing_prefix, mean_figures
 from distill.metrics.intervals import Figure
-from teachers.base import Sampling, Tokens
+from teachers.base import GenerationRequest, Sampling, Tokens
 from teachers.llama_cpp.teacher import GGUFTeacher
 
 SEQUENCES = 32  # of the text, whose first halves are continued
@@ -19,49 +18,51 @@ NEW_TOKENS = 32
 
 @dataclass(frozen=True)
 class GreedyScore:
-    """``prefix``: mean number of tokens alike; ``same``: share of the continuations that are
-    alike to their end."""
+    """``prefix``: mean number of equal tokens; ``same``: share of continuations equal to the
+    end."""
 
     prefix: Figure
     same: Figure
 
 
 @dataclass(frozen=True)
-class Beginnings:
+class GreedyPrompts:
     """What is continued, by at most ``new_tokens`` tokens each."""
 
     prompts: list[Tokens]
     new_tokens: int
 
 
-def beginnings(sequences: Sequence[Tokens], room: int) -> Beginnings | None:
-    """The first half of each of the first sequences; ``None`` where ``room`` tokens leave
-    nothing to write."""
+def greedy_prompts(sequences: Sequence[Tokens], room: int) -> GreedyPrompts | None:
+    """The first halves of the first sequences; ``None`` where ``room`` leaves nothing to write."""
     prompts = [tokens[: max(1, len(tokens) // 2)] for tokens in sequences[:SEQUENCES]]
     new_tokens = min(NEW_TOKENS, room - max(map(len, prompts)))
-    return Beginnings(prompts, new_tokens) if new_tokens > 0 else None
+    return GreedyPrompts(prompts, new_tokens) if new_tokens > 0 else None
 
 
 def continuations(
-    model: GGUFTeacher, start: Beginnings, progress: Callable[[int], None]
+    model: GGUFTeacher, start: GreedyPrompts, progress: Callable[[int], None]
 ) -> list[Tokens]:
-    """What the model writes behind each beginning at temperature 0, with the token that ends its
-    turn, if it does."""
+    """What the model generates after each prompt at temperature 0, an end-of-turn token
+    included."""
     longest = max(map(len, start.prompts)) + start.new_tokens
-    said = model.speak(
-        [[prompt] for prompt in start.prompts], Sampling(0.0, max_length=longest), progress=progress
+    rows = model.generate(
+        GenerationRequest(
+            [[prompt] for prompt in start.prompts], Sampling(0.0, max_length=longest)
+        ),
+        progress,
     )
     # Behind a shorter beginning there was room for more.
     return [
         tokens[len(prompt) : len(prompt) + start.new_tokens]
-        for tokens, prompt in zip(said, start.prompts, strict=True)
+        for tokens, prompt in zip(rows, start.prompts, strict=True)
     ]
 
 
 def greedy_scores(
     teacher: GGUFTeacher,
     students: Mapping[str, GGUFTeacher],
-    start: Beginnings,
+    start: GreedyPrompts,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, GreedyScore]:
     """Each student's score; ``progress`` counts continuations over all models."""
@@ -69,9 +70,9 @@ def greedy_scores(
 
     def write(model: GGUFTeacher) -> list[list[int]]:
         nonlocal done
-        found = continuations(model, start, lambda count: progress(done + count))
-        done += len(found)
-        return [tokens.tolist() for tokens in found]
+        rows = continuations(model, start, lambda count: progress(done + count))
+        done += len(rows)
+        return [tokens.tolist() for tokens in rows]
 
     expected = write(teacher)
     scores = {}

@@ -1,4 +1,4 @@
-"""Which students are worth having: those that no other one beats in both of two figures."""
+"""Pareto fronts: the students that no other one beats in both KL and a cost."""
 
 from __future__ import annotations
 
@@ -20,41 +20,39 @@ def kl_of(student: ModelEvaluation) -> float:
 
 
 def front(costs: Sequence[tuple[float, float]]) -> list[int]:
-    """Places of the points on the Pareto front, both figures the lower the better, by rising first
-    figure.
+    """Indices of the points on the Pareto front, both costs the lower the better, by the first.
 
-    A point is off the front if another is at least as good in both and better in one; equal points
-    are all on it.
+    A point is off the front if another is at least as good in both and better in one.
     """
-    order = sorted(range(len(costs)), key=lambda place: costs[place])
-    found, best = [], float("inf")
-    for _, alike in groupby(order, key=lambda place: costs[place]):
-        places = list(alike)
-        if costs[places[0]][1] < best:
-            best = costs[places[0]][1]
-            found += places
-    return found
+    order = sorted(range(len(costs)), key=costs.__getitem__)
+    indices: list[int] = []
+    best = float("inf")
+    for (_, cost), equal in groupby(order, key=costs.__getitem__):
+        if cost < best:
+            best = cost
+            indices += equal
+    return indices
 
 
 def size_front(students: Sequence[ModelEvaluation]) -> list[int]:
-    """Places of the students of which none is both smaller and nearer."""
+    """Indices of the students of which none is both smaller and nearer."""
     return front([(float(student.file_bytes), kl_of(student)) for student in students])
 
 
 def speed_front(students: Sequence[ModelEvaluation]) -> list[int]:
-    """Places of the students of which none both writes faster and is nearer; the fastest first."""
+    """Indices of the students of which none is both faster and nearer; the fastest first."""
     return front([(-student.generation_speed, kl_of(student)) for student in students])
 
 
-def quantisations(students: Sequence[ModelEvaluation]) -> list[list[ModelEvaluation]]:
+def quantizations(students: Sequence[ModelEvaluation]) -> list[list[ModelEvaluation]]:
     """Students that seem to be one model in several file types (same architecture and number of
     parameters, all file types different), the largest file first; groups of two at least."""
     groups: dict[tuple[str, int], list[ModelEvaluation]] = {}
     for student in students:
         groups.setdefault((student.architecture, student.parameters), []).append(student)
-    found = []
+    families = []
     for group in groups.values():
         types = {student.file_type for student in group}
         if len(group) > 1 and len(types) == len(group) and "" not in types:
-            found.append(sorted(group, key=lambda student: -student.file_bytes))
-    return found
+            families.append(sorted(group, key=lambda student: -student.file_bytes))
+    return families

@@ -1,5 +1,4 @@
-"""What ``distill evaluate`` finds out, as plain data: the console, JSON and the page all show
-this."""
+"""What ``distill evaluate`` measures, as plain data for the console, JSON and the page."""
 
 from __future__ import annotations
 
@@ -14,14 +13,12 @@ from distill.metrics.safety import SafetyScore
 class Fidelity:
     """How near a student is to the teacher, over the same positions, at temperature 1.
 
-    ``kl``: KL(teacher ‖ student) over the whole vocabulary, nats per token; ``reverse_kl``:
-    KL(student ‖ teacher). ``top1``: share of positions with the same most probable token; ``top5``:
-    mean share of the teacher's five most probable tokens that are among the student's five.
-    ``acceptance``: Σ min(p, q), the chance that the teacher takes a token that the student drafts
-    (Leviathan et al. 2023); ``tokens_per_pass``: expected tokens per pass of the teacher when the
-    student drafts ``draft_length``. ``greedy_prefix``: tokens that both write alike, from the
-    beginning of a continuation at temperature 0, of at most ``prefix_length`` (fewer where the turn
-    ends); ``greedy_same``: share of these continuations that are alike to their end.
+    ``kl``: KL(teacher ‖ student), nats per token; ``reverse_kl``: KL(student ‖ teacher). ``top1``:
+    share of positions with the same most probable token; ``top5``: shared part of both models' five
+    most probable. ``acceptance``: Σ min(p, q), the chance that the teacher accepts a drafted token;
+    ``tokens_per_pass``: expected tokens per teacher pass with ``draft_length`` drafted (Leviathan
+    et al. 2023). ``greedy_prefix``: equal tokens at the start of greedy continuations of at most
+    ``prefix_length``; ``greedy_same``: share of them equal to the end.
     """
 
     kl: Figure
@@ -38,7 +35,7 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Answers to the prompts of a file, at temperature 0; ``share`` right with Wilson's 95 %
+    """Answers to the prompts of a file at temperature 0; ``share`` right, Wilson's 95 %
     interval."""
 
     name: str
@@ -49,14 +46,12 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class ModelEvaluation:
-    """One model: the teacher (``fidelity`` is none) or a student.
+    """One model: the teacher (``fidelity`` is none) or a student; ``name`` is unique.
 
-    ``name`` is unique among the models of one evaluation. ``file_type``: as the file says, such as
-    Q4_K_M, empty where it does not. ``perplexity`` and ``calibration_error`` (of the most probable
-    token's probability, 15 bins) are of the text's actual next tokens. Speeds in tokens per second
-    of one sequence; ``peak_memory``: the most bytes of main memory that llama.cpp's process had.
-    ``safety``: of the decisions of its safety head, where it has one and labelled prompts were
-    given. ``harness``: lm-evaluation-harness figures by task and metric.
+    ``file_type``: by the metadata, such as Q4_K_M. ``perplexity`` and ``calibration_error`` (most
+    probable token, 15 bins) are of the text's actual next tokens. Speeds in tokens per second of
+    one sequence; ``peak_memory``: bytes of llama.cpp's process. ``safety``: of its safety head, if
+    any, on labeled prompts. ``harness``: lm-evaluation-harness values by task and metric.
     """
 
     name: str
@@ -79,12 +74,10 @@ class ModelEvaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The teacher and its students on one text. ``text``: where it is from, in words;
-    ``text_sha256``: of its tokens.
+    """The teacher and its students on one text; ``text`` describes it.
 
-    ``positions``: next tokens compared. ``skipped``: sequences left out because they were too long
-    for a model. ``environment``: what computed it, as in ``results.json``. ``warnings``: what was
-    told of the files and figures.
+    ``positions``: next tokens compared. ``skipped``: sequences too long for a model.
+    ``environment``: as in ``results.json``.
     """
 
     teacher: ModelEvaluation

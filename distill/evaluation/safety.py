@@ -1,5 +1,4 @@
-"""A student's safety head against labelled prompts, of which only those count that its run did
-not learn from."""
+"""A student's safety head against labeled prompts that its run did not learn from."""
 
 from __future__ import annotations
 
@@ -32,13 +31,12 @@ TOGETHER = 32  # prompts whose hidden states are held at once
 
 
 class UnknownTraining(ValueError):
-    """What a run's safety head learnt from cannot be told any more; says why."""
+    """What a run's safety head learned from is no longer known; says why."""
 
 
 @dataclass(frozen=True)
 class SafetyTest:
-    """Prompts for one student; ``note``: what of them the user should know, or why there are
-    none."""
+    """Prompts for one student; ``note``: a remark for the user, or why there are none."""
 
     prompts: list[SafetyPrompt]
     note: str = ""
@@ -69,8 +67,7 @@ def choose_prompts(student: Candidate, given: list[SafetyPrompt] | None) -> Safe
     if len(left) == len(given):
         return SafetyTest(given)
     note = (
-        f"{student.name}: {len(given) - len(left)} of {len(given)} safety prompts do not "
-        "count: "
+        f"{student.name}: {len(given) - len(left)} of {len(given)} safety prompts do not count: "
         "its run knew them"
     )
     return SafetyTest(left, note + ("" if left else "; there are no safety figures"))
@@ -108,8 +105,7 @@ def score_safety(
     """Score the safety head on ``prompts`` (≥ 1), by the exported file's own hidden states.
 
     Raises:
-        UserError: a prompt is longer than the student's context.
-        ChatTemplateError: the chat template does not render.
+        UserError, ChatTemplateError: a prompt does not fit the context or the template.
     """
     tokens = prompt_tokens(model, prompts, model.info.context_length)
     states = [

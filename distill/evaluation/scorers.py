@@ -1,7 +1,7 @@
 """Students against their teacher on held-out text: KL, top-1 agreement, perplexity.
 
-Everything is measured at temperature 1, per token, on the same positions: against the teacher
-itself over the whole vocabulary, or against its stored soft targets over what these know.
+At temperature 1, per token, on the same positions: against the teacher over the whole vocabulary,
+or against its stored soft targets over what these know.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from distill.losses import divergences
 from distill.metrics.distributions import by_sequence, intervals
 from students.model.interface import Student
 from students.weights import set_weights
-from teachers.base import Teacher, Tokens
+from teachers.base import Teacher, Tokens, budget_slices
 from teachers.store.store import SoftTargetStore
 from teachers.targets.stored_arrays import Targets, join
 
@@ -37,11 +37,9 @@ Sums = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Score:
-    """One model against the teacher. ``kl`` and ``cross_entropy`` in nats per token, ``agreement``
-    a share.
+    """One model: ``kl`` and ``cross_entropy`` in nats per token, ``agreement`` a share.
 
-    ``intervals``: low and high end of the 95 % interval of kl, agreement, cross_entropy and
-    perplexity (see ``distill.metrics.distributions.intervals``); empty where one sequence is all.
+    ``intervals``: 95 % intervals of these and of perplexity; empty for a single sequence.
     """
 
     kl: float
@@ -59,10 +57,8 @@ class Score:
 class Evaluation:
     """Scores of several models on the same held-out positions.
 
-    ``against``: ``TEACHER`` itself or its ``STORED_TARGETS``. ``kl_over``: what the KL is taken
-    over. ``teacher``: its own cross-entropy of the actual next tokens in nats per token; ``None``
-    where it is not known, ``approximate`` where hidden states that were rounded for the store give
-    it.
+    ``against``: ``TEACHER`` or its ``STORED_TARGETS``. ``teacher``: its own cross-entropy in nats
+    per token; ``None`` if unknown, ``approximate`` if from hidden states rounded for the store.
     """
 
     against: str
@@ -119,8 +115,7 @@ def evaluate(
     models: dict[str, Scorer],
     report: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Compare ``models`` with the teacher on every position; ``report`` gets how many sequences
-    are done."""
+    """Compare ``models`` with the teacher at every position; ``report`` counts sequences."""
     sums: dict[str, list[Sums]] = {name: [] for name in models}
     surprise, positions, finished = 0.0, 0, 0
     reference = llama_scorer(teacher)
@@ -129,9 +124,9 @@ def evaluate(
         best = expected.argmax(dim=-1)
         surprise += float(divergences.cross_entropy(expected, labels).double().sum())
         for name, model in models.items():
-            found = model(group)
-            kl = divergences.dense_forward_kl(expected, found)
-            sums[name].append(_sums(kl, best, found, labels, group))
+            logits = model(group)
+            kl = divergences.dense_forward_kl(expected, logits)
+            sums[name].append(_sums(kl, best, logits, labels, group))
         positions += len(labels)
         finished += len(group)
         report(finished)
@@ -145,8 +140,7 @@ def evaluate_stored(
     models: dict[str, Scorer],
     report: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """``evaluate`` without a teacher: against the stored soft targets of some of the store's
-    sequences."""
+    """``evaluate`` against the stored soft targets of some of the store's sequences."""
     vocab_size = int(store.manifest.identity["vocab_size"])
     sums: dict[str, list[Sums]] = {name: [] for name in models}
     surprise: float | None = 0.0
@@ -158,30 +152,25 @@ def evaluate_stored(
         best, asked = targets.best(), _teachers_surprise(targets, labels)
         surprise = None if surprise is None or asked is None else surprise + asked
         for name, model in models.items():
-            found = model(group)
-            sums[name].append(
-                _sums(divergences.known_kl(found, targets, 1.0), best, found, labels, group)
-            )
+            logits = model(group)
+            kl = divergences.known_kl(logits, targets, 1.0)
+            sums[name].append(_sums(kl, best, logits, labels, group))
         positions += len(labels)
         finished += len(group)
         report(finished)
     scores = {name: _score(np.concatenate(parts), sequences) for name, parts in sums.items()}
     known = None if surprise is None else surprise / positions
     recipe = store.manifest.recipe
-    over = (
-        f"{recipe.num_topk} top tokens and the rest"
-        if recipe.kind == "compact"
-        else WHOLE_VOCABULARY
-    )
+    compact = recipe.kind == "compact"
+    over = f"{recipe.num_topk} top tokens and the rest" if compact else WHOLE_VOCABULARY
     return Evaluation(STORED_TARGETS, positions, over, known, recipe.kind != "dense", scores)
 
 
 def _teachers_surprise(targets: Targets, labels: Tensor) -> float | None:
-    """Σ −log p(label) of the teacher's own distribution; ``None`` where the targets do not give
-    every token's.
+    """Σ −log p(label) of the teacher; ``None`` if the targets do not give every token's.
 
-    A sketch's comes near: 0.005 nats too much where more than half of the labels are in the tail
-    (WikiText teacher).
+    By a sketch it is near: 0.005 nats too high with over half of the labels in the tail (WikiText
+    teacher).
     """
     if not targets.has_tail_shape:
         return None
@@ -211,23 +200,14 @@ def _score(sums: Sums, sequences: Sequence[Tokens]) -> Score:
     edges = intervals(sums, counts)
     if edges is None:
         return Score(kl, agreement, cross_entropy)
-    low, high = edges.tolist()
-    found = dict(
-        zip(("kl", "agreement", "cross_entropy"), zip(low, high, strict=True), strict=True)
-    )
-    found["perplexity"] = (perplexity(low[2]), perplexity(high[2]))
-    return Score(kl, agreement, cross_entropy, found)
+    names = ("kl", "agreement", "cross_entropy")
+    ends = {name: (low, high) for name, low, high in zip(names, *edges.tolist(), strict=True)}
+    low, high = ends["cross_entropy"]
+    ends["perplexity"] = (perplexity(low), perplexity(high))
+    return Score(kl, agreement, cross_entropy, ends)
 
 
-def groups(sequences: Sequence[Tokens], vocab_size: int) -> list[list[Tokens]]:
+def groups(sequences: Sequence[Tokens], vocab_size: int) -> list[Sequence[Tokens]]:
     """Cut the sequences into groups whose logits fit into ``LOGITS_BYTES`` (at least one each)."""
-    limit = max(1, LOGITS_BYTES // (4 * vocab_size))
-    found: list[list[Tokens]] = []
-    room = 0
-    for tokens in sequences:
-        if not found or len(tokens) > room:
-            found.append([])
-            room = limit
-        found[-1].append(tokens)
-        room -= len(tokens)
-    return found
+    room = LOGITS_BYTES // (4 * vocab_size)
+    return [sequences[part] for part in budget_slices([len(tokens) for tokens in sequences], room)]

@@ -1,7 +1,6 @@
-"""Which share of prompts with known answers a model answers rightly at temperature 0.
+"""The share of prompts with known answers that a model answers right at temperature 0.
 
-A reasoning model's private words are taken out of an answer first
-(``distill.inference.reasoning``).
+Private reasoning is removed from answers first (``distill.inference.reasoning``).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from distill.evaluation.inputs.task_file import Task
 from distill.evaluation.records import TaskScore
 from distill.inference.reasoning import ends_inside, holds_tags, visible
 from distill.metrics.intervals import Figure, wilson
-from teachers.base import Sampling, Tokens
+from teachers.base import GenerationRequest, Sampling, Tokens
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.conversation import opening_segments, request_tokens
 
@@ -29,13 +28,7 @@ def score_task(
     name: str,
     progress: Callable[[int], None] = lambda done: None,
 ) -> TaskScore:
-    """How many of ``tasks`` (≥ 1) the model answers rightly; ``progress`` gets how many it has
-    answered.
-
-    Raises:
-        UserError: a prompt does not leave the model room for its answer.
-        ChatTemplateError: the model's chat template does not render.
-    """
+    """The share of ``tasks`` (≥ 1) answered right; ``progress`` counts answers."""
     answers, inside = answer_tasks(model, tasks, progress), _begins_inside(model)
     right = sum(
         task.is_right(visible(answer, inside=inside))
@@ -49,11 +42,10 @@ def score_task(
 def answer_tasks(
     model: GGUFTeacher, tasks: Sequence[Task], progress: Callable[[int], None] = lambda done: None
 ) -> list[str]:
-    """What the model answers, through its chat template, at temperature 0, with its reasoning where
-    it has some.
+    """Greedy answers through the chat template, with their reasoning.
 
     Raises:
-        UserError: a prompt does not leave the model room for its answer.
+        UserError: a prompt leaves no room for its answer.
         ChatTemplateError: the model's chat template does not render.
     """
     prompts = request_tokens(model, [task.prompt for task in tasks])
@@ -63,20 +55,18 @@ def answer_tasks(
     limit = max(wanted) + MARGIN
     if holds_tags(model.info.chat_template or ""):
         limit += REASONING_TOKENS
-    order = sorted(
-        range(len(tasks)), key=lambda place: len(prompts[place])
-    )  # those of like length together
+    order = sorted(range(len(tasks)), key=lambda index: len(prompts[index]))  # batches by length
     answers = [""] * len(tasks)
     for start in range(0, len(order), TOGETHER):
-        places = order[start : start + TOGETHER]
-        some = [prompts[place] for place in places]
-        written = speak_on(model, some, limit, partial(_tell, progress, start))
-        for place, text in zip(places, model.detokenize(written), strict=True):
-            answers[place] = text
+        batch = order[start : start + TOGETHER]
+        some = [prompts[index] for index in batch]
+        written = speak_on(model, some, limit, partial(_report, progress, start))
+        for index, text in zip(batch, model.detokenize(written), strict=True):
+            answers[index] = text
     return answers
 
 
-def _tell(progress: Callable[[int], None], before: int, done: int) -> None:
+def _report(progress: Callable[[int], None], before: int, done: int) -> None:
     progress(before + done)
 
 
@@ -90,13 +80,14 @@ def speak_on(
     its context holds, without the token that ends its turn."""
     context = model.info.context_length
     longest = min(context, max(map(len, prompts)) + limit)
-    said = model.speak(
-        [[prompt] for prompt in prompts], Sampling(0.0, max_length=longest), progress=progress
+    rows = model.generate(
+        GenerationRequest([[prompt] for prompt in prompts], Sampling(0.0, max_length=longest)),
+        progress,
     )
     # A shorter prompt has more room in the batch; what a model writes must not depend on that.
     written = [
         tokens[len(prompt) : len(prompt) + limit]
-        for tokens, prompt in zip(said, prompts, strict=True)
+        for tokens, prompt in zip(rows, prompts, strict=True)
     ]
     ends = model.info.end_tokens
     return [
@@ -122,9 +113,8 @@ def _wanted_tokens(model: GGUFTeacher, tasks: Sequence[Task]) -> list[int]:
 def _require_room(model: GGUFTeacher, task: Task, prompt: int, answer: int) -> None:
     context = model.info.context_length
     if prompt + answer > context:
-        begin = task.prompt if len(task.prompt) <= 40 else task.prompt[:40] + "…"
+        start = task.prompt if len(task.prompt) <= 40 else task.prompt[:40] + "…"
         raise UserError(
-            f"task prompt {begin!r} (line {task.line}) has {prompt} tokens and its answer "
-            f"{answer}; the context of "
-            f"{model.file.path} is {context}: leave the line out"
+            f"task prompt {start!r} (line {task.line}) has {prompt} tokens and its answer "
+            f"{answer}; the context of {model.file.path} is {context}: leave the line out"
         )

@@ -26,7 +26,7 @@ from students.adapter.merge import merge
 from students.gguf.file_types import FILE_TYPES
 from students.gguf.metadata import ExportNames, MetadataEntry
 from students.gguf.quantize import quantize_gguf
-from students.gguf.writer import rotation_figures, write_base_gguf, write_gguf
+from students.gguf.writer import rotation_stats, write_base_gguf, write_gguf
 from students.model.decoder import SO8TForCausalLM
 from students.model.heads import head_values
 from students.model.interface import Student
@@ -34,7 +34,7 @@ from teachers.gguf.file import read_gguf
 from teachers.llama_cpp.teacher import GGUFTeacher
 
 ORIGIN = ("teacher_name", "teacher_sha256", "base_name", "base_sha256")
-IMPORTANCE_WORDS = "training text of the run"
+IMPORTANCE_DATASET = "training text of the run"
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Export:
 
 @dataclass(frozen=True)
 class Proofs:
-    """``original``: of the F32 file, against PyTorch; ``files``: of what was asked for, by type;
-    ``failed``: why a type was not written, in words."""
+    """``original``: of the F32 file, against PyTorch; ``files``: of the types asked for;
+    ``failed``: why a type was not written."""
 
     original: Proof
     files: dict[Quant, Proof]
@@ -90,8 +90,8 @@ def export_proved(
 
     The student is written as F32 and compared with PyTorch; llama.cpp's own quantizer makes the
     other types from that file, and each is compared with it; one that fails is left out.
-    ``progress`` gets what is being done; ``done`` is called at once when a file has its name, so
-    that nothing is known of files that are not there, and all of those that are, however this ends.
+    ``progress`` gets the type in work; ``done`` is called as soon as a file has its name, so that
+    all of the files that are there, and no others, are recorded, however this ends.
 
     Raises:
         UserError: an importance matrix of another model.
@@ -99,12 +99,12 @@ def export_proved(
         ExportError: llama.cpp's quantizer refuses.
         OSError: the disk refuses.
     """
-    sequences, lines = export.held_out.sequences, export.held_out.lines
     failed: dict[Quant, str] = {}
     proofs: dict[Quant, Proof] = {}
     with _temporary(next(iter(wanted.values())), "f32") as temporary:
         progress("f32")
-        proof = prove(temporary, _write(export, temporary), sequences, lines, timed="f32" in wanted)
+        model = _write(export, temporary)
+        proof = prove(temporary, model, export.held_out, timed="f32" in wanted)
         original = temporary
         if "f32" in wanted:
             original, proofs["f32"] = wanted["f32"], proof
@@ -120,9 +120,7 @@ def export_proved(
                     with _temporary(path, quant) as made:
                         _quantize(original, made, quant, export)
                         try:
-                            proofs[quant] = prove_quantized(
-                                made, quant, reference, sequences, lines
-                            )
+                            proofs[quant] = prove_quantized(made, quant, reference, export.held_out)
                         except ProofFailed as failure:
                             failed[quant] = str(failure)
                             continue
@@ -142,23 +140,21 @@ def _require_fit(export: Export, original: Path) -> None:
         if name not in matrices or matrices[name][1] != len(values):
             raise UserError(
                 f"the importance matrix is not of this student ({name} with {len(values)} "
-                "columns); delete "
-                "imatrix.gguf, or leave it out with --no-imatrix"
+                "columns); delete imatrix.gguf, or leave it out with --no-imatrix"
             )
 
 
 def _write(export: Export, path: Path) -> Any:
     """Write the F32 file; returns the PyTorch model that it is to be compared with."""
     student = export.student
-    if isinstance(student, AdaptedStudent):
-        model = export.merged if export.merged is not None else merge(student)
-        figures = {f"so8t.{key}": value for key, value in rotation_figures(student).items()}
-        extras = {**head_values(student.heads()), **figures}
-        with _naming(path):
-            write_base_gguf(model, path, "f32", export.tokenizer, export.names, extras)
-        return model
-    assert isinstance(student, SO8TForCausalLM)
     with _naming(path):
+        if isinstance(student, AdaptedStudent):
+            model = export.merged if export.merged is not None else merge(student)
+            rotations = {f"so8t.{key}": value for key, value in rotation_stats(student).items()}
+            extras = {**head_values(student.heads()), **rotations}
+            write_base_gguf(model, path, "f32", export.tokenizer, export.names, extras)
+            return model
+        assert isinstance(student, SO8TForCausalLM)
         write_gguf(student, path, "f32", export.tokenizer, export.names)
     return student
 
@@ -168,7 +164,7 @@ def _quantize(source: Path, target: Path, quant: Quant, export: Export) -> None:
     labels: dict[str, int | str] = {}
     if importance:
         labels = {
-            "quantize.imatrix.dataset": IMPORTANCE_WORDS,
+            "quantize.imatrix.dataset": IMPORTANCE_DATASET,
             "quantize.imatrix.entries_count": len(importance),
         }
     with _naming(target):
@@ -177,12 +173,11 @@ def _quantize(source: Path, target: Path, quant: Quant, export: Export) -> None:
 
 @contextmanager
 def _temporary(path: Path, quant: Quant) -> Iterator[Path]:
-    """A path beside ``path`` that nothing is left of; what killed processes have left there goes
-    too."""
-    for left in path.parent.glob(f".{glob.escape(path.stem)}.{quant}.*.tmp.gguf"):
-        process = left.name.split(".")[-3]
+    """A temporary path beside ``path``; what killed processes have left there is deleted too."""
+    for leftover in path.parent.glob(f".{glob.escape(path.stem)}.{quant}.*.tmp.gguf"):
+        process = leftover.name.split(".")[-3]
         if process.isdigit() and not psutil.pid_exists(int(process)):
-            left.unlink(missing_ok=True)
+            leftover.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.stem}.{quant}.{os.getpid()}.tmp.gguf")
     try:
         yield temporary
@@ -192,7 +187,7 @@ def _temporary(path: Path, quant: Quant) -> Iterator[Path]:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """An error of the disk says where: a failing write() does not."""
+    """Name the file in an error of the disk, as a failing write() does not."""
     try:
         yield
     except OSError as error:

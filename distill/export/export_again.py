@@ -4,7 +4,7 @@ one table."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -73,90 +73,65 @@ def _export_run(
         importance=_importance(folder, list(wanted), console) if imatrix else None,
     )
     files: list[ExportedFile] = []
+    with console.stage("Export and prove", total=len(wanted)) as stage:
 
-    def record(quant: Quant, path: Path, proof: Proof) -> None:
-        file = describe_file(path, quant, proof, importance=export.importance is not None)
-        files.append(file)
-        if not writable:
-            return
-        written = [path]
-        if path.parent.resolve() == folder.path.resolve():
-            record_files(folder, [file])
-            written.append(folder.exports)
-        record_export(folder.path, written, quant, proof.to_json())
+        def progress(quant: str) -> None:
+            stage.update(len(files), quant)
 
-    proofs = _export(export, wanted, record, console)
+        def record(quant: Quant, path: Path, proof: Proof) -> None:
+            file = describe_file(path, quant, proof, importance=export.importance is not None)
+            files.append(file)
+            progress(quant)
+            if not writable:
+                return
+            written = [path]
+            if path.parent.resolve() == folder.path.resolve():
+                record_files(folder, [file])
+                written.append(folder.exports)
+            record_export(folder.path, written, quant, proof.to_json())
+
+        proofs = export_proved(export, wanted, progress, record)
+        original = proofs.original
+        stage.finish(
+            f"F32 against PyTorch over {original.positions} positions: max logit difference "
+            f"{original.max_logit_difference:.1e}"
+        )
     if not writable:
         console.warn(
-            f"{folder.path} cannot be written to, so neither its log nor its model card know of "
-            "this"
+            f"{folder.path} cannot be written to, so its log and model card do not list these files"
         )
     elif folder.finished and any(
         path.parent.resolve() == folder.path.resolve() for path in wanted.values()
     ):
         update_card(folder, console)
-    if unsteady := [
-        quant for quant, proof in proofs.files.items() if proof.unsteady_speed > UNSTEADY
-    ]:
+    unsteady = [quant for quant, proof in proofs.files.items() if proof.unsteady_speed > UNSTEADY]
+    if unsteady:
         console.warn(
             f"speeds of {', '.join(unsteady)} differed from trial to trial; is the machine busy "
             "otherwise?"
         )
-    places = list(proofs.files)
-    files.sort(key=lambda file: places.index(file.quant))
+    order = list(proofs.files)
+    files.sort(key=lambda file: order.index(file.quant))
     console.rich.print(_table(name, proofs, files))
     if proofs.failed:
         raise ProofFailed("; ".join(proofs.failed.values()))
     return files
 
 
-def _export(
-    export: Export,
-    wanted: dict[Quant, Path],
-    record: Callable[[Quant, Path, Proof], None],
-    console: Console,
-) -> Proofs:
-    with console.stage("Export and prove", total=len(wanted)) as stage:
-        done: list[Quant] = []
-
-        def finished(quant: Quant, path: Path, proof: Proof) -> None:
-            record(quant, path, proof)
-            done.append(quant)
-            stage.update(len(done), quant)
-
-        proofs = export_proved(
-            export, wanted, lambda quant: stage.update(len(done), quant), finished
-        )
-        original = proofs.original
-        stage.finish(
-            f"F32 against PyTorch over {original.positions} positions: max logit difference "
-            f"{original.max_logit_difference:.1e}"
-        )
-    return proofs
-
-
 def _importance(
     folder: RunFolder, quants: Sequence[Quant], console: Console
 ) -> dict[str, NDArray[np.float32]] | None:
-    """The run's importance matrix, where one of the types takes one."""
-    if not any(FILE_TYPES[quant].weighted for quant in quants):
-        return None
-    found = read_importance(folder)
-    if found is None:
-        console.note(
-            "this run has no importance matrix (imatrix.gguf), so the quantizer goes without"
-        )
-    return found
-
-
-def read_importance(folder: RunFolder) -> dict[str, NDArray[np.float32]] | None:
-    """The run's importance matrix, as mean squares by matrix; ``None``: it has none, being older
-    than they are.
+    """The run's importance matrix, as mean squares by matrix, where one of the types takes one.
 
     Raises:
         UserError: it is damaged.
     """
-    if not folder.importance.exists():
+    if not any(FILE_TYPES[quant].weighted for quant in quants):
+        return None
+    if not folder.importance.exists():  # the run is older than they are
+        console.note(
+            "this run has no importance matrix (imatrix.gguf), so the quantizer goes without"
+        )
         return None
     try:
         file = read_gguf(folder.importance, model=False)
@@ -172,7 +147,7 @@ def _table(name: str, proofs: Proofs, files: Sequence[ExportedFile]) -> Table:
     original = proofs.original
     table = Table(title=escape(name), title_justify="left", caption_justify="left")
     table.add_column("type")
-    for column in ("size", "bits", "KL to F32", "top token", "writing", "reading"):
+    for column in ("size", "bits", "KL to F32", "top token", "decode", "prefill"):
         table.add_column(column, justify="right", no_wrap=True)
     for file in files:
         first = file.quant == "f32"
@@ -188,11 +163,11 @@ def _table(name: str, proofs: Proofs, files: Sequence[ExportedFile]) -> Table:
     notes = [
         f"F32 against PyTorch: logits within {original.max_logit_difference:.1e} over "
         f"{original.positions} positions.",
-        "Bits per weight; the same top token as F32; writing and reading in tokens per second.",
+        "Bits per weight; the same top token as F32; decode and prefill in tokens per second.",
     ]
     if any(file.imatrix for file in files):
         notes.append("* With the importance matrix of the run's training text.")
-    if others := [_stored_otherwise(file) for file in files if _stored_otherwise(file)]:
+    if others := list(filter(None, map(_stored_otherwise, files))):
         notes.append(
             "Rows that do not divide into a type's blocks are stored as another: "
             f"{'; '.join(others)}."
@@ -202,8 +177,7 @@ def _table(name: str, proofs: Proofs, files: Sequence[ExportedFile]) -> Table:
 
 
 def _stored_otherwise(file: ExportedFile) -> str:
-    """What the file holds in place of its own type, if llama.cpp had to take another; else
-    nothing."""
+    """What the file holds in place of its own type, if llama.cpp had to take another."""
     own = file.quant.upper().removesuffix("_M")
     if own in file.types:
         return ""

@@ -1,11 +1,10 @@
-"""An Ollama Modelfile for an exported student: where the weights are, how a conversation reads,
-where an answer ends.
+"""An Ollama Modelfile for an exported student: weights, chat template, stop sequences.
 
-The format and its template language (Go's text/template) are those of Ollama's own documentation
-and parser: a value in three quotation marks ends at the next three, and characters that do not
-print are dropped. Ollama hands the template the conversation as ``.Messages`` (a run of messages of
-one role joined by an empty line) and all that system messages say as ``.System``; what the template
-gives is tokenised with control tokens, and BOS is put in front where the GGUF file says so.
+Format and template language (Go's text/template) follow Ollama's documentation and parser: a value
+in three quotation marks ends at the next three, and characters that do not print are dropped.
+Ollama gives the template the conversation as ``.Messages`` (a run of messages of one role joined by
+an empty line) and all system messages as ``.System``; its result is tokenized with control tokens,
+after BOS where the GGUF file says so.
 """
 
 from __future__ import annotations
@@ -32,13 +31,11 @@ from teachers.tokenizer.chat_template import ChatTemplateError, Message, render_
 from teachers.tokenizer.gguf_metadata import SENTENCEPIECE, read_roles, token_text
 from teachers.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 
-MOST_CONTEXT = (
-    8192  # tokens that Ollama is asked to make room for: memory is taken for all of them at once
-)
+MOST_CONTEXT = 8192  # tokens in num_ctx: Ollama takes memory for all of them at once
 _QUOTES = '"""'
 _SPECIAL = (TokenType.CONTROL, TokenType.USER_DEFINED)
 _LONE = re.compile("[\ud800-\udfff]")  # the GGUF reader's sign for a byte that is not UTF-8
-# What would begin an action, by itself or together with one that follows, or end the value.
+# What would start an action, by itself or together with one that follows, or end the value.
 _UNSAFE = re.compile(r'(\{+|"""+)')
 
 
@@ -50,15 +47,13 @@ def modelfile(
     context_length: int,
     name: str,
 ) -> tuple[str, list[str]]:
-    """The text of a Modelfile, and warnings: where the teacher's chat template could not be
-    followed.
+    """The text of a Modelfile, and warnings: where it does not follow the teacher's chat template.
 
     ``fields``: the GGUF file's metadata, of which ``tokenizer.*`` and ``general.license`` are read.
-    ``end_tokens``: ids of the tokens with which an answer ends. ``name``: what the model is called
-    in the example command.
+    ``end_tokens``: ids that end an answer. ``name``: of the model in the example command.
     """
     template, opening, notes = _template(fields)
-    stops, unwritten = stop_words(fields, end_tokens, opening)
+    stops, unwritten = stop_sequences(fields, end_tokens, opening)
     notes += unwritten
     lines = [f"# ollama create {name} -f Modelfile && ollama run {name}"]
     lines += [f"# Note: {note}." for note in notes]
@@ -68,13 +63,9 @@ def modelfile(
     lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops]
     lines.append(f"PARAMETER num_ctx {min(context_length, MOST_CONTEXT)}")
     stated = fields.get("general.license")
-    if (
-        stated is not None
-        and isinstance(stated.value, str)
-        and stated.value
-        and _quotable(stated.value)
-    ):
-        lines.append(f"LICENSE {_quoted(stated.value)}")
+    licence = stated.value if stated is not None else None
+    if isinstance(licence, str) and licence and _quotable(licence):
+        lines.append(f"LICENSE {_quoted(licence)}")
     return "\n".join(lines) + "\n", notes
 
 
@@ -92,17 +83,19 @@ def write_modelfile(
     Raises:
         OSError: the disk refuses.
     """
-    place = Path(os.path.relpath(gguf, path.parent)).as_posix()
     text, warnings = modelfile(
-        place, fields, end_tokens=end_tokens, context_length=context_length, name=gguf.stem.lower()
+        Path(os.path.relpath(gguf, path.parent)).as_posix(),
+        fields,
+        end_tokens=end_tokens,
+        context_length=context_length,
+        name=gguf.stem.lower(),
     )
     write_whole(path, text.encode("utf-8"))
     return warnings
 
 
 def adds_bos(fields: Mapping[str, Field]) -> bool:
-    """Whether llama.cpp puts BOS before a text: as the file says, or as is usual for its
-    tokenizer."""
+    """Whether llama.cpp puts BOS before a text, by the file or its tokenizer's default."""
     stated = fields.get("tokenizer.ggml.add_bos_token")
     if stated is not None:
         return bool(stated.value)
@@ -114,8 +107,7 @@ def adds_bos(fields: Mapping[str, Field]) -> bool:
 
 
 def chat_renderer(fields: Mapping[str, Field], template: str) -> Render:
-    """Render conversations with the file's chat template, without the BOS that a runtime adds by
-    itself."""
+    """Render conversations with the file's chat template, without the BOS that a runtime adds."""
     tokens = fields["tokenizer.ggml.tokens"].value
     roles = read_roles(fields, len(tokens))
     bos, eos = (
@@ -134,7 +126,7 @@ def chat_renderer(fields: Mapping[str, Field], template: str) -> Render:
 
 
 def _template(fields: Mapping[str, Field]) -> tuple[str | None, str, list[str]]:
-    """The template if there can be one, the text between an answer and the next user's words,
+    """The template if there can be one, the text between an answer and the next user message,
     and notes."""
     stated = fields.get("tokenizer.chat_template")
     if stated is None or not stated.value:
@@ -146,9 +138,8 @@ def _template(fields: Mapping[str, Field]) -> tuple[str | None, str, list[str]]:
     if segments is None:
         note = (
             "the teacher's chat template cannot be written in Ollama's template language, so there "
-            "is no TEMPLATE here "
-            "and Ollama takes one of its own; talk to the student through llama.cpp, which reads "
-            "the one in the file"
+            "is no TEMPLATE here and Ollama takes one of its own; use the student through "
+            "llama.cpp, which reads the one in the file"
         )
         return None, "", [note]
     opening = segments.after["assistant"] + choose(segments.before["user"], "assistant")
@@ -158,34 +149,34 @@ def _template(fields: Mapping[str, Field]) -> tuple[str | None, str, list[str]]:
 def go_template(segments: Segments) -> str:
     """Segments in Go's template language, as Ollama fills it in."""
     roles = [role for role in ROLES if role in segments.before]
-    spoken = [role for role in roles if not (segments.late_system and role == "system")]
-    branches = "".join(
-        f'{{{{ {"else if" if number else "if"} eq .Role "{role}" }}}}{_said(segments, role, ".Content")}'
-        for number, role in enumerate(spoken)
-    )
-    body = branches + "{{ end }}"
+    body = ""
+    for role in roles:
+        if role != "system" or not segments.late_system:
+            word = "else if" if body else "if"
+            body += f'{{{{ {word} eq .Role "{role}" }}}}{_message(segments, role, ".Content")}'
+    body += "{{ end }}"
     loop = "{{ range .Messages }}"
     if segments.late_system:
         loop = "{{ range $place, $_ := .Messages }}"
         last = '(eq .Role "user") (eq (len (slice $.Messages $place)) 1)'
-        body = f"{{{{ if and $.System {last} }}}}{_said(segments, 'system', '$.System')}{{{{ end }}}}{body}"
-    whole = f"{loop}{body}{{{{ end }}}}{_by_speaker(segments.final)}"
-    if "eq $previous" not in whole:  # nobody asks who spoke before
+        system = _message(segments, "system", "$.System")
+        body = f"{{{{ if and $.System {last} }}}}{system}{{{{ end }}}}{body}"
+    whole = f"{loop}{body}{{{{ end }}}}{_by_previous(segments.final)}"
+    if "eq $previous" not in whole:  # nothing depends on the role before
         return re.sub(r"\{\{ \$previous = \S+ \}\}", "", whole)
     return f'{{{{ $previous := "{START}" }}}}{whole}'
 
 
-def _said(segments: Segments, role: str, words: str) -> str:
-    """One message's words with the texts around them."""
+def _message(segments: Segments, role: str, content: str) -> str:
+    """One message with the texts around it."""
     return (
-        f"{_by_speaker(segments.before[role])}{{{{ {words} }}}}{literal(segments.after[role])}"
+        f"{_by_previous(segments.before[role])}{{{{ {content} }}}}{literal(segments.after[role])}"
         f'{{{{ $previous = "{role}" }}}}'
     )
 
 
-def _by_speaker(entries: Mapping[str, str]) -> str:
-    """A text that depends on who spoke before, where it does; what all have in common stands
-    outside."""
+def _by_previous(entries: Mapping[str, str]) -> str:
+    """A text that depends on the previous role; a common end is written once, outside."""
     usual = entries[stand_in(entries)]
     shortest = min(entries.values(), key=len)
     shared = shortest if all(text.endswith(shortest) for text in entries.values()) else ""
@@ -205,8 +196,7 @@ def _by_speaker(entries: Mapping[str, str]) -> str:
 
 
 def literal(text: str) -> str:
-    """Plain text in a Go template inside a Modelfile: what would be read as something else
-    becomes a string's value."""
+    """Plain text in a Go template inside a Modelfile; what has a meaning there becomes a string."""
     parts = []
     for part in _UNSAFE.split(text):
         if _UNSAFE.fullmatch(part):
@@ -217,7 +207,7 @@ def literal(text: str) -> str:
 
 
 def _survives(character: str) -> bool:
-    """Whether a character inside quotation marks comes through Ollama's reader of Modelfiles."""
+    """Whether Ollama's reader of Modelfiles keeps a character inside quotation marks."""
     return character.isprintable() or character in "\n\t"
 
 
@@ -226,43 +216,41 @@ def _escape(character: str) -> str:
     return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
 
 
-def stop_words(
+def stop_sequences(
     fields: Mapping[str, Field], end_tokens: Sequence[int], opening: str
 ) -> tuple[list[str], list[str]]:
     """Texts at which an answer is cut off, none empty and none twice, and notes.
 
-    They are the end tokens, and the text with which the next user's turn would begin, so that a
-    small student that does not stop is stopped. ``opening``: everything between an answer and the
-    words of the next user.
+    They are the end tokens, and the text that starts the next user turn, which stops a small
+    student that does not stop. ``opening``: everything between an answer and the next user message.
     """
     tokens = fields["tokenizer.ggml.tokens"].value
     ends = [token_text(tokens[number], number) for number in end_tokens]
-    found = dict.fromkeys([*ends, _turn(fields, opening, ends)])
-    words = [word for word in found if word.strip()]
+    unique = dict.fromkeys([*ends, _turn(fields, opening, ends)])
+    stops = [text for text in unique if text.strip()]
     notes = [
-        f"the stop word {word!a} cannot be written here" for word in words if not _quotable(word)
+        f"the stop sequence {text!a} cannot be written here"
+        for text in stops
+        if not _quotable(text)
     ]
-    return [word for word in words if _quotable(word)], notes
+    return [text for text in stops if _quotable(text)], notes
 
 
 def _turn(fields: Mapping[str, Field], opening: str, ends: Sequence[str]) -> str:
-    """The beginning of the user's turn: without what ends the answer, white space, and BOS.
+    """The start of the user's turn: without what ends the answer, white space, and BOS.
 
-    A line of its own is part of it, unless it begins with a token that no other text has.
+    A line of its own is part of it, unless it starts with a token that no other text has.
     """
     tokens = fields["tokenizer.ggml.tokens"].value
     bos = read_roles(fields, len(tokens)).get("bos")
     closing = [*ends, *([] if bos is None else [tokens[bos]])]
-    while found := [end for end in closing if end and opening.lstrip().startswith(end)]:
-        opening = opening.lstrip().removeprefix(max(found, key=len))
-    kinds = (
-        fields["tokenizer.ggml.token_type"].value if "tokenizer.ggml.token_type" in fields else []
-    )
-    special = {
-        token for token, kind in zip(tokens, kinds, strict=False) if kind in _SPECIAL and token
-    }
-    begins = any(opening.lstrip().startswith(token) for token in special)
-    return opening.strip() if begins else opening.rstrip()
+    while matching := [end for end in closing if end and opening.lstrip().startswith(end)]:
+        opening = opening.lstrip().removeprefix(max(matching, key=len))
+    stated = fields.get("tokenizer.ggml.token_type")
+    kinds = stated.value if stated is not None else []
+    special = [one for one, kind in zip(tokens, kinds, strict=False) if kind in _SPECIAL and one]
+    starts = any(opening.lstrip().startswith(token) for token in special)
+    return opening.strip() if starts else opening.rstrip()
 
 
 def _quotable(text: str) -> bool:

@@ -1,10 +1,9 @@
-"""A Jinja chat template as constant texts around what is said, found by rendering it: what simpler
-template languages can express.
+"""A Jinja chat template as constant texts around messages, which simpler languages can express.
 
-Most chat templates put fixed texts between the words of a conversation, which depend only on who
-speaks before and after. Those texts are read off conversations of placeholder words, and believed
-only if they give back every ordinary conversation (a system message or none, then user and
-assistant in turns) letter by letter.
+Most chat templates put fixed texts between messages, which depend only on the roles before and
+after. Those texts are read off rendered conversations of placeholders, and used only if they
+reproduce every ordinary conversation (a system message or none, then user and assistant in turns)
+exactly.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from dataclasses import dataclass, replace
 from teachers.tokenizer.chat_template import Message
 
 ROLES = ("system", "user", "assistant")
-START = ""  # in place of a role: nobody has spoken yet
-# Whose entry stands for speakers that no conversation had before a message.
+START = ""  # in place of a role: before the first message
+# Whose entry stands for roles that no conversation had before a message.
 _STAND_INS = ("assistant", "user", "system", START)
 _LONGEST = 5  # messages of a conversation that is tried
 _MARK = "\u2063words\u2063"  # invisible separators: no template contains it
@@ -34,8 +33,7 @@ def _ordinary() -> list[Order]:
 
 
 def _unusual() -> list[Order]:
-    """Every other order in which nobody speaks twice in a row; first those that wait for an
-    answer."""
+    """Every other order without a role twice in a row; first those that wait for an answer."""
     known = set(_ordinary())
     orders = [
         order
@@ -52,13 +50,13 @@ UNUSUAL = _unusual()
 
 @dataclass(frozen=True)
 class Segments:
-    """Constant texts around the words of a conversation.
+    """Constant texts around the messages of a conversation.
 
-    ``before[role][previous]``: text between what stands after ``previous``'s words and the words of
+    ``before[role][previous]``: text between what follows ``previous``'s message and the message of
     ``role``; ``previous`` is ``START`` for the first. A role that is not in it is not shown.
-    ``after[role]``: what always follows its words. ``final[last]``: what follows that at the end,
-    up to where the answer begins. ``late_system``: what system messages say stands before the last
-    message, if that is the user's, else nowhere.
+    ``after[role]``: what always follows its message. ``final[last]``: what follows that at the end,
+    up to the answer. ``late_system``: system messages stand before the last message, if that is
+    the user's, else nowhere.
     """
 
     before: Mapping[str, Mapping[str, str]]
@@ -88,7 +86,7 @@ def stand_in(entries: Mapping[str, str]) -> str:
 
 
 def arranged(messages: Sequence[Message], late_system: bool) -> list[Message]:
-    """The messages in the order in which their words are shown."""
+    """The messages in the order in which they are shown."""
     if not late_system:
         return list(messages)
     system = _PARAGRAPH.join(
@@ -101,34 +99,34 @@ def arranged(messages: Sequence[Message], late_system: bool) -> list[Message]:
 
 
 def find_segments(render: Render) -> tuple[Segments | None, list[str]]:
-    """The segments of a chat template, or ``None`` where there are none that give back ordinary
-    conversations; and what a user should know: one sentence each, without a full stop."""
-    found = _learn(render, False) or _learn(render, True)
-    if found is None:
+    """The segments of a chat template, or ``None`` where none reproduce ordinary conversations;
+    and what a user should know: one sentence each, without a full stop."""
+    segments = _learn(render, False) or _learn(render, True)
+    if segments is None:
         return None, []
     notes = []
     refused = all(
         render(placeholders(order), True) is None for order in ORDINARY if order[0] == "system"
     )
-    if "system" not in found.before:
+    if "system" not in segments.before:
         if not refused:
             notes.append(
                 "the teacher's chat template leaves system messages out, and so does this one"
             )
         else:
-            found = _with_system_as_user(found)
+            segments = _with_system_as_user(segments)
             notes.append(
                 "the teacher's chat template refuses system messages; here they stand before the "
-                "user's words"
+                "user's message"
             )
     orders = [
         order for order in UNUSUAL if order[-1] == "user" and not (refused and "system" in order)
     ]
-    return found, [*notes, *_differences(found, render, orders)]
+    return segments, [*notes, *_differences(segments, render, orders)]
 
 
 def placeholders(order: Sequence[str]) -> list[Message]:
-    """A conversation whose words occur nowhere else."""
+    """A conversation whose texts occur nowhere else."""
     return [
         {"role": role, "content": f"{_MARK}{number}{_MARK}"} for number, role in enumerate(order)
     ]
@@ -138,15 +136,15 @@ def _learn(render: Render, late_system: bool) -> Segments | None:
     gaps: dict[tuple[str, str], str] = {}
     final: dict[str, str] = {}
     for order in ORDINARY:
-        if (found := _read(render, order, late_system)) is not None:
-            gaps |= found[0]  # where they contradict each other, the check below finds it
-            final |= found[1]
+        if (texts := _read(render, order, late_system)) is not None:
+            gaps |= texts[0]  # the check below finds contradictions
+            final |= texts[1]
     for order in UNUSUAL:
-        found = _read(render, order, late_system) if order[-1] != "system" else None
-        # Only what goes together with the ordinary conversations: others cannot be had at once.
-        if found is not None and _agree(found[0], gaps) and _speakers(found[0]) <= _speakers(gaps):
-            gaps |= found[0]
-            final = {**found[1], **final}
+        texts = _read(render, order, late_system) if order[-1] != "system" else None
+        # Only what agrees with the ordinary conversations.
+        if texts is not None and _agree(texts[0], gaps) and _roles(texts[0]) <= _roles(gaps):
+            gaps |= texts[0]
+            final = {**texts[1], **final}
     needed = {(START, "user"), ("user", "assistant"), ("assistant", "user")}
     if not needed <= gaps.keys() or "user" not in final:
         return None
@@ -163,15 +161,15 @@ def _agree(one: Mapping[tuple[str, str], str], two: Mapping[tuple[str, str], str
     return all(two.get(pair, gap) == gap for pair, gap in one.items())
 
 
-def _speakers(gaps: Mapping[tuple[str, str], str]) -> set[str]:
+def _roles(gaps: Mapping[tuple[str, str], str]) -> set[str]:
     return {role for _, role in gaps}
 
 
 def _read(
     render: Render, order: Order, late_system: bool
 ) -> tuple[dict[tuple[str, str], str], dict[str, str]] | None:
-    """The texts between placeholder words by who speaks, and after the last; ``None`` where they
-    cannot be told."""
+    """The texts between placeholders by role, and after the last; ``None`` where they are not
+    unique."""
     messages = placeholders(order)
     text = render(messages, True)
     if text is None:
@@ -179,33 +177,28 @@ def _read(
     gaps: dict[tuple[str, str], str] = {}
     previous, at = START, 0
     for message in arranged(messages, late_system):
-        words, role = message["content"], message["role"]
-        count = text.count(words)
+        content, role = message["content"], message["role"]
+        count, start = text.count(content), text.find(content, at)
         if count == 0:
             continue
-        place = text.find(words, at)
-        if (
-            count > 1
-            or place < 0
-            or gaps.setdefault((previous, role), text[at:place]) != text[at:place]
-        ):
+        gap = text[at:start]
+        if count > 1 or start < 0 or gaps.setdefault((previous, role), gap) != gap:
             return None
-        previous, at = role, place + len(words)
+        previous, at = role, start + len(content)
     if any(_MARK in gap for gap in (*gaps.values(), text[at:])):
-        return None  # somebody's words stand where they were not looked for
+        return None  # a message stands out of order
     return gaps, {previous: text[at:]}
 
 
 def _closings(render: Render) -> dict[str, str]:
-    """What follows the last words of a conversation that is not open for an answer, by who spoke
-    them."""
-    found: dict[str, str] = {}
+    """What follows the last message where no answer is asked for, by its role."""
+    closings: dict[str, str] = {}
     for order in (("system",), ("system", "user"), ("user",), ("user", "assistant")):
         messages = placeholders(order)
         text = render(messages, False)
         if text is not None and messages[-1]["content"] in text:
-            found.setdefault(order[-1], text.partition(messages[-1]["content"])[2])
-    return found
+            closings.setdefault(order[-1], text.partition(messages[-1]["content"])[2])
+    return closings
 
 
 def _segments(
@@ -214,10 +207,9 @@ def _segments(
     closings: Mapping[str, str],
     late_system: bool,
 ) -> Segments:
-    """The gaps divided into what always follows a message and what comes before the next, where
-    they can be."""
+    """The gaps divided into what always follows a message and what comes before the next."""
     after = {}
-    for role in _speakers(gaps):
+    for role in _roles(gaps):
         following = [gap for (previous, _), gap in gaps.items() if previous == role]
         following += [final[role]] if role in final else []
         closing = closings.get(role, "")
@@ -232,7 +224,7 @@ def _segments(
 def _with_system_as_user(segments: Segments) -> Segments:
     """System messages as a first paragraph of the user's own turn."""
     closing = segments.after["user"]
-    # Both stay open: what closes the user's turn comes when the assistant speaks.
+    # Both stay open: what closes the user's turn comes before the assistant's message.
     answered = segments.before["assistant"]
     opened = closing + choose(answered, "user")
     ended = closing + choose(segments.final, "user")
@@ -251,8 +243,8 @@ def _with_system_as_user(segments: Segments) -> Segments:
 
 
 def _differences(segments: Segments, render: Render, orders: Sequence[Order]) -> list[str]:
-    """Where the template does more than put constant texts around words, in one of ``orders``
-    for instance."""
+    """Where the template does more than put constant texts around messages, for instance in one
+    of ``orders``."""
     notes = []
     for order in orders:
         text = render(placeholders(order), True)

@@ -16,9 +16,10 @@ from distill.errors import ProofFailed
 from distill.evaluation.cost import SPEED_ROUNDS, measure_speed
 from distill.evaluation.scorers import Scorer, llama_scorer, student_scorer
 from distill.losses import divergences
+from distill.runs.folder import HeldOut
 from distill.runs.proof_record import Proof
 from students.model.interface import Student
-from teachers.base import TokenizedLines, Tokens
+from teachers.base import Tokens
 from teachers.errors import TeacherError, WorkerDied
 from teachers.gguf.file import TeacherFileError
 from teachers.llama_cpp.teacher import GGUFTeacher
@@ -47,31 +48,21 @@ MAX_MEAN_KL = {
 def prove(
     path: Path,
     student: Student,
-    sequences: Sequence[Tokens],
-    reference_tokens: TokenizedLines,
+    held_out: HeldOut,
     *,
     timed: bool = True,
 ) -> Proof:
-    """Compare an F32 file with the student on held-out sequences, with a float32 KV cache;
-    ``timed``: its speed too.
+    """Compare an F32 file with the student, with a float32 KV cache; ``timed``: its speed too.
 
     Raises:
         ProofFailed: they differ by more than float32 explains, the tokenizers differ, or llama.cpp
         cannot run the file.
     """
-    reference = student_scorer(student)
-    return _prove(
-        path, "f32", reference, "PyTorch", sequences, reference_tokens, SPEED_ROUNDS if timed else 0
-    )
+    rounds = SPEED_ROUNDS if timed else 0
+    return _prove(path, "f32", student_scorer(student), "PyTorch", held_out, rounds)
 
 
-def prove_quantized(
-    path: Path,
-    quant: str,
-    original: Scorer,
-    sequences: Sequence[Tokens],
-    reference_tokens: TokenizedLines,
-) -> Proof:
+def prove_quantized(path: Path, quant: str, original: Scorer, held_out: HeldOut) -> Proof:
     """Compare a quantized file with the F32 file that it was made from (``original``: with a
     float32 KV cache too).
 
@@ -79,7 +70,7 @@ def prove_quantized(
         ProofFailed: they differ by more than the type explains, the tokenizers differ, or llama.cpp
         cannot run it.
     """
-    return _prove(path, quant, original, "the F32 file", sequences, reference_tokens, SPEED_ROUNDS)
+    return _prove(path, quant, original, "the F32 file", held_out, SPEED_ROUNDS)
 
 
 def remembering(scorer: Scorer) -> Scorer:
@@ -90,17 +81,13 @@ def remembering(scorer: Scorer) -> Scorer:
     def score(sequences: Sequence[Tokens]) -> Tensor:
         key = b"|".join(tokens.tobytes() for tokens in sequences)
         if key not in kept:
-            found = scorer(sequences)
-            if sum(map(_bytes, kept.values())) + _bytes(found) > REMEMBERED_BYTES:
-                return found
-            kept[key] = found
+            logits = scorer(sequences)
+            if sum(one.nbytes for one in kept.values()) + logits.nbytes > REMEMBERED_BYTES:
+                return logits
+            kept[key] = logits
         return kept[key]
 
     return score
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _prove(
@@ -108,34 +95,32 @@ def _prove(
     quant: str,
     reference: Scorer,
     against: str,
-    sequences: Sequence[Tokens],
-    reference_tokens: TokenizedLines,
+    held_out: HeldOut,
     rounds: int,
 ) -> Proof:
+    lines = held_out.lines
     try:
         with GGUFTeacher(path) as exported:
-            chosen = proof_sequences(sequences, exported.info.vocab_size)
-            figures = _compare(reference, llama_scorer(exported, exact=True), chosen)
+            chosen = proof_sequences(held_out.sequences, exported.info.vocab_size)
+            sums = _compare(reference, llama_scorer(exported, exact=True), chosen)
             speeds = [measure_speed(exported) for _ in range(rounds)] or [(0.0, 0.0)]
-            again = exported.tokenize(reference_tokens.texts, add_special=True, parse_special=True)
+            again = exported.tokenize(lines.texts, add_special=True, parse_special=True)
     except WorkerDied:
         raise  # after its first decode: no fault of the file
     except (TeacherError, TeacherFileError) as error:
         raise ProofFailed(f"llama.cpp does not run the exported {quant} file: {error}") from None
-    for text, ours, theirs in zip(
-        reference_tokens.texts, again, reference_tokens.tokens, strict=True
-    ):
+    for text, ours, theirs in zip(lines.texts, again, lines.tokens, strict=True):
         if ours.tolist() != theirs.tolist():
             raise ProofFailed(
                 f"the exported tokenizer gives other ids than the teacher's for {text[:60]!r}"
             )
     proof = Proof(
         quant=quant,
-        positions=figures.positions,
-        max_logit_difference=figures.max_difference,
-        mean_kl=figures.kl / figures.positions,
-        agreement=figures.same / figures.positions,
-        token_lines=len(reference_tokens.texts),
+        positions=sums.positions,
+        max_logit_difference=sums.max_difference,
+        mean_kl=sums.kl / sums.positions,
+        agreement=sums.same / sums.positions,
+        token_lines=len(lines.texts),
         against=against,
         prompt_speed=statistics.median(prompt for prompt, _ in speeds),
         generation_speed=statistics.median(generation for _, generation in speeds),
@@ -146,7 +131,7 @@ def _prove(
 
 
 @dataclass
-class _Figures:
+class _Sums:
     """Sums over the positions compared so far."""
 
     positions: int = 0
@@ -155,21 +140,22 @@ class _Figures:
     same: int = 0
 
 
-def _compare(reference: Scorer, llama: Scorer, sequences: Sequence[Tokens]) -> _Figures:
+def _compare(reference: Scorer, llama: Scorer, sequences: Sequence[Tokens]) -> _Sums:
     """Compare two models' logits one sequence at a time, so that no more than two of them are
     held."""
-    figures = _Figures()
+    sums = _Sums()
     for tokens in sequences:
-        expected, found = reference([tokens]), llama([tokens])
-        figures.positions += len(expected)
-        figures.max_difference = max(figures.max_difference, float((expected - found).abs().max()))
-        figures.kl += float(divergences.dense_forward_kl(expected.double(), found.double()).sum())
-        figures.same += int((expected.argmax(-1) == found.argmax(-1)).sum())
-    return figures
+        expected, exported = reference([tokens]), llama([tokens])
+        difference = float((expected - exported).abs().max())
+        sums.positions += len(expected)
+        sums.max_difference = max(sums.max_difference, difference)
+        sums.kl += float(divergences.dense_forward_kl(expected.double(), exported.double()).sum())
+        sums.same += int((expected.argmax(-1) == exported.argmax(-1)).sum())
+    return sums
 
 
 def proof_sequences(sequences: Sequence[Tokens], vocab_size: int) -> list[Tokens]:
-    """The first sequences, as many as make a proof, each cut to what is looked at at once."""
+    """The first sequences, as many as make a proof, each cut to what is compared at once."""
     longest = max(2, PROOF_BYTES // (4 * vocab_size))
     return first_sequences(
         (tokens[:longest] for tokens in sequences), PROOF_SEQUENCES, PROOF_TOKENS
@@ -186,6 +172,5 @@ def _judge(proof: Proof) -> None:
     if not proof.mean_kl <= MAX_MEAN_KL[proof.quant]:
         raise ProofFailed(
             f"the {proof.quant} file is {proof.mean_kl:.2e} nats per token from {proof.against}, "
-            "more than "
-            f"{MAX_MEAN_KL[proof.quant]:g}"
+            f"more than {MAX_MEAN_KL[proof.quant]:g}"
         )

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from distill.base_models.base_model import Base
 from distill.capture.tokenizer_only import metadata_entries
 from distill.config.schema import RunConfig
-from distill.export.export import IMPORTANCE_WORDS, Export, Proofs, export_proved, origin_of
+from distill.export.export import IMPORTANCE_DATASET, Export, Proofs, export_proved, origin_of
 from distill.export.ollama_modelfile import write_modelfile
 from distill.export.student_folder import save_student
 from distill.export.transformers_folder import publish_plain, save_plain
@@ -36,7 +36,7 @@ from students.model.fold import to_llama
 from students.model.interface import Student
 from teachers.gguf.file import Field, read_gguf
 from teachers.store.store import SoftTargetStore
-from teachers.store.teacher_record import Inheritance
+from teachers.store.teacher_record import TeacherRecord
 
 # Enough for means of squares, and not more than a minute or two of computing even for a large base.
 IMPORTANCE_TOKENS, IMPORTANCE_LEAST, IMPORTANCE_FLOPS = 16_384, 2_048, 2e13
@@ -49,7 +49,7 @@ class Publication:
 
     student: Student
     config: RunConfig
-    inheritance: Inheritance
+    teacher_record: TeacherRecord
     store: SoftTargetStore
     train: NDArray[np.int64]
     held_out: HeldOut
@@ -60,21 +60,21 @@ class Publication:
         """What the exported file calls itself. Not the base's name: llama.cpp reads a tokenizer in
         a way of its own where a file's name has "phi3" in it."""
         size = self.config.student.size or f"LoRA {self.config.student.lora_rank}"
-        return f"{self.inheritance.info.name} distilled {size} SO8T"
+        return f"{self.teacher_record.info.name} distilled {size} SO8T"
 
 
 def publish(publication: Publication, folder: RunFolder, console: Console) -> Proofs:
-    """Write everything that is made of the trained student, and prove the GGUF file.
+    """Write all files of the trained student, and prove the GGUF file.
 
     Raises:
         ProofFailed, ExportError: the file is not the trained model.
         OSError: the disk refuses.
     """
     student, config = publication.student, publication.config
-    tokenizer = metadata_entries(publication.inheritance.tokenizer)
+    tokenizer = metadata_entries(publication.teacher_record.tokenizer)
     folder.write_held_out(publication.held_out)
     base_name = publication.base.folder.path.resolve().name if publication.base else None
-    lineage = lineage_of(publication.inheritance, publication.store, base_name)
+    lineage = lineage_of(publication.teacher_record, publication.store, base_name)
     save_student(student, folder, tokenizer, publication.name, lineage)
     merged = merge(student) if isinstance(student, AdaptedStudent) else None
     importance = _importance(publication, merged, folder, console)
@@ -86,7 +86,7 @@ def publish(publication: Publication, folder: RunFolder, console: Console) -> Pr
         stage.finish(_describe(proof, proofs.original, folder))
     file = read_gguf(folder.gguf)
     context = int(file.value(f"{file.architecture}.context_length"))
-    ends = publication.inheritance.info.end_tokens
+    ends = publication.teacher_record.info.end_tokens
     warnings = write_modelfile(
         folder.modelfile, folder.gguf, file.fields, end_tokens=ends, context_length=context
     )
@@ -97,6 +97,12 @@ def publish(publication: Publication, folder: RunFolder, console: Console) -> Pr
     record_export(folder.path, written, proof.quant, proof.to_json())
     _plain_folder(publication, merged, folder, console)
     return proofs
+
+
+def evenly_spaced(lengths: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:
+    """About as many sequences as make so many tokens, evenly from the first to the last."""
+    count = min(len(lengths), max(1, round(tokens / float(lengths.mean()))))
+    return np.linspace(0, len(lengths) - 1, count).astype(np.int64)
 
 
 def _importance(
@@ -111,38 +117,31 @@ def _importance(
         model, gguf_name = to_llama(student), to_gguf_name
     affordable = int(IMPORTANCE_FLOPS / (2 * model.num_parameters()))
     tokens = min(IMPORTANCE_TOKENS, max(IMPORTANCE_LEAST, affordable))
-    places = spread(store.lengths()[publication.train], tokens)
-    chosen = [store.tokens(int(index)) for index in publication.train[places]]
+    some = evenly_spaced(store.lengths()[publication.train], tokens)
+    chosen = [store.tokens(int(index)) for index in publication.train[some]]
     with console.stage("Importance", total=len(chosen)) as stage:
-        found = measure_importance(model, chosen, gguf_name, stage.update)
+        importance = measure_importance(model, chosen, gguf_name, stage.update)
         temporary = folder.importance.with_name(f".{folder.importance.name}.{os.getpid()}.tmp")
-        write_importance(found, temporary, [IMPORTANCE_WORDS])
+        write_importance(importance, temporary, [IMPORTANCE_DATASET])
         temporary.replace(folder.importance)
         stage.finish(
-            f"{human_count(found.tokens)} tokens of training text, for quantizers: "
+            f"{human_count(importance.tokens)} tokens of training text, for quantizers: "
             f"{folder.importance}"
         )
-    return found.mean_squares()
-
-
-def spread(lengths: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:
-    """Places of about as many sequences as make ``tokens`` tokens, evenly from the first to the
-    last; one at least."""
-    count = min(len(lengths), max(1, round(tokens / float(lengths.mean()))))
-    return np.linspace(0, len(lengths) - 1, count).astype(np.int64)
+    return importance.mean_squares()
 
 
 def _plain_folder(
     publication: Publication, merged: PreTrainedModel | None, folder: RunFolder, console: Console
 ) -> None:
     """The plain model with its tokenizer, for transformers as it is."""
-    inheritance, base = publication.inheritance, publication.base
+    teacher_record, base = publication.teacher_record, publication.base
     # What a tokenizer does may depend on the model's name.
     named = {
-        "general.name": Field(inheritance.info.name, GGUFValueType.STRING, None),
-        **inheritance.tokenizer,
+        "general.name": Field(teacher_record.info.name, GGUFValueType.STRING, None),
+        **teacher_record.tokenizer,
     }
-    ends = inheritance.info.end_tokens
+    ends = teacher_record.info.end_tokens
     with console.stage("Plain folder") as stage:
         if base is not None and merged is not None:
             fields = named if base.no_tokenizer is None else None
@@ -156,10 +155,10 @@ def _plain_folder(
 
 
 def _describe(proof: Proof, original: Proof, folder: RunFolder) -> str:
-    words = (
+    text = (
         f"F32 within {original.max_logit_difference:.1e} of PyTorch's logits over "
         f"{original.positions} positions"
     )
     if proof.quant != "f32":
-        words += f"; {proof.quant} KL {proof.mean_kl:.1e} from that"
-    return f"{words}; {human_bytes(folder.gguf.stat().st_size)}"
+        text += f"; {proof.quant} KL {proof.mean_kl:.1e} from that"
+    return f"{text}; {human_bytes(folder.gguf.stat().st_size)}"

@@ -1,5 +1,4 @@
-"""A trained student on disk: what a later export needs of it, and the plain model that
-transformers loads by itself."""
+"""A trained student on disk, as a later export needs it."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from distill.base_models.base_model import load_base_student, open_base
 from distill.errors import UserError
 from distill.runs.folder import RunFolder
 from distill.runs.provenance import LINEAGE
-from distill.runtime.files import _whole_folder
+from distill.runtime.files import whole_folder
 from students.adapter.adapter import AdaptedStudent, AdapterFacts
 from students.gguf.metadata import MetadataEntry, write_tokenizer
 from students.gguf.provenance import Lineage
@@ -26,7 +25,6 @@ from teachers.atomic_files import write_whole
 from teachers.gguf.file import read_gguf, tokenizer_fields
 
 ADAPTER = "adapter.json"
-
 WEIGHTS = "model.safetensors"
 
 
@@ -43,10 +41,10 @@ def save_student(
     Raises:
         OSError: the disk refuses.
     """
-    with _whole_folder(folder.student) as temporary:
+    with whole_folder(folder.student) as temporary:
         if isinstance(student, AdaptedStudent):
-            content = {"config": asdict(student.config)}
-            write_whole(temporary / ADAPTER, (json.dumps(content, indent=2) + "\n").encode())
+            content = json.dumps({"config": asdict(student.config)}, indent=2) + "\n"
+            write_whole(temporary / ADAPTER, content.encode())
         else:
             assert isinstance(student, SO8TForCausalLM)
             student.config.architectures = [type(student).__name__]
@@ -59,8 +57,8 @@ def save_student(
         weights = safetensors.torch.save(plain_weights(student), metadata={"format": "pt"})
         write_whole(temporary / WEIGHTS, weights)
         write_tokenizer(temporary / folder.tokenizer.name, tokenizer, name)
-        where_from = json.dumps(lineage.to_json(), indent=2, ensure_ascii=False) + "\n"
-        write_whole(temporary / LINEAGE, where_from.encode())
+        content = json.dumps(lineage.to_json(), indent=2, ensure_ascii=False) + "\n"
+        write_whole(temporary / LINEAGE, content.encode())
 
 
 def load_student(folder: RunFolder) -> Student:
@@ -89,7 +87,7 @@ def load_student(folder: RunFolder) -> Student:
 
 
 def _load_adapted(folder: RunFolder) -> AdaptedStudent:
-    """A student made of a base: the base once more, and what was trained in its place."""
+    """A student made of a base: the base with the trained weights in it."""
     config = folder.read_config()
     try:
         saved = json.loads((folder.student / ADAPTER).read_text(encoding="utf-8"))
@@ -108,8 +106,7 @@ def _load_adapted(folder: RunFolder) -> AdaptedStudent:
     if base.sha256 != known:
         raise UserError(
             f"the base {config.student.base} has changed since this run (SHA-256 "
-            f"{base.sha256[:12]}… instead of "
-            f"{known[:12]}…); put the one it was trained with back"
+            f"{base.sha256[:12]}… instead of {known[:12]}…); put the one it was trained with back"
         )
     student = load_base_student(base, config, facts.vocab_size)
     try:

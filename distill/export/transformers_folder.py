@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from distill.export.student_folder import WEIGHTS
 from distill.export.transformers_tokenizer import write_plain_tokenizer
-from distill.runtime.files import _whole_folder
+from distill.runtime.files import whole_folder
 from students.model.decoder import SO8TForCausalLM
 from students.model.fold import to_llama
 from teachers.atomic_files import write_whole
@@ -66,10 +66,8 @@ def save_plain(
     folder: Path,
     end_tokens: Sequence[int] = (),
 ) -> int:
-    """Write a plain transformers folder, whole or not at all.
-
-    With a tokenizer made from the GGUF one, and its special tokens, where that can be (else
-    ``tokenizer`` is none). ``generate`` stops at ``end_tokens``, if any are given.
+    """Write a plain transformers folder, whole or not at all, with a tokenizer made from GGUF
+    metadata unless that is ``None``. ``generate`` stops at ``end_tokens``, if any are given.
 
     Returns:
         The bytes of its weights.
@@ -79,7 +77,7 @@ def save_plain(
         OSError: the disk refuses.
     """
     size = 0
-    with _whole_folder(folder) as temporary:
+    with whole_folder(folder) as temporary:
         settings: Any = model.config
         generation: Any = model.generation_config
         if tokenizer is not None:
@@ -94,11 +92,9 @@ def save_plain(
         if generation is not None:
             generation.save_pretrained(temporary)
         tied = settings.tie_word_embeddings
-        state = {
-            key: value
-            for key, value in model.state_dict().items()
-            if not (tied and key == "lm_head.weight")
-        }
+        state = model.state_dict()
+        if tied:
+            state.pop("lm_head.weight", None)
         plan = split_torch_state_dict_into_shards(state, max_shard_size=SHARD_BYTES)
         for file, names in plan.filename_to_tensors.items():
             part = {key: state[key].to(dtype).contiguous() for key in names}
@@ -107,14 +103,13 @@ def save_plain(
             size += len(content)
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            write_whole(
-                temporary / f"{WEIGHTS}.index.json", (json.dumps(index, indent=2) + "\n").encode()
-            )
+            content = (json.dumps(index, indent=2) + "\n").encode()
+            write_whole(temporary / f"{WEIGHTS}.index.json", content)
     return size
 
 
 def _take_roles(tokenizer: Mapping[str, Field], *configs: Any) -> None:
-    """Where text begins and ends, and padding, are as the tokenizer has them."""
+    """Set BOS, EOS and padding as the tokenizer has them."""
     roles = read_roles(tokenizer, len(tokenizer["tokenizer.ggml.tokens"].value))
     for config in configs:
         for role in ("bos", "eos", "pad"):

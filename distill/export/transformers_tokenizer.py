@@ -20,9 +20,8 @@ def write_plain_tokenizer(fields: Mapping[str, Field], folder: Path) -> None:
     """Write the files of ``write_tokenizer_folder``, and ``special_tokens_map.json`` for programs
     that look there.
 
-    llama.cpp puts BOS in front of a conversation where the GGUF file says so;
-    ``apply_chat_template`` does not. So a chat template that does not begin with BOS itself begins
-    with it here.
+    llama.cpp puts BOS in front of a conversation where the GGUF file says so, and
+    ``apply_chat_template`` does not; so a chat template without BOS gets it here.
 
     Raises:
         TokenizerConversionError: malformed metadata, or a tokenizer that cannot be carried over.
@@ -36,20 +35,20 @@ def write_plain_tokenizer(fields: Mapping[str, Field], folder: Path) -> None:
     stated = fields.get("tokenizer.chat_template")
     if stated is not None and stated.value and adds_bos(fields):
         bos, eos = (special.get(f"{role}_token", "") for role in ("bos", "eos"))
-        template = _beginning_with(bos, eos, stated.value)
+        template = _starting_with(bos, eos, stated.value)
         write_whole(folder / "chat_template.jinja", template.encode("utf-8"))
 
 
-def _beginning_with(bos: str, eos: str, template: str) -> str:
-    """The template as it is if its text begins with BOS (or it shows none), else with BOS in
+def _starting_with(bos: str, eos: str, template: str) -> str:
+    """The template as it is if its text starts with BOS (or it shows none), else with BOS in
     front."""
-    asked = [{"role": "user", "content": "words"}]
+    messages = [{"role": "user", "content": "words"}]
     try:
-        text = render_chat(template, asked, add_generation_prompt=True, bos=bos, eos=eos)
+        text = render_chat(template, messages, add_generation_prompt=True, bos=bos, eos=eos)
     except ChatTemplateError:
         return template
     if not bos or text.startswith(bos):
         return template
-    # Blanks before a block that begins a line are dropped; behind something else they would not be.
+    # Blanks before a block that starts a line are dropped; behind something else they would not be.
     bare = template.lstrip(" \t")
     return "{{ bos_token }}" + (bare if bare.startswith("{%") else template)

@@ -1,8 +1,7 @@
-"""The safety and the verification head around training: what they learn from, their calibration,
-how good they are.
+"""Calibration and scores of the safety and the verification head.
 
-Calibration and thresholds come from data that training has not seen, and scores from other data
-again: safety prompts are divided by scenario, held-out sequences into two halves.
+Calibration and thresholds come from data that training has not seen, scores from other data again:
+safety prompts are split by scenario, validation sequences into two halves.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from students.model.interface import Student
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.store import SoftTargetStore
 
-MIN_CALIBRATED = 64  # fewer positions or prompts than that would rather spoil a calibration
-LOGITS_BYTES = 128 << 20  # of logits held at once, where top tokens are looked for
+MIN_CALIBRATED = 64  # fewer positions or prompts would make a calibration worse
+LOGITS_BYTES = 128 << 20  # of logits held at once, where top tokens are compared
 
 
 @dataclass(frozen=True)
 class HeadScores:
-    """What the exported file's heads are worth; ``None`` for a head that it does not have.
+    """Scores of the exported file's heads; ``None`` for a head that it does not have.
 
     ``languages``: the safety score of each language of the test prompts.
     """
@@ -42,8 +41,7 @@ class HeadScores:
 
 
 def halves(held_out: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Held-out sequences for calibration, and those for the score (all for both where there is
-    only one)."""
+    """Validation sequences for calibration, and those for the score (a single one serves both)."""
     return list(held_out[::2]), list(held_out[1::2] or held_out)
 
 
@@ -51,12 +49,11 @@ def halves(held_out: Sequence[int]) -> tuple[list[int], list[int]]:
 def calibrate(
     student: Student, data: SafetyData | None, store: SoftTargetStore, sequences: Sequence[int]
 ) -> None:
-    """Make the heads' probabilities fit data that training has not seen, and choose their
+    """Fit the heads' probabilities to data that training has not seen, and choose their
     thresholds, in place.
 
     The safety head is divided by a temperature (Guo et al. 2017), the verification head scaled and
-    shifted (Platt 1999), both within their own weights: whoever reads the head needs to know
-    nothing of it.
+    shifted (Platt 1999), both within their own weights.
     """
     student.eval()
     if student.config.safety_head and data is not None:
@@ -94,43 +91,41 @@ def score_heads(
         states = torch.from_numpy(exported.last_states(data.test.tokens))
         chances, labels = heads.probabilities(states), decisions(data.test)
         safety = score_decisions(chances, labels, heads.thresholds)
-        spoken = [prompt.language for prompt in data.test.prompts]
-        for language in sorted(set(spoken) - {""}):
-            rows = torch.tensor([name == language for name in spoken])
+        languages_of = [prompt.language for prompt in data.test.prompts]
+        for language in sorted(set(languages_of) - {""}):
+            rows = torch.tensor([name == language for name in languages_of])
             languages[language] = score_decisions(chances[rows], labels[rows], heads.thresholds)
     if heads.verification is not None:
         certain, agreed = [], []
-        together = max(
-            1, LOGITS_BYTES // (4 * exported.info.vocab_size * int(store.lengths().max()))
-        )
+        logits_bytes = 4 * exported.info.vocab_size * int(store.lengths().max())
+        together = max(1, LOGITS_BYTES // logits_bytes)
         for start in range(0, len(sequences), together):
             some = sequences[start : start + together]
             tokens = [store.tokens(index) for index in some]
             states = torch.from_numpy(exported.states(tokens, exact=True)["final"])
             logits = torch.from_numpy(exported.logits(tokens, exact=True))
             certain.append(heads.agreement(states, logits))
-            agreed.append(
-                logits.argmax(dim=-1) == torch.cat([store.targets(index).best() for index in some])
-            )
+            best = torch.cat([store.targets(index).best() for index in some])
+            agreed.append(logits.argmax(dim=-1) == best)
         verification = score_verification(torch.cat(certain), torch.cat(agreed), heads.trust)
     return HeadScores(safety, languages, verification)
 
 
 def describe_scores(scores: HeadScores) -> str:
     """One line about both heads."""
-    words = []
+    parts = []
     if (safety := scores.safety) is not None:
-        words.append(
+        parts.append(
             f"Refuse Recall {_percent(safety.refuse_recall)}, Escalate Precision "
             f"{_percent(safety.escalate_precision)}, Allow Precision "
             f"{_percent(safety.allow_precision)}"
         )
     if (verification := scores.verification) is not None:
         auroc = "not known" if verification.auroc is None else f"{verification.auroc:.3f}"
-        words.append(
+        parts.append(
             f"verification AUROC {auroc}, calibration error {verification.calibration_error:.3f}"
         )
-    return "; ".join(words)
+    return "; ".join(parts)
 
 
 def _percent(value: float | None) -> str:

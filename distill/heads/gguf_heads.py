@@ -8,11 +8,7 @@ from teachers.gguf.file import GGUFFile
 
 
 def heads_in(file: GGUFFile) -> Heads:
-    """The heads that a GGUF file carries, which may be none.
-
-    Raises:
-        UserError: they are broken.
-    """
+    """The heads that a GGUF file carries, if any; ``UserError`` if they are broken."""
     values = {key: field.value for key, field in file.fields.items() if key.startswith("so8t.")}
     try:
         return read_heads(values, file.tensors["token_embd.weight"].shape[1])

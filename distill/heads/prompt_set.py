@@ -1,4 +1,4 @@
-"""Prompts of the safety head in training, which sees none of them twice alike."""
+"""Prompts of the safety head in training, augmented: it never sees one twice alike."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ ORDER, VARIATION = 6, 7  # streams of random numbers
 
 
 class PromptSet:
-    """Tokenised prompts of one part of the split, and what training makes of them.
+    """Tokenized prompts of one part of the split, and their augmentation for training.
 
-    Training sees a prompt never twice alike: with others' words in place of some of its own, and
-    now and then with another prompt before or behind it, which then have the graver of their
-    labels. What is left to learn from is what prompts of a label have in common, not which prompt
-    it is. The template around the words stays as it is.
+    Some tokens are replaced by other prompts' tokens, and some prompts are joined with another one,
+    under the graver of both labels. So the head learns what prompts of a label have in common, not
+    which prompt it is. The template around the words stays as it is.
     """
 
     def __init__(
@@ -34,9 +33,7 @@ class PromptSet:
     ) -> None:
         self.prompts = list(prompts)
         self.tokens = list(tokens)
-        self.labels: NDArray[np.float32] = np.array(
-            [prompt.label for prompt in prompts], dtype=np.float32
-        )
+        self.labels: NDArray[np.float32] = np.array([one.label for one in prompts], np.float32)
         self.seed = seed
         self.room = max(JOINED_TOKENS, *map(len, tokens))
         before, behind = shared_ends(tokens)
@@ -47,15 +44,14 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def batch(self, turn: int, count: int, place: int, places: int) -> Prompts:
-        """What micro-batch ``place`` of ``places`` gets of the ``count`` prompts that come together
-        as turn ``turn``.
+    def batch(self, turn: int, count: int, part: int, parts: int) -> Prompts:
+        """What micro-batch ``part`` of ``parts`` gets of the ``count`` prompts of turn ``turn``.
 
-        Over the places every prompt of the turn occurs once. A place that none falls to gets one
-        that counts nothing, so that every process takes part in the same computation.
+        Over the parts every prompt of the turn occurs once. A part without one gets a stand-in of
+        weight 0, so that every process takes part in the same computation.
         """
         numbers = range(turn * count, (turn + 1) * count)
-        mine = numbers[place::places]
+        mine = numbers[part::parts]
         weight = 1.0 / count if mine else 0.0
         varied = [self.varied(number) for number in mine or numbers[:1]]
         tokens, lengths = padded([row for row, _ in varied])
@@ -63,13 +59,10 @@ class PromptSet:
         return Prompts(tokens, lengths, labels, torch.full((len(varied),), weight))
 
     def varied(self, number: int) -> tuple[Tokens, NDArray[np.float32]]:
-        """Tokens and label ``[3]`` of the prompt that comes as number ``number`` in training, as it
-        is seen there.
-
-        Each prompt passes once before any comes again.
-        """
-        turn, place = divmod(number, len(self))
-        index = int(self._order(turn)[place])
+        """Tokens and label ``[3]`` of number ``number`` in training, augmented; each prompt passes
+        once before any comes again."""
+        turn, position = divmod(number, len(self))
+        index = int(self._order(turn)[position])
         random = np.random.default_rng([self.seed, VARIATION, number])
         words, label = self.words[index], self.labels[index]
         if random.random() < JOINED_SHARE:
@@ -89,11 +82,10 @@ class PromptSet:
 
 
 def shared_ends(rows: Sequence[Tokens]) -> tuple[int, int]:
-    """How many tokens all rows begin with, and how many they end with; at least one of each row
-    is left."""
+    """Lengths of the rows' common prefix and suffix; at least one token of each row is left."""
     room = min(map(len, rows)) - 1
-    begins = np.stack([row[:room] for row in rows])
-    before = int((begins == begins[0]).all(axis=0).cumprod().sum())
+    starts = np.stack([row[:room] for row in rows])
+    before = int((starts == starts[0]).all(axis=0).cumprod().sum())
     room -= before
     ends = np.stack([row[len(row) - room :][::-1] for row in rows])
     return before, int((ends == ends[0]).all(axis=0).cumprod().sum())

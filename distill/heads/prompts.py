@@ -3,9 +3,8 @@ split, and as tokens.
 
 Without PyTorch: a file that cannot be used is refused before that is imported.
 
-A *scenario* is what a prompt is about. All prompts of a scenario go to the same side of the split,
-so that what is measured is how decisions carry over to other matters, not to other words for the
-same one.
+A *scenario* is what a prompt is about. All prompts of a scenario go to the same part of the split,
+so that scores measure generalization to other scenarios, not to other wordings.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from distill.config.schema import RunConfig
 from distill.errors import UserError
+from distill.runtime.files import json_lines, read_text, require_unicode
 from students.model.head_decisions import DECISIONS
 from teachers.base import Teacher, Tokens
 from teachers.tokenizer.conversation import request_tokens
@@ -31,13 +31,8 @@ from teachers.tokenizer.conversation import request_tokens
 BUILT_IN = "builtin"
 TEACHER = "teacher"
 Part = Literal["train", "validation", "test"]
-SPLIT: tuple[Part, ...] = (
-    "train",
-    "validation",
-    "train",
-    "test",
-    "train",
-)  # of every five scenarios
+# Of every five scenarios.
+SPLIT: tuple[Part, ...] = ("train", "validation", "train", "test", "train")
 MAX_FILE_BYTES = 64 << 20
 
 
@@ -75,17 +70,7 @@ def read_prompts(path: Path, *, labelled: bool = True, divided: bool = True) -> 
         UserError: unreadable, not JSONL of that form, a label outside the three, or too few of a
         decision.
     """
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise UserError(
-                f"safety prompts {path}: larger than {MAX_FILE_BYTES >> 20} MiB; give a smaller "
-                "file"
-            )
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"safety prompts {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"safety prompts {path} are not UTF-8 text") from None
+    text = read_text(path, "safety prompts", MAX_FILE_BYTES)
     prompts = _parse(text, path, labelled=labelled)
     if not prompts:
         raise UserError(f"safety prompts {path}: the file is empty")
@@ -107,58 +92,42 @@ def read_safety_prompts(config: RunConfig) -> list[SafetyPrompt] | None:
     if safety.prompts is not None and safety.labels != TEACHER:
         raise UserError(
             f"safety.prompts = {safety.prompts!r} is for safety.labels=teacher; a file with labels "
-            "of its own is given "
-            "as safety.labels"
+            "of its own is given as safety.labels"
         )
-    if safety.labels == BUILT_IN:
+    if safety.prompts is not None:
+        return read_prompts(Path(safety.prompts), labelled=False)
+    if safety.labels in (BUILT_IN, TEACHER):
         return built_in_prompts()
-    if safety.labels == TEACHER:
-        return (
-            built_in_prompts()
-            if safety.prompts is None
-            else read_prompts(Path(safety.prompts), labelled=False)
-        )
     return read_prompts(Path(safety.labels))
 
 
-def read_given(path: Path | None) -> list[SafetyPrompt] | None:
-    """The prompts of ``--safety-prompts``.
-
-    Raises:
-        UserError: the file cannot be used.
-    """
+def read_given_prompts(path: Path | None) -> list[SafetyPrompt] | None:
+    """The prompts of ``--safety-prompts``; ``UserError`` if the file cannot be used."""
     return None if path is None else read_prompts(path, divided=False)
 
 
 def require_examples(prompts: Sequence[SafetyPrompt], source: str) -> None:
-    """See that every part of the split has every decision.
-
-    Raises:
-        UserError: one is missing; says which.
-    """
+    """Raise ``UserError`` if a part of the split lacks a decision."""
     counts = Counter(prompt.decision for prompt in prompts)
     if missing := [name for number, name in enumerate(DECISIONS) if not counts[number]]:
         raise UserError(
             f"safety prompts {source}: no example of {' and '.join(missing)}; each of "
-            f"{', '.join(DECISIONS)} "
-            "needs some"
+            f"{', '.join(DECISIONS)} needs some"
         )
     for part, chosen in split_by_scenario(prompts).items():
-        found = Counter(prompt.decision for prompt in chosen)
-        if missing := [name for number, name in enumerate(DECISIONS) if not found[number]]:
+        counts = Counter(prompt.decision for prompt in chosen)
+        if missing := [name for number, name in enumerate(DECISIONS) if not counts[number]]:
             raise UserError(
                 f"safety prompts {source}: no {' and no '.join(missing)} among the scenarios that "
-                "fall to the "
-                f"{part} part; give more prompts of it (at least five scenarios each)"
+                f"fall to the {part} part; give more prompts of it (at least five scenarios each)"
             )
 
 
 def split_by_scenario(prompts: Sequence[SafetyPrompt]) -> dict[Part, list[SafetyPrompt]]:
-    """Three fifths to train, one to fit thresholds, one to measure; by a hash of the scenario's
-    name, so that the same scenario is always on the same side.
+    """Three fifths to train, one to fit thresholds, one to measure.
 
-    Scenarios are dealt out in turn, those with the same decisions together, so that each part gets
-    its share.
+    Scenarios are assigned in turn, those with the same decisions together so that each part gets
+    its share, in the order of a hash of their names.
     """
     decisions: dict[str, set[int]] = {}
     for prompt in prompts:
@@ -167,7 +136,7 @@ def split_by_scenario(prompts: Sequence[SafetyPrompt]) -> dict[Part, list[Safety
         decisions,
         key=lambda name: (sorted(decisions[name]), hashlib.sha256(name.encode()).digest()),
     )
-    part_of = {name: SPLIT[place % len(SPLIT)] for place, name in enumerate(order)}
+    part_of = {name: SPLIT[index % len(SPLIT)] for index, name in enumerate(order)}
     parts: dict[Part, list[SafetyPrompt]] = {"train": [], "validation": [], "test": []}
     for prompt in prompts:
         parts[part_of[prompt.scenario]].append(prompt)
@@ -194,57 +163,42 @@ def prompt_tokens(
     Raises:
         UserError: a prompt is longer than the student's context.
     """
-    found = request_tokens(teacher, [prompt.text for prompt in prompts])
-    for tokens, prompt in zip(found, prompts, strict=True):
+    rows = request_tokens(teacher, [prompt.text for prompt in prompts])
+    for tokens, prompt in zip(rows, prompts, strict=True):
         require_length(tokens, context_length, prompt.text)
-    return found
+    return rows
 
 
 def require_length(
     tokens: Tokens, context_length: int, text: str, counted: str = "", reader: str = "student"
 ) -> None:
-    """See that a prompt fits the context of its ``reader``; ``counted``: what else is among the
-    tokens.
-
-    Raises:
-        UserError: it does not, or is empty.
-    """
-    begin = text if len(text) <= 40 else text[:40] + "…"
+    """Raise ``UserError`` if a prompt is empty or does not fit the context of its ``reader``;
+    ``counted``: what else is among the tokens."""
+    start = text if len(text) <= 40 else text[:40] + "…"
     if len(tokens) == 0:
-        raise UserError(f"prompt {begin!r} has no tokens; write something to judge")
+        raise UserError(f"prompt {start!r} has no tokens; write something to judge")
     if len(tokens) > context_length:
         raise UserError(
-            f"prompt {begin!r} has {len(tokens)} tokens{counted and ' '}{counted}, the {reader}'s "
-            "context is "
-            f"{context_length}; shorten it"
+            f"prompt {start!r} has {len(tokens)} tokens{counted and ' '}{counted}, the {reader}'s "
+            f"context is {context_length}; shorten it"
         )
 
 
-def require_words(prompt: str) -> None:
-    """See that there is something to judge.
-
-    Raises:
-        UserError: the prompt is empty.
-    """
+def require_prompt_text(prompt: str) -> None:
+    """Raise ``UserError`` if the prompt is empty."""
     if not prompt.strip():
         raise UserError("the prompt is empty; write something to judge")
 
 
 def _parse(text: str, path: Path, *, labelled: bool) -> list[SafetyPrompt]:
-    prompts = []
-    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold other signs that end lines
-        if line.strip():
-            prompts.append(
-                _prompt(line, f"safety prompts {path}, line {number}", labelled=labelled)
-            )
-    return prompts
+    source = f"safety prompts {path}"
+    return [
+        _prompt(entry, f"{source}, line {number}", labelled=labelled)
+        for number, entry in json_lines(text, source)
+    ]
 
 
-def _prompt(line: str, where: str, *, labelled: bool) -> SafetyPrompt:
-    try:
-        entry: Any = json.loads(line)
-    except (ValueError, RecursionError):  # also of a number with too many digits
-        raise UserError(f"{where} is not JSON") from None
+def _prompt(entry: Any, where: str, *, labelled: bool) -> SafetyPrompt:
     if not isinstance(entry, dict):
         raise UserError(f"{where} is not an object with prompt and label")
     prompt, label = entry.get("prompt"), entry.get("label")
@@ -261,8 +215,5 @@ def _prompt(line: str, where: str, *, labelled: bool) -> SafetyPrompt:
     scenario, language = entry.get("scenario", prompt), entry.get("language", "")
     if not isinstance(scenario, str) or not isinstance(language, str):
         raise UserError(f"{where}: 'scenario' and 'language' must be text")
-    if any("\ud800" <= sign <= "\udfff" for sign in prompt + scenario + language):
-        raise UserError(
-            f"{where}: has a lone surrogate (\\ud800 to \\udfff), which is not text; remove it"
-        )
+    require_unicode([prompt, scenario, language], where)
     return SafetyPrompt(prompt, scenario, language, share)

@@ -1,4 +1,4 @@
-"""Which prompts the safety head of a run learns from, with whose labels, and as tokens."""
+"""The prompts that a run's safety head learns from, with their labels, as tokens."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ from teachers.tokenizer.chat_template import ChatTemplateError
 
 @dataclass(frozen=True)
 class SafetyData:
-    """The prompts of a run, tokenised, by part of the split; ``source``: where their labels are
-    from."""
+    """The tokenized prompts of a run by part of the split; ``source``: of their labels."""
 
     source: str
     sha256: str
@@ -43,21 +42,21 @@ def labelled_prompts(
     store: SoftTargetStore,
     console: Console,
 ) -> list[SafetyPrompt] | None:
-    """The prompts with their labels; those of the teacher from the store, or asked for now.
+    """The prompts with their labels; the teacher's from the store, or asked for now.
 
     Raises:
-        UserError: the teacher's are wanted, the store has none, and the teacher is not here.
+        UserError: the teacher's labels are wanted, but neither the store has them nor is the
+            teacher open.
     """
     if prompts is None or config.safety.labels != TEACHER:
         return prompts
+    if teacher is not None:
+        return keep_judgment(teacher, prompts, store, console)
     kept = find_judgment(prompts, store)
-    if kept is None and teacher is not None:
-        kept = keep_judgment(teacher, prompts, store, console)
     if kept is None:
         raise UserError(
             f"safety.labels = teacher: store {store.folder} does not hold its judgment of these "
-            "prompts; run "
-            "`distill capture` with the same safety settings where the teacher is"
+            "prompts; run `distill capture` with the same safety settings where the teacher is"
         )
     require_examples(kept, "as the teacher judges them")
     return kept
@@ -85,16 +84,14 @@ def safety_data(
             "divided into a part to train on, one to fit thresholds and one to measure; give at "
             "least five"
         )
-    with tokenizer_alone(metadata_entries(tokenizer), info.vocab_size) as words:
+    context, seed = info.context_length, config.seed
+    with tokenizer_alone(metadata_entries(tokenizer), info.vocab_size) as reader:
         try:
             sets = {
-                part: PromptSet(some, prompt_tokens(words, some, info.context_length), config.seed)
+                part: PromptSet(some, prompt_tokens(reader, some, context), seed)
                 for part, some in parts.items()
             }
         except (ChatTemplateError, UserError) as error:
-            raise type(error)(
-                f"{error}; or do without a safety head (--safety-labels none)"
-            ) from None
-    return SafetyData(
-        config.safety.labels, digest(prompts), sets["train"], sets["validation"], sets["test"]
-    )
+            message = f"{error}; or do without a safety head (--safety-labels none)"
+            raise type(error)(message) from None
+    return SafetyData(config.safety.labels, digest(prompts), **sets)

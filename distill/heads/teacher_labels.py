@@ -1,13 +1,14 @@
 """What the teacher itself would decide: its next-token distribution over the three decision words.
 
-The teacher is asked, through its own chat template, with ``QUESTION``; its answer is begun for it
-with ``OPENING``, and the probabilities of the three words there, divided by their sum, are soft
-labels for the safety head.
+The teacher is asked ``QUESTION`` through its own chat template; its answer starts with ``OPENING``,
+and the probabilities of the three words there, divided by their sum, are soft labels for the safety
+head.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,7 @@ from distill.heads.prompts import (
     require_length,
     with_labels,
 )
+from distill.metrics.distributions import log_probability
 from distill.runtime.progress import Console
 from students.model.head_decisions import DECISIONS
 from teachers.base import Progress, Teacher, Tokens
@@ -30,8 +32,7 @@ QUESTION = (
     "Decide what to do with the request below.\n"
     "ALLOW: it is ordinary and harmless.\n"
     "ESCALATE: it is legitimate, but a responsible person has to decide or help (emergencies, "
-    "health, law, money to be "
-    "approved, personal data, what cannot be undone).\n"
+    "health, law, money to be approved, personal data, what cannot be undone).\n"
     "REFUSE: it asks for help to harm, deceive, steal, spy, break in, forge, or hide such a "
     "thing.\n"
     "Answer with one word: ALLOW, ESCALATE or REFUSE.\n\n"
@@ -48,8 +49,7 @@ def judge_prompts(
 ) -> NDArray[np.float32]:
     """The teacher's probabilities of the three decisions, ``[N, 3]``.
 
-    A word of several tokens has the product of their probabilities; words that begin alike are told
-    apart so.
+    A word of several tokens has the product of their probabilities.
 
     Raises:
         UserError: a question is longer than the teacher's context.
@@ -57,94 +57,73 @@ def judge_prompts(
     endings = teacher.tokenize(
         [f"{OPENING} {name}" for name in DECISIONS], add_special=False, parse_special=False
     )
-    shared = _shared_beginning(endings)
-    found = []
+    shared = _shared_prefix(endings)
+    judged = []
     room = LOGITS_BYTES // (4 * teacher.info.vocab_size * TYPICAL_TOKENS * len(DECISIONS))
     together = max(1, min(TOGETHER, room))
     for start in range(0, len(prompts), together):
         some = prompts[start : start + together]
-        found.append(_judge(teacher, some, endings, shared))
+        judged.append(_judge(teacher, some, endings, shared))
         progress(start + len(some))
-    return np.concatenate(found)
+    return np.concatenate(judged)
 
 
 def _judge(
     teacher: Teacher, prompts: Sequence[SafetyPrompt], endings: Sequence[Tokens], shared: int
 ) -> NDArray[np.float32]:
-    sequences, begins = [], []
+    sequences: list[Tokens] = []
+    starts: list[int] = []
+    context = teacher.info.context_length
     for prompt in prompts:
         question = request_tokens(teacher, [QUESTION.format(request=prompt.text)])[0]
-        for ending in endings:
-            sequences.append(np.concatenate((question, ending)).astype(np.int32))
-        begins.append(len(question) + shared)
-        longest = max(len(question) + len(ending) for ending in endings)
-        room = teacher.info.context_length
-        require_length(
-            np.zeros(longest, np.int32), room, prompt.text, "with the question about it", "teacher"
-        )
-    rows = np.split(
-        teacher.logits(sequences), np.cumsum([len(tokens) - 1 for tokens in sequences])[:-1]
-    )
-    scores = np.array(
-        [
-            _log_probability(row, tokens, begins[place // len(endings)])
-            for place, (row, tokens) in enumerate(zip(rows, sequences, strict=True))
-        ]
-    ).reshape(len(prompts), len(endings))
+        some = [np.concatenate((question, ending)).astype(np.int32) for ending in endings]
+        longest = max(some, key=len)
+        require_length(longest, context, prompt.text, "with the question about it", "teacher")
+        sequences += some
+        starts += [len(question) + shared] * len(endings)
+    ends = np.cumsum([len(tokens) - 1 for tokens in sequences])
+    rows = np.split(teacher.logits(sequences), ends[:-1])
+    answers = zip(rows, sequences, starts, strict=True)
+    scores = np.array([log_probability(row[at - 1 :], tokens[at:]) for row, tokens, at in answers])
+    scores = scores.reshape(len(prompts), len(endings))
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def _log_probability(logits: NDArray[np.float32], tokens: Tokens, begin: int) -> float:
-    """log p of ``tokens[begin:]`` after what is before; ``logits [n − 1, V]``."""
-    rows = logits[begin - 1 :].astype(np.float64)
-    top = rows.max(axis=1)
-    sums = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))
-    chosen = rows[np.arange(len(rows)), tokens[begin:]]
-    return float((chosen - sums).sum())
-
-
-def _shared_beginning(endings: Sequence[Tokens]) -> int:
-    """How many tokens all three endings begin with."""
-    shortest = min(map(len, endings))
-    same = [
-        place for place in range(shortest) if len({int(tokens[place]) for tokens in endings}) > 1
-    ]
-    return same[0] if same else shortest
+def _shared_prefix(endings: Sequence[Tokens]) -> int:
+    """How many tokens all three endings start with."""
+    columns = enumerate(zip(*(tokens.tolist() for tokens in endings), strict=False))
+    differing = (index for index, column in columns if len(set(column)) > 1)
+    return next(differing, min(map(len, endings)))
 
 
 def keep_judgment(
     teacher: Teacher, prompts: list[SafetyPrompt], store: SoftTargetStore, console: Console
 ) -> list[SafetyPrompt]:
-    """The prompts with the teacher's labels, from the store or asked for now and kept there."""
+    """The prompts with the teacher's labels, from the store or asked for now and kept there.
+
+    Raises:
+        UserError: it decides alike on too many prompts.
+    """
     kept = find_judgment(prompts, store)
     if kept is None:
         with console.stage("Teacher judges", total=len(prompts)) as stage:
             labels = judge_prompts(teacher, prompts, lambda done: stage.update(done, "prompts"))
             store.write_file(_file_name(prompts), {"labels": labels})
             kept = with_labels(prompts, labels)
-            counts = [
-                sum(prompt.decision == number for prompt in kept)
-                for number in range(len(DECISIONS))
-            ]
-            stage.finish(
-                ", ".join(f"{count} {name}" for count, name in zip(counts, DECISIONS, strict=True))
-            )
+            decisions = Counter(DECISIONS[prompt.decision] for prompt in kept)
+            stage.finish(", ".join(f"{decisions[name]} {name}" for name in DECISIONS))
     require_examples(kept, "as the teacher judges them")
     return kept
 
 
 def find_judgment(prompts: list[SafetyPrompt], store: SoftTargetStore) -> list[SafetyPrompt] | None:
-    """The prompts with the labels that the store keeps, or ``None`` where it has none (or
-    damaged ones)."""
+    """The prompts with the store's labels; ``None`` where it has none, or damaged ones."""
     name = _file_name(prompts)
     arrays = store.read_file(name) if (store.folder / name).exists() else None
     labels = None if arrays is None else arrays.get("labels")
-    if (
-        labels is None
-        or labels.shape != (len(prompts), len(DECISIONS))
-        or not np.isfinite(labels).all()
-    ):
+    shape = (len(prompts), len(DECISIONS))
+    if labels is None or labels.shape != shape or not np.isfinite(labels).all():
         return None
     return with_labels(prompts, labels.astype(np.float32))
 

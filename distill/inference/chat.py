@@ -21,16 +21,13 @@ if TYPE_CHECKING:
 
 
 _MARK = "\u2063words\u2063"  # invisible separators: no template contains it
-ANSWER_SHARE = (
-    4  # one of so many tokens of the context is kept free for the answer, at the cost of old turns
-)
+ANSWER_SHARE = 4  # 1/4 of the context is kept free for the answer, at the cost of old turns
 AGREEMENT_BYTES = 64 << 20  # of logits: what a look at the whole answer may take
 
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """How answers are drawn, their greatest length in tokens, and what the model is told first,
-    if anything."""
+    """Sampling, the answer's greatest length in tokens, and the system message, if any."""
 
     temperature: float = 0.7
     top_p: float = 1.0
@@ -43,10 +40,9 @@ class ChatSettings:
 class Question:
     """A message with the conversation before it, ready to be answered.
 
-    ``prompt``: its tokens, up to where the answer begins; ``messages``: the same in words;
-    ``dropped``: turns left out so that it fits. ``decision``: that of the safety head with its
-    probability, where there is one. While and after it is answered: ``written`` has the answer's
-    tokens, ``shown`` its words, ``reasoned`` whether there were others.
+    ``prompt``: the tokens of ``messages``; ``dropped``: turns left out so that it fits.
+    ``decision``: of the safety head, with its probability. The answer so far: ``written``, its
+    tokens; ``shown``, its visible text; ``reasoned``, whether there was more.
     """
 
     prompt: Tokens
@@ -61,18 +57,14 @@ class Question:
 class Conversation:
     """A conversation with one model; without a chat template, the text so far is continued.
 
-    Of an answer, only what is not private reasoning is given out, and only that is in the
-    conversation from then on.
+    Private reasoning is neither shown nor kept in the conversation.
     """
 
     def __init__(
         self, model: GGUFTeacher, settings: ChatSettings, judge: Judge | None = None
     ) -> None:
-        """``judge``: of the same file, whose heads are then asked.
-
-        Raises:
-            UserError: a system message for a model that takes none.
-        """
+        """``judge``: of the same file. Raises ``UserError`` if the model takes no system
+        message."""
         self.model = model
         self.settings = settings
         self.judge = judge
@@ -80,12 +72,9 @@ class Conversation:
         self.turns = 0
         template = model.info.chat_template
         vocabulary = model.file.value("tokenizer.ggml.tokens")
-        words = (
-            [word for word in vocabulary if isinstance(word, str)]
-            if isinstance(vocabulary, list)
-            else []
-        )
-        self._reasons = holds_tags("\0".join([template or "", *words]))
+        vocabulary = vocabulary if isinstance(vocabulary, list) else []
+        texts = [token for token in vocabulary if isinstance(token, str)]
+        self._reasons = holds_tags("\0".join([template or "", *texts]))
         self._begins_inside = False
         if template is not None:
             opened = self._render(template, [{"role": "user", "content": _MARK}])
@@ -98,8 +87,7 @@ class Conversation:
         self.messages, self.turns = [], 0
 
     def ask(self, text: str) -> Question:
-        """Put a message, and have the safety head decide on it: on the message alone, as it has
-        learnt to.
+        """Put a message; the safety head decides on it alone, as in its training.
 
         Raises:
             UserError: it is empty, or does not fit the model's context even alone.
@@ -124,10 +112,9 @@ class Conversation:
         return Question(prompt, messages, dropped, self._decide(text))
 
     def answer(self, question: Question) -> Generator[str, None, None]:
-        """Write the answer: pieces of what may be shown, as early as they are sure; empty ones are
-        signs of life.
+        """Generate the answer: visible pieces as early as they are sure; empty ones show progress.
 
-        Left early, also by Ctrl-C, the conversation has what was given out until then.
+        If left early, also by Ctrl-C, the conversation keeps what was shown until then.
         """
         settings, info = self.settings, self.model.info
         room = info.context_length - len(question.prompt)
@@ -155,13 +142,13 @@ class Conversation:
     def agreement(self, question: Question) -> float | None:
         """Expected share of the answer's tokens at which the teacher finds the same one most
         probable; nothing where no head says so, or where finding out takes too much."""
-        tokens = len(question.prompt) + len(question.written)
+        length = len(question.prompt) + len(question.written)
         if self.judge is None or self.judge.heads.verification is None or not question.written:
             return None
-        if 4 * tokens * self.model.info.vocab_size > AGREEMENT_BYTES:
+        if 4 * length * self.model.info.vocab_size > AGREEMENT_BYTES:
             return None
-        said = np.concatenate((question.prompt, question.written)).astype(np.int32)
-        return self.judge.agreement(question.prompt, said)
+        tokens = np.concatenate((question.prompt, question.written)).astype(np.int32)
+        return self.judge.agreement(question.prompt, tokens)
 
     def _decide(self, text: str) -> tuple[str, float] | None:
         if self.judge is None or self.judge.heads.safety is None:
@@ -174,7 +161,7 @@ class Conversation:
         return [] if system is None else [{"role": "system", "content": system}]
 
     def _require_system(self, template: str | None) -> None:
-        messages = [{"role": "system", "content": _MARK}, {"role": "user", "content": "words"}]
+        messages = [{"role": "system", "content": _MARK}, {"role": "user", "content": "text"}]
         reason = "it has no chat template"
         if template is not None:
             try:

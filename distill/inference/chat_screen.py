@@ -1,5 +1,4 @@
-"""What a user of ``distill chat`` sees: answers on standard output, everything about them on
-standard error."""
+"""The terminal of ``distill chat``: answers on standard output, the rest on standard error."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from rich.markup import escape
 from distill.errors import UserError
 from distill.inference.chat import ChatSettings, Conversation, Question
 from distill.runtime.format import human_count
-from distill.runtime.printable import coloured, printable
+from distill.runtime.printable import colored, printable
 from students.model.head_decisions import DECISIONS, REFUSE, carries_heads
 from teachers.llama_cpp.interrupts import uninterrupted
 from teachers.llama_cpp.teacher import GGUFTeacher
@@ -41,15 +40,14 @@ not shown, and not part of the conversation; of a <final>, only its content."""
 
 
 def chat_with(path: Path, prompt: str | None, settings: ChatSettings, safety: bool) -> None:
-    """Load the file and answer one message, or talk until the user ends it; ``safety``: ask its
-    heads, if it has any.
+    """Load the file and answer one message, or chat; ``safety``: use the file's heads, if any.
 
     Raises:
-        UserError: a message or setting the model cannot take, or broken heads.
-        TeacherFileError, TeacherError: it is no GGUF file that llama.cpp can load.
+        UserError: a message or setting that the model cannot take, or broken heads.
+        TeacherFileError, TeacherError: llama.cpp cannot load the file.
     """
     with GGUFTeacher(path) as model:
-        model.worker.way()  # the check of llama.cpp, while Ctrl-C still ends all of it at once
+        model.worker.options()  # the check of llama.cpp, while Ctrl-C still ends all of it at once
         conversation = Conversation(model, settings, _judge_of(model) if safety else None)
         screen = _Screen(conversation)
         if prompt is None:
@@ -59,8 +57,7 @@ def chat_with(path: Path, prompt: str | None, settings: ChatSettings, safety: bo
 
 
 def _judge_of(model: GGUFTeacher) -> Judge | None:
-    """What reads the file's heads, if it has any; only then are PyTorch's models imported, which
-    takes seconds."""
+    """The reader of the file's heads, if any; imports PyTorch only then, which takes seconds."""
     if not carries_heads(model.file.fields):
         return None
     from distill.inference.judge import Judge
@@ -79,7 +76,7 @@ class _Screen:
         info = self.conversation.model.info
         if self.asked:
             size = f"{printable(info.architecture)}, {human_count(info.parameters)} parameters"
-            self._say(
+            self._note(
                 f"{printable(info.name)} ({size}). /help says more; an empty line or Ctrl-D ends."
             )
         for line in self._lines():
@@ -97,7 +94,7 @@ class _Screen:
             except KeyboardInterrupt:
                 if not self.asked:
                     raise
-                self._say("stopped")
+                self._note("stopped")
 
     def turn(self, text: str) -> None:
         """One message and its answer."""
@@ -105,40 +102,33 @@ class _Screen:
             question = self.conversation.ask(text)
         if question.dropped:
             turns = "turn" if question.dropped == 1 else f"{question.dropped} turns"
-            self._say(
+            self._note(
                 f"the conversation does not fit the context any more: its oldest {turns} left out"
             )
         if question.decision is not None:
             decision, probability = question.decision
             why = self._why(decision, probability)
-            self.notes.print(f"{coloured(decision)} [dim]{_percent(probability)}{why}[/]")
+            self.notes.print(f"{colored(decision)} [dim]{_percent(probability)}{why}[/]")
         try:
             self._answer(question)
         finally:
             print(flush=True)
         if not question.shown:
-            why = (
-                "private reasoning only; --max-tokens allows more"
-                if question.reasoned
-                else "no words"
-            )
-            self._say(f"({why})")
+            reasoned = "private reasoning only; --max-tokens allows more"
+            self._note(f"({reasoned if question.reasoned else 'no words'})")
         with uninterrupted():
             agreement = self.conversation.agreement(question)
         if agreement is not None and self.conversation.judge is not None:
-            advice = (
-                "  → ask the teacher" if agreement < self.conversation.judge.heads.trust else ""
-            )
-            self._say(
+            unsure = agreement < self.conversation.judge.heads.trust
+            advice = "  → ask the teacher" if unsure else ""
+            self._note(
                 f"expected agreement with the teacher: {_percent(agreement)} of the tokens{advice}"
             )
 
     def _why(self, decision: str, probability: float) -> str:
         """Why a request is refused although that is not what is most probable."""
         judge = self.conversation.judge
-        if judge is None:
-            return ""
-        if decision != DECISIONS[REFUSE] or probability >= 0.5:
+        if judge is None or decision != DECISIONS[REFUSE] or probability >= 0.5:
             return ""
         return f", refuses from {_percent(judge.heads.thresholds[0])} on, so that little is missed"
 
@@ -157,29 +147,28 @@ class _Screen:
     def _command(self, line: str) -> None:
         if line == "/new":
             self.conversation.restart()
-            self._say("a new conversation")
+            self._note("a new conversation")
         elif line == "/help":
-            self._say(HELP)
+            self._note(HELP)
         else:
-            self._say(f"there is no {line}; /help lists what there is")
+            self._note(f"there is no {line}; /help lists what there is")
 
     def _lines(self) -> Iterator[str]:
         """The user's lines until an empty one; a mark before each where somebody sits there."""
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(
-                errors="surrogateescape"
-            )  # bytes that are no UTF-8 reach the model as they are
+            # Bytes that are no UTF-8 reach the model as they are.
+            sys.stdin.reconfigure(errors="surrogateescape")
         while True:
             try:
                 line = self._line().strip()
             except EOFError:
                 if self.asked:
-                    self._say("")
+                    self._note("")
                 return
             except KeyboardInterrupt:
                 if not self.asked:
                     raise
-                self._say("\nan empty line or Ctrl-D ends")
+                self._note("\nan empty line or Ctrl-D ends")
                 continue
             if not line:
                 return
@@ -197,8 +186,8 @@ class _Screen:
             raise EOFError
         return line
 
-    def _say(self, words: str) -> None:
-        self.notes.print(f"[dim]{escape(words)}[/]")
+    def _note(self, text: str) -> None:
+        self.notes.print(f"[dim]{escape(text)}[/]")
 
 
 def _percent(share: float) -> str:

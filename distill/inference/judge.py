@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from distill.heads.gguf_heads import heads_in
-from distill.heads.prompts import require_length, require_words
+from distill.heads.prompts import require_length, require_prompt_text
 from distill.inference.judge_inputs import require_heads
 from distill.inference.reasoning import digests, holds_tags, visible
 from students.model.head_decisions import DECISIONS
 from students.model.heads import decide
-from teachers.base import Sampling, Tokens
+from teachers.base import GenerationRequest, Sampling, Tokens
 from teachers.gguf.file import read_gguf
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.conversation import request_tokens
@@ -29,12 +29,11 @@ DIGITS = 6  # of the probabilities in a run's log
 
 @dataclass(frozen=True)
 class Judgment:
-    """What a student thinks of one prompt.
+    """A student's judgment of one prompt; ``None`` for what a missing head would say.
 
-    ``probabilities`` of the three decisions; ``confidence``: that of the one taken. ``agreement``:
-    expected share of the tokens of its own answer that the teacher would have chosen too;
-    ``ask_teacher``: whether that is less than the student was found to need. What a missing head
-    would say is ``None``.
+    ``confidence``: the probability of the decision. ``agreement``: expected share of its own
+    answer's tokens that the teacher would have chosen too; ``ask_teacher``: whether that is too
+    low.
     """
 
     prompt: str
@@ -45,8 +44,7 @@ class Judgment:
     ask_teacher: bool | None
 
     def to_json(self) -> dict[str, Any]:
-        """The judgment as JSON takes it: of the prompt what is not private reasoning, and the
-        SHA-256 of all of it."""
+        """As JSON: the prompt without private reasoning, and the SHA-256 of all of it."""
         digest = hashlib.sha256(self.prompt.encode("utf-8", errors="surrogateescape")).hexdigest()
         return {**vars(self), "prompt": shown(self.prompt), "prompt_sha256": digest}
 
@@ -57,17 +55,14 @@ class Judgment:
             "prompt_sha256": self.to_json()["prompt_sha256"],
             "reasoning_sha256": digests(self.prompt),
             "decision": self.decision,
-            "probabilities": None
-            if chances is None
-            else {name: round(p, DIGITS) for name, p in chances.items()},
+            "probabilities": chances and {name: round(p, DIGITS) for name, p in chances.items()},
             "agreement": None if self.agreement is None else round(self.agreement, DIGITS),
             "ask_teacher": self.ask_teacher,
         }
 
 
 def shown(prompt: str) -> str:
-    """What of a prompt is printed: all of it, or where it holds reasoning tags, only what they
-    leave visible."""
+    """What of a prompt is printed: all, or what its reasoning tags leave visible."""
     return visible(prompt) if holds_tags(prompt) else prompt
 
 
@@ -75,12 +70,11 @@ class Judge:
     """An exported student with its heads. Use as a context manager."""
 
     def __init__(self, path: Path, model: GGUFTeacher | None = None) -> None:
-        """Load the file, or share ``model``, which is that file loaded and stays the caller's to
-        close.
+        """Load the file, or share ``model``, which has loaded it and which the caller closes.
 
         Raises:
-            UserError: it carries no heads, or broken ones.
-            TeacherFileError, TeacherError: it is no GGUF file that llama.cpp can load.
+            UserError: no heads, or broken ones.
+            TeacherFileError, TeacherError: llama.cpp cannot load the file.
         """
         file = read_gguf(path) if model is None else model.file
         require_heads(file)
@@ -96,33 +90,25 @@ class Judge:
             self.model.close()
 
     def judge(self, prompts: Sequence[str]) -> list[Judgment]:
-        """Judge each prompt as a conversation that waits for the answer.
-
-        Raises:
-            UserError: a prompt is longer than the student's context.
-        """
-        found = []
-        for start in range(0, len(prompts), TOGETHER):
-            found += self._judge(prompts[start : start + TOGETHER])
-        return found
+        """Judge each prompt as a conversation that waits for the answer; ``UserError`` if too
+        long."""
+        starts = range(0, len(prompts), TOGETHER)
+        return [one for start in starts for one in self._judge(prompts[start : start + TOGETHER])]
 
     def decide(self, prompts: Sequence[Tokens]) -> list[tuple[str, dict[str, float]]]:
-        """The safety head's decision on each prompt, up to where the answer begins, and the
-        probabilities of all."""
+        """The safety head's decision on each prompt, and the probabilities of all three."""
         probabilities = self.heads.probabilities(torch.from_numpy(self.model.last_states(prompts)))
         taken = decide(probabilities, self.heads.thresholds).tolist()
-        rows = probabilities.tolist()
         return [
-            (DECISIONS[place], dict(zip(DECISIONS, row, strict=True)))
-            for place, row in zip(taken, rows, strict=True)
+            (DECISIONS[index], dict(zip(DECISIONS, row, strict=True)))
+            for index, row in zip(taken, probabilities.tolist(), strict=True)
         ]
 
-    def agreement(self, prompt: Tokens, said: Tokens) -> float:
+    def agreement(self, prompt: Tokens, tokens: Tokens) -> float:
         """Mean probability that the student's most probable token is the teacher's, over the answer
-        in ``said``, which begins with ``prompt`` (without an answer: over what would be its first
-        token)."""
-        # One token longer than what is looked at: a state is known for every token but the last.
-        longer = np.append(said, said[-1]).astype(np.int32)
+        in ``tokens`` behind ``prompt`` (without an answer: over its first token)."""
+        # One token longer: a state is known for every token but the last.
+        longer = np.append(tokens, tokens[-1]).astype(np.int32)
         last = len(longer) - len(prompt)
         states = torch.from_numpy(self.model.states([longer], exact=True, last=last)["final"])
         logits = torch.from_numpy(self.model.logits([longer], exact=True, last=last))
@@ -153,22 +139,20 @@ class Judge:
         ]
 
     def tokens(self, prompt: str) -> Tokens:
-        require_words(prompt)
+        require_prompt_text(prompt)
         tokens = request_tokens(self.model, [prompt])[0]
         require_length(tokens, self.model.info.context_length, shown(prompt))
         return tokens
 
     def _agreement(self, prompts: Sequence[Tokens]) -> list[float | None]:
-        """Mean probability of agreeing with the teacher over the student's own greedy answer,
-        for each prompt."""
+        """Mean probability of agreement over the student's own greedy answer, for each prompt."""
         room = self.model.info.context_length
-        found: list[float | None] = []
-        for tokens in prompts:
-            length = min(room, len(tokens) + ANSWER_TOKENS)
-            said = (
-                self.model.speak([[tokens]], Sampling(0.0, 1.0, length))[0]
-                if length > len(tokens)
-                else tokens
-            )
-            found.append(self.agreement(tokens, said))
-        return found
+        agreements: list[float | None] = []
+        for prompt in prompts:
+            length = min(room, len(prompt) + ANSWER_TOKENS)
+            tokens = prompt
+            if length > len(prompt):
+                request = GenerationRequest([[prompt]], Sampling(0.0, 1.0, length))
+                tokens = self.model.generate(request)[0]
+            agreements.append(self.agreement(prompt, tokens))
+        return agreements

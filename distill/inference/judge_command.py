@@ -11,7 +11,7 @@ from rich.table import Table
 
 from distill.inference.judge import Judge, Judgment, shown
 from distill.runs.audit_events import record_judgments
-from distill.runtime.printable import coloured, json_line, printable
+from distill.runtime.printable import colored, json_line, printable
 from distill.runtime.progress import Console
 
 
@@ -19,7 +19,7 @@ def judge_one(path: Path, prompt: str, as_json: bool, console: Console) -> None:
     """Judge one prompt and print what comes of it."""
     with Judge(path) as judge:
         judgment = judge.judge([prompt])[0]
-        _write_down(path, [judgment])
+        _log(path, [judgment])
         name, refuses_from = judge.model.info.name, judge.heads.thresholds[0]
     if as_json:
         print(json_line(judgment.to_json()))
@@ -31,7 +31,7 @@ def judge_all(path: Path, texts: Sequence[str], as_json: bool, console: Console)
     """Judge every prompt and print one line each."""
     with Judge(path) as judge:
         judgments = judge.judge(texts)
-    _write_down(path, judgments)
+    _log(path, judgments)
     if as_json:
         for judgment in judgments:
             print(json_line(judgment.to_json()))
@@ -41,7 +41,7 @@ def judge_all(path: Path, texts: Sequence[str], as_json: bool, console: Console)
         table.add_column(column)
     for judgment in judgments:
         table.add_row(
-            coloured(judgment.decision),
+            colored(judgment.decision),
             _share(judgment.confidence),
             _agreement(judgment),
             escape(printable(shown(judgment.prompt))),
@@ -49,25 +49,23 @@ def judge_all(path: Path, texts: Sequence[str], as_json: bool, console: Console)
     console.rich.print(table)
 
 
-def _write_down(path: Path, judgments: list[Judgment]) -> None:
-    """Put the decisions of a run's student into the run's log, before anybody sees them; where the
-    run lies so that nobody may write there, say that they are not in it."""
+def _log(path: Path, judgments: list[Judgment]) -> None:
+    """Log the decisions of a run's student before they are shown; warn where that is forbidden."""
     try:
         record_judgments(path, [judgment.to_audit() for judgment in judgments])
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        words = (
+        Console(stderr=True).warn(
             f"{path.parent} cannot be written to ({error.strerror}): the decision is not in "
             "the run's log"
         )
-        Console(stderr=True).warn(words)
 
 
 def _table(judgment: Judgment, name: str, refuses_from: float) -> Table:
     table = Table(title=escape(printable(name)), title_justify="left", show_header=False)
     if judgment.probabilities is not None:
-        table.add_row("decision", coloured(judgment.decision))
+        table.add_row("decision", colored(judgment.decision))
         for decision, chance in judgment.probabilities.items():
             table.add_row(decision, f"{chance:6.1%}  {'█' * round(30 * chance)}")
         table.add_row("probability of that", _share(judgment.confidence))
@@ -82,9 +80,7 @@ def _share(value: float | None) -> str:
 
 
 def _agreement(judgment: Judgment) -> str:
+    if judgment.agreement is None:
+        return ""
     advice = "  → ask the teacher" if judgment.ask_teacher else ""
-    return (
-        f"{_share(judgment.agreement)} of its tokens{advice}"
-        if judgment.agreement is not None
-        else ""
-    )
+    return f"{_share(judgment.agreement)} of its tokens{advice}"

@@ -12,9 +12,9 @@ The rules, for a whole text:
   of a ``<final>``.
 * Tags are never shown; space at both ends of what is shown is left out.
 
-A whole text is needed to apply them: words without any tag are private after all where a
-``</think>`` or a ``<final>`` follows. ``VisibleStream`` therefore holds back all but the content of
-a ``<final>`` until the text has ended.
+They apply to whole texts: text without a tag is private after all if a ``</think>`` or a
+``<final>`` follows. ``VisibleStream`` therefore holds back all but the content of a ``<final>``
+until the text has ended.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
-Kind = Literal["words", "open", "close", "final", "end of final"]
+Kind = Literal["text", "open", "close", "final", "end of final"]
 PartKind = Literal["private", "outside", "final"]
 
 # A think tag is one as soon as its name is there, so that one cut short hides too. A final tag has
@@ -47,8 +47,7 @@ def visible(text: str, *, inside: bool = False) -> str:
 
 
 def reasoning(text: str, *, inside: bool = False) -> list[str]:
-    """What ``visible`` leaves out, in order, without tags and blank parts; nested reasoning is
-    one part."""
+    """What ``visible`` leaves out, in order, without tags and blanks; nested parts count as one."""
     parts = _Parts(inside)
     parts.add(_Tags().read(text, last=True))
     hidden = [part.text.strip() for part in parts.parts if part.kind not in parts.shown]
@@ -64,14 +63,12 @@ def digests(text: str, *, inside: bool = False) -> list[str]:
 
 
 def holds_tags(text: str) -> bool:
-    """Whether a text has any tag that these rules are about, such as a chat template that knows
-    reasoning."""
+    """Whether a text has any reasoning tag, such as a reasoning model's chat template."""
     return _TAG.search(text) is not None
 
 
 def ends_inside(text: str) -> bool:
-    """Whether reasoning is open at the end of ``text``, such as a prompt that begins the
-    answer's reasoning."""
+    """Whether reasoning is open at the end of ``text``, such as a prompt's."""
     depth = 0
     for kind, _ in _Tags().read(text, last=True):
         if kind == "open":
@@ -82,15 +79,13 @@ def ends_inside(text: str) -> bool:
 
 
 class VisibleStream:
-    """Text that comes in pieces → what of it may be shown, as early as it is sure.
+    """Text in pieces → what of it may be shown, as early as it is sure.
 
-    The pieces given out make up ``visible(whole text)``. The content of a ``<final>`` is given out
-    as it comes; all else outside reasoning only by ``close``, since a tag that hides it may still
-    follow.
+    The returned pieces make up ``visible(whole text)``. The content of a ``<final>`` is returned as
+    it comes; all else outside reasoning only by ``close``, since a tag that hides it may follow.
 
-    With ``patient=False``, for a model of which nothing says that it reasons, words are given out
-    as they come until the first tag; from there on the rules hold. Such a model's words before a
-    ``</think>`` that nothing opened, or before a first ``<final>``, have then been shown already.
+    With ``patient=False``, for a model not known to reason, text is returned as it comes until the
+    first tag. What a later ``</think>`` or ``<final>`` would hide has then been shown already.
     """
 
     def __init__(self, *, inside: bool = False, patient: bool = True) -> None:
@@ -98,7 +93,7 @@ class VisibleStream:
         self._tags = _Tags()
         self._parts = _Parts(inside)
         self._given = 0  # parts given out entirely
-        self._place = 0  # characters given out of the part after them
+        self._position = 0  # characters given out of the part after them
         self._space = ""  # held back, as it may be the last
         self._leading = True  # space that comes now is left out
         self._begun = False
@@ -128,57 +123,56 @@ class VisibleStream:
         return "".join(out)
 
     def _give(self, *, last: bool) -> str:
-        """Give out what is sure: final parts, and at the end (or to the impatient) the words, if
-        nothing else is."""
+        """Emit what is sure: final parts; at the end (or if impatient) text, if there is no
+        final."""
         parts, out = self._parts, ""
         shown = parts.shown if last or self._free or parts.has_final else ()
         while self._given < len(parts.parts) and (shown or last):
             part = parts.parts[self._given]
             if part.kind in shown:
-                if part.kind == "final" and part.begins and self._place == 0:
+                if part.kind == "final" and part.begins and self._position == 0:
                     self._space, self._leading = "\n" if self._begun else "", True
-                out += self._trimmed(part.text[self._place :])
-                self._place = len(part.text)
+                out += self._trimmed(part.text[self._position :])
+                self._position = len(part.text)
             if self._given == len(parts.parts) - 1 and not last:
                 break  # it may still grow
-            self._given, self._place = self._given + 1, 0
+            self._given, self._position = self._given + 1, 0
         return out
 
     def _trimmed(self, text: str) -> str:
         """``text`` behind the space held back, without the space that may be the last."""
         if self._leading:
             text = text.lstrip()
-        words = text.rstrip()
-        if not words:
+        trimmed = text.rstrip()
+        if not trimmed:
             self._space += text
             return ""
-        out = self._space + words
-        self._space, self._leading, self._begun = text[len(words) :], False, True
+        out = self._space + trimmed
+        self._space, self._leading, self._begun = text[len(trimmed) :], False, True
         return out
 
 
 class _Tags:
-    """Cuts text that comes in pieces into words and tags."""
+    """Splits text that comes in pieces at its tags."""
 
     def __init__(self) -> None:
         self._pending = ""
         self._in_tag = False  # after `<think`, before its `>`
 
     def read(self, piece: str, *, last: bool) -> Iterator[tuple[Kind, str]]:
-        """What is sure of the text so far and was not returned before; ``last``: nothing more
-        comes."""
+        """Tokens of the text so far not returned before; ``last``: nothing more comes."""
         text, self._pending = self._pending + piece, ""
         while text:
             if self._in_tag:
-                _, found, text = text.partition(">")
-                self._in_tag = not found
+                _, end, text = text.partition(">")
+                self._in_tag = not end
                 continue
             tag = _TAG.search(text)
             begins = None if tag is not None or last else _BEGINS_TAG.search(text)
             edge = begins or tag
-            words = text[: edge.start()] if edge else text
-            if words:
-                yield "words", words
+            before = text[: edge.start()] if edge else text
+            if before:
+                yield "text", before
             if begins:
                 self._pending = text[begins.start() :]
                 return
@@ -193,7 +187,7 @@ class _Tags:
 
 
 class _Part:
-    """A run of words of one kind; ``begins``: that it is the first behind its outermost tag."""
+    """A run of text of one kind; ``begins``: it is the first behind its outermost tag."""
 
     def __init__(self, kind: PartKind, begins: bool) -> None:
         self.kind = kind
@@ -202,7 +196,7 @@ class _Part:
 
 
 class _Parts:
-    """Sorts words by the tags around them."""
+    """Sorts text by the tags around it."""
 
     def __init__(self, inside: bool) -> None:
         self.parts: list[_Part] = []
@@ -210,21 +204,19 @@ class _Parts:
         self.tagged = inside
         self._depth = int(inside)
         self._in_final = False
-        self._new: set[PartKind] = set()  # of which kind the next words begin a part
-        self._repeats = (
-            inside  # a tag that the prompt has opened may come once more at the beginning
-        )
+        self._new: set[PartKind] = set()  # the next text of these kinds begins a part
+        self._repeats = inside  # the prompt's open tag may come once more at the beginning
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """Which kind of part may be shown, as far as the text goes."""
+        """The kinds of parts that may be shown, as far as the text goes."""
         return ("final",) if self.has_final else ("outside",)
 
     def add(self, events: Iterator[tuple[Kind, str]] | list[tuple[Kind, str]]) -> None:
         """Sort what follows."""
-        for kind, words in events:
-            if kind == "words":
-                self._words(words)
+        for kind, text in events:
+            if kind == "text":
+                self._add_text(text)
                 continue
             self.tagged = True
             if kind == "open":
@@ -233,9 +225,7 @@ class _Parts:
                 self._depth += not self._repeats
             elif kind == "close" and self._depth:
                 self._depth -= 1
-            elif (
-                kind == "close"
-            ):  # where there is a final answer, words outside are not shown in any case
+            elif kind == "close":  # with a final answer, text outside is never shown
                 for part in self.parts:
                     part.kind = "private" if part.kind == "outside" else part.kind
             elif kind == "final" and not self._depth:
@@ -246,11 +236,11 @@ class _Parts:
                 self._in_final = False
             self._repeats = False
 
-    def _words(self, words: str) -> None:
-        self._repeats = self._repeats and not words.strip()
+    def _add_text(self, text: str) -> None:
+        self._repeats = self._repeats and not text.strip()
         kind: PartKind = "private" if self._depth else "final" if self._in_final else "outside"
         begins = kind in self._new
         self._new.discard(kind)
         if begins or not self.parts or self.parts[-1].kind != kind:
             self.parts.append(_Part(kind, begins))
-        self.parts[-1].text += words
+        self.parts[-1].text += text

@@ -1,4 +1,4 @@
-"""Begin from the teacher instead of from noise: token embeddings."""
+"""Initialize a student's token embeddings from the teacher's."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from students.model.decoder import SO8TForCausalLM
 
 
 @torch.no_grad()
-def initialise_embeddings(student: SO8TForCausalLM, scores: NDArray[np.float16]) -> None:
-    """Fill the student's token embeddings from the teacher's principal scores, ``[V, C]``,
-    strongest first.
+def initialize_embeddings(student: SO8TForCausalLM, scores: NDArray[np.float16]) -> None:
+    """Fill the token embeddings from the teacher's principal ``scores [V, C]``, strongest first.
 
-    A student of width D takes the first D columns; a wider one is padded with zeros. The result is
-    scaled to the student's own initial spread, so that learning rates mean the same as from random
-    weights.
+    A student of width D takes the first D columns; a wider one is padded with zeros. The result has
+    the standard deviation of random weights, so that learning rates mean the same.
 
     Raises:
         ValueError: the vocabularies differ in size.
@@ -27,9 +25,8 @@ def initialise_embeddings(student: SO8TForCausalLM, scores: NDArray[np.float16])
         raise ValueError(
             f"the teacher has {len(scores)} token embeddings, the student {vocab_size}"
         )
-    taken = scores[:, :width]
-    filled = np.zeros((vocab_size, width), dtype=np.float32)
-    filled[:, : taken.shape[1]] = taken
-    spread = filled.std()
-    if spread > 0:
-        target.copy_(torch.from_numpy(filled / spread * student.config.initializer_range))
+    kept = scores[:, :width]
+    values = np.zeros((vocab_size, width), dtype=np.float32)
+    values[:, : kept.shape[1]] = kept
+    if (std := values.std()) > 0:
+        target.copy_(torch.from_numpy(values / std * student.config.initializer_range))

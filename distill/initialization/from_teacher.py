@@ -1,8 +1,8 @@
-"""A head start: the student's first weights are made from those of its GGUF teacher.
+"""Initialize a student from the weights of its GGUF teacher.
 
 Two passes over some training text, both with one layer of the teacher in memory at a time. The
-first, on a part of the text, looks at which directions the residual stream uses. The second makes
-the student, layer by layer (``distill.initialization.layer_fitting``).
+first, on a part of the text, finds the principal directions of the residual stream. The second fits
+the student layer by layer (``distill.initialization.layer_fitting``).
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.initialization.layer_fitting import HeadStart, stream_scale
+from distill.initialization.layer_fitting import LayerFitter, stream_scale
 from distill.initialization.structured_pruning import (
-    HeadLayout,
-    Parts,
     Projection,
-    cut_layer,
+    PrunedLayer,
+    identity_projection,
     layer_spans,
-    principal_stream,
+    principal_projection,
+    prune_layer,
     stream_moment,
-    whole_stream,
 )
 from distill.initialization.teacher_trace import VOCABULARY_ROWS, final_states, trace
 from students.model.build import build_student
@@ -31,7 +30,7 @@ from students.model.config import SO8TConfig
 from students.model.decoder import SO8TForCausalLM
 from teachers.base import Tokens
 from teachers.gguf.file import GGUFFile, TeacherFileError
-from teachers.gguf.llama_weights import LlamaFacts, LlamaWeights
+from teachers.gguf.llama_weights import LlamaWeights
 from teachers.targets.threads import one_thread
 
 # Tokens of text that the regressions see: more are better (docs/benchmarks.md), but a teacher of
@@ -40,86 +39,81 @@ MOST_TOKENS, LEAST_TOKENS = 16_384, 4_096
 TOKEN_PARAMETERS = 1.5e12
 TRACE_BYTES = 512 << 20  # of one layer's activations; about three times as much is in use at once
 SURVEY_SHARE = 4  # the first pass sees one part in so many
-SOFTENED_ON = 256  # tokens on which the student is made as sure of itself as it should be
-LONGEST = 1024  # tokens of a sequence that are looked at
+CALIBRATION_TOKENS = 256  # for the temperature
+LONGEST = 1024  # tokens of a sequence that are used
 
 Report = Callable[[int, str], None]
-"""Called with the number of student layers that are made, and what is being done."""
+"""Called with the number of finished student layers and the current step."""
 
 
-class NoHeadStart(TeacherFileError):
-    """This teacher's weights cannot be a student's of this shape; the message says why."""
+class UnusableTeacher(TeacherFileError):
+    """This teacher's weights cannot initialize a student of this shape; says why."""
 
 
-def require_head_start(config: SO8TConfig, file: GGUFFile) -> LlamaWeights:
-    """The teacher's weights, if a student of this shape can begin at them.
+def require_usable_weights(config: SO8TConfig, file: GGUFFile) -> LlamaWeights:
+    """The teacher's weights, if they can initialize a student of this shape.
 
     Raises:
-        NotALlama, NoHeadStart: it cannot; says why.
+        NotALlama, UnusableTeacher: they cannot; says why.
     """
     teacher = LlamaWeights(file)
     facts = teacher.facts
     if config.vocab_size != facts.vocab_size:
-        raise NoHeadStart(
-            f"{file.path} has {facts.vocab_size} tokens, the student {config.vocab_size}; a head "
-            "start needs the same"
+        raise UnusableTeacher(
+            f"{file.path} has {facts.vocab_size} tokens, the student {config.vocab_size}; its "
+            "weights need the same"
         )
     if not math.isclose(config.rope_theta, facts.rope_theta, rel_tol=1e-6):
-        raise NoHeadStart(
+        raise UnusableTeacher(
             f"{file.path} has the rotary base {facts.rope_theta:g}, the student "
-            f"{config.rope_theta:g}; a head start "
-            "needs the same"
+            f"{config.rope_theta:g}; its weights need the same"
         )
     return teacher
 
 
-def head_start(
+def student_from_teacher(
     config: SO8TConfig, file: GGUFFile, sequences: Sequence[Tokens], seed: int, report: Report
 ) -> SO8TForCausalLM:
-    """A student of shape ``config`` made from the weights of the teacher ``file``; equal arguments
-    give equal bytes.
+    """A student of shape ``config`` initialized from the teacher ``file``; it is deterministic.
 
-    ``sequences``: training text that the teacher and the student are compared on. What has no
+    ``sequences``: training text on which the student is fitted to the teacher. What has no
     counterpart in the teacher (the gates, surplus heads and units) is random from ``seed``.
 
     Raises:
-        NotALlama, NoHeadStart: see ``require_head_start``.
+        NotALlama, UnusableTeacher: see ``require_usable_weights``.
         TeacherFileError: a weight cannot be read or is not finite.
         IndexError: a token that the teacher does not have.
     """
-    teacher = require_head_start(config, file)
+    teacher = require_usable_weights(config, file)
     student = build_student(config, seed)
     text = _some_text(sequences, _token_budget(teacher), seed)
     if not text:
-        raise NoHeadStart(
-            f"there is no text on which {file.path} and the student could be compared"
-        )
+        raise UnusableTeacher(f"there is no text on which to fit the student to {file.path}")
     projection = _projection(teacher, config, text, report)
     table_scale = _fill_table(teacher, student, projection)
     tokens = torch.from_numpy(np.concatenate(text).astype(np.int64))
-    made = HeadStart(student, projection, tokens, [len(part) for part in text])
-    last = _make_layers(teacher, made, text, report)
-    _finish(teacher, made, last, table_scale)
+    fitter = LayerFitter(student, projection, tokens, [len(part) for part in text])
+    last = _fit_layers(teacher, fitter, text, report)
+    _finish(teacher, fitter, last, table_scale)
     return student
 
 
 def _fill_table(teacher: LlamaWeights, student: SO8TForCausalLM, projection: Projection) -> float:
-    """Fill the student's token embeddings; returns how much larger they are than what the output
-    needs.
+    """Fill the student's token embeddings; returns their scale relative to the output's.
 
-    Where the student has one matrix for input and output and the teacher two, it gets the output's,
-    as large as the input's: the first layers can learn to read other embeddings, but nothing comes
-    after the last one that could put its words right (measured: docs/benchmarks.md).
+    A tied student of an untied teacher gets the output matrix at the input's scale: the first
+    layers can learn to read other embeddings, but no layer follows the output (measured:
+    docs/benchmarks.md).
     """
     table = student.model.embed_tokens.weight.data
     outputs = student.config.tie_word_embeddings and not teacher.facts.tied
     squares = [0.0, 0.0]
     for start in range(0, len(table), VOCABULARY_ROWS):
         stop = min(start + VOCABULARY_ROWS, len(table))
-        rows = torch.from_numpy(teacher.embedding_rows(start, stop)) @ projection.read
+        rows = torch.from_numpy(teacher.embedding_rows(start, stop)) @ projection.down
         if outputs:
             squares[0] += float(rows.square().sum(dtype=torch.float64))
-            rows = torch.from_numpy(teacher.output_rows(start, stop)) @ projection.read
+            rows = torch.from_numpy(teacher.output_rows(start, stop)) @ projection.down
             squares[1] += float(rows.square().sum(dtype=torch.float64))
         table[start:stop] = rows
     scale = math.sqrt(squares[0] / squares[1]) if min(squares) > 0 else 1.0
@@ -127,36 +121,35 @@ def _fill_table(teacher: LlamaWeights, student: SO8TForCausalLM, projection: Pro
     return scale
 
 
-def _finish(teacher: LlamaWeights, made: HeadStart, last: Tensor, table_scale: float) -> None:
-    """Set what lies between the last layer and the logits; ``last [N, D]``: the teacher's stream
-    after its last."""
-    config = made.student.config
+def _finish(teacher: LlamaWeights, fitter: LayerFitter, last: Tensor, table_scale: float) -> None:
+    """Set final norm and output matrix; ``last [N, D]``: the teacher's stream after its layers."""
+    student, config = fitter.student, fitter.student.config
     gain = torch.from_numpy(teacher.final_norm())
     with one_thread():
-        matrix = made.finish(last, gain, teacher.facts.rms_eps)
+        matrix = fitter.finish(last, gain, teacher.facts.rms_eps)
     if matrix is None:
-        made.student.model.norm.weight.data.div_(table_scale)
-    places = made.checked.nonzero()[:, 0]
-    places = places[:: max(1, -(-len(places) // SOFTENED_ON))]
-    states = final_states(teacher, last[places])
-    expected = torch.empty(len(places), config.vocab_size)
+        student.model.norm.weight.data.div_(table_scale)
+    tokens = fitter.validation.nonzero()[:, 0]
+    tokens = tokens[:: max(1, -(-len(tokens) // CALIBRATION_TOKENS))]
+    states = final_states(teacher, last[tokens])
+    expected = torch.empty(len(tokens), config.vocab_size)
     for start in range(0, config.vocab_size, VOCABULARY_ROWS):
         stop = min(start + VOCABULARY_ROWS, config.vocab_size)
         rows = torch.from_numpy(teacher.output_rows(start, stop))
         expected[:, start:stop] = states @ rows.T
         if matrix is not None:
-            made.student.lm_head.weight.data[start:stop] = rows @ matrix
-    if len(places):
-        made.soften(places, expected)
+            student.lm_head.weight.data[start:stop] = rows @ matrix
+    if len(tokens):
+        fitter.calibrate_temperature(tokens, expected)
 
 
-def _make_layers(
-    teacher: LlamaWeights, made: HeadStart, text: Sequence[Tokens], report: Report
+def _fit_layers(
+    teacher: LlamaWeights, fitter: LayerFitter, text: Sequence[Tokens], report: Report
 ) -> Tensor:
     """The second pass; returns the teacher's stream after its last layer, ``[N, D]``."""
-    config, count = made.student.config, teacher.facts.layers
-    layout, spans = _layout(teacher.facts), layer_spans(count, config.num_hidden_layers)
-    parts: Parts | None = None
+    config, count = fitter.student.config, teacher.facts.layers
+    spans = layer_spans(count, config.num_hidden_layers)
+    pruned: PrunedLayer | None = None
     after = torch.empty(0)
     done = 0
     for layer in trace(teacher, text):
@@ -164,44 +157,38 @@ def _make_layers(
         span = spans[done]
         with one_thread():
             if layer.number == span.start:
-                parts = cut_layer(layer, layout, made.projection.read, config)
+                pruned = prune_layer(layer, teacher.facts, fitter.projection, config)
             if layer.number == span.stop - 1:
-                assert parts is not None
-                made.layer(done, parts, layer.after)
+                assert pruned is not None
+                fitter.fit(done, pruned, layer.after)
                 done += 1
         after = layer.after
     for number in range(done, config.num_hidden_layers):
-        made.skip(number)
-    report(config.num_hidden_layers, "the student begins at the teacher's weights")
+        fitter.silence(number)
+    report(config.num_hidden_layers, "the student starts from the teacher's weights")
     return after
 
 
 def _projection(
     teacher: LlamaWeights, config: SO8TConfig, text: Sequence[Tokens], report: Report
 ) -> Projection:
-    """The first pass; none where the student has all of the teacher's directions."""
+    """The first pass, which a student at least as wide as its teacher does not need."""
     facts = teacher.facts
     if config.hidden_size >= facts.width:
-        return whole_stream(facts.width, config.hidden_size)
+        return identity_projection(facts.width, config.hidden_size)
     scale = stream_scale(torch.from_numpy(teacher.final_norm()), config.tie_word_embeddings)
     moment = torch.zeros(facts.width, facts.width, dtype=torch.float64)
-    for layer in trace(teacher, _beginning(text, sum(map(len, text)) // SURVEY_SHARE)):
+    for layer in trace(teacher, _first(text, sum(map(len, text)) // SURVEY_SHARE)):
         report(0, f"looks at layer {layer.number + 1} of the teacher's {facts.layers}")
         if layer.number == 0:
             moment += stream_moment(layer.before, scale)
         moment += stream_moment(layer.after, scale)
     with one_thread():
-        return principal_stream(moment, scale, config.hidden_size)
-
-
-def _layout(facts: LlamaFacts) -> HeadLayout:
-    return HeadLayout(
-        facts.heads, facts.kv_heads, facts.head_width, facts.frequencies, facts.rotary_scale
-    )
+        return principal_projection(moment, scale, config.hidden_size)
 
 
 def _token_budget(teacher: LlamaWeights) -> int:
-    """How many tokens of text to look at with this teacher."""
+    """How many tokens of text to use with this teacher."""
     facts = teacher.facts
     each = 4 * (7 * facts.width + 3 * facts.feed_forward)
     affordable = min(TOKEN_PARAMETERS / teacher.file.parameters, TRACE_BYTES / each)
@@ -209,15 +196,15 @@ def _token_budget(teacher: LlamaWeights) -> int:
 
 
 def _some_text(sequences: Sequence[Tokens], budget: int, seed: int) -> list[Tokens]:
-    """Random ones of the sequences, about ``budget`` tokens together."""
+    """A random sample of the sequences with about ``budget`` tokens."""
     order = np.random.default_rng([seed, 5]).permutation(len(sequences))
-    return _beginning(
-        [sequences[int(place)][:LONGEST] for place in order if len(sequences[int(place)])], budget
+    return _first(
+        [sequences[int(index)][:LONGEST] for index in order if len(sequences[int(index)])], budget
     )
 
 
-def _beginning(sequences: Sequence[Tokens], budget: int) -> list[Tokens]:
-    """The first sequences with ``budget`` tokens or a little less together, one at least."""
+def _first(sequences: Sequence[Tokens], budget: int) -> list[Tokens]:
+    """The first sequences with at most ``budget`` tokens together, but at least one."""
     chosen: list[Tokens] = []
     total = 0
     for tokens in sequences:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from distill.config.schema import RunConfig
 from distill.errors import UserError
-from distill.initialization.embeddings import initialise_embeddings
-from distill.runtime.format import human_bytes, human_count
-from distill.runtime.progress import Console
+from distill.initialization.embeddings import initialize_embeddings
+from distill.runtime.format import human_count
 from students.model.build import build_student, student_config
 from students.model.config import SO8TConfig
 from students.model.decoder import SO8TForCausalLM
@@ -21,10 +19,6 @@ from students.model.sizes import choose_size, decoder_parameters
 from teachers.base import TeacherInfo
 
 NOTABLE = 1.02  # times as many parameters in training as in the exported file
-SNAPSHOT_COPIES = 3
-TRAINING_COPIES = (
-    4  # float32 weights, gradients and two moments: what training needs at the very least
-)
 
 
 def student_size(config: RunConfig, info: TeacherInfo) -> StudentSize:
@@ -52,16 +46,6 @@ def student_size(config: RunConfig, info: TeacherInfo) -> StudentSize:
         )
     except ValueError as error:
         raise UserError(f"student size {config.student.size}: {error}") from None
-
-
-def with_size(config: RunConfig, info: TeacherInfo) -> RunConfig:
-    """The settings with what depends on the teacher filled in: the student's width and layers.
-
-    Raises:
-        UserError: see ``student_size``.
-    """
-    size = str(student_size(config, info))
-    return config.model_copy(update={"student": config.student.model_copy(update={"size": size})})
 
 
 def student_shape(config: RunConfig, info: TeacherInfo) -> SO8TConfig:
@@ -97,42 +81,6 @@ def _shape(config: RunConfig, info: TeacherInfo, size: StudentSize) -> SO8TConfi
     )
 
 
-def judge_size(config: RunConfig, shape: SO8TConfig, info: TeacherInfo, console: Console) -> None:
-    """Say how large the student is, before anything of that size is allocated.
-
-    Raises:
-        UserError: this machine has not the memory to train it.
-    """
-    parameters, trained = decoder_parameters(shape), decoder_parameters(shape, gates=True)
-    console.note(f"student {config.student.size}: {describe_parameters(shape, info)}")
-    snapshots = snapshot_bytes(config, trained)
-    needed, memory = 4 * trained * TRAINING_COPIES + snapshots, psutil.virtual_memory().total
-    if needed > memory:
-        words = (
-            f", {human_bytes(snapshots)} of that for the guard's snapshots (train.guard.snapshots)"
-        )
-        raise UserError(
-            f"student {config.student.size} has {human_count(trained)} parameters; training it "
-            "needs at least "
-            f"{human_bytes(needed)} of memory{words if snapshots else ''}, this machine has "
-            f"{human_bytes(memory)}; "
-            "choose a smaller size"
-        )
-    if parameters >= info.parameters:
-        console.warn(
-            f"student {config.student.size} has {human_count(parameters)} parameters, not fewer "
-            "than the "
-            f"teacher's {human_count(info.parameters)}; choose a smaller --student-size to compress"
-        )
-
-
-def snapshot_bytes(config: RunConfig, trained: int) -> int:
-    """Main memory that the guard's snapshots of so many parameters take: weights and two moments
-    each, in float32."""
-    guard = config.train.guard
-    return 4 * trained * SNAPSHOT_COPIES * guard.snapshots if guard.enabled else 0
-
-
 def describe_parameters(shape: SO8TConfig, info: TeacherInfo) -> str:
     """Parameters of the exported student and their share of the teacher's; with the gates, which
     are folded away at export, where those are notably more."""
@@ -149,5 +97,5 @@ def new_student(shape: SO8TConfig, seed: int, embeddings: NDArray[np.float16]) -
     """The student as training begins: random weights from the seed, embeddings from the
     teacher's scores."""
     student = build_student(shape, seed)
-    initialise_embeddings(student, embeddings)
+    initialize_embeddings(student, embeddings)
     return student

@@ -11,55 +11,54 @@ from safetensors import SafetensorError
 
 from distill.config.schema import RunConfig
 from distill.errors import UserError
-from distill.initialization.from_teacher import head_start, require_head_start
+from distill.initialization.from_teacher import require_usable_weights, student_from_teacher
 from distill.initialization.shape import new_student, student_shape
 from distill.runtime.launch import Launch
 from distill.runtime.progress import Console
 from students.model.build import build_student
+from students.model.config import SO8TConfig
 from students.model.decoder import SO8TForCausalLM
 from students.weights import plain_weights, set_weights
 from teachers.atomic_files import write_whole
-from teachers.base import TeacherInfo, Tokens
+from teachers.base import Tokens
 from teachers.gguf.file import TeacherFileError, read_gguf
-from teachers.store.teacher_record import Inheritance
+from teachers.store.teacher_record import TeacherRecord
 
 
-def settle_beginning(
-    config: RunConfig, info: TeacherInfo, gguf: Path | None, console: Console
-) -> RunConfig:
-    """The settings with the student's beginning.
-
-    ``gguf``: whose weights the student can begin at, if that file is here. Where it cannot, and
-    why, is said.
+def resolve_initialization(
+    init: str, shape: SO8TConfig, gguf: Path | None, console: Console
+) -> str:
+    """Where a student of this shape starts: at the teacher's weights where ``init`` wants and the
+    file ``gguf`` allows it; prints why not.
 
     Raises:
-        UserError: the teacher's weights are asked for, and it is not here.
+        UserError: the teacher's weights are asked for, and its file is not here.
     """
-    init = config.student.init
-    if init == "teacher" and gguf is None:
+    if init not in ("auto", "teacher"):
+        return init
+    if gguf is None and init == "teacher":
         raise UserError(
             "student.init = teacher needs the teacher's weights, which a store does not hold; give "
-            "its file with "
-            "--teacher, or --init embeddings"
+            "its file with --teacher, or --init embeddings"
         )
-    if init in ("auto", "teacher"):
-        reason = (
-            "its file is not here (--teacher)" if gguf is None else _obstacle(config, info, gguf)
-        )
-        init = "teacher" if reason is None else "embeddings"
-        if reason is not None:
-            tell = console.warn if config.student.init == "teacher" else console.note
-            tell(
-                f"the student cannot begin at the teacher's weights: {reason}; it begins at random "
-                "ones, with the "
-                "teacher's token embeddings (--init embeddings)"
-            )
-    return config.model_copy(update={"student": config.student.model_copy(update={"init": init})})
+    reason = "its file is not here (--teacher)"
+    if gguf is not None:
+        try:
+            require_usable_weights(shape, read_gguf(gguf))
+            return "teacher"
+        except TeacherFileError as error:
+            reason = str(error)
+    report = console.warn if init == "teacher" else console.note
+    report(
+        f"the student cannot start from the teacher's weights: {reason}; it starts from random "
+        "ones, with the teacher's token embeddings (--init embeddings)"
+    )
+    return "embeddings"
 
 
 def begin(
     config: RunConfig,
-    inheritance: Inheritance,
+    teacher_record: TeacherRecord,
     gguf: Path | None,
     sequences: Sequence[Tokens],
     kept: Path,
@@ -71,31 +70,24 @@ def begin(
     A head start is computed once, by the first process, and kept in the file ``kept``.
     ``sequences``: training text on which the teacher's weights are looked at.
     """
-    shape = student_shape(config, inheritance.info)
+    shape = student_shape(config, teacher_record.info)
     if config.student.init == "random":
         return build_student(shape, config.seed)
     if config.student.init == "embeddings":
-        return new_student(shape, config.seed, inheritance.embeddings)
+        return new_student(shape, config.seed, teacher_record.embeddings)
     student = build_student(shape, config.seed)
     if launch.first and not _restore(student, kept):
         assert gguf is not None
         with console.stage("Head start", total=shape.num_hidden_layers) as stage:
-            made = head_start(shape, read_gguf(gguf), sequences, config.seed, stage.update)
+            made = student_from_teacher(
+                shape, read_gguf(gguf), sequences, config.seed, stage.update
+            )
             write_whole(kept, safetensors.torch.save(plain_weights(made)))
             stage.finish("the student begins at the teacher's weights")
     launch.wait()
     if not _restore(student, kept):
         raise UserError(f"{kept} cannot be read; delete it and run the same command again")
     return student
-
-
-def _obstacle(config: RunConfig, info: TeacherInfo, gguf: Path) -> str | None:
-    """Why the student cannot begin at the weights of this file, or nothing if it can."""
-    try:
-        require_head_start(student_shape(config, info), read_gguf(gguf))
-    except TeacherFileError as error:
-        return str(error)
-    return None
 
 
 def _restore(student: SO8TForCausalLM, kept: Path) -> bool:

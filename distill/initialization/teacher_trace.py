@@ -1,9 +1,8 @@
-"""A Llama's forward pass in PyTorch that holds one layer's weights at a time, with all its inner
-activations.
+"""A Llama's forward pass in PyTorch, with all inner activations, one layer in memory at a time.
 
-llama.cpp runs teachers faster, but what happens inside their layers cannot be had from it. Letters:
-N tokens of all sequences after another, D width, H heads, K key/value heads, W head width, F
-feed-forward width, V vocabulary.
+llama.cpp runs teachers faster, but does not give these activations. Letters: N tokens of all
+sequences one after another, D width, H heads, K key/value heads, W head width, F feed-forward
+width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,11 +25,10 @@ VOCABULARY_ROWS = 8192
 class LayerTrace:
     """What one layer computes, float32.
 
-    ``before``, ``middle``, ``after`` ``[N, D]``: the residual stream as the layer finds it, after
-    attention, and as it leaves it. ``query [N, H·W]``, ``key`` and ``value [N, K·W]``: what
-    attention works on, before the rotary embedding, biases and head norms included. ``mixed [N,
-    H·W]``: what the heads give to the output projection. ``gate`` and ``up [N, F]``: of the
-    feed-forward part, before its activation.
+    ``before``, ``middle``, ``after`` ``[N, D]``: the residual stream before the layer, after its
+    attention, and after it. ``query [N, H·W]``, ``key`` and ``value [N, K·W]``: with biases and
+    head norms, before the rotary embedding. ``mixed [N, H·W]``: the heads' outputs. ``gate`` and
+    ``up [N, F]``: of the feed-forward part, before its activation.
     """
 
     number: int
@@ -58,13 +56,13 @@ def embed(teacher: LlamaWeights, sequences: Sequence[Tokens]) -> Tensor:
         raise IndexError(
             f"tokens {tokens.min()} to {tokens.max()} of a vocabulary of {teacher.facts.vocab_size}"
         )
-    found = np.empty((len(tokens), teacher.facts.width), dtype=np.float32)
+    rows = np.empty((len(tokens), teacher.facts.width), dtype=np.float32)
     for start in range(0, teacher.facts.vocab_size, VOCABULARY_ROWS):
         stop = min(start + VOCABULARY_ROWS, teacher.facts.vocab_size)
         here = (tokens >= start) & (tokens < stop)
         if here.any():
-            found[here] = teacher.embedding_rows(start, stop)[tokens[here] - start]
-    return torch.from_numpy(found)
+            rows[here] = teacher.embedding_rows(start, stop)[tokens[here] - start]
+    return torch.from_numpy(rows)
 
 
 @torch.no_grad()
@@ -79,20 +77,19 @@ def trace(teacher: LlamaWeights, sequences: Sequence[Tokens]) -> Iterator[LayerT
     rotary = _rotary(facts, max(lengths))
     state = embed(teacher, sequences)
     for number in range(facts.layers):
-        found = _layer(number, teacher.layer(number), facts, state, lengths, rotary)
-        yield found
-        state = found.after
+        layer = _layer(number, teacher.layer(number), facts, state, lengths, rotary)
+        yield layer
+        state = layer.after
 
 
 @torch.no_grad()
 def final_states(teacher: LlamaWeights, state: Tensor) -> Tensor:
-    """What the output matrix gets: the last layer's ``state [N, D]`` normalised, with the gain."""
+    """The output matrix's input: the last layer's ``state [N, D]`` after the final norm."""
     return _normed(state, teacher.final_norm(), teacher.facts.rms_eps)
 
 
 def logits(teacher: LlamaWeights, sequences: Sequence[Tokens]) -> Floats:
-    """Every logit of all positions, ``[N − number of sequences, V]``, as ``Teacher.logits``
-    gives them."""
+    """Logits as of ``Teacher.logits``, ``[N − number of sequences, V]``."""
     state = torch.empty(0)
     for layer in trace(teacher, sequences):
         state = layer.after
@@ -130,7 +127,7 @@ def _normed(x: Tensor, gain: Floats, eps: float) -> Tensor:
 
 
 def _head_normed(x: Tensor, gain: Floats | None, facts: LlamaFacts) -> Tensor:
-    """``x [N, heads · W]`` with each head normalised on its own, where the teacher does that."""
+    """``x [N, heads · W]`` with each head normalized on its own, where the teacher does that."""
     if gain is None:
         return x
     return _normed(x.view(len(x), -1, facts.head_width), gain, facts.rms_eps).reshape(x.shape)

@@ -17,18 +17,16 @@ if TYPE_CHECKING:
     from distill.losses.batch import Batch, Prompts
 
 
-# The verification head learns from every sixteenth position: what it needs of the logits takes some
-# passes over them.
-VERIFIED_EVERY = 16
-# How much of the safety loss's gradient goes on into the layers. It is that of a few prompts and so
+# The verification head learns from every 16th position: its inputs cost passes over the logits.
+VERIFICATION_STRIDE = 16
+# The share of the safety loss's gradient that reaches the layers. It is that of a few prompts, so
 # noisy that at full strength Adam's steps for everything else shrink (docs/decisions.md).
 BODY_GRADIENT = 0.5
 
 
 @dataclass
-class Verified:
-    """At which of a micro-batch's n valid positions the verification head is trained, and what it
-    has to learn there.
+class VerificationTargets:
+    """Where among a micro-batch's n valid positions the verification head is trained, and on what.
 
     ``rows [m]``: those positions, ascending; ``certain [m, 2]``: the student's certainty there (see
     ``students.model.heads.certainty``); ``agreed [m]``: 1 where student and teacher have the same
@@ -40,17 +38,17 @@ class Verified:
     agreed: Tensor
 
     @classmethod
-    def of(cls, batch: Batch) -> Verified:
-        """Every sixteenth position of each sequence, whatever it shares a micro-batch with."""
+    def of(cls, batch: Batch) -> VerificationTargets:
+        """Every 16th position of each sequence, counted from its end, whatever the micro-batch."""
         steps = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        chosen = (steps[None, :] + batch.lengths[:, None]) % VERIFIED_EVERY == 0
+        chosen = (steps[None, :] + batch.lengths[:, None]) % VERIFICATION_STRIDE == 0
         rows = chosen[batch.valid].nonzero().squeeze(-1)
         zeros = torch.zeros(len(rows), 3, device=batch.tokens.device)
         return cls(rows, zeros[:, :2], zeros[:, 2])
 
-    def note(self, logits: Tensor, targets: Targets, span: slice) -> None:
-        """Compare top tokens at the chosen positions among ``span``, whose logits ``[C, V]`` these
-        are; the targets are those of the whole micro-batch."""
+    def fill(self, logits: Tensor, targets: Targets, span: slice) -> None:
+        """Fill in the positions within ``span`` from their logits ``[C, V]``; ``targets``: of the
+        whole micro-batch."""
         inside = (self.rows >= span.start) & (self.rows < span.stop)
         rows = self.rows[inside]
         if len(rows):
@@ -59,32 +57,28 @@ class Verified:
             self.agreed[inside] = (chosen.argmax(dim=-1) == targets.select(rows).best()).float()
 
 
-def verification_loss(head: VerificationHead, states: Tensor, verified: Verified) -> Tensor:
-    """Sum of the binary cross-entropy at the chosen positions of ``states [n, D]``, in nats.
-
-    It trains the head alone: the student is to come near the teacher, not to know where it will
-    not.
-    """
-    log_odds = head(states[verified.rows].detach(), verified.certain)
-    return F.binary_cross_entropy_with_logits(log_odds, verified.agreed, reduction="sum")
+def verification_loss(
+    head: VerificationHead, states: Tensor, targets: VerificationTargets
+) -> Tensor:
+    """Sum of the binary cross-entropy at the chosen positions of ``states [n, D]``, in nats; it
+    trains the head alone."""
+    log_odds = head(states[targets.rows].detach(), targets.certain)
+    return F.binary_cross_entropy_with_logits(log_odds, targets.agreed, reduction="sum")
 
 
 def safety_loss(student: Student, prompts: Prompts | None) -> Tensor:
     """Weighted sum over prompts of the cross-entropy between labels and decisions at the last
-    token, in nats.
+    token, in nats; its gradient reaches the student's layers at ``BODY_GRADIENT`` of its strength.
 
-    Its gradient reaches the student's layers at ``BODY_GRADIENT`` of its strength. Without prompts
-    it is 0, and so is the gradient of every parameter of the head: in a launch of several processes
-    each must get one in every step.
+    Without prompts it is 0, and so is the gradient of every parameter of the head: with several
+    processes each must get one in every step.
     """
     if prompts is None:
-        return (
-            0.0
-            * torch.stack([parameter.sum() for parameter in student.safety_head.parameters()]).sum()
-        )
+        sums = [parameter.sum() for parameter in student.safety_head.parameters()]
+        return 0.0 * torch.stack(sums).sum()
     output = student(prompts.tokens, with_logits=False)
     rows = torch.arange(len(prompts.lengths), device=prompts.tokens.device)
     last = output.last_hidden_state[rows, prompts.lengths - 1]
     last = last.detach() + BODY_GRADIENT * (last - last.detach())
-    surprise = F.cross_entropy(student.safety_head(last), prompts.labels, reduction="none")
-    return (surprise * prompts.weights).sum()
+    losses = F.cross_entropy(student.safety_head(last), prompts.labels, reduction="none")
+    return (losses * prompts.weights).sum()

@@ -18,8 +18,8 @@ def padded(rows: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
     """Token sequences as ``[B, T]``, padded with 0 on the right, and their lengths ``[B]``."""
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    for place, row in enumerate(rows):
-        tokens[place, : len(row)] = torch.from_numpy(row.astype(np.int64))
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = torch.from_numpy(row.astype(np.int64))
     return tokens, lengths
 
 
@@ -36,9 +36,7 @@ class Prompts:
 
     def to(self, device: torch.device) -> Prompts:
         """The same prompts on another device."""
-        return Prompts(
-            *(part.to(device) for part in (self.tokens, self.lengths, self.labels, self.weights))
-        )
+        return Prompts(*(part.to(device) for part in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -46,15 +44,15 @@ class Batch:
     """Sequences padded on the right, with the teacher's answer at every valid position.
 
     Attributes:
-        tokens: ``[B, T]`` token ids; padding is 0 and never looked at. lengths: ``[B]`` real tokens
-        of each sequence. targets: soft targets of all valid positions in row order, ``[n, …]``.
-        Position t of a sequence of n
-            tokens is valid for t < n − 1: it predicts token t + 1.
-        given: ``[B]`` first tokens of each sequence that are somebody's text; those after them the
-            student has written itself, and they are nothing to imitate. ``None``: all are
-            somebody's text.
+        tokens: ``[B, T]`` token ids; padding is 0 and never looked at.
+        lengths: ``[B]`` real tokens of each sequence.
+        targets: soft targets of all valid positions in row order, ``[n, …]``. Position t of a
+            sequence of n tokens is valid for t < n − 1: it predicts token t + 1.
+        given: ``[B]`` first tokens of each sequence that are given text; the student generated
+            those after them, and they are no labels. ``None``: all are given.
         layers: kept states of the teacher's layers at all valid positions, ``[n, R]`` each; may be
-        empty. prompts: for the safety head; ``None`` where there are none in this step.
+            empty.
+        prompts: for the safety head; ``None`` where there are none in this step.
     """
 
     tokens: Tensor
@@ -72,12 +70,12 @@ class Batch:
 
     @property
     def labels(self) -> Tensor:
-        """The token that follows each valid position, or ``IGNORE_INDEX`` if the student wrote
-        it, ``[n]``."""
+        """The token that follows each valid position, or ``IGNORE_INDEX`` if the student
+        generated it, ``[n]``."""
         following = self.tokens[:, 1:]
         if self.given is not None:
-            places = torch.arange(1, self.tokens.shape[1], device=self.tokens.device)
-            following = following.masked_fill(places[None, :] >= self.given[:, None], IGNORE_INDEX)
+            steps = torch.arange(1, self.tokens.shape[1], device=self.tokens.device)
+            following = following.masked_fill(steps[None, :] >= self.given[:, None], IGNORE_INDEX)
         return following[self.valid[:, :-1]]
 
     def count(self) -> int:

@@ -14,30 +14,14 @@ from torch import Tensor
 
 LOGITS_BYTES = 32 << 20  # one chunk's float32 logits; measured in docs/benchmarks.md
 
-ChunkLoss = Callable[[Tensor, slice], Tensor]
-"""Sum of the losses of some positions: float32 logits ``[C, V]`` and which positions they are →
-scalar."""
-
 ChunkGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""The same sum with its gradient in the logits, ``[C, V]``; it may overwrite the logits."""
+"""Float32 logits ``[C, V]`` of some positions, and which they are → sum of their losses (a scalar)
+and its gradient in the logits ``[C, V]``. It may overwrite the logits."""
 
 
 def chunk_size(vocab_size: int) -> int:
     """Positions per chunk, so that a chunk's logits stay below ``LOGITS_BYTES``."""
     return max(16, LOGITS_BYTES // (4 * vocab_size))
-
-
-def by_autograd(chunk_loss: ChunkLoss) -> ChunkGradient:
-    """A chunk's loss and gradient, for a loss whose gradient nobody has written down."""
-
-    def gradient(logits: Tensor, span: slice) -> tuple[Tensor, Tensor]:
-        logits.requires_grad_()
-        with torch.enable_grad():
-            loss = chunk_loss(logits, span)
-        (grad,) = torch.autograd.grad(loss, logits)
-        return loss.detach(), grad
-
-    return gradient
 
 
 def chunked_head_loss(
@@ -47,12 +31,11 @@ def chunked_head_loss(
     scalar.
 
     Equal to the loss of ``hidden @ weight.T`` in value and gradient for every chunk size, as long
-    as the loss is a sum over positions. The gradients are computed together with the loss, chunk by
-    chunk, so the logits are needed only once. Matrix products follow autocast; the loss is float32.
+    as the loss is a sum over positions. Gradients are computed with the loss, chunk by chunk, so
+    the logits are needed only once. Matrix products follow autocast; the loss is float32.
     """
-    result: Tensor = _ChunkedHeadLoss.apply(
-        hidden, weight, chunk_gradient, chunk or chunk_size(weight.shape[0])
-    )
+    chunk = chunk or chunk_size(weight.shape[0])
+    result: Tensor = _ChunkedHeadLoss.apply(hidden, weight, chunk_gradient, chunk)
     return result
 
 
@@ -95,8 +78,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
-        if (
-            grad.device.type == "cpu" and float(grad) == 1.0
-        ):  # nothing to scale: spare the copy of a [V, D] matrix
+        # Nothing to scale: spare the copy of a [V, D] matrix.
+        if grad.device.type == "cpu" and float(grad) == 1.0:
             return grad_hidden, grad_weight, None, None
         return grad * grad_hidden, None if grad_weight is None else grad * grad_weight, None, None

@@ -5,22 +5,15 @@ over the logits: one softmax serves both terms where T = 1, nothing is kept for 
 every large buffer is written in place. Letters: C positions of a chunk, K stored top tokens, V
 vocabulary.
 
-With q the student's distribution at T and p the teacher's, where p is known for every token, a
-divergence D = Σ d(p_v, q_v) has, with g_v = ∂d/∂q_v (any constant may be added to it):
+With q the student's distribution at T, p the teacher's and pull_v as in ``FORMS``, where p is known
+for every token:
 
-    ∂D/∂z_v = q_v (g_v − Σ_u q_u g_u) / T
+    ∂D/∂z_v = pull_v / T
 
-    forward KL           g = −p / q,  so that ∂D/∂z_v = (q_v − p_v) / T
-    reverse KL           g = log(q / p)
-    Jensen-Shannon       g = (1 − b) log(q / m)
-    skewed forward KL    g = −(1 − s) p / m
-    skewed reverse KL    g = log(q / m) − s q / m
+Where p is known for only K tokens S, with the others as one bucket, the same holds for the K + 1
+buckets; the last one's share G is spread over its tokens, Q being the student's mass there:
 
-with the mixtures m of ``distill.losses.divergences``. Where p is known for only K tokens S, with
-the others as one bucket, the same holds for the K + 1 buckets; the last one's share G is spread
-over its tokens, Q being the student's mass there:
-
-    ∂D/∂z_v = (q_v / Q) · G    for v not in S;   forward KL: G = (Q − P) / T with the teacher's mass P
+    ∂D/∂z_v = (q_v / Q) · G    for v not in S;   forward KL: G = (Q − P) / T, P the teacher's mass
 
 Cross-entropy, always at T = 1:
 
@@ -29,20 +22,26 @@ Cross-entropy, always at T = 1:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from distill.losses.divergences import FORWARD_KL, IGNORE_INDEX, Divergence, teacher_buckets
+from distill.losses.divergences import (
+    FORMS,
+    FORWARD_KL,
+    IGNORE_INDEX,
+    LOG2_E,
+    ChunkRows,
+    Divergence,
+    exp_,
+    teacher_buckets,
+)
 from teachers.targets.distributions import CompactTargets
 from teachers.targets.stored_arrays import Targets
 
-LOG2_E = math.log2(math.e)
-BLOCK_BYTES = (
-    4 << 20
-)  # of float32 logits that elementwise passes take together on a CPU (docs/benchmarks.md)
+# Of float32 logits that elementwise passes take together on a CPU (docs/benchmarks.md).
+BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class ChunkResult:
     """Unweighted sums over the chunk in nats (scalars), and the gradient of the weighted sum, ``[C,
     V]``.
 
-    The gradient may lie in the scratch: it is good until the next chunk.
+    The gradient may lie in the scratch: it is valid until the next chunk.
     """
 
     kd: Tensor
@@ -95,14 +94,14 @@ class _Buckets:
 
 
 class Scratch:
-    """Room for large temporaries that is used again by the next chunk: asking the system for it
-    costs as much as computing with it."""
+    """Buffers for large temporaries, reused by the next chunk: allocating them costs as much as
+    computing with them."""
 
     def __init__(self) -> None:
         self._room: dict[str, Tensor] = {}
 
     def like(self, name: str, tensor: Tensor) -> Tensor:
-        """Room of the shape of ``tensor [C, V]``, with whatever is in it."""
+        """A buffer of the shape of ``tensor [C, V]``, not initialized."""
         room = self._room.get(name)
         if room is None or len(room) < len(tensor) or room.shape[1:] != tensor.shape[1:]:
             room = self._room[name] = torch.empty_like(tensor)
@@ -120,8 +119,7 @@ def divergence_and_cross_entropy(
     """The divergence of teacher and student at T, and CE, of float32 ``logits [C, V]``, which are
     overwritten.
 
-    The divergence runs over the whole vocabulary where the targets know the shape of the tail, else
-    over the K + 1 buckets. ``labels [C]``; one that is ``IGNORE_INDEX`` has no cross-entropy.
+    ``labels [C]``; one that is ``IGNORE_INDEX`` has no cross-entropy.
     """
     if isinstance(targets, CompactTargets) and not targets.has_tail_shape:
         return _over_buckets(logits, targets, labels, weights)
@@ -169,14 +167,14 @@ def _over_all_(
     scaled = logits
     if temperature != 1.0:
         scaled = torch.div(logits, temperature, out=scratch.like("scaled", logits))
-        plain = _exp_(logits)
+        plain = exp_(logits)
         plain_partition = plain.sum(dim=-1, keepdim=True)
     by_kd, by_ce = weights.kd / temperature, weights.ce * labelled
 
     if weights.divergence.form == "forward_kl":
         # Σ p (log p − log q) = Σ p (log p − z/T) + log Σ exp(z/T), as Σ p = 1.
         difference = torch.sub(teacher, scaled, out=spare)
-        share, tempered = _exp_(teacher), _exp_(scaled)
+        share, tempered = exp_(teacher), exp_(scaled)
         partition = tempered.sum(dim=-1, keepdim=True)
         kd = (torch.linalg.vecdot(share, difference)[:, None] + partition.log()).sum()
         if temperature == 1.0:
@@ -190,9 +188,8 @@ def _over_all_(
         partition = student.sum(dim=-1, keepdim=True)
         student.div_(partition)
         room = scratch.like("room", logits)
-        values, pull = _pull_(
-            teacher, scaled.sub_(partition.log()), student, weights.divergence, room
-        )
+        log_student = scaled.sub_(partition.log())
+        values, pull = _pull_(teacher, log_student, student, room, weights.divergence)
         kd = values.sum()
         if temperature == 1.0:
             plain_partition = partition
@@ -219,15 +216,15 @@ def _over_buckets(
     highest = torch.maximum(top, kept.amax(dim=-1, keepdim=True))
     at_label, kept, top = at_label - highest, kept - highest, top - highest
     if temperature == 1.0:
-        plain = tempered = _Buckets.of(_exp_(rest), top, kept)
+        plain = tempered = _Buckets.of(exp_(rest), top, kept)
     else:
         scaled = rest / temperature
-        plain = _Buckets.of(_exp_(rest), top, kept)
-        tempered = _Buckets.of(_exp_(scaled), top / temperature, kept / temperature)
+        plain = _Buckets.of(exp_(rest), top, kept)
+        tempered = _Buckets.of(exp_(scaled), top / temperature, kept / temperature)
 
-    student = torch.cat((tempered.kept, tempered.rest), dim=-1)
-    teacher, room = teacher_buckets(targets, temperature), torch.empty_like(student)
-    values, pull = _pull_(teacher, student, student.exp(), weights.divergence, room)
+    log_student = torch.cat((tempered.kept, tempered.rest), dim=-1)
+    teacher, room = teacher_buckets(targets, temperature), torch.empty_like(log_student)
+    values, pull = _pull_(teacher, log_student, log_student.exp(), room, weights.divergence)
     ce = (labelled * (plain.partition - at_label)).sum()
 
     by_kd, by_ce = weights.kd / temperature, weights.ce * labelled
@@ -243,53 +240,8 @@ def _over_buckets(
 
 
 def _pull_(
-    teacher: Tensor, log_student: Tensor, student: Tensor, kind: Divergence, room: Tensor
+    teacher: Tensor, log_student: Tensor, student: Tensor, room: Tensor, kind: Divergence
 ) -> tuple[Tensor, Tensor]:
-    """Divergence of each row, ``[C]``, and q_v (g_v − Σ_u q_u g_u), ``[C, n]``.
-
-    ``teacher`` and ``log_student`` are log-probabilities ``[C, n]``, ``student`` probabilities; all
-    but the last are overwritten, and so is ``room``. The second result lies in one of them.
-    """
+    """Divergence of each row ``[C]`` and the pull ``[C, n]``; log p and log q are overwritten."""
     ratio = torch.sub(teacher, log_student, out=log_student)
-    if kind.form == "forward_kl":
-        share = _exp_(teacher)
-        values = torch.linalg.vecdot(share, ratio)
-        return values, torch.sub(student, share, out=ratio)
-    if kind.form == "reverse_kl":
-        slope = ratio.neg_()
-        values = torch.linalg.vecdot(student, slope)
-    elif kind.form == "jensen_shannon":
-        b = kind.js_mixing
-        of_teacher = torch.linalg.vecdot(_exp_(teacher), _log_teacher_to_mixture(ratio, kind, room))
-        slope = _log_student_to_mixture(ratio, kind, room).mul_(1.0 - b)
-        values = b * of_teacher + torch.linalg.vecdot(student, slope)
-    elif kind.form == "skewed_forward_kl":
-        to_mixture = _log_teacher_to_mixture(ratio, kind, room)
-        values = torch.linalg.vecdot(_exp_(teacher), to_mixture)
-        slope = _exp_(to_mixture).mul_(kind.skew - 1.0)
-    else:
-        slope = _log_student_to_mixture(ratio, kind, room)
-        values = torch.linalg.vecdot(student, slope)
-        slope.sub_(_exp_(ratio.copy_(slope)), alpha=kind.skew)
-    mean = torch.linalg.vecdot(student, slope)[:, None]
-    return values, slope.sub_(mean).mul_(student)
-
-
-def _log_teacher_to_mixture(ratio: Tensor, kind: Divergence, room: Tensor) -> Tensor:
-    """log(p / m) from log(p / q), into ``room``."""
-    of_teacher, of_student = kind.log_shares
-    torch.sub(ratio.new_tensor(of_student), ratio, out=room)
-    return torch.logaddexp(room, ratio.new_tensor(of_teacher), out=room).neg_()
-
-
-def _log_student_to_mixture(ratio: Tensor, kind: Divergence, room: Tensor) -> Tensor:
-    """log(q / m) from log(p / q), into ``room``."""
-    of_teacher, of_student = kind.log_shares
-    torch.add(ratio, of_teacher, out=room)
-    return torch.logaddexp(room, ratio.new_tensor(of_student), out=room).neg_()
-
-
-def _exp_(values: Tensor) -> Tensor:
-    """``values.exp_()``; PyTorch's exponential to base 2 is three times faster on a CPU, and as
-    exact."""
-    return values.mul_(LOG2_E).exp2_()
+    return FORMS[kind.form].pull_(ChunkRows(teacher, student, ratio, room, kind))

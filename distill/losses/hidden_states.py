@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from distill.errors import UserError
 from teachers.store.store import SoftTargetStore
 
-SCALE_SEQUENCES = (
-    64  # the first ones of a store, on which the size of its hidden states is measured
-)
+SCALE_SEQUENCES = 64  # first ones of a store, on which the size of its hidden states is measured
 
 LayerPair = tuple[int, int]
 """A layer of the student and the teacher's layer it is compared with, both counted from 0."""
@@ -28,8 +26,8 @@ def hidden_state_loss(projected: Tensor, kept: Tensor, mean_square: float) -> Te
     """Mean squared error of each position relative to the size of the states, ``[N, R]`` twice →
     ``[N]``.
 
-    ``mean_square``: of the teacher's coordinates over all positions; so a projector that answers 0
-    has a loss of about 1 for every layer, however large its states are. Float32.
+    ``mean_square``: of the teacher's coordinates over all positions, so that a projector that
+    answers 0 has a loss of about 1 for every layer. Float32.
     """
     return (projected.float() - kept.float()).square().mean(dim=-1) / mean_square
 
@@ -54,8 +52,7 @@ def pair_layers(
             held = ", ".join(map(str, kept)) or "none"
             raise UserError(
                 f"loss.layer_map = ({student}, {teacher}): the soft targets hold the teacher's "
-                f"layers {held}; "
-                "name the ones you want in targets.layers and capture again"
+                f"layers {held}; name the ones you want in targets.layers and capture again"
             )
     if layer_map:
         return list(layer_map)
@@ -88,8 +85,7 @@ class HiddenStateLoss(nn.Module):
     ) -> None:
         """``sizes``: coordinates kept of each teacher layer; ``scales``: their mean square."""
         super().__init__()
-        self.pairs = list(pairs)
-        self.scales = dict(scales)
+        self.pairs, self.scales = list(pairs), dict(scales)
         self.projectors = nn.ModuleDict(
             {_name(pair): nn.Linear(width, sizes[pair[1]]) for pair in self.pairs}
         )

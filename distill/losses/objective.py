@@ -8,7 +8,12 @@ from torch import Tensor, nn
 
 from distill.config.schema import LossConfig
 from distill.losses import so8t_regularizers
-from distill.losses.auxiliary_heads import VERIFIED_EVERY, Verified, safety_loss, verification_loss
+from distill.losses.auxiliary_heads import (
+    VERIFICATION_STRIDE,
+    VerificationTargets,
+    safety_loss,
+    verification_loss,
+)
 from distill.losses.batch import Batch
 from distill.losses.chunked_lm_head import chunked_head_loss
 from distill.losses.divergences import Divergence
@@ -43,11 +48,12 @@ class Objective(nn.Module):
         """Loss of one micro-batch of an optimizer step.
 
         Args:
-            student: an SO8T student, called as ``student(tokens, with_logits=False,
-            layers_to_keep=…)``. batch: the micro-batch. total: valid positions of the whole
-            optimizer step, over all micro-batches and processes. share: this micro-batch's share of
-            the step, for terms that are not sums over positions. fraction: how much of training is
-            done, 0 to 1.
+            student: a ``Student``.
+            batch: the micro-batch.
+            total: valid positions of the whole optimizer step, over all micro-batches and
+                processes.
+            share: this micro-batch's share of the step, for terms that are not sums over positions.
+            fraction: how much of training is done, 0 to 1.
 
         Returns:
             The loss, and each part's weighted contribution to the step's loss (detached); beside
@@ -59,7 +65,9 @@ class Objective(nn.Module):
         assert output.last_hidden_state is not None and output.rotations is not None
         assert isinstance(student, Student)
         states = output.last_hidden_state[batch.valid]  # [n, D]
-        verified = self._verified(student, batch)
+        verified = None
+        if config.lambda_verification and student.config.verification_head:
+            verified = VerificationTargets.of(batch)
         loss, parts = self._distillation(
             states, student.output_matrix(), batch, total, fraction, verified
         )
@@ -69,12 +77,12 @@ class Objective(nn.Module):
             layers = {layer: states[batch.valid] for layer, states in output.layer_states.items()}
             others["hidden"] = config.gamma * self.hidden(layers, batch.layers) / total
         if config.lambda_so8t:
-            terms, figures = self._so8t(output, batch, total, share, fraction)
-            parts |= figures
+            terms, unweighted = self._so8t(output, batch, total, share, fraction)
+            parts |= unweighted
             others |= {name: config.lambda_so8t * term for name, term in terms.items()}
         if verified is not None:
             term = verification_loss(student.verification_head, states, verified)
-            others["verification"] = config.lambda_verification * VERIFIED_EVERY * term / total
+            others["verification"] = config.lambda_verification * VERIFICATION_STRIDE * term / total
         if student.config.safety_head and config.lambda_safety:
             others["safety"] = config.lambda_safety * safety_loss(student, batch.prompts)
         if others:
@@ -90,10 +98,10 @@ class Objective(nn.Module):
         batch: Batch,
         total: int,
         fraction: float,
-        verified: Verified | None,
+        verified: VerificationTargets | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted divergence and cross-entropy of ``states [n, D]`` under the output matrix ``[V,
-        D]``; notes in ``verified`` where student and teacher agree."""
+        D]``; fills in ``verified``."""
         config, labels = self.config, batch.labels
         temperature = temperature_at(config, fraction)
         weights = Weights(
@@ -104,69 +112,52 @@ class Objective(nn.Module):
         def chunk(logits: Tensor, span: slice) -> tuple[Tensor, Tensor]:
             """Both terms of one chunk of positions with their gradient, ``[C, V]``."""
             if verified is not None:
-                verified.note(logits, batch.targets, span)
+                verified.fill(logits, batch.targets, span)
             result = divergence_and_cross_entropy(
                 logits, batch.targets.select(span), labels[span], weights, self._scratch
             )
-            for name, weight, value in (
-                ("kd", weights.kd, result.kd),
-                ("ce", weights.ce, result.ce),
-            ):
+            terms = (("kd", weights.kd, result.kd), ("ce", weights.ce, result.ce))
+            for name, weight, value in terms:
                 if weight:
                     parts[name] = parts.get(name, torch.zeros_like(value)) + weight * value
             return weights.kd * result.kd + weights.ce * result.ce, result.gradient
 
         return chunked_head_loss(states, matrix, chunk), parts
 
-    def _verified(self, student: Student, batch: Batch) -> Verified | None:
-        """Where the verification head is to be trained, or nothing if it is not."""
-        if not self.config.lambda_verification or not student.config.verification_head:
-            return None
-        return Verified.of(batch)
-
     def _so8t(
         self, output: SO8TOutput, batch: Batch, total: int, share: float, fraction: float
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The terms of the group structure, and what PET acts on, unweighted."""
-        config, rotations = self.config, output.rotations
-        assert rotations is not None and output.last_hidden_state is not None
+        config, rotations, hidden = self.config, output.rotations, output.last_hidden_state
+        assert rotations is not None and hidden is not None
         terms: dict[str, Tensor] = {}
-        figures: dict[str, Tensor] = {}
+        unweighted: dict[str, Tensor] = {}
         if any(config.pet):
             weight = so8t_regularizers.pet_weight(config.pet, fraction)
             with torch.set_grad_enabled(weight > 0):
-                bend = (
-                    so8t_regularizers.second_difference(output.last_hidden_state, batch.lengths)
-                    / total
-                )
-            figures["second_difference"] = bend.detach()
+                bend = so8t_regularizers.second_difference(hidden, batch.lengths) / total
+            unweighted["second_difference"] = bend.detach()
             terms["pet"] = weight * bend
         if config.inertia and self.average is not None:
-            terms["inertia"] = (
-                config.inertia * share * so8t_regularizers.inertia(rotations, self.average)
-            )
+            drift = so8t_regularizers.inertia(rotations, self.average)
+            terms["inertia"] = config.inertia * share * drift
         if config.commutator_margin:
             shortfall = so8t_regularizers.non_commutation(rotations, config.commutator_margin)
             terms["non_commutation"] = share * shortfall
-        return terms, figures
+        return terms, unweighted
 
     @torch.no_grad()
-    def rotation_figures(self) -> dict[str, float]:
-        """How the rotations of the newest forward pass stand: their distance from the group, from
-        commuting and from their moving average (mean squared, 0 before there is one)."""
+    def rotation_stats(self) -> dict[str, float]:
+        """The distance of the newest forward pass's rotations from the group, from commuting and
+        from their moving average (mean squared, 0 before there is one)."""
         assert self._rotations is not None
         rotations = self._rotations
         commutators = so8.commutator_norm(rotations[:, 1], rotations[:, 0])
         drift = 0.0 if self.average is None else so8t_regularizers.inertia(rotations, self.average)
-        figures = torch.stack(
-            [so8.orthogonality_error(rotations).max(), commutators.min(), commutators.mean()]
-        ).tolist()
-        return {
-            "rotation_error": figures[0],
-            "min_commutator": figures[1],
-            "mean_commutator": figures[2],
-            "rotation_drift": float(drift),
-        }
+        error = so8.orthogonality_error(rotations).max()
+        values = torch.stack([error, commutators.min(), commutators.mean()]).tolist()
+        names = ("rotation_error", "min_commutator", "mean_commutator")
+        return dict(zip(names, values, strict=True)) | {"rotation_drift": float(drift)}
 
     @torch.no_grad()
     def worst_rotation(self) -> str | None:
@@ -179,7 +170,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Move the rotations' average towards the rotations that the step just taken began from."""
+        """Move the rotations' average towards those that the step just taken started from."""
         assert self._rotations is not None
         if self.average is None:
             self.average = self._rotations.clone()
@@ -202,15 +193,14 @@ def build_objective(
     states.
 
     Raises:
-        UserError: ``loss.layer_map`` names a layer that there is not.
+        UserError: ``loss.layer_map`` names a layer that does not exist.
     """
     layers = store.manifest.recipe.layers
     pairs = pair_layers(config.layer_map, layers, student.config.num_hidden_layers, teacher_layers)
     if not pairs or not config.gamma:
         return Objective(config)
-    return Objective(
-        config, HiddenStateLoss.for_store(store, pairs, student.config.hidden_size, seed)
-    )
+    hidden = HiddenStateLoss.for_store(store, pairs, student.config.hidden_size, seed)
+    return Objective(config, hidden)
 
 
 def temperature_at(config: LossConfig, fraction: float) -> float:

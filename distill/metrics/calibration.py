@@ -1,7 +1,4 @@
-"""How far probabilities can be taken at their word: calibration error, AUROC, Platt scaling.
-
-Letters: N cases, each with a probability or score and whether it came true.
-"""
+"""Calibration error, AUROC and Platt scaling of N cases, each with a score and an outcome."""
 
 from __future__ import annotations
 
@@ -24,12 +21,11 @@ class Bin:
 
 
 def reliability(probabilities: Tensor, came_true: Tensor) -> list[Bin]:
-    """The bins that are not empty, lowest first: ``probabilities [N]`` and ``came_true [N]``
-    (bool)."""
-    places = (probabilities.double() * BINS).long().clamp(0, BINS - 1)
+    """The bins that are not empty, lowest first, of probabilities ``[N]`` and outcomes ``[N]``."""
+    groups = (probabilities.double() * BINS).long().clamp(0, BINS - 1)
     bins = []
-    for place in range(BINS):
-        inside = places == place
+    for number in range(BINS):
+        inside = groups == number
         if count := int(inside.sum()):
             mean = float(probabilities[inside].double().mean())
             bins.append(Bin(count, mean, float(came_true[inside].double().mean())))
@@ -37,10 +33,7 @@ def reliability(probabilities: Tensor, came_true: Tensor) -> list[Bin]:
 
 
 def expected_calibration_error(probabilities: Tensor, came_true: Tensor) -> float:
-    """Σ over bins of their share times |mean probability − share that came true| (Naeini et al.
-
-    2015); N ≥ 1.
-    """
+    """Σ over bins of share · |mean probability − share true| (Naeini et al. 2015); N ≥ 1."""
     gaps = [
         bin.count * abs(bin.mean_probability - bin.share_true)
         for bin in reliability(probabilities, came_true)
@@ -49,28 +42,23 @@ def expected_calibration_error(probabilities: Tensor, came_true: Tensor) -> floa
 
 
 def auroc(scores: Tensor, came_true: Tensor) -> float | None:
-    """Probability that a true case has the higher score than a false one, ties counting half
-    (Hanley & McNeil 1982).
-
-    ``None`` where all cases are alike.
-    """
+    """The chance that a true case scores above a false one, ties counting half (Hanley & McNeil
+    1982); ``None`` if all cases are alike."""
     count = len(scores)
     true = came_true.double()
     positives = float(true.sum())
     if positives in (0.0, float(count)):
         return None
-    _, places, sizes = scores.double().unique(return_inverse=True, return_counts=True)
+    _, groups, sizes = scores.double().unique(return_inverse=True, return_counts=True)
     last = sizes.cumsum(0).double()
     ranks = last - (sizes.double() - 1) / 2  # mean rank (from 1) of each group of equal scores
-    rank_sum = float((ranks[places] * true).sum())
+    rank_sum = float((ranks[groups] * true).sum())
     return (rank_sum - positives * (positives + 1) / 2) / (positives * (count - positives))
 
 
 def fit_platt(log_odds: Tensor, came_true: Tensor, steps: int = 50) -> tuple[float, float]:
-    """Scale a and offset b for which a · log_odds + b is calibrated best (Platt 1999): Newton's
-    method in float64, with a slight pull towards (1, 0) so that few or one-sided cases give
-    something finite. a is never negative: where that would fit best, it is 0, and b alone says how
-    often they came true."""
+    """Scale a ≥ 0 and offset b so that a · log_odds + b is calibrated (Platt 1999): Newton's method
+    in float64, regularized towards (1, 0) so that few or one-sided cases give finite values."""
     values, labels = log_odds.double(), came_true.double()
     pull = 1.0
     start = torch.tensor([1.0, 0.0], dtype=torch.float64)

@@ -1,15 +1,15 @@
-"""The figures of ``distill evaluate`` as functions of logits, and their intervals; nothing here
+"""The values of ``distill evaluate`` as functions of logits, and their intervals; nothing here
 runs a model.
 
 With p the teacher's and q the student's next-token distribution at temperature 1, per position:
 
-    kl           Σ p ln(p / q)          reverse_kl   Σ q ln(q / p)           in nats, over the whole vocabulary
+    kl           Σ p ln(p / q)    reverse_kl   Σ q ln(q / p)    in nats, whole vocabulary
     top1         whether the most probable token is the same
     top5         share of the teacher's five most probable tokens that are among the student's five
     acceptance   Σ min(p, q): the chance that the teacher accepts a token the student drafts
 
 Speculative decoding: Leviathan, Kalman and Matias 2023, "Fast Inference from Transformers via
-Speculative Decoding". Letters: N positions, V vocabulary, S sequences, F figures. Everything is
+Speculative Decoding". Letters: N positions, V vocabulary, S sequences, F values. Everything is
 computed in float64.
 """
 
@@ -48,10 +48,8 @@ class Prediction:
 
 
 def compare(teacher: Tensor, student: Tensor) -> Floats:
-    """The figures ``COMPARED`` of every position, ``[N, F]``, from both models' logits ``[N,
-    V]``."""
-    found = [_compare(p, q) for p, q in _chunks(teacher, student)]
-    return torch.cat(found).numpy()
+    """The metrics ``COMPARED`` of every position, ``[N, F]``, from both logits ``[N, V]``."""
+    return torch.cat([_compare(p, q) for p, q in _chunks(teacher, student)]).numpy()
 
 
 def _compare(teacher: Tensor, student: Tensor) -> Tensor:
@@ -60,16 +58,15 @@ def _compare(teacher: Tensor, student: Tensor) -> Tensor:
     top = min(TOP, p.shape[-1])
     best, students = log_p.topk(top, dim=-1).indices, log_q.topk(top, dim=-1).indices
     both = (best[:, :, None] == students[:, None, :]).any(dim=-1)
-    figures = (
+    values = (
         (p * (log_p - log_q)).sum(dim=-1).clamp_min(0.0),  # rounding may leave −1e-17
         (q * (log_q - log_p)).sum(dim=-1).clamp_min(0.0),
         (log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).double(),
         both.double().mean(dim=-1),
-        1.0
-        - (p - q).abs().sum(dim=-1)
-        / 2,  # Σ min(p, q), which rounding would keep below 1 of equal ones
+        # Σ min(p, q); computed directly, rounding would keep it below 1 for equal ones.
+        1.0 - (p - q).abs().sum(dim=-1) / 2,
     )
-    return torch.stack(figures, dim=-1)
+    return torch.stack(values, dim=-1)
 
 
 def predict(logits: Tensor, labels: Tensor) -> Prediction:
@@ -84,6 +81,14 @@ def predict(logits: Tensor, labels: Tensor) -> Prediction:
     return Prediction(torch.cat(surprise), torch.cat(confidence), torch.cat(right))
 
 
+def log_probability(logits: NDArray[np.float32], labels: NDArray[np.int32]) -> float:
+    """Σ log p of ``labels [C]`` under ``logits [C, V]``, in nats; of no label 0."""
+    rows = logits.astype(np.float64)
+    top = rows.max(axis=1, initial=-np.inf)
+    sums = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))
+    return float((rows[np.arange(len(rows)), labels] - sums).sum())
+
+
 def joined(parts: Sequence[Prediction]) -> Prediction:
     """Several parts' predictions, one after another."""
     return Prediction(
@@ -94,10 +99,7 @@ def joined(parts: Sequence[Prediction]) -> Prediction:
 
 
 def calibration_error(prediction: Prediction) -> float:
-    """Expected calibration error of the most probable token, 15 bins of equal width (Naeini et al.
-
-    2015).
-    """
+    """Expected calibration error of the most probable token, 15 equal bins (Naeini et al. 2015)."""
     return expected_calibration_error(prediction.confidence, prediction.right)
 
 
@@ -111,41 +113,36 @@ def _chunks(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def tokens_per_pass(acceptance: float, draft_length: int) -> float:
-    """Expected tokens that one pass of the teacher yields when the student drafts ``draft_length``
-    of them: (1 − a^(n+1)) / (1 − a), as if every token were accepted with the same chance a
-    (Leviathan et al. 2023, eq. 1).
-    """
+    """Expected tokens per teacher pass with ``draft_length`` drafted, each accepted with chance a:
+    (1 − a^(n+1)) / (1 − a) (Leviathan et al. 2023, eq. 1)."""
     return sum(acceptance**count for count in range(draft_length + 1))
 
 
 def agreeing_prefix(teacher: Sequence[int], student: Sequence[int]) -> int:
-    """How many tokens two continuations begin with alike; a token that ends the turn is one of
-    them."""
-    for place, (expected, found) in enumerate(zip(teacher, student, strict=False)):
-        if expected != found:
-            return place
+    """Length of the common prefix of two continuations, an end-of-turn token included."""
+    for index, (expected, token) in enumerate(zip(teacher, student, strict=False)):
+        if expected != token:
+            return index
     return min(len(teacher), len(student))
 
 
-# -- means over positions, and how sure they are --------------------------------------------------------------
+# -- means over positions, with their intervals ---------------------------------------------------
 
 
 def by_sequence(values: Floats, lengths: Sequence[int]) -> Floats:
-    """Sums over each sequence's positions, ``[S, F]``, of ``values [N, F]``; N is the sum of
-    ``lengths``."""
+    """Sums over each sequence's positions, ``[S, F]``, of ``values [Σ lengths, F]``."""
     sums: Floats = np.zeros((len(lengths), values.shape[1]))
     np.add.at(sums, np.repeat(np.arange(len(lengths)), lengths), values)
     return sums
 
 
 def intervals(sums: Floats, counts: Sequence[int]) -> Floats | None:
-    """The 95 % intervals ``[2, F]`` (low, high) of means over positions, from each sequence's sums
-    ``[S, F]`` and its number of positions ``[S]``; ``None`` where one sequence is all there is.
+    """95 % intervals ``[2, F]`` (low, high) of means over positions, from each sequence's sums
+    ``[S, F]`` and counts ``[S]``; ``None`` for a single sequence.
 
-    A cluster bootstrap with percentiles: positions of one sequence resemble each other, so what is
-    drawn again, with replacement, are whole sequences (Cameron, Gelbach and Miller 2008), 2,000
-    times with a fixed seed. The mean is that over positions, longer sequences counting for more, as
-    in the figure itself. All figures of the same sequences are drawn alike.
+    A percentile cluster bootstrap: since positions of one sequence resemble each other, whole
+    sequences are resampled (Cameron, Gelbach and Miller 2008), 2,000 times with a fixed seed, the
+    same for all metrics.
     """
     count = len(sums)
     if count < 2:
@@ -163,8 +160,7 @@ def intervals(sums: Floats, counts: Sequence[int]) -> Floats | None:
 
 
 def mean_figures(sums: Floats, counts: Sequence[int]) -> list[Figure]:
-    """Means over positions with their intervals, one for each column of ``sums [S, F]`` (see
-    ``intervals``)."""
+    """Means over positions with ``intervals``, one for each column of ``sums [S, F]``."""
     means = (sums.sum(axis=0) / np.sum(counts)).tolist()
     edges = intervals(sums, counts)
     if edges is None:

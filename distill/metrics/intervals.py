@@ -10,8 +10,7 @@ from distill.metrics.safety import SafetyScore
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over the evaluated text with its 95 % interval over sequences (none where one
-    sequence is all)."""
+    """A mean over the text with its 95 % interval over sequences (none for one sequence)."""
 
     value: float
     low: float | None = None
@@ -46,18 +45,17 @@ def wilson(right: int, cases: int) -> tuple[float, float]:
 
 
 def ratios(score: SafetyScore) -> list[Ratio]:
-    """Recall and precision of each decision with their counts, those first that the head is
-    tuned for."""
+    """Recall and precision of each decision; first those that the head is tuned for."""
     confusion, names = score.confusion, ("Allow", "Escalate", "Refuse")
-    found = {}
-    for place, name in enumerate(names):
-        right = confusion[place][place]
+    all_ratios = {}
+    for index, name in enumerate(names):
+        right = confusion[index][index]
         for kind, cases in (
-            ("Recall", sum(confusion[place])),
-            ("Precision", sum(row[place] for row in confusion)),
+            ("Recall", sum(confusion[index])),
+            ("Precision", sum(row[index] for row in confusion)),
         ):
             low, high = wilson(right, cases) if cases else (None, None)
             share = right / cases if cases else None
-            found[f"{name} {kind}"] = Ratio(f"{name} {kind}", right, cases, share, low, high)
+            all_ratios[f"{name} {kind}"] = Ratio(f"{name} {kind}", right, cases, share, low, high)
     first = ("Refuse Recall", "Escalate Precision", "Allow Precision")
-    return [found[name] for name in (*first, *(name for name in found if name not in first))]
+    return [all_ratios[name] for name in dict.fromkeys((*first, *all_ratios))]

@@ -1,6 +1,6 @@
-"""How good safety decisions are, and the thresholds that put Refuse Recall first.
+"""Metrics of safety decisions, and the thresholds that put Refuse Recall first.
 
-Letters: N prompts, C = 3 decisions (ALLOW, ESCALATE, REFUSE).
+N prompts, C = 3 decisions (ALLOW, ESCALATE, REFUSE).
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ MIN_REFUSE, MAX_REFUSE = (
 class SafetyScore:
     """Decisions against labels over ``prompts`` prompts; a ratio without any case is ``None``.
 
-    ``confusion[label][decision]`` counts; ``calibration_error``: expected, of the most probable
-    class's probability.
+    ``confusion[label][decision]`` counts; ``calibration_error``: of the most probable class.
     """
 
     prompts: int
@@ -55,23 +54,19 @@ def score_decisions(
     """Score ``probabilities [N, 3]`` with ``thresholds`` against ``labels [N]``; N ≥ 1."""
     confusion = confusion_matrix(labels, decide(probabilities, thresholds))
     right = confusion.diagonal()
-    of_label, of_decision = confusion.sum(dim=1), confusion.sum(dim=0)
-
-    def recall(decision: int) -> float | None:
-        return _ratio(right[decision], of_label[decision])
-
-    def precision(decision: int) -> float | None:
-        return _ratio(right[decision], of_decision[decision])
-
+    recall, precision = (
+        [_ratio(part, whole) for part, whole in zip(right, confusion.sum(dim=dim), strict=True)]
+        for dim in (1, 0)
+    )
     best = probabilities.max(dim=-1)
     return SafetyScore(
         prompts=len(labels),
-        refuse_recall=recall(REFUSE),
-        refuse_precision=precision(REFUSE),
-        escalate_precision=precision(ESCALATE),
-        escalate_recall=recall(ESCALATE),
-        allow_precision=precision(ALLOW),
-        allow_recall=recall(ALLOW),
+        refuse_recall=recall[REFUSE],
+        refuse_precision=precision[REFUSE],
+        escalate_precision=precision[ESCALATE],
+        escalate_recall=recall[ESCALATE],
+        allow_precision=precision[ALLOW],
+        allow_recall=recall[ALLOW],
         accuracy=float(right.sum()) / len(labels),
         calibration_error=expected_calibration_error(best.values, best.indices == labels),
         confusion=confusion.tolist(),
@@ -86,10 +81,9 @@ def confusion_matrix(labels: Tensor, decisions: Tensor) -> Tensor:
 
 def fit_thresholds(probabilities: Tensor, labels: Tensor) -> tuple[float, float]:
     """The thresholds of ``decide`` that serve validation prompts best: Refuse Recall up to its aim
-    comes before all else; then the sum of Allow Precision and Escalate Precision, each up to its
-    aim, and the mean recall.
+    first; then Allow Precision + Escalate Precision, each up to its aim, + the mean recall.
 
-    Of equally good pairs the one in the middle of the best region is taken, not one at its edge.
+    Of equally good pairs, the middle one.
     """
     tried: list[tuple[tuple[float, ...], float, float]] = []
     for refuse in torch.logspace(math.log10(MIN_REFUSE), math.log10(MAX_REFUSE), GRID).tolist():
@@ -111,8 +105,7 @@ def fit_thresholds(probabilities: Tensor, labels: Tensor) -> tuple[float, float]
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature by which ``logits [N, 3]`` must be divided to fit ``labels [N]`` best (Guo
-    et al. 2017)."""
+    """The temperature that fits ``logits [N, 3]`` to ``labels [N]`` best (Guo et al. 2017)."""
     tried = torch.logspace(-1.0, 1.0, 81, dtype=torch.float64)
     losses = [
         float(torch.nn.functional.cross_entropy(logits.double() / temperature, labels))

@@ -1,7 +1,6 @@
-"""What the verification head is worth: does it know where the student agrees with the teacher?
+"""How well the verification head knows where the student agrees with the teacher.
 
-Letters: N positions, each with the head's probability of agreeing and whether student and teacher
-did agree.
+N positions, each with the head's probability of agreement and whether the two did agree.
 """
 
 from __future__ import annotations
@@ -29,12 +28,11 @@ class CascadePoint:
 
 
 def cascade(probabilities: Tensor, agreed: Tensor) -> list[CascadePoint]:
-    """Agreement of student and teacher together against the share of tokens that the teacher
-    answers, the student's least certain ones first."""
+    """The cascade: its agreement against the share of tokens that the teacher answers."""
     order = probabilities.double().argsort(stable=True)
     certain = probabilities.double()[order]
     count = len(order)
-    kept = agreed[order].double().flip(0).cumsum(0).flip(0)  # agreements from each place on
+    kept = agreed[order].double().flip(0).cumsum(0).flip(0)  # agreements from each position on
     kept = torch.cat((kept, kept.new_zeros(1)))
     points = []
     for share in torch.linspace(0.0, 1.0, CASCADE_POINTS, dtype=torch.float64).tolist():
@@ -48,8 +46,8 @@ def cascade(probabilities: Tensor, agreed: Tensor) -> list[CascadePoint]:
 class VerificationScore:
     """The verification head over ``positions`` tokens, of which a share ``agreement`` agreed.
 
-    ``auroc`` is ``None`` where all tokens are alike; ``calibration_error`` is the expected one over
-    15 bins. ``at_trust``: the cascade with the threshold that was fitted on other data.
+    ``auroc``: ``None`` if all tokens are alike; ``calibration_error``: over 15 bins; ``at_trust``:
+    the cascade at the threshold fitted on other data.
     """
 
     positions: int
@@ -66,8 +64,7 @@ class VerificationScore:
 
 
 def score_verification(probabilities: Tensor, agreed: Tensor, trust: float) -> VerificationScore:
-    """Score ``probabilities [N]`` and the threshold ``trust`` against ``agreed [N]`` (bool); N ≥
-    1."""
+    """Score ``probabilities [N]`` and threshold ``trust`` against ``agreed [N]``; N ≥ 1."""
     asked = probabilities.double() < trust
     return VerificationScore(
         positions=len(agreed),
@@ -104,7 +101,6 @@ class VerificationPart(VerificationScore):
     trust: float = 0.5
 
 
-def cascade_goal(found: VerificationPart) -> CascadePoint | None:
-    """Where the teacher answers the fewest tokens for student and teacher together to reach the
-    goal."""
-    return next((point for point in found.cascade if point.agreement >= CASCADE_GOAL), None)
+def cascade_goal(part: VerificationPart) -> CascadePoint | None:
+    """The point with the fewest teacher answers at which the cascade reaches the goal."""
+    return next((point for point in part.cascade if point.agreement >= CASCADE_GOAL), None)

@@ -1,4 +1,4 @@
-"""``distill capture``: fill a store and say what is in it."""
+"""``distill capture``: fill a store and print what is in it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ from pathlib import Path
 
 from rich.table import Table
 
-from distill.capture.capture import fill_store, keep_inheritance, load_teacher, read_data, text_of
-from distill.capture.store_setup import StorePlace, open_store, recipe_for
+from distill.capture.capture import (
+    fill_store,
+    keep_teacher_record,
+    load_teacher,
+    read_data,
+    text_of,
+)
+from distill.capture.corpus import Corpus
+from distill.capture.store_setup import StoreLocation, open_store, recipe_for
 from distill.capture.teachers import find_gguf, teacher_stem
 from distill.config.schema import RunConfig
+from distill.heads.prompts import SafetyPrompt
 from distill.heads.safety_data import labelled_prompts
 from distill.pipeline.preflight import Inputs, check_capture
 from distill.runs.folder import RUNS
 from distill.runtime.format import human_bytes
-from distill.runtime.launch_environment import launched_share
+from distill.runtime.launch_environment import process_rank
 from distill.runtime.progress import Console
 from teachers.atomic_files import exclusive
 from teachers.base import Teacher
@@ -26,7 +34,7 @@ from teachers.targets.recipe import Recipe
 def capture_only(
     config: RunConfig, where: Path | None, console: Console, inputs: Inputs | None = None
 ) -> SoftTargetStore:
-    """``distill capture``: fill a store, or this process's share of one, and say what is in it.
+    """``distill capture``: fill a store, or this process's share of one, and print what is in it.
 
     ``inputs``: what ``check_capture`` has read, if it was called.
 
@@ -35,22 +43,37 @@ def capture_only(
         used. OSError: the disk refuses.
     """
     inputs = inputs or check_capture(config, where)
-    share, prompts = launched_share(), inputs.prompts
+    share = process_rank()
     with load_teacher(config, console) as teacher:
         corpus = read_data(config, teacher, console, inputs.take_entries())
         recipe = recipe_for(config.targets, teacher, console)
         store = open_store(
-            teacher, corpus, recipe, StorePlace(where, RUNS, teacher_stem(config.teacher))
+            teacher, corpus, recipe, StoreLocation(where, RUNS, teacher_stem(config.teacher))
         )
         with exclusive(store.folder, share.rank):
-            fill_store(teacher, corpus, store, console, share)
-            if share.rank == 0:
-                text = text_of(config, teacher.info)
-                keep_inheritance(teacher, find_gguf(config.teacher), store, console, share, text)
-                labelled_prompts(config, prompts, teacher, store, console)
+            fill(store, teacher, corpus, config, inputs.prompts, console)
         if share.world == 1:
             _print_store(store, recipe, teacher, console)
     return store
+
+
+def fill(
+    store: SoftTargetStore,
+    teacher: Teacher,
+    corpus: Corpus,
+    config: RunConfig,
+    prompts: list[SafetyPrompt] | None,
+    console: Console,
+) -> bool:
+    """Capture this process's share of what is missing, and in the first process what the store
+    keeps of the teacher beside soft targets; returns whether no soft targets were missing."""
+    share = process_rank()
+    reused = fill_store(teacher, corpus, store, console, share)
+    if share.rank == 0:
+        text = text_of(config, teacher.info)
+        keep_teacher_record(teacher, find_gguf(config.teacher), store, console, share, text)
+        labelled_prompts(config, prompts, teacher, store, console)
+    return reused
 
 
 def _print_store(

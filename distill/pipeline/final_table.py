@@ -1,4 +1,4 @@
-"""What a run prints at its end: the result at a glance, and where its files are."""
+"""What a run prints at its end: its results, and where its files are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distill.runtime.progress import Console
 
 
 def print_results(folder: RunFolder, console: Console) -> None:
-    """Print the result of a finished run, as its report has it, and where its files are.
+    """Print the results of a finished run, as its report has them, and where its files are.
 
     Raises:
         UserError: a file of the run is damaged.
@@ -29,17 +29,14 @@ def print_results(folder: RunFolder, console: Console) -> None:
 
 
 def _print_files(folder: RunFolder, console: Console) -> None:
-    file = shlex.quote(str(folder.gguf))
+    file, modelfile = shlex.quote(str(folder.gguf)), shlex.quote(str(folder.modelfile))
     again = f"{_program()} report {shlex.quote(str(folder.path))}"
     for title, text in (
         ("Files", f"{folder.gguf}   (everything of the run: {folder.path})"),
         ("Report", str(folder.report) if folder.report.exists() else again),
         ("Model card", str(folder.card)),
         ("Chat", f"{_program()} chat {file}"),
-        (
-            "Elsewhere",
-            f"llama-cli -m {file}, or ollama create student -f {shlex.quote(str(folder.modelfile))}",
-        ),
+        ("Elsewhere", f"llama-cli -m {file}, or ollama create student -f {modelfile}"),
     ):
         console.rich.print(f"[bold]{title:<10}[/] {escape(text)}", soft_wrap=True)
 

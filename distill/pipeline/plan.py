@@ -1,5 +1,4 @@
-"""``distill plan``: what a run will take, before it starts: measured on a short probe, not
-guessed."""
+"""``distill plan``: what a run will take, measured on a short probe before it starts."""
 
 from __future__ import annotations
 
@@ -11,26 +10,25 @@ import psutil
 import torch
 from rich.table import Table
 
-from distill.base_models.base_model import Base, load_base_student, open_base
-from distill.base_models.memory_advice import how_to_fit
-from distill.base_models.memory_check import available_memory, describe_base, training_memory
-from distill.base_models.memory_estimate import memory_rows
+from distill.base_models.base_model import load_base_student
+from distill.base_models.memory_advice import how_to_fit, how_to_fit_new
+from distill.base_models.memory_check import available_memory, describe_base
+from distill.base_models.memory_estimate import (
+    AdapterMemory,
+    memory_of,
+    memory_rows,
+    snapshot_bytes,
+)
 from distill.capture.capture import load_teacher, read_data
 from distill.capture.corpus import Corpus
 from distill.capture.store_setup import largest_size, recipe_for
 from distill.capture.teachers import find_gguf, tokenizer_of
 from distill.config.schema import RunConfig
-from distill.initialization.shape import (
-    describe_parameters,
-    snapshot_bytes,
-    student_shape,
-    with_size,
-)
-from distill.initialization.start import settle_beginning
+from distill.initialization.shape import describe_parameters
 from distill.losses.batch import Batch, padded
 from distill.losses.objective import Objective
 from distill.pipeline.preflight import Inputs, check_plan
-from distill.pipeline.resolve import with_checkpointing
+from distill.pipeline.resolve import Resolved, resolve
 from distill.runtime.device import choose_precision
 from distill.runtime.format import human_bytes, human_count, human_time
 from distill.runtime.progress import Console
@@ -39,15 +37,15 @@ from students.model.build import build_student
 from students.model.config import SO8TConfig
 from students.model.interface import Student
 from students.model.sizes import decoder_parameters
-from teachers.base import Teacher, TeacherInfo, Tokens
-from teachers.store.capture import fit_companion
-from teachers.store.shared import Companion
+from teachers.base import Teacher, TeacherInfo
+from teachers.store.capture import fit_shared_codec
+from teachers.store.shared import SharedCodec
 from teachers.targets.recipe import Recipe
 from teachers.targets.stored_arrays import typed
 
 PROBE_SEQUENCES = 32
 PROBE_STEPS = 3
-BEGINNINGS = {
+INITIALIZATIONS = {
     "teacher": "the teacher's weights",
     "embeddings": "random weights, the teacher's token embeddings",
     "random": "random weights",
@@ -55,21 +53,36 @@ BEGINNINGS = {
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What was measured: sequence lengths in tokens, seconds per captured token, the teacher's
-    memory in bytes."""
+class TeacherProbe:
+    """What was measured of the teacher on the sequences of a batch, and what its store takes: bytes
+    of a position, and of the whole at most."""
 
-    sequences: list[Tokens]
-    seconds_per_token: float
-    teacher_bytes: int
     batch: Batch
+    seconds_per_token: float
+    memory_bytes: int
+    position_bytes: int
+    store_limit: int
+
+
+@dataclass(frozen=True)
+class TrainingProbe:
+    """Parameters as exported, the memory that training takes, seconds of an optimizer step.
+
+    ``step_seconds``: not known for a base that this machine has not the memory for. ``rows``: the
+    student as rows of a table.
+    """
+
+    parameters: int
+    memory_bytes: int
+    step_seconds: float | None
+    rows: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a run will take; times in seconds, sizes in bytes; parameters as exported.
 
-    ``train_seconds``: not known for a base that this machine has not the memory for.
+    ``train_seconds``: see ``TrainingProbe.step_seconds``.
     """
 
     tokens: int
@@ -88,8 +101,8 @@ def plan_run(
 ) -> Plan:
     """Measure a little of everything and print what the whole will take; nothing is written.
 
-    ``memory``: bytes that training is to fit into; what would make it fit is said where it does
-    not. ``inputs``: what ``check_plan`` has read, if it was called.
+    ``memory``: bytes that training is to fit into; where it does not, what would help is printed.
+    ``inputs``: what ``check_plan`` has read, if it was called.
 
     Raises:
         UserError, TeacherFileError, TeacherError, CaptureError: the input cannot be used.
@@ -97,80 +110,85 @@ def plan_run(
     inputs = inputs or check_plan(config)
     with load_teacher(config, console) as teacher:
         info = teacher.info
-        base, shape = None, None
         # What cannot be is refused before anything is measured.
-        if config.student.base is not None:
-            base = open_base(config, tokenizer_of(config.teacher), info.vocab_size)
-            config = with_checkpointing(config, True)
-            describe_base(base, config, info.vocab_size, console)
-        else:
-            config = settle_beginning(
-                with_size(config, info), info, find_gguf(config.teacher), console
-            )
-            shape = student_shape(config, info)
+        tokenizer = {} if config.student.base is None else tokenizer_of(config.teacher)
+        resolved = resolve(config, info, tokenizer, find_gguf(config.teacher), console)
+        config = resolved.config
+        if resolved.base is not None:
+            describe_base(resolved.base, config, info.vocab_size, console)
         corpus = read_data(config, teacher, console, inputs.take_entries())
         recipe = recipe_for(config.targets, teacher, console)
         with console.stage("Probe teacher") as stage:
             probe = _probe_teacher(teacher, corpus, recipe)
             stage.finish(f"{1 / probe.seconds_per_token:,.0f} tokens/s")
-    if shape is not None:
-        parameters = decoder_parameters(shape)
-        seconds: float | None = _measure(
-            build_student(shape, config.seed), probe.batch, config, console
-        )
-        trained = psutil.Process().memory_info().rss + snapshot_bytes(config, parameters)
-        rows = _rows_of_shape(shape, config, info)
-    else:
-        assert base is not None
-        needed = training_memory(base, config, info.vocab_size)
-        parameters, seconds, trained = needed.base_numbers, None, needed.total
-        if trained <= available_memory()[0]:
-            adapted = load_base_student(base, config, info.vocab_size)
-            seconds = _measure(adapted, probe.batch, config, console)
-        rows = _rows_of_base(base, config, info)
-    plan = _combine(config, corpus, recipe, teacher, probe, parameters, seconds, trained)
-    _print(plan, recipe, str(config.student.label), rows, teacher, console)
+    student = _probe_student(resolved, info, probe.batch, console)
+    plan = _combine(config, corpus, probe, student)
+    title = f"{info.name} → {config.student.label} SO8T: what a run takes"
+    targets = f"{recipe.kind}, {probe.position_bytes} bytes a token"
+    _print(plan, title, targets, student.rows, console)
     if memory is not None:
-        _judge_memory(plan, memory, base, config, info, console)
+        _judge_memory(plan, memory, resolved, info, console)
     return plan
 
 
-def _measure(student: Student, batch: Batch, config: RunConfig, console: Console) -> float:
+def _probe_student(
+    resolved: Resolved, info: TeacherInfo, batch: Batch, console: Console
+) -> TrainingProbe:
+    config, base, shape = resolved.config, resolved.base, resolved.shape
+    if base is None:
+        assert shape is not None
+        parameters = decoder_parameters(shape)
+        seconds = _time_steps(build_student(shape, config.seed), batch, config, console)
+        memory = psutil.Process().memory_info().rss + snapshot_bytes(config, parameters)
+        rows = _rows_of_shape(shape, info)
+        rows.append(("starts from", INITIALIZATIONS[config.student.init]))
+        return TrainingProbe(parameters, memory, seconds, rows)
+    needed = memory_of(base.config, config, info.vocab_size)
+    rows = _rows_of_base(resolved, needed)
+    if needed.total > available_memory()[0]:
+        return TrainingProbe(needed.base_numbers, needed.total, None, rows)
+    adapted = load_base_student(base, config, info.vocab_size)
+    seconds = _time_steps(adapted, batch, config, console)
+    return TrainingProbe(needed.base_numbers, needed.total, seconds, rows)
+
+
+def _time_steps(student: Student, batch: Batch, config: RunConfig, console: Console) -> float:
     """Seconds of an optimizer step."""
     with console.stage("Probe student") as stage:
-        seconds = _probe_student(student, batch, config)
+        seconds = _fastest_step(student, batch, config)
         stage.finish(f"{batch.count() / seconds:,.0f} tokens/s")
     return seconds
 
 
-def _probe_teacher(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> Probe:
+def _probe_teacher(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> TeacherProbe:
     """Capture a few sequences as the run would, and time it."""
     count = min(PROBE_SEQUENCES, len(corpus))
-    companion = Companion({}, None)
+    shared_codec = SharedCodec({}, None)
     if recipe.needs_states or recipe.layers:
         first = corpus.take(teacher, 0, count, lambda done: None)
-        companion = fit_companion(teacher, first, recipe)
-    begin = time.perf_counter()
-    asked = corpus.requests(0, count)
-    if asked is not None:
-        sequences, arrays = teacher.speak_and_score(*asked, recipe, companion.bases)
+        shared_codec = fit_shared_codec(teacher, first, recipe)
+    start = time.perf_counter()
+    request = corpus.generation_request(0, count)
+    if request is not None:
+        sequences, arrays = teacher.generate_and_score(request, recipe, shared_codec.bases)
     else:
         sequences = corpus.take(teacher, 0, count, lambda done: None)
-        arrays = teacher.score(sequences, recipe, companion.bases)
-    seconds = time.perf_counter() - begin
+        arrays = teacher.score(sequences, recipe, shared_codec.bases)
+    seconds = time.perf_counter() - start
     targets = typed(
-        arrays, recipe, teacher.info.vocab_size, companion.bases.get("final"), companion.head
+        arrays, recipe, teacher.info.vocab_size, shared_codec.bases.get("final"), shared_codec.head
     )
     tokens, lengths = padded(sequences)
-    return Probe(
-        sequences,
+    return TeacherProbe(
+        Batch(tokens, lengths, targets),
         seconds / max(1, int(lengths.sum())),
         teacher.memory(),
-        Batch(tokens, lengths, targets),
+        recipe.bytes_per_position(teacher.info.vocab_size, teacher.info.width),
+        largest_size(corpus, recipe, teacher),
     )
 
 
-def _probe_student(student: Student, batch: Batch, config: RunConfig) -> float:
+def _fastest_step(student: Student, batch: Batch, config: RunConfig) -> float:
     """Seconds of one optimizer step on a batch of the run's size."""
     rows, device = slice(0, config.train.batch_size), student.device
     count = int((batch.lengths[rows] - 1).sum())
@@ -183,72 +201,53 @@ def _probe_student(student: Student, batch: Batch, config: RunConfig) -> float:
     student.checkpoint_activations(bool(config.train.gradient_checkpointing))
     times = []
     for _ in range(PROBE_STEPS):
-        begin = time.perf_counter()
+        start = time.perf_counter()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow):
             loss, _ = objective(student, small, total=count, share=1.0, fraction=0.5)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         objective.after_step()
-        times.append(time.perf_counter() - begin)
+        times.append(time.perf_counter() - start)
     return min(times)
 
 
 def _combine(
-    config: RunConfig,
-    corpus: Corpus,
-    recipe: Recipe,
-    teacher: Teacher,
-    probe: Probe,
-    parameters: int,
-    step_seconds: float | None,
-    train_memory: int,
+    config: RunConfig, corpus: Corpus, teacher: TeacherProbe, student: TrainingProbe
 ) -> Plan:
-    """Scale the probe up to the whole run."""
-    average = float(np.mean([len(tokens) for tokens in probe.sequences]))
-    written = sum(average if item.speaks else len(item.segments[0]) for item in corpus.items)
-    each = recipe.bytes_per_position(teacher.info.vocab_size, teacher.info.width) + 4
-    held_out = round(config.data.held_out * len(corpus))
-    steps = config.train.epochs * -(-(len(corpus) - held_out) // config.train.batch_size)
-    sequences = min(config.train.batch_size, len(probe.sequences))
+    """Scale the probes up to the whole run."""
+    lengths = teacher.batch.lengths
+    average = float(np.mean(lengths.numpy()))
+    tokens = sum(average if item.speaks else len(item.segments[0]) for item in corpus.items)
+    batch_size = config.train.batch_size
+    validation = round(config.data.held_out * len(corpus))
+    steps = config.train.epochs * -(-(len(corpus) - validation) // batch_size)
+    seconds = student.step_seconds
+    if seconds is not None:
+        seconds = steps * seconds * batch_size / min(batch_size, len(lengths))
     return Plan(
-        tokens=round(written),
-        store_bytes=round(written * each),
-        store_limit=largest_size(corpus, recipe, teacher),
-        capture_seconds=written * probe.seconds_per_token,
-        teacher_memory=probe.teacher_bytes,
-        parameters=parameters,
+        tokens=round(tokens),
+        store_bytes=round(tokens * (teacher.position_bytes + 4)),
+        store_limit=teacher.store_limit,
+        capture_seconds=tokens * teacher.seconds_per_token,
+        teacher_memory=teacher.memory_bytes,
+        parameters=student.parameters,
         steps=steps,
-        train_seconds=None
-        if step_seconds is None
-        else steps * step_seconds * config.train.batch_size / sequences,
-        train_memory=train_memory,
+        train_seconds=seconds,
+        train_memory=student.memory_bytes,
     )
 
 
 def _print(
-    plan: Plan,
-    recipe: Recipe,
-    title: str,
-    student: list[tuple[str, str]],
-    teacher: Teacher,
-    console: Console,
+    plan: Plan, title: str, targets: str, student: list[tuple[str, str]], console: Console
 ) -> None:
-    table = Table(
-        title=f"{teacher.info.name} → {title} SO8T: what a run takes",
-        title_justify="left",
-        show_header=False,
-    )
-    width, vocab_size = teacher.info.width, teacher.info.vocab_size
+    table = Table(title=title, title_justify="left", show_header=False)
     training = "not measured: this machine has not the memory"
     if plan.train_seconds is not None:
         training = f"about {human_time(plan.train_seconds)}"
     for name, value in (
         ("tokens", f"about {human_count(plan.tokens)}"),
-        (
-            "soft targets",
-            f"{recipe.kind}, {recipe.bytes_per_position(vocab_size, width)} bytes a token",
-        ),
+        ("soft targets", targets),
         ("disk", f"about {human_bytes(plan.store_bytes)}, at most {human_bytes(plan.store_limit)}"),
         ("capture", f"about {human_time(plan.capture_seconds)}"),
         ("teacher's memory", human_bytes(plan.teacher_memory)),
@@ -260,79 +259,11 @@ def _print(
     console.rich.print(table)
 
 
-def _rows_of_base(base: Base, config: RunConfig, info: TeacherInfo) -> list[tuple[str, str]]:
-    """The student that is made of a base, and its memory by what that is for, as rows of a
-    table."""
-    memory = training_memory(base, config, info.vocab_size)
-    kind = "NF4, double quantisation" if base.load_in_4bit else "as it is"
-    share = memory.trained_numbers / memory.base_numbers
-    return [
-        (
-            "base",
-            f"{base.config.model_type}, {human_count(memory.base_numbers)} parameters, {kind}",
-        ),
-        ("trained", f"{human_count(memory.trained_numbers)} parameters, {share:.2%}"),
-        ("layers checkpointed", "yes" if config.train.gradient_checkpointing else "no"),
-        *((f"  {name}", size) for name, size in memory_rows(memory)),
-    ]
-
-
-def _rows_of_shape(
-    shape: SO8TConfig, config: RunConfig, info: TeacherInfo
-) -> list[tuple[str, str]]:
+def _rows_of_shape(shape: SO8TConfig, info: TeacherInfo) -> list[tuple[str, str]]:
     """A new student as rows of a table."""
-    return [
-        ("student", describe_parameters(shape, info)),
-        *describe_shape(shape),
-        ("begins at", BEGINNINGS[config.student.init]),
-    ]
-
-
-def _judge_memory(
-    plan: Plan,
-    limit: int,
-    base: Base | None,
-    config: RunConfig,
-    info: TeacherInfo,
-    console: Console,
-) -> None:
-    """Say whether training fits into ``limit`` bytes, and if not, what would make it."""
-    if plan.train_memory <= limit:
-        console.note(f"training fits into {human_bytes(limit)}")
-        return
-    console.warn(
-        f"training takes {human_bytes(plan.train_memory)}, more than {human_bytes(limit)}; what "
-        "would help:"
-    )
-    for way in _ways(plan, limit, base, config, info):
-        console.note(way)
-
-
-def _ways(
-    plan: Plan, limit: int, base: Base | None, config: RunConfig, info: TeacherInfo
-) -> list[str]:
-    if base is not None:
-        return how_to_fit(limit, base.config, config, info.vocab_size)
-    ways = []
-    one = config.train.guard.model_copy(update={"snapshots": 1})
-    fewer = config.model_copy(update={"train": config.train.model_copy(update={"guard": one})})
-    saved = snapshot_bytes(config, plan.parameters) - snapshot_bytes(fewer, plan.parameters)
-    if saved:
-        ways.append(f"train.guard.snapshots=1 saves {human_bytes(saved)}")
-    if not config.train.gradient_checkpointing:
-        ways.append(
-            "train.gradient_checkpointing=true keeps the input of each layer only, for a third "
-            "more time"
-        )
-    if config.train.accumulation < config.train.batch_size:
-        ways.append(f"train.accumulation={config.train.batch_size} computes one sequence at a time")
-    return [*ways, "a smaller --student-size"]
-
-
-def describe_shape(shape: SO8TConfig) -> list[tuple[str, str]]:
-    """The student's shape in words, as rows of a table."""
     matrices = "one matrix" if shape.tie_word_embeddings else "two matrices"
     return [
+        ("student", describe_parameters(shape, info)),
         ("width, layers", f"{shape.hidden_size}, {shape.num_hidden_layers}"),
         ("heads", f"{shape.num_attention_heads}"),
         ("key/value heads", f"{shape.num_key_value_heads}"),
@@ -341,3 +272,36 @@ def describe_shape(shape: SO8TConfig) -> list[tuple[str, str]]:
         ("context", f"{shape.max_position_embeddings:,} tokens"),
         ("embedding and output", f"{matrices}, {shape.vocab_size:,} tokens"),
     ]
+
+
+def _rows_of_base(resolved: Resolved, memory: AdapterMemory) -> list[tuple[str, str]]:
+    """The student that is made of a base, and its memory by purpose, as rows of a table."""
+    base, config = resolved.base, resolved.config
+    assert base is not None
+    kind = "NF4, double quantization" if base.load_in_4bit else "as it is"
+    numbers, share = memory.base_numbers, memory.trained_numbers / memory.base_numbers
+    return [
+        ("base", f"{base.config.model_type}, {human_count(numbers)} parameters, {kind}"),
+        ("trained", f"{human_count(memory.trained_numbers)} parameters, {share:.2%}"),
+        ("layers checkpointed", "yes" if config.train.gradient_checkpointing else "no"),
+        *((f"  {name}", size) for name, size in memory_rows(memory)),
+    ]
+
+
+def _judge_memory(
+    plan: Plan, limit: int, resolved: Resolved, info: TeacherInfo, console: Console
+) -> None:
+    """Print whether training fits into ``limit`` bytes, and if not, what would make it."""
+    if plan.train_memory <= limit:
+        console.note(f"training fits into {human_bytes(limit)}")
+        return
+    console.warn(
+        f"training takes {human_bytes(plan.train_memory)}, more than {human_bytes(limit)}; what "
+        "would help:"
+    )
+    if resolved.base is not None:
+        ways = how_to_fit(limit, resolved.base.config, resolved.config, info.vocab_size)
+    else:
+        ways = how_to_fit_new(resolved.config, plan.parameters)
+    for way in ways:
+        console.note(way)

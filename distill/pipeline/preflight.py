@@ -2,7 +2,7 @@
 
 A command calls its check as soon as it has its settings, and hands on what was read. Whoever calls
 what is behind a command without that gets the same check there. Nothing here may import PyTorch, or
-what does (``tests/test_quick_refusals.py``).
+what does (``tests/distill/pipeline/test_preflight.py``).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from distill.capture.teachers import require_gguf, require_teachers
 from distill.config.schema import RunConfig
 from distill.errors import UserError
 from distill.heads.prompts import SafetyPrompt, read_safety_prompts
-from distill.runs.folder import Places, RunFolder
-from distill.runtime.launch_environment import launched_share, require_trainable
+from distill.runs.folder import RunFolder, RunPaths
+from distill.runtime.launch_environment import process_rank, require_trainable
 from teachers.gguf.file import read_gguf
 from teachers.store.manifest import filled_manifest, require_store_folder
 
@@ -27,25 +27,25 @@ class Inputs:
     """What was read for a run.
 
     ``prompts``: of the safety head, if there is to be one. ``entries``: the data, until somebody
-    takes it; ``None`` where the teacher speaks.
+    takes it; ``None`` where the teacher generates it.
     """
 
     prompts: list[SafetyPrompt] | None = None
     entries: list[Entry] | None = None
 
     def take_entries(self) -> list[Entry] | None:
-        """The data, which is not kept here any longer: it may be large."""
+        """The data, which may be large and is not kept here any longer."""
         taken, self.entries = self.entries, None
         return taken
 
 
-def check_run(config: RunConfig, places: Places) -> Inputs:
+def check_run(config: RunConfig, places: RunPaths) -> Inputs:
     """Refuse what ``distill run`` cannot do.
 
     Raises:
         UserError, StoreError, TeacherFileError: the input cannot be used.
     """
-    world = launched_share().world
+    world = process_rank().world
     _require_no_store(config)
     require_gguf(config.teacher)
     require_teachers(config.teacher)
@@ -64,7 +64,7 @@ def check_capture(config: RunConfig, store: Path | None) -> Inputs:
     Raises:
         UserError, StoreError, TeacherFileError: the input cannot be used.
     """
-    launched_share()
+    process_rank()
     _require_no_store(config)
     require_teachers(config.teacher)
     if store is not None:
@@ -79,12 +79,11 @@ def check_train(config: RunConfig, out: Path | None) -> Inputs:
         UserError, StoreError, TeacherFileError: the input cannot be used.
     """
     assert config.store is not None
-    world = launched_share().world
+    world = process_rank().world
     if config.train.on_policy:
         raise UserError(
             f"train.on_policy = {config.train.on_policy:g} needs the teacher, which `distill "
-            "train` does without; "
-            "use `distill run --teacher`"
+            "train` does without; use `distill run --teacher`"
         )
     require_trainable(config.train, world)
     filled_manifest(Path(config.store))
@@ -114,8 +113,7 @@ def _require_no_store(config: RunConfig) -> None:
     if config.store is not None:
         raise UserError(
             f"store = {config.store!r} in the configuration: only `distill train` learns from a "
-            "store; use that, or "
-            "take it out to ask the teacher"
+            "store; use that, or take it out to ask the teacher"
         )
 
 

@@ -1,54 +1,113 @@
-"""Settings resolved against teacher and machine."""
+"""Settings resolved against the teacher: what a run works with from its first stage on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from distill.base_models.base_model import Base, open_base
 from distill.base_models.memory_check import judge_base
+from distill.base_models.memory_estimate import least_memory, snapshot_bytes
 from distill.config.schema import RunConfig
 from distill.errors import UserError
-from distill.initialization.shape import judge_size, student_shape, with_size
-from distill.initialization.start import settle_beginning
+from distill.initialization.shape import describe_parameters, student_shape, student_size
+from distill.initialization.start import resolve_initialization
+from distill.runtime.format import human_bytes, human_count
 from distill.runtime.launch_environment import fsdp_is_asked_for
 from distill.runtime.progress import Console
+from students.model.config import SO8TConfig
+from students.model.sizes import decoder_parameters
 from teachers.base import TeacherInfo
 from teachers.gguf.file import Field
 
 
-def with_checkpointing(config: RunConfig, wanted: bool) -> RunConfig:
-    """The settings with gradient checkpointing or without, unless they say so themselves."""
-    if config.train.gradient_checkpointing is not None:
-        return config
-    return config.model_copy(
-        update={"train": config.train.model_copy(update={"gradient_checkpointing": wanted})}
-    )
+@dataclass(frozen=True)
+class Resolved:
+    """Settings with the student's size, initialization and checkpointing, and one of two:
+    ``shape`` of a new student, or the ``base`` model that it is made of."""
+
+    config: RunConfig
+    shape: SO8TConfig | None
+    base: Base | None
+
+    @property
+    def layers(self) -> int:
+        """The student's decoder layers."""
+        if self.base is not None:
+            return self.base.layers
+        assert self.shape is not None
+        return self.shape.num_hidden_layers
 
 
-def _settle(
+def resolve(
     config: RunConfig,
-    tokenizer: Mapping[str, Field],
     info: TeacherInfo,
+    tokenizer: Mapping[str, Field],
     gguf: Path | None,
     console: Console,
-    longest: int | None = None,
-) -> tuple[RunConfig, Base | None]:
-    """The settings with what depends on the teacher, and the base that the student is made of, if
-    it is not a new one; says how large it will be, and sees that it can be trained here.
-    ``longest``: tokens of a sequence, where known.
+) -> Resolved:
+    """Decide what the settings leave to the teacher.
+
+    ``tokenizer``: the teacher's, for a base model. ``gguf``: whose weights a new student may start
+    from, if that file is here.
+
+    Raises:
+        UserError: no student of this teacher is like that, or the base does not suit it.
     """
-    if config.student.base is None:
-        config = settle_beginning(with_size(config, info), info, gguf, console)
-        judge_size(config, student_shape(config, info), info, console)
-        return with_checkpointing(config, False), None
-    base = open_base(config, tokenizer, info.vocab_size)
+    student, train = config.student, config.train
+    shape, base = None, None
+    if student.base is not None:
+        base = open_base(config, tokenizer, info.vocab_size)
+    else:
+        size = str(student_size(config, info))
+        student = student.model_copy(update={"size": size})
+        shape = student_shape(config.model_copy(update={"student": student}), info)
+        init = resolve_initialization(student.init, shape, gguf, console)
+        student = student.model_copy(update={"init": init})
+    if train.gradient_checkpointing is None:
+        train = train.model_copy(update={"gradient_checkpointing": base is not None})
+    return Resolved(config.model_copy(update={"student": student, "train": train}), shape, base)
+
+
+def require_memory(resolved: Resolved, info: TeacherInfo, longest: int, console: Console) -> None:
+    """Print how large the student is, before anything of that size is allocated. ``longest``:
+    tokens of a sequence.
+
+    Raises:
+        UserError: it cannot be trained on this machine.
+    """
+    if resolved.base is None:
+        _require_memory_of_new(resolved, info, console)
+        return
     if fsdp_is_asked_for():
         raise UserError(
             "--student-base cannot be spread over processes by FSDP: its frozen weights are there "
-            "whole in each; leave "
-            "out --use_fsdp"
+            "whole in each; leave out --use_fsdp"
         )
-    config = with_checkpointing(config, True)
-    judge_base(base, config, info.vocab_size, longest or config.data.max_length, console)
-    return config, base
+    judge_base(resolved.base, resolved.config, info.vocab_size, longest, console)
+
+
+def _require_memory_of_new(resolved: Resolved, info: TeacherInfo, console: Console) -> None:
+    config, shape = resolved.config, resolved.shape
+    assert shape is not None
+    parameters, trained = decoder_parameters(shape), decoder_parameters(shape, gates=True)
+    console.note(f"student {config.student.size}: {describe_parameters(shape, info)}")
+    needed, memory = least_memory(config, trained), psutil.virtual_memory().total
+    if needed > memory:
+        snapshots = human_bytes(snapshot_bytes(config, trained))
+        guard = f", {snapshots} of that for the guard's snapshots (train.guard.snapshots)"
+        raise UserError(
+            f"student {config.student.size} has {human_count(trained)} parameters; training it "
+            f"needs at least {human_bytes(needed)} of memory"
+            f"{guard if config.train.guard.enabled else ''}, this machine has "
+            f"{human_bytes(memory)}; choose a smaller size"
+        )
+    if parameters >= info.parameters:
+        console.warn(
+            f"student {config.student.size} has {human_count(parameters)} parameters, not fewer "
+            f"than the teacher's {human_count(info.parameters)}; choose a smaller --student-size "
+            "to compress"
+        )

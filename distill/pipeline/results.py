@@ -1,117 +1,121 @@
-"""What a run found: ``results.json`` and the table a person reads."""
+"""What a run ends with: ``results.json``, the report, the model card, the log's last line."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from distill.config.schema import RunConfig
 from distill.evaluation.scorers import Evaluation, perplexity
-from distill.export.export import Proofs
-from distill.runtime.environment import environment, how_llama_cpp_ran
-from distill.training.summary import TrainingSummary
+from distill.pipeline.stages import Evaluated, Prepared, Workspace
+from distill.reports.build import write_run_report
+from distill.reports.card.card import is_ours, write_card
+from distill.runs.audit_events import anchor, record_finish
+from distill.runtime.environment import environment, llama_cpp_environment
 from students.adapter.adapter import AdaptedStudent
-from students.gguf.writer import rotation_figures
-from students.model.interface import Student
-from teachers.base import TeacherInfo
-from teachers.store.store import SoftTargetStore
+from students.gguf.writer import rotation_stats
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Everything the stages of a run found. ``speeds``: prompt and generation tokens per second.
-    ``heads``: see ``distill.heads.fitting.heads_results``. ``gradients``: of the probe batch, where
-    the student is made of a base.
-    """
-
-    config: RunConfig
-    teacher: TeacherInfo
-    student: Student
-    store: SoftTargetStore
-    store_reused: bool
-    training: TrainingSummary
-    proofs: Proofs
-    evaluation: Evaluation
-    speeds: dict[str, tuple[float, float]]
-    heads: dict[str, Any]
-    gradients: dict[str, Any]
+def write_results(evaluated: Evaluated, work: Workspace) -> None:
+    """Make the run a finished one: the results, then all that is made of them."""
+    folder = work.folder
+    folder.report.unlink(missing_ok=True)  # of an attempt that was given up
+    if is_ours(folder):
+        folder.card.unlink()
+    results = build_results(evaluated, folder.gguf.stat().st_size, work.console.seconds)
+    folder.write_results(results | {"audit": anchor(folder.path)})
+    finalize(work)
 
 
-def build_results(outcome: Outcome, file_bytes: int, seconds: dict[str, float]) -> dict[str, Any]:
+def finalize(work: Workspace) -> None:
+    """What is done last, and again if the process was killed there: the log's last line, the
+    report, the model card, and no more file of first weights."""
+    record_finish(work.folder)
+    if not work.folder.report.exists():
+        write_run_report(work.folder, work.console)
+    if not work.folder.card.exists():
+        write_card(work.folder)
+    work.folder.beginning.unlink(missing_ok=True)
+
+
+def build_results(
+    evaluated: Evaluated, file_bytes: int, seconds: dict[str, float]
+) -> dict[str, Any]:
     """The content of ``results.json``.
 
     KL and cross-entropy are in nats per token at temperature 1.
     """
-    teacher = {
-        key: value for key, value in asdict(outcome.teacher).items() if key != "chat_template"
-    }
-    training, proof = outcome.training, outcome.proofs.files[outcome.config.export.quant]
+    published, summary = evaluated.published, evaluated.published.trained.summary
+    prepared = published.trained.prepared
+    source, student, store = prepared.source, prepared.student, prepared.source.store
+    proof = published.proofs.files[source.config.export.quant]
     return {
-        "teacher": teacher,
+        "teacher": {
+            key: value for key, value in asdict(source.info).items() if key != "chat_template"
+        },
         "student": {
-            "size": outcome.config.student.label,
-            "parameters": outcome.student.parameter_count(),
-            **_of_base(outcome),
+            "size": source.config.student.label,
+            "parameters": student.parameter_count(),
+            **_of_base(prepared),
             "file_bytes": file_bytes,
             "quant": proof.quant,
         },
         "soft_targets": {
-            "folder": str(outcome.store.folder),
-            "sequences": len(outcome.store),
-            "tokens": int(outcome.store.lengths().sum()),
-            "bytes": outcome.store.bytes_on_disk(),
-            "reused": outcome.store_reused,
-            **outcome.store.manifest.identity,
+            "folder": str(store.folder),
+            "sequences": len(store),
+            "tokens": int(store.lengths().sum()),
+            "bytes": store.bytes_on_disk(),
+            "reused": source.reused,
+            **store.manifest.identity,
         },
         "training": {
-            **training.to_json(),
-            "seconds": round(training.seconds, 3),
-            "learning_rate": outcome.config.train.learning_rate,
-            "held_out": [{"step": step, **asdict(score)} for step, score in training.scores],
+            **summary.to_json(),
+            "seconds": round(summary.seconds, 3),
+            "learning_rate": prepared.learning_rate,
+            "held_out": [{"step": step, **asdict(score)} for step, score in summary.scores],
         },
-        "evaluation": _evaluation(outcome.evaluation),
-        "heads": outcome.heads,
+        "evaluation": _evaluation(evaluated.evaluation),
+        "heads": evaluated.heads,
         "proof": proof.to_json(),
-        "f32_proof": outcome.proofs.original.to_json(),
-        "rotations": rotation_figures(outcome.student),
+        "f32_proof": published.proofs.original.to_json(),
+        "rotations": rotation_stats(student),
         "tokens_per_second": {
             name: {"prompt": round(prompt, 1), "generation": round(generation, 1)}
-            for name, (prompt, generation) in outcome.speeds.items()
+            for name, (prompt, generation) in evaluated.speeds.items()
         },
         "stage_seconds": seconds,
         "environment": environment(),
-        "llama_cpp": how_llama_cpp_ran(),
+        "llama_cpp": llama_cpp_environment(),
     }
 
 
-def _of_base(outcome: Outcome) -> dict[str, Any]:
-    """What is to be said of a student that is made of a base."""
-    if not isinstance(outcome.student, AdaptedStudent):
+def _of_base(prepared: Prepared) -> dict[str, Any]:
+    """What results say of a student that is made of a base model."""
+    student, chosen = prepared.student, prepared.source.config.student
+    if not isinstance(student, AdaptedStudent):
         return {}
-    chosen = outcome.config.student
     return {
         "base": chosen.base,
-        "architecture": outcome.student.base.config.model_type,
+        "architecture": student.base.config.model_type,
         "load_in_4bit": chosen.load_in_4bit,
         "lora": {
             "rank": chosen.lora_rank,
             "alpha": chosen.lora_alpha,
             "dropout": chosen.lora_dropout,
         },
-        "trained_parameters": outcome.student.trainable_parameters(),
-        "gradients": outcome.gradients,
+        "trained_parameters": student.trainable_parameters(),
+        "gradients": prepared.gradients,
     }
 
 
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
-    """Scores as ``results.json`` has them; what is not known of the teacher is not there."""
+    """Scores as ``results.json`` has them, without what is not known of the teacher."""
     content: dict[str, Any] = {
         "against": evaluation.against,
         "positions": evaluation.positions,
         "kl_over": evaluation.kl_over,
     }
-    if (surprise := evaluation.teacher) is not None:
-        known = {"cross_entropy": surprise, "perplexity": perplexity(surprise)}
+    if (entropy := evaluation.teacher) is not None:
+        known = {"cross_entropy": entropy, "perplexity": perplexity(entropy)}
         content["teacher"] = known | {"approximate": evaluation.approximate}
     for name, score in evaluation.models.items():
         content[name] = asdict(score) | {"perplexity": score.perplexity}

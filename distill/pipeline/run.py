@@ -7,26 +7,34 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distill.base_models.base_model import Base
-from distill.capture.capture import fill_store, keep_inheritance, load_teacher, read_data, text_of
+from distill.capture.capture import load_teacher, read_data
 from distill.capture.ready_store import (
     find_teacher,
     open_full_store,
     require_complete,
     without_capture,
 )
-from distill.capture.store_setup import StorePlace, open_store, recipe_for
+from distill.capture.store_setup import StoreLocation, open_store, recipe_for
 from distill.capture.teachers import find_gguf, teacher_stem, tokenizer_of
 from distill.config.schema import RunConfig
 from distill.heads.prompts import SafetyPrompt, digest
 from distill.heads.safety_data import labelled_prompts, safety_data
-from distill.initialization.shape import student_shape
 from distill.losses.hidden_states import pair_layers
+from distill.pipeline.capture import fill
 from distill.pipeline.final_table import print_results
 from distill.pipeline.preflight import Inputs, check_run, check_train
-from distill.pipeline.resolve import _settle
-from distill.pipeline.stages import Source, _make_student, _round_off
+from distill.pipeline.resolve import require_memory, resolve
+from distill.pipeline.results import finalize, write_results
+from distill.pipeline.stages import (
+    Source,
+    Workspace,
+    evaluate_student,
+    prepare,
+    publish_student,
+    train_student,
+)
 from distill.runs.audit_events import record_start
-from distill.runs.folder import Places, RunFolder, choose_folder
+from distill.runs.folder import RunFolder, RunPaths, choose_folder
 from distill.runtime.environment import environment
 from distill.runtime.format import human_count
 from distill.runtime.launch import Launch
@@ -34,14 +42,11 @@ from distill.runtime.progress import Console
 from teachers.atomic_files import exclusive
 from teachers.base import TeacherInfo
 from teachers.store.store import SoftTargetStore
-from teachers.store.teacher_record import need_inheritance
+from teachers.store.teacher_record import require_teacher_record
 
 
 def run(
-    config: RunConfig,
-    places: Places,
-    console: Console,
-    inputs: Inputs | None = None,
+    config: RunConfig, places: RunPaths, console: Console, inputs: Inputs | None = None
 ) -> RunFolder:
     """Do a whole run, or what is left of it, and return its folder.
 
@@ -56,42 +61,40 @@ def run(
     prompts = inputs.prompts
     launch = Launch.join()
     with load_teacher(config, console) as teacher:
-        gguf = find_gguf(config.teacher)
-        config, base = _settle(config, tokenizer_of(config.teacher), teacher.info, gguf, console)
+        info, gguf, tokenizer = (
+            teacher.info,
+            find_gguf(config.teacher),
+            tokenizer_of(config.teacher),
+        )
+        resolved = resolve(config, info, tokenizer, gguf, console)
+        config = resolved.config
+        require_memory(resolved, info, config.data.max_length, console)
         stem = teacher_stem(config.teacher)
-        folder = _choose(places.out, config, stem, launch)
+        work = Workspace(_choose(places.out, config, stem, launch), launch, console)
         corpus = read_data(config, teacher, console, inputs.take_entries())
         recipe = recipe_for(config.targets, teacher, console)
-        layers = base.layers if base else student_shape(config, teacher.info).num_hidden_layers
-        pair_layers(config.loss.layer_map, recipe.layers, layers, teacher.info.layers)
+        pair_layers(config.loss.layer_map, recipe.layers, resolved.layers, info.layers)
         store = open_store(
-            teacher, corpus, recipe, StorePlace(places.store, folder.path.parent, stem)
+            teacher, corpus, recipe, StoreLocation(places.store, work.folder.path.parent, stem)
         )
 
         def capture() -> Source:
-            words, info = tokenizer_of(config.teacher), teacher.info
-            # Now, not after hours, a prompt is found to be too long.
-            safety = safety_data(config, prompts, words, info)
+            # Now, not after hours, a prompt turns out to be too long.
+            safety = safety_data(config, prompts, tokenizer, info)
             with exclusive(store.folder, launch.share.rank):
-                reused = fill_store(teacher, corpus, store, console, launch.share)
-                if launch.first:
-                    text = text_of(config, info)
-                    keep_inheritance(teacher, gguf, store, console, launch.share, text)
-                    labelled_prompts(config, prompts, teacher, store, console)
+                reused = fill(store, teacher, corpus, config, prompts, console)
                 launch.wait()
             if not config.train.on_policy:
                 teacher.close()  # it is out of memory while the student trains
             labelled = labelled_prompts(config, prompts, None, store, console)
             if labelled is not prompts:
-                safety = safety_data(config, labelled, words, info)
+                safety = safety_data(config, labelled, tokenizer, info)
             return Source(
-                config, store, need_inheritance(store), reused, safety, gguf, teacher, base
+                resolved, store, require_teacher_record(store), reused, safety, gguf, teacher
             )
 
-        _work_in(
-            folder, config, _identity(teacher.info, store, prompts, base), capture, launch, console
-        )
-    return folder
+        _work_in(work, config, _identity(info, store, prompts, resolved.base), capture)
+    return work.folder
 
 
 def train_from_store(
@@ -110,26 +113,30 @@ def train_from_store(
     assert config.store is not None
     prompts = (inputs or check_train(config, out)).prompts
     launch = Launch.join()
-    store, inheritance = open_full_store(Path(config.store))
-    info = inheritance.info
+    store, teacher_record = open_full_store(Path(config.store))
+    info, tokenizer = teacher_record.info, teacher_record.tokenizer
     config = without_capture(config, store.manifest.recipe, console)
     gguf = find_teacher(config.teacher.path, info)
     console.note(
         f"soft targets of {info.name}: {info.architecture}, {human_count(info.parameters)} "
         "parameters"
     )
-    longest = None if config.student.base is None else int(store.lengths().max())
-    config, base = _settle(config, inheritance.tokenizer, info, gguf, console, longest)
+    resolved = resolve(config, info, tokenizer, gguf, console)
+    config = resolved.config
+    # Of a new student no length is needed; the store may yet prove damaged.
+    longest = int(store.lengths().max()) if resolved.base else config.data.max_length
+    require_memory(resolved, info, longest, console)
     folder = _choose(out, config, store.folder.resolve().name, launch)
     if not folder.finished:
         require_complete(store, console)
 
-    def prepare() -> Source:
+    def reuse() -> Source:
         labelled = labelled_prompts(config, prompts, None, store, console)
-        safety = safety_data(config, labelled, inheritance.tokenizer, info)
-        return Source(config, store, inheritance, True, safety, gguf, base=base)
+        safety = safety_data(config, labelled, tokenizer, info)
+        return Source(resolved, store, teacher_record, True, safety, gguf)
 
-    _work_in(folder, config, _identity(info, store, prompts, base), prepare, launch, console)
+    work = Workspace(folder, launch, console)
+    _work_in(work, config, _identity(info, store, prompts, resolved.base), reuse)
     return folder
 
 
@@ -147,11 +154,9 @@ def _identity(
     base: Base | None,
 ) -> dict[str, str]:
     """What a run's folder must not be continued without."""
-    of_base = (
-        {}
-        if base is None
-        else {"base_name": base.folder.path.resolve().name, "base_sha256": base.sha256}
-    )
+    of_base = {}
+    if base is not None:
+        of_base = {"base_name": base.folder.path.resolve().name, "base_sha256": base.sha256}
     return of_base | {
         "teacher_name": info.name,
         "teacher_sha256": info.sha256,
@@ -161,24 +166,30 @@ def _identity(
 
 
 def _work_in(
-    folder: RunFolder,
-    config: RunConfig,
-    identity: dict[str, str],
-    prepare: Callable[[], Source],
-    launch: Launch,
-    console: Console,
+    work: Workspace, config: RunConfig, identity: dict[str, str], source: Callable[[], Source]
 ) -> None:
-    """Make the student in ``folder`` unless it is there already, and show what came of it."""
+    """Make the student in the run's folder unless it is there already, and print the results."""
+    folder, launch = work.folder, work.launch
     with exclusive(folder.path, launch.share.rank):
         if launch.first:
             folder.claim(config, identity)
             record_start(folder, config.model_dump(mode="json"), identity, environment())
         launch.wait()
-        if folder.finished:
-            console.note(f"{folder.path} already holds this run, finished; nothing was done again")
-            if launch.first:
-                _round_off(folder, console)
+        if not folder.finished:
+            _make_student(source(), work)
         else:
-            _make_student(prepare(), folder, launch, console)
+            work.console.note(
+                f"{folder.path} already holds this run, finished; nothing was done again"
+            )
+            if launch.first:
+                finalize(work)
     if launch.first:
-        print_results(folder, console)
+        print_results(folder, work.console)
+
+
+def _make_student(source: Source, work: Workspace) -> None:
+    """Train in all processes; export, prove, evaluate and write results in the first."""
+    trained = train_student(prepare(source, work), work)
+    if work.launch.first:
+        published = publish_student(trained, work)
+        write_results(evaluate_student(published, work), work)

@@ -1,4 +1,7 @@
-"""The stages of a run, in order: student, training, export, evaluation, results."""
+"""The stages of a run: ``Source → Prepared → Trained → Published → Evaluated``.
+
+Each takes what the one before has made, and makes the next.
+"""
 
 from __future__ import annotations
 
@@ -8,273 +11,294 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from distill.base_models.base_model import Base, load_base_student
+from distill.base_models.base_model import load_base_student
 from distill.capture.teachers import open_teacher
 from distill.config.schema import RunConfig
 from distill.errors import TrainingAborted
 from distill.evaluation.cost import measure_speed
 from distill.evaluation.scorers import (
     Evaluation,
-    Scorer,
     evaluate,
     evaluate_stored,
     llama_scorer,
     scorer_with,
     student_scorer,
 )
+from distill.export.export import Proofs
 from distill.export.publish import Publication, publish
 from distill.heads.fitting import calibrate, describe_scores, halves, heads_results, score_heads
 from distill.heads.safety_data import SafetyData
 from distill.inference.reasoning import digests
 from distill.initialization.start import begin
 from distill.losses.objective import build_objective
-from distill.pipeline.results import Outcome, build_results
+from distill.pipeline.resolve import Resolved
 from distill.reports.build import write_run_report
-from distill.reports.card.card import is_ours, write_card
-from distill.runs.audit_events import anchor, record_capture, record_finish, record_training
+from distill.runs.audit_events import record_capture, record_training
 from distill.runs.folder import HeldOut, RunFolder
 from distill.runtime.format import human_count
 from distill.runtime.launch import Launch
 from distill.runtime.progress import Console
 from distill.training.data import TrainingData, split
-from distill.training.engine import train
+from distill.training.engine import TrainingJob, train
 from distill.training.gradient_check import probe_gradients
-from distill.training.on_policy import OwnWords
-from distill.training.optimizer import with_learning_rate
+from distill.training.on_policy import OnPolicyBatches
+from distill.training.optimizer import initial_learning_rate
 from distill.training.summary import TrainingSummary
 from students.adapter.adapter import AdaptedStudent
 from students.model.interface import Student
 from students.weights import plain_weights
-from teachers.base import WHOLE, Teacher
+from teachers.base import SINGLE_PROCESS, Teacher, TeacherInfo
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.store import SoftTargetStore
-from teachers.store.teacher_record import Inheritance
+from teachers.store.teacher_record import TeacherRecord
 
-BEGINNING_SEQUENCES = 512  # of training text that a head start may look at
+INITIALIZATION_SEQUENCES = 512  # of training text that initialization may look at
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where a run works: its folder, the processes of its launch, the console."""
+
+    folder: RunFolder
+    launch: Launch
+    console: Console
 
 
 @dataclass(frozen=True)
 class Source:
-    """All that a student is made from: a complete store, what it keeps of the teacher, and prompts
-    to decide on.
+    """All that a student is made from: a complete store, what it keeps of the teacher, and the
+    safety head's prompts.
 
-    ``reused``: nothing had to be captured. ``gguf``: whose weights it can begin at. ``teacher``:
-    open only where the student's own words are scored. ``base``: the model that it is made of, if
-    it is not a new one.
+    ``reused``: nothing had to be captured. ``gguf``: whose weights it can start from. ``teacher``:
+    open only where it scores the student's own text.
     """
 
-    config: RunConfig
+    resolved: Resolved
     store: SoftTargetStore
-    inheritance: Inheritance
+    teacher_record: TeacherRecord
     reused: bool
     safety: SafetyData | None
     gguf: Path | None
     teacher: Teacher | None = None
-    base: Base | None = None
+
+    @property
+    def config(self) -> RunConfig:
+        return self.resolved.config
+
+    @property
+    def info(self) -> TeacherInfo:
+        return self.teacher_record.info
 
 
-def _make_student(source: Source, folder: RunFolder, launch: Launch, console: Console) -> None:
-    """Train in all processes; export, prove, evaluate and write down in the first."""
-    config, info, store = source.config, source.inheritance.info, source.store
-    if launch.first:
-        kept = [digest for text in source.inheritance.lines.texts for digest in digests(text)]
-        record_capture(folder.path, store, source.reused, kept)
-    parts = split(store, config.data.held_out, config.seed)
-    data = TrainingData(store, parts, config.seed)
+@dataclass(frozen=True)
+class Prepared:
+    """A student about to be trained. ``initial``: the first weights of one made of a base model,
+    which are not computed again; ``learning_rate``: the peak, the same in all processes;
+    ``gradients``: of the probe batch, where there is a base."""
+
+    source: Source
+    data: TrainingData
+    held_out: HeldOut
+    student: Student
+    initial: dict[str, Tensor]
+    learning_rate: float
+    gradients: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """``prepared``, whose student has the best weights now."""
+
+    prepared: Prepared
+    summary: TrainingSummary
+
+
+@dataclass(frozen=True)
+class Published:
+    """The exported student; ``head_sequences`` of the store are left to score its heads on."""
+
+    trained: Trained
+    proofs: Proofs
+    head_sequences: list[int]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """``speeds``: prompt and generation tokens per second. ``heads``: see
+    ``distill.heads.fitting.heads_results``."""
+
+    published: Published
+    evaluation: Evaluation
+    speeds: dict[str, tuple[float, float]]
+    heads: dict[str, Any]
+
+
+def prepare(source: Source, work: Workspace) -> Prepared:
+    """Divide the data, initialize the student, choose its learning rate."""
+    config, store, lines = source.config, source.store, source.teacher_record.lines
+    if work.launch.first:
+        kept = [digest for text in lines.texts for digest in digests(text)]
+        record_capture(work.folder.path, store, source.reused, kept)
+    data = TrainingData(store, split(store, config.data.held_out, config.seed), config.seed)
     if source.safety is not None:
-        steps = len(data.batches(config.train.epochs, config.train.batch_size))
-        every, together = config.safety.rhythm(steps)
+        every, together = config.safety.rhythm(_steps(config, data))
         prompts = source.safety.train
         data = replace(data, prompts=prompts, prompts_every=every, prompts_together=together)
-    held_out = HeldOut(
-        [store.tokens(int(index)) for index in data.split.held_out], source.inheritance.lines
-    )
-    student = _begin(source, data, folder, launch, console)
-    first = (
-        {name: weight.clone() for name, weight in plain_weights(student).items()}
-        if source.base
-        else {}
-    )
-    source = _with_learning_rate(source, data, student, launch)
+    held_out = HeldOut([store.tokens(int(index)) for index in data.split.held_out], lines)
+    student = _initialize(source, data, work)
+    initial: dict[str, Tensor] = {}
+    if source.resolved.base is not None:
+        initial = {name: weight.clone() for name, weight in plain_weights(student).items()}
+    validation = data.held_out(config.train.batch_size, torch.device("cpu"))
+    rate = initial_learning_rate(config.train, student, config.student.init, validation)
+    rate = work.launch.agreed(rate)
     gradients: dict[str, Any] = {}
     if isinstance(student, AdaptedStudent):
-        gradients = probe_gradients(student, data, source.config, info.layers, console)
-    summary = _train(source, data, student, folder, console)
-    if not launch.first:
-        return
-    figures = {
-        "learning_rate": source.config.train.learning_rate,
-        "held_out_kl": [[s, score.kl] for s, score in summary.scores],
-    }
-    record_training(folder.path, {**summary.to_json(), **figures})
-    for_calibration, for_scores = halves(parts.held_out.tolist())
-    calibrate(student, source.safety, store, for_calibration)
-    publication = Publication(
-        student, config, source.inheritance, store, data.split.train, held_out, source.base
-    )
-    proofs = publish(publication, folder, console)
-    if source.base is not None:
-        before = scorer_with(student, first)
-    else:
-        before = student_scorer(_begin(source, data, folder, Launch(WHOLE), console))
-    scorers = {"before": before, "after": student_scorer(student)}
-    evaluation, speeds = _evaluate(source, data, folder, scorers, console)
-    heads = _score_heads(source, folder, student, for_scores, console)
-    outcome = Outcome(
-        source.config,
-        info,
-        student,
-        store,
-        source.reused,
-        summary,
-        proofs,
-        evaluation,
-        speeds,
-        heads,
-        gradients,
-    )
-    folder.report.unlink(missing_ok=True)  # of an attempt that was given up
-    if is_ours(folder):
-        folder.card.unlink()
-    results = build_results(outcome, folder.gguf.stat().st_size, console.seconds)
-    folder.write_results(results | {"audit": anchor(folder.path)})
-    _round_off(folder, console)
+        gradients = probe_gradients(student, data, config, source.info.layers, work.console)
+    return Prepared(source, data, held_out, student, initial, rate, gradients)
 
 
-def _round_off(folder: RunFolder, console: Console) -> None:
-    """What is done last, and again if the process was killed there: the log's last line, the
-    report, the model card, and no more file of first weights."""
-    record_finish(folder)
-    if not folder.report.exists():
-        write_run_report(folder, console)
-    if not folder.card.exists():
-        write_card(folder)
-    folder.beginning.unlink(missing_ok=True)
+def _steps(config: RunConfig, data: TrainingData) -> int:
+    return len(data.batches(config.train.epochs, config.train.batch_size))
 
 
-def _begin(
-    source: Source, data: TrainingData, folder: RunFolder, launch: Launch, console: Console
-) -> Student:
-    """The student as training begins: made of its base, or from the teacher's weights on some of
-    the training text."""
-    if source.base is not None:
-        with console.stage("Load base") as stage:
-            adapted = load_base_student(
-                source.base, source.config, source.inheritance.info.vocab_size
-            )
+def _initialize(source: Source, data: TrainingData, work: Workspace) -> Student:
+    """The base model with adapters, or a new student, from the teacher's weights on some of the
+    training text."""
+    base = source.resolved.base
+    if base is not None:
+        with work.console.stage("Load base") as stage:
+            adapted = load_base_student(base, source.config, source.info.vocab_size)
             stage.finish(f"{human_count(adapted.trainable_parameters())} parameters are trained")
         return adapted
-    train = data.split.train
-    some = train[np.linspace(0, len(train) - 1, min(len(train), BEGINNING_SEQUENCES)).astype(int)]
-    sequences = [source.store.tokens(int(index)) for index in some]
+    indices = data.split.train
+    count = min(len(indices), INITIALIZATION_SEQUENCES)
+    some = indices[np.linspace(0, len(indices) - 1, count).astype(int)]
     return begin(
-        source.config, source.inheritance, source.gguf, sequences, folder.beginning, launch, console
+        source.config,
+        source.teacher_record,
+        source.gguf,
+        [source.store.tokens(int(index)) for index in some],
+        work.folder.beginning,
+        work.launch,
+        work.console,
     )
 
 
-def _with_learning_rate(
-    source: Source, data: TrainingData, student: Student, launch: Launch
-) -> Source:
-    """The source with a peak learning rate in its settings, the same in all processes."""
-    config = source.config
-    held_out = data.held_out(config.train.batch_size, torch.device("cpu"))
-    train = with_learning_rate(config.train, student, config.student.init, held_out)
-    rate = launch.agreed(train.learning_rate)
-    train = train.model_copy(update={"learning_rate": rate})
-    return replace(source, config=config.model_copy(update={"train": train}))
+def train_student(prepared: Prepared, work: Workspace) -> Trained:
+    """Train in all processes.
 
-
-def _train(
-    source: Source, data: TrainingData, student: Student, folder: RunFolder, console: Console
-) -> TrainingSummary:
-    config, info = source.config, source.inheritance.info
+    Raises:
+        TrainingAborted: training went wrong; the report shows how.
+    """
+    source, data, student = prepared.source, prepared.data, prepared.student
+    config, info = source.config, source.info
     objective = build_objective(config.loss, data.store, student, info.layers, config.seed)
-    own_words = None
+    on_policy = None
     if config.train.on_policy:
         assert source.teacher is not None
         share, temperature = config.train.on_policy, config.train.on_policy_temperature
-        own_words = OwnWords(source.teacher, data.store, share, temperature, config.seed, info.eos)
-    steps = len(data.batches(config.train.epochs, config.train.batch_size))
-    with console.stage("Train", total=steps) as stage:
+        on_policy = OnPolicyBatches(
+            source.teacher, data.store, share, temperature, config.seed, info.eos
+        )
+    settings = config.train.model_copy(update={"learning_rate": prepared.learning_rate})
+    job = TrainingJob(student, data, objective, settings, work.folder.path)
+    with work.console.stage("Train", total=_steps(config, data)) as stage:
         try:
-            summary = train(
-                student,
-                data,
-                objective,
-                config.train,
-                folder.path,
-                stage.update,
-                own_words,
-                console.warn,
-            )
+            summary = train(job, stage.update, on_policy, work.console.warn)
         except TrainingAborted:
-            write_run_report(folder, console)
+            write_run_report(work.folder, work.console)
             raise
-        stage.finish(_describe_training(summary))
+        stage.finish(_describe(summary))
     if source.teacher is not None:
         source.teacher.close()
     if summary.continued_from:
-        console.note(f"training was continued from step {summary.continued_from}")
-    return summary
+        work.console.note(f"training was continued from step {summary.continued_from}")
+    if work.launch.first:
+        stats = {
+            "learning_rate": prepared.learning_rate,
+            "held_out_kl": [[step, score.kl] for step, score in summary.scores],
+        }
+        record_training(work.folder.path, {**summary.to_json(), **stats})
+    return Trained(prepared, summary)
 
 
-def _describe_training(summary: TrainingSummary) -> str:
+def _describe(summary: TrainingSummary) -> str:
     scores = dict(summary.scores)
-    words = f"{summary.steps} steps, {human_count(summary.tokens_seen)} tokens; held-out KL "
-    words += f"{scores[0].kl:.3f} → {scores[summary.best].kl:.3f}"
+    text = f"{summary.steps} steps, {human_count(summary.tokens_seen)} tokens; validation KL "
+    text += f"{scores[0].kl:.3f} → {scores[summary.best].kl:.3f}"
     if summary.steps < summary.planned:
-        words += f"; stopped early, {summary.planned} steps were planned"
+        text += f"; stopped early, {summary.planned} steps were planned"
     if summary.best < summary.steps:
-        words += f"; the best weights are those of step {summary.best}"
-    return words
+        text += f"; the best weights are those of step {summary.best}"
+    return text
 
 
-def _evaluate(
-    source: Source,
-    data: TrainingData,
-    folder: RunFolder,
-    students: dict[str, Scorer],
-    console: Console,
-) -> tuple[Evaluation, dict[str, tuple[float, float]]]:
-    """Score ``students`` and the exported file against the teacher, or where the run has none
-    against its stored targets; time the files that are there."""
-    config = source.config
-    indices = data.split.held_out.tolist()
-    with (
-        console.stage("Evaluate", total=len(indices)) as stage,
-        GGUFTeacher(folder.gguf, gpu_layers=config.teacher.gpu_layers) as exported,
-    ):
-        models = students | {"exported": llama_scorer(exported)}
+def publish_student(trained: Trained, work: Workspace) -> Published:
+    """Calibrate the heads, export the student and prove its file.
+
+    Raises:
+        ProofFailed, ExportError: the file is not the trained model.
+    """
+    prepared = trained.prepared
+    source, data = prepared.source, prepared.data
+    for_calibration, for_scores = halves(data.split.held_out.tolist())
+    calibrate(prepared.student, source.safety, source.store, for_calibration)
+    publication = Publication(
+        prepared.student,
+        source.config,
+        source.teacher_record,
+        source.store,
+        data.split.train,
+        prepared.held_out,
+        source.resolved.base,
+    )
+    return Published(trained, publish(publication, work.folder, work.console), for_scores)
+
+
+def evaluate_student(published: Published, work: Workspace) -> Evaluated:
+    """Score the student before and after training and as exported, against the teacher, or where
+    the run has none against its stored targets; time the files that are there."""
+    prepared = published.trained.prepared
+    source, student, console = prepared.source, prepared.student, work.console
+    if source.resolved.base is not None:
+        before = scorer_with(student, prepared.initial)
+    else:
+        alone = replace(work, launch=Launch(SINGLE_PROCESS))
+        before = student_scorer(_initialize(source, prepared.data, alone))
+    models = {"before": before, "after": student_scorer(student)}
+    indices = prepared.data.split.held_out.tolist()
+    with console.stage("Evaluate", total=len(indices)) as stage, _exported(source, work) as file:
+        models["exported"] = llama_scorer(file)
         speeds = {}
-        if config.store is None:
-            with open_teacher(config.teacher) as teacher:
+        if source.config.store is None:
+            with open_teacher(source.config.teacher) as teacher:
                 sequences = [source.store.tokens(index) for index in indices]
                 evaluation = evaluate(teacher, sequences, models, stage.update)
                 speeds["teacher"] = measure_speed(teacher)
         else:
             evaluation = evaluate_stored(source.store, indices, models, stage.update)
-        speeds["student"] = measure_speed(exported)
+        speeds["student"] = measure_speed(file)
         score = evaluation.models["exported"]
         stage.finish(
             f"KL {score.kl:.3f}, agreement {score.agreement:.1%} over {evaluation.positions} "
             "positions"
         )
-    return evaluation, speeds
+    return Evaluated(published, evaluation, speeds, _score_heads(published, work))
 
 
-def _score_heads(
-    source: Source, folder: RunFolder, student: Student, sequences: list[int], console: Console
-) -> dict[str, Any]:
-    """What the exported file's safety and verification head are worth, as ``results.json`` says
-    it."""
-    heads = student.heads()
+def _exported(source: Source, work: Workspace) -> GGUFTeacher:
+    return GGUFTeacher(work.folder.gguf, gpu_layers=source.config.teacher.gpu_layers)
+
+
+def _score_heads(published: Published, work: Workspace) -> dict[str, Any]:
+    """How good the exported file's safety and verification head are."""
+    source, heads = published.trained.prepared.source, published.trained.prepared.student.heads()
     if heads.safety is None and heads.verification is None:
         return {}
-    with (
-        console.stage("Score heads") as stage,
-        GGUFTeacher(folder.gguf, gpu_layers=source.config.teacher.gpu_layers) as exported,
-    ):
-        scores = score_heads(exported, heads, source.safety, source.store, sequences)
+    with work.console.stage("Score heads") as stage, _exported(source, work) as file:
+        scores = score_heads(file, heads, source.safety, source.store, published.head_sequences)
         stage.finish(describe_scores(scores))
     return heads_results(scores, heads, source.safety)

@@ -11,7 +11,7 @@ from rich.markup import escape
 from distill.reports.document import Document
 from distill.reports.inputs import weights_among
 from distill.reports.render.html import write_page
-from distill.reports.render.terminal import print_report, printable
+from distill.reports.render.terminal import print_report
 from distill.reports.run.charts import charts, comparison_charts
 from distill.reports.run.report import Comparison, Report, compare, read_report
 from distill.reports.run.tables import comparison_sections, sections
@@ -20,6 +20,7 @@ from distill.reports.weights.comparison import WeightsComparison, compare_weight
 from distill.reports.weights.report import WeightsReport, read_weights
 from distill.reports.weights.tables import weight_comparison_sections, weight_sections
 from distill.runs.folder import RunFolder
+from distill.runtime.printable import printable_line
 from distill.runtime.progress import Console
 
 Content = Report | Comparison | WeightsReport | WeightsComparison
@@ -91,7 +92,7 @@ def report_paths(paths: list[Path], as_json: bool, output: Path | None) -> None:
     console = RichConsole(highlight=False)
     print_report(document, console)
     if output is not None:
-        console.print(f"\n[bold]Page[/] {escape(printable(str(output)))}", soft_wrap=True)
+        console.print(f"\n[bold]Page[/] {escape(printable_line(str(output)))}", soft_wrap=True)
 
 
 def read_content(paths: list[Path], progress: Console | None = None) -> Content:

@@ -1,10 +1,8 @@
-"""What is written into a run's log, ``audit.jsonl``, by whom it happens to
-(``distill.runs.audit_log`` keeps the chain).
+"""The events of a run's log, ``audit.jsonl`` (``distill.runs.audit_log`` keeps the chain).
 
-Texts of people and models never get there: prompts appear as SHA-256, files as their name within
-the run, size and SHA-256, settings that name a place as the last part of it. The first process of a
-launch alone calls these functions. Whatever event names files under ``files``, the newest line
-about a file says what it has to be now.
+Texts of people and models are never logged: prompts appear as SHA-256, files as their name within
+the run, size and SHA-256, paths in settings as their last part. Only the first process of a launch
+calls these functions. The newest line that names a file under ``files`` is what it must be now.
 """
 
 from __future__ import annotations
@@ -31,14 +29,11 @@ def record_start(
     identity: Mapping[str, str],
     environment: Mapping[str, Any],
 ) -> None:
-    """A command begins or continues the run: its settings, teacher and data, and what computes it.
+    """A command starts or continues the run; a finished one is not started again.
 
     ``settings``: the resolved configuration; ``identity``: as the folder was claimed with;
-    ``environment``: versions, as in ``results.json``. A run that is finished is not begun again:
-    nothing is written.
-
-    Raises:
-        OSError: the disk refuses (of every function here).
+    ``environment``: as in ``results.json``. Every function here raises ``OSError`` if the disk
+    refuses.
     """
     if folder.finished:
         return
@@ -54,11 +49,9 @@ def record_start(
 def record_capture(
     folder: Path, store: SoftTargetStore, reused: bool, reasoning_sha256: Sequence[str] = ()
 ) -> None:
-    """The soft targets are complete: the store's key and manifest, which has the hashes of data and
-    tokenizer.
+    """The soft targets are complete; the manifest has the hashes of data and tokenizer.
 
-    ``reasoning_sha256``: of the private reasoning in the teacher's texts that the run keeps in
-    words (``held_out.json``).
+    ``reasoning_sha256``: of the private reasoning in the texts that ``held_out.json`` keeps.
     """
     manifest = store.manifest
     content = {
@@ -81,36 +74,30 @@ def record_checkpoint(folder: Path, checkpoint: Path, step: int) -> None:
 
 
 def record_resumed(folder: Path, checkpoint: Path, step: int) -> None:
-    """Training goes on from ``checkpoint``, with these files: they must be those that were
-    saved."""
-    append(
-        folder,
-        [("training_resumed", {"step": step, "read": _described(folder, checkpoint.iterdir())})],
-    )
+    """Training resumes from ``checkpoint``; its files must be those that were saved."""
+    files = _described(folder, checkpoint.iterdir())
+    append(folder, [("training_resumed", {"step": step, "read": files})])
 
 
 def record_guard(folder: Path, step: int, event: Mapping[str, Any]) -> None:
-    """The guard did something: what ``distill.training.guard_hooks.event_line`` says of it but
-    its sentence."""
-    figures = {name: value for name, value in event.items() if name != "words"}
-    append(folder, [("guard", {"step": step, **figures})])
+    """A guard action: ``distill.training.guard_hooks.event_line`` without its sentence."""
+    values = {name: value for name, value in event.items() if name != "words"}
+    append(folder, [("guard", {"step": step, **values})])
 
 
 def record_training(folder: Path, figures: Mapping[str, Any]) -> None:
-    """Training is over; ``figures`` say what it came to."""
+    """Training is over; ``figures`` are its results."""
     append(folder, [("training_finished", figures)])
 
 
 def record_export(
     folder: Path, files: Sequence[Path], quant: str | None, figures: Mapping[str, Any] | None = None
 ) -> bool:
-    """Files were made of the run's student: a GGUF file, its companions, a model card; call it when
-    they have their final names.
+    """Files were exported: GGUF, companions, model card; call it when they have their final names.
 
-    ``files``: they are hashed here; those outside ``folder`` appear by their name alone. ``quant``:
-    such as ``q8_0``, ``None`` for what has none. ``figures``: what is known of them, such as
-    ``Proof.to_json()``: numbers and short words, never texts. Returns whether it was written: a run
-    made before the log existed gets none by this.
+    Files outside ``folder`` are logged by name alone. ``quant``: such as ``q8_0``. ``figures``:
+    such as ``Proof.to_json()``, never texts. Returns whether it was written: older runs have no
+    log.
     """
     if not has_log(folder):
         return False
@@ -126,11 +113,10 @@ def record_export(
 
 
 def record_judgments(student: Path, decisions: Sequence[Mapping[str, Any]]) -> bool:
-    """A student that lies in a run's folder (or a folder in that) has decided on prompts; all in
-    one write.
+    """A student in a run's folder (or in a folder of it) has judged prompts; one write.
 
-    ``decisions``: ``Judgment.to_audit()``, without a word of the prompts. Returns whether it was
-    written: not of a student elsewhere, nor in a run that has no log.
+    ``decisions``: ``Judgment.to_audit()``, without the prompts. Returns whether it was written: not
+    for a student elsewhere or a run without a log.
     """
     folder = _run_of(student)
     if folder is None or not decisions:
@@ -141,26 +127,20 @@ def record_judgments(student: Path, decisions: Sequence[Mapping[str, Any]]) -> b
 
 
 def record_finish(folder: RunFolder) -> bool:
-    """The run is finished: the hash of everything it has made. Written once, also if it is
-    called again."""
+    """The run is finished: hash everything it made. Writes once, however often it is called."""
     if last_event(folder.path, {STARTED, CONTINUED, FINISHED}) in (None, FINISHED):
         return False
-    places = [folder.results_file, folder.gguf, folder.held_out_file, folder.importance]
-    places.append(folder.path / "metrics.jsonl")
-    inside = [
-        path
-        for place in (folder.student, folder.plain)
-        if place.is_dir()
-        for path in place.rglob("*")
-    ]
-    files = [path for path in (*places, *inside) if path.is_file()]
+    paths = [folder.results_file, folder.gguf, folder.held_out_file, folder.importance]
+    paths.append(folder.path / "metrics.jsonl")
+    for inside in (folder.student, folder.plain):
+        paths += inside.rglob("*")
+    files = [path for path in paths if path.is_file()]
     append(folder.path, [(FINISHED, {"files": _described(folder.path, files)})])
     return True
 
 
 def anchor(folder: Path) -> dict[str, Any]:
-    """Where the log ends now, to be kept in another file: lines and SHA-256 of the last. ``{}``:
-    there is none."""
+    """The log's end, to be kept in another file: lines, SHA-256 of the last. ``{}``: no log."""
     head = read_head(folder)
     return {} if head is None else {"lines": head.lines, "sha256": head.sha256}
 
@@ -189,22 +169,22 @@ def _file(path: Path) -> dict[str, Any]:
 def _run_of(student: Path) -> Path | None:
     """The run's folder with a log that a file lies in, or in a folder of."""
     for path in (student.absolute(), student.resolve()):
-        for place in path.parents[:2]:
-            if has_log(place) and _name_in(place, path) is not None:
-                return place
+        for parent in path.parents[:2]:
+            if has_log(parent) and _name_in(parent, path) is not None:
+                return parent
     return None
 
 
 def _name_in(folder: Path, path: Path) -> str | None:
-    """A file's name within the run's folder, ``None`` of one elsewhere.
+    """A file's name within the run's folder, ``None`` if it is elsewhere.
 
-    A link in the folder keeps its own name, wherever it points: checkpoints may have been moved to
-    another disk. A link elsewhere that points into the folder has the name of what it points at.
+    A link in the folder keeps its own name: checkpoints may have been moved to another disk. A link
+    elsewhere that points into the folder has its target's name.
     """
-    place = folder.resolve()
+    inside = folder.resolve()
     for known in (path.absolute(), path.resolve()):
         for parent in known.parents:
             name = known.relative_to(parent)
-            if parent.resolve() == place and ".." not in name.parts:
+            if parent.resolve() == inside and ".." not in name.parts:
                 return name.as_posix()
     return None

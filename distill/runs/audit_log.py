@@ -34,7 +34,7 @@ BLOCK = 1 << 16
 PATIENCE_SECONDS = 60.0  # another process holds the log for milliseconds
 
 Entry = tuple[str, Mapping[str, Any]]
-"""An event's name and what is to be said of it."""
+"""An event's name and content."""
 
 
 def sha256(data: bytes) -> str:
@@ -44,8 +44,7 @@ def sha256(data: bytes) -> str:
 
 @dataclass(frozen=True)
 class Head:
-    """Where a log ends: the number of its lines and the SHA-256 of the last one's bytes, in
-    hexadecimal."""
+    """The end of a log: its number of lines and the SHA-256 of the last, in hexadecimal."""
 
     lines: int = 0
     sha256: str = ZEROS
@@ -53,8 +52,7 @@ class Head:
 
 @dataclass(frozen=True)
 class _Tail:
-    """The end of a log's file: bytes up to the last newline, the last whole line, and what comes
-    after it."""
+    """The end of a log's file: bytes up to the last newline, the last whole line, the rest."""
 
     whole: int
     line: bytes
@@ -63,11 +61,7 @@ class _Tail:
 
 
 def canonical(value: Any) -> bytes:
-    """The one form that a value has in the log.
-
-    Raises:
-        ValueError: a number in it is not finite.
-    """
+    """A value's one form in the log; raises ``ValueError`` for a non-finite number."""
     text = json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     )
@@ -80,10 +74,7 @@ def sealed(line: Mapping[str, Any]) -> bytes:
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
-    """The fields of a line in canonical form, or nothing where these bytes are none.
-
-    Its hash is not looked at.
-    """
+    """The fields of a line in canonical form, or nothing if it is none; its hash is not checked."""
     try:
         fields = json.loads(line)
         if not isinstance(fields, dict) or fields.keys() != FIELDS or canonical(fields) != line:
@@ -116,8 +107,7 @@ def read_head(folder: Path) -> Head | None:
 
 
 def read_lines(folder: Path) -> Iterator[bytes]:
-    """The lines of a folder's log with their newlines; one that is too long comes in pieces.
-    None: there is no log."""
+    """The lines of an existing log with their newlines; overlong ones in pieces."""
     with (folder / LOG).open("rb") as file:
         while line := file.readline(LONGEST + 1):
             yield line
@@ -125,21 +115,19 @@ def read_lines(folder: Path) -> Iterator[bytes]:
 
 def last_event(folder: Path, names: Collection[str]) -> str | None:
     """The last event in a folder's log that is one of these. The whole log is read."""
-    found = None
+    last = None
     for line in read_lines(folder) if (folder / LOG).exists() else ():
         fields = parse(line.removesuffix(b"\n"))
         if fields is not None and fields["event"] in names:
-            found = fields["event"]
-    return found
+            last = fields["event"]
+    return last
 
 
 def append(folder: Path, entries: Sequence[Entry]) -> Head:
-    """Add lines to a folder's log, in one write and on the disk when this returns; begins the log
-    where there is none.
+    """Append lines to a folder's log, which may be new, in one write, synced to disk.
 
-    Only its end is read. What a killed process left of a line is cut off; that, and a head that
-    says something else than the log, is written down in a line of its own (``recovered``) before
-    the new ones.
+    Reads only the log's end. A partial line of a killed process is cut off; that, or a head that
+    contradicts the log, is recorded in a line of its own (``recovered``) before the new ones.
 
     Raises:
         UserError: other processes hold the log for a minute.
@@ -163,12 +151,9 @@ def _append(file: BinaryIO, named: Head | None, entries: Sequence[Entry]) -> Hea
     tail = _read_tail(file)
     head = _head_of(file, tail)
     if tail.torn or not _follows(head, tail, named):
-        told = asdict(named) if named else asdict(Head())
-        cut = {"cut_bytes": tail.torn, "cut_sha256": tail.torn_sha256}
-        entries = [
-            (RECOVERED, {**cut, **{f"head_{name}": value for name, value in told.items()}}),
-            *entries,
-        ]
+        recovery = {"cut_bytes": tail.torn, "cut_sha256": tail.torn_sha256}
+        recovery |= {f"head_{name}": value for name, value in asdict(named or Head()).items()}
+        entries = [(RECOVERED, recovery), *entries]
     lines, previous = [], head.sha256
     for sequence, (event, content) in enumerate(entries, head.lines):
         line = sealed(
@@ -189,8 +174,7 @@ def _append(file: BinaryIO, named: Head | None, entries: Sequence[Entry]) -> Hea
 
 
 def _write(file: BinaryIO, tail: _Tail, data: bytes) -> None:
-    """Put ``data`` in place of what comes after the last whole line, and on the disk; all of it
-    or nothing."""
+    """Replace what follows the last whole line by ``data``, synced; all of it or nothing."""
     try:
         file.seek(tail.whole)
         left = memoryview(data)
@@ -241,8 +225,7 @@ def _head_of(file: BinaryIO, tail: _Tail) -> Head:
 
 
 def _follows(head: Head, tail: _Tail, named: Head | None) -> bool:
-    """Whether a log that ends at ``head`` is what its head file names, or that and lines more: a
-    process may be killed before it writes the head."""
+    """Whether ``head`` is the named one or later: a kill may come before the head is written."""
     if named is None:
         return head.lines <= 1
     if named.lines == head.lines - 1:
@@ -265,8 +248,7 @@ def _locked(folder: Path) -> Iterator[None]:
     except filelock.Timeout:
         raise UserError(
             f"{folder / LOG} has been held by another process for {PATIENCE_SECONDS:.0f} seconds; "
-            "wait for it or stop "
-            "it, and try again"
+            "wait for it or stop it, and try again"
         ) from None
     try:
         yield
@@ -275,12 +257,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def plain(value: Any) -> Any:
-    """A value as the log keeps it: a number that is not finite becomes null, a text loses every
-    folder before its last slash (where things lie on a disk is private).
-
-    Raises:
-        TypeError: it is nothing that JSON has.
-    """
+    """A value as logged: non-finite numbers become null; paths keep only their last part, since
+    where files lie is private. Raises ``TypeError`` for what JSON does not have."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,9 +1,9 @@
 """Whether a run's log is what was written, and the run's files are those that it names.
 
-Every line must be its own canonical form, have the hash of its content, and name the line before
-it; the last must be the one that ``audit.head`` names, and ``results.json`` names one as well. That
-finds every change by somebody who does not compute the chain anew. Who can write to the folder can
-do that: only a head kept elsewhere (``expect``) shows it.
+Every line must be canonical, have its content's hash, and name the line before it; ``audit.head``
+and ``results.json`` must name existing ends. That finds every change by somebody who does not
+recompute the chain. Who can write to the folder can do that: only a head kept elsewhere
+(``expect``) shows it.
 """
 
 from __future__ import annotations
@@ -36,28 +36,23 @@ SHOWN = 12  # of a hash, in a sentence
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as it was written.
-
-    ``line``: of the log, from 1; ``file``: of the run, by its name.
-    """
+    """A discrepancy, in a ``line`` of the log (from 1) or a ``file`` of the run."""
 
     problem: str
     line: int | None = None
     file: str | None = None
 
     @property
-    def words(self) -> str:
+    def message(self) -> str:
         """The finding as one sentence."""
-        place = f"line {self.line}" if self.line is not None else self.file
-        return f"{place}: {self.problem}"
+        where = f"line {self.line}" if self.line is not None else self.file
+        return f"{where}: {self.problem}"
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found. ``events``: how many lines of each; ``checked``: files that are as the log
-    names them; ``gone``: files that it names and that are no longer there, which is no fault;
-    ``notes``: what is odd but no fault.
-    """
+    """The result. ``events``: lines of each; ``checked``: files that match; ``gone``: files that
+    are no longer there, which is no fault; ``notes``: what is odd but no fault."""
 
     head: Head
     findings: list[Finding]
@@ -86,9 +81,7 @@ class _Chain:
     notes: list[str] = field(default_factory=list)
     hashes: list[str] = field(default_factory=list)  # of every line's bytes, in order
     sound: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # with the line's number
-    ends: dict[Head, int] = field(
-        default_factory=dict
-    )  # each line as the head of a log that ends there: its number
+    ends: dict[Head, int] = field(default_factory=dict)  # heads of logs that end at each line
     sequence: int = -1  # of the last sound line
     unsound: int = 0  # lines since
 
@@ -100,8 +93,7 @@ class _Chain:
 
 
 def verify(folder: Path, expect: str | None = None) -> Verification:
-    """Check a run's log and its files. ``expect``: ``hash`` or SHA-256 of the line that the log
-    once ended at.
+    """Check a run's log and its files; ``expect``: a hash that the log must contain.
 
     Raises:
         UserError: the folder holds no run or no log, or ``expect`` is no such hash.
@@ -192,26 +184,25 @@ def _problem_of(data: bytes, line: bytes, fields: dict[str, Any] | None) -> str:
 
 
 def _check_order(chain: _Chain, number: int, fields: dict[str, Any]) -> None:
-    """See that a sound line follows the one before it; what follows from a fault that is named
-    already is not named again."""
+    """Check that a sound line follows the one before; consequences of a fault are not repeated."""
     due = chain.sequence + 1 + chain.unsound
     sequence = fields["sequence"]
     if sequence > due:
         missing = "a line is" if sequence == due + 1 else f"{sequence - due} lines are"
-        words = f"{missing} missing before it, or it was moved"
-        chain.blame(f"{words}: its sequence is {sequence}, not {due}", number)
+        problem = f"{missing} missing before it, or it was moved"
+        chain.blame(f"{problem}: its sequence is {sequence}, not {due}", number)
     elif sequence <= chain.sequence:
-        words = "it or the one before it is there twice, was put in or was moved"
-        chain.blame(f"{words}: its sequence is {sequence}, not {due}", number)
+        problem = "it or the one before it is there twice, was put in or was moved"
+        chain.blame(f"{problem}: its sequence is {sequence}, not {due}", number)
     elif not chain.unsound and fields["previous"] != (chain.hashes[-1] if chain.hashes else ZEROS):
         if number == 1:
             chain.blame("it is not the first line of a log", number)
         else:
-            words = (
+            problem = (
                 f"it is not the one that line {number} followed: it was changed, and its hash "
                 "with it"
             )
-            chain.blame(words, number - 1)
+            chain.blame(problem, number - 1)
 
 
 def _check_recovery(chain: _Chain, number: int, fields: dict[str, Any]) -> None:
@@ -219,28 +210,18 @@ def _check_recovery(chain: _Chain, number: int, fields: dict[str, Any]) -> None:
     content = fields["content"]
     if fields["event"] != RECOVERED:
         return
-    lines, digest, cut = (
-        content.get("head_lines"),
-        content.get("head_sha256"),
-        content.get("cut_bytes"),
-    )
+    lines, digest = content.get("head_lines"), content.get("head_sha256")
+    cut = content.get("cut_bytes")
     here = Head(fields["sequence"], fields["previous"])
+    resumed = "when the log was continued here"
     if type(lines) is not int or type(cut) is not int:
         chain.blame("it says that the log was broken before, and not how", number)
     elif lines > here.lines:
-        chain.blame(
-            f"when the log was continued here, {lines - here.lines} of {lines} lines were gone",
-            number,
-        )
+        chain.blame(f"{resumed}, {lines - here.lines} of {lines} lines were gone", number)
     elif lines < 0 or (lines == 0 and here.lines > 1):
-        chain.blame(
-            f"when the log was continued here, {HEAD} was {'damaged' if lines else 'missing'}",
-            number,
-        )
+        chain.blame(f"{resumed}, {HEAD} was {'damaged' if lines else 'missing'}", number)
     elif not cut or (lines == here.lines and digest != here.sha256):
-        chain.blame(
-            f"when the log was continued here, it did not end at the line that {HEAD} named", number
-        )
+        chain.blame(f"{resumed}, it did not end at the line that {HEAD} named", number)
     else:
         chain.notes.append(
             f"line {number}: a killed process had left {cut} bytes of a line; they were cut off"
@@ -251,17 +232,16 @@ def _check_head(chain: _Chain, head: Head | None) -> None:
     """See that the log ends where ``audit.head`` says, or goes on from there."""
     lines = len(chain.hashes)
     if head is None and lines > 1:
-        chain.findings.append(
-            Finding("it is missing: the end of the log may be missing too", file=HEAD)
-        )
+        problem = "it is missing: the end of the log may be missing too"
+        chain.findings.append(Finding(problem, file=HEAD))
     elif head is not None and head.lines < 0:
         chain.findings.append(Finding("it is damaged", file=HEAD))
     elif head is not None:
         _check_end(chain, head, HEAD)
     known = head.lines if head else 0
     if known < lines and not chain.findings:
-        words = f"{HEAD} names line {known} as the last of {lines}"
-        chain.notes.append(f"{words}: a process was killed before it could write it")
+        problem = f"{HEAD} names line {known} as the last of {lines}"
+        chain.notes.append(f"{problem}: a process was killed before it could write it")
 
 
 def _check_end(chain: _Chain, known: Head, witness: str) -> None:
@@ -270,15 +250,12 @@ def _check_end(chain: _Chain, known: Head, witness: str) -> None:
     if known.lines > end:
         number = len(chain.hashes) + 1
         if not chain.blamed(number):
-            words = f"the log ends before it, {witness} names {known.lines - end} more"
-            chain.blame(f"{words}: its end was cut off", number)
+            problem = f"the log ends before it, {witness} names {known.lines - end} more"
+            chain.blame(f"{problem}: its end was cut off", number)
     elif known not in chain.ends:
-        number = next(
-            (number for head, number in chain.ends.items() if head.lines == known.lines), 0
-        )
-        if not number:  # it is among those that are missing
-            return
-        if not chain.blamed(number):
+        numbers = [number for head, number in chain.ends.items() if head.lines == known.lines]
+        # Without such a line, it is among those that are missing.
+        if numbers and not chain.blamed(number := numbers[0]):
             chain.blame(f"it is not the one that {witness} names", number)
 
 
@@ -301,14 +278,13 @@ def _check_anchor(chain: _Chain, kept: dict[str, Any]) -> None:
 
 
 def _check_files(folder: Path, chain: _Chain) -> tuple[list[str], list[str]]:
-    """See that every file is the one that the newest line about it names; returns those that are
-    and those gone."""
+    """Compare files with the newest line about each; returns the equal and the missing ones."""
     newest: dict[str, tuple[int, Any]] = {}
     for number, line in chain.sound:
         for name, described in _named(line, "read"):
             if name in newest and newest[name][1] != described:
-                words = f"it was given another {name} than line {newest[name][0]} names"
-                chain.blame(words, number)
+                problem = f"it was given another {name} than line {newest[name][0]} names"
+                chain.blame(problem, number)
         newest |= {name: (number, described) for name, described in _named(line, "files")}
     checked, gone, linked = [], [], []
     for name, (number, described) in newest.items():
@@ -318,8 +294,8 @@ def _check_files(folder: Path, chain: _Chain) -> tuple[list[str], list[str]]:
         elif not path.is_file():
             gone.append(name)
         elif problem := _difference(path, described):
-            words = f"it is not the file that line {number} names ({problem})"
-            chain.findings.append(Finding(words, file=name))
+            problem = f"it is not the file that line {number} names ({problem})"
+            chain.findings.append(Finding(problem, file=name))
         else:
             checked.append(name)
         if path is not None and not path.resolve().is_relative_to(folder.resolve()):
@@ -353,7 +329,7 @@ def _inside(folder: Path, name: str) -> Path | None:
 
 
 def _difference(path: Path, described: dict[str, Any]) -> str:
-    """How a file differs from what a line says of it, in words; empty where it does not."""
+    """How a file differs from what a line says of it; empty where it does not."""
     size, digest = hash_file(path)
     if size != described.get("bytes"):
         return f"{size} bytes instead of {described.get('bytes')}"

@@ -27,9 +27,8 @@ class ExportedFile:
     """One proved file.
 
     ``kl`` (nats per token), ``agreement`` and ``max_logit_difference`` are against the F32 file
-    (its own: against PyTorch). ``prompt`` and ``generation`` in tokens per second. ``types``:
-    tensors by how they are stored, as llama.cpp takes another type where a row does not divide into
-    blocks; ``bits_per_weight`` over all of them.
+    (its own: against PyTorch). Speeds in tokens per second. ``types``: tensors by storage type;
+    llama.cpp falls back to another where a row does not divide into blocks.
     """
 
     file: str
@@ -48,19 +47,12 @@ class ExportedFile:
 
 
 def export_paths(
-    folder: RunFolder,
-    quants: Sequence[Quant],
-    output: Path | None,
+    folder: RunFolder, quants: Sequence[Quant], output: Path | None
 ) -> dict[Quant, Path]:
-    """Where each type goes.
-
-    Raises:
-        UserError: something is in the way of ``output``.
-    """
-    several = len(quants) > 1
+    """The path of each type; raises ``UserError`` if ``output`` cannot take them."""
     if output is None:
         return {quant: folder.path / f"student-{quant}.gguf" for quant in quants}
-    if several or output.is_dir():
+    if len(quants) > 1 or output.is_dir():
         if not output.is_dir():
             raise UserError(
                 f"--output {output} is not a folder; several types need one that is there"
@@ -82,8 +74,7 @@ def export_paths(
 
 
 def describe_file(path: Path, quant: Quant, proof: Proof, *, importance: bool) -> ExportedFile:
-    """All that is to be said of a proved file; ``importance``: the quantizer had a matrix, where
-    the type takes one."""
+    """The record of a proved file; ``importance``: the quantizer had an importance matrix."""
     file = read_gguf(path)
     bits = 8 * sum(tensor.nbytes for tensor in file.tensors.values()) / file.parameters
     return ExportedFile(
@@ -104,11 +95,8 @@ def describe_file(path: Path, quant: Quant, proof: Proof, *, importance: bool) -
 
 
 def read_exports(folder: RunFolder) -> list[ExportedFile]:
-    """What ``exports.json`` says of the files in the run's folder that are still there.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """Records of the files still in the run's folder; ``UserError`` if ``exports.json`` is
+    damaged."""
     if not folder.exports.exists():
         return []
     try:
@@ -127,11 +115,10 @@ def read_exports(folder: RunFolder) -> list[ExportedFile]:
 
 
 def record_files(folder: RunFolder, files: Sequence[ExportedFile]) -> None:
-    """Write down what is known of files in the run's folder, in place of what was of these names.
+    """Record exported files; replaces records of the same names.
 
     Raises:
-        UserError: ``exports.json`` is damaged.
-        OSError: the disk refuses.
+        UserError, OSError: ``exports.json`` is damaged, or the disk refuses.
     """
     names = {file.file for file in files}
     rows = [file for file in read_exports(folder) if file.file not in names] + list(files)
@@ -145,19 +132,16 @@ def _damaged(folder: RunFolder, reason: str) -> UserError:
 
 
 def check_export(
-    folder: RunFolder,
-    quants: Sequence[Quant],
-    output: Path | None,
+    folder: RunFolder, quants: Sequence[Quant], output: Path | None
 ) -> dict[Quant, Path]:
-    """Refuse what ``distill export-gguf`` cannot do; returns where each type goes.
+    """Check ``distill export-gguf``'s inputs; returns the path of each type.
 
     Raises:
-        UserError: not a run's folder or an unfinished one, a damaged file, or something in the
-            way of ``output``.
+        UserError: no finished run, a damaged file, or an unusable ``output``.
     """
     folder.read_config()
     if not folder.tokenizer.exists():
         raise UserError(f"{folder.path} has no trained student yet; let its command finish first")
-    wanted = export_paths(folder, quants, output)
+    paths = export_paths(folder, quants, output)
     read_exports(folder)
-    return wanted
+    return paths

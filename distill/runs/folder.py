@@ -19,17 +19,19 @@ from typing import Any
 
 import numpy as np
 
-from distill.config.loading import parse_config
+from distill.config.loading import flatten, parse_config
 from distill.config.schema import RunConfig
 from distill.errors import UserError
 from teachers.atomic_files import is_temporary, write_whole
 from teachers.base import TokenizedLines, Tokens
 
 RUNS = Path("runs")
+METRICS = "metrics.jsonl"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
-class Places:
+class RunPaths:
     """Where a run keeps its things, as the user asked: none means the default."""
 
     out: Path | None = None
@@ -38,8 +40,7 @@ class Places:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out token sequences, and texts with the teacher's ids for checking an exported
-    tokenizer."""
+    """Held-out sequences, and texts with the teacher's ids that check an exported tokenizer."""
 
     sequences: list[Tokens]
     lines: TokenizedLines
@@ -71,11 +72,7 @@ class RunFolder:
         return self.results_file.exists() and self.gguf.exists() and self.tokenizer.exists()
 
     def require_usable(self) -> None:
-        """See that the folder holds a run, or that one can begin in it; nothing in it is touched.
-
-        Raises:
-            UserError: it is a file or holds other files.
-        """
+        """Raise ``UserError`` if the folder holds other files than a run's; changes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--out {self.path} is a file; give a new or empty folder")
         others = self.path.exists() and any(not is_temporary(path) for path in self.path.iterdir())
@@ -84,11 +81,7 @@ class RunFolder:
             raise UserError(f"--out {self.path} holds other files; give a new or empty folder")
 
     def check(self, config: RunConfig) -> None:
-        """See that the folder is, or can become, this run's; nothing in it is touched.
-
-        Raises:
-            UserError: it belongs to another run or holds other files.
-        """
+        """Raise ``UserError`` unless the folder is, or can become, this run's; changes nothing."""
         self.require_usable()
         if self.config_file.exists() and (
             difference := _first_difference(self.read_config(), config)
@@ -99,13 +92,8 @@ class RunFolder:
             )
 
     def claim(self, config: RunConfig, identity: dict[str, str]) -> None:
-        """Make the folder this run's, or see that it still is: same settings, teacher and soft
-        targets.
-
-        Raises:
-            UserError: the folder's run is another one, or the teacher file or the data has changed
-            since.
-        """
+        """Make the folder this run's, or raise ``UserError`` if its settings, teacher or data
+        differ."""
         self.check(config)
         self._remove_leftovers()
         if not self.config_file.exists() or not self.identity_file.exists():
@@ -114,15 +102,14 @@ class RunFolder:
             self._write(self.config_file, config.model_dump(mode="json"))
             self._write(self.identity_file, identity)
             return
-        found = self.read_json(self.identity_file)
+        recorded = self.read_json(self.identity_file)
         for key, value in identity.items():
-            if found.get(key) != value:
+            if recorded.get(key) != value:
                 what = "base's folder" if key.startswith("base_") else "teacher file or the data"
                 raise UserError(
                     f"--out {self.path} holds a run with another {key.replace('_', ' ')} "
-                    f"({str(found.get(key))[:12]}… instead of {value[:12]}…): the {what} has "
-                    "changed since; choose "
-                    "another folder. Nothing in it was changed"
+                    f"({str(recorded.get(key))[:12]}… instead of {value[:12]}…): the {what} has "
+                    "changed since; choose another folder. Nothing in it was changed"
                 )
 
     def _remove_leftovers(self) -> None:
@@ -138,11 +125,7 @@ class RunFolder:
         return {key: str(value) for key, value in self.read_json(self.identity_file).items()}
 
     def read_config(self) -> RunConfig:
-        """The run's configuration.
-
-        Raises:
-            UserError: the folder is not a run, or its configuration is damaged.
-        """
+        """The run's configuration; raises ``UserError`` if it is missing or damaged."""
         if not self.config_file.exists():
             raise UserError(f"{self.path} is not a run's folder: it has no config.json")
         return parse_config(self.read_json(self.config_file), f" in {self.config_file}")
@@ -172,24 +155,17 @@ class RunFolder:
         write_whole(self.held_out_file, json.dumps(content).encode())
 
     def read_held_out(self, vocab_size: int) -> HeldOut:
-        """What ``write_held_out`` wrote.
-
-        Raises:
-            UserError: missing or damaged, or a token beyond the vocabulary.
-        """
+        """The content of ``held_out.json``; raises ``UserError`` if it is missing or damaged."""
         content = self.read_json(self.held_out_file)
         try:
             sequences = [_tokens(ids, vocab_size) for ids in content["sequences"]]
             tokens = [_tokens(ids, vocab_size) for ids in content["text_tokens"]]
             if not sequences or min(map(len, sequences)) < 2:
                 raise ValueError("it holds no sequence of two tokens")
-            if len(tokens) != len(content["texts"]):
-                raise ValueError(
-                    f"it has {len(content['texts'])} texts and the tokens of {len(tokens)}"
-                )
-            return HeldOut(
-                sequences, TokenizedLines([str(text) for text in content["texts"]], tokens)
-            )
+            texts = [str(text) for text in content["texts"]]
+            if len(tokens) != len(texts):
+                raise ValueError(f"it has {len(texts)} texts and the tokens of {len(tokens)}")
+            return HeldOut(sequences, TokenizedLines(texts, tokens))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"{self.held_out_file} is damaged ({error}); run distill again"
@@ -199,11 +175,7 @@ class RunFolder:
         write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
     def read_json(self, path: Path) -> dict[str, Any]:
-        """One of the run's JSON files.
-
-        Raises:
-            UserError: missing or damaged.
-        """
+        """One of the run's JSON files; raises ``UserError`` if it is missing or damaged."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -216,8 +188,7 @@ class RunFolder:
 
 
 def choose_folder(config: RunConfig, stem: str) -> RunFolder:
-    """The folder of a run without ``--out``: a new one under ``runs/``, or an unfinished one of
-    this very run."""
+    """The folder of a run without ``--out``: a new one, or an unfinished one of this run."""
     number = 1
     while True:
         suffix = f"-{number}" if number > 1 else ""
@@ -236,39 +207,26 @@ def _tokens(ids: Any, vocab_size: int) -> Tokens:
     return tokens
 
 
-def _first_difference(found: RunConfig, wanted: RunConfig) -> str:
-    """The first setting in which two configurations differ, in words; empty where they are
-    equal."""
-    there, here = _flatten(found.model_dump(mode="json")), _flatten(wanted.model_dump(mode="json"))
+def _first_difference(existing: RunConfig, wanted: RunConfig) -> str:
+    """The first setting that differs, as a message; empty where all are equal."""
+    there, here = (flatten(config.model_dump(mode="json")) for config in (existing, wanted))
     for key, value in here.items():
         if there.get(key) != value:
             return f"{key} is {there.get(key)!r} there, {value!r} here"
     return ""
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint, if there is one."""
-    found = _complete(folder)
-    return found[-1] if found else None
+    return next(reversed(_complete(folder)), None)
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Whole checkpoints in the order in which they were written: after going back, that is not
-    the order of steps."""
-    found = [path for path in folder.glob("step-*") if (path / "state.json").exists()]
-    found.sort(key=lambda path: (len(path.name), path.name))  # by number, also beyond six digits
-    logged = {path: _logged(path) for path in found}
-    return found if None in logged.values() else sorted(found, key=lambda path: logged[path] or 0)
+    """Whole checkpoints as they were written, which after a rollback is not by step."""
+    paths = [path for path in folder.glob("step-*") if (path / "state.json").exists()]
+    paths.sort(key=lambda path: (len(path.name), path.name))  # by number, also beyond six digits
+    logged = {path: _logged(path) for path in paths}
+    return paths if None in logged.values() else sorted(paths, key=lambda path: logged[path] or 0)
 
 
 def _logged(path: Path) -> int | None:
@@ -280,16 +238,8 @@ def _logged(path: Path) -> int | None:
     return lines if isinstance(lines, int) else None
 
 
-METRICS = "metrics.jsonl"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
 def require_run(path: Path) -> None:
-    """See that a path is a run's folder.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Raise ``UserError`` unless a path is a run's folder."""
     if not path.is_dir():
         raise UserError(
             f"{path} is not a run's folder: there is no such folder, nor a file; check the path"
@@ -297,13 +247,12 @@ def require_run(path: Path) -> None:
     if not RunFolder(path).config_file.exists():
         raise UserError(
             f"{path} is not a run's folder: it has no config.json, and no {WEIGHTS} either; give a "
-            "run's folder, a "
-            "checkpoint's, or a .safetensors or .gguf file"
+            "run's folder, a checkpoint's, or a .safetensors or .gguf file"
         )
 
 
 def nothing_logged(path: Path) -> UserError:
-    """What is said of a run that has logged nothing."""
+    """The error for a run that has logged nothing."""
     return UserError(
         f"{path}: nothing is logged yet; training has not begun. Try again when it has"
     )

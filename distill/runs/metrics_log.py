@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from distill.errors import UserError
@@ -17,10 +16,9 @@ from teachers.atomic_files import write_whole
 class MetricsFile:
     """Appends to ``metrics.jsonl``; each line is flushed, so a killed run keeps what it logged.
 
-    On continuing a run from a checkpoint, lines that were written after it are dropped first: they
-    will be written again; without one, all are. ``lines``: how many there were when the checkpoint
-    was saved; where that is not known, those of later steps are dropped. Without a path (all
-    processes of a launch but the first) nothing is written.
+    A run that resumes from a checkpoint first drops the lines written after it: all but ``lines``,
+    or those of later steps if that is not known; without a checkpoint, all. Without a path (in all
+    processes but the first) nothing is written.
     """
 
     def __init__(self, path: Path | None, from_step: int | None, lines: int | None = None) -> None:
@@ -37,8 +35,7 @@ class MetricsFile:
         self.lines = len(kept)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Log the values of one step; a number that is not finite is written as null (JSON has
-        no NaN)."""
+        """Log one step's values; a non-finite number becomes null (JSON has no NaN)."""
         if self._file is None:
             return
         finite = {
@@ -52,12 +49,7 @@ class MetricsFile:
     def __enter__(self) -> MetricsFile:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
 
@@ -71,27 +63,14 @@ def _step(line: str) -> int:
 
 
 Line = dict[str, float | None]
-"""The figures of one line; ``None`` where a value was not finite."""
+"""The values of one line; ``None`` where one was not finite."""
 
 LOSS_PARTS = ("kd", "ce", "hidden", "pet", "inertia", "non_commutation", "verification", "safety")
 KNOWN = {
     "train": {
-        *(
-            "loss",
-            *LOSS_PARTS,
-            "grad_norm",
-            "learning_rate",
-            "tokens_seen",
-            "update_ratio",
-            "clip_limit",
-        ),
-        *(
-            "second_difference",
-            "rotation_error",
-            "min_commutator",
-            "mean_commutator",
-            "rotation_drift",
-        ),
+        *("loss", *LOSS_PARTS, "grad_norm", "learning_rate", "tokens_seen", "update_ratio"),
+        *("clip_limit", "second_difference", "rotation_error", "min_commutator"),
+        *("mean_commutator", "rotation_drift"),
     },
     "held_out": {"kl", "agreement", "cross_entropy"},
     "weights": set[str](),
@@ -108,7 +87,8 @@ ROLLBACK, ABORT, CLIP = "rollback", "abort", "clip"
 
 @dataclass(frozen=True)
 class HeldOutPoint:
-    """Held-out figures after ``step`` steps (see ``distill.training.validation.HeldOutScore``)."""
+    """Held-out scores after ``step`` steps (see
+    ``distill.training.validation.ValidationScore``)."""
 
     step: int
     kl: float | None
@@ -118,12 +98,11 @@ class HeldOutPoint:
 
 @dataclass(frozen=True)
 class GuardEvent:
-    """One thing that the guard did after ``step`` finished steps.
+    """One guard action after ``step`` finished steps.
 
-    ``action``: clip, skip_step, rollback, abort, set_aside, checkpoint_refused, or what a newer
-    program calls it. ``signal``, ``tensor``, ``value``, ``limit``: what was seen, where, and what
-    it should not have passed. ``to_step``: where a rollback went. ``batch``: numbers or names of
-    the sequences. ``undone``: logged steps that it took back.
+    ``action``: clip, skip_step, rollback, abort, set_aside, checkpoint_refused, or one of a newer
+    program. ``signal``, ``tensor``, ``value``, ``limit``: what was seen, where, and its limit.
+    ``to_step``: of a rollback. ``batch``: the sequences. ``undone``: logged steps that it undid.
     """
 
     step: int
@@ -140,10 +119,9 @@ class GuardEvent:
 
 @dataclass
 class Metrics:
-    """The lines that count, each kind in order of steps; ``events`` in the order they happened in.
+    """The lines that count, by step; ``events`` in the order they happened in.
 
-    ``undone``: logged steps of training that were taken back and came again, or were lost by it.
-    ``cut_off``: the last line was not written to its end.
+    ``undone``: logged training steps that were rolled back. ``cut_off``: the last line is partial.
     """
 
     train: list[Line] = field(default_factory=list)
@@ -157,12 +135,8 @@ class Metrics:
     @property
     def guarded(self) -> bool:
         """Whether a guard watched, as far as the lines say."""
-        return bool(
-            self.events
-            or self.weights
-            or self.probe
-            or any("update_ratio" in line for line in self.train)
-        )
+        updates = any("update_ratio" in line for line in self.train)
+        return updates or bool(self.events or self.weights or self.probe)
 
     def take_back(self, after: int) -> int:
         """Drop everything of later steps; the number of steps of training among it."""
@@ -175,11 +149,8 @@ class Metrics:
         return undone
 
     def add(self, content: dict[str, Any]) -> None:
-        """Put one line's content where it belongs.
-
-        Raises:
-            ValueError, KeyError, OverflowError: it is damaged.
-        """
+        """Add one line's content; raises ``ValueError``, ``KeyError``, ``OverflowError`` if
+        damaged."""
         kind = content.get("kind")
         if not isinstance(kind, str):
             raise ValueError("kind is not a text")
@@ -189,15 +160,14 @@ class Metrics:
             values = _figures(kind, content)
             step = step_of(values)
             if kind == "train":
-                if self.train and step <= step_of(
-                    self.train[-1]
-                ):  # taken back, though no event says so
+                if self.train and step <= step_of(self.train[-1]):  # rolled back without an event
                     self.take_back(step - 1)
                 self.train.append(values)
             elif kind == "held_out":
                 while self.held_out and self.held_out[-1].step >= step:
                     self.held_out.pop()
-                self.held_out.append(_held_out(values))
+                names = ("kl", "agreement", "cross_entropy")
+                self.held_out.append(HeldOutPoint(step, *map(values.get, names)))
             else:
                 lines = self.weights if kind == "weights" else self.probe
                 while lines and step_of(lines[-1]) >= step:
@@ -211,27 +181,23 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> Metrics:
-    """Everything in the file; nothing where there is none.
-
-    Raises:
-        UserError: a line other than the last is damaged.
-    """
-    found = Metrics()
+    """Everything in the file, if there is one; ``UserError`` if a line but the last is damaged."""
+    metrics = Metrics()
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
-        return found
+        return metrics
     for number, line in enumerate(lines, 1):
         try:
             content = json.loads(line)
             if not isinstance(content, dict):
                 raise ValueError("not an object")
-            found.add(content)
+            metrics.add(content)
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             if number < len(lines):
                 raise UserError(f"{path} is damaged (line {number}: {error})") from None
-            found.cut_off = True  # a killed process, or one that is writing it right now
-    return found
+            metrics.cut_off = True  # a killed process, or one that is writing it right now
+    return metrics
 
 
 def step_of(line: Line) -> int:
@@ -262,12 +228,6 @@ def _figures(kind: str, content: dict[str, Any]) -> Line:
     if values["step"] is None:
         raise ValueError("step is not a number")
     return values
-
-
-def _held_out(values: Line) -> HeldOutPoint:
-    return HeldOutPoint(
-        step_of(values), values.get("kl"), values.get("agreement"), values.get("cross_entropy")
-    )
 
 
 def _event(content: dict[str, Any]) -> GuardEvent:

@@ -8,13 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Proof:
-    """What was compared and how far apart the two were.
+    """What was compared (``against``: PyTorch or the F32 file), and the differences.
 
-    ``against``: PyTorch, or the F32 file. ``max_logit_difference`` over all positions and tokens;
-    ``mean_kl`` KL(that ‖ this file) in nats per token; ``agreement``: share of positions with the
-    same most probable token; ``token_lines``: texts that this file's tokenizer turned into the
-    teacher's own ids. Speeds of one sequence in tokens per second, the median of three (0: not
-    measured); ``unsteady_speed``: the fastest trial of generation in parts of the slowest.
+    ``max_logit_difference`` over all positions and tokens; ``mean_kl``: KL(that ‖ this file), nats
+    per token; ``agreement``: share of positions with the same most probable token; ``token_lines``:
+    texts that this file's tokenizer encodes as the teacher's. Speeds of one sequence in tokens per
+    second, the median of three (0: not measured); ``unsteady_speed``: the fastest generation trial
+    over the slowest.
     """
 
     quant: str

@@ -1,5 +1,4 @@
-"""Where a run's student comes from: the teacher's own words about itself, and the text it learnt
-from."""
+"""Where a run's student comes from: its teacher's metadata, and its training text."""
 
 from __future__ import annotations
 
@@ -11,15 +10,17 @@ from distill.runs.folder import RunFolder
 from students.gguf.provenance import DETAILS, Lineage, Source
 from teachers.base import TeacherInfo
 from teachers.store.store import SoftTargetStore
-from teachers.store.teacher_record import Inheritance
+from teachers.store.teacher_record import TeacherRecord
 
+LINEAGE = "lineage.json"
 LICENCE = {"": "license", "name": "license.name", "link": "license.link"}
 
 
-def lineage_of(inheritance: Inheritance, store: SoftTargetStore, base_name: str | None) -> Lineage:
-    """What an exported file says of its origin. ``base_name``: of the model that the student is
-    made of, if it is not a new one."""
-    about, info = inheritance.about, inheritance.info
+def lineage_of(
+    teacher_record: TeacherRecord, store: SoftTargetStore, base_name: str | None
+) -> Lineage:
+    """The origin of an exported file; ``base_name``: of the base model, if there is one."""
+    about, info = teacher_record.about, teacher_record.info
     teacher = Source(info.name, _details(about) | {"description": _teacher_words(info)})
     models = (teacher,) if base_name is None else (Source(base_name), teacher)
     # The weights of a student made of a base are that base's, whose licence is not known here.
@@ -30,11 +31,7 @@ def lineage_of(inheritance: Inheritance, store: SoftTargetStore, base_name: str 
 
 
 def read_lineage(folder: RunFolder) -> Lineage:
-    """What ``student/lineage.json`` says; a student saved before there was one has none.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """The content of ``student/lineage.json``, which older runs lack; ``UserError`` if damaged."""
     path = folder.student / LINEAGE
     if not path.exists():
         return Lineage()
@@ -61,8 +58,5 @@ def _dataset(about: Mapping[str, str], store: SoftTargetStore) -> Source:
     """The text, by what the store says of it: the same whether the teacher is here or not."""
     name = about.get("text") or f"soft targets {store.manifest.key[:12]}"
     tokens = int(store.lengths().sum())
-    words = f"{len(store)} sequences, {tokens} tokens; soft targets {store.manifest.key}"
-    return Source(name, {"description": words})
-
-
-LINEAGE = "lineage.json"
+    text = f"{len(store)} sequences, {tokens} tokens; soft targets {store.manifest.key}"
+    return Source(name, {"description": text})

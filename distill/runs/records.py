@@ -1,8 +1,7 @@
-"""What a run has written down, read back for a report: of a finished, a still running or a crashed
-run.
+"""The records of a finished, running or crashed run, read back for a report.
 
-``metrics.jsonl`` and ``config.json`` are there from the start, ``results.json`` only when all went
-well. Nothing here needs the run's settings to be valid today: an older run can be reported on too.
+``metrics.jsonl`` and ``config.json`` exist from the start, ``results.json`` only after success. The
+settings need not be valid today, so older runs can be reported on too.
 """
 
 from __future__ import annotations
@@ -40,8 +39,7 @@ class TeacherPart:
 
 @dataclass(frozen=True)
 class StudentPart:
-    """The student's size as asked for, and what came of it; of one made of a base model, that
-    too."""
+    """The requested size and the resulting student; also of one made of a base model."""
 
     size: str | None
     parameters: int | None = None
@@ -84,10 +82,7 @@ class TrainingPart:
 
 @dataclass(frozen=True)
 class ModelScore:
-    """One model against the teacher, at T = 1, in nats per token.
-
-    ``intervals``: of 95 %, by the figure's name; older runs have none.
-    """
+    """One model against the teacher, at T = 1, in nats per token; older runs lack ``intervals``."""
 
     kl: float | None
     agreement: float | None
@@ -98,8 +93,7 @@ class ModelScore:
 
 @dataclass(frozen=True)
 class TeacherScore:
-    """How well the teacher itself predicts the text; ``approximate``: as its rounded soft
-    targets say."""
+    """The teacher's own prediction of the text; ``approximate``: by its rounded soft targets."""
 
     cross_entropy: float | None
     perplexity: float | None
@@ -151,8 +145,7 @@ class RotationsPart:
 
 @dataclass(frozen=True)
 class LibraryPart:
-    """How llama.cpp ran: with its extra CPU buffers, or why without (see
-    ``teachers.llama_cpp.worker``)."""
+    """llama.cpp with its extra CPU buffers, or why without (``teachers.llama_cpp.worker``)."""
 
     extra_buffers: bool = True
     reason: str = ""
@@ -160,11 +153,8 @@ class LibraryPart:
     @property
     def text(self) -> str:
         """The same in words; empty where it ran as it does by default."""
-        return (
-            ""
-            if self.extra_buffers
-            else f"without its extra CPU buffers, with which it {self.reason}"
-        )
+        without = f"without its extra CPU buffers, with which it {self.reason}"
+        return "" if self.extra_buffers else without
 
 
 @dataclass(frozen=True)
@@ -194,18 +184,12 @@ class Results:
     environment: EnvironmentPart
     heads: HeadsPart = HeadsPart()
     llama_cpp: LibraryPart = LibraryPart()  # older runs do not say
-    f32_proof: Proof | None = (
-        None  # of the file that the exported one was made from; older runs have none
-    )
+    f32_proof: Proof | None = None  # of the exported file's source; older runs have none
 
 
 @dataclass(frozen=True)
 class Records:
-    """All that a run's folder says.
-
-    ``held_out``: as logged, or as the results say. ``held``: a process works in the folder.
-    ``checkpoint``: the newest one.
-    """
+    """All records of a run. ``held``: a process is working in the folder."""
 
     folder: Path
     config: dict[str, Any]
@@ -232,7 +216,7 @@ class Records:
         return None if self.checkpoint is None else int(self.checkpoint.name.rpartition("-")[2])
 
     def column(self, name: str) -> tuple[list[int], list[float | None]]:
-        """Steps and values of one figure of training, at the steps that have it."""
+        """Steps and values of one metric of training, at the steps that have it."""
         lines = [line for line in self.train if name in line]
         return [step_of(line) for line in lines], [line[name] for line in lines]
 
@@ -244,11 +228,7 @@ class Records:
 
 
 def read_records(path: Path) -> Records:
-    """Read a run's folder.
-
-    Raises:
-        UserError: it is not a run's folder, nothing is logged yet, or a file in it is damaged.
-    """
+    """Read a run's folder; raises ``UserError`` if it is none, empty or damaged."""
     require_run(path)
     folder = RunFolder(path)
     config = folder.read_json(folder.config_file)

@@ -1,7 +1,4 @@
-"""What makes PyTorch fast on a CPU without changing what it computes.
-
-Each is measured in docs/benchmarks.md.
-"""
+"""Faster PyTorch on a CPU without other results; measured in docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -19,12 +16,10 @@ FLOAT32_ERROR = 1e-5  # of a sum of 512 products, relative to their spread; bflo
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep what is freed, for the rest of this process; returns whether this system
-    can.
+    """Let glibc keep freed memory for the rest of this process; returns whether it can.
 
-    A training step asks for the same large blocks every time (logits, gradients of matrices). By
-    default glibc gives each one back when it is freed and the kernel hands it out again page by
-    page, zeroed, which takes longer than computing with it.
+    A training step asks for the same large blocks every time. By default glibc returns each one and
+    the kernel hands it out again page by page, zeroed, which takes longer than computing with it.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -39,13 +34,11 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def onednn_for_float32() -> Iterator[bool]:
-    """Let oneDNN multiply float32 matrices meanwhile, where it does so in float32; gives whether it
-    does.
+    """Let oneDNN multiply float32 matrices meanwhile, if it does so in float32; yields whether.
 
-    PyTorch otherwise asks MKL, which is slow on processors of other makers (2 to 2.5 times slower
-    on an AMD EPYC). The switch also permits bfloat16 inside; processors that would use it (those
-    with AMX) are found by trying, and left as they are. It makes PyTorch's fused attention for CPUs
-    four times slower.
+    PyTorch otherwise uses MKL, 2 to 2.5 times slower on an AMD EPYC. The switch also permits
+    bfloat16 inside; processors that would use it (those with AMX) are found by trying, and left as
+    they are. It makes PyTorch's fused attention for CPUs four times slower.
     """
     settings = getattr(torch.backends.mkldnn, "matmul", None)
     if settings is None or not torch.backends.mkldnn.is_available():

@@ -1,8 +1,8 @@
-"""``distill doctor``: whether this machine does the main job, and what to do where it does not.
+"""``distill doctor``: whether this machine does the main job, and what to do if not.
 
-Each check is a function that gives findings. Whatever may end a process (llama.cpp, PyTorch on a
-processor it was not built for) is asked in a process of its own, and nothing heavy is imported
-here, so that the first lines come at once.
+Each check is a function that yields findings. What may end a process (llama.cpp, PyTorch on a
+processor it was not built for) runs in a child, and nothing heavy is imported here, so that the
+first lines come at once.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ print(json.dumps(describe_library()))
 _PYTORCH = """
 import torch
 gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
+mps = torch.backends.mps.is_available()
 print(json.dumps({
     "version": torch.__version__,
     "capability": torch.backends.cpu.get_cpu_capability(),
     "threads": torch.get_num_threads(),
     "sum": float(torch.ones(8, 8).matmul(torch.ones(8, 8)).sum()),
     "gpus": [{"name": gpu.name, "total_bytes": gpu.total_memory} for gpu in gpus]
-    + ([{"name": "Apple GPU (MPS)", "total_bytes": 0}] if torch.backends.mps.is_available() else []),
+    + [{"name": "Apple GPU (MPS)", "total_bytes": 0}] * mps,
 }))
 """
 
 
 def examine(teacher: Path, gpu_layers: int = 0) -> Iterator[Finding]:
-    """Every finding, as it is made; ``teacher``: the GGUF file that llama.cpp is tried with,
-    ``gpu_layers`` on a GPU.
+    """Every finding, as it is made; llama.cpp is tried with ``teacher``, a GGUF file.
 
     Raises:
         TeacherFileError: ``teacher`` is no GGUF file.
@@ -97,19 +97,19 @@ def package_findings() -> Iterator[Finding]:
     except PackageNotFoundError:
         yield Finding("packages", "broken", f"{PROJECT} itself is not installed", _install_again())
         return
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     missing = []
     for line in needed:
         name = re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0]
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             missing.append(name)
     shown = ", ".join(
-        f"{name} {found[name]}" for name in ("torch", "transformers", "gguf") if name in found
+        f"{name} {versions[name]}" for name in ("torch", "transformers", "gguf") if name in versions
     )
-    text = f"Python {platform.python_version()}; {shown}; {len(found)} of {len(needed)} there"
-    facts = {"python": platform.python_version(), "versions": found, "missing": missing}
+    text = f"Python {platform.python_version()}; {shown}; {len(versions)} of {len(needed)} there"
+    facts = {"python": platform.python_version(), "versions": versions, "missing": missing}
     if missing:
         yield Finding(
             "packages", "broken", f"{text}; missing: {', '.join(missing)}", _install_again(), facts
@@ -147,11 +147,10 @@ def library_findings() -> Iterator[Finding]:
 
 
 def self_check_findings(teacher: Path, gpu_layers: int) -> Iterator[Finding]:
-    """The first decode with and without extra buffers, found anew, and how fast llama.cpp then is.
+    """The first decode with and without extra buffers, checked anew, and the speed.
 
     Raises:
-        TeacherFileError, TeacherError: the file alone is at fault, or the layers on the GPU are too
-        many.
+        TeacherFileError, TeacherError: the file is at fault, or ``gpu_layers`` are too many.
     """
     import psutil
 
@@ -166,7 +165,7 @@ def self_check_findings(teacher: Path, gpu_layers: int) -> Iterator[Finding]:
     try:
         worker = Worker(teacher, threads=threads, gpu_layers=gpu_layers, types=types, anew=True)
         try:
-            extra_buffers = worker.way().extra_buffers
+            extra_buffers = worker.options().extra_buffers
             message = {"prompt_tokens": SPEED_PROMPT, "new_tokens": SPEED_NEW}
             speed = worker.ask("speed", message)[0]
         finally:
@@ -195,10 +194,8 @@ def self_check_findings(teacher: Path, gpu_layers: int) -> Iterator[Finding]:
 def _verdict(
     before: CheckRecord, types: frozenset[str], size: int, *, extra_buffers: bool
 ) -> Finding:
-    """What the self-check found now, in the light of what was remembered ``before``.
-
-    A remembered fault is forgotten where the kinds of tensors that it was found with work now.
-    """
+    """The self-check's result compared with ``before``; a remembered fault that is gone is
+    forgotten."""
     from teachers.llama_cpp.library.check_record import (
         CheckRecord,
         change_record,
@@ -218,15 +215,15 @@ def _verdict(
     compared = f"results as without extra buffers: {', '.join(sorted(record.verified))}"
     if not before.reason:
         return Finding("self-check", "ok", f"the first decode works; {compared}", "", facts)
-    found = f"on {before.time[:10]} llama.cpp {before.reason}, with {_file_of(before.failed)}"
+    fault = f"on {before.time[:10]} llama.cpp {before.reason}, with {_file_of(before.failed)}"
     if not before.failed <= types or size < before.from_bytes:
-        text = f"{_file_of(types)} works; but {found}, and such files run without extra buffers"
+        text = f"{_file_of(types)} works; but {fault}, and such files run without extra buffers"
         remedy = f"try that file again with --teacher, or {rebuild_command()}"
         return Finding("self-check", "slow", text, remedy, facts)
     if problem := _problem_of(lambda: change_record(CheckRecord.without_fault)):
-        text = f"works now, but that cannot be remembered ({problem}), so runs stay slow: {found}"
+        text = f"works now, but that cannot be remembered ({problem}), so runs stay slow: {fault}"
         return Finding("self-check", "slow", text, f"delete {record_path()}", facts)
-    text = f"works now, and what was is forgotten: {found}; {compared}"
+    text = f"works now, and what was is forgotten: {fault}; {compared}"
     return Finding("self-check", "ok", text, "", facts)
 
 
@@ -306,8 +303,7 @@ def _install_again() -> str:
 
 
 def _build_setting() -> str:
-    """What has llama.cpp compiled rightly, after what CMAKE_ARGS asks for already; for the
-    system's shell."""
+    """The CMAKE_ARGS that compile llama.cpp for this machine, in the system shell's syntax."""
     build = Path(__file__).parents[2] / "teachers" / "llama_cpp" / "library" / "build.cmake"
     setting = f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={build}"
     if sys.platform == "win32":
@@ -316,8 +312,7 @@ def _build_setting() -> str:
 
 
 def rebuild_command() -> str:
-    """What to do about a llama.cpp that does not suit this machine: the command that compiles it
-    again."""
+    """The command that compiles llama.cpp again, for one that does not suit this machine."""
     if other := os.environ.get("LLAMA_CPP_LIB_PATH"):
         return f"unset LLAMA_CPP_LIB_PATH, which is {other}"
     if (pinned := library_version()) is None:

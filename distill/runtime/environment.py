@@ -31,8 +31,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def how_llama_cpp_ran() -> dict[str, Any]:
-    """Whether llama.cpp ran every file of this process with its extra CPU buffers, and if not,
-    why."""
+def llama_cpp_environment() -> dict[str, Any]:
+    """Whether llama.cpp always ran with its extra CPU buffers, and if not, why."""
     reason = why_without_extra_buffers()
     return {"extra_buffers": not reason, "reason": reason}

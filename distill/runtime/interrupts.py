@@ -1,9 +1,8 @@
 """Ctrl-C that is not lost.
 
-Python raises KeyboardInterrupt wherever the main thread happens to be. Inside a finaliser or a
-callback of a native library it is printed or dropped, and the program goes on as if nobody had
-pressed anything. So it is remembered, and raised again at the next place where the program says how
-far it is.
+Python raises KeyboardInterrupt wherever the main thread is; inside a finalizer or a native
+library's callback it is printed or dropped. So it is remembered, and raised again when the program
+next reports progress.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ def check() -> None:
 
 
 def _is_pythons_own() -> bool:
-    """Whether SIGINT is handled as Python does by itself: one that is ignored (in the
-    background) stays so."""
+    """Whether SIGINT has Python's handler: one that is ignored (in the background) stays so."""
     return signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -9,8 +9,8 @@ from typing import TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from distill.runtime.launch_environment import launched_share
-from teachers.base import Share
+from distill.runtime.launch_environment import process_rank
+from teachers.base import ProcessRank
 
 PATIENCE = timedelta(days=30)  # processes wait for the one that captures the largest share
 
@@ -21,12 +21,12 @@ Value = TypeVar("Value")
 class Launch:
     """This process's place in its launch, and what keeps the processes together."""
 
-    share: Share
+    share: ProcessRank
 
     @classmethod
     def join(cls) -> Launch:
         """Meet the other processes of the launch, if there are any."""
-        share = launched_share()
+        share = process_rank()
         if share.world > 1:
             PartialState(timeout=PATIENCE)
         return cls(share)

@@ -7,22 +7,19 @@ from importlib.util import find_spec
 
 from distill.config.schema import TrainConfig
 from distill.errors import UserError
-from teachers.base import Share
+from teachers.base import ProcessRank
 
 
-def launched_share() -> Share:
-    """This process's part of the work, from what ``torchrun`` and ``accelerate launch`` set.
-
-    Raises:
-        UserError: RANK and WORLD_SIZE are not numbers that fit together.
-    """
+def process_rank() -> ProcessRank:
+    """This process's part of a ``torchrun`` or ``accelerate`` launch; ``UserError`` if
+    malformed."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not rank.isdigit() or not world.isdigit() or not int(rank) < int(world):
         raise UserError(
             f"RANK={rank!r} and WORLD_SIZE={world!r} in the environment do not fit together; unset "
             "them"
         )
-    return Share(int(rank), int(world))
+    return ProcessRank(int(rank), int(world))
 
 
 def fsdp_is_asked_for() -> bool:
@@ -31,16 +28,11 @@ def fsdp_is_asked_for() -> bool:
 
 
 def require_trainable(config: TrainConfig, processes: int) -> None:
-    """See that settings fit the launch and what is installed, before anything takes long.
-
-    Raises:
-        UserError: they do not.
-    """
+    """Raise ``UserError`` unless the settings fit the launch and what is installed."""
     if config.on_policy and processes > 1:
         raise UserError(
             f"train.on_policy = {config.on_policy:g} works in one process, not in {processes}; "
-            "start it without a "
-            "launcher"
+            "start it without a launcher"
         )
     for tracker in config.trackers:
         if find_spec(tracker) is None:

@@ -1,5 +1,4 @@
-"""This machine as a run sees it before anything starts: processor, memory and disk, each ok,
-slow or broken."""
+"""The machine before a run: processor, memory and disk, each ok, slow or broken."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ LEAST_DISK, ROOMY_DISK = 200 << 20, 5 << 30
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, how it is, and what to do; ``facts`` are the figures for
-    other programs."""
+    """What was checked, its state and a remedy; ``facts``: values for other programs."""
 
     name: str
     level: Level
@@ -43,15 +41,10 @@ def processor_finding() -> Finding:
     )
     facts = {"name": cpu.name, "cores": cores, "features": seen, "system": platform.platform()}
     x86 = platform.machine().lower() in ("x86_64", "amd64")
+    remedy = "one core: a run takes about twice as long as on two" if cores == 1 else ""
     if x86 and cpu.features and "AVX2" not in seen:
-        return Finding(
-            "processor", "slow", text, "without AVX2 everything takes several times as long", facts
-        )
-    if cores == 1:
-        return Finding(
-            "processor", "slow", text, "one core: a run takes about twice as long as on two", facts
-        )
-    return Finding("processor", "ok", text, "", facts)
+        remedy = "without AVX2 everything takes several times as long"
+    return Finding("processor", "slow" if remedy else "ok", text, remedy, facts)
 
 
 def usable_cores() -> int:
@@ -72,10 +65,8 @@ def memory_finding() -> Finding:
     text = f"{human_bytes(available)} free of {human_bytes(total)}"
     facts = {"total_bytes": total, "available_bytes": available}
     if available < LEAST_MEMORY:
-        remedy = (
-            f"the example needs {human_bytes(LEAST_MEMORY)}: close other programs or use "
-            "another machine"
-        )
+        needed = f"the example needs {human_bytes(LEAST_MEMORY)}"
+        remedy = f"{needed}: close other programs or use another machine"
         return Finding("memory", "broken", text, remedy, facts)
     if available < ROOMY_MEMORY:
         remedy = "enough for the example; `distill plan` says what your own run needs"
@@ -86,18 +77,16 @@ def memory_finding() -> Finding:
 def container_limits(
     groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> list[tuple[int, int]]:
-    """Bytes that this process's control group may use and uses, of each version of Linux's groups
-    that limits it.
+    """Limit and use in bytes of this process's control group, for each cgroup version.
 
-    Files that the system keeps in memory until somebody needs it are not counted. ``groups`` says
-    which groups those are, ``root`` is where they are mounted; a container may see its own at the
-    root.
+    Reclaimable file cache is not counted. ``groups`` names the groups, mounted at ``root``; a
+    container may see its own at the root.
     """
     try:
         lines = groups.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux
         return []
-    found = []
+    limits = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -106,12 +95,12 @@ def container_limits(
             folder, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
         else:
             continue
-        for place in (folder / path.lstrip("/"), folder):
-            limit, used = (_whole_number(place / name) for name in names)
+        for group in (folder / path.lstrip("/"), folder):
+            limit, used = (_whole_number(group / name) for name in names)
             if limit is not None:
-                found.append((limit, max(0, (used or 0) - _kept_files(place))))
+                limits.append((limit, max(0, (used or 0) - _kept_files(group))))
                 break
-    return found
+    return limits
 
 
 def _kept_files(group: Path) -> int:
@@ -134,8 +123,7 @@ def _whole_number(path: Path) -> int | None:
 
 
 def disk_finding() -> Finding:
-    """Room in the current folder, where runs are kept by default, and whether it can be written
-    to."""
+    """Room in the current folder, the default group of runs, and whether it is writable."""
     try:
         folder = Path.cwd()
     except FileNotFoundError:
@@ -143,30 +131,21 @@ def disk_finding() -> Finding:
             "disk", "broken", "the current folder has been deleted", "go to another folder"
         )
     free = shutil.disk_usage(folder).free
-    text, facts = (
-        f"{human_bytes(free)} free in {folder}",
-        {"folder": str(folder), "free_bytes": free},
-    )
+    text = f"{human_bytes(free)} free in {folder}"
+    facts = {"folder": str(folder), "free_bytes": free}
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
+        text = f"{folder} cannot be written to ({error.strerror})"
         remedy = "a run's folder is made here: go to another folder, or name one with --out"
-        return Finding(
-            "disk", "broken", f"{folder} cannot be written to ({error.strerror})", remedy, facts
-        )
+        return Finding("disk", "broken", text, remedy, facts)
     if free < LEAST_DISK:
-        return Finding(
-            "disk", "broken", text, "free some space, or go to a folder on another disk", facts
-        )
+        remedy = "free some space, or go to a folder on another disk"
+        return Finding("disk", "broken", text, remedy, facts)
     if free < ROOMY_DISK:
-        return Finding(
-            "disk",
-            "slow",
-            text,
-            "enough for the example; `distill plan` says what a run keeps",
-            facts,
-        )
+        remedy = "enough for the example; `distill plan` says what a run keeps"
+        return Finding("disk", "slow", text, remedy, facts)
     return Finding("disk", "ok", text, "", facts)
 
 

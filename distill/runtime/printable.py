@@ -1,5 +1,4 @@
-"""What goes to a terminal: decisions in colour, warnings, and the text of others, which may not
-steer it."""
+"""Terminal output: decisions in color, warnings, and foreign text without control characters."""
 
 from __future__ import annotations
 
@@ -15,25 +14,28 @@ from rich.markup import escape
 # bidi controls).
 _STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
-COLOURS = {"ALLOW": "green", "ESCALATE": "yellow", "REFUSE": "red"}
+COLORS = {"ALLOW": "green", "ESCALATE": "yellow", "REFUSE": "red"}
 
 
-def coloured(decision: str | None) -> str:
+def colored(decision: str | None) -> str:
     """A safety decision as Rich's markup; nothing for none."""
-    return "" if decision is None else f"[bold {COLOURS[decision]}]{decision}[/]"
+    return "" if decision is None else f"[bold {COLORS[decision]}]{decision}[/]"
 
 
 def printable(text: str) -> str:
-    """``text`` with what would steer a terminal as a sign that shows it: ``␛[31m``, ``\\u202e``;
-    all else as it is."""
-    return _STEERS.sub(lambda found: _sign(found[0]), text)
+    """``text`` with terminal controls made visible, such as ``␛[31m`` and ``\\u202e``."""
+    return _STEERS.sub(lambda match: _sign(match[0]), text)
+
+
+def printable_line(text: str) -> str:
+    """``text`` on one line, as UTF-8 can hold it: each sign that cannot be printed becomes �."""
+    return "".join(sign if sign.isprintable() else "�" for sign in text)
 
 
 def json_line(value: Any) -> str:
-    """``value`` as JSON on one line, characters beyond ASCII as they are, but for those that
-    steer a terminal."""
+    """``value`` as one line of JSON, non-ASCII as it is, terminal controls escaped."""
     line = json.dumps(value, ensure_ascii=False)
-    return _STEERS.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
+    return _STEERS.sub(lambda match: f"\\u{ord(match[0]):04x}", line)
 
 
 class WarningLines(logging.Handler):

@@ -21,13 +21,11 @@ from rich.progress import (
 
 from distill.runtime import interrupts
 
-LINE_EVERY_SECONDS = (
-    10.0  # how often progress is printed where there is no terminal to draw a bar on
-)
+LINE_EVERY_SECONDS = 10.0  # between lines of progress where no terminal can draw a bar
 
 
 class Stage:
-    """One stage's progress; ``update`` takes what is done so far and a few words about it."""
+    """One stage's progress, in a bar or in lines."""
 
     def __init__(
         self, console: RichConsole, title: str, total: int | None, bar: Progress | None
@@ -37,11 +35,11 @@ class Stage:
         self.total = total
         self.bar = bar
         self.task: TaskID | None = bar.add_task(title, total=total, note="") if bar else None
-        self.begin = self.printed = time.monotonic()
+        self.started = self.printed = time.monotonic()
         self.outcome = ""
 
     def update(self, done: int, note: str = "") -> None:
-        """Say how far the stage is."""
+        """Report what is done so far; ``note``: a short remark."""
         interrupts.check()
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=done, note=escape(note))
@@ -49,13 +47,13 @@ class Stage:
         now = time.monotonic()
         if now - self.printed >= LINE_EVERY_SECONDS and self.total:
             self.printed = now
-            left = (now - self.begin) / max(done, 1) * (self.total - done)
+            left = (now - self.started) / max(done, 1) * (self.total - done)
             self.console.print(
                 f"  {self.title}: {done}/{self.total}, {left:.0f} s left  {escape(note)}"
             )
 
     def finish(self, outcome: str) -> None:
-        """Words for the line that remains when the stage is over."""
+        """Set the text of the line that remains when the stage is over."""
         self.outcome = outcome
 
 
@@ -71,7 +69,7 @@ class Console:
     def stage(self, title: str, total: int | None = None) -> Iterator[Stage]:
         """Show a stage while it runs and leave one line with its outcome and duration."""
         interrupts.check()
-        begin = time.monotonic()
+        started = time.monotonic()
         if self.rich.is_terminal:
             columns = (
                 SpinnerColumn(),
@@ -84,12 +82,10 @@ class Console:
                 TextColumn("[dim]{task.fields[note]}"),
             )
             with Progress(*columns, console=self.rich, transient=True) as bar:
-                stage = Stage(self.rich, title, total, bar)
-                yield stage
+                yield (stage := Stage(self.rich, title, total, bar))
         else:
-            stage = Stage(self.rich, title, total, None)
-            yield stage
-        duration = time.monotonic() - begin
+            yield (stage := Stage(self.rich, title, total, None))
+        duration = time.monotonic() - started
         self.seconds[title] = round(duration, 3)
         self.rich.print(
             f"[green]✓[/] {title:<16} [dim]{duration:6.1f} s[/]  {escape(stage.outcome)}"

@@ -1,10 +1,9 @@
 """Checkpoints: safetensors and JSON only, written whole or not at all, the last two kept.
 
 ``checkpoints/step-000120/`` holds ``model.safetensors``, ``best.safetensors`` (the weights with the
-best held-out KL so far, where they are not these), ``training.safetensors`` (optimizer moments,
-objective, random state of every process) and ``state.json`` (step, schedule, held-out scores, which
-data). The folder is renamed into place when everything is on disk, so a half-written one is never
-seen.
+best validation KL so far, where they are not these), ``training.safetensors`` (optimizer moments,
+objective, random state of every process) and ``state.json`` (step, schedule, scores, which data).
+The folder is renamed into place when everything is on disk, so a partial one is never seen.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.losses.objective import Objective
 from distill.runs.folder import _complete
-from distill.training.validation import HeldOutScore, best_step
+from distill.training.validation import ValidationScore, best_step
 from stability.guard import Guard
 from stability.measures.random_state import random_state, restore_random_state
 from students.model.interface import Student
@@ -36,15 +35,16 @@ from students.weights import Weights, full_tensor, laid_out_like, plain_weights,
 from teachers.atomic_files import write_whole
 
 KEEP = 2
+UNREADABLE = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError)
 
 
 @dataclass
 class TrainingState:
     """Everything that changes while training, as the loop holds it.
 
-    ``best``: the weights with the best held-out KL so far, on the CPU; ``None`` where there is no
-    score yet, or training is at its planned end and the newest are the best. ``guard``: watches
-    this training, if one does; ``lines_logged``: of ``metrics.jsonl``.
+    ``best``: the weights with the best validation KL so far, on the CPU; ``None`` where there is no
+    score yet, or training is at its planned end and the newest are the best. ``lines_logged``: of
+    ``metrics.jsonl``.
     """
 
     student: Student
@@ -53,7 +53,7 @@ class TrainingState:
     objective: Objective
     step: int = 0
     tokens_seen: int = 0
-    scores: dict[int, HeldOutScore] = field(default_factory=dict)
+    scores: dict[int, ValidationScore] = field(default_factory=dict)
     best: Weights | None = None
     guard: Guard | None = None
     lines_logged: int | None = None
@@ -65,7 +65,7 @@ def save_checkpoint(
     """Write ``folder/step-NNNNNN`` whole or not at all and drop all but the newest two.
 
     Every process of a launch takes part; the first one writes. Checkpoints of later steps, from
-    which training went back, are put aside then. ``finished``: nothing will be trained after it, so
+    which training rolled back, are then quarantined. ``finished``: nothing is trained after it, so
     the optimizer's moments (two thirds of a checkpoint) are left out.
 
     Raises:
@@ -98,9 +98,11 @@ def save_checkpoint(
             for name, tensors in files.items()
         }
         _write(final, files, content)
-        _undo(folder, state.step)
+        # Training rolled back to before the checkpoints of later steps.
+        later = [one for one in _complete(folder) if int(one.name.rpartition("-")[2]) > state.step]
+        _quarantine(later, "undone")
         for old in _complete(folder)[:-KEEP]:
-            _discard(old)
+            shutil.rmtree(_renamed(old))
     return final
 
 
@@ -113,22 +115,16 @@ def _write(final: Path, files: dict[str, Weights], content: dict[str, Any]) -> N
         for name, tensors in files.items():
             write_whole(temporary / f"{name}.safetensors", safetensors.torch.save(tensors))
         write_whole(temporary / "state.json", (json.dumps(content, indent=2) + "\n").encode())
-        before = _out_of_the_way(final) if final.exists() else None
+        old = _renamed(final) if final.exists() else None
         temporary.replace(final)
-        if before is not None:
-            shutil.rmtree(before)
+        if old is not None:
+            shutil.rmtree(old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _discard(path: Path) -> None:
-    """Delete a checkpoint; killed meanwhile, it is a leftover that the next start removes, not
-    half a checkpoint."""
-    shutil.rmtree(_out_of_the_way(path))
-
-
-def _out_of_the_way(path: Path) -> Path:
-    """Rename a checkpoint to what the next start removes."""
+def _renamed(path: Path) -> Path:
+    """Rename a checkpoint to a leftover, which the next start removes if it is still there."""
     leftover = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     path.replace(leftover)
     return leftover
@@ -137,44 +133,34 @@ def _out_of_the_way(path: Path) -> Path:
 def load_newest(
     folder: Path, state: TrainingState, data_key: str
 ) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """Load the newest checkpoint that is sound; one that is damaged is put aside, as
-    ``refused-step-NNNNNN``.
+    """Load the newest sound checkpoint; damaged ones are quarantined as ``refused-step-NNNNNN``.
 
     Returns:
-        The one that was loaded (``None``: there is none at all), and those that were put aside with
+        The one that was loaded (``None``: there is none at all), and the damaged ones, each with
         what is wrong.
 
     Raises:
         UserError: none is sound, or it was made with other data.
     """
     refused: list[tuple[Path, str]] = []
-    found = _complete(folder)
-    for path in reversed(found):
+    paths = _complete(folder)
+    for path in reversed(paths):
         try:
             load_checkpoint(path, state, data_key)
         except DamagedCheckpoint as error:
             refused.append((path, error.reason))
-            if path == found[0]:
+            if path == paths[0]:
                 raise
         else:
-            if refused and PartialState().is_main_process:
-                _put_aside([bad for bad, _ in refused], "refused")
+            if PartialState().is_main_process:
+                _quarantine([bad for bad, _ in refused], "refused")
             return path, refused
     return None, []
 
 
-def _undo(folder: Path, after: int) -> None:
-    """Put the checkpoints of later steps aside, as ``undone-step-NNNNNN``: training went back to
-    before them."""
-    later = [path for path in _complete(folder) if int(path.name.rpartition("-")[2]) > after]
-    if later:
-        _put_aside(later, "undone")
-
-
-def _put_aside(paths: Sequence[Path], why: str) -> None:
-    """Rename checkpoints so that nothing continues from them; those put aside earlier for the
-    same reason go."""
-    for old in paths[0].parent.glob(f"{why}-step-*"):
+def _quarantine(paths: Sequence[Path], why: str) -> None:
+    """Rename checkpoints so that nothing continues from them; those of an earlier time go."""
+    for old in paths[0].parent.glob(f"{why}-step-*") if paths else ():
         shutil.rmtree(old)
     for path in paths:
         path.replace(path.with_name(f"{why}-{path.name}"))
@@ -191,6 +177,7 @@ def _read_sound(path: Path, file: str, checksums: Mapping[str, Any]) -> Weights:
 
     Raises:
         ValueError: names the tensor that is not.
+        SafetensorError: the file is not whole.
     """
     tensors: Weights = safetensors.torch.load_file(path / f"{file}.safetensors")
     known = checksums.get(file, {})
@@ -236,17 +223,15 @@ def load_checkpoint(path: Path, state: TrainingState, data_key: str) -> None:
             _restore_optimizer(state.optimizer, _under(training, "optimizer"), content["optimizer"])
         state.schedule.load_state_dict(content["schedule"])
         # The schedule writes rates only when it is stepped, so put the current ones back by hand.
-        for group, rate in zip(
-            state.optimizer.param_groups, state.schedule.get_last_lr(), strict=True
-        ):
+        rates = state.schedule.get_last_lr()
+        for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         _restore_objective(state.objective, _under(training, "objective"), state.student.device)
         if own := _under(training, f"random.{PartialState().process_index}"):
             restore_random_state(own)  # none where the run is continued with more processes
         state.step, state.tokens_seen = int(content["step"]), int(content["tokens_seen"])
-        state.scores = {
-            int(score.pop("step")): HeldOutScore(**score) for score in content["scores"]
-        }
+        scores = content["scores"]
+        state.scores = {int(score.pop("step")): ValidationScore(**score) for score in scores}
         if content["best_apart"]:
             state.best = best
         elif state.scores and not content["finished"]:  # the weights of this very step
@@ -257,18 +242,10 @@ def load_checkpoint(path: Path, state: TrainingState, data_key: str) -> None:
         if state.guard is not None and content.get("guard") is not None:
             state.guard.load_state_dict(content["guard"])
         elif state.guard is not None:
-            state.guard.steps = state.step
-    except (
-        OSError,
-        KeyError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
-        if isinstance(error, UserError):
-            raise
+            state.guard.state.steps = state.step
+    except UserError:
+        raise
+    except (*UNREADABLE, SafetensorError) as error:
         raise DamagedCheckpoint(path, str(error)) from None
 
 
@@ -291,24 +268,19 @@ def _restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Weights, scalars: dict[str, dict[str, float]]
 ) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    entries: dict[int, dict[str, Any]] = {
-        int(index): dict(values) for index, values in scalars.items()
-    }
+    entries: dict[int, dict[str, Any]] = {int(index): dict(one) for index, one in scalars.items()}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
         parameter = parameters[int(index)]
-        same = tensor.shape == parameter.shape
-        entries.setdefault(int(index), {})[key] = (
-            laid_out_like(tensor, parameter) if same else tensor
-        )
+        if tensor.shape == parameter.shape:
+            tensor = laid_out_like(tensor, parameter)
+        entries.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
 
 
 def _objective_tensors(objective: Objective) -> Weights:
-    projectors = {
-        f"parameter.{name}": value.detach() for name, value in objective.named_parameters()
-    }
-    tensors = objective.state() | projectors
+    named = objective.named_parameters()
+    tensors = objective.state() | {f"parameter.{name}": value.detach() for name, value in named}
     return {f"objective.{name}": full_tensor(value).contiguous() for name, value in tensors.items()}
 
 
@@ -317,13 +289,8 @@ def _restore_objective(objective: Objective, tensors: Weights, device: torch.dev
     saved = _under(tensors, "parameter")
     for name, parameter in objective.named_parameters():
         parameter.copy_(laid_out_like(saved[name], parameter))
-    objective.load_state(
-        {
-            name: value.to(device)
-            for name, value in tensors.items()
-            if not name.startswith("parameter.")
-        }
-    )
+    state = {name: one for name, one in tensors.items() if not name.startswith("parameter.")}
+    objective.load_state({name: value.to(device) for name, value in state.items()})
 
 
 def _random_tensors() -> Weights:
@@ -337,8 +304,7 @@ def _random_tensors() -> Weights:
 
 
 def _under(tensors: Weights, prefix: str) -> Weights:
-    """The tensors whose names begin with ``prefix`` and a dot, without it."""
+    """The tensors whose names start with ``prefix`` and a dot, without it."""
     start = f"{prefix}."
-    return {
-        name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)
-    }
+    named = {name: value for name, value in tensors.items() if name.startswith(start)}
+    return {name.removeprefix(start): value for name, value in named.items()}

@@ -13,34 +13,34 @@ from accelerate.utils import broadcast
 
 from distill.training.checkpoint import TrainingState
 
-CHECKPOINT_SECONDS = 30.0  # about so much training is lost when a process is killed
+CHECKPOINT_SECONDS = 30.0  # about how much training is lost when a process is killed
 SAVING_SHARE = 0.03  # of the time may go into checkpoints
 
 
-class Clock:
+class CheckpointTimer:
     """How long this process has trained, and when the next checkpoint is due."""
 
     def __init__(self, from_step: int, from_tokens: int) -> None:
         self.from_step = self.saved_step = from_step
         self.from_tokens = from_tokens
-        self.begin = self.last_save = time.perf_counter()
+        self.start = self.last_save = time.perf_counter()
         self.interval = CHECKPOINT_SECONDS
 
     @property
     def seconds(self) -> float:
-        """Seconds since this process began to train."""
-        return time.perf_counter() - self.begin
+        """Seconds since this process started to train."""
+        return time.perf_counter() - self.start
 
     def trained_since_save(self, step: int) -> bool:
         """Whether there is anything to save that is not saved."""
         return step > self.saved_step
 
-    def went_back(self) -> None:
-        """Training went back to an earlier step: that is to be saved at once."""
+    def rolled_back(self) -> None:
+        """The guard went back to an earlier step: a checkpoint is due at once."""
         self.saved_step, self.last_save = -1, -math.inf
 
     def save_is_due(self, accelerator: Accelerator) -> bool:
-        """Whether it is time for a checkpoint; all processes hear the first one's clock."""
+        """Whether it is time for a checkpoint; the first process decides for all."""
         due = time.perf_counter() - self.last_save > self.interval
         if accelerator.num_processes > 1:
             due = bool(broadcast(torch.tensor(int(due), device=accelerator.device)))
@@ -48,15 +48,15 @@ class Clock:
 
     @contextmanager
     def saving(self, step: int) -> Iterator[None]:
-        """Around the writing of a checkpoint; one that takes long makes them rarer."""
-        begin = time.perf_counter()
+        """Time the writing of a checkpoint; a slow one makes them rarer."""
+        start = time.perf_counter()
         yield
         self.saved_step, self.last_save = step, time.perf_counter()
-        self.interval = max(CHECKPOINT_SECONDS, (self.last_save - begin) / SAVING_SHARE)
+        self.interval = max(CHECKPOINT_SECONDS, (self.last_save - start) / SAVING_SHARE)
 
     def describe(self, state: TrainingState, loss: float) -> str:
-        """One line about how training stands."""
+        """One line on the state of training."""
         speed = (state.tokens_seen - self.from_tokens) / max(self.seconds, 1e-9)
         newest = state.scores[max(state.scores)] if state.scores else None
-        held_out = f", held-out KL {newest.kl:.3f}" if newest else ""
-        return f"loss {loss:.3f}{held_out}, {speed:,.0f} tokens/s"
+        score = f", validation KL {newest.kl:.3f}" if newest else ""
+        return f"loss {loss:.3f}{score}, {speed:,.0f} tokens/s"

@@ -1,4 +1,4 @@
-"""From a store to batches: the held-out split, the order of every epoch, padding."""
+"""From a store to batches: the validation split, the order of every epoch, padding."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ SORTED_TOGETHER = 16  # batches whose sequences are sorted by length together, t
 
 @dataclass(frozen=True)
 class Split:
-    """Indices of training and held-out sequences; no held-out sequence occurs in training."""
+    """Indices of training and validation sequences; no validation sequence occurs in training."""
 
     train: NDArray[np.int64]
     held_out: NDArray[np.int64]
 
 
 def split(store: SoftTargetStore, share: float, seed: int) -> Split:
-    """Hold out a random ``share`` of the sequences (1 to 128).
+    """Hold out a random ``share`` of the sequences (1 to 128) for validation.
 
     A sequence that occurs several times counts once: all its copies go to the same side.
 
@@ -69,17 +69,17 @@ def epoch_order(
         group = order[start : start + span]
         group = group[np.argsort(lengths[group], kind="stable")]
         batches += [group[at : at + batch_size] for at in range(0, len(group), batch_size)]
-    return [batches[place] for place in random.permutation(len(batches))]
+    return [batches[index] for index in random.permutation(len(batches))]
 
 
 def load_batch(store: SoftTargetStore, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
     """Read some sequences, their targets and their kept layer states; pad tokens with 0 on the
     right."""
-    rows = [store.tokens(int(index)) for index in indices]
-    targets = join([store.targets(int(index)) for index in indices])
-    kept = [store.layer_states(int(index)) for index in indices]
+    numbers = [int(index) for index in indices]
+    targets = join([store.targets(index) for index in numbers])
+    kept = [store.layer_states(index) for index in numbers]
     layers = {layer: torch.cat([states[layer] for states in kept]) for layer in kept[0]}
-    tokens, lengths = padded(rows)
+    tokens, lengths = padded([store.tokens(index) for index in numbers])
     return Batch(tokens, lengths, targets, layers=layers)
 
 
@@ -87,13 +87,13 @@ def load_batch(store: SoftTargetStore, indices: Sequence[int] | NDArray[np.int64
 class MicroBatch:
     """Sequences that one process computes together. ``counts``: false for a stand-in whose loss is
     not added, where a process has fewer sequences than another but must take part in the same
-    communication. ``place`` of ``places``: its number among the step's micro-batches that count,
+    communication. ``number`` of ``count``: its position among the step's micro-batches that count,
     over all processes."""
 
     indices: list[int]
     counts: bool = True
-    place: int = 0
-    places: int = 1
+    number: int = 0
+    count: int = 1
 
 
 def micro_batches(
@@ -105,20 +105,16 @@ def micro_batches(
     """
     parts = [part.tolist() for part in np.array_split(np.array(indices), accumulation * world)]
     rounds = [parts[start : start + world] for start in range(0, len(parts), world)]
-    places = sum(map(bool, parts))
+    count = sum(map(bool, parts))
     mine = [(turn * world + rank, group[rank]) for turn, group in enumerate(rounds) if any(group)]
-    return [
-        MicroBatch(part, True, place, places)
-        if part
-        else MicroBatch([int(indices[0])], counts=False, places=places)
-        for place, part in mine
-    ]
+    stand_in = MicroBatch([int(indices[0])], counts=False, count=count)
+    return [MicroBatch(part, True, number, count) if part else stand_in for number, part in mine]
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The store, which of its sequences are held out, the seed of their order, and prompts for the
-    safety head: in every ``prompts_every``-th optimizer step ``prompts_together`` of them."""
+    """The store, its split, the seed of the order, and prompts for the safety head: in every
+    ``prompts_every``-th optimizer step ``prompts_together`` of them."""
 
     store: SoftTargetStore
     split: Split
@@ -141,13 +137,13 @@ class TrainingData:
         return used_tokens(self.store, self.prompts.tokens if self.prompts is not None else ())
 
     def fixed_text(self) -> Batch:
-        """A few of the held-out sequences, which the guard looks at now and then."""
+        """The few validation sequences that the guard probes the student with."""
         indices = self.split.held_out
         some = np.linspace(0, len(indices) - 1, min(len(indices), SEQUENCES)).astype(int)
         return load_batch(self.store, indices[some])
 
     def held_out(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
-        """The held-out sequences in batches."""
+        """The validation sequences in batches."""
         indices = self.split.held_out
         for start in range(0, len(indices), batch_size):
             yield load_batch(self.store, indices[start : start + batch_size]).to(device)

@@ -1,18 +1,26 @@
-"""What Accelerate wraps: student and objective as one module, so that their parameters are
-treated alike."""
+"""The launch as Accelerate sees it, and what it wraps: student and objective as one module, so
+that their parameters are treated alike."""
 
 from __future__ import annotations
 
+import atexit
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TypeVar
 
-from accelerate import Accelerator
-from torch import nn
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from distill.config.schema import TrainConfig
 from distill.losses.objective import Objective
+from distill.runtime.cpu import keep_freed_memory
+from distill.runtime.device import choose_precision
 from distill.runtime.launch_environment import fsdp_is_asked_for
 from students.model.interface import Student
 
@@ -22,9 +30,8 @@ Result = TypeVar("Result")
 class TrainingModule(nn.Module):
     """Student and objective. Its forward pass runs a function of both.
 
-    DDP and FSDP act around a module's forward pass: with the loss inside it, the output matrix that
-    the chunked loss reads, and the projectors, are whole where they are used and their gradients
-    are averaged.
+    DDP and FSDP act around a module's forward pass: with the loss inside it, the output matrix and
+    the projectors are gathered where they are used, and their gradients are averaged.
     """
 
     def __init__(self, student: Student, objective: Objective) -> None:
@@ -33,8 +40,49 @@ class TrainingModule(nn.Module):
         self.objective = objective
 
     def forward(self, compute: Callable[[Student, Objective], Result]) -> Result:
-        """``compute(student, objective)``."""
+        """Run ``compute(student, objective)``."""
         return compute(self.student, self.objective)
+
+
+def build_accelerator(config: TrainConfig, width: int, folder: Path) -> Accelerator:
+    """Accelerate's view of this launch, with the configured precision and trackers."""
+    launch = PartialState()
+    # Metal lacks the float64 that rotations and scores are computed in.
+    if launch.device.type == "mps":
+        launch.device = torch.device("cpu")
+    on_cpu = launch.device.type == "cpu"
+    if launch.num_processes > 1:
+        atexit.register(_leave, launch)
+    if on_cpu:
+        keep_freed_memory()
+    precision = choose_precision(config, width, launch.device)
+    # An earlier training in this process may have had another precision.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        cpu=on_cpu,
+        log_with=list(config.trackers) or None,
+        project_dir=folder / "trackers",
+    )
+    if config.trackers:
+        settings = config.model_dump().items()
+        plain = {key: value for key, value in settings if isinstance(value, int | float | str)}
+        accelerator.init_trackers("distill", plain)
+    return accelerator
+
+
+def _leave(launch: PartialState) -> None:
+    """Leave the launch before the interpreter ends: a thread of Gloo that frees a tensor later
+    aborts the process, and the launcher then kills the others."""
+    time.sleep(0.2)  # in which such threads can have Python's lock
+    launch.destroy_process_group()
+
+
+def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """The sum of ``values`` over all processes of the launch."""
+    if accelerator.num_processes == 1:
+        return values
+    return accelerator.reduce(values.to(accelerator.device), "sum")
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -63,8 +111,8 @@ def wrap(accelerator: Accelerator, module: TrainingModule) -> nn.Module:
 def forget_gathered(model: nn.Module) -> None:
     """Make FSDP gather the weights anew for the next forward pass.
 
-    After a forward pass it keeps those outside the layers gathered for the backward pass; where a
-    step is taken without one, they would be the weights of before the step.
+    After a forward pass it keeps those outside the layers gathered for the backward pass; without
+    one, they would be the weights from before the step.
     """
     if isinstance(model, FSDPModule):
         model.reshard()

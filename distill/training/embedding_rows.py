@@ -1,9 +1,9 @@
 """Training without the rows of the input embedding that never occur.
 
 A token that is in no sequence of the store is never looked up: its row has no gradient, no moments,
-and (embeddings do not decay) ends as it began. In an untied student those rows are left out while
-it trains, and with them their share of the optimizer's memory and time: most of it where data is
-short and the vocabulary large.
+and (embeddings do not decay) never changes. In an untied student those rows are left out while it
+trains, and with them their share of the optimizer's memory and time: most of it where data is short
+and the vocabulary large.
 """
 
 from __future__ import annotations
@@ -28,19 +28,18 @@ class UsedRows(nn.Module):
     def __init__(self, whole: nn.Embedding, used: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(whole.weight.detach()[used].clone())  # [U, D]
-        places = torch.full((whole.num_embeddings,), -1, dtype=torch.int64)
-        places[used] = torch.arange(len(used))
-        self.register_buffer("places", places, persistent=False)
+        row_of = torch.full((whole.num_embeddings,), -1, dtype=torch.int64)
+        row_of[used] = torch.arange(len(used))
+        self.register_buffer("row_of", row_of, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows of tokens ``[...]`` → ``[..., D]``; a token that is not used is an error."""
-        assert isinstance(self.places, Tensor)
-        return F.embedding(self.places[ids], self.weight)
+        assert isinstance(self.row_of, Tensor)
+        return F.embedding(self.row_of[ids], self.weight)
 
 
 def used_tokens(store: SoftTargetStore, prompts: Iterable[NDArray[np.int32]] = ()) -> Tensor:
-    """The tokens that occur in a store or in ``prompts``, ascending; 0 among them, which stands
-    for padding."""
+    """The tokens that occur in a store or in ``prompts``, ascending, and 0, the padding."""
     seen = np.zeros(int(store.manifest.identity["vocab_size"]), dtype=bool)
     seen[0] = True
     for index in range(len(store)):
@@ -52,8 +51,7 @@ def used_tokens(store: SoftTargetStore, prompts: Iterable[NDArray[np.int32]] = (
 
 @contextmanager
 def only_used_rows(student: Student, used: Tensor) -> Iterator[None]:
-    """Leave out, meanwhile, the rows of an untied student's input embedding that are not among
-    ``used``."""
+    """Within, an untied student's input embedding has the rows ``used`` only."""
     whole = student.model.embed_tokens if isinstance(student, SO8TForCausalLM) else None
     if student.config.tie_word_embeddings or not isinstance(whole, nn.Embedding):
         yield

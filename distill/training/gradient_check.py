@@ -1,9 +1,8 @@
-"""Before a long training of an adapted student: does every weight that shall be trained get a
-gradient, and no other?
+"""Before a long training of an adapted student: does every trained weight get a gradient, and no
+other?
 
-LoRA's B begins at zero, and then the gradient of A is zero whatever happens; so there are two
-passes, the second with small random numbers in B. Afterwards the student is as it was, to the last
-byte.
+LoRA's B starts at zero, where the gradient of A is always zero; so there are two passes, the second
+with small random numbers in B. Afterwards the student is as it was, to the last byte.
 """
 
 from __future__ import annotations
@@ -30,6 +29,8 @@ from students.adapter.adapter import BASE, LORA_A, LORA_B, AdaptedStudent
 FILLING_STD = 1e-2
 SEED = 0
 NAMED = 3  # tensors that an error names
+# Of so many sequences the longest few: verification looks at some of their positions only.
+AMONG, SEQUENCES = 64, 4
 
 Named = Mapping[str, nn.Parameter]
 
@@ -46,16 +47,11 @@ class KindGradients:
     largest: float
 
 
-@dataclass(frozen=True)
-class GradientReport:
-    """What ``check_gradients`` has seen, kind by kind; of LoRA's A with random numbers in B."""
-
-    kinds: tuple[KindGradients, ...]
-
-
-def check_gradients(student: AdaptedStudent, loss_of: Callable[[], Tensor]) -> GradientReport:
-    """See that a loss gives every LoRA, gate and head weight a gradient, finite and not zero, and
-    the base none.
+def check_gradients(
+    student: AdaptedStudent, loss_of: Callable[[], Tensor]
+) -> tuple[KindGradients, ...]:
+    """Check that a loss gives every LoRA, gate and head weight a finite gradient that is not zero,
+    and the base none; the gradients by kind, those of LoRA's A with random numbers in B.
 
     ``loss_of`` computes the training loss of one probe batch, a scalar; it is called twice, in
     training mode.
@@ -64,60 +60,39 @@ def check_gradients(student: AdaptedStudent, loss_of: Callable[[], Tensor]) -> G
         GradientsDoNotFlow: it does not. The student is as before then, too.
     """
     kinds = student.parameters_by_kind()
+    base = kinds[BASE].items()
     trained = {kind: named for kind, named in kinds.items() if kind != BASE}
-    _refuse(
-        [
-            _problem(
-                kind,
-                "without requires_grad",
-                [n for n, one in named.items() if not one.requires_grad],
-            )
-            for kind, named in trained.items()
-        ]
-        + [
-            _problem(
-                BASE,
-                "with requires_grad",
-                [n for n, one in kinds[BASE].items() if one.requires_grad],
-            )
-        ]
-    )
+    frozen = {
+        kind: [name for name, one in named.items() if not one.requires_grad]
+        for kind, named in trained.items()
+    }
+    problems = [_problem(kind, "without requires_grad", names) for kind, names in frozen.items()]
+    thawed = [name for name, one in base if one.requires_grad]
+    _refuse([*problems, _problem(BASE, "with requires_grad", thawed)])
     with _as_before(student):
         student.train()
         _backward(loss_of)
         # With B at zero the gradient of A has to be there, but is zero.
-        _refuse(
-            [
-                problem
-                for kind, named in trained.items()
-                for problem in _wrong(kind, named, kind != LORA_A)
-            ]
-        )
-        _refuse(
-            [
-                _problem(
-                    BASE,
-                    "with a gradient",
-                    [n for n, one in kinds[BASE].items() if one.grad is not None],
-                )
-            ]
-        )
-        found = {kind: _summary(kind, named) for kind, named in kinds.items()}
+        wrong = [_wrong(kind, named, kind != LORA_A) for kind, named in trained.items()]
+        _refuse([problem for some in wrong for problem in some])
+        moved = [name for name, one in base if one.grad is not None]
+        _refuse([_problem(BASE, "with a gradient", moved)])
+        result = {kind: _summary(kind, named) for kind, named in kinds.items()}
         student.zero_grad(set_to_none=True)
         with _filled(kinds[LORA_B]):
             _backward(loss_of)
         _refuse(_wrong(LORA_A, kinds[LORA_A], True))
-        found[LORA_A] = _summary(LORA_A, kinds[LORA_A])
-    return GradientReport(tuple(found.values()))
+        result[LORA_A] = _summary(LORA_A, kinds[LORA_A])
+    return tuple(result.values())
 
 
-def gradient_table(report: GradientReport) -> Table:
-    """The report for the terminal."""
+def gradient_table(report: Sequence[KindGradients]) -> Table:
+    """The gradients by kind for the terminal."""
     table = Table(title="Gradients of one probe batch", title_justify="left")
     table.add_column("weights")
     for head in ("tensors", "with gradient", "least norm", "largest norm"):
         table.add_column(head, justify="right")
-    for row in report.kinds:
+    for row in report:
         norms = ["–" if math.isnan(norm) else f"{norm:.2e}" for norm in (row.least, row.largest)]
         table.add_row(row.kind, f"{row.tensors:,}", f"{row.with_gradient:,}", *norms)
     return table
@@ -165,20 +140,14 @@ def _backward(loss_of: Callable[[], Tensor]) -> None:
 def _wrong(kind: str, named: Named, not_zero: bool) -> list[str]:
     """What is wrong with the gradients of one kind of trained weights."""
     norms = {name: _norm(one) for name, one in named.items()}
+    absent = [name for name, norm in norms.items() if norm is None]
+    known = {name: norm for name, norm in norms.items() if norm is not None}
+    broken = [name for name, norm in known.items() if not math.isfinite(norm)]
+    zero = [name for name, norm in known.items() if not_zero and norm == 0.0]
     return [
-        _problem(
-            kind, "without a gradient", [name for name, norm in norms.items() if norm is None]
-        ),
-        _problem(
-            kind,
-            "with a gradient that is not finite",
-            [name for name, norm in norms.items() if norm is not None and not math.isfinite(norm)],
-        ),
-        _problem(
-            kind,
-            "with a gradient of zero",
-            [name for name, norm in norms.items() if not_zero and norm == 0.0],
-        ),
+        _problem(kind, "without a gradient", absent),
+        _problem(kind, "with a gradient that is not finite", broken),
+        _problem(kind, "with a gradient of zero", zero),
     ]
 
 
@@ -197,7 +166,7 @@ def _summary(kind: str, named: Named) -> KindGradients:
 
 
 def _problem(kind: str, what: str, names: Sequence[str]) -> str:
-    """A few words, or none where there is no such tensor."""
+    """A message, empty where there is no such tensor."""
     if not names:
         return ""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
@@ -209,12 +178,6 @@ def _refuse(problems: Sequence[str]) -> None:
         raise GradientsDoNotFlow("gradients do not flow; " + "; ".join(filter(None, problems)))
 
 
-SEQUENCES, AMONG = (
-    4,
-    64,
-)  # the longest few of so many: verification looks at some of their positions only
-
-
 def probe_gradients(
     student: AdaptedStudent,
     data: TrainingData,
@@ -222,7 +185,7 @@ def probe_gradients(
     teacher_layers: int,
     console: Console,
 ) -> dict[str, Any]:
-    """Look at the gradients as training will have them, show them, and return them for
+    """Check the gradients as training will have them, print them, and return them for
     ``results.json``.
 
     Raises:
@@ -230,27 +193,24 @@ def probe_gradients(
     """
     with console.stage("Probe gradients") as stage:
         report = _probe(student, data, config, teacher_layers)
-        tensors = sum(row.with_gradient for row in report.kinds)
+        tensors = sum(row.with_gradient for row in report)
         stage.finish(f"{tensors} tensors have one, none of them the base's")
     console.rich.print(gradient_table(report))
     return {
         row.kind: {key: value for key, value in asdict(row).items() if key != "kind"}
-        for row in report.kinds
+        for row in report
     }
 
 
 def _probe(
     student: AdaptedStudent, data: TrainingData, config: RunConfig, teacher_layers: int
-) -> GradientReport:
+) -> tuple[KindGradients, ...]:
     device = student.device
-    objective = build_objective(config.loss, data.store, student, teacher_layers, config.seed).to(
-        device
-    )
+    objective = build_objective(config.loss, data.store, student, teacher_layers, config.seed)
+    objective = objective.to(device)
     lengths = data.store.lengths()
-    longest = sorted(data.split.train[:AMONG].tolist(), key=lambda index: -int(lengths[index]))[
-        :SEQUENCES
-    ]
-    batch = load_batch(data.store, longest)
+    some = data.split.train[:AMONG].tolist()
+    batch = load_batch(data.store, sorted(some, key=lambda i: -int(lengths[i]))[:SEQUENCES])
     if data.prompts is not None:
         batch = replace(batch, prompts=data.prompts.batch(0, data.prompts_together, 0, 1))
     batch = batch.to(device)
@@ -258,9 +218,8 @@ def _probe(
 
     def loss_of() -> Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow):
-            loss: Tensor = objective(student, batch, total=batch.count(), share=1.0, fraction=1.0)[
-                0
-            ]
+            loss: Tensor
+            loss, _ = objective(student, batch, total=batch.count(), share=1.0, fraction=1.0)
         return loss
 
     student.checkpoint_activations(bool(config.train.gradient_checkpointing))

@@ -1,5 +1,4 @@
-"""The guard of ``stability`` in the training loop: what goes back with the weights, and what it
-is told about."""
+"""The guard of ``stability`` in the training loop: what it watches, rolls back and logs."""
 
 from __future__ import annotations
 
@@ -21,15 +20,20 @@ from distill.training.checkpoint import TrainingState
 from distill.training.distributed import forget_gathered
 from distill.training.optimizer import parameter_groups
 from distill.training.student_probe import StudentProbe
-from stability import Event, Extra, Guard, GuardSettings, Limit, ProbeReading
-from teachers.base import Share
+from stability import (
+    Event,
+    Extra,
+    Guard,
+    GuardSettings,
+    Hooks,
+    Limit,
+    Monitor,
+    ProbeReading,
+)
+from teachers.base import ProcessRank
 
-ROTATION_ERROR = 1e-5  # a rotation farther from orthogonal than that is none
-WRAPPERS = (
-    "module.",
-    "student.",
-    "_orig_mod.",
-)  # what wrapping puts before or into a parameter's name
+ROTATION_ERROR = 1e-5  # largest distance of a rotation from orthogonal
+WRAPPERS = ("module.", "student.", "_orig_mod.")  # added to parameters' names by wrapping
 
 
 def build_guard(
@@ -37,21 +41,18 @@ def build_guard(
     model: nn.Module,
     state: TrainingState,
     config: TrainConfig,
-    fixed: Batch,
+    probe_text: Batch,
 ) -> Guard:
-    """The guard of a training.
-
-    ``fixed``: held-out text that is looked at now and then, on the model's device.
-    """
-    launch = Launch(Share(accelerator.process_index, accelerator.num_processes))
-    probe = StudentProbe(model, fixed, inside=not config.compile)
+    """The guard of a training. ``probe_text``: held-out text, on the model's device."""
+    launch = Launch(ProcessRank(accelerator.process_index, accelerator.num_processes))
+    probe = StudentProbe(model, probe_text, inside=not config.compile)
 
     def read() -> ProbeReading:
         reading = probe()
         forget_gathered(model)  # the optimizer's step comes next
-        return launch.agreed(reading)  # all decide by the same figures
+        return launch.agreed(reading)  # all processes decide by the same values
 
-    # The schedule goes on over a step that was skipped, which may be the very first.
+    # The schedule counts a skipped step too, which may be the very first.
     warnings.filterwarnings(
         "ignore", message=r"Detected call of `lr_scheduler.step\(\)`", category=UserWarning
     )
@@ -59,13 +60,16 @@ def build_guard(
     return Guard(
         model,
         state.optimizer,
-        state.schedule,
+        schedule=state.schedule,
         settings=GuardSettings(max_norm=config.max_grad_norm, **settings),
-        clip_groups=parameter_groups(model),
-        probe=read,
-        extra=_extra(state),
-        limits=[Limit("rotation_error", ROTATION_ERROR, state.objective.worst_rotation)],
-        rename=_plain_name,
+        monitor=Monitor(
+            model, state.optimizer, clip_groups=parameter_groups(model), rename=_plain_name
+        ),
+        hooks=Hooks(
+            probe=read,
+            extra=_extra(state),
+            limits=[Limit("rotation_error", ROTATION_ERROR, state.objective.worst_rotation)],
+        ),
     )
 
 
@@ -76,8 +80,10 @@ def write_events(
     folder: Path | None,
     tell: Callable[[str], None],
 ) -> None:
-    """Let everything the guard does go to ``metrics.jsonl``, to the log of the run in ``folder``
-    (``None`` in all processes but the first) and to the console."""
+    """Write the guard's events to ``metrics.jsonl``, the run's log in ``folder`` and the console.
+
+    ``folder`` is ``None`` in all processes but the first.
+    """
 
     def on_event(event: Event) -> None:
         content = event_line(event)
@@ -86,19 +92,22 @@ def write_events(
         metrics.write("event", event.step, content)
         if folder is not None:
             record_guard(folder, event.step, content)
-        tell(event.words + (f" (sequences {_some(content['batch'])})" if content["batch"] else ""))
+        tell(
+            event.message + (f" (sequences {_some(content['batch'])})" if content["batch"] else "")
+        )
 
     guard.on_event = on_event
 
 
 def event_line(event: Event) -> dict[str, Any]:
-    """What is logged of an event beside its step."""
-    return {name: value for name, value in asdict(event).items() if name != "step"}
+    """An event as logs keep it, without its step; they have its message as ``words``."""
+    values = {name: value for name, value in asdict(event).items() if name != "step"}
+    return {"words" if name == "message" else name: value for name, value in values.items()}
 
 
 def tensors_of(batches: Iterable[Batch]) -> Mapping[str, Tensor]:
-    """The tensors of an optimizer step's micro-batches by name."""
-    found: dict[str, Tensor] = {}
+    """The tensors of an optimizer step's micro-batches, by name."""
+    tensors: dict[str, Tensor] = {}
     for number, batch in enumerate(batches):
         parts = {
             "tokens": batch.tokens,
@@ -108,21 +117,21 @@ def tensors_of(batches: Iterable[Batch]) -> Mapping[str, Tensor]:
         if batch.prompts is not None:
             parts |= {f"prompts.{key}": value for key, value in vars(batch.prompts).items()}
         tag = f" (micro-batch {number})" if number else ""
-        found |= {
+        tensors |= {
             f"{name}{tag}": value for name, value in parts.items() if isinstance(value, Tensor)
         }
-    return found
+    return tensors
 
 
 def _extra(state: TrainingState) -> Extra:
-    """Data position, scores and the objective's own state go back with the weights."""
+    """Data position, scores and the objective's own state, which roll back with the weights."""
 
     def save() -> dict[str, Any]:
         return {
             "step": state.step,
             "tokens_seen": state.tokens_seen,
             "scores": dict(state.scores),
-            "best": state.best,  # replaced as a whole by a better one, never changed
+            "best": state.best,  # never changed in place
             "objective": {name: value.clone() for name, value in state.objective.state().items()},
         }
 
@@ -137,7 +146,7 @@ def _extra(state: TrainingState) -> Extra:
 
 
 def _plain_name(name: str) -> str:
-    """A parameter's name in the student, without what training put around it."""
+    """A parameter's name in the student, without wrappers."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "") if wrapper == "_orig_mod." else name.removeprefix(wrapper)
     return name

@@ -14,17 +14,16 @@ from distill.config.schema import LossConfig, TrainConfig
 from distill.losses.batch import Batch
 from distill.losses.objective import Objective
 from distill.training.distributed import TrainingModule
-from distill.training.validation import held_out_score
+from distill.training.validation import validation_score
 from students.model.interface import Student
 
 BETAS = (0.9, 0.95)
-# The matrices of layers and projectors. Rotations live on a group where decay would pull both
-# towards the identity (and towards commuting); norms and embeddings do not gain from decay.
+# The matrices of layers and projectors. Decay would pull both rotations towards the identity (and
+# towards commuting); norms and embeddings do not gain from it.
 DECAYED = ("_proj.weight",)
 HEADS = ("safety_head", "verification_head")
-PROJECTORS = (
-    "objective.hidden.projectors."  # after "module." where DDP has wrapped the training module
-)
+# After "module." where DDP has wrapped the training module.
+PROJECTORS = "objective.hidden.projectors."
 
 
 def peak_learning_rate(config: TrainConfig, width: int) -> float:
@@ -54,12 +53,11 @@ def build_optimizer(module: nn.Module, config: TrainConfig, width: int) -> AdamW
     """AdamW (Loshchilov & Hutter 2019) over what a training module trains; decay on matrices
     only."""
     parameters = [(name, one) for name, one in module.named_parameters() if one.requires_grad]
+    decayed = [one for name, one in parameters if decays(name)]
+    others = [one for name, one in parameters if not decays(name)]
     groups = [
-        {
-            "params": [p for name, p in parameters if decays(name)],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for name, p in parameters if not decays(name)], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     return AdamW(groups, lr=peak_learning_rate(config, width), betas=BETAS, fused=True)
 
@@ -73,11 +71,9 @@ def build_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> Lam
         return get_cosine_with_min_lr_schedule_with_warmup(
             optimizer, num_warmup_steps=warmup, num_training_steps=steps, min_lr_rate=config.min_lr
         )
-    falling = (
-        steps - warmup
-        if config.schedule == "linear"
-        else min(steps - warmup, round(config.decay * steps))
-    )
+    falling = steps - warmup
+    if config.schedule == "wsd":
+        falling = min(falling, round(config.decay * steps))
     schedule: LambdaLR = get_wsd_schedule(
         optimizer,
         num_warmup_steps=warmup,
@@ -89,26 +85,22 @@ def build_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> Lam
     return schedule
 
 
-# Weights that mean something already are spoilt by steps as large as random ones need, and the more
-# so the nearer they are to the teacher (docs/benchmarks.md).
-HEAD_START_RATE, LEAST_RATE = 0.5, 0.02
+# Steps as large as random weights need damage the teacher's, the more so the nearer the student is
+# to the teacher (docs/benchmarks.md).
+FROM_TEACHER_RATE, MIN_RATE = 0.5, 0.02
 
 
-def with_learning_rate(
-    config: TrainConfig, student: Student, init: str, held_out: Iterable[Batch]
-) -> TrainConfig:
-    """The settings with a peak learning rate that suits the beginning, where none is given.
+def initial_learning_rate(
+    config: TrainConfig, student: Student, init: str, validation: Iterable[Batch]
+) -> float:
+    """The peak learning rate: as configured, or one that suits the student's initialization.
 
     From the teacher's weights it is √KL / 2 of the usual one (at most half of it, at least a
-    fiftieth), with the KL that the student begins at on the held-out text, in nats per token.
+    fiftieth), with the student's first KL on the validation batches, in nats per token.
     """
-    if config.learning_rate is not None:
-        return config
     share = 1.0
-    if init == "teacher":
-        score = held_out_score(TrainingModule(student, Objective(LossConfig())), held_out)
-        share = min(
-            HEAD_START_RATE, max(LEAST_RATE, HEAD_START_RATE * math.sqrt(max(0.0, score.kl)))
-        )
-    rate = share * peak_learning_rate(config, student.config.hidden_size)
-    return config.model_copy(update={"learning_rate": rate})
+    if config.learning_rate is None and init == "teacher":
+        score = validation_score(TrainingModule(student, Objective(LossConfig())), validation)
+        wanted = FROM_TEACHER_RATE * math.sqrt(max(0.0, score.kl))
+        share = min(FROM_TEACHER_RATE, max(MIN_RATE, wanted))
+    return share * peak_learning_rate(config, student.config.hidden_size)

@@ -1,4 +1,4 @@
-"""What the student does with some of the held-out text while it trains (see
+"""Readings of the student on a few validation sequences while it trains (see
 ``stability.measures.probe``)."""
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from distill.losses import divergences
 from distill.losses.batch import Batch
 from stability.measures.probe import ProbeReading, evaluating, hidden_rank
-from stability.measures.step import attention_entropy, dead_units, output_figures
+from stability.measures.step import attention_entropy, dead_units, output_stats
 from students.model.decoder import DecoderLayer, SO8TForCausalLM, apply_rotary, rotary_tables
 from students.model.interface import Student
 
-SEQUENCES = 4  # of held-out text that are looked at ...
-ATTENDED = 2  # ... those whose attention is ...
+SEQUENCES = 4  # validation sequences that are read ...
+ATTENDED = 2  # ... of these, those whose attention is ...
 POSITIONS = 128  # ... and positions whose whole output distribution is
 
 
@@ -41,32 +41,27 @@ class StudentProbe:
 
     def _read(self, student: Student) -> ProbeReading:
         batch, valid = self.batch, self.batch.valid
-        seen = _Seen(student) if self.inside else None
-        with torch.autocast(batch.tokens.device.type, enabled=False), seen or ExitStack():
+        hooks = _Hooks(student) if self.inside else None
+        with torch.autocast(batch.tokens.device.type, enabled=False), hooks or ExitStack():
             numbers = range(student.config.num_hidden_layers)
             output = student(batch.tokens, with_logits=False, layers_to_keep=numbers)
         states = output.last_hidden_state[valid]
-        some = torch.linspace(
-            0, len(states) - 1, min(len(states), POSITIONS), device=states.device
-        ).long()
+        count = min(len(states), POSITIONS)
+        some = torch.linspace(0, len(states) - 1, count, device=states.device).long()
         logits = (states[some] @ student.output_matrix().T).float()
         kl = divergences.known_kl(logits, batch.targets.select(some), 1.0).double().mean()
-        found = {
-            "hidden_rank": {
-                f"model.layers.{number}": hidden_rank(layer[valid])
-                for number, layer in output.layer_states.items()
-            }
-        }
-        if seen is not None:
-            found["attention_entropy"] = seen.attention(valid)
-            found["dead_units"] = {
-                name: float(dead_units(units[valid])) for name, units in seen.units.items()
-            }
-        information, entropy = output_figures(logits)
-        return ProbeReading(float(information), float(entropy), float(kl), **found)
+        layers = output.layer_states.items()
+        ranks = {f"model.layers.{number}": hidden_rank(layer[valid]) for number, layer in layers}
+        inside: dict[str, dict[str, float]] = {"hidden_rank": ranks}
+        if hooks is not None:
+            units = hooks.units.items()
+            inside["attention_entropy"] = hooks.attention(valid)
+            inside["dead_units"] = {name: float(dead_units(one[valid])) for name, one in units}
+        information, entropy = output_stats(logits)
+        return ProbeReading(float(information), float(entropy), float(kl), **inside)
 
 
-class _Seen(ExitStack):
+class _Hooks(ExitStack):
     """Hooks that keep feed-forward units of one forward pass and, of layers whose attention is
     known, its queries and keys."""
 
@@ -82,13 +77,13 @@ class _Seen(ExitStack):
                 self._hook(layer.self_attn.q_proj, lambda _, __, out: self.queries.append(out))
                 self._hook(layer.self_attn.k_proj, lambda _, __, out: self.keys.append(out))
             last = layer.get_submodule("mlp.down_proj")
-            self._hook(last, lambda _, given, __, name=name: self._keep_units(name, given))
+            self._hook(last, lambda _, inputs, __, name=name: self._keep_units(name, inputs))
 
     def _hook(self, module: nn.Module, hook: Any) -> None:
         self.callback(module.register_forward_hook(hook).remove)
 
-    def _keep_units(self, name: str, given: tuple[Tensor, ...]) -> None:
-        self.units[name] = given[0]
+    def _keep_units(self, name: str, inputs: tuple[Tensor, ...]) -> None:
+        self.units[name] = inputs[0]
 
     def attention(self, valid: Tensor) -> dict[str, float]:
         """Entropy of each layer's attention at the valid positions of the first sequences, where
@@ -100,7 +95,7 @@ class _Seen(ExitStack):
         rotary = rotary_tables(config, torch.arange(tokens, device=valid.device)[None])
         rotary = (rotary[0][:, None], rotary[1][:, None])
         hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=valid.device).triu(1)
-        found = {}
+        result = {}
         for number, (query, key) in enumerate(zip(self.queries, self.keys, strict=True)):
             split = (len(valid), tokens, -1, config.head_dim)
             q, k = (
@@ -109,8 +104,7 @@ class _Seen(ExitStack):
             )
             k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
             scores = (q @ k.mT) / config.head_dim**0.5
-            rows = (
-                scores.masked_fill(hidden, -torch.inf).softmax(dim=-1).transpose(1, 2)[valid]
-            )  # [n, H, T]
-            found[f"model.layers.{number}.self_attn"] = float(attention_entropy(rows))
-        return found
+            attention = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+            rows = attention.transpose(1, 2)[valid]  # [n, H, T]
+            result[f"model.layers.{number}.self_attn"] = float(attention_entropy(rows))
+        return result

@@ -1,35 +1,29 @@
-"""What training came to, in numbers."""
+"""The result of training in numbers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from distill.training.validation import HeldOutScore
+from distill.training.validation import ValidationScore
 
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """What training did: steps in all, tokens learnt from, and the held-out scores in order of
-    steps.
-
-    ``seconds`` counts this process alone, which began at step ``continued_from``. ``best``: the
-    step whose weights the student has now; ``planned``: steps there would have been without early
-    stopping.
-    """
+    """``seconds``: of this process alone, which started at step ``continued_from``; ``best``: the
+    step whose weights the student has now; ``planned``: steps without early stopping."""
 
     steps: int
     tokens_seen: int
     seconds: float
     continued_from: int
-    scores: tuple[tuple[int, HeldOutScore], ...]
+    scores: tuple[tuple[int, ValidationScore], ...]
     precision: str
     best: int
     planned: int
 
     def to_json(self) -> dict[str, Any]:
-        """What does not depend on the machine's speed, as JSON takes it; the scores are the
-        caller's."""
+        """All but the scores and what depends on the machine's speed."""
         return {
             "steps": self.steps,
             "planned_steps": self.planned,

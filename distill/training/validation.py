@@ -1,5 +1,5 @@
-"""How close the student is to the teacher on held-out sequences while it trains, and what
-follows from it."""
+"""How close the student is to the teacher on validation sequences during training; early stopping
+and the best step follow from it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ TEMPERATURE = 1.0
 
 
 @dataclass(frozen=True)
-class HeldOutScore:
-    """How close the student is to the teacher on held-out text, per token, at T = 1.
+class ValidationScore:
+    """How close the student is to the teacher on the validation sequences, per token, at T = 1.
 
     ``kl``: in nats, over k + 1 buckets for compact targets and over the whole vocabulary for
     others; ``agreement``: share of positions with the same most probable token; ``cross_entropy``:
@@ -31,9 +31,8 @@ class HeldOutScore:
     cross_entropy: float
 
 
-def held_out_score(model: nn.Module, batches: Iterable[Batch]) -> HeldOutScore:
-    """Score a training module (see ``distill.training.distributed``) in float32 on held-out
-    batches."""
+def validation_score(model: nn.Module, batches: Iterable[Batch]) -> ValidationScore:
+    """Score a training module (see ``distill.training.distributed``) in float32 on batches."""
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)
     count = 0
@@ -42,15 +41,14 @@ def held_out_score(model: nn.Module, batches: Iterable[Batch]) -> HeldOutScore:
             sums += model(lambda student, _, batch=batch: _sums(student, batch)).cpu()
             count += batch.count()
     kl, agreement, cross_entropy = (sums / count).tolist()
-    return HeldOutScore(kl, agreement, cross_entropy)
+    return ValidationScore(kl, agreement, cross_entropy)
 
 
 def _sums(student: Student, batch: Batch) -> Tensor:
     """KL, agreement and cross-entropy summed over a batch's positions, float64 ``[3]``."""
     device = batch.tokens.device.type
-    with torch.autocast(
-        device, enabled=False
-    ):  # which Accelerate puts around the module's forward pass
+    # Accelerate puts autocast around the module's forward pass.
+    with torch.autocast(device, enabled=False):
         states = student(batch.tokens, with_logits=False).last_hidden_state[batch.valid]
         labels, sums = batch.labels, []
         together = chunk_size(student.output_matrix().shape[0])
@@ -67,18 +65,16 @@ def _sums(student: Student, batch: Batch) -> Tensor:
     return torch.stack(sums).sum(dim=0)
 
 
-def best_step(scores: Mapping[int, HeldOutScore]) -> int:
-    """The step with the lowest held-out KL; the later one of equals."""
+def best_step(scores: Mapping[int, ValidationScore]) -> int:
+    """The step with the lowest validation KL; the later one of equals."""
     return min(scores, key=lambda step: (scores[step].kl, -step))
 
 
-def is_exhausted(scores: Mapping[int, HeldOutScore], patience: int | None) -> bool:
-    """Whether the last ``patience`` evaluations brought no better held-out KL (early stopping)."""
-    if patience is None:
-        return False
-    return len([step for step in scores if step > best_step(scores)]) >= patience
+def is_exhausted(scores: Mapping[int, ValidationScore], patience: int | None) -> bool:
+    """Whether the last ``patience`` evaluations brought no better KL (early stopping)."""
+    return patience is not None and sum(step > best_step(scores) for step in scores) >= patience
 
 
 def evaluation_steps(steps: int, evaluations: int) -> set[int]:
-    """Steps after which the held-out score is taken: the first, the last, and evenly in between."""
-    return {round(steps * place / (evaluations - 1)) for place in range(evaluations)}
+    """Steps after which the student is scored: the first, the last, and evenly in between."""
+    return {round(steps * number / (evaluations - 1)) for number in range(evaluations)}

@@ -1,1 +1,1 @@
-"""What is measured at a step or on weights."""
+"""Measures of a training step, of a model's output and of weights."""

@@ -1,6 +1,6 @@
-"""Watching any module and optimizer: cheap figures around every step, deep ones when asked for.
+"""Statistics of any module and optimizer: cheap ones around every step, others on request.
 
-It measures and changes nothing; what to do about the figures is decided in ``stability.guard``.
+The monitor only measures; ``stability.guard`` decides what to do.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from torch import Tensor, nn
 from stability.measures.spectrum import effective_rank, fast_singular_values
 from stability.measures.step import UpdateSample, norms
 
-TURNS = 4  # each weight's norm is taken in every fourth step
-EXACT = 1 << 18  # elements of a matrix whose rank is found in float64: larger ones would take too long
+NORM_INTERVAL = 4  # steps between two readings of the same weight's norm
+EXACT = 1 << 18  # largest matrix, in elements, whose rank is computed in float64
 
 ClipGroups = Mapping[str, Sequence[nn.Parameter]]
 
 
 @dataclass(frozen=True)
-class Before:
-    """What a step looks like before the optimizer takes it. ``gradients``: norm of each weight's gradient; ``totals``:
-    of each clip group's gradients together; ``weights``: norms of those weights whose turn it is, by place."""
+class GradientReading:
+    """Statistics after the backward pass and before the optimizer's step.
+
+    ``totals``: gradient norm of each clip group; ``gradients``: of each weight; ``weights``: norms
+    of every fourth weight, by index; ``rates``: learning rate of each parameter group.
+    """
 
     loss: float
     totals: dict[str, float]
@@ -33,16 +36,17 @@ class Before:
 
 
 class Monitor:
-    """Figures of a module and its optimizer.
+    """Measures a module and its optimizer.
 
-    ``clip_groups``: whose gradients are clipped together, by name (none: all of them, as ``all``).
-    ``rename``: what a weight is called in reports, from its name in the module.
+    ``clip_groups``: parameters whose gradients are clipped together, by name (default: ``all``).
+    ``rename``: turns a weight's name in the module into its name in reports.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        *,
         clip_groups: ClipGroups | None = None,
         rename: Callable[[str], str] = str,
     ) -> None:
@@ -51,88 +55,84 @@ class Monitor:
         self.names = [name for name, _ in named]
         self.weights = [one for _, one in named]
         self.clip_groups = clip_groups or {"all": self.weights}
-        places = {id(one): place for place, one in enumerate(self.weights)}
+        indices = {id(one): index for index, one in enumerate(self.weights)}
         self._members = {
-            name: [places[id(one)] for one in group if id(one) in places]
+            name: [indices[id(one)] for one in group if id(one) in indices]
             for name, group in self.clip_groups.items()
         }
-        groups = {
-            id(one): number for number, group in enumerate(optimizer.param_groups) for one in group["params"]
-        }
+        numbered = enumerate(optimizer.param_groups)
+        groups = {id(one): number for number, group in numbered for one in group["params"]}
         self._groups = [groups.get(id(one)) for one in self.weights]
-        self.spread = any(hasattr(one, "full_tensor") for one in self.weights)  # over processes, by FSDP
+        self.sharded = any(hasattr(one, "full_tensor") for one in self.weights)  # by FSDP
         self._sample = UpdateSample(self.weights)
-        self.turn = 0
-        self.totals: dict[str, Tensor] = {}  # norms of the clip groups as they lie on the device
+        self.readings = 0  # decides which weights' norms come next
+        self.totals: dict[str, Tensor] = {}  # gradient norms of the clip groups, on the device
 
     @torch.no_grad()
-    def before(self, loss: Tensor | float) -> Before:
-        """Figures after the backward pass and before the optimizer's step; read back from the device once."""
-        gradients = [weight.grad for weight in self.weights]
-        each = norms(gradients)
+    def before(self, loss: Tensor | float) -> GradientReading:
+        """Read loss, gradients and weights before a step, with one transfer from the device."""
+        each = norms([weight.grad for weight in self.weights])
         self.totals = {
-            name: _whole_norm(group) if self.spread else self._total(name, each)
+            name: _sharded_norm(group) if self.sharded else self._total(name, each)
             for name, group in self.clip_groups.items()
         }
-        turn = list(range(self.turn % TURNS, len(self.weights), TURNS))
-        self.turn += 1
-        of_weights = norms([self.weights[place] for place in turn]).to(each.device)
+        due = range(self.readings % NORM_INTERVAL, len(self.weights), NORM_INTERVAL)
+        self.readings += 1
+        of_weights = norms([self.weights[index] for index in due]).to(each.device)
         first = torch.as_tensor(loss, dtype=torch.float32, device=each.device).detach().reshape(1)
         totals = torch.stack([total.float() for total in self.totals.values()])
         values = torch.cat([first, totals, each, of_weights]).tolist()
-        known = 1 + len(totals)
+        start, end = 1 + len(totals), 1 + len(totals) + len(self.weights)
         self._sample.before()
-        return Before(
+        return GradientReading(
             loss=values[0],
-            totals=dict(zip(self.clip_groups, values[1:known], strict=True)),
-            gradients=values[known : known + len(self.weights)],
-            weights=dict(zip(turn, values[known + len(self.weights) :], strict=True)),
+            totals=dict(zip(self.clip_groups, values[1:start], strict=True)),
+            gradients=values[start:end],
+            weights=dict(zip(due, values[end:], strict=True)),
             rates=[float(group["lr"]) for group in self.optimizer.param_groups],
         )
 
     def _total(self, group: str, each: Tensor) -> Tensor:
-        """The norm of a group's gradients together, from the norms of each: what ``get_total_norm`` computes."""
-        members = [place for place in self._members[group] if self.weights[place].grad is not None]
-        return torch.linalg.vector_norm(
-            torch.stack([each[place] for place in members] or [each.new_zeros(())])
-        )
+        """What ``get_total_norm`` computes for a group, from the norms of its gradients."""
+        members = (index for index in self._members[group] if self.weights[index].grad is not None)
+        values = [each[index] for index in members] or [each.new_zeros(())]
+        return torch.linalg.vector_norm(torch.stack(values))
 
     @torch.no_grad()
     def after(self) -> list[float]:
-        """Update-to-weight ratio of each weight in the step just taken (estimated: see ``UpdateSample``)."""
-        found: list[float] = self._sample.ratios().tolist()
-        return found
+        """Update-to-weight ratio of each weight in the step just taken (see ``UpdateSample``)."""
+        return self._sample.ratios().tolist()
 
-    def forget(self) -> None:
-        """The weights have changed, and not by the optimizer's step."""
-        self._sample.forget()
+    def reset(self) -> None:
+        """Tell that something else than the optimizer has changed weights."""
+        self._sample.reset()
 
     def rates(self, of_groups: Sequence[float]) -> list[float]:
-        """The learning rate of each weight, from those of the optimizer's groups; 0 for one it does not have."""
+        """The learning rate of each weight from those of the groups; 0 for one in no group."""
         return [0.0 if group is None else of_groups[group] for group in self._groups]
 
     @torch.no_grad()
     def weight_norms(self) -> list[float]:
-        """The norm of every weight."""
-        found: list[float] = norms(self.weights).tolist()
-        return found
+        return norms(self.weights).tolist()
 
     @torch.no_grad()
     def weigh(self, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, float]:
-        """Deep figures: ``norm:NAME`` and ``spread:NAME`` (standard deviation) of each weight, and ``rank:NAME``, the
-        effective rank, of each matrix. ``whole``: makes one of a weight that is spread over processes."""
-        found: dict[str, float] = {}
+        """``norm:NAME`` and ``spread:NAME`` (standard deviation) of each weight.
+
+        ``rank:NAME``, the effective rank, of each matrix. ``whole``: gathers a sharded weight.
+        """
+        stats: dict[str, float] = {}
         for name, weight in zip(self.names, self.weights, strict=True):
             values = whole(weight.detach())
-            found[f"norm:{name}"] = float(torch.linalg.vector_norm(values.float()))
-            found[f"spread:{name}"] = float(values.float().std(correction=0))
+            stats[f"norm:{name}"] = float(torch.linalg.vector_norm(values.float()))
+            stats[f"spread:{name}"] = float(values.float().std(correction=0))
             if values.dim() == 2 and min(values.shape) > 1:
                 exact = values.double() if values.numel() <= EXACT else values
-                found[f"rank:{name}"] = float(effective_rank(fast_singular_values(exact)))
-        return found
+                stats[f"rank:{name}"] = float(effective_rank(fast_singular_values(exact)))
+        return stats
 
 
-def _whole_norm(group: Sequence[nn.Parameter]) -> Tensor:
-    """The norm of gradients that FSDP has spread, all parts counted."""
+def _sharded_norm(group: Sequence[nn.Parameter]) -> Tensor:
+    """The norm of gradients that FSDP has sharded, over all processes."""
     total = torch.nn.utils.get_total_norm([one.grad for one in group if one.grad is not None])
     return total.full_tensor() if hasattr(total, "full_tensor") else total

@@ -1,7 +1,6 @@
-"""What a model does with some fixed text: figures that show a collapse which the loss may hide.
+"""Readings of a model on a probe text, which show a collapse that the loss may hide.
 
-``ModuleProbe`` takes them from any module through forward hooks; a caller that knows its model may build readings of
-its own.
+``ModuleProbe`` reads any module through forward hooks; a caller may build readings of its own.
 """
 
 from __future__ import annotations
@@ -15,34 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from stability.measures.spectrum import effective_rank, fast_singular_values
-from stability.measures.step import dead_units, output_figures
+from stability.measures.step import dead_units, output_stats
 
-ACTIVATIONS = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.GELU,
-    nn.SiLU,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.Mish,
-    nn.Hardswish,
-    nn.Softplus,
-    nn.Sigmoid,
-    nn.Tanh,
-)
+RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.Softplus, nn.Hardswish)
+ACTIVATIONS = (*RECTIFIERS, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh)
 
 
 def hidden_rank(states: Tensor) -> float:
-    """Effective rank of states ``[n, D]`` around their mean: near 0 where all positions look alike."""
+    """Effective rank of centred states ``[n, D]``: near 0 where all positions look alike."""
     centred = states.float() - states.float().mean(dim=0)
     return float(effective_rank(fast_singular_values(centred)))
 
 
 @dataclass(frozen=True)
 class ProbeReading:
-    """Figures on the fixed text. ``information`` and ``output_entropy`` in nats (see ``stability.measures.step``); ``loss``:
-    whatever says how wrong the model is there; ``hidden_rank``: effective rank of a module's output;
-    ``attention_entropy``: as a share of the most possible; ``dead_units``: as a share of all."""
+    """Statistics on the probe text.
+
+    ``information`` and ``output_entropy``: see ``output_stats``; ``loss``: any loss there;
+    ``hidden_rank``: effective rank of a module's output; ``attention_entropy``: divided by its
+    maximum; ``dead_units``: as a share of all.
+    """
 
     information: float
     output_entropy: float
@@ -52,30 +43,32 @@ class ProbeReading:
     dead_units: dict[str, float] = field(default_factory=dict)
 
     def flat(self) -> dict[str, float]:
-        """All of it by name, such as ``hidden_rank:layers.0``."""
-        found = {"information": self.information, "output_entropy": self.output_entropy}
-        if self.loss is not None:
-            found["loss"] = self.loss
-        for kind in ("hidden_rank", "attention_entropy", "dead_units"):
-            found |= {f"{kind}:{name}": value for name, value in getattr(self, kind).items()}
-        return found
+        """All values by name, such as ``hidden_rank:layers.0``."""
+        values: dict[str, float] = {}
+        for kind, value in vars(self).items():
+            if isinstance(value, dict):
+                values |= {f"{kind}:{name}": one for name, one in value.items()}
+            elif value is not None:
+                values[kind] = value
+        return values
 
 
 Probe = Callable[[], ProbeReading]
 
 
 class ModuleProbe:
-    """Readings of any module.
+    """Reads any module.
 
-    ``run``: calls the model on the fixed input and returns its logits ``[..., V]``, or those and a loss.
-    Hidden states are the outputs of the members of every ``nn.ModuleList`` and ``nn.Sequential`` named in ``hidden``
-    (none: all there are), units those that an activation module puts out.
+    ``run``: calls the model on the probe text and returns its logits ``[..., V]``, or those and a
+    loss. Hidden states are the outputs of the members of every ``nn.ModuleList`` and
+    ``nn.Sequential`` named in ``hidden`` (default: all), units the outputs of activation modules.
     """
 
     def __init__(
         self,
         model: nn.Module,
         run: Callable[[], Tensor | tuple[Tensor, Tensor]],
+        *,
         hidden: tuple[str, ...] = (),
     ) -> None:
         self.model, self.run = model, run
@@ -84,10 +77,10 @@ class ModuleProbe:
             for name, module in model.named_modules()
             if isinstance(module, nn.ModuleList | nn.Sequential) and (not hidden or name in hidden)
         ]
-        self._hidden = {
-            f"{name}.{key}".lstrip("."): one for name, many in lists for key, one in many.named_children()
-        }
-        self._units = {name: one for name, one in model.named_modules() if isinstance(one, ACTIVATIONS)}
+        children = [(name, *child) for name, many in lists for child in many.named_children()]
+        self._hidden = {f"{name}.{key}".lstrip("."): one for name, key, one in children}
+        modules = model.named_modules()
+        self._units = {name: one for name, one in modules if isinstance(one, ACTIVATIONS)}
 
     @torch.no_grad()
     def __call__(self) -> ProbeReading:
@@ -105,17 +98,15 @@ class ModuleProbe:
             stack.enter_context(evaluating(self.model))
             result = self.run()
         logits, loss = result if isinstance(result, tuple) else (result, None)
-        information, entropy = output_figures(rows(logits))
+        information, entropy = output_stats(rows(logits))
+        hidden = {name: outputs[one] for name, one in self._hidden.items() if one in outputs}
+        units = {name: outputs[one] for name, one in self._units.items() if one in outputs}
         return ProbeReading(
             information=float(information),
             output_entropy=float(entropy),
             loss=None if loss is None else float(loss),
-            hidden_rank={
-                name: hidden_rank(outputs[one]) for name, one in self._hidden.items() if one in outputs
-            },
-            dead_units={
-                name: float(dead_units(outputs[one])) for name, one in self._units.items() if one in outputs
-            },
+            hidden_rank={name: hidden_rank(states) for name, states in hidden.items()},
+            dead_units={name: float(dead_units(values)) for name, values in units.items()},
         )
 
 
@@ -126,7 +117,7 @@ def rows(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode meanwhile; afterwards every part is as it was."""
+    """Put the model into evaluation mode, and every module back afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,11 +1,10 @@
-"""A weight tensor by the figures that tell a healthy one from a broken one.
+"""Statistics that tell a healthy weight tensor from a broken one.
 
 Letters: R rows, C columns, N = min(R, C) singular values σ of a matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +19,10 @@ from stability.measures.spectrum import (
     stable_rank,
 )
 
-EXACT_SIDE = 2048  # a smaller side beyond that makes a full decomposition take minutes
-EXACT_CELLS = 1 << 24  # and so does a matrix of more values, whatever its smaller side: 128 MiB in float64
-PLOT_POINTS = 64  # of one spectrum at most
-BLOCK_VALUES = 1 << 22  # looked at together: 32 MiB in float64
+# The decomposition of a matrix with a longer smaller side, or of more values, takes minutes.
+EXACT_SIDE, EXACT_CELLS = 2048, 1 << 24
+PLOT_POINTS = 64  # per spectrum
+BLOCK_VALUES = 1 << 22  # read at a time: 32 MiB in float64
 
 EXACT, GRAM = "exact", "gram"
 NOT_A_MATRIX, NOT_FINITE, EMPTY = "not a matrix", "not finite", "empty"
@@ -33,10 +32,9 @@ NOT_A_MATRIX, NOT_FINITE, EMPTY = "not a matrix", "not finite", "empty"
 class Spectrum:
     """The singular values of a matrix, largest first.
 
-    ``route``: ``exact`` (a decomposition in float64) or ``gram`` (by way of the Gram matrix, see
-    ``fast_singular_values`` for its accuracy). ``spectral_norm``: the largest value; ``full_rank``: N. ``tail``: None
-    where too few values or none but equal ones. ``ranks`` (from 1) and ``values``: at most ``PLOT_POINTS`` of them,
-    evenly spread over log(rank), for a plot.
+    ``route``: ``exact`` (``singular_values``) or ``gram`` (``fast_singular_values``).
+    ``spectral_norm``: the largest value; ``full_rank``: N. ``tail``: see ``heavy_tail_exponent``.
+    ``ranks`` (from 1) and ``values``: at most ``PLOT_POINTS``, evenly spaced in log(rank).
     """
 
     route: str
@@ -50,17 +48,16 @@ class Spectrum:
 
     @property
     def rank_share(self) -> float:
-        """Effective rank as a share of the full one."""
         return self.effective_rank / self.full_rank
 
 
 @dataclass(frozen=True)
-class WeightFigures:
-    """One tensor's figures; ``norm``, ``spread`` and ``largest`` are over its finite values.
+class WeightStats:
+    """Statistics of one tensor; ``norm``, ``spread`` and ``largest`` cover its finite values.
 
-    ``norm``: Euclidean; ``spread``: standard deviation over all of them; ``largest``: magnitude. ``zero_share``:
-    values that are exactly 0. ``dead_rows``, ``dead_columns``: all zero; None for what is not a matrix.
-    ``no_spectrum``: why there is none, empty where there is one.
+    ``norm``: Euclidean; ``spread``: standard deviation; ``largest``: magnitude. ``zero_share``:
+    share of exact zeros. ``dead_rows``, ``dead_columns``: all zero; None unless a matrix.
+    ``no_spectrum``: the reason, if there is none.
     """
 
     name: str
@@ -78,23 +75,22 @@ class WeightFigures:
 
 
 @torch.no_grad()
-def weigh(name: str, tensor: Tensor, *, exact_side: int = EXACT_SIDE) -> WeightFigures:
-    """The figures of one tensor of any shape, on its device; a block of it at a time is held in float64.
+def weigh(name: str, tensor: Tensor, *, exact_side: int = EXACT_SIDE) -> WeightStats:
+    """Statistics of one tensor of any shape, on its device, block by block in float64.
 
-    ``exact_side``: a matrix whose smaller side is longer, or that has more than ``EXACT_CELLS`` values, has its
-    spectrum found by way of the Gram matrix, in float32.
+    The spectrum of a matrix with both sides above ``exact_side``, or of more than ``EXACT_CELLS``
+    values, comes from its Gram matrix in float32.
     """
     sums, dead_rows, live_columns = _sums(tensor)
     finite = max(1, tensor.numel() - int(sums["not_finite"]))
     mean = sums["total"] / finite
-    no_spectrum = ""
-    if tensor.numel() == 0:
-        no_spectrum = EMPTY
-    elif tensor.dim() != 2:
-        no_spectrum = NOT_A_MATRIX
-    elif sums["not_finite"]:
-        no_spectrum = NOT_FINITE
-    return WeightFigures(
+    reasons = {
+        EMPTY: tensor.numel() == 0,
+        NOT_A_MATRIX: tensor.dim() != 2,
+        NOT_FINITE: sums["not_finite"],
+    }
+    no_spectrum = next((reason for reason, holds in reasons.items() if holds), "")
+    return WeightStats(
         name=name,
         shape=tuple(tensor.shape),
         count=tensor.numel(),
@@ -110,36 +106,30 @@ def weigh(name: str, tensor: Tensor, *, exact_side: int = EXACT_SIDE) -> WeightF
     )
 
 
-def weigh_all(named: Iterable[tuple[str, Tensor]], *, exact_side: int = EXACT_SIDE) -> list[WeightFigures]:
-    """The figures of each named tensor, one after the other: an iterator that reads them never holds two."""
-    return [weigh(name, tensor, exact_side=exact_side) for name, tensor in named]
-
-
 def _sums(tensor: Tensor) -> tuple[dict[str, float], int | None, Tensor | None]:
-    """Sums over all values, dead rows and which columns ``[C]`` are alive; the last two of a matrix only."""
+    """Sums over all values; of a matrix also dead rows and which columns ``[C]`` are alive."""
     sums = dict.fromkeys(("total", "squares", "largest", "not_finite", "zeros"), 0.0)
     matrix = tensor.dim() == 2
     rows = tensor.detach() if matrix else tensor.detach().reshape(1, -1)
     live_columns = torch.zeros(rows.shape[1], dtype=torch.bool, device=rows.device)
-    dead_rows = 0
     width = min(max(1, rows.shape[1]), BLOCK_VALUES)
+    height = max(1, BLOCK_VALUES // width)
     for start in range(0, rows.shape[1], width):
-        for block in rows[:, start : start + width].split(max(1, BLOCK_VALUES // width)):
+        for block in rows[:, start : start + width].split(height):
             _add(sums, block.double())
             live_columns[start : start + width] |= (block != 0).any(dim=0)
-    if matrix:
-        dead_rows = sum(
-            int((~(block != 0).any(dim=1)).sum()) for block in rows.split(max(1, BLOCK_VALUES // width))
-        )
-    return sums, (dead_rows if matrix else None), (live_columns if matrix else None)
+    if not matrix:
+        return sums, None, None
+    dead_rows = sum(int((~(block != 0).any(dim=1)).sum()) for block in rows.split(height))
+    return sums, dead_rows, live_columns
 
 
 def _add(sums: dict[str, float], block: Tensor) -> None:
-    """Put a block's part into the sums; a value that is not finite is counted and passed over."""
+    """Add a block to the sums; values that are not finite are only counted."""
     finite = block.isfinite()
     bad = int((~finite).sum())
     if bad:
-        block = torch.where(finite, block, 1.0)  # neither a zero nor the largest; taken off again below
+        block = torch.where(finite, block, 1.0)  # not a zero; subtracted again below
     sums["not_finite"] += bad
     sums["zeros"] += int((block == 0).sum())
     sums["total"] += float(block.sum()) - bad
@@ -151,7 +141,7 @@ def _add(sums: dict[str, float], block: Tensor) -> None:
 def _spectrum(matrix: Tensor, exact_side: int) -> Spectrum:
     exact = min(matrix.shape) <= exact_side and matrix.numel() <= EXACT_CELLS
     values = singular_values(matrix) if exact else fast_singular_values(matrix)
-    places = plot_places(len(values))
+    indices = plot_indices(len(values))
     return Spectrum(
         route=EXACT if exact else GRAM,
         full_rank=len(values),
@@ -159,13 +149,13 @@ def _spectrum(matrix: Tensor, exact_side: int) -> Spectrum:
         effective_rank=float(effective_rank(values)),
         stable_rank=float(stable_rank(values)),
         tail=heavy_tail_exponent(values),
-        ranks=tuple(place + 1 for place in places),
-        values=tuple(values[places].tolist()),
+        ranks=tuple(index + 1 for index in indices),
+        values=tuple(values[indices].tolist()),
     )
 
 
-def plot_places(number: int, limit: int = PLOT_POINTS) -> list[int]:
-    """Places of at most ``limit`` of ``number`` values, both ends among them, evenly spread over log(place + 1)."""
+def plot_indices(number: int, limit: int = PLOT_POINTS) -> list[int]:
+    """At most ``limit`` indices below ``number``, with both ends, evenly spaced in logarithms."""
     if number <= limit:
         return list(range(number))
     return sorted({round(number ** (step / (limit - 1))) - 1 for step in range(limit)})

@@ -1,17 +1,17 @@
-"""A student made of somebody else's model: its weights frozen (perhaps in NF4), with LoRA, SO(8)
-gates and the heads.
+"""A student made of a frozen base model (perhaps in NF4), with LoRA, SO(8) gates and the heads.
 
 Letters: B batch, T tokens, V vocabulary (the teacher's), D width, L layers, N blocks. Every matrix
 W of a layer becomes W + (alpha / rank) · B·A (Hu et al. 2021; over NF4: Dettmers et al. 2023), and
 the output projection's input is turned by the layer's gate (``students.adapter.gated_projection``).
-In the beginning B is zero and every turn the identity, so the student begins as its base.
+Initially B is zero and every turn the identity: the student starts as its base.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,11 @@ from students.adapter.base_model import (
 from students.adapter.gated_projection import TURNS, StartingGate, add_gate, turn
 from students.model import so8
 from students.model.heads import DEFAULT_THRESHOLDS, DEFAULT_TRUST, SafetyHead, VerificationHead
-from students.model.interface import SO8TOutput, Student
+from students.model.interface import Outputs, SO8TOutput, Student
 from students.model.shape import GROUP
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 ROTATION_INIT_STD = 0.05  # radians, as SO8TConfig has it
 LORA_A, LORA_B, GATES, SAFETY, VERIFICATION, BASE = KINDS = (
@@ -59,7 +62,7 @@ class AdapterFacts:
 
 
 class AdaptedStudent(Student):
-    """A frozen causal language model with what is trained in its place; made by ``adapt``."""
+    """A frozen causal language model with trained adapters, gates and heads; made by ``adapt``."""
 
     config: AdapterFacts
 
@@ -73,7 +76,6 @@ class AdaptedStudent(Student):
 
     @property
     def device(self) -> torch.device:
-        """Where the decoder is."""
         return self.gates()[0].safety.device
 
     def forward(
@@ -83,24 +85,19 @@ class AdaptedStudent(Student):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
-        with_logits: bool = True,
         logits_to_keep: int = 0,
-        layers_to_keep: Collection[int] = (),
+        **outputs: Unpack[Outputs],
     ) -> SO8TOutput:
-        """See ``Student.forward``; with ``use_cache`` the output has ``past_key_values`` for the
-        next call."""
         rotations = self.rotations()
         turns = turn(rotations, torch.stack([gate.start for gate in self.gates()]))
         kept: dict[int, Tensor] = {}
 
-        def keep(number: int) -> Any:
-            def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
-                kept[number] = output[0] if isinstance(output, tuple) else output
-
-            return hook
+        def keep(number: int, layer: nn.Module, inputs: Any, output: Any) -> None:
+            kept[number] = output[0] if isinstance(output, tuple) else output
 
         hooks = [
-            self.layers()[number].register_forward_hook(keep(number)) for number in layers_to_keep
+            self.layers()[number].register_forward_hook(partial(keep, number))
+            for number in outputs.get("layers_to_keep", ())
         ]
         try:
             output = self.base.model(
@@ -114,10 +111,10 @@ class AdaptedStudent(Student):
         finally:
             for hook in hooks:
                 hook.remove()
-        x = output.last_hidden_state
-        told = x[:, -logits_to_keep:] if logits_to_keep else x
+        x, with_logits = output.last_hidden_state, outputs.get("with_logits", True)
+        last = x[:, -logits_to_keep:]  # all of them for 0
         return SO8TOutput(
-            logits=F.linear(told, self.output_matrix()) if with_logits else None,
+            logits=F.linear(last, self.output_matrix()) if with_logits else None,
             past_key_values=output.past_key_values,
             last_hidden_state=x,
             rotations=rotations,
@@ -125,31 +122,24 @@ class AdaptedStudent(Student):
         )
 
     def output_matrix(self) -> Tensor:
-        """The language-model head's weight ``[V, D]``: the base may have more rows, which no
-        token has."""
+        """The language-model head's weight ``[V, D]``, without the base's rows of no token."""
         weight: Tensor = self.base.get_output_embeddings().weight
         return weight[: self.config.vocab_size]
 
     def gates(self) -> list[StartingGate]:
-        """The gate of every layer, in order."""
         layers: Any = self.layers()
         return [layer.self_attn.gate for layer in layers]
 
     def rotations(self) -> Tensor:
-        """The rotations as the parameters stand now, ``[L, 2, N, 8, 8]``: R_safe (0) and R_cmd
-        (1)."""
-        return so8.rotation(
-            torch.stack([torch.stack((gate.safety, gate.command)) for gate in self.gates()])
-        )
+        parameters = [torch.stack((gate.safety, gate.command)) for gate in self.gates()]
+        return so8.rotation(torch.stack(parameters))
 
     def layers(self) -> nn.ModuleList:
-        """The base's layers, in order."""
         layers: nn.ModuleList = self.base.model.layers
         return layers
 
     def own_weights(self) -> dict[str, Tensor]:
-        """LoRA, gates (with where they began) and heads by name, nothing of the base; detached,
-        not copied."""
+        """LoRA, gates (with their start) and heads by name; detached, not copied."""
         weights = {
             name: parameter.detach()
             for kind, named in self.parameters_by_kind().items()
@@ -161,33 +151,30 @@ class AdaptedStudent(Student):
         return weights
 
     def parameters_by_kind(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Every parameter by its kind (``KINDS``, those that there are), then by its name in
-        ``own_weights``."""
-        found: dict[str, dict[str, nn.Parameter]] = {kind: {} for kind in KINDS}
+        """Every parameter by its kind (of ``KINDS``), then by its name in ``own_weights``."""
+        named: dict[str, dict[str, nn.Parameter]] = {kind: {} for kind in KINDS}
         for name, parameter in self.named_parameters():
-            found[_kind(name)][_short(name)] = parameter
-        return {kind: named for kind, named in found.items() if named}
+            named[_kind(name)][_short(name)] = parameter
+        return {kind: parameters for kind, parameters in named.items() if parameters}
 
     def parameter_count(self) -> int:
-        """Numbers that it is made of once LoRA and gates are merged: those of its base and its
-        heads."""
-        kinds = self.parameters_by_kind()
-        heads = [one for kind in (SAFETY, VERIFICATION) for one in kinds.get(kind, {}).values()]
-        return self.base_parameters() + sum(one.numel() for one in heads)
+        """Parameters of the base and the heads: LoRA and gates are merged in the end."""
+        return self.base_parameters() + self._count(SAFETY, VERIFICATION)
 
     def trainable_parameters(self) -> int:
-        """Numbers that training may change."""
-        kinds = self.parameters_by_kind()
-        return sum(
-            one.numel() for kind, named in kinds.items() if kind != BASE for one in named.values()
-        )
+        """Number of parameters that training may change."""
+        return self._count(*(kind for kind in KINDS if kind != BASE))
 
     def base_parameters(self) -> int:
-        """Numbers of the frozen base; two of NF4 share a byte and count as two."""
-        return sum(logical_numbers(one) for one in self.parameters_by_kind()[BASE].values())
+        """Number of parameters of the frozen base; two of NF4 share a byte and count as two."""
+        return self._count(BASE)
+
+    def _count(self, *kinds: str) -> int:
+        named = self.parameters_by_kind()
+        return sum(logical_numbers(one) for kind in kinds for one in named.get(kind, {}).values())
 
     def activation_checkpointing_enable(self, kwargs: Mapping[str, Any] | None = None) -> None:
-        """Compute every layer's activations again in the backward pass instead of keeping them.
+        """Recompute every layer's activations in the backward pass.
 
         Raises:
             ValueError: reentrant checkpointing is asked for, which would lose the gradients.
@@ -204,7 +191,6 @@ class AdaptedStudent(Student):
         (enable or self.base.gradient_checkpointing_enable)(settings)
 
     def activation_checkpointing_disable(self) -> None:
-        """Keep activations again."""
         disable = getattr(self.base, "activation_checkpointing_disable", None)
         (disable or self.base.gradient_checkpointing_disable)()
         self.base.disable_input_require_grads()
@@ -222,11 +208,9 @@ def adapt(
     safety_head: bool = False,
     verification_head: bool = False,
 ) -> AdaptedStudent:
-    """Freeze ``base`` and put LoRA, gates and heads into it, in place; everything new is drawn from
-    ``seed``.
+    """Freeze ``base`` and put LoRA, gates and heads, drawn from ``seed``, into it, in place.
 
-    Args:
-        vocab_size: number of tokens of the teacher; the base may have more rows.
+    ``vocab_size``: the teacher's tokens; the base may have more rows.
 
     Raises:
         ValueError: a base of another kind, or packed for inference; an attention output that is not
@@ -251,8 +235,8 @@ def adapt(
         add_lora(base, settings)
         layers: Any = student.layers()
         for layer in layers:
-            there = layer.self_attn.o_proj.lora_A[ADAPTER].weight.device
-            add_gate(layer.self_attn, StartingGate(width // GROUP, ROTATION_INIT_STD).to(there))
+            device = layer.self_attn.o_proj.lora_A[ADAPTER].weight.device
+            add_gate(layer.self_attn, StartingGate(width // GROUP, ROTATION_INIT_STD).to(device))
         # Last, so that the other weights of a seed are the same with and without them.
         if safety_head:
             student.safety_head = SafetyHead(config.hidden_size).to(student.device)

@@ -1,8 +1,8 @@
-"""An SO(8) gate before the output projection of a model that knows nothing of gates.
+"""An SO(8) gate before the output projection of a model without gates of its own.
 
-Letters: N blocks, G = 8, so that the attention output is 8N wide. The gate's two rotations cannot
-both begin at the identity (they would commute and stay so), yet the model shall begin as it was:
-what is applied is R_cmd R_safe R0ᵀ, where R0 is the product that the rotations began with.
+Letters: N blocks, G = 8, so that the attention output is 8N wide. The two rotations cannot both
+start at the identity (they would commute forever), yet the model must start unchanged: R_cmd R_safe
+R0ᵀ is applied, where R0 is the initial R_cmd R_safe.
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ from students.model import so8
 from students.model.gate import SO8Gate
 from students.model.shape import GROUP
 
-TURNS = (
-    "so8_turns"  # the keyword that takes every layer's turn through the decoder to its attention
-)
+TURNS = "so8_turns"  # keyword that passes all layers' turns through the decoder to the attention
 
 
 class StartingGate(SO8Gate):
-    """A gate that remembers where it began, ``start [N, 8, 8]`` (R0), and turns by what has
-    changed since."""
+    """A gate that remembers its initial product, ``start [N, 8, 8]`` (R0)."""
 
     start: Tensor
 
@@ -37,17 +34,17 @@ class StartingGate(SO8Gate):
 
 
 def turn(rotations: Tensor, start: Tensor) -> Tensor:
-    """R_cmd R_safe R0ᵀ: ``[..., 2, N, 8, 8]`` and ``[..., N, 8, 8]`` → ``[..., N, 8, 8]``, in
-    the rotations' dtype."""
+    """R_cmd R_safe R0ᵀ, in the rotations' dtype.
+
+    ``[..., 2, N, 8, 8]`` and ``[..., N, 8, 8]`` → ``[..., N, 8, 8]``.
+    """
     with so8.full_precision(rotations):
-        return (
-            rotations[..., 1, :, :, :] @ rotations[..., 0, :, :, :] @ start.to(rotations.dtype).mT
-        )
+        safety, command = rotations.unbind(-4)
+        return command @ safety @ start.to(rotations.dtype).mT
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """``blockdiag(turn) · x`` for every vector of ``x [..., 8N]``, in the dtype of ``turn [N, 8,
-    8]``, rounded once.
+    """``blockdiag(turn) · x`` of ``x [..., 8N]``, computed in the dtype of ``turn [N, 8, 8]``.
 
     Raises:
         ValueError: the vectors are not 8 × the number of blocks wide.
@@ -63,7 +60,7 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
 
 
 class GatedProjection(nn.Module):
-    """An output projection (with its LoRA, if it has one) whose input is turned first."""
+    """An output projection (with its LoRA) whose input is turned first."""
 
     def __init__(self, projection: nn.Module) -> None:
         super().__init__()
@@ -72,32 +69,28 @@ class GatedProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Project the turned ``x [..., 8N]``."""
-        given, self.turn = self.turn, None
-        assert given is not None, (
-            "the attention around this projection has not handed over its turn"
-        )
-        return self.projection(rotate(x, given))
+        current, self.turn = self.turn, None
+        assert current is not None, "the attention around this projection has not set its turn"
+        return self.projection(rotate(x, current))
 
 
 def add_gate(attention: nn.Module, gate: StartingGate) -> None:
-    """Put ``gate`` before the output projection ``o_proj`` of ``attention``, as its submodule
-    ``gate``."""
+    """Put ``gate`` before ``attention.o_proj``, as submodule ``gate``."""
     attention.gate = gate
     attention.o_proj = GatedProjection(attention.get_submodule("o_proj"))
-    attention.register_forward_pre_hook(_hand_over, with_kwargs=True)
+    attention.register_forward_pre_hook(_set_turn, with_kwargs=True)
 
 
-def _hand_over(
+def _set_turn(
     attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give the projection its layer's turn.
+    """Set the projection's turn.
 
-    It comes as an argument because a layer whose activations are computed again in the backward
-    pass is then called with the very arguments of its own forward pass, whatever has been run in
-    between. A decoder that somebody else calls has none to give; the gate computes it then.
+    It is an argument because activation checkpointing calls a layer again with the arguments of its
+    own forward pass, whatever has been run in between. Without the argument (the decoder is called
+    directly) the gate computes it.
     """
-    turns = kwargs.pop(TURNS, None)
-    gate: StartingGate = attention.gate
+    turns, gate = kwargs.pop(TURNS, None), attention.gate
     attention.o_proj.turn = (
         turn(gate(), gate.start) if turns is None else turns[attention.layer_idx]
     )

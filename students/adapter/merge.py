@@ -1,8 +1,7 @@
-"""Make a plain model of an adapted student: LoRA merged, gates folded, NF4 dequantised.
+"""Make a plain model of an adapted student: LoRA merged, gates folded, NF4 dequantized.
 
 W_o' = (W_o + scale · B·A) · blockdiag(R_cmd R_safe R0ᵀ), computed in float64 and rounded once; the
-other matrices likewise without the rotation. One weight after the other, so that beside the student
-there is one model and one weight.
+other matrices likewise without the rotation. One weight after the other, to save memory.
 """
 
 from __future__ import annotations
@@ -24,11 +23,9 @@ from students.model.fold import MAX_ORTHOGONALITY_ERROR, FoldError
 
 @torch.no_grad()
 def merge(student: AdaptedStudent) -> PreTrainedModel:
-    """The student as a plain float32 model of its base's class on the CPU, with the teacher's
-    vocabulary.
+    """The student as a float32 model of its base's class on the CPU, with the teacher's vocabulary.
 
-    Nothing of peft, bitsandbytes or the gates is left in it, nor are the heads, which stand beside
-    the graph.
+    Nothing of peft, bitsandbytes, the gates or the heads is left in it.
 
     Raises:
         FoldError: a weight is not finite, or a turn is not a rotation.
@@ -66,8 +63,7 @@ def _exact_turn(number: int, gate: StartingGate) -> Tensor:
 
 
 def _without_weights(student: AdaptedStudent) -> Any:
-    """A model of the base's class and the teacher's vocabulary whose parameters have no values
-    yet."""
+    """A model of the base's class with the teacher's vocabulary, on the meta device."""
     config: PreTrainedConfig = copy.deepcopy(student.base.config)
     for name in ("quantization_config", "_pre_quantization_dtype"):
         config.__dict__.pop(name, None)
@@ -83,7 +79,7 @@ def _without_weights(student: AdaptedStudent) -> Any:
 
 
 def _merged(student: AdaptedStudent, path: str, leaf: str, turns: list[Tensor]) -> Tensor:
-    """One tensor of the plain model, float32 on the CPU and in memory of its own."""
+    """One tensor of the plain model, a float32 copy on the CPU."""
     module = student.base.get_submodule(path)
     rotation = None
     if isinstance(module, GatedProjection):
@@ -95,15 +91,14 @@ def _merged(student: AdaptedStudent, path: str, leaf: str, turns: list[Tensor]) 
         stored = stored[: student.config.vocab_size]
     if base is module or leaf != "weight":
         return stored.to("cpu", torch.float32, copy=True)
-    weight = _dequantised(base).cpu().double()
+    weight = _dequantized(base).cpu().double()
     a, b = (lora[ADAPTER].weight.cpu().double() for lora in (module.lora_A, module.lora_B))
     weight = weight.addmm_(b, a, alpha=float(module.scaling[ADAPTER]))
     return (weight if rotation is None else so8.rotate_columns(weight, rotation)).float()
 
 
-def _dequantised(projection: Any) -> Tensor:
-    """A projection's matrix as the student computes with it: NF4's values in the dtype of the
-    product."""
+def _dequantized(projection: Any) -> Tensor:
+    """A projection's matrix as the student computes with it: NF4 in the dtype of the product."""
     weight: Tensor = projection.weight
     state = copy.copy(getattr(weight, "quant_state", None))
     if state is None:

@@ -1,11 +1,6 @@
-"""The model types whose GGUF architecture computes the same in llama.cpp: names, layouts, and what
-is refused.
+"""The model types whose GGUF architecture computes the same in llama.cpp; all others are refused.
 
-``llama``, ``phi3``, ``qwen2`` and ``qwen3`` have the same name in transformers and in GGUF.
-``phi3`` fuses query, key and value as well as gate and up on both sides, in the same order. Only
-``llama`` files hold query and key rows for rotary pairs (2i, 2i + 1); the others turn (i, i + W/2)
-as transformers does.
-
+A new one is one entry of ``ARCHITECTURES``; its name is the same in transformers and in GGUF.
 Letters: D width, H heads, W head width.
 """
 
@@ -13,16 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from students.gguf.metadata import ExportError
 from students.gguf.rope_scaling import rope_scaling, rope_theta, rope_type
 
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 _GLOBAL = {
-    "model.embed_tokens.weight": "token_embd.weight",
+    "model.embed_tokens.weight": EMBEDDING,
     "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
+    "lm_head.weight": OUTPUT,
 }
 _SHARED = {
     "input_layernorm.weight": "attn_norm.weight",
@@ -45,8 +41,13 @@ _OTHER_BIASES = {
     **{f"mlp.{name}_proj.bias": f"ffn_{name}.bias" for name in ("gate", "up", "down")},
 }
 _HEAD_NORMS = {f"self_attn.{name}_norm.weight": f"attn_{name}_norm.weight" for name in "qk"}
-_THEIR_LAYER = re.compile(r"blk\.(0|[1-9]\d*)\.(.+)")
-_OUR_LAYER = re.compile(r"model\.layers\.(0|[1-9]\d*)\.(.+)")
+
+
+class UnmappedTensor(KeyError):
+    """A tensor name outside the table: exporting without it would lose weights silently."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,10 @@ class Architecture:
     """How one GGUF architecture holds a model, and what llama.cpp's implementation of it can do.
 
     ``layer_names``: names of a layer's tensors in transformers → in GGUF. ``permuted``: query and
-    key rows stand in pairs. ``own_head_width``: H·W need not be D. ``partial_rotary``: a head may
-    be turned in part. ``refused_flags``: configuration values that add what llama.cpp does not
-    compute.
+    key rows stand in rotary pairs (2i, 2i + 1) instead of (i, i + W/2). ``own_head_width``: H·W
+    need not be D. ``partial_rotary``: a head may be turned in part. ``ignores_window``: llama.cpp
+    has the key of a sliding window (older versions refuse a file without it), but computes none.
+    ``refused_flags``: configuration values that add what llama.cpp does not compute.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Architecture:
     permuted: bool = False
     own_head_width: bool = False
     partial_rotary: bool = False
+    ignores_window: bool = False
     refused_flags: tuple[str, ...] = ()
 
     def to_gguf_name(self, name: str) -> str:
@@ -73,31 +76,25 @@ class Architecture:
         Raises:
             UnmappedTensor: the table has no such name.
         """
-        if match := _OUR_LAYER.fullmatch(name):
-            if (found := self.layer_names.get(match[2])) is not None:
-                return f"blk.{match[1]}.{found}"
-        elif name in _GLOBAL:
-            return _GLOBAL[name]
-        raise UnmappedTensor(
-            f"tensor {name!r} has no counterpart in a GGUF file of architecture {self.name}"
-        )
+        return self._renamed(name, "model.layers.", "blk.", False)
 
     def from_gguf_name(self, name: str) -> str:
-        """The transformers name of a GGUF tensor.
+        """The inverse of ``to_gguf_name``."""
+        return self._renamed(name, "blk.", "model.layers.", True)
 
-        Raises:
-            UnmappedTensor: the table has no such name.
-        """
-        if match := _THEIR_LAYER.fullmatch(name):
-            if (found := _inverse(self.layer_names).get(match[2])) is not None:
-                return f"model.layers.{match[1]}.{found}"
-        elif (found := _inverse(_GLOBAL).get(name)) is not None:
-            return found
-        raise UnmappedTensor(f"GGUF tensor {name!r} has no counterpart in a {self.name} model")
-
-
-def _inverse(names: Mapping[str, str]) -> dict[str, str]:
-    return {theirs: ours for ours, theirs in names.items()}
+    def _renamed(self, name: str, prefix: str, new_prefix: str, inverse: bool) -> str:
+        if match := re.fullmatch(re.escape(prefix) + r"(0|[1-9]\d*)\.(.+)", name):
+            names, key, new_prefix = self.layer_names, match[2], f"{new_prefix}{match[1]}."
+        else:
+            names, key, new_prefix = _GLOBAL, name, ""
+        if inverse:
+            names = {theirs: ours for ours, theirs in names.items()}
+        if key not in names:
+            raise UnmappedTensor(
+                f"tensor {name!r} has no counterpart in the name table of GGUF architecture "
+                f"{self.name}"
+            )
+        return new_prefix + names[key]
 
 
 ARCHITECTURES = {
@@ -111,7 +108,11 @@ ARCHITECTURES = {
             own_head_width=True,
         ),
         Architecture(
-            "phi3", _SHARED | _FUSED, rope_types=("default", "longrope"), partial_rotary=True
+            "phi3",
+            _SHARED | _FUSED,
+            rope_types=("default", "longrope"),
+            partial_rotary=True,
+            ignores_window=True,
         ),
         Architecture(
             "qwen2", _SHARED | _SPLIT | _INPUT_BIASES, rope_types=("default", "linear", "yarn")
@@ -125,6 +126,9 @@ ARCHITECTURES = {
         ),
     )
 }
+# A folded SO8T student is a Llama without biases.
+FOLDED = replace(ARCHITECTURES["llama"], layer_names=_SHARED | _SPLIT)
+to_gguf_name, from_gguf_name = FOLDED.to_gguf_name, FOLDED.from_gguf_name
 
 
 def architecture_of(config: Any) -> Architecture:
@@ -133,13 +137,12 @@ def architecture_of(config: Any) -> Architecture:
     Raises:
         ExportError: there is none that computes the same.
     """
-    found = ARCHITECTURES.get(config.model_type)
-    if found is None:
+    if config.model_type not in ARCHITECTURES:
         raise ExportError(
             f"a model of type {config.model_type!r} cannot be exported to GGUF; "
             f"{', '.join(ARCHITECTURES)} can"
         )
-    return found
+    return ARCHITECTURES[config.model_type]
 
 
 def require_exportable(config: Any) -> None:
@@ -175,11 +178,8 @@ def require_exportable(config: Any) -> None:
             f"{', '.join(architecture.rope_types)} can"
         )
     dimensions = rotary_dimensions(config)
-    if (
-        dimensions % 2
-        or not 2 <= dimensions <= width
-        or (dimensions < width and not architecture.partial_rotary)
-    ):
+    partial = dimensions < width and not architecture.partial_rotary
+    if partial or dimensions % 2 or not 2 <= dimensions <= width:
         raise ExportError(
             f"rotary embeddings that turn {dimensions} of {width} values of a head cannot be "
             f"exported for {name}"
@@ -200,7 +200,7 @@ def rotary_dimensions(config: Any) -> int:
     """How many values of a head the rotary embedding turns, as transformers counts them.
 
     Raises:
-        ExportError: ``partial_rotary_factor`` is no share.
+        ExportError: ``partial_rotary_factor`` is not above 0 and at most 1.
     """
     share = config.rope_parameters.get("partial_rotary_factor")
     if share is None:
@@ -215,72 +215,20 @@ def rotary_dimensions(config: Any) -> int:
 def context_length(config: Any) -> int:
     """Tokens up to which the file computes what the model computes, to be written as its context.
 
-    llama.cpp knows ``phi3``'s sliding window but does not apply it (its ``phi3`` is "currently
-    disabled" in that): within the window both see all tokens, so a window shorter than the context
-    becomes the context.
+    Where llama.cpp ignores the sliding window, a window shorter than the context becomes the
+    context: within it both see all tokens.
 
     Raises:
-        ExportError: a Qwen with layers whose window is shorter than its context.
+        ExportError: layers whose window is shorter than the context.
     """
     context = int(config.max_position_embeddings)
     window = getattr(config, "sliding_window", None)
-    if config.model_type == "phi3":
+    if architecture_of(config).ignores_window:
         return context if window is None else min(context, int(window))
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     if sliding and window is not None and window < context:
         raise ExportError(
             f"sliding windows of {window} tokens cannot be exported for {config.model_type}; a "
-            "model without "
-            "use_sliding_window can"
+            "model without use_sliding_window can"
         )
     return context
-
-
-_TABLE = (
-    ("model.embed_tokens.weight", "token_embd.weight"),
-    ("model.norm.weight", "output_norm.weight"),
-    ("lm_head.weight", "output.weight"),
-    ("model.layers.{}.input_layernorm.weight", "blk.{}.attn_norm.weight"),
-    ("model.layers.{}.self_attn.q_proj.weight", "blk.{}.attn_q.weight"),
-    ("model.layers.{}.self_attn.k_proj.weight", "blk.{}.attn_k.weight"),
-    ("model.layers.{}.self_attn.v_proj.weight", "blk.{}.attn_v.weight"),
-    ("model.layers.{}.self_attn.o_proj.weight", "blk.{}.attn_output.weight"),
-    ("model.layers.{}.post_attention_layernorm.weight", "blk.{}.ffn_norm.weight"),
-    ("model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight"),
-    ("model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight"),
-    ("model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight"),
-)
-
-
-class UnmappedTensor(KeyError):
-    """A tensor name that the table does not know: exporting without it would lose weights
-    silently."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-
-def to_gguf_name(name: str) -> str:
-    """GGUF name of a folded student's tensor.
-
-    Raises:
-        UnmappedTensor: the table has no such name.
-    """
-    return _translate(name, [(ours, theirs) for ours, theirs in _TABLE])
-
-
-def from_gguf_name(name: str) -> str:
-    """The folded student's name of a GGUF tensor.
-
-    Raises:
-        UnmappedTensor: the table has no such name.
-    """
-    return _translate(name, [(theirs, ours) for ours, theirs in _TABLE])
-
-
-def _translate(name: str, table: list[tuple[str, str]]) -> str:
-    for source, target in table:
-        pattern = re.escape(source).replace(r"\{\}", r"(0|[1-9]\d*)")
-        if match := re.fullmatch(pattern, name):
-            return target.format(*match.groups())
-    raise UnmappedTensor(f"tensor {name!r} has no counterpart in the GGUF name table")

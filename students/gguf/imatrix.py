@@ -1,10 +1,8 @@
-"""How much each column of a student's matrices matters, for llama.cpp's quantizer: its importance
-matrix.
+"""The importance matrix of llama.cpp's quantizer: the mean square of each matrix column's input.
 
-A quantizer that knows the mean square of what a column is multiplied with rounds the columns that
-count more exactly. The figures are those of ``llama-imatrix`` (sum of squares over tokens, and the
-tokens), in the same GGUF format, so that the file works with ``llama-quantize --imatrix`` too. They
-are taken with PyTorch, which needs no hold on llama.cpp's graph: both compute the same products.
+Columns that count more are rounded more exactly. The statistics are those of ``llama-imatrix`` (sum
+of squares over tokens, and the tokens), in the same GGUF format, so that the file works with
+``llama-quantize --imatrix`` too. PyTorch, which computes the same products, takes them by hooks.
 """
 
 from __future__ import annotations
@@ -16,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFWriter
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from students.gguf.architectures import EMBEDDING, OUTPUT
+from students.gguf.metadata import small_gguf
+
 SUMS, COUNTS = ".in_sum2", ".counts"
-EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,7 @@ class Importance:
     sequences: int
 
     def mean_squares(self) -> dict[str, NDArray[np.float32]]:
-        """What the quantizer takes: the mean square of each column's input, to the bit as the
-        file gives it back."""
+        """What the quantizer takes, to the bit as the file gives it back."""
         tokens = np.float32(self.tokens)
         return {name: values.astype(np.float32) / tokens for name, values in self.sums.items()}
 
@@ -67,9 +65,8 @@ def measure_importance(
     tokens = done = 0
     try:
         for sequence in sequences:
-            model(
-                torch.from_numpy(sequence.astype(np.int64))[None].to(model.device), use_cache=False
-            )
+            ids = torch.from_numpy(sequence.astype(np.int64))[None]
+            model(ids.to(model.device), use_cache=False)
             tokens += len(sequence)
             done += 1
             progress(done)
@@ -90,38 +87,30 @@ def _adder(total: NDArray[np.float64]) -> Callable[[nn.Module, tuple[Tensor, ...
 
 
 def write_importance(importance: Importance, path: Path, datasets: Sequence[str]) -> None:
-    """Write it as ``llama-imatrix`` does; ``datasets``: where the tokens are from, in words.
+    """Write it as ``llama-imatrix`` does; ``datasets``: where the tokens are from.
 
     Raises:
         OSError: the disk refuses.
     """
-    writer = GGUFWriter(
-        path, ""
-    )  # this kind of file has no architecture, and an empty text is not written
-    try:
+    # This kind of file has no architecture, and an empty text is not written.
+    with small_gguf(path, "") as writer:
         writer.add_type("imatrix")
         writer.add_array("imatrix.datasets", list(datasets))
         writer.add_uint32("imatrix.chunk_count", importance.sequences)
-        writer.add_uint32(
-            "imatrix.chunk_size", max(1, round(importance.tokens / importance.sequences))
-        )
+        length = max(1, round(importance.tokens / importance.sequences))
+        writer.add_uint32("imatrix.chunk_size", length)
         for name, values in sorted(importance.sums.items()):
             writer.add_tensor(name + SUMS, values.astype(np.float32)[None])
             writer.add_tensor(name + COUNTS, np.full((1, 1), importance.tokens, dtype=np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
 
 
 def read_mean_squares(tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
     """The mean squares in the tensors of such a file.
 
     Raises:
-        ValueError: it is something else, or has figures that are no mean squares.
+        ValueError: it is something else, or has values that are no mean squares.
     """
-    found = {}
+    result = {}
     for name, sums in tensors.items():
         if not name.endswith(SUMS):
             continue
@@ -132,7 +121,7 @@ def read_mean_squares(tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, N
         values = sums.reshape(-1) / counts.reshape(-1)[0]
         if not bool(np.isfinite(values).all()) or bool((values < 0).any()):
             raise ValueError(f"{matrix}: values that are no mean squares")
-        found[matrix] = values.astype(np.float32)
-    if not found:
+        result[matrix] = values.astype(np.float32)
+    if not result:
         raise ValueError(f"no tensor *{SUMS}")
-    return found
+    return result

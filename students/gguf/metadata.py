@@ -1,27 +1,18 @@
-"""Write a student as a GGUF file of architecture ``llama`` with the teacher's own tokenizer.
-
-Stock llama.cpp knows nothing of the gates: they are folded away first. Rotary embeddings of this
-architecture turn neighbouring pairs (2i, 2i+1), while the student turns (i, i + W/2); the rows of
-the query and key projections are permuted accordingly.
-"""
+"""What a student's GGUF file says besides its tensors, and writing files without large ones."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gguf
-from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
+from gguf import GGUFValueType, GGUFWriter
 
-from students.gguf.provenance import Lineage, add_lineage
+from students.gguf.file_types import FILE_TYPES
+from students.gguf.provenance import Lineage
 
-QUANTS = {
-    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
 MetadataEntry = tuple[Any, GGUFValueType, "GGUFValueType | None"]
 ExtraValue = list[float] | list[str] | float | int
 
@@ -32,25 +23,23 @@ class ExportError(ValueError):
 
 @dataclass(frozen=True)
 class ExportNames:
-    """What the file says about itself: its name and where it came from, as ``so8t.*`` keys and as
-    the specification has it."""
+    """The file's name and origin, as ``so8t.*`` keys and as the specification has it."""
 
     name: str
     origin: Mapping[str, str]
     lineage: Lineage = field(default_factory=Lineage)
 
 
-def write_tokenizer(path: Path, tokenizer: Mapping[str, MetadataEntry], name: str) -> None:
-    """Write a GGUF file that holds the tokenizer alone, so that a student can be exported again
-    later.
+@contextmanager
+def small_gguf(path: Path, architecture: str) -> Iterator[GGUFWriter]:
+    """A writer for a file whose tensors, if any, fit into memory; written at the end of the block.
 
     Raises:
         OSError: the disk refuses.
     """
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, architecture)
     try:
-        writer.add_name(name)
-        add_tokenizer(writer, tokenizer)
+        yield writer
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -58,18 +47,31 @@ def write_tokenizer(path: Path, tokenizer: Mapping[str, MetadataEntry], name: st
         writer.close()
 
 
+def write_tokenizer(path: Path, tokenizer: Mapping[str, MetadataEntry], name: str) -> None:
+    """Write a GGUF file of the tokenizer alone, so that a student can be exported again later.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    with small_gguf(path, "llama") as writer:
+        writer.add_name(name)
+        add_tokenizer(writer, tokenizer)
+
+
 def require_format(quant: str, tokenizer: Mapping[str, MetadataEntry], vocab_size: int) -> None:
     """Refuse what no file can be written from, before there is one.
 
     Raises:
-        ExportError: unknown ``quant``, or a tokenizer that does not have ``vocab_size`` tokens.
+        ExportError: ``quant`` is none of the types that are written without llama.cpp's quantizer,
+            or the tokenizer does not have ``vocab_size`` tokens.
     """
-    if quant not in QUANTS:
-        raise ExportError(f"quant {quant!r} is not supported; choose one of {', '.join(QUANTS)}")
+    written = [name for name, kind in FILE_TYPES.items() if kind.storage is not None]
+    if quant not in written:
+        raise ExportError(f"quant {quant!r} is not supported; choose one of {', '.join(written)}")
     tokens = tokenizer.get("tokenizer.ggml.tokens")
-    if tokens is None or len(tokens[0]) != vocab_size:
-        found = 0 if tokens is None else len(tokens[0])
-        raise ExportError(f"the student has {vocab_size} tokens, the tokenizer {found}")
+    count = 0 if tokens is None else len(tokens[0])
+    if tokens is None or count != vocab_size:
+        raise ExportError(f"the student has {vocab_size} tokens, the tokenizer {count}")
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: Mapping[str, MetadataEntry]) -> None:
@@ -86,33 +88,12 @@ def _as_bytes(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode("utf-8", errors="surrogateescape")
     if isinstance(value, list) and value and isinstance(value[0], str):
-        return [item.encode("utf-8", errors="surrogateescape") for item in value]
+        return [_as_bytes(item) for item in value]
     return value
 
 
-def add_general(writer: GGUFWriter, quant: str, names: ExportNames) -> None:
-    """The file's name, its lineage and the format of its weights."""
-    writer.add_name(names.name)
-    add_lineage(writer, names.lineage)
-    writer.add_file_type(QUANTS[quant][1])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-
-
-def add_size_label(writer: GGUFWriter) -> None:
-    """The number of parameters, such as 46M; once all tensors are known to the writer."""
-    total, shared, expert, experts = writer.get_total_parameter_count()
-    writer.add_size_label(gguf.size_label(total, shared, expert, experts))
-
-
-def add_origin(writer: GGUFWriter, names: ExportNames) -> None:
-    """Where the file came from, as ``so8t.*`` keys."""
-    for key, value in names.origin.items():
-        writer.add_string(f"so8t.{key}", value)
-
-
 def add_values(writer: GGUFWriter, values: Mapping[str, ExtraValue]) -> None:
-    """Add ``so8t.*`` keys, the heads for instance, which llama.cpp carries along without reading
-    them.
+    """Add keys that llama.cpp carries along without reading them, the heads for instance.
 
     Numbers in lists become float32; no list may be empty.
     """

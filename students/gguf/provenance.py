@@ -1,5 +1,4 @@
-"""What an exported file says about where the student comes from: licence, models, data (the
-``general.*`` keys of the GGUF specification)."""
+"""Where a student comes from: license, models, data (``general.*`` keys of GGUF)."""
 
 from __future__ import annotations
 
@@ -15,10 +14,7 @@ DETAILS = ("author", "version", "organization", "description", "url", "doi", "uu
 
 @dataclass(frozen=True)
 class Source:
-    """A model or a body of text that the student comes from.
-
-    ``details``: some of ``DETAILS``, with text.
-    """
+    """A model or a text corpus; ``details``: some of ``DETAILS``, with text."""
 
     name: str
     details: Mapping[str, str] = field(default_factory=dict)
@@ -26,9 +22,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where a student comes from. ``licence``: text under ``""`` (its identifier), ``name`` and
-    ``link``, as the teacher's file has it, or empty where that says nothing. ``languages``: as the
-    teacher's file says.
+    """``licence``: text under ``""`` (its identifier), ``name`` and ``link``, as in the teacher's
+    file, or empty. ``languages``: as in the teacher's file.
     """
 
     licence: Mapping[str, str] = field(default_factory=dict)
@@ -40,8 +35,8 @@ class Lineage:
         """For ``student/lineage.json``."""
         return {
             "licence": dict(self.licence),
-            "models": [{"name": one.name, **one.details} for one in self.models],
-            "datasets": [{"name": one.name, **one.details} for one in self.datasets],
+            "models": [{"name": source.name, **source.details} for source in self.models],
+            "datasets": [{"name": source.name, **source.details} for source in self.datasets],
             "languages": list(self.languages),
         }
 
@@ -50,7 +45,7 @@ class Lineage:
         """The inverse of ``to_json``.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError: it is something else.
+            KeyError, TypeError, ValueError, AttributeError: it is not one.
         """
         json.dumps(content, ensure_ascii=False).encode()  # nothing that could not be written
         licence = {str(key): str(value) for key, value in content["licence"].items()}

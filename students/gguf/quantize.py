@@ -21,8 +21,7 @@ from students.gguf.metadata import ExportError
 
 LOG_LINES = 3
 _FAILED, _WRITE_FAILED = "failed to quantize: ", "iostream error"
-# The child gets the parent's sys.path, and runs the one file: importing this package would load
-# PyTorch first.
+# The child runs the one file: importing this package would load PyTorch first.
 _CHILD = (
     "import json, runpy, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "runpy.run_path(sys.argv[2], None, '__main__')"
@@ -42,9 +41,9 @@ def quantize_gguf(
 ) -> None:
     """Write the F32 file ``source`` to ``target`` as another file type; a failure leaves no file.
 
-    ``importance``: mean square of what each column of a matrix is multiplied with, by the matrix's
-    name, for the types that look at it. ``labels``: metadata to add. ``threads`` 0: as many as
-    there are processors. ``progress`` gets the tensors done and how many there are.
+    ``importance``: mean square of each matrix column's input, by the matrix's name, for weighted
+    types. ``labels``: metadata to add. ``threads`` 0: one per processor. ``progress`` gets the
+    tensors done and their total.
 
     Raises:
         ExportError: llama.cpp refuses the file or dies on it.
@@ -65,8 +64,7 @@ def quantize_gguf(
     }
     weights = dict(importance or {}) if FILE_TYPES[quant].weighted else {}
     message = json.dumps(request).encode() + b"\n" + safetensors.numpy.save(weights)
-    with target.open("wb"):
-        pass  # a folder that cannot be written to says so here, in Python's words
+    target.write_bytes(b"")  # a folder that cannot be written to fails here, with Python's error
     try:
         _run(message, quant, source, target, progress)
     except BaseException:
@@ -95,7 +93,7 @@ def _run(
                     if "done" in answer:
                         progress(answer["done"], answer["of"])
             except BrokenPipeError:
-                child.wait()  # it died before it had read everything, which the code below says
+                child.wait()  # it died before it had read everything: reported below
             except BaseException:
                 child.kill()
                 raise
@@ -103,16 +101,15 @@ def _run(
             return
         log.seek(0)
         lines = log.read().decode("utf-8", errors="replace").splitlines()
-    said = " | ".join([line.strip() for line in lines if line.strip()][-LOG_LINES:])
-    if _WRITE_FAILED in said:  # C++ does not say why; llama.cpp has computed all that it could
+    reason = " | ".join([line.strip() for line in lines if line.strip()][-LOG_LINES:])
+    if _WRITE_FAILED in reason:  # C++ does not give a cause; llama.cpp has computed what it could
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-    said = said.rpartition(_FAILED)[2] or said
+    reason = reason.rpartition(_FAILED)[2] or reason
     how = f"status {status}" if status is not None else _ending(child.returncode)
-    raise ExportError(f"llama.cpp could not quantize {source.name} to {quant} ({how}): {said}")
+    raise ExportError(f"llama.cpp could not quantize {source.name} to {quant} ({how}): {reason}")
 
 
 def _ending(code: int) -> str:
-    """How a process ended, in words."""
     if code >= 0:
         return f"exit code {code}"
     names = {int(number): number.name for number in signal.Signals}

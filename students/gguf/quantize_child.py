@@ -1,9 +1,8 @@
-"""The process that llama.cpp's quantizer runs in: it may abort on a bad file, which must end this
-process only.
+"""The process of llama.cpp's quantizer, which may abort on a bad file.
 
 Standard input: one JSON line (``source``, ``target``, ``file_type``, ``threads``, ``labels``), then
-the importance matrix as safetensors. Standard output: one JSON line for every tensor that is done,
-and ``{"status": …}`` last.
+the importance matrix as safetensors. Standard output: one JSON line for every finished tensor, and
+``{"status": …}`` last.
 """
 
 from __future__ import annotations
@@ -24,19 +23,18 @@ _INTEGER, _TEXT = 0, 3  # llama_model_kv_override_type
 
 
 def main() -> None:
-    """Quantize one file as the parent asks."""
     request = json.loads(sys.stdin.buffer.readline())
     weights = safetensors.numpy.load(sys.stdin.buffer.read())
-    answers = sys.stdout
+
+    def answer(**values: int) -> None:
+        print(json.dumps(values), flush=True)
 
     @native.llama_log_callback
     def log(level: int, text: bytes, data: ctypes.c_void_p) -> None:
-        words = text.decode("utf-8", errors="replace")
-        if found := _DONE.match(words):
-            print(
-                json.dumps({"done": int(found[1]), "of": int(found[2])}), file=answers, flush=True
-            )
-        sys.stderr.write(words)
+        message = text.decode("utf-8", errors="replace")
+        if match := _DONE.match(message):
+            answer(done=int(match[1]), of=int(match[2]))
+        sys.stderr.write(message)
 
     native.llama_log_set(log, ctypes.c_void_p(0))
     native.llama_backend_init()
@@ -45,9 +43,8 @@ def main() -> None:
     parameters.nthread = request["threads"]
     keep: list[Any] = []  # what llama.cpp reads from this process's memory
     if weights:
-        entries = (
-            native.llama_model_imatrix_data * (len(weights) + 1)
-        )()  # one more, without a name, ends it
+        # One more, without a name, ends it.
+        entries = (native.llama_model_imatrix_data * (len(weights) + 1))()
         for entry, (name, values) in zip(entries, weights.items(), strict=False):
             array = np.ascontiguousarray(values, dtype=np.float32)
             entry.name = name.encode()
@@ -63,7 +60,7 @@ def main() -> None:
     status = native.llama_model_quantize(
         bytes.fromhex(request["source"]), bytes.fromhex(request["target"]), ctypes.byref(parameters)
     )
-    print(json.dumps({"status": int(status)}), file=answers, flush=True)
+    answer(status=int(status))
 
 
 def _overrides(labels: dict[str, int | str]) -> Any:

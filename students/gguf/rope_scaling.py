@@ -1,5 +1,4 @@
-"""How a model stretches its rotary embeddings beyond the context it was first trained for, in
-GGUF's terms.
+"""Rotary embeddings stretched beyond the context a model was first trained for, in GGUF's terms.
 
 transformers scales the angle per position of each rotary pair; llama.cpp takes keys
 (``rope.scaling.*``) or divides the angles by a tensor of factors. Letters: R rotary dimensions of a
@@ -49,7 +48,7 @@ def rope_type(config: Any) -> str:
     """Name of the scaling, ``default`` where there is none.
 
     Raises:
-        ExportError: the configuration has no rotary parameters for all layers alike.
+        ExportError: the configuration has no common rotary parameters of all layers.
     """
     parameters = config.rope_parameters
     if not isinstance(parameters, Mapping) or any(
@@ -62,11 +61,10 @@ def rope_type(config: Any) -> str:
 
 
 def rope_scaling(config: Any, dimensions: int) -> RopeScaling:
-    """What a GGUF file has to say of the scaling of ``config``, whose heads turn ``dimensions`` (R)
-    of their values.
+    """What a GGUF file says of the scaling of ``config``, whose heads turn ``dimensions`` (R).
 
     Raises:
-        ExportError: a kind of scaling there is nothing for, or parameters that make no sense.
+        ExportError: a kind of scaling that GGUF does not have, or invalid parameters.
     """
     kind, parameters = rope_type(config), config.rope_parameters
     if kind == "default":
@@ -86,17 +84,14 @@ def rope_scaling(config: Any, dimensions: int) -> RopeScaling:
 
 
 def _llama3_factors(config: Any, dimensions: int) -> NDArray[np.float32]:
-    """Llama 3.1's published rule: long waves are stretched by ``factor``, short ones kept, those
-    between mixed."""
+    """Llama 3.1's rule: stretch long waves by ``factor``, keep short ones, mix those between."""
     parameters = config.rope_parameters
     factor = _number(parameters, "factor", above=0.0)
     low = _number(parameters, "low_freq_factor", above=0.0)
     high = _number(parameters, "high_freq_factor", above=low)
     original = _number(parameters, "original_max_position_embeddings", above=0.0)
     exponents = np.arange(0, dimensions, 2, dtype=np.float64) / dimensions
-    waves = original / (
-        2 * math.pi * rope_theta(config) ** exponents
-    )  # of them in the original context
+    waves = original / (2 * math.pi * rope_theta(config) ** exponents)  # in the original context
     kept = np.clip((waves - low) / (high - low), 0.0, 1.0)
     return (1.0 / ((1.0 - kept) / factor + kept)).astype(np.float32)
 
@@ -107,15 +102,14 @@ def _longrope(config: Any, dimensions: int) -> RopeScaling:
     tensors = {}
     for name in ("long", "short"):
         factors = parameters.get(f"{name}_factor")
-        found = np.asarray(factors if isinstance(factors, list) else [], dtype=np.float32)
-        if found.shape != (dimensions // 2,) or not (
-            np.isfinite(found).all() and (found > 0).all()
-        ):
+        values = np.asarray(factors if isinstance(factors, list) else [], dtype=np.float32)
+        valid = bool(np.isfinite(values).all() and (values > 0).all())
+        if values.shape != (dimensions // 2,) or not valid:
             raise ExportError(
                 f"{name}_factor of rope_parameters is {_short(factors)}; {dimensions // 2} "
                 "positive numbers are needed"
             )
-        tensors[f"rope_factors_{name}.weight"] = found
+        tensors[f"rope_factors_{name}.weight"] = values
     if parameters.get("attention_factor") is not None:
         scale = _number(parameters, "attention_factor", above=0.0)
     else:
@@ -123,8 +117,8 @@ def _longrope(config: Any, dimensions: int) -> RopeScaling:
         if parameters.get("factor") is not None:
             stretch = _number(parameters, "factor", above=0.0)
         scale = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
-    values = {"rope.scaling.original_context_length": original, "rope.scaling.attn_factor": scale}
-    return RopeScaling(values, tensors)
+    keys = {"rope.scaling.original_context_length": original, "rope.scaling.attn_factor": scale}
+    return RopeScaling(keys, tensors)
 
 
 def _yarn(parameters: Mapping[str, Any]) -> RopeScaling:

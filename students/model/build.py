@@ -28,10 +28,9 @@ def student_config(
     like: TeacherLikeness = UNKNOWN,
     chosen: ChosenShape = BY_RULE,
 ) -> SO8TConfig:
-    """Derive every setting of a student from its size, its teacher's shape, and what the user
-    chose.
+    """Every setting of a student from its size, its teacher's shape, and what the user chose.
 
-    What was chosen comes first; what was not follows these rules:
+    What was not chosen follows these rules:
 
     - head width: the teacher's, where it divides the width and leaves at least two heads; else as
       wide as possible (64 at most) with at least four heads.
@@ -62,12 +61,6 @@ def student_config(
         bos_token_id=bos,
         eos_token_id=eos,
     )
-
-
-def count_parameters(config: SO8TConfig) -> int:
-    """Number of parameters of a student, without allocating one; tied matrices count once."""
-    with torch.device("meta"):
-        return SO8TForCausalLM(config).parameter_count()
 
 
 def build_student(config: SO8TConfig, seed: int) -> SO8TForCausalLM:

@@ -22,14 +22,14 @@ class SO8TConfig(PretrainedConfig):
         num_key_value_heads: key/value heads (grouped-query attention); divides the query heads.
         head_dim: width of one head, even; the heads together must fill whole blocks of 8. None:
             ``hidden_size`` is divided evenly among the heads.
-        intermediate_size: width of the SwiGLU feed-forward. max_position_embeddings: longest
-        context the exported file announces. rope_theta: base of the rotary position embedding.
-        rms_norm_eps: epsilon of every RMSNorm. initializer_range: standard deviation of the initial
-        weights. rotation_init_std: standard deviation of the initial rotation parameters (radians).
-        Not 0: at
-            exactly the identity the two rotations commute.
-        safety_head: whether there is one (see ``students.model.heads``).
-        verification_head: whether there is one.
+        intermediate_size: width of the SwiGLU feed-forward.
+        max_position_embeddings: longest context the exported file announces.
+        rope_theta: base of the rotary position embedding.
+        rms_norm_eps: epsilon of every RMSNorm.
+        initializer_range: standard deviation of the initial weights.
+        rotation_init_std: standard deviation of the initial rotation parameters (radians). Not 0:
+            at exactly the identity the two rotations commute.
+        safety_head, verification_head: whether there is one (see ``students.model.heads``).
         decision_thresholds: of REFUSE and ALLOW (see ``students.model.heads.decide``).
         trust: probability of agreeing with the teacher below which it should be asked.
 
@@ -101,23 +101,20 @@ class SO8TConfig(PretrainedConfig):
         if self.hidden_size % GROUP:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by {GROUP}: the SO(8) gates need "
-                "whole "
-                f"blocks; use {max(GROUP, round(self.hidden_size / GROUP) * GROUP)}"
+                f"whole blocks; use {max(GROUP, round(self.hidden_size / GROUP) * GROUP)}"
             )
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} "
-                "heads of "
-                "even width (rotary embeddings need pairs)"
+                "heads of even width (rotary embeddings need pairs)"
             )
         return self.hidden_size // self.num_attention_heads
 
     def _check(self) -> None:
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is not even (rotary embeddings need pairs)")
-        if (
-            self.hidden_size % self.num_attention_heads
-        ):  # of any head_dim: transformers' own Llama insists
+        # Whatever head_dim is: transformers' own Llama requires it.
+        if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
                 f"{self.num_attention_heads}"
@@ -125,8 +122,8 @@ class SO8TConfig(PretrainedConfig):
         if self.attention_width % GROUP:
             raise ValueError(
                 f"{self.num_attention_heads} heads of width {self.head_dim} are "
-                f"{self.attention_width} wide "
-                f"together, which is not divisible by {GROUP}: the SO(8) gates need whole blocks"
+                f"{self.attention_width} wide together, which is not divisible by {GROUP}: the "
+                "SO(8) gates need whole blocks"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(

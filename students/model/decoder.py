@@ -8,7 +8,6 @@ gate costs nothing per token, and folding it away at export is exact.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -45,14 +44,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of ``x [..., D]``; the result keeps the dtype of ``x``."""
+        """Normalize the last dimension of ``x [..., D]``; the result keeps the dtype of ``x``."""
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 def rotary_tables(config: SO8TConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``[T', W]`` or ``[B, T, W]`` of rotary embeddings (Su et al.
+    """Cosine and sine ``[…, W]`` of rotary embeddings (Su et al. 2021) at ``positions […]``.
 
-    2021), half-split layout.
+    Half-split layout.
     """
     width = config.head_dim
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
@@ -73,25 +72,19 @@ def attend(
     """Scaled dot-product attention of ``[B, H, T, W]`` over ``[B, K, T', W]``.
 
     On a CPU at least in float32 (PyTorch's bfloat16 kernel there takes several times as long), and
-    for short sequences by two plain products, which are no slower and do not mind how small
-    products are computed.
+    for short sequences by two plain products, which are no slower.
     """
     inputs = (query, key, value)
+    options: dict[str, Any] = {"attn_mask": mask, "is_causal": causal, "enable_gqa": grouped}
     if query.device.type != "cpu":
-        return F.scaled_dot_product_attention(
-            *inputs, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-        )
+        return F.scaled_dot_product_attention(*inputs, **options)
     if query.dtype == torch.bfloat16:
         inputs = (query.float(), key.float(), value.float())
-    kernels = (
-        [SDPBackend.MATH]
-        if key.shape[2] <= SHORT_ON_CPU
-        else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-    )
+    kernels = [SDPBackend.MATH]
+    if key.shape[2] > SHORT_ON_CPU:
+        kernels.insert(0, SDPBackend.FLASH_ATTENTION)
     with so8.full_precision(query), sdpa_kernel(kernels):
-        mixed = F.scaled_dot_product_attention(
-            *inputs, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-        )
+        mixed = F.scaled_dot_product_attention(*inputs, **options)
     return mixed.to(query.dtype)
 
 
@@ -111,16 +104,14 @@ class Attention(nn.Module):
         self.grouped = config.num_key_value_heads != config.num_attention_heads
 
     def gated_output_weight(self, rotations: Tensor) -> Tensor:
-        """W_o · blockdiag(R_cmd R_safe) ``[D, H·W]`` in float32, from ``rotations [2, N, 8,
-        8]``."""
+        """W_o · blockdiag(R_cmd R_safe) ``[D, H·W]``, float32, from ``rotations [2, N, 8, 8]``."""
         with so8.full_precision(rotations):
             return so8.rotate_columns(self.o_proj.weight, rotations[1] @ rotations[0])
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
-        """Attend over ``x [B, T, D]``; returns the gated output ``[B, T, D]`` and the rotations
-        used."""
+        """Attend over ``x [B, T, D]``; returns the gated output ``[B, T, D]`` and the rotations."""
         batch, tokens, _ = x.shape
         split = (batch, tokens, -1, self.head_dim)
         query = apply_rotary(self.q_proj(x).view(split).transpose(1, 2), *rotary)
@@ -170,8 +161,7 @@ class DecoderLayer(GradientCheckpointingLayer):
 
 
 class SO8TModel(nn.Module):
-    """Embedding, layers and final norm; names match transformers' Llama so that fold is a plain
-    copy."""
+    """Embedding, layers and final norm, named as in transformers' Llama (see ``fold``)."""
 
     def __init__(self, config: SO8TConfig) -> None:
         super().__init__()
@@ -208,8 +198,7 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin, Student):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise one module; residual outputs are scaled down by depth (Radford et al.
-        2019)."""
+        """Initialize a module; residual outputs are scaled down by depth (Radford et al. 2019)."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
@@ -232,19 +221,10 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin, Student):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
-        with_logits: bool = True,
         logits_to_keep: int = 0,
-        layers_to_keep: Collection[int] = (),
-        **_: Any,
+        **outputs: Any,  # ``Outputs``; transformers' generate adds others
     ) -> SO8TOutput:
-        """Run ``input_ids [B, T]``; logits are ``[B, T, V]``, or of the last ``logits_to_keep``
-        tokens.
-
-        ``attention_mask [B, T]`` marks real tokens with 1 and is needed only for left-padded
-        prompts: a causal decoder never looks at padding on the right. With ``with_logits=False``
-        the caller applies the output matrix itself (the training loss does). ``layers_to_keep``:
-        layers, from 0, whose output is handed out too.
-        """
+        layers_to_keep = outputs.get("layers_to_keep", ())
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -270,11 +250,9 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin, Student):
             if number in layers_to_keep:
                 kept[number] = x
         x = self.model.norm(x)
-        logits = (
-            self.lm_head(x[:, -logits_to_keep:] if logits_to_keep else x) if with_logits else None
-        )
+        last = x[:, -logits_to_keep:]  # all of them for 0
         return SO8TOutput(
-            logits=logits,
+            logits=self.lm_head(last) if outputs.get("with_logits", True) else None,
             past_key_values=past_key_values,
             last_hidden_state=x,
             rotations=torch.stack(rotations),
@@ -282,20 +260,15 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin, Student):
         )
 
     def rotations(self) -> Tensor:
-        """The rotations as the parameters stand now, ``[L, 2, N, 8, 8]``: R_safe (0) and R_cmd
-        (1)."""
         return torch.stack([gate() for gate in self.gates()])
 
     def gates(self) -> list[SO8Gate]:
-        """The gate of every layer, in order."""
         return [module for module in self.modules() if isinstance(module, SO8Gate)]
 
     def layers(self) -> nn.ModuleList:
-        """The decoder's layers, in order."""
         return self.model.layers
 
     def output_matrix(self) -> Tensor:
-        """The language-model head's weight ``[V, D]``."""
         return self.lm_head.weight
 
     def own_weights(self) -> dict[str, Tensor]:

@@ -13,18 +13,16 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from students.model import so8
+from students.model.config import SO8TConfig
 from students.model.decoder import SO8TForCausalLM
 
 MAX_ORTHOGONALITY_ERROR = 1e-5
-HEADS = (
-    "safety_head.",
-    "verification_head.",
-)  # they stand beside the graph, under keys of their own
+HEADS = ("safety_head.", "verification_head.")  # not in the graph, under keys of their own
 _GATE = re.compile(r"model\.layers\.(\d+)\.self_attn\.gate\.(safety|command)")
 
 
 class FoldError(ValueError):
-    """A student that cannot be folded exactly; names the tensor and the reason."""
+    """The student cannot be folded exactly; names the tensor and the reason."""
 
 
 def fold(student: SO8TForCausalLM) -> dict[str, Tensor]:
@@ -35,7 +33,8 @@ def fold(student: SO8TForCausalLM) -> dict[str, Tensor]:
     Raises:
         FoldError: a weight is not float32 or not finite, or a rotation is not exact.
     """
-    for name, tensor in student.state_dict().items():
+    weights = student.state_dict()
+    for name, tensor in weights.items():
         if tensor.dtype != torch.float32:
             raise FoldError(
                 f"{name} is {tensor.dtype}; only float32 weights fold exactly (load it in float32)"
@@ -44,11 +43,11 @@ def fold(student: SO8TForCausalLM) -> dict[str, Tensor]:
             raise FoldError(f"{name} has values that are not finite")
     state = {
         name: tensor.detach().clone()
-        for name, tensor in student.state_dict().items()
+        for name, tensor in weights.items()
         if not _GATE.fullmatch(name) and not name.startswith(HEADS)
     }
     if student.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
+        del state["lm_head.weight"]
     for number, gate in enumerate(student.gates()):
         rotations = so8.rotation(torch.stack((gate.safety, gate.command)).detach().double())
         error = float(so8.orthogonality_error(rotations).max())
@@ -62,32 +61,34 @@ def fold(student: SO8TForCausalLM) -> dict[str, Tensor]:
     return state
 
 
+def llama_config(config: SO8TConfig) -> LlamaConfig:
+    """The configuration of a folded student."""
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+    )
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    return LlamaConfig(rope_parameters=rope, **{name: getattr(config, name) for name in names})
+
+
 def to_llama(student: SO8TForCausalLM) -> LlamaForCausalLM:
     """The folded student as transformers' own Llama.
 
     Raises:
         FoldError: see ``fold``.
     """
-    config = student.config
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            intermediate_size=config.intermediate_size,
-            max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=config.tie_word_embeddings,
-            bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
-        )
-    )
-    state = fold(student)
-    if config.tie_word_embeddings:
+    llama, state = LlamaForCausalLM(llama_config(student.config)), fold(student)
+    if student.config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     llama.load_state_dict(state, strict=True)
     return llama.eval()

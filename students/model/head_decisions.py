@@ -1,5 +1,4 @@
-"""What a safety head decides, and the keys of a GGUF file under which heads lie; without
-PyTorch."""
+"""A safety head's decisions and the heads' keys in a GGUF file; without PyTorch."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ GREATEST_LEAD = 100.0
 
 
 class HeadError(ValueError):
-    """Head keys of a file that are missing or cannot be used; names the key and the reason."""
+    """Head keys of a file that are missing or unusable; names the key and the reason."""
 
 
 class SafetyHead(nn.Module):
@@ -46,14 +46,14 @@ class SafetyHead(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """Logits ``[..., 3]`` of ``states [..., D]``, in float32."""
         with full_precision(states):
-            return F.linear(states.float(), self.linear.weight.float(), self.linear.bias.float())
+            return _linear(states.float(), self.linear)
 
 
 class VerificationHead(nn.Module):
     """Per token, the log-odds that the student's most probable next token is the teacher's.
 
-    What the student's own probabilities say of its certainty (see ``certainty``), corrected by a
-    small network on the hidden state. It begins as the log-odds of the student's top token.
+    The certainty of the student's own probabilities (see ``certainty``), corrected by a small
+    network on the hidden state. Initially the log-odds of the student's top token.
     """
 
     def __init__(self, width: int, units: int = VERIFICATION_UNITS) -> None:
@@ -63,21 +63,20 @@ class VerificationHead(nn.Module):
         self.certainty = nn.Parameter(torch.tensor([1.0, 0.0]))
 
     def forward(self, states: Tensor, certain: Tensor) -> Tensor:
-        """Log-odds ``[...]`` of ``states [..., D]`` and the tokens' ``certain [..., 2]``, in
-        float32."""
+        """Log-odds ``[...]`` of ``states [..., D]`` and their ``certain [..., 2]``, in float32."""
         with full_precision(states):
-            units = F.silu(
-                F.linear(states.float(), self.hidden.weight.float(), self.hidden.bias.float())
-            )
-            correction = F.linear(
-                units, self.output.weight.float(), self.output.bias.float()
-            ).squeeze(-1)
-            return correction + certain @ self.certainty.float()
+            correction = _linear(F.silu(_linear(states.float(), self.hidden)), self.output)
+            return correction.squeeze(-1) + certain @ self.certainty.float()
+
+
+def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    return F.linear(x, layer.weight.float(), layer.bias.float())
 
 
 def certainty(logits: Tensor) -> Tensor:
-    """How certain next-token ``logits [..., V]`` are: the log-odds of the most probable token, and
-    how much more probable it is than the second (difference of the logits), float32 ``[..., 2]``.
+    """Certainty ``[..., 2]``, float32, of next-token ``logits [..., V]``.
+
+    The log-odds of the most probable token, and the difference of its logit from the second's.
     """
     logits = logits.float()
     best = logits.topk(2, dim=-1)
@@ -100,10 +99,10 @@ def decide(probabilities: Tensor, thresholds: tuple[float, float]) -> Tensor:
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of one student with what turns their numbers into decisions; a head may be missing.
+    """The heads of one student, either of which may be missing, and their decision rules.
 
-    ``thresholds``: see ``decide``. ``trust``: below this probability of agreeing, the teacher
-    should be asked.
+    ``thresholds``: of REFUSE and ALLOW, see ``decide``. ``trust``: below this probability of
+    agreeing, the teacher should be asked.
     """
 
     safety: SafetyHead | None
@@ -120,8 +119,10 @@ class Heads:
 
     @torch.no_grad()
     def agreement(self, states: Tensor, logits: Tensor) -> Tensor:
-        """Probability that the student's top token is the teacher's, ``[N]``, from ``states [N,
-        D]`` and the ``logits [N, V]`` that follow from them."""
+        """Probability that the student's top token is the teacher's, ``[N]``.
+
+        From ``states [N, D]`` and their ``logits [N, V]``.
+        """
         assert self.verification is not None
         there = self.verification.output.weight.device
         log_odds = self.verification(states.to(there), certainty(logits).to(there))
@@ -149,8 +150,7 @@ def head_values(heads: Heads) -> dict[str, list[float] | list[str] | float | int
 
 
 def read_heads(values: Mapping[str, Any], width: int) -> Heads:
-    """The heads of a file of ``width`` from its metadata values, every one checked: the file is not
-    trusted.
+    """The heads of an untrusted file of ``width`` from its metadata ``values``, all checked.
 
     Raises:
         HeadError: a key is missing, of the wrong length, or not finite; or the labels are others.
@@ -172,9 +172,8 @@ def read_heads(values: Mapping[str, Any], width: int) -> Heads:
         units = values.get(VERIFICATION_KEYS + "units")
         if not isinstance(units, int) or isinstance(units, bool) or not 1 <= units <= 1 << 16:
             raise HeadError(f"{VERIFICATION_KEYS}units is {units!r}, not a number of hidden units")
-        _floats(
-            values, VERIFICATION_KEYS + "hidden.weight", units * width
-        )  # before anything of that size is made
+        # Checked before anything of that size is allocated.
+        _floats(values, VERIFICATION_KEYS + "hidden.weight", units * width)
         verification = VerificationHead(width, units)
         for name, parameter in verification.named_parameters():
             _fill(parameter, values, VERIFICATION_KEYS + name)
@@ -196,20 +195,18 @@ def _fill(parameter: Tensor, values: Mapping[str, Any], key: str) -> None:
 
 def _shares(values: Mapping[str, Any], key: str, count: int) -> list[float]:
     """Numbers between 0 and 1."""
-    found = _floats(values, key, count)
-    if not all(0.0 <= value <= 1.0 for value in found):
-        raise HeadError(f"{key} is {found}, not between 0 and 1")
-    return found
+    numbers = _floats(values, key, count)
+    if not all(0.0 <= number <= 1.0 for number in numbers):
+        raise HeadError(f"{key} is {numbers}, not between 0 and 1")
+    return numbers
 
 
 def _floats(values: Mapping[str, Any], key: str, count: int) -> list[float]:
-    found = values.get(key)
-    if not isinstance(found, list) or len(found) != count:
-        length = len(found) if isinstance(found, list) else "no"
+    numbers = values.get(key)
+    if not isinstance(numbers, list) or len(numbers) != count:
+        length = len(numbers) if isinstance(numbers, list) else "no"
         raise HeadError(f"{key} has {length} values, {count} are needed")
-    largest = torch.finfo(torch.float32).max
-    if not all(
-        isinstance(value, float) and abs(value) <= largest for value in found
-    ):  # false of NaN too
+    largest = torch.finfo(torch.float32).max  # NaN is not below it either
+    if not all(isinstance(number, float) and abs(number) <= largest for number in numbers):
         raise HeadError(f"{key} has values that are not finite numbers")
-    return found
+    return numbers

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from students.model.heads import Heads, SafetyHead, VerificationHead
 
 if TYPE_CHECKING:
     from transformers import Cache
+    from typing_extensions import Unpack
 
     from students.model.gate import SO8Gate
 
@@ -25,9 +26,8 @@ if TYPE_CHECKING:
 class StudentFacts(Protocol):
     """What a student's configuration says, whatever class it has.
 
-    ``vocab_size`` is the teacher's; ``decision_thresholds`` are of REFUSE and ALLOW (see
-    ``students.model.heads.decide``); ``trust`` is the probability of agreeing with the teacher
-    below which it should be asked. The last two are set once the heads are trained.
+    ``vocab_size`` is the teacher's. ``decision_thresholds`` and ``trust`` (see
+    ``students.model.heads.Heads``) are set once the heads are trained.
     """
 
     hidden_size: int
@@ -39,6 +39,18 @@ class StudentFacts(Protocol):
     verification_head: bool
     decision_thresholds: list[float]
     trust: float
+
+
+class Outputs(TypedDict, total=False):
+    """What a forward pass returns.
+
+    ``with_logits`` (default true): without, the caller applies ``Student.output_matrix`` itself, as
+    the training loss does. ``layers_to_keep``: layers, from 0, whose output before the final norm
+    is returned too.
+    """
+
+    with_logits: bool
+    layers_to_keep: Collection[int]
 
 
 class Student(nn.Module, ABC):
@@ -56,16 +68,14 @@ class Student(nn.Module, ABC):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
-        with_logits: bool = True,
         logits_to_keep: int = 0,
-        layers_to_keep: Collection[int] = (),
+        **outputs: Unpack[Outputs],
     ) -> SO8TOutput:
-        """Run ``input_ids [B, T]``; logits are ``[B, T, V]``, or of the last ``logits_to_keep``
-        tokens.
+        """Logits ``[B, T, V]`` of ``input_ids [B, T]``, or of the last ``logits_to_keep`` tokens.
 
         ``attention_mask [B, T]`` marks real tokens with 1 and is needed only for left-padded
-        prompts. With ``with_logits=False`` the caller applies ``output_matrix`` itself.
-        ``layers_to_keep``: layers, from 0, whose output (before the final norm) is handed out too.
+        prompts: a causal decoder never looks at padding on the right. With ``use_cache`` the output
+        has ``past_key_values`` for the next call.
         """
 
     @abstractmethod
@@ -78,8 +88,7 @@ class Student(nn.Module, ABC):
 
     @abstractmethod
     def rotations(self) -> Tensor:
-        """The rotations as the parameters stand now, ``[L, 2, N, 8, 8]``: R_safe (0) and R_cmd
-        (1)."""
+        """The current rotations ``[L, 2, N, 8, 8]``: R_safe (0) and R_cmd (1)."""
 
     @abstractmethod
     def layers(self) -> nn.ModuleList:
@@ -87,8 +96,7 @@ class Student(nn.Module, ABC):
 
     @abstractmethod
     def own_weights(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps, by name: everything that training may change; detached, not
-        copied."""
+        """Everything that training may change, by name; detached, not copied."""
 
     @property
     def device(self) -> torch.device:
@@ -96,8 +104,7 @@ class Student(nn.Module, ABC):
         return next(self.parameters()).device
 
     def heads(self) -> Heads:
-        """The safety and the verification head, as far as this student has them, with their
-        thresholds."""
+        """The heads that this student has, with their thresholds."""
         refuse, allow = self.config.decision_thresholds
         return Heads(
             self.safety_head if self.config.safety_head else None,
@@ -107,13 +114,11 @@ class Student(nn.Module, ABC):
         )
 
     def parameter_count(self) -> int:
-        """Numbers that it is made of, those of gates and heads among them; tied matrices count
-        once."""
-        return sum(one.numel() for one in self.parameters())
+        """Number of parameters, with gates and heads; tied matrices count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def checkpoint_activations(self, wanted: bool) -> None:
-        """Whether layers are computed again in the backward pass instead of keeping what they
-        computed."""
+        """Whether the backward pass recomputes activations instead of keeping them."""
         model: Any = self
         # Older transformers (for Python 3.10) know it by its older name.
         if wanted:
@@ -128,9 +133,8 @@ class Student(nn.Module, ABC):
 class SO8TOutput(CausalLMOutputWithPast):
     """A causal-LM output with the last hidden state ``[B, T, D]`` and each layer's rotations.
 
-    ``rotations`` is ``[L, 2, N, 8, 8]``: per layer R_safe (0) and R_cmd (1), as used in this
-    forward pass, so that the regularisers do not compute them again. ``layer_states``: output of
-    each layer asked for, ``[B, T, D]``.
+    ``rotations [L, 2, N, 8, 8]``: R_safe (0) and R_cmd (1) of this forward pass, which regularizers
+    reuse. ``layer_states``: output ``[B, T, D]`` of each requested layer.
     """
 
     last_hidden_state: Tensor | None = None

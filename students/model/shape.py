@@ -1,6 +1,6 @@
-"""What a student's shape may be, and what a user says of it: ``512x4``, ``25%``, ``50M``, heads.
+"""A student's shape, and how a user requests it: ``512x4``, ``25%``, ``50M``, heads.
 
-Plain arithmetic, without PyTorch: a size that cannot be is refused before that is imported.
+Plain arithmetic without PyTorch: invalid sizes are refused before that is imported.
 """
 
 from __future__ import annotations
@@ -54,8 +54,7 @@ def parse_size(text: str) -> StudentSize:
         below = width // GROUP * GROUP
         raise ValueError(
             f"student width {width} is not divisible by {GROUP} (the SO(8) gates work on blocks of "
-            f"{GROUP}); "
-            f"use {below}x{layers} or {below + GROUP}x{layers}"
+            f"{GROUP}); use {below}x{layers} or {below + GROUP}x{layers}"
         )
     return StudentSize(width, layers)
 
@@ -77,7 +76,10 @@ def ffn_width(width: int, like: TeacherLikeness) -> int:
 
 @dataclass(frozen=True)
 class TeacherLikeness:
-    """What of its teacher's shape a student can follow; ``None`` where it is not known."""
+    """What a student can copy of its teacher's shape; ``None`` where it is not known.
+
+    The width and the fields of ``teachers.base.TeacherShape``, which this package does not import.
+    """
 
     width: int | None = None
     heads: int | None = None
@@ -90,10 +92,7 @@ class TeacherLikeness:
 
 @dataclass(frozen=True)
 class ChosenShape:
-    """What the user says about the student's shape.
-
-    ``None`` leaves it to the rules of ``students.model.build.student_config``.
-    """
+    """What the user chose; ``None``: by the rules of ``students.model.build.student_config``."""
 
     heads: int | None = None
     kv_heads: int | None = None
@@ -129,35 +128,30 @@ def _heads(width: int, like: TeacherLikeness, chosen: ChosenShape) -> tuple[int,
     """Number and width of the query heads."""
     heads, head_width = chosen.heads, chosen.head_width
     if heads is not None and head_width is not None:
-        fitting = [
-            number
-            for number in range(1, width + 1)
-            if width % number == 0 and number * head_width % GROUP == 0
-        ]
+        fitting = [number for number in _divisors(width) if number * head_width % GROUP == 0]
         if heads not in fitting:
             raise ValueError(
                 f"{heads} heads of width {head_width} do not fit width {width}: the number of "
-                "heads has to divide it, "
-                f"and all heads together be a multiple of {GROUP} wide; {_near(heads, fitting)} "
-                "heads would fit"
+                f"heads has to divide it, and all heads together be a multiple of {GROUP} wide; "
+                f"{_near(heads, fitting)} heads would fit"
             )
         return heads, head_width
     if heads is not None:
-        fitting = [number for number in range(1, width // 2 + 1) if width % (2 * number) == 0]
+        fitting = [number for number in _divisors(width) if width % (2 * number) == 0]
         if heads not in fitting:
             raise ValueError(
                 f"width {width} does not split into {heads} heads of even width; "
-                f"{_near(heads, fitting)} heads would "
-                "fit, or another divisor of the width with a student.head_width of its own"
+                f"{_near(heads, fitting)} heads would fit, or another divisor of the width with a "
+                "student.head_width of its own"
             )
         return heads, width // heads
     if head_width is not None:
-        fitting = [number for number in range(2, width + 1, 2) if width % number == 0]
+        fitting = [number for number in _divisors(width) if number % 2 == 0]
         if head_width not in fitting:
             raise ValueError(
                 f"width {width} does not split into heads of width {head_width}; width "
-                f"{_near(head_width, fitting)} "
-                "would fit, or any with a number of student.heads of its own"
+                f"{_near(head_width, fitting)} would fit, or any with a number of student.heads "
+                "of its own"
             )
         return width // head_width, head_width
     theirs = like.head_width
@@ -172,10 +166,9 @@ def _kv_heads(heads: int, like: TeacherLikeness, chosen: ChosenShape) -> int:
     """Number of key/value heads for ``heads`` query heads."""
     if chosen.kv_heads is not None:
         if heads % chosen.kv_heads:
-            fitting = [number for number in range(1, heads + 1) if heads % number == 0]
             raise ValueError(
                 f"{heads} heads cannot share {chosen.kv_heads} key/value heads evenly; "
-                f"{_near(chosen.kv_heads, fitting)} would fit"
+                f"{_near(chosen.kv_heads, _divisors(heads))} would fit"
             )
         return chosen.kv_heads
     if like.heads is not None and like.kv_heads is not None and like.heads % like.kv_heads == 0:
@@ -185,8 +178,12 @@ def _kv_heads(heads: int, like: TeacherLikeness, chosen: ChosenShape) -> int:
     return heads // 2 if heads >= 8 and heads % 2 == 0 else heads
 
 
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
 def _near(wanted: int, fitting: Sequence[int]) -> str:
-    """The fitting numbers around ``wanted``, in words."""
+    """The fitting numbers around ``wanted``, as text."""
     below = [number for number in fitting if number < wanted][-1:]
     above = [number for number in fitting if number > wanted][:1]
     return " or ".join(map(str, below + above))

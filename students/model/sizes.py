@@ -1,7 +1,7 @@
 """From a number of parameters to the width and depth of a student.
 
-Parameters are those of the exported file: the gates are folded away at export. Letters: D width, L
-layers, V vocabulary, H heads, K key/value heads, W head width, F feed-forward width.
+Parameters are those of the exported file, without the folded gates. Letters: D width, L layers,
+V vocabulary, H heads, K key/value heads, W head width, F feed-forward width.
 """
 
 from __future__ import annotations
@@ -16,21 +16,18 @@ from students.model.shape import GROUP, MAX_LAYERS, MAX_WIDTH, PARAMETERS_PER_BL
 if TYPE_CHECKING:
     from students.model.config import SO8TConfig
 
-
-TOLERANCE = 0.05  # how far from the number asked for a student may be before its proportions count
+TOLERANCE = 0.05  # of the requested number, within which proportions count
 
 
 def layer_parameters(config: SO8TConfig, *, gates: bool = False) -> int:
-    """Parameters of one layer: 2·D·W·(H + K) for attention, 3·D·F, 2·D for the norms; ``gates``:
-    2·28·H·W/8 more."""
+    """Parameters of one layer: 2·D·W·(H + K) + 3·D·F + 2·D; with ``gates`` 2·28·H·W/8 more."""
     width, heads = config.hidden_size, config.num_attention_heads + config.num_key_value_heads
     matrices = 2 * heads * config.head_dim + 3 * config.intermediate_size
     return width * (matrices + 2) + (2 * PARAMETERS_PER_BLOCK * config.num_blocks if gates else 0)
 
 
 def decoder_parameters(config: SO8TConfig, *, gates: bool = False) -> int:
-    """Parameters of a decoder as it is exported: V·D (twice where untied), L layers, D for the last
-    norm.
+    """Parameters of an exported decoder: V·D (twice where untied), L layers, D for the last norm.
 
     With ``gates``: as it is trained.
     """
@@ -41,7 +38,7 @@ def decoder_parameters(config: SO8TConfig, *, gates: bool = False) -> int:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A size that could be, and its parameters."""
+    """A possible size and its parameters."""
 
     size: StudentSize
     parameters: int
@@ -54,34 +51,31 @@ def choose_size(
 ) -> StudentSize:
     """The student with ``wanted`` parameters whose proportions are most like its teacher's.
 
-    Of all widths (multiples of 8, from 128 on of 64, from 512 on of 256) up to the teacher's, its
-    own, and all depths up to the teacher's, those within 5 % of ``wanted`` are compared, and the
-    one wins whose width per layer is nearest to the teacher's, as a ratio. Where none is that near,
-    the nearest wins. Only where all of them are too small is the student wider than its teacher,
-    never deeper. ``shape`` gives a size's settings; sizes it refuses with a ``ValueError`` are
-    passed over.
+    Candidates are all widths (multiples of 8, from 128 on of 64, from 512 on of 256) and depths up
+    to the teacher's, and the teacher's width. Of those within 5 % of ``wanted``, the one wins whose
+    width per layer is nearest to the teacher's, as a ratio; without any, the nearest to ``wanted``.
+    Only where all are too small is the student wider than its teacher, never deeper. ``shape``
+    gives a size's settings; sizes it refuses with a ``ValueError`` are skipped.
 
     Raises:
         ValueError: every student is larger than ``wanted``; says which is the smallest. Or
-            ``shape`` refuses every size; its reason for the widest that is no wider than the
-            teacher.
+            ``shape`` refuses every size; its reason for the teacher's width.
     """
     limit, layers = min(max(teacher.width, GROUP), MAX_WIDTH), min(teacher.layers, MAX_LAYERS)
     widths = _widths(limit)
     if limit % GROUP == 0 and limit not in widths:
         widths.append(limit)
-    found = _candidates(widths, layers, shape)
-    if not found or max(one.parameters for one in found) < wanted * (1 - TOLERANCE):
+    candidates = _candidates(widths, layers, shape)
+    if not candidates or max(one.parameters for one in candidates) < wanted * (1 - TOLERANCE):
         wider = [width for width in _widths(MAX_WIDTH) if width > limit]
-        found += _candidates(wider, layers, shape)
-    if not found:
-        shape(StudentSize(widths[-1], 1))  # says why
-    smallest = min(found, key=lambda one: one.parameters)
+        candidates += _candidates(wider, layers, shape)
+    if not candidates:
+        shape(StudentSize(widths[-1], 1))  # raises the reason
+    smallest = min(candidates, key=lambda one: one.parameters)
     if smallest.parameters > wanted * (1 + TOLERANCE):
         raise ValueError(
             f"no student is as small as {wanted:,} parameters: the smallest with this vocabulary "
-            f"is {smallest.size} "
-            f"with {smallest.parameters:,}"
+            f"is {smallest.size} with {smallest.parameters:,}"
         )
     aspect = teacher.width / teacher.layers
 
@@ -91,14 +85,13 @@ def choose_size(
     def distance(one: Candidate) -> float:
         return abs(math.log(one.parameters / wanted))
 
-    near = [one for one in found if abs(one.parameters / wanted - 1) <= TOLERANCE]
+    near = [one for one in candidates if abs(one.parameters / wanted - 1) <= TOLERANCE]
     if near:
         return min(near, key=lambda one: (unlikeness(one), distance(one))).size
-    return min(found, key=lambda one: (distance(one), unlikeness(one))).size
+    return min(candidates, key=lambda one: (distance(one), unlikeness(one))).size
 
 
 def _widths(limit: int) -> list[int]:
-    """Widths that are tried, up to ``limit``."""
     return [
         *range(GROUP, min(limit, 127) + 1, GROUP),
         *range(128, min(limit, 511) + 1, 64),
@@ -110,15 +103,15 @@ def _candidates(
     widths: list[int], layers: int, shape: Callable[[StudentSize], SO8TConfig]
 ) -> list[Candidate]:
     """Every size of these widths with at most ``layers`` layers."""
-    found = []
+    candidates = []
     for width in widths:
         try:
             config = shape(StudentSize(width, 1))
         except ValueError:  # heads that the user chose and this width cannot have
             continue
         first, each = decoder_parameters(config), layer_parameters(config)
-        found += [
+        candidates += [
             Candidate(StudentSize(width, number + 1), first + number * each)
             for number in range(layers)
         ]
-    return found
+    return candidates

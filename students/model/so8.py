@@ -14,7 +14,7 @@ from students.model.shape import GROUP, PARAMETERS_PER_BLOCK
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:
-    """A context in which autocast leaves operations on the tensor's device as they are."""
+    """A context without autocast on the tensor's device."""
     return torch.autocast(device_type=tensor.device.type, enabled=False)
 
 
@@ -51,11 +51,9 @@ def rotation(parameters: Tensor) -> Tensor:
 
 
 def rotate_columns(weight: Tensor, rotations: Tensor) -> Tensor:
-    """``weight · blockdiag(rotations)``: ``[O, 8N]`` and ``[N, 8, 8]`` → ``[O, 8N]`` in float32 or
-    wider.
+    """``weight · blockdiag(rotations)``: ``[O, 8N]``, ``[N, 8, 8]`` → ``[O, 8N]``.
 
-    Applying the block-diagonal rotation to a weight's input side costs O·8N·8 once per step, and
-    nothing per token.
+    In float32 or wider. It costs O·8N·8 once per step, and nothing per token.
 
     Raises:
         ValueError: the weight's columns are not 8 × the number of blocks.
@@ -72,8 +70,7 @@ def rotate_columns(weight: Tensor, rotations: Tensor) -> Tensor:
 
 
 def orthogonality_error(rotations: Tensor) -> Tensor:
-    """‖RᵀR − I‖ (Frobenius) of each rotation: ``[..., 8, 8]`` → ``[...]``; 0 for an exact
-    rotation."""
+    """‖RᵀR − I‖ (Frobenius) of each rotation: ``[..., 8, 8]`` → ``[...]``; 0 where it is exact."""
     identity = torch.eye(GROUP, dtype=rotations.dtype, device=rotations.device)
     with full_precision(rotations):
         return torch.linalg.matrix_norm(rotations.mT @ rotations - identity)

@@ -1,5 +1,4 @@
-"""A teacher's token embeddings in the form students of any width begin from: principal scores,
-strongest first."""
+"""A teacher's token embeddings for students of any width: principal scores, strongest first."""
 
 from __future__ import annotations
 
@@ -14,9 +13,8 @@ from teachers.gguf.file import GGUFFile, TeacherFileError
 from teachers.targets.threads import one_thread
 
 EMBEDDING = "token_embd.weight"
-# Wider students are rare where a teacher has to be made smaller, and what is strongest comes first.
-# Each column costs two bytes a token: 1,024 of them are 66 MB for a vocabulary of 32,064 and 311 MB
-# for one of 151,936.
+# Wider students are rare, and the strongest come first. Each column costs two bytes a token: 1,024
+# of them are 66 MB for a vocabulary of 32,064 and 311 MB for one of 151,936.
 MAX_COLUMNS = 1024
 ROWS_TOGETHER = 8192
 
@@ -29,22 +27,19 @@ def stored_columns(width: int) -> int:
 def principal_scores(file: GGUFFile) -> NDArray[np.float16]:
     """The token embeddings on their principal directions, ``[V, C]``, with an average square of 1.
 
-    A student of width D takes the first D columns. The mean is taken off: it does not say which
-    token it is. Each direction points to where its greatest entry is positive, so that equal files
-    give equal scores.
+    A student of width D takes the first D columns. The mean is subtracted: it does not distinguish
+    tokens. Each direction's greatest entry is positive, so that equal files give equal scores.
 
     Raises:
         TeacherFileError: the embeddings are not finite, or of a type that cannot be read.
     """
     vocab_size, width = file.tensors[EMBEDDING].shape
-    mean = (
-        sum((rows.sum(axis=0, dtype=np.float64) for _, rows in _blocks(file)), np.zeros(width))
-        / vocab_size
-    )
+    sums = (rows.sum(axis=0, dtype=np.float64) for _, rows in _blocks(file))
+    mean = (sum(sums, np.zeros(width)) / vocab_size).astype(np.float32)
     gram = np.zeros((width, width))
     for _, rows in _blocks(file):
-        centred = _centred(rows, mean)
-        gram += centred.T @ centred
+        centered = rows - mean
+        gram += centered.T @ centered
     if not np.isfinite(gram).all():
         raise TeacherFileError(
             f"{file.path}: its token embeddings are not finite; download or convert it again"
@@ -58,7 +53,7 @@ def principal_scores(file: GGUFFile) -> NDArray[np.float16]:
     directions = (chosen / spread).astype(np.float32)
     scores = np.empty((vocab_size, count), dtype=np.float16)
     for start, rows in _blocks(file):
-        scores[start : start + len(rows)] = _centred(rows, mean) @ directions
+        scores[start : start + len(rows)] = (rows - mean) @ directions
     return scores
 
 
@@ -67,7 +62,3 @@ def _blocks(file: GGUFFile) -> Iterator[tuple[int, Floats]]:
     vocab_size = file.tensors[EMBEDDING].shape[0]
     for start in range(0, vocab_size, ROWS_TOGETHER):
         yield start, file.rows(EMBEDDING, start, min(vocab_size, start + ROWS_TOGETHER))
-
-
-def _centred(rows: Floats, mean: NDArray[np.float64]) -> Floats:
-    return rows - mean.astype(np.float32)

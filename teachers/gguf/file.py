@@ -15,7 +15,7 @@ import math
 import mmap
 import stat
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,7 @@ _SCALARS = {
 
 
 class TeacherFileError(ValueError):
-    """A teacher file that cannot be used; the message names the file, what is wrong, and what to
-    do."""
+    """A teacher file that cannot be used; names the file, what is wrong, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,7 @@ class Field:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: ``shape`` in numpy order (rows first), absolute byte ``offset``,
-    ``nbytes``."""
+    """Where one tensor lies: ``shape`` in numpy order (rows first), absolute byte ``offset``."""
 
     name: str
     shape: tuple[int, ...]
@@ -100,33 +98,27 @@ class GGUFFile:
         return default if field is None else field.value
 
     def tensor(self, name: str) -> NDArray[np.float32]:
-        """Read one tensor and dequantise it to float32, in numpy order."""
+        """Read one tensor and dequantize it to float32, in numpy order."""
         return self.rows(name, 0, self.tensors[name].shape[0])
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows ``start`` to ``stop`` of one tensor's first dimension, dequantised; no others are
-        read.
+        """Rows ``start`` to ``stop`` of one tensor, dequantized; no others are read.
 
         Raises:
-            TeacherFileError: the gguf package cannot dequantise this type.
+            TeacherFileError: the gguf package cannot dequantize this type.
         """
         info = self.tensors[name]
         raw = np.memmap(self.path, np.uint8, "r", offset=info.offset, shape=(info.nbytes,))
-        shape = (
-            (info.shape[0], info.nbytes // info.shape[0])
-            if len(info.shape) > 1
-            else (1, info.nbytes)
-        )
-        wanted = raw.reshape(shape)[start:stop] if len(info.shape) > 1 else raw.reshape(shape)
+        rows = info.shape[0] if len(info.shape) > 1 else 1
+        wanted = raw.reshape(rows, -1)
+        if len(info.shape) > 1:
+            wanted = wanted[start:stop]
         try:
-            values = np.require(
-                dequantize(wanted, info.type), np.float32, "W"
-            )  # PyTorch wants it writable
+            values = np.require(dequantize(wanted, info.type), np.float32, "W")  # PyTorch writes
         except NotImplementedError:
             raise TeacherFileError(
-                f"{self.path}: tensor {name!r} of type {info.type.name} cannot be dequantised; "
-                "update the gguf "
-                "package or convert the file to another quantisation"
+                f"{self.path}: tensor {name!r} of type {info.type.name} cannot be dequantized; "
+                "update the gguf package or convert the file to another quantization"
             ) from None
         if len(info.shape) > 1:
             return values.reshape(-1, *info.shape[1:])
@@ -134,8 +126,7 @@ class GGUFFile:
 
 
 def require_regular_file(path: Path) -> None:
-    """Refuse anything that is not a readable plain file (a FIFO would make llama.cpp wait for
-    ever).
+    """Refuse anything but a readable plain file (on a FIFO llama.cpp would wait for ever).
 
     Raises:
         TeacherFileError: missing, a directory, a FIFO, a device, or unreadable.
@@ -170,8 +161,7 @@ class _Cursor:
         if count < 0 or count > self.size - self.at:
             raise TeacherFileError(
                 f"{self.path} is truncated or damaged: {what} needs {count} bytes at offset "
-                f"{self.at} "
-                f"of a {self.size}-byte file; download or copy it again"
+                f"{self.at} of a {self.size}-byte file; download or copy it again"
             )
         start, self.at = self.at, self.at + count
         return self.buffer[start : self.at]
@@ -216,8 +206,7 @@ class _Cursor:
         if count * width > self.size - self.at:
             raise TeacherFileError(
                 f"{self.path} is truncated or damaged: {what} claims {count} entries, more than "
-                "the "
-                "rest of the file can hold; download or copy it again"
+                "the rest of the file can hold; download or copy it again"
             )
 
 
@@ -235,8 +224,7 @@ def read_gguf(path: Path, *, model: bool = True) -> GGUFFile:
         raise TeacherFileError(f"{path} is not a GGUF file: it has only {size} bytes")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
         cursor = _Cursor(buffer, path)
-        magic = cursor.take(4, "magic")
-        if magic != MAGIC:
+        if (magic := cursor.take(4, "magic")) != MAGIC:
             raise TeacherFileError(
                 f"{path} is not a GGUF file: it begins with {magic!r} instead of {MAGIC!r}"
             )
@@ -247,8 +235,7 @@ def read_gguf(path: Path, *, model: bool = True) -> GGUFFile:
                 "(little-endian); convert it again with a current llama.cpp"
             )
         tensor_count = cursor.scalar(GGUFValueType.UINT64, "tensor count")
-        field_count = cursor.scalar(GGUFValueType.UINT64, "metadata count")
-        fields = _read_fields(cursor, field_count)
+        fields = _read_fields(cursor, cursor.scalar(GGUFValueType.UINT64, "metadata count"))
         tensors = _read_tensors(cursor, tensor_count, fields)
     if model:
         _require_model(path, fields, tensors)
@@ -266,53 +253,26 @@ def _read_fields(cursor: _Cursor, count: int) -> dict[str, Field]:
 
 
 def _read_tensors(cursor: _Cursor, count: int, fields: dict[str, Field]) -> dict[str, TensorInfo]:
-    raw: list[tuple[str, tuple[int, ...], GGMLQuantizationType, int]] = []
-    for number in range(count):
-        name = cursor.string(f"name of tensor {number}")
-        what = f"tensor {name!r}"
-        dimensions = cursor.scalar(GGUFValueType.UINT32, what)
-        if not 1 <= dimensions <= MAX_DIMENSIONS:
-            raise TeacherFileError(f"{cursor.path} is damaged: {what} has {dimensions} dimensions")
-        shape = tuple(cursor.scalar(GGUFValueType.UINT64, what) for _ in range(dimensions))[::-1]
-        type_number = cursor.scalar(GGUFValueType.UINT32, what)
-        try:
-            kind = GGMLQuantizationType(type_number)
-        except ValueError:
-            raise TeacherFileError(
-                f"{cursor.path}: {what} has unknown type {type_number}; update the gguf package"
-            ) from None
-        raw.append((name, shape, kind, cursor.scalar(GGUFValueType.UINT64, what)))
-    alignment = (
-        fields["general.alignment"].value if "general.alignment" in fields else DEFAULT_ALIGNMENT
-    )
+    """The tensor table; offsets become absolute once its end, where data starts, is known."""
+    listed = [_read_tensor(cursor, number) for number in range(count)]
+    alignment = DEFAULT_ALIGNMENT
+    if "general.alignment" in fields:
+        alignment = fields["general.alignment"].value
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise TeacherFileError(f"{cursor.path} is damaged: general.alignment is {alignment!r}")
     base = -(-cursor.at // alignment) * alignment
-    return _place_tensors(cursor, raw, base)
-
-
-def _place_tensors(
-    cursor: _Cursor, raw: list[tuple[str, tuple[int, ...], GGMLQuantizationType, int]], base: int
-) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
-    for name, shape, kind, offset in raw:
-        block, block_bytes = GGML_QUANT_SIZES[kind]
-        if shape[-1] % block:
+    for relative in listed:
+        info = replace(relative, offset=base + relative.offset)
+        end, name = info.offset + info.nbytes, info.name
+        if end > cursor.size:
             raise TeacherFileError(
-                f"{cursor.path} is damaged: tensor {name!r} has rows of {shape[-1]}, not a "
-                "multiple of "
-                f"the {kind.name} block of {block}"
-            )
-        nbytes = math.prod(shape) // block * block_bytes
-        if base + offset + nbytes > cursor.size:
-            raise TeacherFileError(
-                f"{cursor.path} is truncated: tensor {name!r} ends at byte "
-                f"{base + offset + nbytes}, "
-                f"the file has {cursor.size}; download or copy it again"
+                f"{cursor.path} is truncated: tensor {name!r} ends at byte {end}, the file has "
+                f"{cursor.size}; download or copy it again"
             )
         if name in tensors:
             raise TeacherFileError(f"{cursor.path} is damaged: tensor {name!r} occurs twice")
-        tensors[name] = TensorInfo(name, shape, kind, base + offset, nbytes)
+        tensors[name] = info
     placed = sorted(tensors.values(), key=lambda tensor: tensor.offset)
     for before, after in itertools.pairwise(placed):
         if before.offset + before.nbytes > after.offset:
@@ -320,6 +280,31 @@ def _place_tensors(
                 f"{cursor.path} is damaged: tensors {before.name!r} and {after.name!r} overlap"
             )
     return tensors
+
+
+def _read_tensor(cursor: _Cursor, number: int) -> TensorInfo:
+    """One entry of the tensor table, its offset relative to the data's start."""
+    name = cursor.string(f"name of tensor {number}")
+    what = f"tensor {name!r}"
+    dimensions = cursor.scalar(GGUFValueType.UINT32, what)
+    if not 1 <= dimensions <= MAX_DIMENSIONS:
+        raise TeacherFileError(f"{cursor.path} is damaged: {what} has {dimensions} dimensions")
+    shape = tuple(cursor.scalar(GGUFValueType.UINT64, what) for _ in range(dimensions))[::-1]
+    type_number = cursor.scalar(GGUFValueType.UINT32, what)
+    try:
+        kind = GGMLQuantizationType(type_number)
+    except ValueError:
+        raise TeacherFileError(
+            f"{cursor.path}: {what} has unknown type {type_number}; update the gguf package"
+        ) from None
+    offset = cursor.scalar(GGUFValueType.UINT64, what)
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    if shape[-1] % block:
+        raise TeacherFileError(
+            f"{cursor.path} is damaged: {what} has rows of {shape[-1]}, not a multiple of the "
+            f"{kind.name} block of {block}"
+        )
+    return TensorInfo(name, shape, kind, offset, math.prod(shape) // block * block_bytes)
 
 
 def _require_model(path: Path, fields: dict[str, Field], tensors: dict[str, TensorInfo]) -> None:
@@ -340,40 +325,29 @@ def _require_model(path: Path, fields: dict[str, Field], tensors: dict[str, Tens
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal; a file that has not changed is read once per
-    process."""
+    """SHA-256 of a file's bytes, as hex; an unchanged file is read once per process."""
     status = path.stat()
     return _file_sha256(path, status.st_size, status.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=8)
 def _file_sha256(path: Path, size: int, modified: int) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
     with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(file)
-        )
-
-
-def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
 def tokenizer_fields(model: GGUFFile) -> dict[str, Field]:
-    """The metadata that makes up tokenizer and chat template (every ``tokenizer.*`` key), as it
-    stands."""
+    """The metadata of tokenizer and chat template: every ``tokenizer.*`` key, unchanged."""
     return {key: field for key, field in model.fields.items() if key.startswith("tokenizer.")}
 
 
 def tokenizer_sha256(model: GGUFFile) -> str:
-    """Digest of the tokenizer metadata: equal exactly where two files tokenise alike."""
+    """Digest of the tokenizer metadata: equal exactly where two files tokenize alike."""
     digest = hashlib.sha256()
     for key, field in sorted(tokenizer_fields(model).items()):
-        digest.update(
-            repr((key, int(field.type), field.value)).encode("utf-8", errors="surrogateescape")
-        )
+        text = repr((key, int(field.type), field.value))
+        digest.update(text.encode("utf-8", errors="surrogateescape"))
     return digest.hexdigest()

@@ -2,27 +2,25 @@
 
 ``llama``, ``phi3``, ``qwen2`` and ``qwen3`` files hold the same network in different ways: ``phi3``
 fuses query, key and value as well as gate and up, ``llama`` stores query and key rows for rotary
-pairs (2i, 2i+1) while the others turn (i, i + W/2), ``qwen2`` adds biases, ``qwen3`` normalises
+pairs (2i, 2i+1) while the others rotate (i, i + W/2), ``qwen2`` adds biases, ``qwen3`` normalizes
 each query and key head. Here all come out with the names of transformers' Llama, half-split, in
-float32, one layer at a time. What is anything else is refused with the reason: weights read in a
-wrong way look like weights.
+float32, one layer at a time. Anything else is refused with the reason: weights read wrongly look
+like weights.
 
 Letters: D width, H heads, K key/value heads, W head width, F feed-forward width, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from teachers.base import Floats
+from teachers.base import MAX_COUNT, Floats
 from teachers.gguf.file import GGUFFile, TeacherFileError
 
 ARCHITECTURES = ("llama", "phi3", "qwen2", "qwen3")
-MAX_COUNT = 1 << 20
 EMBEDDING, OUTPUT, OUTPUT_NORM = "token_embd.weight", "output.weight", "output_norm.weight"
 ROPE_FACTORS = {"llama": "rope_freqs.weight", "phi3": "rope_factors_short.weight"}
 # Metadata that changes what the network computes; only these values leave it a plain Llama.
@@ -42,8 +40,7 @@ PLAIN = {
 
 
 class NotALlama(TeacherFileError):
-    """A teacher whose weights cannot be read as those of a Llama; the message says what is
-    different."""
+    """A teacher whose weights cannot be read as a Llama's; says what is different."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +74,7 @@ class LlamaFacts:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer in float32, as transformers' Llama names it (rows are outputs), rotary pairs
-    half-split.
+    """One layer in float32 with transformers' names (rows are outputs), rotary pairs half-split.
 
     Biases ``[H·W]``, ``[K·W]`` and head norms ``[W]`` are ``None`` where the teacher has none.
     """
@@ -100,10 +96,20 @@ class LayerWeights:
 
 
 def half_split(rows: Floats, heads: int) -> Floats:
-    """Reorder query or key rows ``[heads · W, …]`` from neighbouring rotary pairs to (i, i +
-    W/2)."""
+    """Reorder query or key rows ``[heads · W, …]`` from rotary pairs (2i, 2i+1) to (i, i + W/2)."""
     split = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(rows.shape)
+
+
+# GGUF's name of each of a layer's tensors, and ``LayerWeights``'.
+LAYER_NAMES = {
+    **{"attn_norm.weight": "input_norm", "ffn_norm.weight": "post_norm"},
+    **{f"attn_{name}.weight": f"{name}_proj" for name in "qkv"},
+    **{f"attn_{name}.bias": f"{name}_bias" for name in "qkv"},
+    **{f"attn_{name}_norm.weight": f"{name}_norm" for name in "qk"},
+    **{f"ffn_{name}.weight": f"{name}_proj" for name in ("gate", "up", "down")},
+    "attn_output.weight": "o_proj",
+}
 
 
 class LlamaWeights:
@@ -113,8 +119,7 @@ class LlamaWeights:
         """Check every value and every shape; no tensor is read but the rotary factors.
 
         Raises:
-            NotALlama: another architecture, metadata or tensors a Llama does not have, or that do
-            not fit.
+            NotALlama: another architecture, or metadata or tensors that are not a Llama's.
         """
         self.file = file
         if file.architecture not in ARCHITECTURES:
@@ -124,7 +129,7 @@ class LlamaWeights:
         self.facts = self._read_facts()
         self._require_tensors()
 
-    # -- reading -------------------------------------------------------------------------------------------------
+    # -- reading
 
     def layer(self, number: int) -> LayerWeights:
         """All weights of one layer.
@@ -132,9 +137,9 @@ class LlamaWeights:
         Raises:
             TeacherFileError: a tensor is not finite, or of a type that cannot be read.
         """
-        facts, phi = self.facts, self.file.architecture == "phi3"
+        facts = self.facts
         get = {name: self._read(f"blk.{number}.{name}") for name in self._layer_tensors()}
-        if phi:
+        if self.file.architecture == "phi3":
             qkv, gate_up = get.pop("attn_qkv.weight"), get.pop("ffn_up.weight")
             assert qkv is not None and gate_up is not None
             queries, keys = facts.heads * facts.head_width, facts.kv_heads * facts.head_width
@@ -146,34 +151,14 @@ class LlamaWeights:
                 for part in (f"{name}.weight", f"{name}.bias"):
                     rows = get.get(part)
                     get[part] = None if rows is None else half_split(rows, heads)
-        ours = {
-            ours: get.get(theirs)
-            for theirs, ours in (
-                ("attn_norm.weight", "input_norm"),
-                ("attn_q.weight", "q_proj"),
-                ("attn_k.weight", "k_proj"),
-                ("attn_v.weight", "v_proj"),
-                ("attn_output.weight", "o_proj"),
-                ("ffn_norm.weight", "post_norm"),
-                ("ffn_gate.weight", "gate_proj"),
-                ("ffn_up.weight", "up_proj"),
-                ("ffn_down.weight", "down_proj"),
-                ("attn_q.bias", "q_bias"),
-                ("attn_k.bias", "k_bias"),
-                ("attn_v.bias", "v_bias"),
-                ("attn_q_norm.weight", "q_norm"),
-                ("attn_k_norm.weight", "k_norm"),
-            )
-        }
-        return LayerWeights(**ours)  # type: ignore[arg-type]
+        return LayerWeights(**{ours: get.get(name) for name, ours in LAYER_NAMES.items()})  # type: ignore[arg-type]
 
     def embedding_rows(self, start: int, stop: int) -> Floats:
         """Rows of the token embedding, ``[stop − start, D]``."""
         return self._finite(EMBEDDING, self.file.rows(EMBEDDING, start, stop))
 
     def output_rows(self, start: int, stop: int) -> Floats:
-        """Rows of the output matrix, ``[stop − start, D]``; the embedding's where the two are
-        tied."""
+        """Rows of the output matrix, ``[stop − start, D]``; tied, the embedding's."""
         name = EMBEDDING if self.facts.tied else OUTPUT
         return self._finite(name, self.file.rows(name, start, stop))
 
@@ -197,21 +182,25 @@ class LlamaWeights:
             )
         return values
 
-    # -- checking ------------------------------------------------------------------------------------------------
+    # -- checking
 
     def _refuse(self, reason: str) -> NotALlama:
         return NotALlama(f"{self.file.path} cannot be read as a Llama: {reason}")
 
+    def _stated(self, key: str, default: Any = None) -> Any:
+        """A value of the architecture's own metadata."""
+        return self.file.value(f"{self.file.architecture}.{key}", default)
+
     def _require_plain(self) -> None:
         for key, allowed in PLAIN.items():
-            value = self.file.value(f"{self.file.architecture}.{key}", allowed[0])
+            value = self._stated(key, allowed[0])
             if value not in allowed:
                 raise self._refuse(f"{self.file.architecture}.{key} is {value!r}")
-        scaling = self.file.value(f"{self.file.architecture}.rope.scaling.type", "linear")
+        scaling = self._stated("rope.scaling.type", "linear")
         if scaling not in ("none", "linear", "longrope"):
             raise self._refuse(f"its rotary embedding is scaled by {scaling!r}")
         for key in ("rope.scaling.factor", "rope.scale_linear"):
-            factor = self.file.value(f"{self.file.architecture}.{key}", 0.0)
+            factor = self._stated(key, 0.0)
             if scaling != "none" and factor not in (0.0, 1.0):
                 raise self._refuse(f"its rotary embedding is scaled, {key} = {factor!r}")
 
@@ -261,18 +250,14 @@ class LlamaWeights:
         return tuple(factors.tolist())
 
     def _count(self, key: str, default: int | None = None) -> int:
-        value: Any = self.file.value(f"{self.file.architecture}.{key}", default)
+        value = self._stated(key, default)
         if type(value) is not int or not 1 <= value <= MAX_COUNT:
             raise self._refuse(f"{self.file.architecture}.{key} is {_short(value)}")
         return value
 
     def _number(self, key: str, least: float, most: float, default: float | None = None) -> float:
-        value: Any = self.file.value(f"{self.file.architecture}.{key}", default)
-        if (
-            type(value) not in (int, float)
-            or not math.isfinite(value)
-            or not least <= value <= most
-        ):
+        value = self._stated(key, default)
+        if type(value) not in (int, float) or not least <= value <= most:  # nor NaN
             raise self._refuse(f"{self.file.architecture}.{key} is {_short(value)}")
         return float(value)
 
@@ -281,28 +266,23 @@ class LlamaWeights:
         facts, kind = self.facts, self.file.architecture
         width, forward = facts.width, facts.feed_forward
         queries, keys = facts.heads * facts.head_width, facts.kv_heads * facts.head_width
-        found: dict[str, tuple[int, ...]] = {
+        shapes: dict[str, tuple[int, ...]] = {
             "attn_norm.weight": (width,),
             "attn_output.weight": (width, queries),
             "ffn_norm.weight": (width,),
             "ffn_down.weight": (width, forward),
         }
         if kind == "phi3":
-            return found | {
-                "attn_qkv.weight": (queries + 2 * keys, width),
-                "ffn_up.weight": (2 * forward, width),
-            }
-        found |= {"ffn_gate.weight": (forward, width), "ffn_up.weight": (forward, width)}
+            fused = {"attn_qkv.weight": (queries + 2 * keys, width)}
+            return shapes | fused | {"ffn_up.weight": (2 * forward, width)}
+        shapes |= {"ffn_gate.weight": (forward, width), "ffn_up.weight": (forward, width)}
         for name, rows in (("q", queries), ("k", keys), ("v", keys)):
-            found[f"attn_{name}.weight"] = (rows, width)
+            shapes[f"attn_{name}.weight"] = (rows, width)
             if kind != "qwen3":
-                found[f"attn_{name}.bias"] = (rows,)
-        if kind == "qwen3":
-            found |= {
-                "attn_q_norm.weight": (facts.head_width,),
-                "attn_k_norm.weight": (facts.head_width,),
-            }
-        return found
+                shapes[f"attn_{name}.bias"] = (rows,)
+            elif name != "v":
+                shapes[f"attn_{name}_norm.weight"] = (facts.head_width,)
+        return shapes
 
     def _require_tensors(self) -> None:
         """Every tensor there has to be is there with its shape, and no other."""
@@ -318,13 +298,10 @@ class LlamaWeights:
             expected["rope_factors_long.weight"] = (facts.head_width // 2,)
         optional = {OUTPUT, "rope_factors_long.weight", *ROPE_FACTORS.values()}
         for number in range(facts.layers):
-            if (
-                f"blk.{number}.attn_norm.weight" not in self.file.tensors
-            ):  # before a million names are made
+            if f"blk.{number}.attn_norm.weight" not in self.file.tensors:  # before a million names
                 raise self._refuse(f"tensor 'blk.{number}.attn_norm.weight' is missing")
-            expected |= {
-                f"blk.{number}.{name}": shape for name, shape in self._layer_tensors().items()
-            }
+            layer = self._layer_tensors()
+            expected |= {f"blk.{number}.{name}": shape for name, shape in layer.items()}
         for name, shape in expected.items():
             if name in self.file.tensors:
                 self._require_shape(name, shape)
@@ -336,9 +313,9 @@ class LlamaWeights:
             )
 
     def _require_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        found = self.file.tensors[name].shape
-        if found != shape:
-            raise self._refuse(f"tensor {name!r} has the shape {found} where {shape} is needed")
+        given = self.file.tensors[name].shape
+        if given != shape:
+            raise self._refuse(f"tensor {name!r} has the shape {given} where {shape} is needed")
 
 
 def _short(value: object) -> str:

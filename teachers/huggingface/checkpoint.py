@@ -1,5 +1,4 @@
-"""Model and tokenizer of a transformers checkpoint folder that ``teachers.huggingface.folder`` has
-checked.
+"""Model and tokenizer of a checkpoint folder that ``teachers.huggingface.folder`` has checked.
 
 The folder is untrusted. Only JSON and safetensors are read: no pickle, no code that comes with a
 model, and nothing from the network.
@@ -46,13 +45,12 @@ def load_model(
     NF4, with ``double_quantization`` the scales of their blocks too (Dettmers et al. 2023).
 
     Raises:
-        TeacherFileError: bitsandbytes is missing, transformers cannot load it, or weights are
-        missing.
+        TeacherFileError: transformers cannot load it; bitsandbytes or weights are missing.
     """
     quantization = _nf4(folder, dtype, double_quantization) if load_in_4bit else None
     try:
         with _no_progress_bars():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, loading = AutoModelForCausalLM.from_pretrained(
                 folder.path,
                 local_files_only=True,
                 use_safetensors=True,
@@ -65,12 +63,11 @@ def load_model(
         raise TeacherFileError(
             f"transformers cannot load {folder.path}: {type(error).__name__}: {_first_line(error)}"
         ) from error
-    missing = sorted(found["missing_keys"])
+    missing = sorted(loading["missing_keys"])
     if missing:  # transformers would have made them up
         raise TeacherFileError(
             f"{folder.path} lacks {len(missing)} tensors that its {CONFIG} asks for, first "
-            f"{missing[0]!r}; download "
-            "or copy the whole checkpoint"
+            f"{missing[0]!r}; download or copy the whole checkpoint"
         )
     if model.get_output_embeddings() is None:
         raise TeacherFileError(
@@ -81,7 +78,7 @@ def load_model(
 
 def _nf4(folder: ModelFolder, dtype: torch.dtype, double: bool) -> Any:
     if "quantization_config" in folder.config:
-        raise TeacherFileError(f"{folder.path} is quantised already; load it without load_in_4bit")
+        raise TeacherFileError(f"{folder.path} is quantized already; load it without load_in_4bit")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise TeacherFileError(
             "load_in_4bit needs bitsandbytes, which is not installed; run "
@@ -120,13 +117,11 @@ def load_tokenizer(folder: ModelFolder, vocab_size: int) -> Any:
     if size > vocab_size:
         raise TeacherFileError(
             f"{folder.path / TOKENIZER} has {size} tokens, the model's output only {vocab_size}; "
-            "use the tokenizer "
-            "that belongs to this model, or resize the model's embeddings"
+            "use the tokenizer that belongs to this model, or resize the model's embeddings"
         )
     return tokenizer
 
 
 def _first_line(error: Exception) -> str:
-    return next(
-        (line.strip() for line in str(error).splitlines() if line.strip()), "no reason given"
-    )
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), "no reason given")

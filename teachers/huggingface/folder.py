@@ -1,5 +1,4 @@
-"""A transformers checkpoint folder, checked before anything is loaded; without PyTorch and
-transformers.
+"""A checkpoint folder, checked before anything is loaded; without PyTorch and transformers.
 
 The folder is untrusted. Only JSON and the headers of safetensors are read: no pickle, no code that
 comes with a model.
@@ -28,8 +27,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A checked checkpoint folder: ``config.json`` as it was read, and the files with the
-    weights."""
+    """A checked checkpoint folder: ``config.json`` as read, and the files with the weights."""
 
     path: Path
     config: dict[str, Any]
@@ -41,8 +39,7 @@ class ModelFolder:
         return sum(file.stat().st_size for file in self.weights)
 
     def sha256(self, *, load_in_4bit: bool) -> str:
-        """Digest of configuration and weights; a quantised model answers differently, so it has
-        another."""
+        """Digest of configuration and weights; another one for the quantized model."""
         digest = hashlib.sha256(b"nf4" if load_in_4bit else b"")
         for file in sorted((self.path / CONFIG, *self.weights)):
             digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
@@ -66,8 +63,7 @@ def check_folder(path: Path) -> ModelFolder:
     if (path / ADAPTER_CONFIG).exists():
         raise TeacherFileError(
             f"{path} holds an adapter ({ADAPTER_CONFIG}), not a whole model; merge it into its "
-            "base model "
-            "(peft: merge_and_unload) and save that"
+            "base model (peft: merge_and_unload) and save that"
         )
     config = _read_json(path / CONFIG)
     for name in (CONFIG, TOKENIZER_CONFIG):
@@ -75,9 +71,8 @@ def check_folder(path: Path) -> ModelFolder:
         if "auto_map" in content:
             raise TeacherFileError(
                 f"{path / name} has auto_map {content['auto_map']!r}: the model needs Python code "
-                "of its own, which "
-                "is never run; use a model that transformers supports by itself, or convert it to "
-                "GGUF"
+                "of its own, which is never run; use a model that transformers supports by itself, "
+                "or convert it to GGUF"
             )
     _read_json(path / TOKENIZER)
     folder = ModelFolder(path, config, _weight_files(path))
@@ -90,8 +85,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise TeacherFileError(
             f"{path.parent} has no {path.name}; give the folder of a transformers checkpoint "
-            f"({CONFIG}, "
-            f"*.safetensors, {TOKENIZER})"
+            f"({CONFIG}, *.safetensors, {TOKENIZER})"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -113,19 +107,16 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
         if pickles:
             raise TeacherFileError(
                 f"{path} has its weights only as {pickles[0]}, a pickle, which may run code when "
-                "it is read; save "
-                f"it again with model.save_pretrained where you trust it, which writes {WEIGHTS}"
+                "it is read; save it again with model.save_pretrained where you trust it, which "
+                f"writes {WEIGHTS}"
             )
         raise TeacherFileError(f"{path} has no {WEIGHTS}; download or copy the whole checkpoint")
     names = _read_json(path / WEIGHTS_INDEX).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise TeacherFileError(f"{path / WEIGHTS_INDEX} has no weight_map; copy it again")
     for name in names.values():
-        if (
-            not isinstance(name, str)
-            or Path(name).name != name
-            or not name.endswith(".safetensors")
-        ):
+        plain = isinstance(name, str) and Path(name).name == name
+        if not (plain and name.endswith(".safetensors")):
             raise TeacherFileError(
                 f"{path / WEIGHTS_INDEX} names {name!r}, which is no safetensors file here"
             )

@@ -1,4 +1,4 @@
-"""A transformers model speaks: sequences decoded together over one key-value cache.
+"""Generation by a transformers model: sequences decoded together over one key-value cache.
 
 The first segments are fed in one pass, padded on the left; after that every sequence takes one
 token per step, forced or chosen. So distances in the cache are distances in the text, which
@@ -9,7 +9,7 @@ tokens in the cache.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teachers.base import Sampling, Tokens
-from teachers.sampling import Speech, sample_rows
+from teachers.base import GenerationRequest, Progress, Sampling, Tokens
+from teachers.huggingface.model import PADDING, padded
+from teachers.sampling import PartialSequence, choose, started
 
 PARALLEL_SEQUENCES = 128
 CACHE_BYTES = 2 << 30  # the KV cache stays below this (one sequence always fits)
-PADDING = 0  # any token: its place is masked
 
 
-class SpeechError(ValueError):
-    """The model cannot speak: it keeps no key-value cache, or its logits are not finite."""
+class GenerationError(ValueError):
+    """The model cannot generate: it keeps no key-value cache, or its logits are not finite."""
 
 
 class Decoder:
@@ -36,18 +36,16 @@ class Decoder:
         self.model = model
         self.accepted = set(inspect.signature(model.forward).parameters)
         if "past_key_values" not in self.accepted:
-            raise SpeechError(
-                f"a {model.config.model_type} model keeps no key-value cache and cannot speak "
-                "here; give it text "
-                "(--data) to score instead"
+            raise GenerationError(
+                f"a {model.config.model_type} model keeps no key-value cache and cannot generate "
+                "here; give it text (--data) to score instead"
             )
         self.cache: Any = None
         self.mask = torch.zeros(0)  # [S, C], int64, on the model's device
 
     @torch.no_grad()
     def feed(self, tokens: Tensor, mask: Tensor) -> NDArray[np.float32]:
-        """Feed ``tokens [S, L]`` where ``mask [S, L]`` is 1; logits after the last of them, ``[S,
-        V]``.
+        """Feed ``tokens [S, L]`` where ``mask [S, L]`` is 1; the last one's logits, ``[S, V]``.
 
         Raises:
             SpeechError: a logit is NaN or +∞.
@@ -66,7 +64,7 @@ class Decoder:
         self.cache = output.past_key_values
         logits = output.logits[:, -1].float()
         if bool((torch.isnan(logits) | torch.isposinf(logits)).any()):
-            raise SpeechError("the teacher's logits are not finite; its weights are damaged")
+            raise GenerationError("the teacher's logits are not finite; its weights are damaged")
         return logits.cpu().numpy()
 
     def keep(self, rows: list[int]) -> None:
@@ -76,90 +74,55 @@ class Decoder:
         self.mask = self.mask[index]
 
 
-def speak(
-    model: Any,
-    requests: Sequence[Sequence[Tokens]],
-    sampling: Sampling,
-    *,
-    first_index: int,
-    end_tokens: Collection[int],
-    progress: Callable[[int], None],
+def generate(
+    model: Any, request: GenerationRequest, end_tokens: Collection[int], progress: Progress
 ) -> list[Tokens]:
-    """Write one sequence per request, forced and written tokens together (see
-    ``teachers.llama_cpp.generation``).
-
-    ``progress`` gets the number of finished sequences.
+    """Write the sequences of a request; ``progress`` gets the number of finished ones.
 
     Raises:
-        SpeechError: the model keeps no key-value cache, or its logits are not finite.
-        ValueError: a request without forced tokens.
+        GenerationError: the model keeps no key-value cache, or its logits are not finite.
+        ValueError: a prompt without forced tokens.
     """
-    speeches = [
-        Speech.begin(request, sampling, first_index + index)
-        for index, request in enumerate(requests)
-    ]
-    together = _parallel(model, sampling.max_length)
-    for start in range(0, len(speeches), together):
-        group = speeches[start : start + together]
-        open_ones = [speech for speech in group if not speech.finished]
-        for _ in _write(Decoder(model), open_ones, sampling, end_tokens):
-            progress(start + sum(speech.finished for speech in group))
-    return [np.array(speech.tokens, dtype=np.int32) for speech in speeches]
+    partials = started(request)
+    together = _parallel(model, request.sampling.max_length)
+    for start in range(0, len(partials), together):
+        group = partials[start : start + together]
+        going = [partial for partial in group if not partial.finished]
+        for _ in _write(Decoder(model), going, request.sampling, end_tokens):
+            progress(start + sum(partial.finished for partial in group))
+    return [np.array(partial.tokens, dtype=np.int32) for partial in partials]
 
 
 def _write(
-    decoder: Decoder, speeches: list[Speech], sampling: Sampling, end_tokens: Collection[int]
-) -> Iterator[None]:
-    """Write all of ``speeches`` to their ends; yields after each step in which some ended."""
-    if not speeches:
-        return
-    tokens, mask = _left_padded([speech.tokens for speech in speeches])
-    for speech in speeches:
-        speech.fed = len(speech.tokens)
-    while True:
-        logits = decoder.feed(tokens, mask)
-        ended = _choose(speeches, logits, sampling, end_tokens)
-        if ended:
-            yield
-        going = [row for row, speech in enumerate(speeches) if not speech.finished]
-        if not going:
-            return
-        if 2 * len(going) <= len(
-            speeches
-        ):  # copying the cache costs less than carrying the ended ones
-            decoder.keep(going)
-            speeches = [speeches[row] for row in going]
-        fed = [PADDING if speech.finished else speech.tokens[speech.fed] for speech in speeches]
-        tokens, mask = torch.tensor(fed)[:, None], torch.ones(len(fed), 1, dtype=torch.int64)
-        for speech in speeches:
-            speech.fed += not speech.finished
-
-
-def _choose(
-    speeches: list[Speech],
-    logits: NDArray[np.float32],
+    decoder: Decoder,
+    partials: list[PartialSequence],
     sampling: Sampling,
     end_tokens: Collection[int],
-) -> bool:
-    """Give every sequence that has been fed whole its next token; returns whether one ended."""
-    rows = [row for row, speech in enumerate(speeches) if speech.wants_token]
-    if not rows:
-        return False
-    draws = np.array([speeches[row].random.random() for row in rows])
-    for row, token in zip(rows, sample_rows(logits[rows], draws, sampling).tolist(), strict=True):
-        speeches[row].take(token, end_tokens)
-    return any(speeches[row].finished for row in rows)
-
-
-def _left_padded(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Tokens and mask, both int64 ``[S, L]``, the sequences' ends flush."""
-    longest = max(len(tokens) for tokens in sequences)
-    tokens = torch.full((len(sequences), longest), PADDING, dtype=torch.int64)
-    mask = torch.zeros(len(sequences), longest, dtype=torch.int64)
-    for row, sequence in enumerate(sequences):
-        tokens[row, longest - len(sequence) :] = torch.tensor(sequence)
-        mask[row, longest - len(sequence) :] = 1
-    return tokens, mask
+) -> Iterator[None]:
+    """Write all of ``partials`` to their ends; yields after each step in which some ended."""
+    if not partials:
+        return
+    tokens, mask = padded([partial.tokens for partial in partials], left=True)
+    for partial in partials:
+        partial.fed = len(partial.tokens)
+    while True:
+        logits = decoder.feed(tokens, mask)
+        rows = [row for row, partial in enumerate(partials) if partial.wants_token]
+        chosen = [partials[row] for row in rows]
+        choose(chosen, logits[rows], sampling, end_tokens)
+        if any(partial.finished for partial in chosen):
+            yield
+        going = [row for row, partial in enumerate(partials) if not partial.finished]
+        if not going:
+            return
+        # Copying the cache costs less than carrying the ended ones, once they are half.
+        if 2 * len(going) <= len(partials):
+            decoder.keep(going)
+            partials = [partials[row] for row in going]
+        fed = [PADDING if partial.finished else partial.tokens[partial.fed] for partial in partials]
+        tokens, mask = torch.tensor(fed)[:, None], torch.ones(len(fed), 1, dtype=torch.int64)
+        for partial in partials:
+            partial.fed += not partial.finished
 
 
 def _parallel(model: Any, max_length: int) -> int:

@@ -1,5 +1,4 @@
-"""A loaded transformers model, asked for what a recipe needs: logits, final states, outputs of
-chosen layers.
+"""A loaded transformers model's answer: logits, final states, outputs of chosen layers.
 
 Letters: B sequences of one forward pass, T fed tokens of the longest, N positions of all, V
 vocabulary, D width.
@@ -19,24 +18,18 @@ from teachers.base import Floats, Tokens
 from teachers.targets.stored_arrays import Answer
 
 HEAD_ROWS = 8192  # of the output matrix, in float32 together
-PADDING = 0  # any token: its place is masked, and no position before it sees it
-# Settings by which architectures change logits after the output matrix; None and 1 leave them
-# alone.
+PADDING = 0  # any token: it is masked, and no position before it sees it
+# Settings by which architectures change logits after the output matrix, unless None or 1.
 LOGIT_CHANGES = (
-    "final_logit_softcapping",
-    "logits_soft_cap",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "output_multiplier",
+    *("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling"),
+    *("lm_head_multiplier", "output_multiplier"),
 )
 PROBE_TOKENS = 8  # of the text on which a model is tried
 PROBE_ERROR = 1e-3  # of the largest logit: what is more is no rounding
 
 
 class FloatHead(nn.Module):
-    """An output layer computed in float32: in bfloat16 a logit of 20 would be rounded to
-    eighths."""
+    """An output layer in float32: in bfloat16 a logit of 20 would be rounded to eighths."""
 
     def __init__(self, head: Any) -> None:
         super().__init__()
@@ -74,8 +67,7 @@ class LoadedModel:
         self._require_causal()
 
     def _require_causal(self) -> None:
-        """An encoder loads as if it were a causal model; its answers would know what they are to
-        predict."""
+        """An encoder loads as if it were causal; its answers would know what they predict."""
         probe = np.arange(PROBE_TOKENS + 1, dtype=np.int32) % self.vocab_size
         other = probe.copy()
         other[-2] = (other[-2] + 1) % self.vocab_size  # the last token that is fed
@@ -85,15 +77,13 @@ class LoadedModel:
         if float((one - two).abs().max()) > PROBE_ERROR * float(one.abs().max()):
             raise ValueError(
                 f"a {self.model.config.model_type} model with this configuration sees tokens to "
-                "come; give one that "
-                "predicts the next token from those before it"
+                "come; give one that predicts the next token from those before it"
             )
 
     def answer(
         self, batch: Sequence[Tokens], *, logits: bool, states: bool, layers: Sequence[int] = ()
     ) -> Answer:
-        """What the model says about every position of ``batch`` (each with at least two tokens), in
-        order.
+        """The model's answer about every position of ``batch`` (each of at least two tokens).
 
         Without ``logits`` the output layer is not computed.
 
@@ -105,46 +95,43 @@ class LoadedModel:
                 raise ValueError(
                     f"layer {layer} does not exist; the teacher's are 0 to {len(self.layers) - 1}"
                 )
-        tokens, mask = _right_padded(batch)
-        given = {
-            "input_ids": tokens.to(self.model.device),
-            "attention_mask": mask.to(self.model.device),
-        }
-        real = given["attention_mask"].bool()
-        with torch.no_grad(), self._listening(layers, final=states and logits) as heard:
+        device = self.model.device
+        tokens, mask = (part.to(device) for part in padded([one[:-1] for one in batch]))
+        given = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
+        with torch.no_grad(), self._hooked(layers, final=states and logits) as outputs:
             if logits:
-                said = self.model(**given, use_cache=False).logits
+                outputs["logits"] = self.model(**given).logits
             else:
-                heard["final"] = self.model.base_model(**given, use_cache=False).last_hidden_state
+                outputs["final"] = self.model.base_model(**given).last_hidden_state
+
+        def rows(name: str) -> Tensor:
+            return outputs[name][mask.bool()].float().cpu()  # [N, …] without padding
+
         return Answer(
-            logits=_positions(said, real) if logits else None,
-            states=_positions(heard["final"], real) if states else None,
-            layers={layer: _positions(heard[f"layer{layer}"], real) for layer in layers},
+            logits=rows("logits") if logits else None,
+            states=rows("final") if states else None,
+            layers={layer: rows(f"layer{layer}") for layer in layers},
         )
 
     @contextmanager
-    def _listening(self, layers: Sequence[int], *, final: bool) -> Iterator[dict[str, Tensor]]:
-        """Keep what chosen layers put out, before the final norm, and what the output layer is
-        given."""
-        heard: dict[str, Tensor] = {}
+    def _hooked(self, layers: Sequence[int], *, final: bool) -> Iterator[dict[str, Tensor]]:
+        """Keep outputs of chosen layers, before the final norm, and the output layer's input."""
+        outputs: dict[str, Tensor] = {}
 
         def keep_output(name: str) -> Any:
             def hook(module: nn.Module, given: Any, output: Any) -> None:
-                heard[name] = output[0] if isinstance(output, tuple) else output
+                outputs[name] = output[0] if isinstance(output, tuple) else output
 
             return hook
 
         def keep_input(module: nn.Module, given: Any) -> None:
-            heard["final"] = given[0]
+            outputs["final"] = given[0]
 
-        handles = [
-            self.layers[layer].register_forward_hook(keep_output(f"layer{layer}"))
-            for layer in layers
-        ]
+        handles = [self.layers[i].register_forward_hook(keep_output(f"layer{i}")) for i in layers]
         if final:
             handles.append(self.head.register_forward_pre_hook(keep_input))
         try:
-            yield heard
+            yield outputs
         finally:
             for handle in handles:
                 handle.remove()
@@ -173,56 +160,51 @@ class LoadedModel:
         if getattr(self.head, "bias", None) is not None:
             reasons["bias"] = "of the output layer"
         if not self.head.weight.is_floating_point():
-            reasons["quantised output layer"] = self.head.weight.dtype
+            reasons["quantized output layer"] = self.head.weight.dtype
         if not reasons:
             reasons = self._unexplained()
         if reasons:
             what = ", ".join(f"{name} {value}" for name, value in reasons.items())
             raise ValueError(
                 f"its logits are more than hidden states times a matrix ({what}); use --targets "
-                "compact --set "
-                "targets.sketch_bytes=0, or --targets dense"
+                "compact --set targets.sketch_bytes=0, or --targets dense"
             )
 
     def _unexplained(self) -> dict[str, Any]:
         """Compare logits with the product on a few tokens: no list of settings is ever complete."""
         probe = [np.arange(PROBE_TOKENS + 1, dtype=np.int32) % self.vocab_size]
-        found = self.answer(probe, logits=True, states=True)
-        assert found.logits is not None and found.states is not None
+        answer = self.answer(probe, logits=True, states=True)
+        assert answer.logits is not None and answer.states is not None
         rows = torch.from_numpy(self._output_rows(0, min(HEAD_ROWS, self.vocab_size)))
-        product = found.states @ rows.T
-        wanted = found.logits[:, : len(rows)]
+        product, wanted = answer.states @ rows.T, answer.logits[:, : len(rows)]
         error = float((product - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
         return {"relative difference": f"{error:.1e}"} if error > PROBE_ERROR else {}
 
 
 def _decoder_layers(model: Any, count: int) -> list[nn.Module]:
-    """The decoder's layers in order; empty where they cannot be told."""
+    """The decoder's layers in order; empty where they cannot be identified."""
     for module in model.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)
     return []
 
 
-def _right_padded(batch: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
-    """All tokens but each sequence's last, and their mask, both int64 ``[B, T]``."""
-    longest = max(len(tokens) for tokens in batch) - 1
-    ids = torch.full((len(batch), longest), PADDING, dtype=torch.int64)
-    mask = torch.zeros(len(batch), longest, dtype=torch.int64)
-    for row, tokens in enumerate(batch):
-        ids[row, : len(tokens) - 1] = torch.from_numpy(np.asarray(tokens[:-1], dtype=np.int64))
-        mask[row, : len(tokens) - 1] = 1
+def padded(
+    sequences: Sequence[Sequence[int] | Tokens], *, left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Tokens and their mask, both int64 ``[B, T]``; ``left``: the sequences' ends are flush."""
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), PADDING, dtype=torch.int64)
+    mask = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    for row, tokens in enumerate(sequences):
+        start = longest - len(tokens) if left else 0
+        ids[row, start : start + len(tokens)] = torch.from_numpy(np.array(tokens, dtype=np.int64))
+        mask[row, start : start + len(tokens)] = 1
     return ids, mask
 
 
-def _positions(values: Tensor, real: Tensor) -> Tensor:
-    """The rows ``[N, X]`` of ``[B, T, X]`` that are not padding, float32 on the CPU."""
-    return values[real].float().cpu()
-
-
 def batches(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Numbers of sequences that share a forward pass, the longest first: at most ``room`` tokens
-    padded."""
+    """Sequences that share a forward pass of at most ``room`` padded tokens, longest first."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= room:

@@ -1,5 +1,4 @@
-"""A transformers checkpoint folder as a ``Teacher``: on the GPU in bfloat16 where there is one,
-else float32.
+"""A transformers checkpoint folder as a ``Teacher``: bfloat16 on a GPU, else float32.
 
 Letters: N positions over all sequences (a sequence of n tokens has n − 1: its last token is never
 fed), V vocabulary.
@@ -21,18 +20,19 @@ from numpy.typing import NDArray
 
 from teachers.base import (
     Floats,
+    GenerationRequest,
     Progress,
-    Sampling,
+    Teacher,
     TeacherInfo,
     TeacherShape,
     Tokens,
-    speak_then_score,
+    no_progress,
 )
 from teachers.errors import RequestRefused, TeacherError
 from teachers.gguf.file import TeacherFileError
 from teachers.huggingface.checkpoint import load_model, load_tokenizer
 from teachers.huggingface.folder import TOKENIZER, ModelFolder, check_folder
-from teachers.huggingface.generation import Decoder, SpeechError, speak
+from teachers.huggingface.generation import Decoder, GenerationError, generate
 from teachers.huggingface.model import LoadedModel, batches, require_finite
 from teachers.targets.distributions import Arrays
 from teachers.targets.recipe import Recipe
@@ -45,17 +45,12 @@ UNLIMITED = 1 << 20  # context length of a model that states none
 _ANCHOR = "a"
 
 
-def _quiet(done: int) -> None:
-    """Progress that nobody watches."""
-
-
 def _shape(config: Any) -> TeacherShape:
-    """What a model's configuration says of its layers' shape, by the names that Llama-like
-    models give it."""
+    """The layers' shape by a model's configuration, as Llama-like models name it."""
     heads = getattr(config, "num_attention_heads", None)
     even = config.hidden_size // heads if type(heads) is int and heads > 0 else None
     rotary = getattr(config, "rope_parameters", None)
-    return TeacherShape.believed(
+    return TeacherShape.from_untrusted(
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_width=getattr(config, "head_dim", None) or even,
@@ -65,12 +60,11 @@ def _shape(config: Any) -> TeacherShape:
     )
 
 
-class HuggingFaceTeacher:
+class HuggingFaceTeacher(Teacher):
     """Runs a local transformers checkpoint. Use as a context manager."""
 
     def __init__(self, path: Path, *, load_in_4bit: bool = False) -> None:
-        """Check the folder's files, then load them; ``load_in_4bit`` rounds the model to NF4
-        (bitsandbytes).
+        """Check the folder's files, then load them; ``load_in_4bit``: in NF4 (bitsandbytes).
 
         Raises:
             TeacherFileError: the folder cannot be used; the message says why and what to do.
@@ -99,10 +93,10 @@ class HuggingFaceTeacher:
         template = tokenizer.chat_template
         if isinstance(template, dict):  # several, by purpose
             template = template.get("default")
-        begun = tokenizer.backend_tokenizer.encode(_ANCHOR, add_special_tokens=True).ids
+        encoded = tokenizer.backend_tokenizer.encode(_ANCHOR, add_special_tokens=True).ids
         digest = hashlib.sha256((self.folder.path / TOKENIZER).read_bytes())
         digest.update(
-            repr((template, bos, eos, end_tokens, begun)).encode("utf-8", errors="surrogatepass")
+            repr((template, bos, eos, end_tokens, encoded)).encode("utf-8", errors="surrogatepass")
         )
         return TeacherInfo(
             name=self.folder.path.resolve().name,
@@ -116,7 +110,7 @@ class HuggingFaceTeacher:
             bos=bos,
             eos=eos,
             end_tokens=end_tokens,
-            add_bos=bos is not None and begun[:1] == [bos],
+            add_bos=bos is not None and encoded[:1] == [bos],
             chat_template=template,
             sha256=self.folder.sha256(load_in_4bit=self.load_in_4bit),
             tokenizer_sha256=digest.hexdigest(),
@@ -124,8 +118,7 @@ class HuggingFaceTeacher:
         )
 
     def _special_tokens(self) -> tuple[int | None, int | None, tuple[int, ...]]:
-        """BOS, EOS, and all tokens that end a turn: the tokenizer's words, then
-        ``generation_config.json``."""
+        """BOS, EOS, all tokens that end a turn: by the tokenizer, then generation_config.json."""
         generation, tokenizer = self._model.model.generation_config, self._tokenizer
         stops = generation.eos_token_id
         ends: list[int] = [] if stops is None else (stops if isinstance(stops, list) else [stops])
@@ -141,24 +134,16 @@ class HuggingFaceTeacher:
                 )
         return bos, eos, end_tokens
 
-    def __enter__(self) -> HuggingFaceTeacher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
-        """See ``Teacher.close``."""
         self._loaded = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    # -- text -----------------------------------------------------------------------------------------
+    # -- text
 
     def tokenize(
         self, texts: Sequence[str], *, add_special: bool, parse_special: bool
     ) -> list[Tokens]:
-        """See ``Teacher.tokenize``."""
         backend = self._tokenizer.backend_tokenizer
         backend.encode_special_tokens = not parse_special
         # A lone surrogate, which no tokenizer knows, becomes a question mark.
@@ -167,7 +152,6 @@ class HuggingFaceTeacher:
         return [np.array(one.ids, dtype=np.int32) for one in encoded]
 
     def detokenize(self, sequences: Sequence[Tokens]) -> list[str]:
-        """See ``Teacher.detokenize``."""
         backend = self._tokenizer.backend_tokenizer
         # Many decoders strip a text's first space, which may be the first token's own. So every
         # sequence is decoded behind a letter, and the letter taken off.
@@ -176,31 +160,16 @@ class HuggingFaceTeacher:
         anchored = [[*anchor, *tokens.tolist()] for tokens in sequences]
         return [text[before:] for text in backend.decode_batch(anchored, skip_special_tokens=False)]
 
-    def speak(
-        self,
-        requests: Sequence[Sequence[Tokens]],
-        sampling: Sampling,
-        *,
-        first_index: int = 0,
-        progress: Progress = _quiet,
+    def generate(
+        self, request: GenerationRequest, progress: Progress = no_progress
     ) -> list[Tokens]:
-        """See ``Teacher.speak``."""
-        ends = self.info.end_tokens
         try:
-            return speak(
-                self._model.model,
-                requests,
-                sampling,
-                first_index=first_index,
-                end_tokens=ends,
-                progress=progress,
-            )
-        except SpeechError as error:
+            return generate(self._model.model, request, self.info.end_tokens, progress)
+        except GenerationError as error:
             raise TeacherError(f"{self.folder.path}: {error}") from None
 
     @property
     def runtime(self) -> str:
-        """See ``Teacher.runtime``."""
         return (
             f"transformers {version('transformers')}, torch {version('torch')}, "
             f"{torch.get_num_threads()} threads"
@@ -210,31 +179,15 @@ class HuggingFaceTeacher:
         """See ``Teacher.memory``; the teacher shares this process."""
         return int(psutil.Process().memory_info().rss)
 
-    def speak_and_score(
-        self,
-        requests: Sequence[Sequence[Tokens]],
-        sampling: Sampling,
-        recipe: Recipe,
-        bases: Mapping[str, Basis],
-        *,
-        first_index: int = 0,
-        progress: Progress = _quiet,
-    ) -> tuple[list[Tokens], Arrays]:
-        """See ``Teacher.speak_and_score``; in two passes."""
-        return speak_then_score(
-            self, requests, sampling, recipe, bases, first_index=first_index, progress=progress
-        )
-
-    # -- answers --------------------------------------------------------------------------------------
+    # -- answers
 
     def score(
         self,
         sequences: Sequence[Tokens],
         recipe: Recipe,
         bases: Mapping[str, Basis],
-        progress: Progress = _quiet,
+        progress: Progress = no_progress,
     ) -> Arrays:
-        """See ``Teacher.score``."""
 
         def arrays(batch: list[Tokens]) -> Arrays:
             answer = self._model.answer(
@@ -247,19 +200,15 @@ class HuggingFaceTeacher:
     def states(
         self, sequences: Sequence[Tokens], layers: Sequence[int] = ()
     ) -> Mapping[str, Floats]:
-        """See ``Teacher.states``."""
 
         def arrays(batch: list[Tokens]) -> Arrays:
             answer = self._model.answer(batch, logits=False, states=True, layers=layers)
             assert answer.states is not None and answer.layers is not None
-            named = {
-                "final": answer.states,
-                **{f"layer{layer}": answer.layers[layer] for layer in layers},
-            }
+            named = {f"layer{layer}": answer.layers[layer] for layer in layers}
+            named["final"] = answer.states
             return {name: require_finite(values).numpy() for name, values in named.items()}
 
-        found = self._rows(sequences, arrays, _quiet)
-        return {name: values.astype(np.float32, copy=False) for name, values in found.items()}
+        return self._rows(sequences, arrays)
 
     def logits(self, sequences: Sequence[Tokens], *, exact: bool = False) -> NDArray[np.float32]:
         """See ``Teacher.logits``; they are always as exact as this model computes."""
@@ -269,10 +218,9 @@ class HuggingFaceTeacher:
             assert answer.logits is not None
             return {"logits": require_finite(answer.logits, excluded=True).numpy()}
 
-        return self._rows(sequences, arrays, _quiet)["logits"].astype(np.float32, copy=False)
+        return self._rows(sequences, arrays)["logits"]
 
     def output_rows(self, start: int, stop: int) -> Floats:
-        """See ``Teacher.output_rows``."""
         try:
             return self._model.output_rows(start, stop)
         except ValueError as error:
@@ -281,16 +229,15 @@ class HuggingFaceTeacher:
     def _rows(
         self,
         sequences: Sequence[Tokens],
-        work: Callable[[list[Tokens]], Arrays],
-        progress: Progress,
-    ) -> Arrays:
-        """``work`` on batches of like length; its rows of all sequences, ``[N, …]``, in their
-        order."""
+        work: Callable[[list[Tokens]], Any],
+        progress: Progress = no_progress,
+    ) -> dict[str, Any]:
+        """``work`` on batches of like length; its rows of all sequences, ``[N, …]``, in order."""
         for number, tokens in enumerate(sequences):
             self._check(number, tokens)
         lengths = [len(tokens) - 1 for tokens in sequences]
         starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-        result: Arrays = {}
+        result: dict[str, Any] = {}
         done = 0
         room = min(BATCH_TOKENS, LOGITS_BYTES // (4 * self._model.vocab_size))
         for batch in batches(lengths, room):
@@ -311,38 +258,30 @@ class HuggingFaceTeacher:
         return result
 
     def _check(self, number: int, tokens: Tokens) -> None:
+        info, what = self.info, f"{self.folder.path}: sequence {number} has"
         if len(tokens) < 2:
+            raise TeacherError(f"{what} {len(tokens)} tokens, needs at least 2")
+        if len(tokens) - 1 > info.context_length:
             raise TeacherError(
-                f"{self.folder.path}: sequence {number} has {len(tokens)} tokens, needs at least 2"
+                f"{what} {len(tokens)} tokens, more than the context of {info.context_length}; "
+                "make sequences shorter"
             )
-        if len(tokens) - 1 > self.info.context_length:
+        if tokens.min() < 0 or tokens.max() >= info.vocab_size:
             raise TeacherError(
-                f"{self.folder.path}: sequence {number} has {len(tokens)} tokens, more than the "
-                "context of "
-                f"{self.info.context_length}; make sequences shorter"
-            )
-        if tokens.min() < 0 or tokens.max() >= self.info.vocab_size:
-            raise TeacherError(
-                f"{self.folder.path}: sequence {number} has tokens from {tokens.min()} to "
-                f"{tokens.max()}, the "
-                f"vocabulary is 0 to {self.info.vocab_size - 1}; were they made with this "
-                "teacher's tokenizer?"
+                f"{what} tokens from {tokens.min()} to {tokens.max()}, the vocabulary is 0 to "
+                f"{info.vocab_size - 1}; were they made with this teacher's tokenizer?"
             )
 
     def speed(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
-        """See ``Teacher.speed``."""
-        first = 0 if self.info.bos is None else self.info.bos
+        model, first = self._model.model, 0 if self.info.bos is None else self.info.bos
         prompt = torch.full((1, prompt_tokens), first, dtype=torch.int64)
-        Decoder(self._model.model).feed(
-            prompt[:, :1], torch.ones_like(prompt[:, :1])
-        )  # allocates; not timed
-        decoder = Decoder(self._model.model)
-        begin = time.perf_counter()
+        one = torch.ones(1, 1, dtype=torch.int64)
+        Decoder(model).feed(prompt[:, :1], one)  # allocates; not timed
+        decoder = Decoder(model)
+        start = time.perf_counter()
         row = decoder.feed(prompt, torch.ones_like(prompt))
         middle = time.perf_counter()
         for _ in range(new_tokens):
-            row = decoder.feed(
-                torch.tensor([[int(row[0].argmax())]]), torch.ones(1, 1, dtype=torch.int64)
-            )
+            row = decoder.feed(torch.tensor([[int(row[0].argmax())]]), one)
         end = time.perf_counter()
-        return prompt_tokens / (middle - begin), new_tokens / (end - middle)
+        return prompt_tokens / (middle - start), new_tokens / (end - middle)

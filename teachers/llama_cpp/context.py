@@ -1,8 +1,7 @@
-"""llama.cpp through llama-cpp-python's low-level calls: the only module that touches the native
-library.
+"""llama.cpp through llama-cpp-python's low-level calls, which are made nowhere else.
 
-It runs inside the worker process (``teachers.llama_cpp.worker``), because llama.cpp may abort the
-process on a bad file. Letters: N tokens of a batch, V vocabulary.
+Runs inside the worker process, because llama.cpp may abort the process on a bad file. Letters: N
+tokens of a batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,26 +20,22 @@ import psutil
 from numpy.typing import NDArray
 
 from teachers.llama_cpp.library.ggml import devices
-from teachers.llama_cpp.library.kernels import Way
-from teachers.llama_cpp.tensor_taps import FINAL_STATE, Taps, layer_output
+from teachers.llama_cpp.library.kernels import LoadOptions
+from teachers.llama_cpp.tensor_taps import FINAL_STATE, TensorTaps, layer_output
 
 LOGITS_BYTES = 64 << 20  # one batch's logits stay near this, whatever the vocabulary
-MAX_BATCH_TOKENS = (
-    512  # llama.cpp computes no more at once; a batch is then never divided and reordered
-)
+MAX_BATCH_TOKENS = 512  # llama.cpp computes no more at once: no batch is divided and reordered
 MIN_BATCH_TOKENS = 128
-LANES_BYTES = 1 << 30  # what the logits of all lanes together may take, in llama.cpp's two buffers
+CONTEXTS_BYTES = 1 << 30  # for the logits of all contexts, in llama.cpp's two buffers
 # Up to this size, threads that share one batch wait for each other longer than they compute: each
 # core then runs a context of its own on its share of the sequences.
 SMALL_MODEL_PARAMETERS = 50_000_000
 FLASH_HEAD_WIDTH = 32
-CACHE_BYTES = 512 << 20  # the KV caches stay below this (one sequence of each lane always fits)
+CACHE_BYTES = 512 << 20  # the KV caches stay below this (one sequence of each context always fits)
 MAPPED_SHARE = 0.5  # of the memory: a larger file is mapped, so that it need not fit
 TOKEN_STRIDE = 7919  # a prime: the tokens of a first decode lie all over the vocabulary
 CACHE_STEP = 256  # llama.cpp rounds each sequence's share of the cache up to this many tokens
-MAX_LOG_LEVEL_IGNORED = (
-    2  # ggml: 1 debug, 2 info, 3 warning, 4 error, 5 continuation of the line before
-)
+MAX_LOG_LEVEL_IGNORED = 2  # ggml: 1 debug, 2 info, 3 warning, 4 error, 5 continues the line before
 
 Tokens = NDArray[np.int32]
 
@@ -51,12 +46,11 @@ class LlamaError(RuntimeError):
 
 @dataclass(frozen=True)
 class ContextShape:
-    """What a llama.cpp context is built for: parallel sequences, tokens each, and how exactly it
-    computes.
+    """What a llama.cpp context is built for: parallel sequences, tokens each, and precision.
 
     ``exact`` selects a float32 KV cache without flash attention (4e-5 from PyTorch), which is also
     what a CPU computes fastest for small heads; otherwise llama.cpp's own defaults (float16 cache,
-    flash attention). ``logits``, ``states`` and ``layers`` say what is wanted of each token;
+    flash attention). ``logits``, ``states`` and ``layers`` are what is wanted of each token;
     without logits the output layer is not computed.
     """
 
@@ -70,7 +64,7 @@ class ContextShape:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What one decoded batch gave for its wanted tokens, as views that hold until the next one.
+    """One decoded batch's result for its wanted tokens, as views valid until the next one.
 
     ``logits [n, V]``, ``states [n, D]`` (after the last norm), ``layers``: each chosen layer's
     output ``[n, D]``.
@@ -98,7 +92,7 @@ def _forward_log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
 class LlamaModel:
     """One loaded GGUF model: its weights and its vocabulary."""
 
-    def __init__(self, path: str, way: Way, *, threads: int) -> None:
+    def __init__(self, path: str, options: LoadOptions, *, threads: int) -> None:
         """Load the model at ``path``.
 
         Raises:
@@ -107,16 +101,14 @@ class LlamaModel:
         native.llama_log_set(_forward_log, ctypes.c_void_p(0))
         native.llama_backend_init()
         parameters = native.llama_model_default_params()
-        parameters.n_gpu_layers = way.gpu_layers
-        parameters.use_extra_bufts = way.extra_buffers
-        no_devices = (ctypes.c_void_p * 1)(
-            None
-        )  # llama.cpp's list of them ends with a null pointer
-        if way.processor_only:
+        parameters.n_gpu_layers = options.gpu_layers
+        parameters.use_extra_bufts = options.extra_buffers
+        no_devices = (ctypes.c_void_p * 1)(None)  # llama.cpp's list ends with a null pointer
+        if options.processor_only:
             parameters.devices = ctypes.addressof(no_devices)
         small_file = Path(path).stat().st_size < MAPPED_SHARE * psutil.virtual_memory().total
-        if small_file and not way.mapped:
-            # llama.cpp keeps a rearranged copy of some quantisations: mapped too, a file would take
+        if small_file and not options.mapped:
+            # llama.cpp keeps a rearranged copy of some quantizations: mapped too, a file would take
             # its size twice.
             parameters.load_mode = native.LLAMA_LOAD_MODE_NONE
         self.model = native.llama_model_load_from_file(os.fsencode(path), parameters)
@@ -125,41 +117,31 @@ class LlamaModel:
         self.vocab = native.llama_model_get_vocab(self.model)
         self.vocab_size = int(native.llama_vocab_n_tokens(self.vocab))
         # The tokens with which the model ends its turn (end of text, end of turn, …).
-        self.end_tokens = frozenset(
-            token
-            for token in range(self.vocab_size)
-            if native.llama_vocab_is_eog(self.vocab, token)
-        )
+        ends = (native.llama_vocab_is_eog(self.vocab, token) for token in range(self.vocab_size))
+        self.end_tokens = frozenset(token for token, is_end in enumerate(ends) if is_end)
         self.threads = threads
-        self.processor_only = way.processor_only
-        on_cpu = (
-            way.gpu_layers == 0 or way.processor_only or not native.llama_supports_gpu_offload()
-        )
-        # llama.cpp's own default, a float16 cache with flash attention, is how people run the
-        # model; but it slows a CPU down where the heads are narrow.
-        heads = max(1, int(native.llama_model_n_head(self.model)))
-        narrow = int(native.llama_model_n_embd(self.model)) // heads < FLASH_HEAD_WIDTH
-        self.prefers_exact = on_cpu and narrow
+        self.processor_only = options.processor_only
+        no_gpu = options.processor_only or not native.llama_supports_gpu_offload()
+        on_cpu = options.gpu_layers == 0 or no_gpu
         self.width = int(native.llama_model_n_embd(self.model))
         self.layers = int(native.llama_model_n_layer(self.model))
-        self.batch_tokens = max(
-            MIN_BATCH_TOKENS, min(MAX_BATCH_TOKENS, LOGITS_BYTES // (4 * self.vocab_size))
-        )
-        # Lanes are contexts that work side by side, each with its share of the threads and of the
-        # sequences. Scoring computes whole batches, so a core of its own for each lane is best
-        # whatever the model; what is done to one lane's logits then overlaps the other's decode.
-        # Speaking reads all weights at every step, which only a small model can afford once per
-        # lane.
+        self.head_width = self.width // max(1, int(native.llama_model_n_head(self.model)))
+        # llama.cpp's own default, a float16 cache with flash attention, is how people run the
+        # model; but it slows a CPU down where the heads are narrow.
+        self.prefers_exact = on_cpu and self.head_width < FLASH_HEAD_WIDTH
+        fitting = LOGITS_BYTES // (4 * self.vocab_size)
+        self.batch_tokens = max(MIN_BATCH_TOKENS, min(MAX_BATCH_TOKENS, fitting))
+        # Several contexts work side by side, each with its share of the threads and the sequences.
+        # Scoring computes whole batches, so a core of its own for each context is best whatever the
+        # model; what is done to one context's logits then overlaps the other's decode. Generation
+        # reads all weights at every step, which only a small model can afford once per context.
         small = int(native.llama_model_n_params(self.model)) <= SMALL_MODEL_PARAMETERS
-        affordable = max(1, LANES_BYTES // (8 * self.batch_tokens * self.vocab_size))
-        self.score_lanes = min(threads, affordable) if on_cpu else 1
-        self.speech_lanes = threads if small and on_cpu else 1
-
-    # -- vocabulary -----------------------------------------------------------------------------------
+        affordable = max(1, CONTEXTS_BYTES // (8 * self.batch_tokens * self.vocab_size))
+        self.scoring_contexts = min(threads, affordable) if on_cpu else 1
+        self.generation_contexts = threads if small and on_cpu else 1
 
     def describe(self) -> dict[str, Any]:
-        """Facts about the vocabulary and the model that only llama.cpp knows; a missing token is
-        -1."""
+        """What only llama.cpp knows of the vocabulary and the model; a missing token is -1."""
         return {
             "vocab_size": self.vocab_size,
             "bos": int(native.llama_vocab_bos(self.vocab)),
@@ -206,20 +188,19 @@ class LlamaModel:
 class LlamaContext:
     """At any time one llama.cpp context on a model, used by one thread."""
 
-    def __init__(self, model: LlamaModel, threads: int, lanes: int = 1) -> None:
-        """``lanes``: how many contexts share the memory set aside for caches."""
+    def __init__(self, model: LlamaModel, threads: int, contexts: int = 1) -> None:
+        """``contexts``: how many share the memory for caches."""
         self.model = model
-        self.lanes = lanes
+        self.contexts = contexts
         self.vocab_size = model.vocab_size
         self.batch_tokens = model.batch_tokens
         self.threads = threads
         self._context: native.llama_context_p | None = None
         self._shape: ContextShape | None = None
-        self._taps: Taps | None = None
+        self._taps: TensorTaps | None = None
 
     def prepare(self, shape: ContextShape) -> None:
-        """Have an empty context of ``shape``; an existing one of the same shape is emptied and
-        kept.
+        """Have an empty context of ``shape``; one of the same shape is emptied and kept.
 
         Raises:
             LlamaError: llama.cpp cannot create it (usually memory).
@@ -240,12 +221,11 @@ class LlamaContext:
         if shape.exact:
             parameters.type_k = parameters.type_v = native.GGML_TYPE_F32
             parameters.flash_attn_type = native.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        if (
-            self.model.processor_only
-        ):  # by default a GPU computes large products of weights in main memory
+        # By default a GPU computes large products of weights in main memory.
+        if self.model.processor_only:
             parameters.op_offload = parameters.offload_kqv = False
         parameters.embeddings = shape.states and shape.logits
-        self._taps = self._tap(shape)
+        self._taps = self._taps_for(shape)
         if self._taps is not None:
             parameters.cb_eval = self._taps.callback
         context = native.llama_init_from_model(self.model.model, parameters)
@@ -256,23 +236,21 @@ class LlamaContext:
             )
         self._context, self._shape = context, shape
 
-    def _tap(self, shape: ContextShape) -> Taps | None:
-        """What has to be read out of the graph: layers, and the final state where no logits are
-        wanted."""
+    def _taps_for(self, shape: ContextShape) -> TensorTaps | None:
+        """What to read out of the graph: layers, and without logits the final state."""
         names = [layer_output(layer) for layer in shape.layers]
         if shape.logits:
-            return Taps(names, self.model.width) if names else None
-        return Taps([*names, FINAL_STATE], self.model.width, stop_after=FINAL_STATE)
+            return TensorTaps(names, self.model.width) if names else None
+        return TensorTaps([*names, FINAL_STATE], self.model.width, stop_after=FINAL_STATE)
 
     def decode(
         self, tokens: Tokens, positions: Tokens, slots: Tokens, wanted: NDArray[np.bool_]
     ) -> Outputs:
-        """Decode one batch (all arguments ``[N]``, N ≤ ``batch_tokens``); the answer has the wanted
-        tokens' rows.
+        """Decode one batch (all arguments ``[N]``, N ≤ ``batch_tokens``): the wanted tokens' rows.
 
-        ``slots`` says which of the context's sequences each token belongs to; where states or
-        layers are asked for, every token is wanted and the sequences have equally many. The result
-        consists of views into llama.cpp's buffers and holds until the next call.
+        ``slots``: which of the context's sequences each token belongs to; where states or layers
+        are asked for, every token is wanted and the sequences have equally many. The result
+        consists of views into llama.cpp's buffers, valid until the next call.
 
         Raises:
             LlamaError: llama.cpp reports a failure.
@@ -283,18 +261,17 @@ class LlamaContext:
         pointers = (slot_numbers.ctypes.data + 4 * slots.astype(np.int64)).astype(np.uintp)
         one_each = np.ones(count, dtype=np.int32)
         flags = wanted.astype(np.int8)
-        tokens, positions = (
-            np.ascontiguousarray(tokens, np.int32),
-            np.ascontiguousarray(positions, np.int32),
-        )
+        tokens = np.ascontiguousarray(tokens, np.int32)
+        positions = np.ascontiguousarray(positions, np.int32)
+        integers, pointer = ctypes.POINTER(ctypes.c_int32), ctypes.POINTER
         batch = native.llama_batch(
             n_tokens=count,
-            token=tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            token=tokens.ctypes.data_as(integers),
             embd=None,
-            pos=positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
-            n_seq_id=one_each.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
-            seq_id=pointers.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
-            logits=flags.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+            pos=positions.ctypes.data_as(integers),
+            n_seq_id=one_each.ctypes.data_as(integers),
+            seq_id=pointers.ctypes.data_as(pointer(integers)),
+            logits=flags.ctypes.data_as(pointer(ctypes.c_int8)),
         )
         if self._taps is not None:
             self._taps.clear()
@@ -304,7 +281,7 @@ class LlamaContext:
         return self._outputs(int(flags.sum()))
 
     def _outputs(self, count: int) -> Outputs:
-        """The answer to the batch just decoded, which had ``count`` wanted tokens."""
+        """The result of the batch just decoded, which had ``count`` wanted tokens."""
         assert self._shape is not None
         logits = states = None
         if self._shape.logits:
@@ -317,84 +294,67 @@ class LlamaContext:
             if self._shape.states and not self._shape.logits:
                 states = self._taps.take(FINAL_STATE)
             layers = {layer: self._taps.take(layer_output(layer)) for layer in self._shape.layers}
-            found = [len(rows) for rows in (states, *layers.values()) if rows is not None]
-            if self._taps.error or any(rows != count for rows in found):
+            rows = [len(part) for part in (states, *layers.values()) if part is not None]
+            if self._taps.error or set(rows) - {count}:
                 raise LlamaError(
                     self._taps.error
                     or f"this architecture names no such hidden states: {count} rows were wanted, "
-                    f"{found} found"
+                    f"{rows} found"
                 )
         return Outputs(logits, states, layers)
 
     def parallel(self, wanted: int, tokens: int, *, exact: bool) -> int:
-        """How many sequences of ``tokens`` tokens to hold at once: ``wanted``, or what the cache
-        allows."""
-        model = self.model.model
-        heads = max(1, int(native.llama_model_n_head(model)))
-        width = (
-            int(native.llama_model_n_embd(model))
-            // heads
-            * int(native.llama_model_n_head_kv(model))
-        )
-        token_bytes = 2 * (4 if exact else 2) * width * int(native.llama_model_n_layer(model))
+        """How many sequences of ``tokens`` tokens to hold: ``wanted``, or what the cache allows."""
+        model = self.model
+        width = model.head_width * int(native.llama_model_n_head_kv(model.model))
+        token_bytes = 2 * (4 if exact else 2) * width * model.layers
         rounded = -(-tokens // CACHE_STEP) * CACHE_STEP
-        return max(
-            1,
-            min(
-                wanted,
-                self.batch_tokens,
-                CACHE_BYTES // self.lanes // max(1, token_bytes * rounded),
-            ),
-        )
+        fitting = CACHE_BYTES // self.contexts // max(1, token_bytes * rounded)
+        return max(1, min(wanted, self.batch_tokens, fitting))
 
-    def begin(self, slot: int, like: int | None = None) -> None:
-        """Have a slot hold nothing, or what slot ``like`` holds, so that a sequence can begin
-        there."""
+    def start(self, slot: int, like: int | None = None) -> None:
+        """Have a slot hold nothing, or what slot ``like`` holds, for a new sequence."""
         memory = native.llama_get_memory(self._context)
         native.llama_memory_seq_rm(memory, slot, -1, -1)
         if like is not None:
             native.llama_memory_seq_cp(memory, like, slot, -1, -1)
 
     def first_decode(self, count: int, *, exact: bool) -> NDArray[np.float32]:
-        """Logits ``[N, V]`` of ``count`` tokens spread over the vocabulary, the same for every way
-        of running.
+        """Logits ``[N, V]`` of ``count`` tokens spread over the vocabulary, always the same ones.
 
         Fewer where the model's context is shorter.
         """
         count = max(1, min(count, int(native.llama_model_n_ctx_train(self.model.model))))
         self.prepare(ContextShape(1, count, exact))
-        tokens = (np.arange(1, count + 1, dtype=np.int64) * TOKEN_STRIDE % self.vocab_size).astype(
-            np.int32
-        )
+        spread = np.arange(1, count + 1, dtype=np.int64) * TOKEN_STRIDE % self.vocab_size
         positions, slots = np.arange(count, dtype=np.int32), np.zeros(count, dtype=np.int32)
-        outputs = self.decode(tokens, positions, slots, np.ones(count, dtype=np.bool_))
+        outputs = self.decode(spread.astype(np.int32), positions, slots, np.ones(count, np.bool_))
         assert outputs.logits is not None
         return outputs.logits.copy()
 
     def speed(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
         """Measure prompt processing and generation of one sequence, both in tokens per second."""
         self.prepare(ContextShape(1, prompt_tokens + new_tokens + 1, self.model.prefers_exact))
-        prompt = np.full(
-            prompt_tokens, max(0, int(native.llama_vocab_bos(self.model.vocab))), dtype=np.int32
-        )
+        bos = max(0, int(native.llama_vocab_bos(self.model.vocab)))
+        prompt = np.full(prompt_tokens, bos, dtype=np.int32)
         last = np.zeros(prompt_tokens, dtype=np.bool_)
         last[-1] = True
         slots = np.zeros(prompt_tokens, dtype=np.int32)
         self.decode(prompt[:1], slots[:1], slots[:1], last[-1:])  # first call allocates; not timed
-        self.begin(0)
-        begin = time.perf_counter()
+        self.start(0)
+        start = time.perf_counter()
         row = self._last_row(prompt, np.arange(prompt_tokens, dtype=np.int32), slots, last)
         middle = time.perf_counter()
         for position in range(prompt_tokens, prompt_tokens + new_tokens):
             token = np.array([row.argmax()], dtype=np.int32)
             row = self._last_row(token, np.array([position], dtype=np.int32), slots[:1], last[-1:])
         end = time.perf_counter()
-        return prompt_tokens / (middle - begin), new_tokens / (end - middle)
+        return prompt_tokens / (middle - start), new_tokens / (end - middle)
 
     def _last_row(
         self, tokens: Tokens, positions: Tokens, slots: Tokens, wanted: NDArray[np.bool_]
     ) -> NDArray[np.float32]:
-        """The logits of the last token, ``[V]``; the rest is computed in batches."""
+        """The logits of the last token, ``[V]``, computed in batches."""
         for start in range(0, len(tokens), self.batch_tokens):
             span = slice(start, start + self.batch_tokens)
             outputs = self.decode(tokens[span], positions[span], slots[span], wanted[span])
@@ -417,7 +377,7 @@ def _view(pointer: object, shape: tuple[int, int]) -> NDArray[np.float32]:
 
 
 def describe_library() -> dict[str, Any]:
-    """What the library was built with (``AVX2``, ``AMX_INT8``, …) and the GPUs that it sees."""
+    """What the library was built with (``AVX2``, …) and the GPUs that it sees."""
     native.llama_backend_init()
     return {
         "built_with": built_with(),

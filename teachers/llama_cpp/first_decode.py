@@ -1,5 +1,4 @@
-"""A first decode of a few tokens: whether it works in some way of running a file, and gives what
-plain kernels give.
+"""A first decode of a few tokens: does it work with some load options, and as plain kernels do?
 
 Letters: N tokens, V vocabulary.
 """
@@ -8,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,19 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachers.errors import LibraryError, RequestRefused, TeacherError, WorkerDied
-from teachers.llama_cpp.library.kernels import Way
+from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.worker_process import WorkerProcess
 
-LONG, SHORT = (
-    33,
-    2,
-)  # tokens: two tiles of AMX and a rest; more than one, which would take other kernels than many do
-# Two ways may differ by rounding. How much that is depends on the model, so it is measured: as the
-# mean KL between two kinds of cache in the same way. Extra buffers are up to 0.9 times as far off,
-# kernels that skip a few rows at least 50 times (docs/benchmarks.md).
+# Tokens: two tiles of AMX and a rest; more than one, which would take other kernels than many do.
+LONG, SHORT = 33, 2
+# Load options may differ by rounding. How much that is depends on the model, so it is measured: the
+# mean KL between two kinds of cache with the same options. Extra buffers are up to 0.9 times as far
+# off, kernels that skip a few rows at least 50 times (docs/benchmarks.md).
 LEAST_ALLOWED_KL = 0.01
 ALLOWED_NOISE = 5.0
-REFERENCE = Way(processor_only=True, extra_buffers=False, mapped=True)
+REFERENCE = LoadOptions(processor_only=True, extra_buffers=False, mapped=True)
 
 _log = logging.getLogger(__name__)
 
@@ -36,8 +34,7 @@ Logits = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a way of running a file cannot be used: ``text`` goes on from "llama.cpp …"; ``log``:
-    its last lines."""
+    """Why load options cannot be used: ``text``, after "llama.cpp …"; ``log``: its last lines."""
 
     text: str
     log: str = ""
@@ -54,8 +51,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far logits are from those of plain kernels, and how far they may be by rounding; mean
-    KL in nats."""
+    """Mean KL in nats of logits from those of plain kernels, and what rounding may make of it."""
 
     kl: float
     allowed: float
@@ -67,7 +63,7 @@ class Comparison:
 
     @property
     def text(self) -> str:
-        """The difference, going on from "llama.cpp …"."""
+        """The difference, after "llama.cpp …"."""
         return (
             f"computes other numbers (mean KL {self.kl:.2g} nats, by rounding at most "
             f"{self.allowed:.2g})"
@@ -83,21 +79,17 @@ def try_first_decode(process: WorkerProcess, *, long: bool) -> Logits | Failure:
     return logits if usable(logits) else Failure("computes logits that are not finite")
 
 
-def compare(logits: Logits, start: Callable[[Way], WorkerProcess]) -> Comparison | None:
+def compare(logits: Logits, start: Callable[[LoadOptions], WorkerProcess]) -> Comparison | None:
     """``logits`` of a long first decode against plain kernels on the processor; nothing where those
     fail.
 
-    ``start`` gives a process in some way. The reference maps the file, so that it takes none of the
-    memory that the other process has its weights in.
+    ``start`` gives a process with some options. The reference maps the file, so that it takes none
+    of the memory that the other process has its weights in.
     """
     try:
-        process = start(REFERENCE)
-        try:
-            plain, exact = (
-                first_logits(process, len(logits), exact=exact) for exact in (False, True)
-            )
-        finally:
-            process.close()
+        with closing(start(REFERENCE)) as process:
+            plain = first_logits(process, len(logits))
+            exact = first_logits(process, len(logits), exact=True)
     except (TeacherError, LibraryError) as error:
         _log.info("no reference for the first decode: %s", error)
         return None
@@ -106,21 +98,17 @@ def compare(logits: Logits, start: Callable[[Way], WorkerProcess]) -> Comparison
     return Comparison(mean_kl(plain, logits), allowed_kl(plain, exact))
 
 
-def works(path: Path, threads: int, way: Way) -> bool:
-    """Whether llama.cpp's first decode of the file at ``path`` works in this way."""
+def works(path: Path, threads: int, options: LoadOptions) -> bool:
+    """Whether llama.cpp's first decode of the file at ``path`` works with these options."""
     try:
-        process = WorkerProcess(path, way, threads=threads)
+        with closing(WorkerProcess(path, options, threads=threads)) as process:
+            return not isinstance(try_first_decode(process, long=False), Failure)
     except (TeacherError, LibraryError):
         return False
-    try:
-        return not isinstance(try_first_decode(process, long=False), Failure)
-    finally:
-        process.close()
 
 
 def first_logits(process: WorkerProcess, count: int, *, exact: bool = False) -> Logits:
-    """The logits ``[N, V]`` of a first decode of ``count`` tokens, or as many as the context has
-    room for.
+    """The logits ``[N, V]`` of a first decode of ``count`` tokens, or as many as the context holds.
 
     Raises:
         TeacherError: the process died, or llama.cpp refuses.
@@ -130,8 +118,7 @@ def first_logits(process: WorkerProcess, count: int, *, exact: bool = False) -> 
 
 
 def usable(logits: Logits) -> bool:
-    """Whether every row ``[N, V]`` is a distribution: no NaN, no +∞, not −∞ alone (excluded
-    tokens may be −∞)."""
+    """Whether every row ``[N, V]`` is a distribution: no NaN or +∞, not −∞ alone."""
     return not np.isnan(logits).any() and bool(np.isfinite(logits.max(axis=1)).all())
 
 
@@ -152,6 +139,5 @@ def _log_softmax(row: Logits) -> NDArray[np.float64]:
 
 
 def allowed_kl(plain: Logits, exact: Logits) -> float:
-    """How far results may be apart by rounding alone; the two are one way's, with a float16 and
-    a float32 cache."""
+    """The KL that rounding explains, from logits with a float16 and with a float32 cache."""
     return max(LEAST_ALLOWED_KL, ALLOWED_NOISE * mean_kl(plain, exact))

@@ -1,5 +1,4 @@
-"""Ctrl-C that waits until an exchange with the worker is complete, so that the next one finds
-both sides in step."""
+"""Ctrl-C that waits for a complete exchange with the worker, which keeps both sides in step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scoring many sequences in the worker: lanes, batches of like length, rows back in order.
+"""Scoring many sequences in the worker: contexts, batches of like length, rows in order.
 
 Runs inside the worker process; PyTorch, which takes a second to load, comes only with what needs
 it. Letters: N rows over all sequences, in order.
@@ -44,12 +44,25 @@ def common_prefix(sequences: Sequence[Tokens]) -> int:
     return count if count >= SHARED_TOKENS and len(sequences) > 1 else 0
 
 
+def decode_prefix(
+    context: LlamaContext, tokens: Tokens, slot: int
+) -> Iterator[tuple[int, Outputs]]:
+    """Decode what all sequences begin with, once, into a slot of its own, in batches.
+
+    Yields their rows and the position at which they start.
+    """
+    for start in range(0, len(tokens), context.batch_tokens):
+        piece = tokens[start : start + context.batch_tokens]
+        positions = np.arange(start, start + len(piece), dtype=np.int32)
+        slots = np.full(len(piece), slot, dtype=np.int32)
+        yield start, context.decode(piece, positions, slots, np.ones(len(piece), dtype=np.bool_))
+
+
 def _real(outputs: Outputs, counts: NDArray[np.int64], size: int) -> Outputs:
-    """Drop the rows of the tokens that only filled a sequence up to ``size``: ``counts`` are
-    real."""
+    """Drop the rows of padding: of each ``size`` rows the first ``counts`` are real."""
     if bool((counts == size).all()):
         return outputs
-    real = np.concatenate([np.arange(count) + place * size for place, count in enumerate(counts)])
+    real = np.concatenate([np.arange(count) + row * size for row, count in enumerate(counts)])
     return Outputs(
         None if outputs.logits is None else outputs.logits[real],
         None if outputs.states is None else outputs.states[real],
@@ -60,7 +73,7 @@ def _real(outputs: Outputs, counts: NDArray[np.int64], size: int) -> Outputs:
 def groups_of_like_length(
     lengths: NDArray[np.int64], batch_tokens: int, parallel: int
 ) -> list[list[int]]:
-    """Divide sequences into groups that fill a batch, longest first, with little filling up.
+    """Divide sequences into groups that fill a batch, longest first, with little padding.
 
     Each group has at most ``parallel`` sequences, and its size times its longest is at most
     ``batch_tokens`` (a longer sequence is a group of its own).
@@ -69,11 +82,8 @@ def groups_of_like_length(
     longest = 0
     for index in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[index])
-        room = (
-            groups
-            and len(groups[-1]) < parallel
-            and (len(groups[-1]) + 1) * longest <= batch_tokens
-        )
+        size = len(groups[-1]) if groups else 0
+        room = 0 < size < parallel and (size + 1) * longest <= batch_tokens
         if room and length >= LIKE_LENGTH * longest:
             groups[-1].append(index)
         else:
@@ -82,37 +92,34 @@ def groups_of_like_length(
     return groups
 
 
-class Lanes(Protocol):
+class Contexts(Protocol):
     """What scoring needs of the worker's server."""
 
     model: Any
 
-    def lanes_of(self, count: int) -> list[LlamaContext]:
+    def contexts_of(self, count: int) -> list[LlamaContext]:
         """So many contexts on the model."""
         ...
 
     def report(self, more: int) -> None:
-        """Tell the parent that ``more`` rows are done."""
+        """Report to the parent that ``more`` rows are done."""
         ...
 
 
 class Scorer:
-    """Rows of every sequence, reduced batch by batch while the other lanes decode.
+    """Rows of every sequence, reduced batch by batch while the other contexts decode.
 
     A sequence of n tokens has n − 1 rows (what follows its last token is not known). Sequences of
-    like length are decoded together, shorter ones filled up; which are together depends on their
-    lengths alone, so the rows do not depend on which lane happens to be free.
+    like length are decoded together, shorter ones padded. Which are together depends on their
+    lengths alone, so the rows do not depend on which context happens to be free.
     """
 
     def __init__(
         self, sequences: Sequence[Tokens], shape: ContextShape, last: int | None = None
     ) -> None:
         """``shape``: what is wanted of each token (its numbers of sequences and tokens are chosen
-        here).
-
-        ``last``: keep no more than so many rows of each sequence, those at its end; batches and
-        rows are the same.
-        """
+        here). ``last``: keep at most so many rows of each sequence, those at its end; batches and
+        rows are the same."""
         self.sequences = sequences
         self.lengths = np.array([len(tokens) - 1 for tokens in sequences], dtype=np.int64)
         kept = self.lengths if last is None else np.minimum(self.lengths, last)
@@ -122,104 +129,93 @@ class Scorer:
         self.prefix = common_prefix(sequences)
         self.result: Arrays = {}
 
-    def run(self, server: Lanes, reduce: Reduce) -> Arrays:
+    def run(self, server: Contexts, reduce: Reduce) -> Arrays:
         """The reduced arrays of all kept rows, ``[N, …]``, in the sequences' order. ``reduce`` is
-        called in the lanes' threads and may return views of what it gets: they are copied."""
-        lanes = server.lanes_of(server.model.score_lanes)
-        shape, groups = self._planned(lanes[0])
+        called in the contexts' threads and may return views of what it gets: they are copied."""
+        contexts = server.contexts_of(server.model.scoring_contexts)
+        shape, groups = self._planned(contexts[0])
         waiting = iter(groups)
         taking = threading.Lock()
 
-        def work(lane: LlamaContext) -> None:
-            lane.prepare(shape)
-            for start, outputs in self._shared_beginning(lane, shape.sequences - 1):
-                if lane is lanes[0]:
+        def work(context: LlamaContext) -> None:
+            context.prepare(shape)
+            prefix = self.sequences[0][: self.prefix]
+            for start, outputs in decode_prefix(context, prefix, shape.sequences - 1):
+                if context is contexts[0]:
                     arrays = reduce(outputs)
                     for index in range(len(self.sequences)):
-                        self._put(index, start, arrays, slice(None))
+                        self._put(index, start, arrays)
             while True:
                 with taking:
                     group = next(waiting, None)
                 if group is None:
                     return
                 for slot in range(len(group)):
-                    lane.begin(slot, shape.sequences - 1 if self.prefix else None)
-                for start, outputs in self._decoded(lane, group):
-                    self._place(group, start, reduce(outputs))
+                    context.start(slot, shape.sequences - 1 if self.prefix else None)
+                for start, outputs in self._decoded(context, group):
+                    self._scatter(group, start, reduce(outputs))
                 server.report(int(self.lengths[group].sum()))
 
-        with ThreadPoolExecutor(len(lanes)) as pool:
-            list(pool.map(work, lanes))
+        with ThreadPoolExecutor(len(contexts)) as pool:
+            list(pool.map(work, contexts))
         return self.result
 
-    def _planned(self, lane: LlamaContext) -> tuple[ContextShape, list[list[int]]]:
+    def _planned(self, context: LlamaContext) -> tuple[ContextShape, list[list[int]]]:
         """The context's shape and which sequences are decoded together."""
         own = self.lengths - self.prefix
         longest = int(self.lengths.max())
-        unlimited = groups_of_like_length(own, lane.batch_tokens, len(own))
-        exact = self.shape.exact or lane.model.prefers_exact
-        extra = int(self.prefix > 0)  # the slot that keeps the shared beginning
+        unlimited = groups_of_like_length(own, context.batch_tokens, len(own))
+        exact = self.shape.exact or context.model.prefers_exact
+        extra = int(self.prefix > 0)  # the slot that keeps the shared prefix
         wanted = max(len(group) for group in unlimited) + extra
-        parallel = max(1, lane.parallel(wanted, longest, exact=exact) - extra)
-        groups = groups_of_like_length(own, lane.batch_tokens, parallel)
+        parallel = max(1, context.parallel(wanted, longest, exact=exact) - extra)
+        groups = groups_of_like_length(own, context.batch_tokens, parallel)
         tokens = -(-longest // CACHE_STEP) * CACHE_STEP
         return replace(self.shape, sequences=parallel + extra, tokens=tokens, exact=exact), groups
 
-    def _shared_beginning(self, lane: LlamaContext, slot: int) -> Iterator[tuple[int, Outputs]]:
-        """Decode what all sequences begin with, once, into a slot of its own; yields rows as
-        ``_decoded`` does."""
-        tokens = self.sequences[0][: self.prefix]
-        for start in range(0, self.prefix, lane.batch_tokens):
-            piece = tokens[start : start + lane.batch_tokens]
-            positions = np.arange(start, start + len(piece), dtype=np.int32)
-            slots = np.full(len(piece), slot, dtype=np.int32)
-            yield start, lane.decode(piece, positions, slots, np.ones(len(piece), dtype=np.bool_))
-
-    def _decoded(self, lane: LlamaContext, group: list[int]) -> Iterator[tuple[int, Outputs]]:
+    def _decoded(self, context: LlamaContext, group: list[int]) -> Iterator[tuple[int, Outputs]]:
         """Decode a group; yields rows and the position in its sequences at which they start."""
         own = self.lengths[group] - self.prefix
         size = int(own.max())
-        step = (
-            size if size <= lane.batch_tokens else lane.batch_tokens
-        )  # only a group of one is longer
         grid = np.zeros((len(group), size), dtype=np.int32)
         for row, index in enumerate(group):
             grid[row, : own[row]] = self.sequences[index][self.prefix : -1]
-        for start in range(0, size, step):
-            piece = grid[:, start : start + step]
-            begin = self.prefix + start
-            positions = np.tile(
-                np.arange(begin, begin + piece.shape[1], dtype=np.int32), len(group)
-            )
+        for offset in range(0, size, context.batch_tokens):  # only a group of one is longer
+            piece = grid[:, offset : offset + context.batch_tokens]
+            start = self.prefix + offset
+            positions = np.arange(start, start + piece.shape[1], dtype=np.int32)
             slots = np.repeat(np.arange(len(group), dtype=np.int32), piece.shape[1])
-            outputs = lane.decode(
-                piece.reshape(-1), positions, slots, np.ones(piece.size, dtype=np.bool_)
+            outputs = context.decode(
+                piece.reshape(-1),
+                np.tile(positions, len(group)),
+                slots,
+                np.ones(piece.size, dtype=np.bool_),
             )
-            yield begin, outputs if len(group) == 1 else _real(outputs, own, size)
+            yield start, outputs if len(group) == 1 else _real(outputs, own, size)
 
-    def _place(self, group: list[int], start: int, arrays: Arrays) -> None:
+    def _scatter(self, group: list[int], start: int, arrays: Arrays) -> None:
         """Put a group's rows where they belong; a group of one may come in several pieces."""
         if len(group) == 1:
-            return self._put(group[0], start, arrays, slice(None))
+            return self._put(group[0], start, arrays)
         taken = 0
         for index in group:
             count = int(self.lengths[index]) - start
-            self._put(index, start, arrays, slice(taken, taken + count))
+            rows = {name: values[taken : taken + count] for name, values in arrays.items()}
+            self._put(index, start, rows)
             taken += count
         return None
 
-    def _put(self, index: int, start: int, arrays: Arrays, rows: slice) -> None:
-        """Place some rows of a sequence, from its row ``start`` on; the first of an array makes
-        room for all."""
+    def _put(self, index: int, start: int, arrays: Arrays) -> None:
+        """Store a sequence's rows from row ``start`` on; the first of an array allocates all."""
         dropped = int(self.dropped[index])
-        begin = int(self.starts[index]) + max(0, start - dropped)
+        first = int(self.starts[index]) + max(0, start - dropped)
         for name, values in arrays.items():
             whole = self.result.get(name)
             if whole is None:
                 room = np.empty((int(self.starts[-1]), *values.shape[1:]), values.dtype)
-                whole = self.result.setdefault(name, room)  # lanes may come here together; one wins
-            part = values[rows][max(0, dropped - start) :]
-            whole[begin : begin + len(part)] = part
+                whole = self.result.setdefault(name, room)  # contexts may race here; one wins
+            part = values[max(0, dropped - start) :]
+            whole[first : first + len(part)] = part
 
 
 def as_answer(outputs: Outputs) -> Answer:
@@ -236,8 +232,7 @@ def as_answer(outputs: Outputs) -> Answer:
 
 
 def as_arrays(outputs: Outputs) -> Arrays:
-    """Everything in a batch's outputs as it is, as named arrays without a copy: ``logits``,
-    ``final``, ``layer<i>``."""
+    """A batch's outputs as named arrays, without a copy: ``logits``, ``final``, ``layer<i>``."""
     arrays: Arrays = {}
     if outputs.logits is not None:
         arrays["logits"] = outputs.logits

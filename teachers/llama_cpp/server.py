@@ -1,7 +1,7 @@
 """What runs inside the worker process: answers the parent's requests with llama.cpp.
 
-Heavy modules are imported by the operations that need them: the process is there, and a bad file
-found out, before PyTorch is loaded.
+Heavy modules are imported by the operations that need them: a bad file is refused before PyTorch
+is loaded.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from teachers.llama_cpp.library.kernels import Way
+from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.wire import Arrays, pack_ragged, read_frame, unpack_ragged, write_frame
 
 if TYPE_CHECKING:
-    from teachers.llama_cpp.context import Outputs
+    from teachers.llama_cpp.context import ContextShape, LlamaContext, Outputs
     from teachers.targets.recipe import Recipe
     from teachers.targets.state_codec import Basis
 
 
-PARENT_SECONDS = 2.0  # how often a worker sees whether its parent is there
+PARENT_SECONDS = 2.0  # how often a worker checks that its parent is there
 Answer = tuple[dict[str, Any], Arrays]
 
 
@@ -34,30 +35,40 @@ class Server:
     def __init__(self, output: BinaryIO) -> None:
         self.output = output
         self.model: Any = None
-        self.lanes: list[Any] = []
+        self.contexts: list[Any] = []
         self._stream: Iterator[list[int]] | None = None
         self._streams = 0
         self._done = 0
         self._reporting = threading.Lock()
 
     def report(self, more: int) -> None:
-        """Tell the parent that ``more`` units are done; lanes call this from their own threads."""
+        """Report that ``more`` units are done; contexts' own threads call this."""
         with self._reporting:
             self._done += more
             write_frame(self.output, {"progress": self._done})
 
-    def lanes_of(self, count: int) -> list[Any]:
-        """So many contexts on the model, which share its threads; kept until another number is
-        asked for."""
+    def contexts_of(self, count: int) -> list[Any]:
+        """So many contexts, which share the model's threads; kept until the number changes."""
         from teachers.llama_cpp.context import LlamaContext
 
         self._stream = None  # whoever asks for them clears what it was computed in
-        if len(self.lanes) != count:
-            for lane in self.lanes:
-                lane.release()
+        if len(self.contexts) != count:
+            for context in self.contexts:
+                context.release()
             each = max(1, self.model.threads // count)
-            self.lanes = [LlamaContext(self.model, each, count) for _ in range(count)]
-        return self.lanes
+            self.contexts = [LlamaContext(self.model, each, count) for _ in range(count)]
+        return self.contexts
+
+    @contextmanager
+    def _own_context(self) -> Iterator[LlamaContext]:
+        """A context with all threads, for one request."""
+        from teachers.llama_cpp.context import LlamaContext
+
+        context = LlamaContext(self.model, self.model.threads)
+        try:
+            yield context
+        finally:
+            context.release()
 
     def load(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         try:
@@ -65,34 +76,24 @@ class Server:
 
             import teachers.llama_cpp.library.ggml  # noqa: F401
         except Exception as error:
-            # The package or its shared library is missing or damaged in whatever way: no file is to
-            # blame.
+            # The package or its shared library is missing or damaged: no file is to blame.
             return {"library": " ".join(str(error).split()) or type(error).__name__}, {}
         try:
             from teachers.llama_cpp.context import LlamaModel
 
-            self.model = LlamaModel(
-                request["path"], Way(**request["way"]), threads=request["threads"]
-            )
+            options = LoadOptions(**request["options"])
+            self.model = LlamaModel(request["path"], options, threads=request["threads"])
             return self.model.describe(), {}
         except AttributeError as error:
             if error.obj is not native:
                 raise
-            return {
-                "library": f"its package has no {error.name}: another version than this project "
-                "needs"
-            }, {}
+            missing = f"its package has no {error.name}: another version than this project needs"
+            return {"library": missing}, {}
 
     def first_decode(self, request: dict[str, Any], arrays: Arrays) -> Answer:
-        """Logits ``[N, V]`` of a few given tokens, in a context of their own: does this library
-        run this file?"""
-        from teachers.llama_cpp.context import LlamaContext
-
-        context = LlamaContext(self.model, self.model.threads)
-        try:
+        """Logits ``[N, V]`` of a few given tokens: does this library run this file?"""
+        with self._own_context() as context:
             return {}, {"logits": context.first_decode(request["tokens"], exact=request["exact"])}
-        finally:
-            context.release()
 
     def tokenize(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         special = {"add_special": request["add_special"], "parse_special": request["parse_special"]}
@@ -106,52 +107,47 @@ class Server:
             texts.append(raw.decode("utf-8", errors="replace"))
         return {"texts": texts}, {}
 
-    def speak(self, request: dict[str, Any], arrays: Arrays) -> Answer:
+    def generate(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         import numpy as np
         import torch
 
-        from teachers.base import Sampling
-        from teachers.llama_cpp.generation import Speaker, Wanted
+        from teachers.base import GenerationRequest, Sampling
+        from teachers.llama_cpp.generation import SequenceGenerator, Wanted
         from teachers.targets.stored_arrays import reduce
 
-        segments = unpack_ragged(arrays, "segments")
-        requests, taken = [], 0
+        segments, taken = unpack_ragged(arrays, "segments"), 0
+        prompts = []
         for count in arrays["segment_counts"].tolist():
-            requests.append(segments[taken : taken + count])
+            prompts.append(segments[taken : taken + count])
             taken += count
-        sampling = Sampling(**request["sampling"])
+        sampling, first = Sampling(**request["sampling"]), request["first_index"]
+        wanted = Wanted()
+        if request.get("recipe") is not None:
+            recipe, bases = _recipe(request, arrays)
+            wanted = Wanted(lambda answer: reduce(answer, recipe, bases), recipe.needs_states)
+        contexts = self.contexts_of(self.model.generation_contexts)[: len(prompts)]
+        edges = [len(prompts) * part // len(contexts) for part in range(len(contexts) + 1)]
 
-        recipe, bases = _recipe(request, arrays)
-        wanted = Wanted(
-            None if recipe is None else lambda answer: reduce(answer, recipe, bases),
-            recipe is not None and recipe.needs_states,
-        )
-        lanes = self.lanes_of(self.model.speech_lanes)[: len(requests)]
-        edges = [len(requests) * place // len(lanes) for place in range(len(lanes) + 1)]
+        def work(context: Any, start: int, stop: int) -> Any:
+            torch.set_num_threads(context.threads)  # of this context's thread
+            own = GenerationRequest(prompts[start:stop], sampling, first + start)
+            return SequenceGenerator(context, own, wanted).run(self.report)
 
-        def work(lane: Any, start: int, stop: int) -> Any:
-            torch.set_num_threads(lane.threads)  # of this lane's thread
-            numbers = [request["first_index"] + index for index in range(start, stop)]
-            return Speaker(lane, sampling, wanted).speak(requests[start:stop], numbers, self.report)
-
-        with ThreadPoolExecutor(len(lanes)) as pool:
-            said = list(pool.map(work, lanes, edges, edges[1:]))
-        kept = {
-            name: np.concatenate([part.arrays[name] for part in said]) for name in said[0].arrays
-        }
-        return {}, pack_ragged(
-            [tokens for part in said for tokens in part.sequences], "tokens"
-        ) | kept
+        with ThreadPoolExecutor(len(contexts)) as pool:
+            parts = list(pool.map(work, contexts, edges, edges[1:]))
+        sequences = [tokens for some, _ in parts for tokens in some]
+        kept = {name: np.concatenate([rows[name] for _, rows in parts]) for name in parts[0][1]}
+        return {}, pack_ragged(sequences, "tokens") | kept
 
     def stream(self, request: dict[str, Any], arrays: Arrays) -> Answer:
-        from teachers.base import Sampling
-        from teachers.llama_cpp.generation import Speaker, Wanted
+        from teachers.base import GenerationRequest, Sampling
+        from teachers.llama_cpp.generation import SequenceGenerator
 
-        # The first of the lanes that `speak` would take, so that the same numbers come out to the
-        # last bit.
-        lane = self.lanes_of(self.model.speech_lanes)[0]
-        speaker = Speaker(lane, Sampling(**request["sampling"]), Wanted())
-        self._stream = speaker.stream(unpack_ragged(arrays, "tokens")[0], request["number"])
+        # The first context that `generate` would take: the same numbers to the last bit.
+        context = self.contexts_of(self.model.generation_contexts)[0]
+        prompts, sampling = [unpack_ragged(arrays, "tokens")], Sampling(**request["sampling"])
+        own = GenerationRequest(prompts, sampling, request["number"])
+        self._stream = SequenceGenerator(context, own).stream()
         self._streams += 1
         return {"stream": self._streams}, {}
 
@@ -171,47 +167,39 @@ class Server:
         from teachers.targets.stored_arrays import reduce
 
         recipe, bases = _recipe(request, arrays)
-        assert recipe is not None
         shape = ContextShape(
             1, 1, logits=recipe.needs_logits, states=recipe.needs_states, layers=recipe.layers
         )
-        scorer = Scorer(unpack_ragged(arrays, "tokens"), shape)
-        threads = max(1, self.model.threads // self.model.score_lanes)
+        threads = max(1, self.model.threads // self.model.scoring_contexts)
 
         def reduced(outputs: Outputs) -> Arrays:
-            torch.set_num_threads(threads)  # of this lane's thread
+            torch.set_num_threads(threads)  # of this context's thread
             return reduce(as_answer(outputs), recipe, bases)
 
-        return {}, scorer.run(self, reduced)
+        return {}, Scorer(unpack_ragged(arrays, "tokens"), shape).run(self, reduced)
 
     def states(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         from teachers.llama_cpp.context import ContextShape
-        from teachers.llama_cpp.scoring import Scorer, as_arrays
 
-        layers = tuple(request["layers"])
-        shape = ContextShape(1, 1, exact=request["exact"], logits=False, states=True, layers=layers)
-        return {}, Scorer(unpack_ragged(arrays, "tokens"), shape, request["last"]).run(
-            self, as_arrays
-        )
+        exact, layers = request["exact"], tuple(request["layers"])
+        shape = ContextShape(1, 1, exact=exact, logits=False, states=True, layers=layers)
+        return self._rows(shape, request, arrays)
 
     def logits(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         from teachers.llama_cpp.context import ContextShape
+
+        return self._rows(ContextShape(1, 1, exact=request["exact"]), request, arrays)
+
+    def _rows(self, shape: ContextShape, request: dict[str, Any], arrays: Arrays) -> Answer:
         from teachers.llama_cpp.scoring import Scorer, as_arrays
 
-        shape = ContextShape(1, 1, exact=request["exact"])
-        return {}, Scorer(unpack_ragged(arrays, "tokens"), shape, request["last"]).run(
-            self, as_arrays
-        )
+        scorer = Scorer(unpack_ragged(arrays, "tokens"), shape, request["last"])
+        return {}, scorer.run(self, as_arrays)
 
     def speed(self, request: dict[str, Any], arrays: Arrays) -> Answer:
-        from teachers.llama_cpp.context import LlamaContext
-
         # All threads on one sequence, as a user runs it.
-        context = LlamaContext(self.model, self.model.threads)
-        try:
+        with self._own_context() as context:
             prompt, generation = context.speed(request["prompt_tokens"], request["new_tokens"])
-        finally:
-            context.release()
         return {"prompt": prompt, "generation": generation}, {}
 
     def peak_memory(self, request: dict[str, Any], arrays: Arrays) -> Answer:
@@ -236,22 +224,17 @@ class Server:
             write_frame(self.output, answer, answer_arrays)
 
 
-def _recipe(request: dict[str, Any], arrays: Arrays) -> tuple[Recipe | None, dict[str, Basis]]:
+def _recipe(request: dict[str, Any], arrays: Arrays) -> tuple[Recipe, dict[str, Basis]]:
     """What a request wants to be kept, and how hidden states are encoded for it."""
     from teachers.targets.recipe import Recipe
-    from teachers.targets.state_codec import Basis
+    from teachers.targets.state_codec import bases_in
 
-    if request.get("recipe") is None:
-        return None, {}
     recipe = Recipe.from_json(request["recipe"])
-    names = ["final", *(f"layer{layer}" for layer in recipe.layers)]
-    found = {name: Basis.from_arrays(arrays, name) for name in names}
-    return recipe, {name: basis for name, basis in found.items() if basis is not None}
+    return recipe, bases_in(arrays, recipe.layers)
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent has been killed: busy in llama.cpp, it would not see the
-    closed pipe."""
+    """End with a killed parent: busy in llama.cpp, this process would not see the closed pipe."""
     while os.getppid() == parent:
         time.sleep(PARENT_SECONDS)
     os._exit(1)
@@ -261,8 +244,7 @@ def serve() -> None:
     """Answer requests until the parent closes the pipe. Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
-    # llama.cpp's libraries may print to standard output; keep the protocol on a descriptor of its
-    # own.
+    # llama.cpp's libraries may print to standard output; the protocol has its own descriptor.
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     Server(output).run(sys.stdin.buffer)

@@ -23,8 +23,8 @@ def layer_output(layer: int) -> str:
     return f"l_out-{layer}"
 
 
-class Taps:
-    """Collects named tensors of width D; one object serves one context."""
+class TensorTaps:
+    """Collects named tensors of width D for one context."""
 
     def __init__(self, names: Iterable[str], width: int, *, stop_after: str | None = None) -> None:
         """``stop_after``: nothing beyond this tensor is computed."""

@@ -1,13 +1,13 @@
-"""llama.cpp running one file, on whatever machine this is: checked on its first decode, run another
-way if need be.
+"""llama.cpp running one file on this machine: checked by a first decode, with other load options if
+need be.
 
 A build of llama.cpp can crash, or compute other numbers, on one processor and be right on another:
 its kernels for AMX and for rearranged weights are chosen by the processor. So the first decode of
 every file is a trial of a few tokens (``teachers.llama_cpp.first_decode``). Where it dies, hangs or
-gives logits that are not finite or others than plain kernels give, the file is run without those
-kernels ("extra buffers"). What was found is remembered
-(``teachers.llama_cpp.library.check_record``). Only when nothing works is an error raised, and the
-example teacher decides whether it names the file or the machine.
+gives logits that are not finite or not those of plain kernels, the file is run without those
+kernels ("extra buffers"). The result is remembered (``teachers.llama_cpp.library.check_record``).
+Only when nothing works is an error raised; the example teacher decides whether it names the file or
+the machine.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from teachers.errors import LibraryError, RequestRefused, TeacherError, WorkerDi
 from teachers.llama_cpp.first_decode import REFERENCE, Failure, compare, try_first_decode, works
 from teachers.llama_cpp.library.build import unused_features
 from teachers.llama_cpp.library.check_record import CheckRecord, change_record, read_record
-from teachers.llama_cpp.library.kernels import Way
+from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.wire import Arrays
 from teachers.llama_cpp.worker_process import HUNG_SECONDS, Answer, WorkerProcess
 
-# What needs llama.cpp to compute; the rest only looks at the vocabulary.
-COMPUTING = frozenset({"speak", "stream", "score", "states", "logits", "speed"})
-# A way out where llama.cpp dies later than its check: 1 for no extra buffers
+# What needs llama.cpp to compute; the rest reads only the vocabulary.
+COMPUTING = frozenset({"generate", "stream", "score", "states", "logits", "speed"})
+# An escape where llama.cpp dies later than its check: 1 for no extra buffers
 PLAIN = "DISTILL_PLAIN_KERNELS"
-EXTRA_BUFFERS = "extra buffers"  # what two lines are about, of which a process says one
+EXTRA_BUFFERS = "extra buffers"  # the subject of two warnings, of which a process logs one
 COST = "prompts take up to 3.7 times as long where the processor has AMX"  # docs/machines.md
 REMEDY = "`distill doctor` says how to build it so that they work"
 
 _log = logging.getLogger(__name__)
-already_logged: set[str] = set()  # of this process: no line is said twice
+already_logged: set[str] = set()  # of this process: no warning comes twice
 without_extra_buffers: dict[str, str] = {}  # files that this process runs so, by name, and why
 
 
@@ -70,9 +70,9 @@ class Worker:
         self._anew = anew
         self._known = CheckRecord() if anew else read_record()
         self._bytes = path.stat().st_size if path.is_file() else 0
-        self._way = Way(gpu_layers)
+        self._options = LoadOptions(gpu_layers)
         if not self._known.allows_extra_buffers(self._bytes) or os.environ.get(PLAIN) == "1":
-            self._way = self._plain_way()
+            self._options = self._plain_options()
         self._checked = False
         self._failed: TeacherError | LibraryError | None = None  # once nothing works
         self._process = self._first_process()
@@ -88,8 +88,8 @@ class Worker:
         """What llama.cpp says of the model (``LlamaModel.describe``)."""
         return self._process.description
 
-    def way(self) -> Way:
-        """How llama.cpp runs the file on this machine, checked.
+    def options(self) -> LoadOptions:
+        """The load options with which llama.cpp runs the file on this machine, checked.
 
         Raises:
             TeacherError, LibraryError: see ``ask``.
@@ -97,7 +97,7 @@ class Worker:
         if self._failed is not None:
             raise self._failed
         if not self._checked:
-            failure = self._trial(self._process, self._way)
+            failure = self._trial(self._process, self._options)
             if failure is not None:
                 self._process.close()
                 try:
@@ -106,7 +106,7 @@ class Worker:
                     self._failed = error
                     raise
             self._checked = True
-        return self._way
+        return self._options
 
     def ask(
         self,
@@ -115,8 +115,7 @@ class Worker:
         arrays: Arrays | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> Answer:
-        """Send one request and wait for its answer; before the first that computes, the check is
-        made.
+        """Send one request and wait for its answer; the first that computes makes the check.
 
         Raises:
             TeacherError: the request failed in the child, or the child died or hung.
@@ -124,7 +123,7 @@ class Worker:
             WorkerDefect: the child failed by a mistake of ours.
         """
         if operation in COMPUTING:
-            self.way()
+            self.options()
         elif self._failed is not None:
             raise self._failed
         try:
@@ -139,79 +138,74 @@ class Worker:
         """End the child process; safe to call twice."""
         self._process.close()
 
-    # -- the check ------------------------------------------------------------------------------------------------
+    # -- the check
 
     def _first_process(self) -> WorkerProcess:
-        """The process that the file is loaded in: as remembered, or the other way where that
-        dies."""
+        """The process that loads the file: as remembered, or without extra buffers if it dies."""
         if not self._known.allows_extra_buffers(self._bytes):
-            say_once(
+            warn_once(
                 "llama.cpp runs without its extra CPU buffers, as its self-check of "
-                f"{self._known.time[:10]} found: "
-                f"with them it {self._known.reason}. So {COST}; {REMEDY}",
+                f"{self._known.time[:10]} found: with them it {self._known.reason}. So {COST}; "
+                f"{REMEDY}",
                 EXTRA_BUFFERS,
             )
-        if not self._way.extra_buffers:
-            without_extra_buffers[self.path.name] = (
-                self._known.reason or f"is told not to by {PLAIN}"
-            )
+        if not self._options.extra_buffers:
+            reason = self._known.reason or f"is told not to by {PLAIN}"
+            without_extra_buffers[self.path.name] = reason
         try:
-            return self._start(self._way)
+            return self._start(self._options)
         except (WorkerDied, RequestRefused) as error:
             return self._other_process(Failure.of(error))
 
     def _other_process(self, failure: Failure) -> WorkerProcess:
-        """A process that was tried, after ``failure`` of the first: without extra buffers,
-        remembered from now on.
+        """A tried process after ``failure`` of the first: without extra buffers, remembered.
 
         Raises:
             TeacherError, LibraryError: there is none.
         """
         if failure.from_outside:
-            # The system, short of memory, may have ended it, which says nothing of the library:
-            # once more.
-            process = self._tried(self._way)
+            # The system, short of memory, may have ended it, whatever the library: once more.
+            process = self._tried(self._options)
             if isinstance(process, WorkerProcess):
                 return process
             failure = process
-        other = self._plain_way()
-        if not self._way.extra_buffers or isinstance(process := self._tried(other), Failure):
+        other = self._plain_options()
+        if not self._options.extra_buffers or isinstance(process := self._tried(other), Failure):
             raise self._verdict(failure)
-        self._way = other
-        say_once(
-            f"llama.cpp {failure.text} with its extra CPU buffers (AMX, repacked "
-            f"weights){failure.log}. It runs "
-            f"without them instead: right, but {COST}; {REMEDY}",
+        self._options = other
+        warn_once(
+            f"llama.cpp {failure.text} with its extra CPU buffers (AMX, repacked weights)"
+            f"{failure.log}. It runs without them instead: right, but {COST}; {REMEDY}",
             EXTRA_BUFFERS,
         )
         without_extra_buffers[self.path.name] = failure.text
-        if self._way.gpu_layers == 0 or not works(
+        if self._options.gpu_layers == 0 or not works(
             self.path, self.threads, replace(REFERENCE, extra_buffers=True)
         ):
             remember(lambda record: self._with_failure(record, failure))
         return process
 
-    def _plain_way(self) -> Way:
-        """Without extra buffers; and a GPU that was not asked for, which can be at fault as
-        well, is left alone."""
-        return replace(self._way, extra_buffers=False, processor_only=self._way.gpu_layers == 0)
+    def _plain_options(self) -> LoadOptions:
+        """Without extra buffers, nor a GPU that was not asked for, which can be at fault too."""
+        return replace(
+            self._options, extra_buffers=False, processor_only=self._options.gpu_layers == 0
+        )
 
     def _with_failure(self, record: CheckRecord, failure: Failure) -> CheckRecord:
-        """The record with ``failure``; what may be want of memory concerns files of this size or
-        larger alone."""
-        found = replace(record, reason=failure.text, failed=self._types)
+        """The record with ``failure``; a possible want of memory concerns only files this large."""
+        failed = replace(record, reason=failure.text, failed=self._types)
         if (failure.from_outside or failure.refused) and self._bytes:
-            return replace(found, from_bytes=min(record.from_bytes or self._bytes, self._bytes))
-        return replace(found, extra_buffers=False)
+            return replace(failed, from_bytes=min(record.from_bytes or self._bytes, self._bytes))
+        return replace(failed, extra_buffers=False)
 
-    def _tried(self, way: Way) -> WorkerProcess | Failure:
+    def _tried(self, options: LoadOptions) -> WorkerProcess | Failure:
         """A new process whose first decode works, or why there is none."""
         try:
-            process = self._start(way)
+            process = self._start(options)
         except (WorkerDied, RequestRefused) as error:
             return Failure.of(error)
         try:
-            failure = self._trial(process, way)
+            failure = self._trial(process, options)
         except BaseException:
             process.close()
             raise
@@ -221,100 +215,94 @@ class Worker:
         process.close()
         return failure
 
-    def _trial(self, process: WorkerProcess, way: Way) -> Failure | None:
-        """Decode a few tokens; says why ``way`` cannot be used, or nothing. New tensor types are
-        compared."""
-        gpus = process.description["gpus"] if way.gpu_layers else []
-        place = f"{', '.join(gpus)}, {way.gpu_layers} layers: " if gpus else ""
-        new = {place + name for name in self._types}
+    def _trial(self, process: WorkerProcess, options: LoadOptions) -> Failure | None:
+        """Decode a few tokens, and compare new tensor types: why ``options`` cannot be used."""
+        gpus = process.description["gpus"] if options.gpu_layers else []
+        device = f"{', '.join(gpus)}, {options.gpu_layers} layers: " if gpus else ""
+        new = {device + name for name in self._types}
         if not self._anew:
             new -= read_record().verified
-        compared = bool(new) and (way.extra_buffers or bool(gpus))
+        compared = bool(new) and (options.extra_buffers or bool(gpus))
         logits = try_first_decode(process, long=compared)
         if isinstance(logits, Failure) or not compared:
             return logits if isinstance(logits, Failure) else None
         result = compare(logits, self._start)
         if result is None:
-            say_once(
+            warn_once(
                 f"llama.cpp's results with {self.path.name} could not be compared with those of "
                 "plain kernels"
             )
-            return None
-        if result.agrees:
+        elif result.agrees:
             remember(lambda record: replace(record, verified=record.verified | new))
-            return None
-        if gpus:  # a graphics card rounds in its own ways, for which the bound was not measured
-            say_once(
+        elif gpus:  # a graphics card rounds in its own ways, for which the bound was not measured
+            warn_once(
                 f"llama.cpp on {', '.join(gpus)} {result.text}; gpu_layers 0 computes on the "
                 "processor"
             )
-            return None
-        return Failure(result.text)
+        else:
+            return Failure(result.text)
+        return None
 
     def _verdict(self, failure: Failure) -> TeacherError | LibraryError:
         """Whose fault ``failure`` is: the GPU's, the file's or the machine's."""
+        what = f"llama.cpp {failure.text}"
         if failure.from_outside:
             return TeacherError(
-                f"{self.path}: llama.cpp {failure.text}{failure.log}: something outside ended it, "
-                "twice, usually the "
+                f"{self.path}: {what}{failure.log}: something outside ended it, twice, usually the "
                 "system for want of memory. Close other programs or take a smaller file"
             )
-        layers = self._way.gpu_layers
+        layers = self._options.gpu_layers
         if layers and works(self.path, self.threads, REFERENCE):
             return TeacherError(
-                f"{self.path}: llama.cpp {failure.text} with {layers} layers on the "
-                f"GPU{failure.log}; it runs the "
+                f"{self.path}: {what} with {layers} layers on the GPU{failure.log}; it runs the "
                 "file on the processor alone. Put fewer layers on the GPU, or none (gpu_layers 0)"
             )
         if works(example_teacher(), self.threads, REFERENCE):
-            if failure.refused:
-                return TeacherError(f"{self.path}: llama.cpp {failure.text}{failure.log}")
-            return TeacherError(
-                f"{self.path}: llama.cpp {failure.text}{failure.log}; it runs the example teacher "
-                "on this machine, so "
-                "the cause is in this file: damaged, or of a kind that this llama.cpp does not run"
+            reason = (
+                "; it runs the example teacher on this machine, so the cause is in this file: "
+                "damaged, or of a kind that this llama.cpp does not run"
             )
+            end = "" if failure.refused else reason
+            return TeacherError(f"{self.path}: {what}{failure.log}{end}")
         return LibraryError(
             f"llama.cpp does not work on this machine: it {failure.text}{failure.log}, and does "
-            "not run the example "
-            f"teacher either, so {self.path} is not to blame. `distill doctor` says what can be "
-            "done"
+            f"not run the example teacher either, so {self.path} is not to blame. `distill doctor` "
+            "says what can be done"
         )
 
-    def _start(self, way: Way) -> WorkerProcess:
-        return WorkerProcess(self.path, way, threads=self.threads, hung_seconds=self.hung_seconds)
+    def _start(self, options: LoadOptions) -> WorkerProcess:
+        return WorkerProcess(
+            self.path, options, threads=self.threads, hung_seconds=self.hung_seconds
+        )
 
     def _pass_on_warnings(self) -> None:
         """Log what llama.cpp warned of while it loaded the file, and what it was built without."""
         if unused := unused_features(self.description["built_with"]):
-            say_once(
+            warn_once(
                 f"llama.cpp was built without {', '.join(unused)}, which this processor has: "
-                "slower than need be. "
-                "`distill doctor` says how to build it"
+                "slower than need be. `distill doctor` says how to build it"
             )
         for line in self._process.warnings:
-            say_once(f"llama.cpp, loading {self.path.name}: {line}", line)
+            warn_once(f"llama.cpp, loading {self.path.name}: {line}", line)
 
 
 def why_without_extra_buffers() -> str:
-    """Why a file of this process runs without extra buffers, going on from "llama.cpp …"; empty
-    where none does."""
+    """Why a file of this process runs without extra buffers, after "llama.cpp …"; else empty."""
     return next(iter(without_extra_buffers.values()), "")
 
 
 def remember(change: Callable[[CheckRecord], CheckRecord]) -> None:
-    """Change the record, and say so in a line where there is no place for it."""
+    """Change the record; warn where it cannot be kept."""
     try:
         change_record(change)
     except OSError as error:
-        say_once(
+        warn_once(
             "what the self-check of llama.cpp found cannot be kept, so every start makes it again "
-            f"({error}); set "
-            "XDG_CACHE_HOME to a folder that can be written to"
+            f"({error}); set XDG_CACHE_HOME to a folder that can be written to"
         )
 
 
-def say_once(text: str, same: str = "") -> None:
+def warn_once(text: str, same: str = "") -> None:
     """Log a warning, unless this process has logged it, or one about the ``same``, before."""
     if (key := same or text) not in already_logged:
         already_logged.add(key)

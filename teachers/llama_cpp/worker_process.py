@@ -1,9 +1,9 @@
 """One process that llama.cpp lives in, and the parent's handle on it.
 
-llama.cpp may abort or crash on a damaged file; here that ends a child process, which the parent
-turns into one clear error with llama.cpp's own last words. Requests and answers are frames
-(``teachers.llama_cpp.wire``) over the child's standard input and output; the child's standard error
-goes to a temporary log.
+llama.cpp may abort or crash on a damaged file; here that ends a child process, which becomes one
+clear error with the last lines of its log. Requests and answers are frames
+(``teachers.llama_cpp.wire``) over the child's standard input and output; its standard error goes to
+a temporary log.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -25,26 +26,23 @@ from typing import Any, BinaryIO, cast
 import psutil
 
 from teachers.errors import LibraryError, RequestRefused, WorkerDefect, WorkerDied, ending
-from teachers.llama_cpp.library.kernels import Way
+from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.wire import Arrays, read_frame, write_frame
 
 LOG_TAIL_LINES = 3
 LOG_BYTES = 64 << 10  # of the log's end that are looked at
-# llama.cpp aborts with its reason on standard error; without this a debugger's output follows and
-# buries it.
+# Else a debugger's output follows, and buries, llama.cpp's reason to abort on standard error.
 _QUIET_ABORT = {"GGML_NO_BACKTRACE": "1"}
 # Signals that a library does not send to itself: a user, or the system when memory runs out.
 _FROM_OUTSIDE = {
     int(getattr(signal, name, 0)) for name in ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")
 } - {0}
-# A worker that has said nothing for so long is given up: hung if it computes nothing either, lost
-# if it does.
+# A worker that is silent for so long is given up: hung if it computes nothing either, else lost.
 HUNG_SECONDS = 120.0
 LOST_SECONDS = 1800.0
 Answer = tuple[dict[str, Any], Arrays]
 
-# The child gets the parent's sys.path, so that a folder called `teachers` in the user's working
-# directory cannot take this package's place.
+# With the parent's sys.path: no folder `teachers` in the working directory can shadow this package.
 _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from teachers.llama_cpp.server "
     "import serve; serve()"
@@ -52,15 +50,14 @@ _CHILD = (
 
 
 class WorkerProcess:
-    """A child process that runs one GGUF file through llama.cpp, in one way."""
+    """A child process that runs one GGUF file through llama.cpp."""
 
     def __init__(
-        self, path: Path, way: Way, *, threads: int, hung_seconds: float = HUNG_SECONDS
+        self, path: Path, options: LoadOptions, *, threads: int, hung_seconds: float = HUNG_SECONDS
     ) -> None:
         """Start the process and load the file.
 
-        ``hung_seconds``: after so long without a sign of life or any computing the worker is given
-        up.
+        ``hung_seconds``: silent and idle for so long, the worker is given up.
 
         Raises:
             TeacherError: llama.cpp cannot load it.
@@ -82,7 +79,7 @@ class WorkerProcess:
         )
         threading.Thread(target=self._watch, daemon=True).start()
         try:
-            load = {"path": str(path), "threads": threads, "way": asdict(way)}
+            load = {"path": str(path), "threads": threads, "options": asdict(options)}
             self.description = self.ask("load", load)[0]
             self.warnings = self._log_lines()
         except BaseException:
@@ -101,8 +98,7 @@ class WorkerProcess:
         arrays: Arrays | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> Answer:
-        """Send one request and wait for its answer; ``progress`` gets the counts reported on the
-        way.
+        """Send one request and wait for its answer; ``progress`` gets reported counts.
 
         Raises:
             TeacherError: the request failed in the child, or the child died or hung.
@@ -124,12 +120,9 @@ class WorkerProcess:
         finally:
             self._busy = False
         if "library" in message:
-            other = os.environ.get("LLAMA_CPP_LIB_PATH")
-            remedy = (
-                f"unset LLAMA_CPP_LIB_PATH, which is {other}"
-                if other
-                else "install llama-cpp-python again"
-            )
+            other, remedy = os.environ.get("LLAMA_CPP_LIB_PATH"), "install llama-cpp-python again"
+            if other:
+                remedy = f"unset LLAMA_CPP_LIB_PATH, which is {other}"
             raise LibraryError(
                 f"llama.cpp cannot be loaded ({message['library']}); {remedy}. `distill doctor` "
                 "says how"
@@ -139,7 +132,7 @@ class WorkerProcess:
         return message, answer
 
     def _watch(self) -> None:
-        """Kill a worker that gives no sign of life, so that whoever waits for it learns of it."""
+        """Kill a worker that gives no sign of life, which ends the wait for it."""
         process = psutil.Process(self._process.pid)
         computed, since = 0.0, time.monotonic()
         while not self._closed.wait(min(5.0, self.hung_seconds / 4)):
@@ -161,14 +154,12 @@ class WorkerProcess:
         """What to raise about a child that has ended while it was asked for something."""
         code = self._process.wait()
         if code == 1 and "Traceback" in self._log_tail():
-            return WorkerDefect(
-                f"the llama.cpp worker failed during {operation}:\n{self._log_tail()}"
-            )
-        operation = operation.replace("_", " ")
+            text = f"the llama.cpp worker failed during {operation}:\n{self._log_tail()}"
+            return WorkerDefect(text)
+        hung, operation = bool(self.given_up), operation.replace("_", " ")
         what = f"died during {operation} ({ending(code)})"
-        if self.given_up:
+        if hung:
             what = f"{self.given_up} during {operation}"
-        hung = bool(self.given_up)
         outside = -code in _FROM_OUTSIDE and not hung
         return WorkerDied(str(self.path), what, self._last_words(), from_outside=outside, hung=hung)
 
@@ -184,9 +175,8 @@ class WorkerProcess:
         """The end of the child's log, without blank lines."""
         lines = [line.strip() for line in self._log_tail().splitlines() if line.strip()]
         # llama.cpp names its source files as they lay where it was built.
-        return [
-            re.sub(r"/\S+/([\w.-]+\.(?:c|cc|cpp|cu|h|hpp|m):\d)", r"\1", line) for line in lines
-        ]
+        source = re.compile(r"/\S+/([\w.-]+\.(?:c|cc|cpp|cu|h|hpp|m):\d)")
+        return [source.sub(r"\1", line) for line in lines]
 
     def _last_words(self) -> str:
         """The end of the child's log, on one line, or nothing."""
@@ -198,10 +188,8 @@ class WorkerProcess:
         self._closed.set()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None and not pipe.closed:
-                try:
+                with suppress(BrokenPipeError):  # the child is gone already
                     pipe.close()
-                except BrokenPipeError:
-                    continue  # the child is gone already, which is what close wants
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()

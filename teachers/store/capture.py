@@ -12,8 +12,15 @@ import numpy as np
 import torch
 
 from teachers.atomic_files import is_held
-from teachers.base import WHOLE, Progress, Sampling, Share, Teacher, Tokens
-from teachers.store.shared import Companion
+from teachers.base import (
+    SINGLE_PROCESS,
+    GenerationRequest,
+    ProcessRank,
+    Progress,
+    Teacher,
+    Tokens,
+)
+from teachers.store.shared import SharedCodec
 from teachers.store.store import SoftTargetStore
 from teachers.targets.distributions import OutputHead
 from teachers.targets.recipe import Recipe
@@ -24,6 +31,7 @@ from teachers.targets.state_codec import (
     METRIC_POSITIONS,
     Basis,
     fit_basis,
+    output_parts,
     tail_metric,
 )
 
@@ -32,7 +40,7 @@ Report = Callable[[int, str], None]
 
 LINEAR_POSITIONS = 64
 LINEAR_ROWS = 4096
-# llama.cpp rounds a hidden state to eight bits before it multiplies it with a quantised matrix:
+# llama.cpp rounds a hidden state to eight bits before it multiplies it with a quantized matrix:
 # logits then differ by about 0.3 % of their spread from the exact product. An output that bends its
 # logits differs more.
 LINEAR_TOLERANCE = 0.02
@@ -41,8 +49,7 @@ PATIENCE_SECONDS = 60.0  # how long another process waits for a first one that i
 
 
 class CaptureError(ValueError):
-    """A teacher whose answer cannot be kept in the way asked for; says why and what to choose
-    instead."""
+    """A teacher whose answer cannot be kept as asked; says why and what to choose instead."""
 
 
 class SequenceSource(Protocol):
@@ -53,27 +60,24 @@ class SequenceSource(Protocol):
         ...
 
     def take(self, teacher: Teacher, start: int, stop: int, progress: Progress) -> list[Tokens]:
-        """Sequences ``start`` to ``stop``; the teacher may have to write them. Each has ≥ 2
-        tokens."""
+        """Sequences ``start`` to ``stop``, ≥ 2 tokens each; the teacher may have to write them."""
         ...
 
-    def requests(self, start: int, stop: int) -> tuple[list[Sequence[Tokens]], Sampling] | None:
-        """What to ask the teacher for if it writes all of these sequences (see
-        ``Teacher.speak``)."""
+    def generation_request(self, start: int, stop: int) -> GenerationRequest | None:
+        """What to ask the teacher for, if it writes all of these sequences."""
         ...
 
 
 @dataclass(frozen=True)
 class CaptureSummary:
-    """What one capture did: shards taken over from before, recaptured because damaged, and
-    written."""
+    """Shards taken over from before, recaptured because damaged, and written."""
 
     reused: int
     damaged: tuple[int, ...]
     written: int
 
 
-_linear: WeakSet[Teacher] = WeakSet()  # teachers whose output has been found to be a matrix product
+_linear: WeakSet[Teacher] = WeakSet()  # teachers whose output is known to be a matrix product
 
 
 def capture(
@@ -81,7 +85,7 @@ def capture(
     source: SequenceSource,
     store: SoftTargetStore,
     report: Report,
-    share: Share = WHOLE,
+    share: ProcessRank = SINGLE_PROCESS,
 ) -> CaptureSummary:
     """Fill ``store`` with the teacher's soft targets of every sequence of ``source`` (this
     process's share).
@@ -95,48 +99,37 @@ def capture(
         store.remove_leftovers()
     mine = range(share.rank, store.manifest.shards, share.world)
     states = {shard: store.state(shard) for shard in mine}
-    spans = {shard: store.span(shard) for shard in mine}
-    finished = sum(
-        spans[shard][1] - spans[shard][0] for shard in mine if states[shard] == "complete"
-    )
+    missing = [shard for shard in mine if states[shard] != "complete"]
+    sizes = {shard: stop - start for shard in mine for start, stop in [store.span(shard)]}
+    finished = sum(sizes[shard] for shard in mine if shard not in missing)
     bases: Mapping[str, Basis] = {}
-    taken: dict[int, list[Tokens]] = {}
-    if store.needs_companion:
-        bases = _companion(teacher, source, store, report, share, taken).bases
-    for shard, state in states.items():
-        if state == "complete":
-            continue
-        start, stop = spans[shard]
+    first: list[Tokens] = []  # the first shard's, generated before it is known how to keep states
+    if store.needs_shared_codec:
+        codec, first = _shared_codec(teacher, source, store, report, share)
+        bases = codec.bases
+    for shard in missing:
+        start, stop = store.span(shard)
 
-        def watch(words: str, base: int = finished) -> Progress:
-            return lambda done: report(base + done, words)
+        def watch(text: str, base: int = finished) -> Progress:
+            return lambda done: report(base + done, text)
 
-        # The first shard's sequences are written before it is known how to keep what is said of
-        # them.
-        first = shard == 0 and store.needs_companion
-        asked = None if first else source.requests(start, stop)
-        if asked is not None:
-            requests, sampling = asked
-            sequences, arrays = teacher.speak_and_score(
-                requests,
-                sampling,
-                recipe,
-                bases,
-                first_index=start,
-                progress=watch("the teacher writes"),
+        alone = shard == 0 and store.needs_shared_codec
+        request = None if alone else source.generation_request(start, stop)
+        if request is not None:
+            sequences, arrays = teacher.generate_and_score(
+                request, recipe, bases, watch("the teacher writes")
             )
         else:
-            sequences = taken.pop(shard, []) or source.take(
-                teacher, start, stop, watch("the teacher writes")
-            )
-            share_done = _per_sequence(sequences, watch("the teacher scores"))
-            arrays = teacher.score(sequences, recipe, bases, share_done)
+            sequences = first if shard == 0 else []
+            if not sequences:
+                sequences = source.take(teacher, start, stop, watch("the teacher writes"))
+            scored = _per_sequence(sequences, watch("the teacher scores"))
+            arrays = teacher.score(sequences, recipe, bases, scored)
         store.write_shard(shard, sequences, arrays)
-        finished += stop - start
+        finished += sizes[shard]
         report(finished, "saved")
-    counts = list(states.values())
-    damaged = tuple(shard for shard, state in states.items() if state == "damaged")
-    return CaptureSummary(counts.count("complete"), damaged, len(counts) - counts.count("complete"))
+    damaged = tuple(shard for shard in missing if states[shard] == "damaged")
+    return CaptureSummary(len(states) - len(missing), damaged, len(missing))
 
 
 def _per_sequence(sequences: Sequence[Tokens], progress: Progress) -> Progress:
@@ -145,82 +138,74 @@ def _per_sequence(sequences: Sequence[Tokens], progress: Progress) -> Progress:
     return lambda positions: progress(len(sequences) * positions // total)
 
 
-def _companion(
+def _shared_codec(
     teacher: Teacher,
     source: SequenceSource,
     store: SoftTargetStore,
     report: Report,
-    share: Share,
-    taken: dict[int, list[Tokens]],
-) -> Companion:
-    """The store's companion: as it is there, or fitted to the first shard's sequences by the
-    first process."""
+    share: ProcessRank,
+) -> tuple[SharedCodec, list[Tokens]]:
+    """The store's codec: as it is there, or fitted to the first shard's sequences by the first
+    process; and those sequences, where the teacher wrote them for it."""
     alone = 0.0
-    while (found := store.companion()) is None and share.rank > 0:
+    while (codec := store.shared_codec()) is None and share.rank > 0:
         report(0, "waiting for the first process")
         time.sleep(WAIT_SECONDS)
         alone = 0.0 if is_held(store.folder) else alone + WAIT_SECONDS
         if alone > PATIENCE_SECONDS:
             raise CaptureError(
                 f"process {share.rank} of {share.world} waits for the first one to begin store "
-                f"{store.folder}, and "
-                "none is at work there; start all of them together"
+                f"{store.folder}, and none is at work there; start all of them together"
             )
-    if found is not None:
-        return found
+    if codec is not None:
+        return codec, []
     start, stop = store.span(0)
+    written: list[Tokens] = []
     if store.state(0) == "complete":
         sequences = [store.tokens(index) for index in range(start, stop)]
     else:
-        sequences = taken[0] = source.take(
+        sequences = written = source.take(
             teacher, start, stop, lambda done: report(0, f"the teacher writes, {done} of {stop}")
         )
     report(0, "fitting what is kept of hidden states")
     # The first shard stands for the others. What it holds alone is known to every process.
     positions = sum(len(tokens) - 1 for tokens in sequences) * store.manifest.shards
     limit = min(FIT_POSITIONS, max(FIT_LEAST, round(FIT_SHARE * positions)))
-    companion = fit_companion(teacher, sequences, store.manifest.recipe, limit=limit)
-    store.write_companion(companion)
-    return companion
+    codec = fit_shared_codec(teacher, sequences, store.manifest.recipe, limit=limit)
+    store.write_shared_codec(codec)
+    return codec, written
 
 
-def fit_companion(
+def fit_shared_codec(
     teacher: Teacher, sequences: Sequence[Tokens], recipe: Recipe, *, limit: int = FIT_POSITIONS
-) -> Companion:
-    """Fit how hidden states are encoded to some of the sequences, and take the output matrix along.
-
-    ``limit``: positions it is fitted on, at most.
+) -> SharedCodec:
+    """Fit how hidden states are encoded to ``limit`` positions at most; with the output matrix.
 
     Raises:
         CaptureError: see ``capture``.
     """
     chosen = _first_positions(sequences, limit)
-    vocab_size = teacher.info.vocab_size
-    bases: dict[str, Basis] = {}
-    head = None
+    rows, vocab_size = teacher.output_rows, teacher.info.vocab_size
     if recipe.needs_states:
         require_linear_output(teacher, chosen[0])
-    found = teacher.states(chosen, recipe.layers)
-    final = torch.from_numpy(found["final"])
+    states = {
+        name: torch.from_numpy(s) for name, s in teacher.states(chosen, recipe.layers).items()
+    }
+    bases: dict[str, Basis] = {}
+    head = None
+    final = states["final"]
     if recipe.has_sketch:
         some = final[:: max(1, len(final) // METRIC_POSITIONS)][:METRIC_POSITIONS]
-        metric = tail_metric(some, teacher.output_rows, vocab_size)
+        metric = tail_metric(some, rows, vocab_size)
         bases["final"] = fit_basis(final, metric, min(recipe.sketch_bytes, final.shape[1]))
-        head = bases["final"].head(teacher.output_rows, vocab_size)
-    elif recipe.kind == "hidden":
-        rows = [
-            torch.from_numpy(
-                teacher.output_rows(start, min(vocab_size, start + LINEAR_ROWS))
-            ).half()
-            for start in range(0, vocab_size, LINEAR_ROWS)
-        ]
-        head = OutputHead(
-            torch.cat(rows).float(), torch.zeros(vocab_size)
-        )  # as it will be read back
+        head = bases["final"].head(rows, vocab_size)
+    elif recipe.needs_states:
+        matrix = torch.cat([part.half() for _, part in output_parts(rows, vocab_size)])
+        head = OutputHead(matrix.float(), torch.zeros(vocab_size))  # as it will be read back
     for layer in recipe.layers:
-        states = torch.from_numpy(found[f"layer{layer}"])
-        bases[f"layer{layer}"] = fit_basis(states, None, min(recipe.layer_bytes, states.shape[1]))
-    return Companion(bases, head)
+        name = f"layer{layer}"
+        bases[name] = fit_basis(states[name], None, min(recipe.layer_bytes, states[name].shape[1]))
+    return SharedCodec(bases, head)
 
 
 def require_linear_output(teacher: Teacher, tokens: Tokens) -> None:
@@ -243,9 +228,9 @@ def require_linear_output(teacher: Teacher, tokens: Tokens) -> None:
     if not error <= LINEAR_TOLERANCE:
         raise CaptureError(
             f"{teacher.info.name} ({teacher.info.architecture}): its logits differ by {error:.0%} "
-            "from its final "
-            "hidden state times its output matrix, so hidden states cannot stand for them; choose "
-            "targets.kind=compact with targets.sketch_bytes=0, or targets.kind=dense"
+            "from its final hidden state times its output matrix, so hidden states cannot stand "
+            "for them; choose targets.kind=compact with targets.sketch_bytes=0, or "
+            "targets.kind=dense"
         )
     _linear.add(teacher)
 
@@ -255,9 +240,9 @@ def _first_positions(sequences: Sequence[Tokens], limit: int) -> list[Tokens]:
     average = max(1, sum(len(tokens) - 1 for tokens in sequences) // len(sequences))
     count = min(len(sequences), max(1, -(-limit // average)))
     chosen, room = [], limit
-    for place in np.linspace(0, len(sequences) - 1, count).round().astype(int):
+    for index in np.linspace(0, len(sequences) - 1, count).round().astype(int):
         if room < 1:
             break
-        chosen.append(sequences[place][: room + 1])
+        chosen.append(sequences[index][: room + 1])
         room -= len(chosen[-1]) - 1
     return chosen

@@ -1,5 +1,4 @@
-"""What a store says it is: ``manifest.json``, written once, equal for every process that fills
-the store."""
+"""``manifest.json``: what a store holds; the same for every process that fills the store."""
 
 from __future__ import annotations
 
@@ -18,10 +17,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store holds.
-
-    ``identity`` is everything that must be equal for a store to be used again.
-    """
+    """What a store holds; ``identity``: what must be equal for it to be used again."""
 
     identity: dict[str, Any]
     sequences: int
@@ -80,37 +76,30 @@ def read_manifest(folder: Path) -> Manifest:
         raise StoreError(f"{folder} is not a store: it has no {MANIFEST}") from None
     except StoreError:
         raise
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        OverflowError,
-    ) as error:  # broken JSON and UTF-8 are ValueErrors
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # ValueError: JSON, UTF-8
         raise StoreError(
             f"store {folder}: {MANIFEST} is damaged ({error}); move the folder away"
         ) from None
 
 
-def difference(found: Manifest, wanted: Manifest) -> str:
+def difference(stored: Manifest, wanted: Manifest) -> str:
     """The first entry in which two manifests differ, in words."""
-    for key in sorted(found.identity.keys() | wanted.identity.keys()):
-        there, here = found.identity.get(key), wanted.identity.get(key)
+    for key in sorted(stored.identity.keys() | wanted.identity.keys()):
+        there, here = stored.identity.get(key), wanted.identity.get(key)
         if there != here:
             return f"{key} {there!r}, not {here!r}"
-    if found.sequences != wanted.sequences:
-        return f"{found.sequences} sequences, not {wanted.sequences}"
-    return f"{found.sequences_per_shard} sequences per shard, not {wanted.sequences_per_shard}"
+    if stored.sequences != wanted.sequences:
+        return f"{stored.sequences} sequences, not {wanted.sequences}"
+    return f"{stored.sequences_per_shard} sequences per shard, not {wanted.sequences_per_shard}"
 
 
 def require_store_folder(folder: Path) -> bool:
-    """See that a folder is a store or can become one; returns whether it is one.
+    """Whether a folder is a store; else it can become one.
 
     Raises:
         StoreError: it holds other files.
     """
-    others = (
-        [path for path in folder.iterdir() if not is_temporary(path)] if folder.is_dir() else []
-    )
+    others = folder.is_dir() and not all(map(is_temporary, folder.iterdir()))
     there = (folder / MANIFEST).exists()  # after the listing: another process may write it just now
     if others and not there:
         raise StoreError(f"store folder {folder} holds other files; choose an empty or new folder")

@@ -3,8 +3,8 @@
 ``manifest.json`` says what the store holds: its identity (teacher, tokenizer, corpus, kind of
 targets, …) and how the sequences are split into shards. ``shard-00000.safetensors`` holds
 consecutive sequences: their ``tokens`` and ``lengths``, and one row of each target array per
-position (a sequence of n tokens has n − 1 positions). ``companion.safetensors`` holds what all
-positions share: how hidden states are encoded, and the output matrix that turns them into logits;
+position (a sequence of n tokens has n − 1 positions). ``shared_codec.safetensors`` is the shared
+codec: how hidden states are encoded, and the output matrix that turns them into logits;
 ``teacher.safetensors`` what else a student takes from its teacher (see
 ``teachers.store.teacher_record``), so that a store can be used without its teacher. Each file's
 header carries a SHA-256 over its arrays and the store's key, so it proves itself and writers need
@@ -32,11 +32,11 @@ from teachers.store.manifest import (
     read_manifest,
     require_store_folder,
 )
-from teachers.store.shared import Companion
+from teachers.store.shared import SharedCodec
 from teachers.targets.distributions import Arrays
 from teachers.targets.stored_arrays import Targets, array_names, typed
 
-COMPANION = "companion.safetensors"
+SHARED_CODEC = "companion.safetensors"
 Tokens = NDArray[np.int32]
 
 
@@ -47,31 +47,30 @@ class SoftTargetStore:
         self.folder = folder
         self.manifest = manifest
         self._recipe = manifest.recipe
-        self._companion: Companion | None = None
+        self._codec: SharedCodec | None = None
         self._open_shards: dict[int, Any] = {}
         self._starts: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
     @classmethod
     def create_or_open(cls, folder: Path, manifest: Manifest) -> SoftTargetStore:
-        """Open the store in ``folder`` if it is this very one, or begin it there.
+        """Open the store in ``folder`` if it is this very one, or start it there.
 
         Raises:
             StoreError: the folder holds a store made from something else, or other files.
         """
-        # Another process of the same launch may have begun the store a moment ago.
+        # Another process of the same launch may have started the store a moment ago.
         if not require_store_folder(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / MANIFEST, manifest.to_json().encode())
-        found = read_manifest(folder)
-        if found != manifest:
+        stored = read_manifest(folder)
+        if stored != manifest:
             raise StoreError(
-                f"store {folder} was made with {difference(found, manifest)}; choose another "
-                "--store folder "
-                "(this one is left as it is)"
+                f"store {folder} was made with {difference(stored, manifest)}; choose another "
+                "--store folder (this one is left as it is)"
             )
         return cls(folder, manifest)
 
-    # -- writing --------------------------------------------------------------------------------------
+    # -- writing
 
     def shard_path(self, shard: int) -> Path:
         """Where a shard lies."""
@@ -91,9 +90,8 @@ class SoftTargetStore:
         """
         start, stop = self.span(shard)
         positions = sum(len(tokens) - 1 for tokens in sequences)
-        if len(sequences) != stop - start or any(
-            len(rows) != positions for rows in targets.values()
-        ):
+        lengths = {len(rows) for rows in targets.values()}
+        if len(sequences) != stop - start or lengths - {positions}:
             raise StoreError(
                 f"shard {shard} of {self.folder}: {len(sequences)} sequences with {positions} "
                 "positions"
@@ -101,44 +99,35 @@ class SoftTargetStore:
         arrays: Arrays = {
             "tokens": np.concatenate(sequences).astype(np.int32),
             "lengths": np.array([len(tokens) for tokens in sequences], dtype=np.int64),
-            **{name: np.ascontiguousarray(rows) for name, rows in targets.items()},
+            **targets,
         }
         self._open_shards.pop(shard, None)
         self._starts.pop(shard, None)
         self.write_file(self.shard_path(shard).name, arrays)
 
     def write_file(self, name: str, arrays: Arrays) -> None:
-        """Write a file of arrays that proves itself, whole or not at all.
-
-        Raises:
-            OSError: the disk refuses.
-        """
+        """Write a file of arrays that proves itself, whole or not at all."""
         path = self.folder / name
         arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
         write_whole(path, safetensors.numpy.save(arrays, metadata=self._seal(path, arrays)))
 
     def remove_leftovers(self) -> None:
-        """Remove what killed writers left behind; only for a process that holds the folder
-        alone."""
+        """Remove what killed writers left; only for a process that holds the folder alone."""
         for path in self.folder.iterdir():
             if is_temporary(path) and not path.name.startswith(LOCK):
                 path.unlink(missing_ok=True)
 
     def _seal(self, path: Path, arrays: Arrays) -> dict[str, str]:
-        """What a file says of itself: one entry, as safetensors writes several in random order."""
+        """A file's metadata: one entry, as safetensors writes several in random order."""
         return {"sha256": f"{_digest(arrays)} store {self.manifest.key} {path.stem}"}
 
-    def write_companion(self, companion: Companion) -> None:
-        """Write the store's companion, whole or not at all.
-
-        Raises:
-            OSError: the disk refuses.
-        """
-        self.write_file(COMPANION, companion.arrays())
-        self._companion = None
+    def write_shared_codec(self, codec: SharedCodec) -> None:
+        """Write the shared codec, whole or not at all."""
+        self.write_file(SHARED_CODEC, codec.arrays())
+        self._codec = None
 
     def state(self, shard: int) -> str:
-        """``complete``, ``missing`` or ``damaged`` (its checksum, header or store key is wrong)."""
+        """``complete``, ``missing`` or ``damaged`` (wrong checksum, header or store key)."""
         path = self.shard_path(shard)
         if not path.exists():
             return "missing"
@@ -156,19 +145,19 @@ class SoftTargetStore:
         return arrays if metadata == self._seal(path, arrays) else None
 
     @property
-    def needs_companion(self) -> bool:
-        """Whether this kind of store has something that all positions share."""
+    def needs_shared_codec(self) -> bool:
+        """Whether this kind of store has a shared codec."""
         return self._recipe.needs_states or bool(self._recipe.layers)
 
-    def companion(self) -> Companion | None:
-        """What all positions share, or ``None`` where that file is missing or damaged."""
-        if self._companion is None and (self.folder / COMPANION).exists():
-            arrays = self.read_file(COMPANION)
+    def shared_codec(self) -> SharedCodec | None:
+        """The shared codec, or ``None`` where that file is missing or damaged."""
+        if self._codec is None and (self.folder / SHARED_CODEC).exists():
+            arrays = self.read_file(SHARED_CODEC)
             if arrays is not None:
-                self._companion = Companion.from_arrays(arrays, self._recipe)
-        return self._companion
+                self._codec = SharedCodec.from_arrays(arrays, self._recipe)
+        return self._codec
 
-    # -- reading --------------------------------------------------------------------------------------
+    # -- reading
 
     def __len__(self) -> int:
         return self.manifest.sequences
@@ -186,63 +175,54 @@ class SoftTargetStore:
 
     def tokens(self, index: int) -> Tokens:
         """Token ids of one sequence, ``[n]``."""
-        shard, place = divmod(index, self.manifest.sequences_per_shard)
+        shard, position = divmod(index, self.manifest.sequences_per_shard)
         file, starts, _ = self._shard(shard)
-        rows: Tokens = file.get_slice("tokens")[starts[place] : starts[place + 1]]
+        rows: Tokens = file.get_slice("tokens")[starts[position] : starts[position + 1]]
         return rows
 
     def targets(self, index: int) -> Targets:
         """Soft targets of one sequence's n − 1 positions; only these rows are read from disk.
 
         Raises:
-            StoreError: the companion is missing or damaged; a rerun of the capture makes it again.
+            StoreError: the shared codec is missing or damaged; a rerun of the capture makes it.
         """
         return self.typed_targets(self._rows(index, array_names(self._recipe)))
 
     def layer_states(self, index: int) -> dict[int, Tensor]:
-        """Kept states of the chosen layers, float32 ``[n − 1, R]`` each, in the coordinates of
-        their basis."""
-        names = [
-            name
-            for layer in self._recipe.layers
-            for name in (f"layer{layer}", f"layer{layer}_scale")
-        ]
+        """Kept states of the chosen layers, float32 ``[n − 1, R]``, as coordinates of a basis."""
+        layers = self._recipe.layers
+        names = [f"layer{layer}{part}" for layer in layers for part in ("", "_scale")]
         return self.typed_layers(self._rows(index, names))
 
     def typed_targets(self, arrays: Arrays) -> Targets:
         """A teacher's answer, as arrays of this store's recipe ``[N, …]``, as typed targets."""
-        companion = self._need_companion() if self._recipe.needs_states else None
-        basis = companion.bases.get("final") if companion else None
-        head = companion.head if companion else None
+        basis = head = None
+        if self._recipe.needs_states:
+            codec = self._need_codec()
+            basis, head = codec.bases.get("final"), codec.head
         return typed(arrays, self._recipe, int(self.manifest.identity["vocab_size"]), basis, head)
 
     def typed_layers(self, arrays: Arrays) -> dict[int, Tensor]:
-        """The kept layer states in such an answer, float32 ``[N, R]`` each; none where none are
-        kept."""
-        if not self._recipe.layers:
-            return {}
-        companion = self._need_companion()
-        return {
-            layer: companion.bases[f"layer{layer}"].coordinates(
-                arrays[f"layer{layer}"],  # type: ignore[arg-type]
-                arrays[f"layer{layer}_scale"],  # type: ignore[arg-type]
-            )
-            for layer in self._recipe.layers
-        }
+        """The layer states kept in such an answer, float32 ``[N, R]`` each."""
+        states = {}
+        for layer in self._recipe.layers:
+            name, basis = f"layer{layer}", self._need_codec().bases[f"layer{layer}"]
+            states[layer] = basis.coordinates(arrays[name], arrays[f"{name}_scale"])  # type: ignore[arg-type]
+        return states
 
-    def _need_companion(self) -> Companion:
-        companion = self.companion()
-        if companion is None:
+    def _need_codec(self) -> SharedCodec:
+        codec = self.shared_codec()
+        if codec is None:
             raise StoreError(
-                f"store {self.folder}: {COMPANION} is missing or damaged; run the capture again"
+                f"store {self.folder}: {SHARED_CODEC} is missing or damaged; run the capture again"
             )
-        return companion
+        return codec
 
     def _rows(self, index: int, names: list[str]) -> Arrays:
         """The rows of one sequence in some arrays."""
-        shard, place = divmod(index, self.manifest.sequences_per_shard)
+        shard, position = divmod(index, self.manifest.sequences_per_shard)
         file, _, starts = self._shard(shard)
-        first, last = starts[place], starts[place + 1]
+        first, last = starts[position], starts[position + 1]
         return {name: file.get_slice(name)[first:last] for name in names}
 
     def lengths(self) -> NDArray[np.int64]:

@@ -1,5 +1,5 @@
-"""What a student takes from its teacher beside soft targets; kept in the store, so that training
-needs no teacher.
+"""The teacher record: what a student takes from its teacher beside soft targets, kept in the store
+so that training needs no teacher.
 
 ``teacher.safetensors`` holds the principal scores of the teacher's token embeddings and, as JSON,
 the facts about it, its GGUF tokenizer with the chat template, and texts with the teacher's own ids
@@ -28,23 +28,15 @@ TEACHER = "teacher.safetensors"
 LINE_SEQUENCES = 64
 LINE_TOKENS = 16_384
 ABOUT = (
-    "author",
-    "version",
-    "organization",
-    "url",
-    "doi",
-    "uuid",
-    "repo_url",
-    "license",
-    "license.name",
-    "license.link",
+    *("author", "version", "organization", "url", "doi", "uuid", "repo_url"),
+    *("license", "license.name", "license.link"),
 )
 ABOUT_CHARACTERS = 500  # of one text that a teacher's file says about itself
 COUNTS = ("parameters", "vocab_size", "width", "layers", "context_length")
 
 
 @dataclass(frozen=True)
-class Inheritance:
+class TeacherRecord:
     """The teacher's facts, ``lines`` to check an exported tokenizer against, tokenizer and
     embeddings.
 
@@ -61,7 +53,7 @@ class Inheritance:
     about: dict[str, str] = field(default_factory=dict)
 
     def arrays(self) -> Arrays:
-        """Everything as named arrays; all but the embeddings as the bytes of one JSON text."""
+        """Named arrays: the embeddings, and all else as the bytes of one JSON text."""
         card: dict[str, Any] = {
             "info": asdict(self.info),
             "texts": self.lines.texts,
@@ -77,7 +69,7 @@ class Inheritance:
         return {"card": text} | ({"embeddings": self.embeddings} if self.tokenizer else {})
 
     @classmethod
-    def from_arrays(cls, arrays: Arrays) -> Inheritance:
+    def from_arrays(cls, arrays: Arrays) -> TeacherRecord:
         """The inverse of ``arrays``.
 
         Raises:
@@ -97,72 +89,56 @@ class Inheritance:
         return cls(info, texts, tokenizer, embeddings, about)  # type: ignore[arg-type]
 
 
-def inherit(
+def make_teacher_record(
     teacher: Teacher, file: GGUFFile | None, sequences: Iterable[Tokens], text: str = ""
-) -> Inheritance:
+) -> TeacherRecord:
     """Gather what a student takes from ``teacher``; ``file``: whose tokenizer and embeddings, if
     there is one; ``text``: what the sequences are, in words."""
     lines = tokenized_lines(teacher, first_sequences(sequences, LINE_SEQUENCES, LINE_TOKENS))
     if file is None:
-        return Inheritance(teacher.info, lines, {}, np.empty((0, 0), np.float16), {"text": text})
-    return Inheritance(
-        teacher.info,
-        lines,
-        tokenizer_fields(file),
-        principal_scores(file),
-        {**_about(file), "text": text},
-    )
+        return TeacherRecord(teacher.info, lines, {}, np.empty((0, 0), np.float16), {"text": text})
+    fields, about = tokenizer_fields(file), {**_about(file), "text": text}
+    return TeacherRecord(teacher.info, lines, fields, principal_scores(file), about)
 
 
-def write_inheritance(store: SoftTargetStore, inheritance: Inheritance) -> None:
-    """Keep it in the store, whole or not at all.
-
-    Raises:
-        OSError: the disk refuses.
-    """
-    store.write_file(TEACHER, inheritance.arrays())
+def write_teacher_record(store: SoftTargetStore, teacher_record: TeacherRecord) -> None:
+    """Keep it in the store, whole or not at all."""
+    store.write_file(TEACHER, teacher_record.arrays())
 
 
-def find_inheritance(store: SoftTargetStore) -> Inheritance | None:
+def find_teacher_record(store: SoftTargetStore) -> TeacherRecord | None:
     """What the store keeps of its teacher, or ``None`` where that file is missing or damaged."""
     arrays = store.read_file(TEACHER) if (store.folder / TEACHER).exists() else None
     if arrays is None:
         return None
     try:
-        return Inheritance.from_arrays(arrays)
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ):  # well sealed, but not by this program
+        return TeacherRecord.from_arrays(arrays)
+    except (KeyError, TypeError, ValueError, AttributeError):  # sealed, but not by this program
         return None
 
 
-def need_inheritance(store: SoftTargetStore) -> Inheritance:
+def require_teacher_record(store: SoftTargetStore) -> TeacherRecord:
     """What the store keeps of its teacher.
 
     Raises:
         StoreError: it is missing or damaged; a rerun of the capture makes it again.
     """
-    found = find_inheritance(store)
-    if found is None:
+    record = find_teacher_record(store)
+    if record is None:
         wrong = "damaged" if (store.folder / TEACHER).exists() else "missing"
         raise StoreError(
             f"store {store.folder}: {TEACHER} (the teacher's tokenizer and embeddings) is {wrong}; "
-            "run the capture "
-            "again where the teacher is, which makes just what is missing"
+            "run the capture again where the teacher is, which makes just what is missing"
         )
-    return found
+    return record
 
 
 def tokenized_lines(teacher: Teacher, sequences: Sequence[Tokens]) -> TokenizedLines:
-    """The text of some sequences with the teacher's ids for it, to check an exported tokenizer
-    against."""
+    """The texts of sequences with the teacher's ids for them, to check an exported tokenizer."""
     texts = teacher.detokenize(sequences)
     tokens = teacher.tokenize(texts, add_special=True, parse_special=True)
-    told = [(text, ids) for text, ids in zip(texts, tokens, strict=True) if len(ids)]
-    return TokenizedLines([text for text, _ in told], [ids for _, ids in told])
+    kept = [(text, ids) for text, ids in zip(texts, tokens, strict=True) if len(ids)]
+    return TokenizedLines([text for text, _ in kept], [ids for _, ids in kept])
 
 
 def first_sequences(sequences: Iterable[Tokens], count: int, total: int) -> list[Tokens]:
@@ -177,7 +153,7 @@ def first_sequences(sequences: Iterable[Tokens], count: int, total: int) -> list
 
 def _info(content: dict[str, Any]) -> TeacherInfo:
     stated = content.get("shape", {})  # stores made before it was kept have none
-    shape = TeacherShape.believed(**stated)
+    shape = TeacherShape.from_untrusted(**stated)
     if asdict(shape) != asdict(TeacherShape()) | stated:
         raise ValueError(f"a shape that no teacher has, {stated}")
     info = TeacherInfo(**content | {"end_tokens": tuple(content["end_tokens"]), "shape": shape})
@@ -188,18 +164,16 @@ def _info(content: dict[str, Any]) -> TeacherInfo:
 
 def _about(file: GGUFFile) -> dict[str, str]:
     """What the file says of itself, in text that can be written elsewhere."""
-    found = {key: file.value(f"general.{key}") for key in ABOUT}
+    stated = {key: file.value(f"general.{key}") for key in ABOUT}
     languages = file.value("general.languages")
     if isinstance(languages, list):
-        found["languages"] = ",".join(name for name in languages if isinstance(name, str))
-    readable = {
-        key: " ".join(text.encode("utf-8", errors="replace").decode("utf-8").split())[
-            :ABOUT_CHARACTERS
-        ]
-        for key, text in found.items()
-        if isinstance(text, str)
-    }
-    return {key: text for key, text in readable.items() if text}
+        stated["languages"] = ",".join(name for name in languages if isinstance(name, str))
+    about = {}
+    for key, text in stated.items():
+        if isinstance(text, str):
+            readable = text.encode("utf-8", errors="replace").decode("utf-8")
+            about[key] = " ".join(readable.split())[:ABOUT_CHARACTERS]
+    return {key: text for key, text in about.items() if text}
 
 
 def _field(value: Any, kind: int, element: int | None) -> Field:

@@ -6,29 +6,45 @@ that follows t.
 
 Three kinds, which differ in what they keep of a position's V logits:
 
-- ``compact``: the K greatest, the mass of all others at every temperature, and a sketch of how that
-  mass is spread among them;
+- ``compact``: the K greatest, the mass of all others at every temperature, and a low-rank code of
+  the final hidden state, which says how that mass is spread among them;
 - ``hidden``: the final hidden state, from which the output matrix gives every logit back;
 - ``dense``: every logit.
+
+Each class also says how it is stored: ``arrays``, ``reduce`` and ``from_arrays``.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teachers.targets.recipe import NODES
+from teachers.targets.recipe import NODES, TINY_VOCABULARY, Recipe
+from teachers.targets.row_operations import lagrange, logsumexp, tail_sums, topk
 
 Arrays = dict[str, NDArray[np.generic]]
 
-LOGITS_TOGETHER = 1 << 18  # looked at together: 1 MB, which stays in a core's own cache
 EMPTY_TAIL = -1e4  # log of a tail in which no token has any probability
+FLOAT16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A teacher's answer about N positions, as far as the recipe needs it.
+
+    ``logits [N, V]``, ``states [N, D]`` (final hidden, after the last norm), ``layers``: output of
+    each chosen layer, ``[N, D]``; all float32.
+    """
+
+    logits: Tensor | None = None
+    states: Tensor | None = None
+    layers: Mapping[int, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -36,26 +52,23 @@ class OutputHead:
     """What turns stored coordinates into logits: ``coordinates @ matrix.T + bias``.
 
     ``matrix [V, R]`` and ``bias [V]``, float32: the teacher's output matrix, or its projection on
-    the directions a sketch keeps. Logits are defined up to a constant of the position.
+    the directions a low-rank code keeps. Logits are defined up to a constant of the position.
     """
 
     matrix: Tensor
     bias: Tensor
 
     def logits(self, coordinates: Tensor, out: Tensor | None = None) -> Tensor:
-        """``[..., R]`` → ``[..., V]``; into ``out`` where it is given (then ``coordinates`` are
-        ``[N, R]``)."""
+        """``[..., R]`` → ``[..., V]``; with ``out``, ``[N, R]`` into it."""
         if out is None:
             return torch.nn.functional.linear(coordinates, self.matrix, self.bias)
         return torch.addmm(self.bias, coordinates, self.matrix.T, out=out)
 
     def to(self, device: torch.device) -> OutputHead:
         """The same head on another device."""
-        return (
-            self
-            if self.matrix.device == device
-            else OutputHead(self.matrix.to(device), self.bias.to(device))
-        )
+        if self.matrix.device == device:
+            return self
+        return OutputHead(self.matrix.to(device), self.bias.to(device))
 
 
 Self = TypeVar("Self", bound="_Rows")
@@ -64,17 +77,18 @@ Self = TypeVar("Self", bound="_Rows")
 class _Rows:
     """What all kinds share: rows that can be selected, joined and moved together.
 
-    Every ``Tensor`` field of a kind has the positions as leading dimensions; other fields are
-    common to all.
+    Every ``Tensor`` field has the positions as leading dimensions; other fields are common to all.
     """
+
+    kind: ClassVar[str]
+    arrays: ClassVar[tuple[str, ...]]  # stored, one row per position
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def select(self: Self, index: Tensor | slice) -> Self:
-        """The targets at ``index`` of the leading dimension (a slice, or any index PyTorch
-        accepts)."""
+        """The targets at ``index`` of the leading dimension."""
         return replace(self, **{name: value[index] for name, value in self._tensors().items()})  # type: ignore[type-var]
 
     def to(self: Self, device: torch.device) -> Self:
@@ -95,17 +109,20 @@ class _Rows:
 
 @dataclass(frozen=True)
 class CompactTargets(_Rows):
-    """Exact top-k logits, the tail's mass at every temperature, and a sketch of the tail's shape.
+    """Exact top-k logits, the tail's mass at every temperature, and a code of the tail's shape.
 
     Attributes:
-        topk_ids: the K most probable tokens, most probable first, int64 ``[..., K]``. topk_logits:
-        their logits relative to the first, float32 ``[..., K]``, ≤ 0. tail: log Σ exp((z_v −
-        z_first) / T) over all other tokens v at each node, nats, float32 ``[..., M]``;
-            −∞ where there are none.
+        topk_ids: the K most probable tokens, most probable first, int64 ``[..., K]``.
+        topk_logits: their logits relative to the first, float32 ``[..., K]``, ≤ 0.
+        tail: log Σ exp((z_v − z_first) / T) over all other tokens v at each node, nats, float32
+            ``[..., M]``; −∞ where there are none.
         vocab_size: V.
-        coordinates: the sketch, float32 ``[..., R]``, or ``None``.
-        head: turns the sketch into logits of the tail, up to a constant; ``None`` without a sketch.
+        coordinates: the low-rank state code, float32 ``[..., R]``, or ``None``.
+        head: turns the code into logits of the tail, up to a constant; ``None`` without a code.
     """
+
+    kind = "compact"
+    arrays = ("topk_ids", "topk_logits", "tail")
 
     topk_ids: Tensor
     topk_logits: Tensor
@@ -116,7 +133,7 @@ class CompactTargets(_Rows):
 
     @property
     def has_tail_shape(self) -> bool:
-        """Whether there is a sketch, or no tail at all."""
+        """Whether there is a low-rank code, or no tail at all."""
         return self.head is not None or self.topk_ids.shape[-1] == self.vocab_size
 
     def tail_logsumexp(self, temperature: float) -> Tensor:
@@ -132,7 +149,7 @@ class CompactTargets(_Rows):
         if self.topk_ids.shape[-1] == self.vocab_size:
             return self.tail[..., 0]
         at_zero = float(np.log(self.vocab_size - self.topk_ids.shape[-1]))
-        weights = _lagrange((0.0, *NODES), 1.0 / temperature)
+        weights = lagrange((0.0, *NODES), 1.0 / temperature)
         stored = torch.tensor(weights[1:], dtype=self.tail.dtype, device=self.tail.device)
         return weights[0] * at_zero + self.tail @ stored
 
@@ -150,14 +167,16 @@ class CompactTargets(_Rows):
         return (self.tail_logsumexp(temperature) - self.log_partition(temperature)).exp()
 
     def head_logits(self, out: Tensor) -> Tensor | None:
-        """What the sketch says of all logits, into ``out [N, V]``; ``None`` where every token is
-        stored.
+        """All logits by the code, into ``out [N, V]``; ``None`` where every token is stored.
 
         Raises:
-            ValueError: there is no sketch.
+            ValueError: there is no code.
         """
         if self.topk_ids.shape[-1] == self.vocab_size:
             return None
+        return self._coded_logits(out)
+
+    def _coded_logits(self, out: Tensor | None = None) -> Tensor:
         if self.head is None or self.coordinates is None:
             raise ValueError(
                 "these soft targets have no tail sketch; capture with targets.sketch_bytes > 0"
@@ -173,22 +192,17 @@ class CompactTargets(_Rows):
         ``spare``: room of the same shape.
 
         Raises:
-            ValueError: there is no sketch.
+            ValueError: there is no code.
         """
-        shape = (*self.topk_ids.shape[:-1], self.vocab_size)
-        if self.topk_ids.shape[-1] < self.vocab_size:
-            if self.head is None or self.coordinates is None:
-                raise ValueError(
-                    "these soft targets have no tail sketch; capture with targets.sketch_bytes > 0"
-                )
-            tail = self.head.logits(self.coordinates) if raw is None else raw
-            if temperature != 1.0:
-                tail = tail.div_(temperature)
-            tail = tail.scatter_(-1, self.topk_ids, -torch.inf)
-            mass = self.tail_logsumexp(temperature) - self.log_partition(temperature)
-            result = tail.sub_((_logsumexp(tail, spare) - mass)[..., None])
+        if self.topk_ids.shape[-1] == self.vocab_size:
+            result = torch.empty_like(self.topk_logits)
         else:
-            result = self.topk_logits.new_empty(shape)
+            result = self._coded_logits() if raw is None else raw
+            if temperature != 1.0:
+                result.div_(temperature)
+            result.scatter_(-1, self.topk_ids, -torch.inf)
+            mass = self.tail_logsumexp(temperature) - self.log_partition(temperature)
+            result.sub_((logsumexp(result, spare) - mass)[..., None])
         return result.scatter_(-1, self.topk_ids, self.topk_log_probs(temperature))
 
     def best(self) -> Tensor:
@@ -197,11 +211,11 @@ class CompactTargets(_Rows):
 
     @classmethod
     def from_logits(cls, logits: Tensor, num_topk: int) -> CompactTargets:
-        """Reduce dense logits ``[N, V]`` (float32) to compact targets without a sketch.
+        """Reduce dense logits ``[N, V]`` (float32) to compact targets without a code.
 
         Raises:
-            ValueError: a logit of the top-k or the sum over the tail is not finite (an excluded
-                token's −∞ is fine outside the top-k).
+            ValueError: a logit of the top-k or the tail's sum is not finite (−∞ is fine outside
+                the top-k: an excluded token).
         """
         size = logits.shape[-1]
         count = min(num_topk, size)
@@ -214,138 +228,132 @@ class CompactTargets(_Rows):
             return cls(ids, kept - first, tail, size)
         # Relative to the tail's own greatest, so that a tail far below the top keeps its digits.
         next_best = values[:, count:].clamp(min=torch.finfo(logits.dtype).min)
-        sums = _tail_sums(logits, next_best, ids[:, :count]).log()
+        sums = tail_sums(logits, next_best, ids[:, :count]).log()
         tail = sums + (next_best - first) * torch.tensor(NODES, device=logits.device)
         if bool(torch.isnan(tail).any() | torch.isposinf(tail).any()):
             raise ValueError("the teacher's logits are not finite; its weights are damaged")
         return cls(ids[:, :count], kept - first, tail.clamp(min=EMPTY_TAIL), size)
 
+    @classmethod
+    def reduce(cls, answer: Answer, recipe: Recipe) -> Arrays:
+        """Top-k and tail masses as they are stored."""
+        assert answer.logits is not None
+        targets = cls.from_logits(answer.logits, recipe.num_topk)
+        ids = np.uint16 if targets.vocab_size <= TINY_VOCABULARY else np.int32
+        return {
+            "topk_ids": targets.topk_ids.numpy().astype(ids),
+            "topk_logits": targets.topk_logits.clamp(min=-FLOAT16_MAX).half().numpy(),
+            "tail": targets.tail.numpy(),
+        }
 
-@dataclass(frozen=True)
-class HiddenTargets(_Rows):
-    """The teacher's final hidden state and the head that gives its logits: ``coordinates [...,
-    R]``."""
+    @classmethod
+    def from_arrays(
+        cls, arrays: Arrays, vocab_size: int, code: Tensor | None, head: OutputHead | None
+    ) -> CompactTargets:
+        """The stored arrays as targets; ``code``: the decoded states, where they are kept."""
+        ids = torch.from_numpy(arrays["topk_ids"].astype(np.int64))
+        logits, tail = floats(arrays["topk_logits"]), floats(arrays["tail"])
+        return cls(ids, logits, tail, vocab_size, code, None if code is None else head)
 
-    coordinates: Tensor
-    head: OutputHead
+
+class _AllLogits(_Rows):
+    """Targets that give every logit."""
+
     has_tail_shape = True
+
+    def _logits(self, out: Tensor | None = None) -> Tensor:
+        """A copy of all logits ``[..., V]``, into ``out`` where it is given."""
+        raise NotImplementedError
 
     def head_logits(self, out: Tensor) -> Tensor | None:
         """All logits, into ``out [N, V]``."""
-        return self.head.logits(self.coordinates, out)
+        return self._logits(out)
 
     def log_probs(
         self, temperature: float, raw: Tensor | None = None, spare: Tensor | None = None
     ) -> Tensor:
         """Log-probabilities of all tokens at temperature T, ``[..., V]``, in nats (see
         ``CompactTargets``)."""
-        logits = self.head.logits(self.coordinates) if raw is None else raw
-        return _log_softmax_(logits.div_(temperature), spare)
+        logits = (self._logits() if raw is None else raw).div_(temperature)
+        logits.sub_(
+            logits.amax(dim=-1, keepdim=True)
+        )  # first, which keeps the digits of large ones
+        return logits.sub_(logsumexp(logits, spare)[..., None])
 
     def best(self) -> Tensor:
         """The most probable token of each position, int64 ``[...]``."""
-        return self.head.logits(self.coordinates).argmax(dim=-1)
+        return self._logits().argmax(dim=-1)
 
 
 @dataclass(frozen=True)
-class DenseTargets(_Rows):
+class HiddenTargets(_AllLogits):
+    """The final hidden state, ``coordinates [..., R]``, and the head that gives its logits."""
+
+    kind = "hidden"
+    arrays = ("hidden", "hidden_scale")
+
+    coordinates: Tensor
+    head: OutputHead
+
+    def _logits(self, out: Tensor | None = None) -> Tensor:
+        return self.head.logits(self.coordinates, out)
+
+    @classmethod
+    def reduce(cls, answer: Answer, recipe: Recipe) -> Arrays:
+        """Final states in eight bits with a scale per position, as they are stored."""
+        assert answer.states is not None
+        require_finite(answer.states)
+        scale = (answer.states.abs().amax(dim=-1) / 127.0).clamp(min=1e-30)
+        codes = (answer.states / scale[:, None]).round().to(torch.int8)
+        return {"hidden": codes.numpy(), "hidden_scale": scale.numpy()}
+
+    @classmethod
+    def from_arrays(
+        cls, arrays: Arrays, vocab_size: int, code: Tensor | None, head: OutputHead | None
+    ) -> HiddenTargets:
+        """The stored arrays as targets."""
+        assert head is not None
+        return cls(floats(arrays["hidden"]) * floats(arrays["hidden_scale"])[:, None], head)
+
+
+@dataclass(frozen=True)
+class DenseTargets(_AllLogits):
     """Every logit, float32 ``[..., V]``."""
 
+    kind = "dense"
+    arrays = ("logits",)
+
     logits: Tensor
-    has_tail_shape = True
 
-    def head_logits(self, out: Tensor) -> Tensor | None:
-        """A copy of all logits, in ``out [N, V]``."""
-        return out.copy_(self.logits)
+    def _logits(self, out: Tensor | None = None) -> Tensor:
+        return self.logits.clone() if out is None else out.copy_(self.logits)
 
-    def log_probs(
-        self, temperature: float, raw: Tensor | None = None, spare: Tensor | None = None
-    ) -> Tensor:
-        """Log-probabilities of all tokens at temperature T, ``[..., V]``, in nats (see
-        ``CompactTargets``)."""
-        logits = self.logits.clone() if raw is None else raw
-        return _log_softmax_(logits.div_(temperature), spare)
+    @classmethod
+    def reduce(cls, answer: Answer, recipe: Recipe) -> Arrays:
+        """All logits, as they are stored."""
+        assert answer.logits is not None
+        require_finite(answer.logits)
+        return {"logits": answer.logits.numpy().copy()}
 
-    def best(self) -> Tensor:
-        """The most probable token of each position, int64 ``[...]``."""
-        return self.logits.argmax(dim=-1)
-
-
-def _log_softmax_(logits: Tensor, spare: Tensor | None) -> Tensor:
-    """``logits.log_softmax(-1)`` in place; the greatest is taken off first, which keeps the
-    digits of large ones."""
-    logits.sub_(logits.amax(dim=-1, keepdim=True))
-    return logits.sub_(_logsumexp(logits, spare)[..., None])
+    @classmethod
+    def from_arrays(
+        cls, arrays: Arrays, vocab_size: int, code: Tensor | None, head: OutputHead | None
+    ) -> DenseTargets:
+        """The stored arrays as targets."""
+        return cls(floats(arrays["logits"]))
 
 
-def _logsumexp(values: Tensor, spare: Tensor | None = None) -> Tensor:
-    """``values.logsumexp(-1)`` with the faster exponential (see ``_tail_sums``)."""
-    top = values.amax(dim=-1, keepdim=True)
-    relative = torch.sub(values, top, out=spare).mul_(1.0 / math.log(2.0))
-    return relative.exp2_().sum(dim=-1).log() + top[..., 0]
+Targets = CompactTargets | HiddenTargets | DenseTargets
 
 
-def _tail_sums(logits: Tensor, origin: Tensor, ids: Tensor) -> Tensor:
-    """Σ exp((z_v − origin) · node) over all tokens but ``ids``, at every node: ``[N, V]`` → ``[N,
-    M]``.
-
-    One exponential serves all nodes: exp(x/6) and its powers up to the sixth. A few rows at a time,
-    so that everything stays in a core's own cache; base 2, which is the faster exponential of
-    PyTorch by far.
+def require_finite(values: Tensor) -> None:
+    """Raises:
+    ValueError: something in the teacher's answer is not finite.
     """
-    scale = NODES[0] / math.log(2.0)
-    sums = logits.new_empty(len(logits), len(NODES))
-    together = max(1, LOGITS_TOGETHER // logits.shape[-1])
-    space = logits.new_empty(3, min(together, len(logits)), logits.shape[-1])
-    for start in range(0, len(logits), together):
-        rows = slice(start, start + together)
-        root, square, cube = space[:, : len(logits[rows])]
-        torch.sub(logits[rows], origin[rows], out=root).mul_(scale).exp2_()
-        root.scatter_(-1, ids[rows], 0.0)
-        torch.mul(root, root, out=square)
-        torch.mul(square, root, out=cube)
-        torch.sum(root, dim=-1, out=sums[rows, 0])
-        for column, (left, right) in enumerate(
-            ((root, root), (square, root), (square, square), (square, cube), (cube, cube)), 1
-        ):
-            sums[rows, column] = torch.linalg.vecdot(left, right)
-    return sums
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError("the teacher's answer is not finite; its weights are damaged")
 
 
-def topk(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """``torch.topk(logits, count)`` of the last dimension of ``[N, V]``, about twice as fast for
-    long rows.
-
-    Divided into columns c, c + B, c + 2B, …, the ``count`` greatest of a row lie in the ``count``
-    columns with the greatest maxima (or in the rest that fills no column); only those are looked
-    through.
-    """
-    size = logits.shape[-1]
-    columns = math.isqrt(size * count)  # as many maxima to choose from as there will be candidates
-    depth = size // max(1, columns)
-    if depth < 2 or columns <= count:
-        values, ids = torch.topk(logits, count, dim=-1)
-        return values, ids
-    steps = torch.arange(depth, device=logits.device) * columns
-    rest = torch.arange(depth * columns, size, device=logits.device)
-    found = []
-    together = max(1, LOGITS_TOGETHER // size)
-    for start in range(0, len(logits), together):
-        rows = logits[start : start + together]
-        maxima = rows[:, : depth * columns].view(len(rows), depth, columns).amax(dim=1)
-        chosen = torch.topk(maxima, count, dim=-1, sorted=False).indices
-        places = (chosen[:, :, None] + steps).flatten(1)
-        places = torch.cat((places, rest.expand(len(rows), -1)), dim=-1)
-        values, order = torch.topk(rows.gather(-1, places), count, dim=-1)
-        found.append((values, places.gather(-1, order)))
-    if not found:
-        return logits.new_empty(0, count), logits.new_empty(0, count, dtype=torch.int64)
-    return torch.cat([values for values, _ in found]), torch.cat([ids for _, ids in found])
-
-
-def _lagrange(points: tuple[float, ...], at: float) -> list[float]:
-    """Weights of the values at ``points`` in the polynomial through them, evaluated at ``at``."""
-    return [
-        float(np.prod([(at - other) / (point - other) for other in points if other != point]))
-        for point in points
-    ]
+def floats(array: NDArray[Any]) -> Tensor:
+    """A float32 copy (mapped files cannot be written to, which torch minds)."""
+    return torch.from_numpy(np.array(array, dtype=np.float32))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-KINDS = ("compact", "hidden", "dense")
 # 1/T at which the tail's mass is stored: T = 6, 3, 2, 1.5, 1.2, 1. It is log(V − K) at 1/T = 0
 # whatever the teacher, so seven points of a smooth convex function are known on [0, 1]; a
 # polynomial through them gives the mass at every T ≥ 1.
@@ -21,9 +20,9 @@ class Recipe:
     """What a capture keeps.
 
     Attributes:
-        kind: ``compact``, ``hidden`` or ``dense``.
+        kind: one of ``KINDS``.
         num_topk: tokens kept exactly (``compact``).
-        sketch_bytes: bytes for the shape of the tail (``compact``); 0 for none.
+        sketch_bytes: bytes of the low-rank state code, the tail's shape (``compact``); 0 for none.
         layers: layers whose output is kept too, counted from 0.
         layer_bytes: bytes of each such state.
     """
@@ -47,12 +46,12 @@ class Recipe:
     @property
     def needs_logits(self) -> bool:
         """Whether the teacher's output layer has to be computed."""
-        return self.kind != "hidden"
+        return KINDS[self.kind].needs_logits
 
     @property
     def needs_states(self) -> bool:
-        """Whether the teacher's final hidden state is looked at."""
-        return self.kind == "hidden" or self.has_sketch
+        """Whether the teacher's final hidden state is read."""
+        return KINDS[self.kind].needs_states or self.has_sketch
 
     @property
     def has_sketch(self) -> bool:
@@ -61,13 +60,9 @@ class Recipe:
 
     def bytes_per_position(self, vocab_size: int, width: int) -> int:
         """Stored bytes of one position, at most (few or constant states need fewer directions)."""
+        code = min(self.sketch_bytes, width) + SCALE_BYTES if self.has_sketch else 0
         layers = len(self.layers) * (min(self.layer_bytes, width) + SCALE_BYTES)
-        if self.kind == "dense":
-            return 4 * vocab_size + layers
-        if self.kind == "hidden":
-            return width + 4 + layers
-        sketch = min(self.sketch_bytes, width) + SCALE_BYTES if self.has_sketch else 0
-        return compact_bytes(min(self.num_topk, vocab_size), vocab_size) + sketch + layers
+        return KINDS[self.kind].bytes(self, vocab_size, width) + code + layers
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as a store's identity and the worker's requests carry it."""
@@ -86,24 +81,35 @@ class Recipe:
         Raises:
             KeyError, TypeError, ValueError: this is no recipe.
         """
-        numbers = {
-            "num_topk": kind_is(content, "compact"),
-            "sketch_bytes": kind_is(content, "compact"),
-        }
-        numbers["layer_bytes"] = bool(content["layers"])
-        written = {name: content[name] for name in numbers}
-        given = {name: value for name, value in written.items() if numbers[name]}
-        layers = content["layers"]
+        kind, layers = content["kind"], content["layers"]
+        compact = kind == "compact"
+        meaningful = {"num_topk": compact, "sketch_bytes": compact, "layer_bytes": bool(layers)}
+        written = {name: content[name] for name in meaningful}  # all are there
+        given = {name: value for name, value in written.items() if meaningful[name]}
         if any(type(value) is not int for value in given.values()):
             raise ValueError(f"recipe with {given}")
         if any(type(layer) is not int for layer in layers):
             raise ValueError(f"recipe with layers {layers!r}")
-        return cls(kind=content["kind"], layers=tuple(layers), **given)
+        return cls(kind=kind, layers=tuple(layers), **given)
 
 
-def kind_is(content: Mapping[str, Any], kind: str) -> bool:
-    """Whether a recipe's JSON is of this kind."""
-    return bool(content["kind"] == kind)
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of targets needs of the teacher; ``bytes``: of one position, from recipe, V, D.
+
+    Codes of states and layers (``Recipe.bytes_per_position``) come on top.
+    """
+
+    needs_logits: bool
+    needs_states: bool
+    bytes: Callable[[Recipe, int, int], int]
+
+
+KINDS = {
+    "compact": Kind(True, False, lambda recipe, v, d: compact_bytes(min(recipe.num_topk, v), v)),
+    "hidden": Kind(False, True, lambda recipe, v, d: d + 4),
+    "dense": Kind(True, False, lambda recipe, v, d: 4 * v),
+}
 
 
 def compact_bytes(num_topk: int, vocab_size: int) -> int:

@@ -1,5 +1,4 @@
-"""A teacher's hidden states in a few dozen bytes: the directions that move its logits, coarsely
-rounded.
+"""The low-rank code of hidden states: a few dozen bytes for the directions that move the logits.
 
 What is kept of a final hidden state x is judged by the logits it gives back. An error e in x moves
 the logits of the tail by W·e, so its size is measured in the metric eᵀMe with M = Σ_v p_v (w_v −
@@ -13,7 +12,7 @@ Letters: N positions, D width of the hidden state, R kept coordinates, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +30,7 @@ FIT_LEAST = 512  # but at least
 METRIC_POSITIONS = 128  # of those, how many give the average tail
 METRIC_TOPK = 16  # tokens of each that are not tail
 METRIC_TEMPERATURES = (1.0, 3.0)
-ROWS_AT_ONCE = 4096  # of the output matrix, dequantised together
+ROWS_AT_ONCE = 4096  # of the output matrix, dequantized together
 NEGLIGIBLE = 1e-5  # of the strongest direction: what is weaker is rounding, not signal
 MAX_SCALE = 60000.0  # a state further out than this is cut
 RIDGE = 1e-5  # of the metric's mean diagonal, so that it can be inverted
@@ -41,7 +40,7 @@ RANGE_8, ERROR_8 = 6.0, 2.0e-4
 RANGE_4, ERROR_4 = 2.9, 1.2e-2
 
 OutputRows = Callable[[int, int], NDArray[np.float32]]
-"""Rows ``start`` to ``stop`` of an output matrix, dequantised: float32 ``[n, D]``."""
+"""Rows ``start`` to ``stop`` of an output matrix, dequantized: float32 ``[n, D]``."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,8 @@ class Basis:
         }
 
     @classmethod
-    def from_arrays(cls, arrays: Arrays, name: str) -> Basis | None:
-        """The inverse of ``arrays``; ``None`` where there is no basis of this name."""
-        if f"{name}_mean" not in arrays:
-            return None
+    def from_arrays(cls, arrays: Arrays, name: str) -> Basis:
+        """The inverse of ``arrays``."""
         mean, encode, decode, ranges = (
             torch.from_numpy(np.array(arrays[f"{name}_{part}"], dtype=np.float32))
             for part in ("mean", "encode", "decode", "ranges")
@@ -86,51 +83,54 @@ class Basis:
         return cls(mean, encode, decode, ranges, int(arrays[f"{name}_wide"][0]))
 
     def encoded(self, states: Tensor) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
-        """``states [N, D]`` → codes ``[N, bytes_per_position]`` and a scale of each position,
-        ``[N]``.
+        """``states [N, D]`` → codes ``[N, bytes_per_position]`` and each position's scale ``[N]``.
 
-        The scale is 1 unless a strong coordinate lies outside its range, and never more than
-        ``MAX_SCALE``.
+        The scale is 1 unless a strong coordinate is out of range, and at most ``MAX_SCALE``.
         """
         relative = (states - self.mean) @ self.encode / self.ranges
-        largest = (
-            relative[:, : self.wide].abs().amax(dim=-1) if self.wide else torch.zeros(len(states))
-        )
+        largest = torch.zeros(len(states))
+        if self.wide:
+            largest = relative[:, : self.wide].abs().amax(dim=-1)
         # Slightly more where it is needed, so that float16 never rounds it below.
         scales = torch.where(largest > 1.0, largest * 1.001, 1.0).clamp(max=MAX_SCALE).half()
         relative = relative / scales.float()[:, None]
-        wide = (
-            (relative[:, : self.wide] * 127.0)
-            .round()
-            .clamp(-127, 127)
-            .to(torch.int8)
-            .view(torch.uint8)
-        )
+        wide = (relative[:, : self.wide] * 127.0).round().clamp(-127, 127).to(torch.int8)
         narrow = (relative[:, self.wide :] * 8.0).floor().clamp(-8, 7).to(torch.int16) + 8
         packed = (narrow[:, 0::2] * 16 + narrow[:, 1::2]).to(torch.uint8)
-        return torch.cat((wide, packed), dim=-1).numpy(), scales.numpy()
+        return torch.cat((wide.view(torch.uint8), packed), dim=-1).numpy(), scales.numpy()
 
     def coordinates(self, codes: NDArray[np.uint8], scales: NDArray[np.float16]) -> Tensor:
         """The rounded coordinates of encoded states, float32 ``[N, R]``."""
-        raw = torch.from_numpy(
-            np.array(codes)
-        )  # a copy: mapped files cannot be written to, which torch minds
+        # A copy: mapped files cannot be written to, which torch minds.
+        raw = torch.from_numpy(np.array(codes))
         wide = raw[:, : self.wide].view(torch.int8).float() / 127.0
         packed = raw[:, self.wide :]
-        pairs = torch.stack((packed >> 4, packed & 15), dim=-1).reshape(
-            len(raw), 2 * packed.shape[1]
-        )
+        pairs = torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
         relative = torch.cat((wide, (pairs.float() - 7.5) / 8.0), dim=-1)
         return relative * self.ranges * torch.from_numpy(scales.astype(np.float32))[:, None]
 
     def head(self, rows: OutputRows, vocab_size: int) -> OutputHead:
-        """The output matrix in these coordinates: what turns them into logits."""
-        return OutputHead(*_product(rows, vocab_size, self.decode, self.mean))
+        """The output matrix in these coordinates, kept as float16 would: turns them into logits."""
+        parts = output_parts(rows, vocab_size)
+        products = [((part @ self.decode.T).half(), part @ self.mean) for _, part in parts]
+        bias = torch.cat([product for _, product in products])
+        matrix = torch.cat([product for product, _ in products]).float()
+        return OutputHead(matrix, bias - bias.mean())
+
+
+def bases_arrays(bases: Mapping[str, Basis]) -> Arrays:
+    """All bases as named arrays."""
+    return {key: rows for name in bases for key, rows in bases[name].arrays(name).items()}
+
+
+def bases_in(arrays: Arrays, layers: Sequence[int]) -> dict[str, Basis]:
+    """The inverse of ``bases_arrays``: ``final`` and ``layer<i>``, as far as they are there."""
+    names = ["final", *(f"layer{layer}" for layer in layers)]
+    return {name: Basis.from_arrays(arrays, name) for name in names if f"{name}_mean" in arrays}
 
 
 def divide_bits(variances: Tensor, budget: int) -> tuple[int, int]:
-    """How many coordinates get eight bits and how many four, for ``budget`` bytes: ``variances
-    [D]`` falling."""
+    """How many coordinates get eight and four bits in ``budget`` bytes; ``variances [D]`` fall."""
     size = len(variances)
     total = torch.cat((torch.zeros(1, dtype=variances.dtype), variances.cumsum(0)))
     best, least = (0, 0), float(total[-1]) + 1.0
@@ -149,10 +149,10 @@ def fit_basis(states: Tensor, metric: Tensor | None, budget: int) -> Basis:
     ``metric [D, D]`` symmetric and positive, or ``None`` for the plain squared error.
     """
     mean = states.double().mean(dim=0)
-    centred = states.double() - mean
+    centered = states.double() - mean
     with one_thread():
         factor = None if metric is None else torch.linalg.cholesky(metric)
-    seen = centred if factor is None else centred @ factor
+    seen = centered if factor is None else centered @ factor
     singular, directions = _principal(seen)
     deviations = singular / max(1, len(states) - 1) ** 0.5
     wide, narrow = divide_bits(deviations**2, budget)
@@ -168,8 +168,8 @@ def fit_basis(states: Tensor, metric: Tensor | None, budget: int) -> Basis:
 
 
 def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values of float64 ``[N, D]``, falling, and right singular vectors ``[R, D]``;
-    negligible ones left out.
+    """Singular values of float64 ``[N, D]``, falling, and right singular vectors ``[R, D]``, those
+    that are not negligible.
 
     From the eigenvectors of the smaller Gram matrix, which take a fraction of the decomposition's
     own time. Squaring costs digits of the weak directions: about seven are left at ``NEGLIGIBLE``.
@@ -185,37 +185,24 @@ def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tail_metric(states: Tensor, rows: OutputRows, vocab_size: int) -> Tensor:
-    """M of the module's docstring, float64 ``[D, D]``, from ``states [n, D]`` and the output
-    matrix."""
-    logits = torch.cat([states @ part.T for _, part in _parts(rows, vocab_size)], dim=-1)
+    """M of the module's docstring, float64 ``[D, D]``, from ``states [n, D]``."""
+    logits = torch.cat([states @ part.T for _, part in output_parts(rows, vocab_size)], dim=-1)
     count = min(METRIC_TOPK, vocab_size - 1)
     logits.scatter_(-1, logits.topk(count, dim=-1).indices, -torch.inf)
-    tails = [
-        torch.softmax(logits / temperature, dim=-1).mean(dim=0)
-        for temperature in METRIC_TEMPERATURES
-    ]
+    tails = [torch.softmax(logits / t, dim=-1).mean(dim=0) for t in METRIC_TEMPERATURES]
     weights = torch.stack(tails).mean(dim=0)
     width = states.shape[1]
-    centre = torch.zeros(width, dtype=torch.float64)
-    for start, part in _parts(rows, vocab_size):
-        centre += weights[start : start + len(part)].double() @ part.double()
+    center = torch.zeros(width, dtype=torch.float64)
+    for start, part in output_parts(rows, vocab_size):
+        center += weights[start : start + len(part)].double() @ part.double()
     metric = torch.zeros(width, width, dtype=torch.float64)
-    for start, part in _parts(rows, vocab_size):
-        relative = part - centre.float()
+    for start, part in output_parts(rows, vocab_size):
+        relative = part - center.float()
         metric += ((relative * weights[start : start + len(part), None]).T @ relative).double()
     return metric + RIDGE * metric.diagonal().mean() * torch.eye(width, dtype=torch.float64)
 
 
-def _parts(rows: OutputRows, vocab_size: int):  # type: ignore[no-untyped-def]
-    """The output matrix a few thousand rows at a time, with the first row's number."""
+def output_parts(rows: OutputRows, vocab_size: int) -> Iterator[tuple[int, Tensor]]:
+    """The output matrix a few thousand rows at a time, with the first row's index."""
     for start in range(0, vocab_size, ROWS_AT_ONCE):
         yield start, torch.from_numpy(np.array(rows(start, min(vocab_size, start + ROWS_AT_ONCE))))
-
-
-def _product(
-    rows: OutputRows, vocab_size: int, decode: Tensor, mean: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``W @ decode.T [V, R]``, kept as float16 would keep it, and ``W @ mean [V]``."""
-    matrix = torch.cat([(part @ decode.T).half() for _, part in _parts(rows, vocab_size)])
-    bias = torch.cat([part @ mean for _, part in _parts(rows, vocab_size)])
-    return matrix.float(), bias - bias.mean()

@@ -1,7 +1,4 @@
-"""Render a GGUF file's chat template.
-
-Templates come from untrusted files: sandboxed, and nothing but text.
-"""
+"""Render chat templates, which come from untrusted files: sandboxed, and nothing but text."""
 
 from __future__ import annotations
 
@@ -42,8 +39,7 @@ def render_chat(
     bos: str = "",
     eos: str = "",
 ) -> str:
-    """Render ``messages`` (each with ``role`` and ``content``) as the text the model was trained
-    on.
+    """Render ``messages`` (each with ``role`` and ``content``) as the model's training text.
 
     Raises:
         ChatTemplateError: the template is broken or refuses the messages.

@@ -1,5 +1,4 @@
-"""Conversations as a model's own tokens: its chat template, and exactly one BOS where it wants
-one."""
+"""Conversations as a model's own tokens: its chat template, and one BOS where it wants one."""
 
 from __future__ import annotations
 
@@ -34,20 +33,17 @@ def conversations_tokens(
     """
     if not conversations:
         return []
-    templated = teacher.info.chat_template is not None
-    if templated:
+    if templated := teacher.info.chat_template is not None:
         texts = _render(teacher, conversations, answer=answer)
     else:
-        texts = [
-            "\n".join(message["content"] for message in messages) for messages in conversations
-        ]
+        texts = ["\n".join(one["content"] for one in messages) for messages in conversations]
     rows = teacher.tokenize(texts, add_special=False, parse_special=templated)
     return [_with_bos(teacher, tokens) for tokens in rows]
 
 
 def request_tokens(teacher: Teacher, requests: Sequence[str]) -> list[Tokens]:
-    """Each request as a conversation that waits for the answer, whatever the request says: control
-    tokens spelled in it stay text, so that it cannot end its own turn.
+    """Each request as a conversation that waits for the answer; control tokens spelled in it stay
+    text, so that it cannot end its own turn.
 
     Raises:
         ChatTemplateError: the template is broken or refuses the messages.
@@ -58,32 +54,30 @@ def request_tokens(teacher: Teacher, requests: Sequence[str]) -> list[Tokens]:
         return rows
     plain = teacher.tokenize(requests, add_special=False, parse_special=False)
     parsed = teacher.tokenize(requests, add_special=False, parse_special=True)
-    spelled = [
-        place for place in range(len(rows)) if not np.array_equal(plain[place], parsed[place])
-    ]
+    pairs = enumerate(zip(plain, parsed, strict=True))
+    spelled = [index for index, pair in pairs if not np.array_equal(*pair)]
     around = opening_segments(teacher) if spelled else None
-    for place in spelled:
+    for index in spelled:
         if around is None or len(around) != 2:
             raise ChatTemplateError(
                 "the request spells control tokens, and the chat template does not show where the "
                 "request's words are"
             )
-        rows[place] = np.concatenate((around[0], plain[place], around[1])).astype(np.int32)
+        rows[index] = np.concatenate((around[0], plain[index], around[1])).astype(np.int32)
     return rows
 
 
 def opening_segments(teacher: Teacher) -> tuple[Tokens, ...] | None:
     """What to force so that the teacher writes both turns of a conversation by itself.
 
-    With a chat template: the text up to where the user's words would be, and the text from there to
-    where the assistant's begin. Without one: BOS (or EOS, if that is all there is). ``None``: it
-    has neither.
+    With a chat template: its text before the user's words, and from there to the assistant's.
+    Without one: BOS (or EOS, if that is all there is). ``None``: it has neither.
     """
     info = teacher.info
     if info.chat_template is not None:
         text = _render(teacher, [[{"role": "user", "content": _PLACEHOLDER}]], answer=True)[0]
-        before, found, after = text.partition(_PLACEHOLDER)
-        if found and before and after:
+        before, marker, after = text.partition(_PLACEHOLDER)
+        if marker and before and after:
             start, rest = teacher.tokenize([before, after], add_special=False, parse_special=True)
             return _with_bos(teacher, start), rest
     first = info.bos if info.bos is not None else info.eos
@@ -103,12 +97,7 @@ def _render(
 ) -> list[str]:
     info = teacher.info
     assert info.chat_template is not None
-    ends = [
-        np.array([] if token is None else [token], dtype=np.int32) for token in (info.bos, info.eos)
-    ]
-    bos, eos = teacher.detokenize(ends)
-    template = info.chat_template
-    return [
-        render_chat(template, messages, add_generation_prompt=answer, bos=bos, eos=eos)
-        for messages in conversations
-    ]
+    ends = [[] if token is None else [token] for token in (info.bos, info.eos)]
+    bos, eos = teacher.detokenize([np.array(tokens, dtype=np.int32) for tokens in ends])
+    options = {"add_generation_prompt": answer, "bos": bos, "eos": eos}
+    return [render_chat(info.chat_template, messages, **options) for messages in conversations]  # type: ignore[arg-type]

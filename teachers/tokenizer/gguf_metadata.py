@@ -1,7 +1,6 @@
-"""What a GGUF file says about its tokenizer, checked, and read as llama.cpp reads it.
+"""A GGUF file's tokenizer metadata, checked, and read as llama.cpp reads it.
 
-The file is untrusted: whatever is malformed gives a ``TokenizerConversionError`` that names the
-key.
+The file is untrusted: whatever is malformed raises a ``TokenizerConversionError`` naming the key.
 """
 
 from __future__ import annotations
@@ -22,18 +21,17 @@ MAX_TOKEN = 4096  # characters; real vocabularies stay below a few hundred
 
 # llama.cpp takes these for control tokens whatever type the file gives them: they end a turn, …
 _END_OF_TURN = """
-    <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>
-    <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response>
-    <｜end▁of▁sentence｜> [e~["""
-# … or mark code to be filled in, where the file does not name the token of that role (by either
-# key) itself.
+    <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn>
+    <|endoftext|> </s> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance>
+    <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~["""
+# … or mark code to be filled in, unless the file names the token of that role (by either key).
 _INFILL = {
-    ("fim_pre", "prefix"): """
-        <|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|>""",
-    ("fim_suf", "suffix"): """
-        <|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|>""",
-    ("fim_mid", "middle"): """
-        <|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|>""",
+    ("fim_pre", "prefix"): """<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜>
+        <PRE> ▁<PRE> <|code_prefix|> <|prefix|>""",
+    ("fim_suf", "suffix"): """<|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜>
+        <SUF> ▁<SUF> <|code_suffix|> <|suffix|>""",
+    ("fim_mid", "middle"): """<|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜>
+        <MID> ▁<MID> <|code_middle|> <|middle|>""",
     ("fim_pad",): "<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD]",
     ("fim_rep",): "<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>",
     ("fim_sep",): "<|file_sep|>",
@@ -41,27 +39,22 @@ _INFILL = {
 _ALWAYS_USER_DEFINED = frozenset(("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"))
 # The format's own spelling of "separator" is wrong.
 _ROLES = {
-    "bos": "bos",
-    "eos": "eos",
-    "unknown": "unk",
-    "seperator": "sep",
-    "padding": "pad",
-    "mask": "mask",
+    **{"bos": "bos", "eos": "eos", "unknown": "unk"},
+    **{"seperator": "sep", "padding": "pad", "mask": "mask"},
 }
 _SENTENCEPIECE_ROLES = {"bos": 1, "eos": 2, "unk": 0}  # where the file does not say
 
 
 class TokenizerConversionError(ValueError):
-    """A GGUF tokenizer that no tokenizer.json can stand for; the message says which part, and
-    what to do."""
+    """A GGUF tokenizer that no tokenizer.json can stand for; says which part, and what to do."""
 
 
 @dataclass(frozen=True)
 class TokenizerMetadata:
     """A checked tokenizer. Tokens are known by their id, the index in ``tokens``.
 
-    ``special`` are the ids read in a text only where control tokens are to be, ``user_defined``
-    those always read; ``strips_right`` are ids of either kind that swallow white space behind them.
+    ``special`` are the ids parsed in a text only where control tokens are, ``user_defined`` those
+    always parsed; ``strips_right`` are ids of either kind that absorb white space behind them.
     ``roles`` maps ``bos``, ``eos``, ``unk``, ``sep``, ``pad`` and ``mask`` to ids, as far as there
     are any. ``scores`` is empty for byte-level BPE, ``merges`` for SentencePiece.
     """
@@ -83,19 +76,16 @@ class TokenizerMetadata:
 
 
 def read_metadata(fields: Mapping[str, Field]) -> TokenizerMetadata:
-    """Check a GGUF file's tokenizer metadata; of other keys only ``general.name`` matters (see
-    ``strips_right``).
+    """Check a GGUF file's tokenizer metadata; ``general.name`` matters to ``strips_right``.
 
     Raises:
-        TokenizerConversionError: something is missing, malformed, or of a kind that is not
-        supported.
+        TokenizerConversionError: something is missing, malformed or not supported.
     """
     model = _value(fields, "model", str, None)
     if model not in (SENTENCEPIECE, BYTE_LEVEL):
         raise TokenizerConversionError(
             f"tokenizer.ggml.model is {model!r}; supported are {SENTENCEPIECE!r} (SentencePiece) "
-            f"and {BYTE_LEVEL!r} "
-            "(byte-level BPE)"
+            f"and {BYTE_LEVEL!r} (byte-level BPE)"
         )
     pre = _value(fields, "pre", str, "") if model == BYTE_LEVEL else ""
     if pre not in PRE_TOKENIZERS:
@@ -107,9 +97,8 @@ def read_metadata(fields: Mapping[str, Field]) -> TokenizerMetadata:
     ids = {token: number for number, token in enumerate(tokens)}
     special, user_defined = _read_in_text(fields, ids, kinds)
     roles = read_roles(fields, len(tokens))
-    add_bos = _value(
-        fields, "add_bos_token", bool, model == SENTENCEPIECE or PRE_TOKENIZERS[pre].add_bos
-    )
+    bos_default = model == SENTENCEPIECE or PRE_TOKENIZERS[pre].add_bos
+    add_bos = _value(fields, "add_bos_token", bool, bos_default)
     add_eos = _value(fields, "add_eos_token", bool, False)
     for role, added in (("bos", add_bos), ("eos", add_eos)):
         if added and role not in roles:
@@ -130,9 +119,7 @@ def read_metadata(fields: Mapping[str, Field]) -> TokenizerMetadata:
         roles=roles,
         add_bos=add_bos,
         add_eos=add_eos,
-        add_space_prefix=_value(fields, "add_space_prefix", bool, True)
-        if model == SENTENCEPIECE
-        else False,
+        add_space_prefix=model == SENTENCEPIECE and _value(fields, "add_space_prefix", bool, True),
         chat_template=_template(fields),
     )
 
@@ -151,8 +138,7 @@ def _value(fields: Mapping[str, Field], name: str, kind: type, default: Any) -> 
 
 
 def _array(fields: Mapping[str, Field], name: str, kind: type, count: int | None) -> list[Any]:
-    """A ``tokenizer.ggml`` array of the given Python type, with ``count`` entries where that is
-    given."""
+    """A ``tokenizer.ggml`` array of the given Python type, with ``count`` entries if given."""
     key = f"tokenizer.ggml.{name}"
     if key not in fields:
         raise TokenizerConversionError(
@@ -160,30 +146,49 @@ def _array(fields: Mapping[str, Field], name: str, kind: type, count: int | None
         )
     values = fields[key].value
     if not isinstance(values, list) or any(type(value) is not kind for value in values):
-        raise TokenizerConversionError(
-            f"{key} is not an array of {kind.__name__}; convert the model again"
-        )
-    if count is not None and len(values) != count:
-        raise TokenizerConversionError(
-            f"{key} has {len(values)} entries for {count} tokens; convert the model again"
-        )
-    return values
+        problem = f"is not an array of {kind.__name__}"
+    elif count is not None and len(values) != count:
+        problem = f"has {len(values)} entries for {count} tokens"
+    else:
+        return values
+    raise TokenizerConversionError(f"{key} {problem}; convert the model again")
 
 
 def read_tokens(fields: Mapping[str, Field]) -> tuple[tuple[str, ...], tuple[TokenType, ...]]:
-    """Every token's text as llama.cpp has it (see ``token_text``), and its type; the index is the
-    id.
+    """Every token's text as llama.cpp has it (see ``token_text``), and its type, by id.
 
     Raises:
         TokenizerConversionError: missing or malformed, not UTF-8, or a token that occurs twice.
     """
-    tokens = _tokens(fields)
-    return tokens, _kinds(fields, len(tokens))
+    tokens: dict[str, None] = {}
+    key = "tokenizer.ggml.tokens"
+    for number, text in enumerate(_array(fields, "tokens", str, None)):
+        token = token_text(text, number)
+        if not _encodable(token):
+            raise TokenizerConversionError(
+                f"{key}: token {number} is {token!r}, which is not UTF-8; no tokenizer.json can "
+                "hold it"
+            )
+        if len(token) > MAX_TOKEN:  # every way to cut it in two is tried
+            raise TokenizerConversionError(
+                f"{key}: token {number} has {len(token)} characters; more than {MAX_TOKEN} are "
+                "damage"
+            )
+        if token in tokens:
+            raise TokenizerConversionError(
+                f"{key}: {token!r} occurs twice, the second time as {number}; convert the model "
+                "again"
+            )
+        tokens[token] = None
+    if not tokens:
+        raise TokenizerConversionError(
+            f"{key} is empty; convert the model again with its tokenizer"
+        )
+    return tuple(tokens), _kinds(fields, len(tokens))
 
 
 def read_roles(fields: Mapping[str, Field], count: int) -> dict[str, int]:
-    """Ids of ``bos``, ``eos``, ``unk``, ``sep``, ``pad`` and ``mask`` among ``count`` tokens, where
-    there are any.
+    """Ids of ``bos``, ``eos``, ``unk``, ``sep``, ``pad``, ``mask`` among ``count`` tokens, if any.
 
     As in llama.cpp, an id beyond the vocabulary names none, and SentencePiece files need not name
     the usual ones. (For byte-level files that name none llama.cpp takes token 11, whatever that is;
@@ -202,52 +207,21 @@ def read_roles(fields: Mapping[str, Field], count: int) -> dict[str, int]:
 
 
 def token_text(text: str, number: int) -> str:
-    """What llama.cpp makes of a token's text: it ends at the first NUL, and an empty one gets a
-    name."""
+    """A token's text in llama.cpp: it ends at the first NUL; an empty one gets a name."""
     return text.partition("\0")[0] or f"[EMPTY_{number}]"
 
 
 def _encodable(text: str) -> bool:
-    """Whether the bytes in the file were UTF-8: the reader stands a lone surrogate for each that
-    was not."""
+    """Whether the file's bytes were UTF-8: the reader replaces others by lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _tokens(fields: Mapping[str, Field]) -> tuple[str, ...]:
-    tokens, seen = [], set()
-    for number, text in enumerate(_array(fields, "tokens", str, None)):
-        token = token_text(text, number)
-        if not _encodable(token):
-            raise TokenizerConversionError(
-                f"tokenizer.ggml.tokens: token {number} is {token!r}, which is not UTF-8; no "
-                "tokenizer.json can hold it"
-            )
-        if len(token) > MAX_TOKEN:  # every way to cut it in two is looked at
-            raise TokenizerConversionError(
-                f"tokenizer.ggml.tokens: token {number} has {len(token)} characters; more than "
-                f"{MAX_TOKEN} are damage"
-            )
-        if token in seen:
-            raise TokenizerConversionError(
-                f"tokenizer.ggml.tokens: {token!r} occurs twice, the second time as {number}; "
-                "convert the model again"
-            )
-        seen.add(token)
-        tokens.append(token)
-    if not tokens:
-        raise TokenizerConversionError(
-            "tokenizer.ggml.tokens is empty; convert the model again with its tokenizer"
-        )
-    return tuple(tokens)
 
 
 def _kinds(fields: Mapping[str, Field], count: int) -> tuple[TokenType, ...]:
     if "tokenizer.ggml.token_type" not in fields:
         return (TokenType.NORMAL,) * count
     numbers = _array(fields, "token_type", int, count)
-    known = {0: TokenType.NORMAL} | {
-        int(kind): kind for kind in TokenType
-    }  # 0: llama.cpp's "undefined"
+    known = {0: TokenType.NORMAL}  # llama.cpp's "undefined"
+    known |= {int(kind): kind for kind in TokenType}
     for token, number in enumerate(numbers):
         if number not in known:
             raise TokenizerConversionError(
@@ -293,12 +267,11 @@ def _read_in_text(
     fields: Mapping[str, Field], ids: Mapping[str, int], kinds: tuple[TokenType, ...]
 ) -> tuple[frozenset[int], frozenset[int]]:
     """Ids that are read as wholes: only where control tokens are to be, and always."""
-    special = {
-        number
-        for number, kind in enumerate(kinds)
-        if kind in (TokenType.CONTROL, TokenType.UNKNOWN)
-    }
-    user_defined = {number for number, kind in enumerate(kinds) if kind == TokenType.USER_DEFINED}
+
+    def of_type(*types: TokenType) -> set[int]:
+        return {number for number, kind in enumerate(kinds) if kind in types}
+
+    special = of_type(TokenType.CONTROL, TokenType.UNKNOWN)
     ends = {token for token in _END_OF_TURN.split() if token in ids}
     looks = set(ends)
     for keys, names in _INFILL.items():
@@ -311,18 +284,17 @@ def _read_in_text(
         {"<|flush|>", "<|end|>"} <= ends and ends & {"<|call|>", "<|calls|>"}
     ):
         plain.add(ids["<|end|>"])
-    unread = (
-        {ids["</s>"]} if {"<|tool_response>", "</s>"} <= ends else set()
-    )  # Gemma 4's </s> is plain text
+    gemma4 = {"<|tool_response>", "</s>"} <= ends
+    unread = {ids["</s>"]} if gemma4 else set()  # is plain text there
     special -= plain | unread
-    return frozenset(special), frozenset((user_defined | plain) - special - unread)
+    user_defined = of_type(TokenType.USER_DEFINED) | plain
+    return frozenset(special), frozenset(user_defined - special - unread)
 
 
 def _strips_right(
     fields: Mapping[str, Field], tokens: tuple[str, ...], read_in_text: frozenset[int]
 ) -> frozenset[int]:
-    """Phi-3's tokens swallow white space behind them, which llama.cpp knows by the model's name
-    alone."""
+    """Phi-3's tokens absorb white space behind them; llama.cpp goes by the model's name alone."""
     name = fields["general.name"].value if "general.name" in fields else ""
     if not isinstance(name, str) or not any(phi in name.lower() for phi in ("phi-3", "phi3")):
         return frozenset()

@@ -1,5 +1,4 @@
-"""How llama.cpp cuts a text into words before byte-level BPE, for each pre-tokenizer name a GGUF
-file may have.
+"""How llama.cpp cuts a text into words before byte-level BPE, by a GGUF file's pre-tokenizer name.
 
 The patterns say what llama.cpp does, not what the model's authors once wrote: they differ in places
 (a letter beyond A-Z has no case), and the teacher's ids are llama.cpp's. Each pattern cuts every
@@ -30,8 +29,7 @@ def _modern(digits: str, letters: str = r"\p{L}", others: str = _OTHERS + r"[\r\
 
 
 def _cased(digits: str, contraction: str = "") -> str:
-    """The kind that GPT-4o and Tekken use: a word ends where its small letters end. Only a-z and
-    A-Z have a case."""
+    """As GPT-4o and Tekken: a word ends with its small letters; only a-z and A-Z have case."""
     start, upper, lower = r"[^\r\n\p{L}\p{N}]?", r"(?:(?![a-z])\p{L})", r"(?:(?![A-Z])\p{L})"
     words = f"{start}{upper}*{lower}+{contraction}|{start}{upper}+{lower}*{contraction}"
     return rf"{words}|{digits}|{_OTHERS}[\r\n/]*|{_LINES}"
@@ -51,9 +49,8 @@ _DEEPSEEK_LETTERS = (
 )
 # Its range begins at U+3000, which llama.cpp takes for white space
 _DEEPSEEK_SIGNS = "!-/:-~！-／：-～‘-‟\u3001-。"
-_DEEPSEEK_SCRIPTS = (
-    "(?:(?!\\s)[一-龥ࠀ-一가-\ud7ff])+"  # the range from U+0800 has white space in it
-)
+# The range from U+0800 has white space in it
+_DEEPSEEK_SCRIPTS = "(?:(?!\\s)[一-龥ࠀ-一가-\ud7ff])+"
 _DEEPSEEK3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]\^_`{|}~][A-Za-z]+"
     rf"|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_LINES}"
@@ -62,12 +59,10 @@ _DEEPSEEK3 = (
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """``patterns`` (regular expressions as the tokenizers library reads them) and what else the
-    name implies.
+    """``patterns`` (regular expressions of the tokenizers library) and what else the name implies.
 
     ``ignore_merges``: a word that is a token is that token, whatever the merges say. ``add_bos``:
-    the default where the file does not say whether a text begins with the beginning-of-sequence
-    token.
+    the default where the file does not state it.
     """
 
     patterns: tuple[str, ...]
@@ -78,19 +73,9 @@ class PreTokenizer:
 _BY_KIND = {
     PreTokenizer((_PUNCTUATION, _GPT2, r"\p{N}+", _THREE_DIGITS)): ("", "default"),
     PreTokenizer((_GPT2,)): (
-        *(
-            "gpt-2",
-            "phi-2",
-            "mpt",
-            "olmo",
-            "jais",
-            "trillion",
-            "exaone4",
-            "granite-docling",
-            "gigachat",
-            "mellum",
-        ),
-        *("modern-bert", "a.x-4.0", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de"),
+        *("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "granite-docling"),
+        *("gigachat", "mellum", "modern-bert", "a.x-4.0"),
+        *("jina-es", "jina-de", "jina-v2-es", "jina-v2-de"),
     ),
     PreTokenizer((r"\p{N}", _GPT2)): (
         *("starcoder", "smollm", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
@@ -101,28 +86,16 @@ _BY_KIND = {
     ),
     PreTokenizer((_LLAMA3,)): ("dbrx", "smaug-bpe"),
     PreTokenizer((_QWEN2,)): (
-        *(
-            "qwen2",
-            "deepseek-r1-qwen",
-            "stablelm2",
-            "megrez",
-            "hunyuan",
-            "grok-2",
-            "kormo",
-            "solar-open",
-        ),
+        *("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "grok-2", "kormo"),
+        "solar-open",
     ),
     PreTokenizer((_QWEN35,)): ("qwen35",),
     PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True): ("tekken",),
     PreTokenizer((_GPT4O,)): ("gpt-4o", "llama4", "kanana2", "minimax-m2"),
     PreTokenizer(
         (
-            r"[\r\n]",
-            rf"\s?[{_DEEPSEEK_LETTERS}]+",
-            rf"\s?[{_DEEPSEEK_SIGNS}]+",
-            r"\s+\z",
-            _DEEPSEEK_SCRIPTS,
-            r"\p{N}+",
+            *(r"[\r\n]", rf"\s?[{_DEEPSEEK_LETTERS}]+", rf"\s?[{_DEEPSEEK_SIGNS}]+"),
+            *(r"\s+\z", _DEEPSEEK_SCRIPTS, r"\p{N}+"),
         )
     ): ("deepseek-llm",),
     PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_SCRIPTS, r"\p{N}")): (

@@ -3,10 +3,10 @@
 llama.cpp joins SentencePiece tokens by their scores, the tokenizers library by a list of merges, so
 the list is derived from the scores. What cannot be carried over: of two *different* tokens with
 equal scores that compete for the same character, llama.cpp takes the one further left, this
-tokenizer the longer one (which is the same in runs of spaces, where it matters); of two overlapping
-special tokens llama.cpp reads the longer one, the tokenizers library the one that begins first; and
-where Phi-3's special tokens swallow white space behind them, llama.cpp means ASCII's, the
-tokenizers library all.
+tokenizer the longer one (the same in runs of spaces, where it matters); of two overlapping special
+tokens llama.cpp reads the longer one, the tokenizers library the one that begins first; and where
+Phi-3's special tokens absorb white space behind them, llama.cpp means ASCII's, the tokenizers
+library all.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ __all__ = ["TokenizerConversionError", "build_tokenizer", "write_tokenizer_folde
 
 
 def build_tokenizer(fields: Mapping[str, Field]) -> Tokenizer:
-    """The tokenizer that GGUF metadata describes; ``encode`` gives what llama.cpp's ``tokenize``
-    gives.
+    """The tokenizer that GGUF metadata describes; ``encode`` gives llama.cpp's own ids.
 
     Special tokens are added and read as with ``add_special`` and ``parse_special``; ``encode(...,
     add_special_tokens=False)`` and ``tokenizer.encode_special_tokens = True`` turn them off.
@@ -59,8 +58,7 @@ def build_tokenizer(fields: Mapping[str, Field]) -> Tokenizer:
 
 
 def write_tokenizer_folder(fields: Mapping[str, Field], folder: Path) -> None:
-    """Write ``tokenizer.json``, ``tokenizer_config.json`` and, where there is one,
-    ``chat_template.jinja``.
+    """Write tokenizer.json, tokenizer_config.json and, if there is one, chat_template.jinja.
 
     ``folder`` exists; files of these names are replaced. ``AutoTokenizer.from_pretrained`` then
     loads the tokenizer as it stands, unless a ``config.json`` beside it names an architecture that
@@ -116,8 +114,7 @@ def _sentencepiece(metadata: TokenizerMetadata) -> Tokenizer:
             byte_fallback=True,
         )
     )
-    # Not the Metaspace pre-tokenizer: it leaves out the prefix where the text begins with a space
-    # already.
+    # Not the Metaspace pre-tokenizer: it omits the prefix where the text begins with a space.
     escape = normalizers.Replace(" ", SPACE)
     unescape = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.add_space_prefix:
@@ -130,20 +127,18 @@ def _sentencepiece(metadata: TokenizerMetadata) -> Tokenizer:
 
 
 def _merges_by_score(metadata: TokenizerMetadata, ids: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Every way to make a token of two, in the order in which llama.cpp would join them: the best
-    score first.
+    """Every way to make a token of two, in llama.cpp's order: the best score first.
 
-    Within one score llama.cpp goes from left to right, which a list cannot say. Longer tokens first
-    stand in for it: what has just been joined grows on, as a run of spaces does. The order among
-    the ways to make one token does not matter.
+    Within one score llama.cpp goes from left to right, which a list cannot express. Longer tokens
+    first stand in for it: what has just been joined grows on, as a run of spaces does. The order
+    among the ways to make one token does not matter.
     """
 
     def order(pair: tuple[str, str]) -> tuple[float, int, int]:
         token = pair[0] + pair[1]
         return -metadata.scores[ids[token]], -len(token), ids[token]
 
-    # These are read as wholes, or hold a space, which is escaped: no text has them left when tokens
-    # are joined.
+    # Read as wholes, or with a space, which is escaped: no text has them when tokens are joined.
     never = {metadata.tokens[number] for number in metadata.special | metadata.user_defined}
     pairs: list[tuple[str, str]] = []
     for token in metadata.tokens:
@@ -152,12 +147,10 @@ def _merges_by_score(metadata: TokenizerMetadata, ids: Mapping[str, int]) -> lis
 
 
 def _halves(token: str, ids: Mapping[str, int], *, joined: bool) -> Iterator[tuple[str, str]]:
-    """The pairs of tokens that ``token`` can be made of; ``joined`` says whether llama.cpp ever
-    makes it of parts.
+    """The pairs that ``token`` can be made of; ``joined``: whether llama.cpp ever does so.
 
     Raises:
-        TokenizerConversionError: llama.cpp makes it of a character that is no token, which no list
-        of merges can.
+        TokenizerConversionError: of a character that is no token, which no list of merges can.
     """
     for cut in range(1, len(token)):
         left, right = token[:cut], token[cut:]
@@ -167,8 +160,8 @@ def _halves(token: str, ids: Mapping[str, int], *, joined: bool) -> Iterator[tup
             alone = left if left not in ids else right
             raise TokenizerConversionError(
                 f"token {ids[token]}, {token!r}, is made with {alone!r}, which is no token itself: "
-                "tokenizer.json "
-                "cannot express this; use a teacher whose vocabulary has every character it uses"
+                "tokenizer.json cannot express this; use a teacher whose vocabulary has every "
+                "character it uses"
             )
 
 
@@ -178,15 +171,12 @@ def _byte_level(metadata: TokenizerMetadata) -> Tokenizer:
     tokenizer = Tokenizer(
         models.BPE(vocab=ids, merges=list(metadata.merges), ignore_merges=kind.ignore_merges)
     )
-    steps: list[Any] = [
-        pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in kind.patterns
-    ]
+    steps: list[Any] = [pre_tokenizers.Split(Regex(each), "isolated") for each in kind.patterns]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    missing = [
-        sign for byte, sign in _visible_bytes().items() if sign not in ids and byte not in _NEVER
-    ]
-    if missing:  # llama.cpp drops such bytes; their neighbours must not be joined over the gap
-        steps.append(pre_tokenizers.Split(Regex(f"[{_class(missing)}]"), "removed"))
+    signs = (sign for byte, sign in _visible_bytes().items() if byte not in _NEVER)
+    missing = [rf"\x{{{ord(sign):x}}}" for sign in signs if sign not in ids]
+    if missing:  # llama.cpp drops such bytes; their neighbors must not be joined over the gap
+        steps.append(pre_tokenizers.Split(Regex(f"[{''.join(missing)}]"), "removed"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -196,41 +186,29 @@ def _visible_bytes() -> dict[int, str]:
     """The character that stands for each byte in a byte-level vocabulary."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(0x100) if byte not in shown]
-    return {byte: chr(byte) for byte in shown} | {
-        byte: chr(0x100 + n) for n, byte in enumerate(hidden)
-    }
-
-
-def _class(characters: list[str]) -> str:
-    """Characters as the inside of a regular expression's class."""
-    return "".join(rf"\x{{{ord(character):x}}}" for character in characters)
+    signs = {byte: chr(byte) for byte in shown}
+    return signs | {byte: chr(0x100 + n) for n, byte in enumerate(hidden)}
 
 
 def _add_special_tokens(tokenizer: Tokenizer, metadata: TokenizerMetadata) -> None:
     """Tokens read as wholes, and what is put before and after every text."""
     tokens = metadata.tokens
     for numbers, special in ((metadata.special, True), (metadata.user_defined, False)):
-        added = [
-            AddedToken(
-                tokens[number],
-                rstrip=number in metadata.strips_right,
-                normalized=False,
-                special=special,
-            )
-            for number in sorted(numbers)
-        ]
+        added = []
+        for number in sorted(numbers):
+            strips = number in metadata.strips_right
+            token = AddedToken(tokens[number], rstrip=strips, normalized=False, special=special)
+            added.append(token)
         tokenizer.add_special_tokens(added) if special else tokenizer.add_tokens(added)
-    ends = {"BOS": metadata.roles["bos"]} if metadata.add_bos else {}
-    ends |= {"EOS": metadata.roles["eos"]} if metadata.add_eos else {}
-    if ends:
-        before, after = (["BOS"] if metadata.add_bos else []), (["EOS"] if metadata.add_eos else [])
+    before, after = ["BOS"] * metadata.add_bos, ["EOS"] * metadata.add_eos
+    if before or after:
         single = [f"{piece}:0" for piece in (*before, "$A", *after)]
         second = [f"{piece}:1" for piece in (*before, "$B", *after)]
         # Names of their own: a token's text could be taken for part of the template.
-        named = [
-            {"id": name, "ids": [number], "tokens": [tokens[number]]}
-            for name, number in ends.items()
-        ]
+        named = []
+        for name in (*before, *after):
+            number = metadata.roles[name.lower()]
+            named.append({"id": name, "ids": [number], "tokens": [tokens[number]]})
         tokenizer.post_processor = processors.TemplateProcessing(
             single=single, pair=[*single, *second], special_tokens=named
         )

@@ -10,6 +10,8 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 # Bottom to top: a module imports what stands above it here, or beside it in its own folder.
 ORDER = (
@@ -25,8 +27,8 @@ ORDER = (
     "teachers.tokenizer",
     "students.model",
     "students",
-    "students.adapter",
     "students.gguf",
+    "students.adapter",
     "stability.measures",
     "stability",
     "distill",
@@ -72,6 +74,13 @@ MOST_FILES = 13  # in one folder, besides its __init__.py
 MOST_LINES = 400  # unless the docstring says why ...
 REASON = "Long because"
 MOST_FUNCTION_LINES = 80
+MOST_PARAMETERS = 6  # outside the command line, tools and tests, but for these:
+MORE_PARAMETERS = {
+    ("students.model.config", "__init__"),  # every setting of the model, as transformers wants it
+    ("students.model.build", "student_config"),
+    ("students.gguf.quantize", "quantize_gguf"),
+    ("distill.initialization.start", "begin"),
+}
 
 
 @cache
@@ -155,6 +164,15 @@ def test_sizes() -> None:
                 length = node.end_lineno - node.lineno + 1
                 if length > MOST_FUNCTION_LINES:
                     wrong.append(f"{name}: {node.name} has {length} lines")
+                every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                count = len([one for one in every if one.arg not in ("self", "cls")])
+                free = name.startswith(("tools", "tests", "distill.commands"))
+                if (
+                    count > MOST_PARAMETERS
+                    and not free
+                    and (name, node.name) not in MORE_PARAMETERS
+                ):
+                    wrong.append(f"{name}: {node.name} has {count} parameters")
     assert not wrong
 
 
@@ -209,3 +227,21 @@ def test_parent_process_does_not_load_llama_cpp() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert answer.stdout.strip() == "False"
+
+
+def test_data_files_are_installed() -> None:
+    """Every pattern of pyproject's package-data names files that are there, and none is left
+    out."""
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    named = set()
+    for package, patterns in settings["tool"]["setuptools"]["package-data"].items():
+        folder = ROOT / package.replace(".", "/")
+        for pattern in patterns:
+            files = set(folder.glob(pattern))
+            assert files, f"{package}: no file is {pattern}"
+            named |= files
+    folders = [ROOT / package for package in ("distill", "teachers", "students", "stability")]
+    files = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
+    data = {path for path in files if path.suffix not in (".py", ".pyc")}
+    assert data <= named, f"not installed: {sorted(data - named)}"

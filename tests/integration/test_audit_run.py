@@ -1,4 +1,7 @@
-"""A run's log: what is in it and what is not, over interruptions too; `distill audit verify`."""
+"""A run's log: what is in it and what is not, over interruptions too; `distill audit verify`.
+
+Long because one run, interrupted and finished, serves all of the tests.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from distill.runs.audit_events import (
 )
 from distill.runs.audit_log import HEAD, LOG, append, read_head
 from distill.runs.audit_verify import verify
-from distill.runs.folder import Places, RunFolder
+from distill.runs.folder import RunFolder, RunPaths
 from distill.runs.metrics_log import MetricsFile
 from distill.runtime.progress import Console
 from distill.training.engine import Loop
@@ -71,9 +74,9 @@ def finished(tiny_teacher_path: Path, tmp_path_factory: pytest.TempPathFactory) 
     with pytest.MonkeyPatch.context() as changed:
         changed.setenv("HOME", str(home))
         with interrupted(at=4):
-            run(config, Places(out=out), Console())
-        run(config, Places(out=out), Console())
-        run(config, Places(out=out), Console())  # finished: nothing is done or written down
+            run(config, RunPaths(out=out), Console())
+        run(config, RunPaths(out=out), Console())
+        run(config, RunPaths(out=out), Console())  # finished: nothing is done or written down
         asked = data.with_name("asked.jsonl")
         asked.write_text("\n".join([json.dumps({"prompt": f"{SECRET}? <think>{HIDDEN}"})] * 2))
         for words in ([f"May I have {SECRET}?"], ["--prompts", asked, "--json"]):
@@ -183,7 +186,9 @@ def test_what_the_guard_does_is_there_by_its_figures(tmp_path: Path, first: bool
         guard.on_event(Event(3, *clipped))
         guard.on_event(Event(5, "set_aside", "batch", "a batch", value=1.0, batch=[7]))
         process: Any = SimpleNamespace(is_main_process=first)
-        loop = Loop(process, None, None, None, [], None, tmp_path, metrics, told.append)  # type: ignore[arg-type]
+        job: Any = SimpleNamespace(folder=tmp_path)
+        nothing: Any = None
+        loop = Loop(job, process, nothing, [], None, metrics, told.append)
         loop.refuse(Path("checkpoints/step-000004"), f"cannot open /x/{PLACE}/state.json", 9)
     assert len(told) == 3 and (tmp_path / LOG).exists() == first
     if first:
@@ -251,7 +256,10 @@ def test_an_altered_file_is_named(copy: RunFolder) -> None:
 
 
 def test_deleted_files_are_no_fault_and_others_are_told(copy: RunFolder) -> None:
-    """Checkpoints and the student may go; a GGUF file that the log does not know is named."""
+    """Checkpoints and the student may go; a GGUF file that the log does not know is named, but
+    for one that an export at work is writing, whose name starts with a dot."""
+    (copy.path / ".student-q4_0.gguf").write_bytes(b"half")
+    assert not verify(copy.path).notes
     shutil.rmtree(copy.path / "checkpoints")
     shutil.copy(copy.gguf, copy.path / "other.gguf")
     copy.gguf.unlink()
@@ -304,8 +312,8 @@ SOME = Judgment(
 ).to_audit()
 
 
-def test_decisions_of_another_student_are_found(copy: RunFolder) -> None:
-    """One that lay there for a while: the line that it decided in is named."""
+def test_use_of_another_file_is_found(copy: RunFolder) -> None:
+    """A student that lay there for a while: the line that it decided in is named."""
     data = copy.gguf.read_bytes()
     flip(copy.gguf, 1000)
     assert record_judgments(copy.gguf, [SOME, SOME])
@@ -314,17 +322,13 @@ def test_decisions_of_another_student_are_found(copy: RunFolder) -> None:
     found = verify(copy.path).findings
     assert [finding.line for finding in found] == [last - 1, last]
     assert "it was given another student.gguf than line" in found[0].problem
-
-
-def test_training_that_went_on_from_an_altered_checkpoint_is_found(copy: RunFolder) -> None:
-    """What was read was not what had been saved."""
+    # Training went on from a checkpoint that was not the saved one.
     resumed = events_in(copy.path, "training_resumed")[0]
     name = min(resumed["read"])
     resumed["read"][name]["sha256"] = "0" * 64
     append(copy.path, [("training_resumed", resumed)])
-    assert any(
-        f"it was given another {name}" in finding.problem for finding in verify(copy.path).findings
-    )
+    problems = [finding.problem for finding in verify(copy.path).findings]
+    assert any(f"it was given another {name}" in problem for problem in problems)
 
 
 def test_exports_replace_and_names_stay_within_the_run(copy: RunFolder, tmp_path: Path) -> None:
@@ -411,12 +415,6 @@ def test_a_run_by_another_name(
         assert not events_in(copy.path, "exported")[-1]["files"]
     found = verify(Path(".."))
     assert found.intact and not found.notes
-
-
-def test_files_that_are_being_written_are_not_told_of(copy: RunFolder) -> None:
-    """An export that is at work has a file whose name begins with a dot."""
-    (copy.path / ".student-q4_0.gguf").write_bytes(b"half")
-    assert not verify(copy.path).notes
 
 
 def test_a_place_that_cannot_be_written_to_does_not_stop_a_decision(copy: RunFolder) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +13,8 @@ import torch
 from gguf import GGUFValueType
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import distill.pipeline.run
 from distill.base_models.base_model import load_base_student, open_base
 from distill.base_models.memory_check import describe_base
-from distill.cli import main
 from distill.config.loading import load_config
 from distill.config.schema import RunConfig
 from distill.errors import UserError
@@ -27,32 +23,24 @@ from distill.export.student_folder import load_student
 from distill.export.transformers_folder import save_plain
 from distill.inference.judge import Judge
 from distill.pipeline.run import run
-from distill.runs.folder import Places, RunFolder
+from distill.runs.folder import RunFolder, RunPaths
 from distill.runtime.progress import Console
-from distill.training.engine import train
 from students.adapter.adapter import BASE, AdaptedStudent
 from students.adapter.merge import merge
 from teachers.gguf.file import Field, read_gguf, tokenizer_fields
 from teachers.llama_cpp.teacher import GGUFTeacher
-from tests.support.runs import FEW_PROMPTS
+from tests.conftest import command
+from tests.support.runs import SMALL, interrupted
 from tests.support.tiny_models import make_base
 
-Command = Callable[..., tuple[int, str, str]]
-SMALL = [
-    f"safety.labels={FEW_PROMPTS}",
-    "data.max_length=24",
-    "data.held_out=0.2",
-    "train.epochs=2",
-    "train.learning_rate=0.01",
-    "train.batch_size=8",
-    "train.evaluations=3",
-]
+SETTINGS = [one for one in SMALL if not one.startswith("student.init")]
+SETTINGS.append("train.learning_rate=0.01")
 
 
 def base_config(teacher: Path, base: Path, *settings: str, four_bits: bool = True) -> RunConfig:
     overrides = {"teacher.path": str(teacher), "student.base": str(base)}
     overrides |= {"student.load_in_4bit": four_bits, "student.lora_rank": 8, "data.samples": 40}
-    return load_config(None, overrides, [*SMALL, *settings])
+    return load_config(None, overrides, [*SETTINGS, *settings])
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +55,7 @@ def finished(
 ) -> RunFolder:
     """One finished run in NF4."""
     out = tmp_path_factory.mktemp("runs") / "first"
-    return run(base_config(tiny_teacher_path, base), Places(out=out), Console())
+    return run(base_config(tiny_teacher_path, base), RunPaths(out=out), Console())
 
 
 def improved(run: RunFolder) -> bool:
@@ -146,35 +134,17 @@ def test_transformers_loads_the_merged_folder(finished: RunFolder, tiny_teacher_
 
 
 def test_continued_training_ends_at_the_same_bytes(
-    finished: RunFolder, tiny_teacher_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+    finished: RunFolder, tiny_teacher_path: Path, base: Path
 ) -> None:
-    """Stopped after a few steps and begun again: adapters, gates and heads come back."""
+    """Stopped after a few steps and started again: adapters, gates and heads come back."""
     out = finished.path.parent / "stopped"
-    stop_after(monkeypatch, 5)
     config = base_config(tiny_teacher_path, base)
-    with pytest.raises(KeyboardInterrupt):
-        run(config, Places(out=out), Console())
-    monkeypatch.undo()
-    again = run(config, Places(out=out), Console())
+    with interrupted(at=5):
+        run(config, RunPaths(out=out), Console())
+    again = run(config, RunPaths(out=out), Console())
     weights = "student/model.safetensors"
     assert (again.path / weights).read_bytes() == (finished.path / weights).read_bytes()
     assert again.gguf.read_bytes() == finished.gguf.read_bytes()
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Interrupt training after so many steps."""
-
-    def interrupted(*arguments: object, **more: object) -> object:
-        report: Callable[[int, str], None] = arguments[5]  # type: ignore[assignment]
-
-        def stop(step: int, words: str) -> None:
-            report(step, words)
-            if step == steps:
-                raise KeyboardInterrupt
-
-        return train(*arguments[:5], stop, *arguments[6:], **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(distill.pipeline.run, "train", interrupted)
 
 
 PARTS = ["targets.layers=[1]", "train.accumulation=4", "train.precision=bf16"]
@@ -186,13 +156,13 @@ def test_other_ways_of_training(
 ) -> None:
     """In NF4: on text of the student's own; in parts, with the teacher's hidden states."""
     config = base_config(tiny_teacher_path, base, *settings, "train.epochs=1", "safety.labels=none")
-    assert improved(run(config, Places(out=tmp_path / "run"), Console()))
+    assert improved(run(config, RunPaths(out=tmp_path / "run"), Console()))
 
 
 @pytest.mark.parametrize(
     ("kind", "tied", "checkpointing"), [("llama", True, "false"), ("phi3", False, "true")]
 )
-def test_other_architectures_unquantised(
+def test_other_architectures_unquantized(
     tiny_teacher_path: Path, tmp_path: Path, kind: str, tied: bool, checkpointing: str
 ) -> None:
     """llama with tied embeddings and without checkpointing; phi3 with its fused matrices."""
@@ -200,7 +170,7 @@ def test_other_architectures_unquantised(
     settings = ["export.quant=f32", "train.epochs=1"]
     settings += [f"train.gradient_checkpointing={checkpointing}"]
     config = base_config(tiny_teacher_path, base, *settings, four_bits=False)
-    folder = run(config, Places(out=tmp_path / "run"), Console())
+    folder = run(config, RunPaths(out=tmp_path / "run"), Console())
     assert folder.read_results()["proof"]["max_logit_difference"] <= 1e-3
     assert read_gguf(folder.gguf).value("general.architecture") == kind
     assert improved(folder)
@@ -261,14 +231,14 @@ def test_rows_that_the_base_lacks_are_added(
         assert float(difference) < allowed
 
 
-def test_what_cannot_be_computed_or_written_is_said_in_the_beginning(
+def test_what_cannot_be_computed_or_written_is_reported_first(
     tiny_teacher_path: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A phi3 window shorter than the text is refused, as llama.cpp has none; a tokenizer that
     transformers cannot have is left out of the merged folder."""
     phi = make_base(tmp_path / "phi", tiny_teacher_path, "phi3", sliding_window=12)
     with pytest.raises(UserError, match=r"data\.max_length=12"):
-        run(base_config(tiny_teacher_path, phi), Places(out=tmp_path / "run"), Console())
+        run(base_config(tiny_teacher_path, phi), RunPaths(out=tmp_path / "run"), Console())
     config = base_config(tiny_teacher_path, base)
     fields = tokenizer_fields(read_gguf(tiny_teacher_path))
     odd = fields | {"tokenizer.ggml.pre": Field("unheard-of", GGUFValueType.STRING, None)}
@@ -310,20 +280,6 @@ def test_a_damaged_adapter_is_refused(finished: RunFolder, tmp_path: Path) -> No
             pytest.fail(change.__name__)
 
 
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Exit code, output and errors of ``distill``."""
-
-    def run_command(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["distill", *words])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        said = capsys.readouterr()
-        return stopped.value.code, said.out, said.err  # type: ignore[return-value]
-
-    return run_command
-
-
 def change_config(base: Path, copy: Path, **changes: object) -> Path:
     shutil.copytree(base, copy)
     config = json.loads((copy / "config.json").read_text())
@@ -346,7 +302,6 @@ def test_bad_input_is_one_line_and_exit_2(
     tiny_teacher_path: Path,
     base: Path,
     tmp_path: Path,
-    command: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Refused before anything is captured: exit code 2, one line that names what is wrong."""
@@ -356,7 +311,7 @@ def test_bad_input_is_one_line_and_exit_2(
     odd = {"hidden_size": 60, "num_attention_heads": 5, "num_key_value_heads": 1}
     narrow = change_config(base, tmp_path / "narrow", **odd)
     gptq = {"quantization_config": {"quant_method": "gptq"}}
-    quantised = change_config(base, tmp_path / "quantised", **gptq)
+    quantized = change_config(base, tmp_path / "quantized", **gptq)
     foreign = swap_tokens(base, tmp_path / "foreign")
     start = ["run", "--teacher", str(tiny_teacher_path)]
     plan = ["plan", "--teacher", str(tiny_teacher_path)]
@@ -366,7 +321,7 @@ def test_bad_input_is_one_line_and_exit_2(
         (start, other, ["gpt_neox", "llama, phi3, qwen2"]),
         (start, scaled, ["gelu"]),
         (start, narrow, ["60", "divisible by 8"]),
-        (start, quantised, ["quantised already", "--load-in-4bit"]),
+        (start, quantized, ["quantized already", "--load-in-4bit"]),
         (start, foreign, ["2 of 1,024 tokens differ", "first token 300"]),
         ([*start, "--student-size", "64x2"], base, ["size", "base"]),
         ([*start, "--init", "random"], base, ["init"]),
@@ -377,20 +332,19 @@ def test_bad_input_is_one_line_and_exit_2(
     ]
     for arguments, student, words in cases:
         more = [] if student is None else ["--student-base", str(student)]
-        code, _, said = command(*arguments, *more)
-        assert code == 2 and "Traceback" not in said, (arguments, more, said)
-        assert all(word in said for word in words), (words, said)
+        ended = command(*arguments, *more)
+        assert ended.code == 2 and "Traceback" not in ended.complaint, (arguments, more, ended)
+        assert all(word in ended.complaint for word in words), (words, ended)
     assert not (tmp_path / "runs").exists()
 
 
-def test_plan_says_what_would_fit(tiny_teacher_path: Path, base: Path, command: Command) -> None:
+def test_plan_says_what_would_fit(tiny_teacher_path: Path, base: Path) -> None:
     """Memory by what it is for, and what helps where it is too much."""
     arguments = ["plan", "--teacher", str(tiny_teacher_path), "--student-base", str(base)]
     arguments += ["--load-in-4bit", "--samples", "40", "--memory", "3MB"]
-    arguments += [word for setting in SMALL for word in ("--set", setting)]
-    code, output, _ = command(*arguments)
-    said = " ".join(output.split())
-    assert code == 0
+    arguments += [word for setting in SETTINGS for word in ("--set", setting)]
+    ended = command(*arguments)
+    assert ended.code == 0
     parts = ("base weights", "LoRA, gates and heads", "optimizer's moments", "activations", "loss")
     for words in (*parts, "what would help", "train.accumulation"):
-        assert words in said, words
+        assert words in ended.said, words

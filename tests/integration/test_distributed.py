@@ -246,7 +246,7 @@ def test_what_happened_to_one_process_is_undone_in_both(outcomes: dict[str, Outc
 def test_without_a_sound_batch_in_one_process_both_give_up(outcomes: dict[str, Outcome]) -> None:
     """With the same words, the tensor named in each event, and a checkpoint that is sound."""
     one = outcomes["hopeless"]
-    assert "going back again and again did not help" in one.first["ended"]
+    assert "repeated rollbacks did not help" in one.first["ended"]
     assert "targets.topk_logits" in one.first["ended"]
     assert one.events[-1]["action"] == "abort"
     named = {event["tensor"] for event in one.events if event["action"] != "set_aside"}

@@ -1,4 +1,7 @@
-"""`distill evaluate` on tiny models: its figures, which text it takes, and what it refuses."""
+"""`distill evaluate` on tiny models: its scores, which text it takes, and what it refuses.
+
+Long because one comparison of the same few files serves all of the tests.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +21,20 @@ from distill.capture.corpus import build_corpus
 from distill.capture.tokenizer_only import tokenizer_entries
 from distill.config.loading import load_config
 from distill.errors import UserError
-from distill.evaluation import greedy, lm_eval_adapter
+from distill.evaluation import cost, greedy, lm_eval_adapter
 from distill.evaluation.candidates import Candidate, Candidates, find_candidates
 from distill.evaluation.compare import evaluate_files
-from distill.evaluation.greedy import NEW_TOKENS, beginnings, greedy_scores
+from distill.evaluation.greedy import NEW_TOKENS, greedy_prompts, greedy_scores
 from distill.evaluation.inputs.files import find_files, unique_names
-from distill.evaluation.inputs.request import Request, Wanted
+from distill.evaluation.inputs.request import Request, TextRequest
 from distill.evaluation.records import Comparison
 from distill.evaluation.safety import choose_prompts
 from distill.evaluation.text import Text, choose_text
-from distill.export import proof
 from distill.heads.prompts import built_in_prompts, digest, split_by_scenario
+from distill.reports.comparison.report import document_of
+from distill.reports.render.terminal import print_report
 from distill.runs.folder import HeldOut, RunFolder
+from distill.runtime.format import number
 from distill.runtime.progress import Console
 from students.gguf.metadata import ExportNames
 from students.gguf.writer import write_gguf
@@ -122,8 +127,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 def hasten(patch: pytest.MonkeyPatch) -> None:
     """Let models write little."""
     patch.setattr(greedy, "NEW_TOKENS", FEW_TOKENS)
-    patch.setattr(proof, "SPEED_NEW_TOKENS", FEW_TOKENS)
-    patch.setattr(proof, "SPEED_PROMPT_TOKENS", 16)
+    patch.setattr(cost, "SPEED_NEW_TOKENS", FEW_TOKENS)
+    patch.setattr(cost, "SPEED_PROMPT_TOKENS", 16)
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +237,7 @@ def test_greedy_prefixes_against_a_loop(
     texts = ["Please order 4 boxes of", "Good morning, what"]
     prompts = example_gguf.tokenize(texts, add_special=True, parse_special=True)
     sequences = [np.concatenate((prompt, prompt)).astype(np.int32) for prompt in prompts]
-    start = beginnings(sequences, 512)
+    start = greedy_prompts(sequences, 512)
     assert start is not None and [len(p) for p in start.prompts] == [len(p) for p in prompts]
 
     def continued(model: GGUFTeacher, prompt: Tokens) -> list[int]:
@@ -285,26 +290,26 @@ def test_held_out_sequences_are_cut_or_left_out(
         return [len(row) for row in text.sequences(example_gguf, print)]
 
     sequences, own = some_sequences(), chosen(files.run.path)
-    text = choose_text(Wanted(max_length=10), own, example_gguf)
+    text = choose_text(TextRequest(max_length=10), own, example_gguf)
     cut = [row[:10].tolist() for row in sequences]
     assert [row.tolist() for row in text.sequences(example_gguf, print)] == cut
-    assert "4 cut at 10 tokens" in text.words
-    few = choose_text(Wanted(samples=2), own, example_gguf)
-    assert "2 of the 5" in few.words and len(few.items) == 2
+    assert "4 cut at 10 tokens" in text.description
+    few = choose_text(TextRequest(samples=2), own, example_gguf)
+    assert "2 of the 5" in few.description and len(few.items) == 2
     short = narrow_run(tmp_path / "short", 16, sequences).gguf
-    text = choose_text(Wanted(), chosen(short), example_gguf)
+    text = choose_text(TextRequest(), chosen(short), example_gguf)
     assert lengths(text) == [7, 12] and text.skipped == 3
     long = chosen(make_run(tmp_path / "long", short, sequences[2:]).gguf)
     with pytest.raises(UserError, match=r"every held-out sequence is longer .* --max-length 16"):
-        choose_text(Wanted(), long, example_gguf)
-    text = choose_text(Wanted(max_length=20), long, example_gguf)
+        choose_text(TextRequest(), long, example_gguf)
+    text = choose_text(TextRequest(max_length=20), long, example_gguf)
     assert "16 tokens" in text.notes[0] and set(lengths(text)) == {16}
     whole = [np.full(600, 5, dtype=np.int32)]  # fits both contexts, but is more than is looked at
     wide = narrow_run(tmp_path / "wide", 1024, whole).gguf
     candidates = find_candidates(find_files([wide], wide.parent.with_suffix(".gguf")))
-    text = choose_text(Wanted(), candidates, example_gguf)
+    text = choose_text(TextRequest(), candidates, example_gguf)
     assert len(text.items[0].segments[0]) == 512
-    assert text.skipped == 0 and "1 cut at 512" in text.words
+    assert text.skipped == 0 and "1 cut at 512" in text.description
 
 
 def test_runs_must_share_what_they_held_out(
@@ -314,13 +319,13 @@ def test_runs_must_share_what_they_held_out(
     run = files.run.path
     same = make_run(tmp_path / "same", files.run.gguf, some_sequences()).path
     other = make_run(tmp_path / "other", files.run.gguf, some_sequences(4)).path
-    text = choose_text(Wanted(), chosen(run, same), example_gguf)
-    assert str(run) in text.words and str(same) in text.words and not text.warnings
-    stranger = choose_text(Wanted(), chosen(run, files.copy), example_gguf)
+    text = choose_text(TextRequest(), chosen(run, same), example_gguf)
+    assert str(run) in text.description and str(same) in text.description and not text.warnings
+    stranger = choose_text(TextRequest(), chosen(run, files.copy), example_gguf)
     assert "copy.gguf lies in no run's folder" in stranger.warnings[0]
-    wanted = Wanted(samples=4, max_length=24)
+    wanted = TextRequest(samples=4, max_length=24)
     spoken = choose_text(wanted, chosen(run, other), example_gguf)
-    assert "teacher's own words" in spoken.words
+    assert "teacher's own words" in spoken.description
     said = spoken.sequences(example_gguf, lambda done: None)
     assert len(said) == 4 and max(map(len, said)) <= 24
     config = load_config(None, {"data.samples": 4, "data.max_length": 24}, [])
@@ -340,17 +345,17 @@ def test_data_that_a_run_was_trained_on(
         path.write_text("\n".join(map(json.dumps, [*lines, {"text": "Boxes have been ordered."}])))
     run = make_run(tmp_path / "run", files.run.gguf, some_sequences(), **{"data.path": str(data)})
     for given in (data, data.parent):
-        text = choose_text(Wanted(data=given), chosen(run.path), example_gguf)
-        assert "the run of student.gguf was given the same data" in text.words
+        text = choose_text(TextRequest(data=given), chosen(run.path), example_gguf)
+        assert "the run of student.gguf was given the same data" in text.description
         assert "is what the run of student.gguf was trained on" in text.warnings[0]
-    text = choose_text(Wanted(data=new), chosen(run.path), example_gguf)
-    assert "3 of them with the teacher's answers" in text.words and not text.warnings
-    assert "were given other data" in text.words
+    text = choose_text(TextRequest(data=new), chosen(run.path), example_gguf)
+    assert "3 of them with the teacher's answers" in text.description and not text.warnings
+    assert "were given other data" in text.description
     prompt = text.items[0].segments[0]
     answered = text.sequences(example_gguf, lambda done: None)[0]
     assert len(answered) > len(prompt) and answered[: len(prompt)].tolist() == prompt.tolist()
-    unknown = choose_text(Wanted(data=new), chosen(files.copy), example_gguf)
-    assert "whether the students were trained on it is not known" in unknown.words
+    unknown = choose_text(TextRequest(data=new), chosen(files.copy), example_gguf)
+    assert "whether the students were trained on it is not known" in unknown.description
 
 
 # --- the safety head
@@ -413,7 +418,7 @@ def test_json_page_and_tasks(
 
     hasten(monkeypatch)
     monkeypatch.setattr("distill.evaluation.compare.UNSTEADY", 0.0)
-    monkeypatch.setattr("distill.pipeline.preflight.require_harness", lambda: None)
+    monkeypatch.setattr("distill.evaluation.inputs.check.require_harness", lambda: None)
     monkeypatch.setattr(lm_eval_adapter, "require_tasks", lambda tasks: None)
     monkeypatch.setattr(lm_eval_adapter, "run_harness", run_harness)
     tasks = tmp_path / "tasks.jsonl"
@@ -441,20 +446,14 @@ def test_json_page_and_tasks(
 
 def test_tables_side_by_side(comparison: Comparison, capsys: pytest.CaptureFixture[str]) -> None:
     """The teacher first, every student below it, and the numbers that were measured."""
-    from distill.reports.comparison.console_table import print_comparison
-
-    print_comparison(comparison, Console())
+    print_report(document_of(comparison), Console().rich)
     said = capsys.readouterr().out
     student = comparison.students[0]
     assert student.fidelity is not None and student.safety is not None
-    table = said[said.index("Fidelity to the teacher") :]
-    lines = [line.split("│")[1:3] for line in table.splitlines() if line.startswith("│")]
-    rows = [[cell.strip() for cell in cells] for cells in lines]
-    found = {name: kl for name, kl in rows[:5] if name in ("student", "copy")}
-    assert rows[0][0].endswith("(teacher)") and rows[0][1] == "0"
-    assert found == {"student": f"{student.fidelity.kl.value:.4f}", "copy": "0.0000"}
-    for words in ("Safety head", f"{student.perplexity.value:,.2f}", "95 % interval"):
-        assert words in said
+    flat = " ".join(said.split())
+    kl, perplexity = number(student.fidelity.kl.value), number(student.perplexity.value)
+    for text in ("(teacher)", kl, perplexity, "Safety decisions", "95 % interval", "copy"):
+        assert text in flat, text
 
 
 def test_what_is_refused(

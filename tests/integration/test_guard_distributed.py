@@ -1,4 +1,4 @@
-"""Trouble in one of several processes: the trainings, and what each process keeps of them.
+"""Anomaly in one of several processes: the trainings, and what each process keeps of them.
 
 ``tests/integration/test_distributed.py`` starts them under DDP and FSDP and looks at what came of
 them; what a process saw lies in FOLDER/NAME/process-RANK.json.
@@ -25,11 +25,11 @@ from distill.losses.batch import Batch
 from distill.losses.objective import Objective
 from distill.training import engine
 from distill.training.data import TrainingData, load_batch, split
-from distill.training.engine import train
-from stability import Extra, Guard
-from stability.consensus import nearest_the_cause
-from stability.detectors import Action, Trouble
-from stability.measures.monitor import TURNS
+from distill.training.engine import TrainingJob, train
+from stability import Extra, Guard, Hooks
+from stability.consensus import root_cause
+from stability.detectors import Action, Anomaly
+from stability.measures.monitor import NORM_INTERVAL
 from stability.measures.step import local
 from students.model.decoder import SO8TForCausalLM
 from students.weights import plain_weights
@@ -89,7 +89,7 @@ class Harm:
     def _in_turn(self) -> str:
         """A matrix whose norm is looked at in the next step."""
         monitor = self.guard.monitor
-        names = monitor.names[monitor.turn % TURNS :: TURNS]
+        names = monitor.names[monitor.readings % NORM_INTERVAL :: NORM_INTERVAL]
         return next(name for name in names if name.endswith("_proj.weight"))
 
     def tell(self, words: str) -> None:
@@ -136,11 +136,11 @@ def spoil_after_exchange(guard: Guard, weight: nn.Parameter) -> None:
     """What this process has got of the gradient is damaged when the next step is to be taken."""
     step = guard.step
 
-    def damaged(*arguments: Any) -> Any:
+    def damaged(*arguments: Any, **named: Any) -> Any:
         guard.step = step  # type: ignore[method-assign]
         assert weight.grad is not None
         local(weight.grad).view(-1)[0] = torch.inf
-        return step(*arguments)
+        return step(*arguments, **named)
 
     guard.step = damaged  # type: ignore[method-assign, assignment]
 
@@ -161,7 +161,8 @@ def run(store_folder: Path, folder: Path, faults: list[Fault]) -> None:
     config = IMPATIENT if any(fault.forever for fault in faults) else CONFIG
     with patch.multiple(engine, build_optimizer=harm.build_optimizer, build_guard=harm.build_guard):
         try:
-            train(student, data, Objective(LOSS), config, folder, harm.report, harm, harm.tell)
+            job = TrainingJob(student, data, Objective(LOSS), config, folder)
+            train(job, harm.report, harm, harm.tell)
         except TrainingAborted as error:
             ended = str(error)
     found = {
@@ -179,32 +180,32 @@ def leave_out(folder: Path) -> None:
     """In the wake of a collapse, with a loss of this process's own: what the guard does then."""
     rank, model = PartialState().process_index, nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    guard = Guard(model, optimizer, extra=Extra(dict, lambda saved: None))
-    guard.careful_until = 100
+    guard = Guard(model, optimizer, hooks=Hooks(extra=Extra(dict, lambda saved: None)))
+    guard.state.watch_until = 100
     for _ in range(20):
-        guard.loss.took(1.0)
+        guard.state.loss.update(1.0)
     actions = []
     for own in ((1.0, 1.6), (1.0, 1.0), (1.6, 1.0)):
         model(torch.ones(2, 4)).square().mean().backward()
         actions.append(int(guard.step(own[rank]).action))
         if actions[-1]:
-            guard.steps += 1  # the caller's next batch
-    content = {"actions": actions, "set_aside": sorted(guard.set_aside)}
+            guard.state.steps += 1  # the caller's next batch
+    content = {"actions": actions, "set_aside": sorted(guard.state.quarantined)}
     (folder / f"left-out-{rank}.json").write_text(json.dumps(content))
 
 
 def test_what_is_nearest_to_the_cause_is_named() -> None:
     """Going back, damage before what came of it, a batch before a gradient; else the first."""
-    unknown = Trouble(Action.SKIP, "loss", None, None, None, "", blames_data=True)
+    unknown = Anomaly(Action.SKIP, "loss", None, None, None, "", suspects_data=True)
     gradient, batch = replace(unknown, tensor="up_proj"), replace(unknown, tensor="batch: tokens")
     collapse = replace(unknown, action=Action.ROLLBACK)
-    weight = Trouble(Action.ROLLBACK, "weight norm", "down_proj", None, None, "")
+    weight = Anomaly(Action.ROLLBACK, "weight norm", "down_proj", None, None, "")
     for found, wanted in (
         ([None, unknown, gradient], gradient),
         ([gradient, batch, None], batch),
         ([collapse, weight, batch], weight),
         ([batch, collapse], collapse),
     ):
-        assert nearest_the_cause(found) is nearest_the_cause(found[::-1]) is wanted
-    first, second = replace(gradient, words="first"), replace(gradient, words="second")
-    assert nearest_the_cause([first, second]) is first
+        assert root_cause(found) is root_cause(found[::-1]) is wanted
+    first, second = replace(gradient, message="first"), replace(gradient, message="second")
+    assert root_cause([first, second]) is first

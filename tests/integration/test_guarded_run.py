@@ -170,7 +170,7 @@ def test_a_rate_that_always_explodes_ends_a_run_each_time(runs: Path) -> None:
     for times in (1, 2):
         ended = run(out, "train.learning_rate=1e6")
         assert_one_clean_line(ended)
-        assert "going back again and again did not help" in ended.complaint
+        assert "repeated rollbacks did not help" in ended.complaint
         assert "try a lower train.learning_rate" in ended.complaint
         events = events_of(out)
         assert [event["action"] for event in events].count("abort") == times

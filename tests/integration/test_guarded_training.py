@@ -18,7 +18,7 @@ from distill.losses.objective import Objective
 from distill.runs.folder import latest_checkpoint
 from distill.training import checkpoint
 from distill.training.data import TrainingData, load_batch
-from distill.training.engine import train
+from distill.training.engine import TrainingJob, train
 from distill.training.summary import TrainingSummary
 from students.model.decoder import SO8TForCausalLM
 from tests.support.training import (
@@ -90,8 +90,8 @@ class Story:
     def run(self, loss: LossConfig = LOSS) -> tuple[SO8TForCausalLM, TrainingSummary]:
         self.folder.mkdir(exist_ok=True)
         student = self.student = fresh_student()
-        arguments = (self.data, Objective(loss), self.config, self.folder, self.report, self.batch)
-        return student, train(student, *arguments, tell=self.told.append)
+        job = TrainingJob(student, self.data, Objective(loss), self.config, self.folder)
+        return student, train(job, self.report, self.batch, self.told.append)
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
         lines = read_metrics(self.folder / "metrics.jsonl")

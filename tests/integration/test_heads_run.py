@@ -24,7 +24,7 @@ from distill.metrics.safety import fit_temperature, fit_thresholds
 from distill.metrics.verification import fit_trust
 from distill.pipeline.capture import capture_only
 from distill.pipeline.run import run, train_from_store
-from distill.runs.folder import Places, RunFolder
+from distill.runs.folder import RunFolder, RunPaths
 from distill.runtime.progress import Console
 from distill.training.data import split
 from students.model.decoder import SO8TForCausalLM
@@ -61,7 +61,7 @@ def own_labels(folder: Path) -> Path:
 def finished(tiny_teacher_path: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """One run with the built-in prompts, as is the default."""
     out = tmp_path_factory.mktemp("heads") / "run"
-    return run(small_config(tiny_teacher_path, *BUILT_IN, samples=24), Places(out=out), Console())
+    return run(small_config(tiny_teacher_path, *BUILT_IN, samples=24), RunPaths(out=out), Console())
 
 
 # -- a whole run
@@ -150,7 +150,7 @@ def test_the_same_seed_gives_the_same_bytes(
 ) -> None:
     """Heads, thresholds and their scores included."""
     config = small_config(tiny_teacher_path, *BUILT_IN, samples=24)
-    again = run(config, Places(tmp_path / "run"), Console())
+    again = run(config, RunPaths(tmp_path / "run"), Console())
     for name in ("student/model.safetensors", "student/config.json", "student.gguf"):
         assert (again.path / name).read_bytes() == (finished.path / name).read_bytes(), name
     assert again.read_results()["heads"] == finished.read_results()["heads"]
@@ -201,7 +201,7 @@ def test_another_label_file_is_another_run(tiny_teacher_path: Path, tmp_path: Pa
     until_training(config, out)
     path.write_text(path.read_text().replace(*CHANGED))
     with pytest.raises(UserError, match="another safety prompts"):
-        run(config, Places(out=out), Console())
+        run(config, RunPaths(out=out), Console())
 
 
 # -- calibration

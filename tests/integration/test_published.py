@@ -25,7 +25,7 @@ from students.gguf.writer import write_gguf
 from students.model.decoder import SO8TForCausalLM
 from students.model.fold import to_llama
 from teachers import example_teacher
-from teachers.base import Sampling
+from teachers.base import GenerationRequest, Sampling
 from teachers.gguf.file import Field, read_gguf, tokenizer_fields
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.conversation import conversations_tokens
@@ -156,7 +156,7 @@ def test_plain_transformers_speaks_like_llama_cpp(
                 answer = next(answers)
                 assert answer["prompt"] == prompt.tolist()
                 sampling = Sampling(temperature=0.0, max_length=len(prompt) + NEW_TOKENS)
-                (said,) = teacher.speak([[prompt]], sampling)
+                (said,) = teacher.generate(GenerationRequest([[prompt]], sampling))
                 assert answer["tokens"] == said[len(prompt) :].tolist() and answer["tokens"]
     assert next(answers, None) is None
 

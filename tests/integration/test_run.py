@@ -21,7 +21,7 @@ from distill.config.loading import load_config
 from distill.errors import UserError
 from distill.export.export_again import export_run
 from distill.pipeline.run import run
-from distill.runs.folder import Places, RunFolder
+from distill.runs.folder import RunFolder, RunPaths
 from distill.runtime.progress import Console
 from students.model.decoder import SO8TForCausalLM
 from students.model.fold import to_llama
@@ -45,7 +45,7 @@ def small_command(teacher: Path, samples: int = 40) -> list[str]:
 def finished(tiny_teacher_path: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """One finished run that the tests look at."""
     out = tmp_path_factory.mktemp("runs") / "first"
-    return run(small_config(tiny_teacher_path), Places(out=out), Console())
+    return run(small_config(tiny_teacher_path), RunPaths(out=out), Console())
 
 
 def test_the_folder_holds_what_is_promised(finished: RunFolder) -> None:
@@ -99,7 +99,7 @@ def test_the_same_seed_gives_the_same_bytes(
     finished: RunFolder, tiny_teacher_path: Path, tmp_path: Path
 ) -> None:
     """With nothing to reuse: the capture is reproducible too."""
-    again = run(small_config(tiny_teacher_path), Places(out=tmp_path / "run"), Console())
+    again = run(small_config(tiny_teacher_path), RunPaths(out=tmp_path / "run"), Console())
     assert again.read_results()["soft_targets"]["reused"] is False
     assert weights_of(again.path) == weights_of(finished.path)
 
@@ -120,12 +120,12 @@ def test_a_run_that_is_stopped_everywhere_ends_at_the_same_bytes(
     assert "free some space" in ended.complaint
     assert (out / "config.json").exists() and finished.results_file.exists()
     with interrupted(at=6):
-        run(config, Places(out=out), Console())
+        run(config, RunPaths(out=out), Console())
     with (
         patch.object(distill.export.publish, "export_proved", interrupt),
         pytest.raises(KeyboardInterrupt),
     ):
-        run(config, Places(out=out), Console())
+        run(config, RunPaths(out=out), Console())
     said = capsys.readouterr().out
     assert "continued from step" in said and "skipped" in said and "reused" in said
     assert not (out / "results.json").exists()
@@ -148,7 +148,7 @@ def test_a_store_of_this_working_directory_is_found(
     """
     monkeypatch.chdir(tmp_path)
     config = small_config(tiny_teacher_path, "student.size=96x3", samples=12)
-    assert run(config, Places(), Console()).path == Path("runs/tiny-96x3")
+    assert run(config, RunPaths(), Console()).path == Path("runs/tiny-96x3")
     assert "not fewer than the teacher's" in " ".join(capsys.readouterr().out.split())
     assert until_training(config, tmp_path / "elsewhere" / "run")
     assert until_training(config, Path("runs/tiny-96x3-2"), given=False)
@@ -169,7 +169,9 @@ def test_any_temperature_uses_the_same_soft_targets(
 ) -> None:
     """A store answers at every temperature from 1 on: nothing is captured for another one."""
     config = small_config(tiny_teacher_path, "loss.temperature=1.3", "loss.final_temperature=4.0")
-    results = run(config, Places(out=finished.path.with_name("tempered")), Console()).read_results()
+    results = run(
+        config, RunPaths(out=finished.path.with_name("tempered")), Console()
+    ).read_results()
     assert results["soft_targets"]["reused"] is True
     assert results["soft_targets"]["folder"] == finished.read_results()["soft_targets"]["folder"]
     assert results["evaluation"]["after"]["kl"] < results["evaluation"]["before"]["kl"]
@@ -187,19 +189,19 @@ def test_every_kind_of_targets_is_learnt_from(
 ) -> None:
     """A whole run on each: it learns, and its student is proved like any other."""
     config = small_config(tiny_teacher_path, *settings.split(), samples=16)
-    results = run(config, Places(out=finished.path.with_name(kind)), Console()).read_results()
+    results = run(config, RunPaths(out=finished.path.with_name(kind)), Console()).read_results()
     scores, place = results["evaluation"], Path(results["soft_targets"]["folder"])
     assert scores["after"]["kl"] < scores["before"]["kl"] and results["proof"]["mean_kl"] <= 5e-3
     store = SoftTargetStore(place, read_manifest(place))
     assert store.manifest.recipe.kind == kind
     assert store.manifest.recipe.layers == ((0, 1) if kind == "hidden" else ())
     assert all(state == "complete" for state in map(store.state, range(store.manifest.shards)))
-    companion = store.companion()
-    assert (companion is not None) == (kind == "hidden")
-    if companion is not None:
-        assert set(companion.bases) == {"layer0", "layer1"}
+    shared_codec = store.shared_codec()
+    assert (shared_codec is not None) == (kind == "hidden")
+    if shared_codec is not None:
+        assert set(shared_codec.bases) == {"layer0", "layer1"}
         for layer, states in store.layer_states(0).items():
-            basis = companion.bases[f"layer{layer}"]
+            basis = shared_codec.bases[f"layer{layer}"]
             assert states.shape == (len(store.tokens(0)) - 1, len(basis.ranges))
             assert basis.bytes_per_position <= 8
 
@@ -217,7 +219,7 @@ def test_a_finished_runs_folder_is_left_alone(
 ) -> None:
     """The same command shows its table; other settings, other files, a plain file are refused."""
     before = times_in(finished)
-    run(small_config(tiny_teacher_path), Places(out=finished.path), Console())
+    run(small_config(tiny_teacher_path), RunPaths(out=finished.path), Console())
     assert "already" in capsys.readouterr().out
     (tmp_path / "mine.txt").write_text("mine")
     for out, settings, words in (
@@ -226,7 +228,7 @@ def test_a_finished_runs_folder_is_left_alone(
         (tmp_path / "mine.txt", [], "is a file"),
     ):
         with pytest.raises(UserError, match=words):
-            run(small_config(tiny_teacher_path, *settings), Places(out=out), Console())
+            run(small_config(tiny_teacher_path, *settings), RunPaths(out=out), Console())
     assert times_in(finished) == before
 
 
@@ -239,7 +241,7 @@ def test_a_changed_teacher_is_noticed(tiny_teacher_path: Path, tmp_path: Path) -
     data[-8:-4] = b"\x00\x00\x00\x3f"
     teacher.write_bytes(data)
     with pytest.raises(UserError, match="another teacher sha256"):
-        run(config, Places(out=tmp_path / "run"), Console())
+        run(config, RunPaths(out=tmp_path / "run"), Console())
 
 
 def test_data_from_files(tiny_teacher_path: Path, tmp_path: Path) -> None:
@@ -253,10 +255,10 @@ def test_data_from_files(tiny_teacher_path: Path, tmp_path: Path) -> None:
     (data / "b.txt").write_text("Room 3 is free. " * 40)
     config = small_config(tiny_teacher_path, f"data.path={data}")
     with pytest.raises(UserError, match=r"a\.jsonl"):
-        run(config, Places(out=out), Console())
+        run(config, RunPaths(out=out), Console())
     lines = [{"prompt": f"Order {n} boxes."} for n in range(6)] + [{"text": "The desk opens at 8."}]
     (data / "a.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    folder = run(config, Places(out=out), Console())
+    folder = run(config, RunPaths(out=out), Console())
     assert folder.finished
     student, teacher = read_gguf(folder.gguf), read_gguf(tiny_teacher_path)
     assert tokenizer_sha256(student) == tokenizer_sha256(teacher)
@@ -267,7 +269,7 @@ def test_a_folder_in_use_is_refused(finished: RunFolder, tiny_teacher_path: Path
     """Two processes cannot work in one run's folder, nor fill one store."""
     out = finished.path.with_name("busy")
     with exclusive(out), pytest.raises(StoreError, match=r"busy is in use"):
-        run(small_config(tiny_teacher_path), Places(out=out), Console())
+        run(small_config(tiny_teacher_path), RunPaths(out=out), Console())
     assert not (out / "config.json").exists()
 
 
@@ -352,21 +354,20 @@ def cli(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
 def test_the_command_itself(
     tiny_teacher_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a process: version, error, Ctrl-C (exit code 130); then a whole run and an answer."""
-    version, wrong = (
-        cli("--version", cwd=tmp_path),
-        cli("run", "--teacher", "none.gguf", cwd=tmp_path),
-    )
+    """As a process: Ctrl-C (exit code 130), version, error; then a whole run and an answer."""
     words = [*small_command(tiny_teacher_path, samples=12), "--out", "r"]
     process = cli(*words, cwd=tmp_path)
-    assert version.communicate(timeout=120)[0].startswith("distill ")
-    _, said = wrong.communicate(timeout=120)
-    assert wrong.returncode == 2 and said.count("\n") == 1 and "none.gguf" in said
     assert process.stdout is not None
     next(line for line in process.stdout if "Capture" in line)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130 and "interrupted" in said and "Traceback" not in said, said
+    version, wrong = (
+        cli(*one, cwd=tmp_path) for one in (["--version"], ["run", "--teacher", "none.gguf"])
+    )
+    assert version.communicate(timeout=120)[0].startswith("distill ")
+    _, said = wrong.communicate(timeout=120)
+    assert wrong.returncode == 2 and said.count("\n") == 1 and "none.gguf" in said
     monkeypatch.chdir(tmp_path)
     assert command(*words).code == 0 and Path("r/results.json").exists()
     settings = ("--max-tokens", 8, "--temperature", 0)
@@ -380,4 +381,4 @@ def test_too_little_space_is_refused_before_capture(
     """The size of the soft targets is known beforehand."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(UserError, match=r"need up to .* free"):
-        run(small_config(tiny_teacher_path), Places(out=tmp_path / "tight"), Console())
+        run(small_config(tiny_teacher_path), RunPaths(out=tmp_path / "tight"), Console())

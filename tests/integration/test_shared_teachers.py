@@ -13,7 +13,7 @@ from distill.capture.tokenizer_only import tokenizer_entries
 from distill.config.loading import load_config
 from distill.export.export import Export, export_proved
 from distill.pipeline.run import run
-from distill.runs.folder import HeldOut, Places
+from distill.runs.folder import HeldOut, RunPaths
 from distill.runtime.progress import Console
 from students.gguf.metadata import ExportNames
 from students.model.build import build_student, student_config
@@ -64,7 +64,7 @@ def test_a_real_teacher_speaks_and_is_learnt_from(tmp_path: Path) -> None:
         "train.epochs": 6,
         "export.quant": "f32",
     }
-    folder = run(load_config(None, overrides, settings), Places(out=tmp_path / "run"), Console())
+    folder = run(load_config(None, overrides, settings), RunPaths(out=tmp_path / "run"), Console())
     results = folder.read_results()
     scores = results["evaluation"]
     assert scores["exported"]["kl"] < 0.6 * scores["before"]["kl"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from stability import Event, Extra, GaveUp, Guard, GuardSettings, Limit, ProbeReading
+from stability import Event, Extra, GaveUp, Guard, GuardSettings, Hooks, Limit, ProbeReading
 from stability.detectors import Action
 from tests.support.training import OPTIMIZERS, Harm, Plain, batch, is_finite, make_model
 
@@ -135,7 +135,7 @@ def test_a_loss_that_is_no_number_is_skipped(optimizer: str, at: int) -> None:
     loop = Plain(optimizer, harm=harm).run(60)
     assert len(seen) == 2 and seen[0] == seen[1]
     assert [(one.action, one.step, one.batch) for one in loop.events] == [("skip_step", at, [at])]
-    assert loop.events[0].signal == "non-finite loss" and f"step {at}" in loop.events[0].words
+    assert loop.events[0].signal == "non-finite loss" and f"step {at}" in loop.events[0].message
     assert is_finite(loop.model) and loop.tried == list(range(60))
 
 
@@ -155,7 +155,7 @@ def test_a_step_is_skipped_and_its_cause_named() -> None:
         loop = Plain(harm=once(at, harm)).run(at + 10)
         (event,) = loop.events
         assert (event.action, event.signal, event.tensor) == ("skip_step", signal, tensor)
-        assert event.batch == [at] and str(tensor or "") in event.words, signal
+        assert event.batch == [at] and str(tensor or "") in event.message, signal
         assert is_finite(loop.model), signal
 
 
@@ -193,7 +193,7 @@ def test_damage_is_undone() -> None:
         loop = Plain(settings=SAME, harm=once(61, harm)).run(100)
         (event,) = loop.events
         assert event.action == "rollback" and 61 <= event.step <= 66 and event.to_step == 50, harm
-        assert "3." in str(event.tensor) and "3." in event.words, harm
+        assert "3." in str(event.tensor) and "3." in event.message, harm
         assert bytes_of(loop.model) == expected, harm
 
 
@@ -230,16 +230,16 @@ def test_a_learning_rate_that_is_a_tensor_comes_back_too() -> None:
     model = make_model()
     rate = torch.tensor(3e-3)
     guard = Guard(model, torch.optim.AdamW(model.parameters(), lr=rate))
-    guard.lowered, guard.since = 0.5, 0
+    guard.state.rate_scale, guard.state.rate_from = 0.5, 0
     for step in range(5):
         inputs, wanted = batch(step)
         loss = (model(inputs) - wanted).square().mean()
         loss.backward()
         guard.step(loss.detach())
         assert float(guard.optimizer.param_groups[0]["lr"]) == pytest.approx(3e-3, rel=1e-6)
-    guard.since = 30  # whatever state training goes back to
-    for guard.steps in range(100):
-        assert 0.0 < guard.learning_rate_scale() <= 1.0, guard.steps
+    guard.state.rate_from = 30  # whatever state training goes back to
+    for guard.state.steps in range(100):
+        assert 0.0 < guard.learning_rate_scale() <= 1.0, guard.state.steps
 
 
 def test_the_newest_state_may_have_the_damage_in_it() -> None:
@@ -264,11 +264,11 @@ def test_trouble_without_end_ends_training() -> None:
             loop.run(200)
         assert [one.action for one in loop.events] == ["rollback"] * rollbacks + ["abort"]
         assert caught.value.event == loop.events[-1], rollbacks
-        assert str(caught.value) == loop.events[-1].words, rollbacks
+        assert str(caught.value) == loop.events[-1].message, rollbacks
         targets = [one.to_step for one in loop.events]
         assert targets[:-1] == [75, 50, 25][:rollbacks]
         assert targets == sorted(targets, reverse=True), rollbacks
-        assert is_finite(loop.model) and loop.guard.steps == targets[-1], rollbacks
+        assert is_finite(loop.model) and loop.guard.state.steps == targets[-1], rollbacks
         assert bytes_of(loop.model) != bytes_of(make_model()), rollbacks
 
 
@@ -294,8 +294,8 @@ def test_a_batch_that_makes_trouble_twice_is_set_aside() -> None:
     actions = [one.action for one in loop.events]
     assert actions == ["skip_step", "rollback", "set_aside", "skip_step"]
     assert loop.events[2].value == 55 and loop.events[2].batch == [55]
-    assert [step for step in range(80) if loop.guard.is_set_aside(step)] == [55]
-    assert [step for step in range(80) if loop.guard.is_under_suspicion(step)] == [55]
+    assert [step for step in range(80) if loop.guard.is_quarantined(step)] == [55]
+    assert [step for step in range(80) if loop.guard.is_suspect(step)] == [55]
 
 
 def test_after_a_collapse_batches_unlike_those_before_are_set_aside_untouched() -> None:
@@ -312,12 +312,14 @@ def test_after_a_collapse_batches_unlike_those_before_are_set_aside_untouched() 
         model,
         optim,
         settings=GuardSettings(snapshot_every=10, probe_every=5),
-        probe=lambda: ProbeReading(2.0 if state["harm"] < 6 else 0.1, 1.0),
-        extra=Extra(lambda: dict(state), state.update),
-        on_event=events.append,
+        hooks=Hooks(
+            probe=lambda: ProbeReading(2.0 if state["harm"] < 6 else 0.1, 1.0),
+            extra=Extra(lambda: dict(state), state.update),
+            on_event=events.append,
+        ),
     )
     while (step := state["step"]) < 110:
-        spoils = 60 <= step < 70 and not guard.is_set_aside(step)
+        spoils = 60 <= step < 70 and not guard.is_quarantined(step)
         inputs, wanted = batch(step)
         (model(inputs) - wanted).square().mean().backward()
         before, known = bytes_of(model), len(events)
@@ -330,7 +332,7 @@ def test_after_a_collapse_batches_unlike_those_before_are_set_aside_untouched() 
             assert bytes_of(model) == before and state["step"] == step
     assert [one.action for one in events] == ["rollback", *["set_aside"] * 10]
     assert [one.value for one in events[1:]] == list(range(60, 70)) and state["harm"] == 0
-    assert all(part in events[1].words for part in ("step 60", "1.5", "1.02"))
+    assert all(part in events[1].message for part in ("step 60", "1.5", "1.02"))
     assert guard.learning_rate_scale() == 1.0
 
 
@@ -341,16 +343,18 @@ def test_the_callers_own_limits_and_state() -> None:
         loop.guard = Guard(
             loop.model,
             loop.optim,
-            extra=Extra(lambda counted=counted: dict(counted), counted.update),
-            limits=[Limit("tilt", 1.0, lambda: "3.weight")],
-            on_event=loop.events.append,
+            hooks=Hooks(
+                extra=Extra(lambda counted=counted: dict(counted), counted.update),
+                limits=[Limit("tilt", 1.0, lambda: "3.weight")],
+                on_event=loop.events.append,
+            ),
         )
         for step in range(12):
             inputs, wanted = batch(step)
             loss = (loop.model(inputs) - wanted).square().mean()
             loss.backward()
             tilt = value if step == 11 else 1.0
-            loop.guard.step(loss.detach(), figures={"tilt": tilt, "other": 1e9})
+            loop.guard.step(loss.detach(), stats={"tilt": tilt, "other": 1e9})
             counted["steps"] += 1
         (event,) = loop.events
         assert (event.signal, event.tensor, event.to_step) == ("tilt", "3.weight", 0), value

@@ -49,7 +49,9 @@ class Training:
         self.schedule = LambdaLR(self.optimizer, lambda step: 1.0 / (1 + step))
         self.place = {"seen": [0]}
         extra = Extra(lambda: {"seen": list(self.place["seen"])}, self.put_back)
-        self.keeper = Keeper(self.model, self.optimizer, self.schedule, extra, 3)
+        self.keeper = Keeper(
+            self.model, self.optimizer, schedule=self.schedule, extra=extra, count=3
+        )
 
     def put_back(self, saved: dict[str, list[int]]) -> None:
         self.place = {"seen": list(saved["seen"])}
@@ -136,7 +138,7 @@ def test_taking_a_snapshot_changes_nothing() -> None:
 def steps_kept(count: int, takes: list[int], first_stays: list[bool]) -> list[list[int]]:
     """Steps of the snapshots that are there after each one that is taken."""
     model = nn.Linear(1, 1)
-    keeper = Keeper(model, torch.optim.SGD(model.parameters(), lr=0.1), None, None, count)
+    keeper = Keeper(model, torch.optim.SGD(model.parameters(), lr=0.1), count=count)
     found = []
     for step, stays in zip(takes, first_stays, strict=True):
         keeper.take(step, None, keep_first=stays)

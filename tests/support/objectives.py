@@ -46,8 +46,8 @@ def make_batch(
     """Pad ``rows`` on the right, by ``padding`` more than needed."""
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.full((len(rows), int(lengths.max()) + padding), fill)
-    for place, row in enumerate(rows):
-        tokens[place, : len(row)] = torch.tensor(row)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = torch.tensor(row)
     return Batch(tokens, lengths, exact_targets(kind, torch.cat(teacher), TOPK))
 
 

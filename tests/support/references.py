@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distill.losses.divergences import Divergence
 from teachers.targets.distributions import CompactTargets
 from teachers.targets.stored_arrays import Targets
 from tests.support.stores import exact_targets
@@ -43,8 +44,32 @@ def kl(p: Array, q: Array) -> Array:
     return (p * np.log(ratios)).sum(axis=-1)
 
 
+def _mixture(p: Array, q: Array, share: float) -> Array:
+    return share * p + (1 - share) * q
+
+
+# What each divergence of teacher p and student q is.
+DEFINITIONS: dict[str, Callable[[Array, Array, Divergence], Array]] = {
+    "forward_kl": lambda p, q, kind: kl(p, q),
+    "reverse_kl": lambda p, q, kind: kl(q, p),
+    "jensen_shannon": lambda p, q, kind: (
+        kind.js_mixing * kl(p, _mixture(p, q, kind.js_mixing))
+        + (1 - kind.js_mixing) * kl(q, _mixture(p, q, kind.js_mixing))
+    ),
+    "skewed_forward_kl": lambda p, q, kind: kl(p, _mixture(p, q, kind.skew)),
+    "skewed_reverse_kl": lambda p, q, kind: kl(q, _mixture(q, p, kind.skew)),
+}
+# Every divergence, and some with other parameters.
+FAMILY = (
+    *(Divergence(name) for name in DEFINITIONS),  # type: ignore[arg-type]
+    *(Divergence("jensen_shannon", js_mixing=b) for b in (0.1, 0.8)),
+    *(Divergence("skewed_forward_kl", skew=s) for s in (0.0, 0.6)),
+    Divergence("skewed_reverse_kl", skew=0.7),
+)
+
+
 def in_buckets(p: Array, teacher: Array, count: int) -> Array:
-    """``p`` with all but the teacher's ``count`` best tokens thrown together."""
+    """``p`` with all but the teacher's ``count`` best tokens in one bucket."""
     order = np.broadcast_to(np.argsort(-teacher, axis=-1, kind="stable"), p.shape)
     ranked = np.take_along_axis(p, order, axis=-1)
     rest = ranked[..., count:].sum(axis=-1, keepdims=True)
@@ -118,12 +143,12 @@ Matrix = NDArray[np.float64]
 def reference_skew(parameters: NDArray[np.float64]) -> Matrix:
     """Lay 28 numbers out row by row above the diagonal, with opposite sign below it."""
     matrix = np.zeros((8, 8))
-    place = 0
+    index = 0
     for row in range(8):
         for column in range(row + 1, 8):
-            matrix[row, column] = parameters[place]
-            matrix[column, row] = -parameters[place]
-            place += 1
+            matrix[row, column] = parameters[index]
+            matrix[column, row] = -parameters[index]
+            index += 1
     return matrix
 
 

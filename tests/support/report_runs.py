@@ -1,4 +1,7 @@
-"""Finished runs, written by hand, that reports and cards are made of."""
+"""Finished runs, written by hand, that reports and cards are made of.
+
+Long because runs, pages and cards are read by the same helpers.
+"""
 
 from __future__ import annotations
 

@@ -10,12 +10,12 @@ from unittest.mock import patch
 
 import pytest
 
-import distill.pipeline.run
+import distill.pipeline.stages
 from distill.config.loading import load_config
 from distill.config.schema import RunConfig
 from distill.pipeline.run import run
 from distill.runs.audit_log import LOG
-from distill.runs.folder import Places, RunFolder
+from distill.runs.folder import RunFolder, RunPaths
 from distill.runtime.progress import Console
 from distill.training import checkpoint_timer
 from distill.training.engine import train
@@ -47,15 +47,15 @@ def interrupt(*_: object) -> None:
 def interrupted(at: int) -> Iterator[None]:
     """Ctrl-C after step ``at`` of training, with a checkpoint before every step; 0: before it."""
 
-    def stopped(student, data, objective, config, folder, report, *rest):  # type: ignore[no-untyped-def]
+    def stopped(job, report, *rest):  # type: ignore[no-untyped-def]
         def stop(step: int, text: str) -> None:
             if step == at:
                 raise KeyboardInterrupt
 
-        return train(student, data, objective, config, folder, stop, *rest)
+        return train(job, stop, *rest)
 
     with (
-        patch.object(distill.pipeline.run, "train", stopped if at else interrupt),
+        patch.object(distill.pipeline.stages, "train", stopped if at else interrupt),
         patch.multiple(checkpoint_timer, CHECKPOINT_SECONDS=0.0, SAVING_SHARE=float("inf")),
         pytest.raises(KeyboardInterrupt),
     ):
@@ -68,7 +68,7 @@ def until_training(config: RunConfig, out: Path, *, given: bool = True) -> bool:
     ``given``: as its ``--out``; otherwise the run is to choose it by itself.
     """
     with interrupted(at=0):
-        run(config, Places(out=out if given else None), Console())
+        run(config, RunPaths(out=out if given else None), Console())
     lines = map(json.loads, (out / LOG).read_text().splitlines())
     [reused] = [line["content"]["reused"] for line in lines if line["event"] == "captured"]
     return bool(reused)

@@ -11,7 +11,7 @@ import torch
 
 from teachers.base import Tokens
 from teachers.llama_cpp.teacher import GGUFTeacher
-from teachers.store.capture import CaptureSummary, capture, fit_companion
+from teachers.store.capture import CaptureSummary, capture, fit_shared_codec
 from teachers.store.manifest import Manifest
 from teachers.store.store import SoftTargetStore
 from teachers.targets.distributions import CompactTargets, DenseTargets, HiddenTargets, OutputHead
@@ -34,10 +34,10 @@ def write_store(
     content = {"recipe": recipe.to_json(), "vocab_size": teacher.info.vocab_size, **identity}
     store = SoftTargetStore.create_or_open(folder, Manifest(content, len(sequences), per_shard))
     bases: Mapping[str, Basis] = {}
-    if store.needs_companion:
-        companion = fit_companion(teacher, sequences, recipe)  # type: ignore[arg-type]
-        store.write_companion(companion)
-        bases = companion.bases
+    if store.needs_shared_codec:
+        shared_codec = fit_shared_codec(teacher, sequences, recipe)  # type: ignore[arg-type]
+        store.write_shared_codec(shared_codec)
+        bases = shared_codec.bases
     for shard in range(store.manifest.shards):
         start, stop = store.span(shard)
         store.write_shard(

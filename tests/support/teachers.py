@@ -16,7 +16,15 @@ import torch
 from gguf import GGUFValueType as Kind
 
 from teachers import example_teacher
-from teachers.base import Floats, Progress, Sampling, Teacher, TeacherInfo, Tokens
+from teachers.base import (
+    Floats,
+    GenerationRequest,
+    Progress,
+    Sampling,
+    Teacher,
+    TeacherInfo,
+    Tokens,
+)
 from teachers.gguf.file import Field, read_gguf, tokenizer_fields
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.targets.distributions import Arrays
@@ -133,7 +141,7 @@ def assert_greedy(teacher: Teacher, lengths: Sequence[int], max_length: int) -> 
     """Decoding texts of so many forced tokens together gives what scoring each whole text gives."""
     starts = [begun(teacher, *range(5, 5 + n)) for n in lengths]
     sampling = Sampling(temperature=0, max_length=max_length)
-    spoken = teacher.speak([[start] for start in starts], sampling)
+    spoken = teacher.generate(GenerationRequest([[start] for start in starts], sampling))
     for start, tokens in zip(starts, spoken, strict=True):
         assert np.array_equal(tokens[: len(start)], start) and len(tokens) <= max_length
         rows = teacher.logits([tokens])
@@ -146,7 +154,7 @@ def assert_forced_segments_stand(teacher: Teacher, temperature: float) -> None:
     sampling = Sampling(temperature=temperature, max_length=200, seed=1)
     reports: list[int] = []
     forced = 0
-    for tokens in teacher.speak([request] * 40, sampling, progress=reports.append):
+    for tokens in teacher.generate(GenerationRequest([request] * 40, sampling), reports.append):
         assert len(tokens) <= 200
         inner = tokens[:-1].tolist()
         ends = set(teacher.info.end_tokens) & set(inner[1:])
@@ -158,7 +166,9 @@ def assert_forced_segments_stand(teacher: Teacher, temperature: float) -> None:
 
 def assert_max_length_is_reached(teacher: Teacher) -> None:
     """Without an end token a sequence has exactly max_length tokens."""
-    spoken = teacher.speak([[begun(teacher)]] * 8, Sampling(max_length=9, seed=2))
+    spoken = teacher.generate(
+        GenerationRequest([[begun(teacher)]] * 8, Sampling(max_length=9, seed=2))
+    )
     assert max(map(len, spoken)) == 9
 
 

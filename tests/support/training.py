@@ -19,9 +19,9 @@ from distill.losses.batch import Batch
 from distill.losses.objective import Objective
 from distill.training import checkpoint_timer
 from distill.training.data import TrainingData, split
-from distill.training.engine import train
+from distill.training.engine import TrainingJob, train
 from distill.training.summary import TrainingSummary
-from stability import Event, Extra, Guard, GuardSettings, Verdict
+from stability import Event, Extra, Guard, GuardSettings, Hooks, Verdict
 from students.model.decoder import SO8TForCausalLM
 from teachers.store.store import SoftTargetStore
 from teachers.targets.recipe import Recipe
@@ -48,7 +48,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def logged_steps(folder: Path) -> list[int]:
-    """The steps that a run's log tells of, in its order."""
+    """The steps in a run's log, in its order."""
     lines = read_metrics(folder / "metrics.jsonl")
     return [line["step"] for line in lines if line["kind"] == "train"]
 
@@ -119,10 +119,10 @@ def run_with(
             seen[step] = copied(student)
         killer(kill_at)(step, text)
 
-    return student, train(student, data, Objective(loss), config, folder, report)
+    return student, train(TrainingJob(student, data, Objective(loss), config, folder), report)
 
 
-# On this little data the held-out KL is lowest somewhere in the middle.
+# On this little data the validation KL is lowest somewhere in the middle.
 GREEDY = TRAIN.model_copy(
     update={"learning_rate": 0.08, "schedule": "wsd", "epochs": 3, "evaluations": 16}
 )
@@ -154,7 +154,7 @@ def make_model(dropout: float = 0.0) -> nn.Sequential:
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
-    """The same for the same step, and something to be learnt."""
+    """The same for the same step, and something to learn."""
     inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(1000 + step))
     return inputs, torch.sin(inputs[:, :4])
 
@@ -176,23 +176,20 @@ class Plain:
     def __post_init__(self) -> None:
         self.model = make_model(self.dropout)
         self.optim = OPTIMIZERS[self.optimizer](self.model)
-        self.guard = Guard(
-            self.model,
-            self.optim,
-            settings=self.settings,
-            extra=self.extra,
-            on_event=self.events.append,
-        )
+        hooks = Hooks(extra=self.extra, on_event=self.events.append)
+        self.guard = Guard(self.model, self.optim, settings=self.settings, hooks=hooks)
         self.loss = torch.zeros(())
 
     def run(self, until: int) -> Plain:
-        while self.guard.steps < until:
-            self.tried.append(self.guard.steps)
-            inputs, wanted = batch(self.guard.steps)
+        while self.guard.state.steps < until:
+            self.tried.append(self.guard.state.steps)
+            inputs, wanted = batch(self.guard.state.steps)
             self.loss = self.scale * (self.model(inputs) - wanted).square().mean()
             self.loss.backward()
             self.harm(self)
-            self.verdicts.append(self.guard.step(self.loss.detach(), batch=[self.guard.steps]))
+            self.verdicts.append(
+                self.guard.step(self.loss.detach(), batch=[self.guard.state.steps])
+            )
             self.optim.zero_grad()
         return self
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from teachers import ensemble
-from teachers.base import Sampling, Teacher, Tokens
+from teachers.base import GenerationRequest, Sampling, Teacher, Tokens
 from teachers.ensemble import EnsembleError, EnsembleTeacher
 from teachers.huggingface.teacher import HuggingFaceTeacher
 from teachers.llama_cpp.teacher import GGUFTeacher
@@ -145,7 +145,7 @@ def test_what_a_mixture_lacks_is_refused(members: Members) -> None:
         with pytest.raises(ValueError, match=message):
             teacher.score(texts(2), recipe, {})
         with pytest.raises(ValueError, match=f"{what} cannot be kept"):
-            teacher.speak_and_score([], Sampling(), recipe, {})
+            teacher.generate_and_score(GenerationRequest([], Sampling()), recipe, {})
     with pytest.raises(ValueError, match="no hidden state; use --targets compact"):
         teacher.states(texts(2))
     with pytest.raises(ValueError, match="no hidden state; use --targets compact"):
@@ -270,15 +270,19 @@ def test_info(members: Members) -> None:
     assert EnsembleTeacher([narrow, short], [1, 1]).info.context_length == 5
 
 
-def test_the_first_teacher_speaks_and_reads(members: Members) -> None:
-    """Speech and tokens are the first member's."""
+def test_the_first_teacher_generates_and_tokenizes(members: Members) -> None:
+    """Generation and tokens are the first member's."""
     teacher = EnsembleTeacher(members[:2], (1, 5))
     request, sampling = [[np.array([BOS], np.int32)]], Sampling(max_length=12, seed=3)
     reports: list[int] = []
-    spoken = teacher.speak(request, sampling, first_index=4, progress=reports.append)
-    assert np.array_equal(spoken[0], members[0].speak(request, sampling, first_index=4)[0])
+    spoken = teacher.generate(GenerationRequest(request, sampling, 4), reports.append)
+    assert np.array_equal(
+        spoken[0], members[0].generate(GenerationRequest(request, sampling, 4))[0]
+    )
     assert reports == [1]
-    said, arrays = teacher.speak_and_score(request, sampling, Recipe("dense"), {}, first_index=4)
+    said, arrays = teacher.generate_and_score(
+        GenerationRequest(request, sampling, 4), Recipe("dense"), {}
+    )
     assert np.array_equal(said[0], spoken[0])
     assert np.allclose(arrays["logits"], teacher.logits(spoken), atol=1e-5)
     (tokens,) = teacher.tokenize(["the cat</s>"], add_special=True, parse_special=True)

@@ -16,7 +16,7 @@ from distill.config.schema import GuardConfig, TrainConfig
 from distill.errors import TrainingAborted
 from distill.losses.objective import Objective
 from distill.training.data import TrainingData, split
-from distill.training.engine import train
+from distill.training.engine import TrainingJob, train
 from students.model.decoder import SO8TForCausalLM
 from tests.support.stores import write_store
 from tests.support.teachers import BigramTeacher
@@ -78,7 +78,7 @@ def trained(
     run.mkdir(parents=True)
     try:
         with nullcontext() if injector is None else injector.installed():
-            train(student, data, Objective(LOSS), config, run, quiet, injector)
+            train(TrainingJob(student, data, Objective(LOSS), config, run), quiet, injector)
     except TrainingAborted as error:
         aborted = str(error)
     events = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "event"]

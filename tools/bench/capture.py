@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from teachers.llama_cpp.teacher import GGUFTeacher
-from teachers.store.capture import CaptureError, fit_companion, require_linear_output
+from teachers.store.capture import CaptureError, fit_shared_codec, require_linear_output
 from teachers.targets.recipe import Recipe, default_sketch_bytes
 from teachers.targets.state_codec import Basis
 from tools.checked_llama import llama_cpp_as_checked
@@ -126,14 +126,19 @@ def measure(path: Path, rounds: int, sequences: int, length: int) -> None:
             Console().print(f"no sketch, no hidden states: {error}")
             recipes = {"compact, no sketch": recipes["compact, no sketch"]}
         bases = {
-            name: fit_companion(teacher, data, recipe).bases for name, recipe in recipes.items()
+            name: fit_shared_codec(teacher, data, recipe).bases for name, recipe in recipes.items()
         }
         with llama_cpp_as_checked(path):
             bare = Bare(path, threads, 512, length)
             high = llama_cpp.Llama(
-                str(path), n_ctx=length + 1, n_batch=length + 1, logits_all=True, n_threads=threads,
-                n_threads_batch=threads, verbose=False,
-            )  # fmt: skip
+                str(path),
+                n_ctx=length + 1,
+                n_batch=length + 1,
+                logits_all=True,
+                n_threads=threads,
+                n_threads_batch=threads,
+                verbose=False,
+            )
 
         def evaluate_high() -> None:
             for tokens in data:

@@ -17,21 +17,21 @@ from rich.console import Console
 from rich.table import Table
 
 from teachers import example_teacher
-from teachers.base import Sampling, Tokens
+from teachers.base import GenerationRequest, Sampling, Tokens
 from teachers.llama_cpp.teacher import GGUFTeacher
-from teachers.store.capture import fit_companion
+from teachers.store.capture import fit_shared_codec
 from teachers.targets.recipe import Recipe, default_sketch_bytes
 from teachers.tokenizer.conversation import opening_segments
 from tools.bench.capture import quiet
 from tools.checked_llama import llama_cpp_as_checked
 
 
-def rate(speak: Callable[[], list[Tokens]], forced: int) -> float:
+def rate(generate: Callable[[], list[Tokens]], forced: int) -> float:
     """Written tokens per second, the better of two rounds."""
     best = 0.0
     for _ in range(2):
         begin = time.perf_counter()
-        said = speak()
+        said = generate()
         best = max(
             best, sum(len(tokens) - forced for tokens in said) / (time.perf_counter() - begin)
         )
@@ -80,23 +80,26 @@ def main() -> None:
         if opening is None:
             raise SystemExit(f"{options.teacher} has no token to start from")
         forced = len(opening[0])
-        requests = [opening] * options.together
+        request = GenerationRequest([opening] * options.together, sampling)
         info = teacher.info
         recipe = Recipe("compact", 16, default_sketch_bytes(16, info.vocab_size, info.width))
-        bases = fit_companion(teacher, teacher.speak(requests, sampling), recipe).bases
+        bases = fit_shared_codec(teacher, teacher.generate(request), recipe).bases
         one = rate(
-            lambda: [teacher.speak([opening], sampling, first_index=i)[0] for i in range(8)], forced
+            lambda: [
+                teacher.generate(GenerationRequest([opening], sampling, i))[0] for i in range(8)
+            ],
+            forced,
         )
         greedy = max(teacher.speed(16, 64)[1] for _ in range(2))
         high = rate(
             functools.partial(high_level, options.teacher, opening[0], sampling, teacher.threads),
             forced,
         )
-        together = rate(lambda: teacher.speak(requests, sampling), forced)
-        kept = rate(lambda: teacher.speak_and_score(requests, sampling, recipe, bases)[0], forced)
+        together = rate(lambda: teacher.generate(request), forced)
+        kept = rate(lambda: teacher.generate_and_score(request, recipe, bases)[0], forced)
 
         def two_passes() -> list[Tokens]:
-            said = teacher.speak(requests, sampling)
+            said = teacher.generate(request)
             teacher.score(said, recipe, bases)
             return said
 

@@ -41,8 +41,9 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.initialization.shape import likeness
-from students.model.build import count_parameters, student_config
+from students.model.build import student_config
 from students.model.shape import parse_size
+from students.model.sizes import decoder_parameters
 from teachers.base import Teacher, Tokens
 from teachers.gguf.file import GGUFFile, read_gguf
 from teachers.llama_cpp.teacher import GGUFTeacher
@@ -101,7 +102,7 @@ class Measured:
     facts: dict[str, Any]
 
 
-# -- what is made before ---------------------------------------------------------------------------------------
+# -- what is made before --------------------------------------------------------------------------
 
 
 def sequences_of_text(teacher: Teacher, count: int, length: int) -> tuple[list[str], list[Tokens]]:
@@ -170,7 +171,7 @@ def prepare(job: Job, folder: Path) -> Material:
         tie_embeddings=False,
         like=like_teacher,
     )
-    print(f"student {job.student}: {count_parameters(like) / 1e6:.1f} M parameters")
+    print(f"student {job.student}: {decoder_parameters(like, gates=True) / 1e6:.1f} M parameters")
     student = LlamaShape(
         vocab_size=like.vocab_size,
         width=like.hidden_size,
@@ -182,13 +183,15 @@ def prepare(job: Job, folder: Path) -> Material:
     )
     for module in ("distill", "tools.bench.live_distillation"):
         subprocess.run(
-            child_command(module, "--help"), env=child_environment(job.threads), check=True,
+            child_command(module, "--help"),
+            env=child_environment(job.threads),
+            check=True,
             stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+        )
     return Material(data, ids, live_teacher, student)
 
 
-# -- one process of each side ----------------------------------------------------------------------------------
+# -- one process of each side ---------------------------------------------------------------------
 
 
 def our_command(job: Job, material: Material, out: Path) -> list[str]:
@@ -208,10 +211,22 @@ def our_command(job: Job, material: Material, out: Path) -> list[str]:
     }
     chosen = [f"{key}={value}" for key, value in settings.items()] + list(job.settings)
     return child_command(
-        "distill", "run", "--teacher", job.teacher.resolve(), "--student-size", job.student,
-        "--data", material.data, "--samples", str(job.samples + HELD_OUT), "--epochs", str(job.epochs), "--out", out,
+        "distill",
+        "run",
+        "--teacher",
+        job.teacher.resolve(),
+        "--student-size",
+        job.student,
+        "--data",
+        material.data,
+        "--samples",
+        str(job.samples + HELD_OUT),
+        "--epochs",
+        str(job.epochs),
+        "--out",
+        out,
         *(word for setting in chosen for word in ("--set", setting)),
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -313,11 +328,19 @@ def measure_live(job: Job, material: Material, folder: Path) -> Measured:
         RuntimeError: it failed, or did other work than this job.
     """
     spec = LiveJob(
-        tokens=str(material.tokens), teacher=str(material.live_teacher), out=str(folder / "student"),
-        marks=str(folder / "marks.json"), student=material.student, epochs=job.epochs, batch_size=job.batch_size,
-        temperature=job.temperature, alpha=job.alpha, beta=job.beta, learning_rate=0.5 / material.student.width,
+        tokens=str(material.tokens),
+        teacher=str(material.live_teacher),
+        out=str(folder / "student"),
+        marks=str(folder / "marks.json"),
+        student=material.student,
+        epochs=job.epochs,
+        batch_size=job.batch_size,
+        temperature=job.temperature,
+        alpha=job.alpha,
+        beta=job.beta,
+        learning_rate=0.5 / material.student.width,
         precision=job.live_precision,
-    )  # fmt: skip
+    )
     spec.write(folder / "job.json")
     command = child_command("tools.bench.live_distillation", folder / "job.json")
     timing = timed(command, folder, job.threads, folder / "marks.json")
@@ -338,7 +361,7 @@ SIDES: dict[str, Callable[[Job, Material, Path], Measured]] = {
 }
 
 
-# -- the comparison --------------------------------------------------------------------------------------------
+# -- the comparison -------------------------------------------------------------------------------
 
 
 def compare(
@@ -443,10 +466,16 @@ def main(arguments: list[str] | None = None) -> None:
         if chosen.teacher is None:
             write(teacher, shape_of(chosen.shape, chosen.vocab), chosen.quant, 0)
         job = Job(
-            teacher=teacher, student=chosen.student_size, samples=chosen.samples, length=chosen.length,
-            epochs=chosen.epochs, batch_size=chosen.batch_size, threads=chosen.threads, settings=tuple(chosen.set),
+            teacher=teacher,
+            student=chosen.student_size,
+            samples=chosen.samples,
+            length=chosen.length,
+            epochs=chosen.epochs,
+            batch_size=chosen.batch_size,
+            threads=chosen.threads,
+            settings=tuple(chosen.set),
             live_precision=chosen.live_precision,
-        )  # fmt: skip
+        )
         sides = [chosen.only] if chosen.only else list(SIDES)
         runs = compare(job, prepare(job, folder), sides, chosen.repeats)
     found = summary(runs)

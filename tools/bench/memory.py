@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from teachers.llama_cpp.teacher import GGUFTeacher
-from teachers.store.capture import fit_companion
+from teachers.store.capture import fit_shared_codec
 from teachers.targets.recipe import Recipe, default_sketch_bytes
 from tools.models.random_teacher import PRESETS, write
 
@@ -44,7 +44,7 @@ def measure(path: Path, sequences: int, length: int) -> None:
             for _ in range(sequences)
         ]
         recipe = Recipe("compact", 16, default_sketch_bytes(16, info.vocab_size, info.width))
-        bases = fit_companion(teacher, data, recipe).bases
+        bases = fit_shared_codec(teacher, data, recipe).bases
         fitted = time.monotonic()
         teacher.score(data, recipe, bases)
         seconds = time.monotonic() - fitted

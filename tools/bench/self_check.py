@@ -28,13 +28,13 @@ from teachers.llama_cpp.first_decode import (
     first_logits,
     mean_kl,
 )
-from teachers.llama_cpp.library.kernels import Way
+from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.worker_process import WorkerProcess
 
 EXACT_TYPES = {"F32", "F16", "BF16"}
 
 
-def decode(path: Path, way: Way, *, exact: bool = False) -> Logits:
+def decode(path: Path, way: LoadOptions, *, exact: bool = False) -> Logits:
     """The logits of the self-check's first decode."""
     process = WorkerProcess(path, way, threads=1)
     try:
@@ -75,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for path in options.teachers:
             plain, exact = decode(path, REFERENCE), decode(path, REFERENCE, exact=True)
-            others = [decode(path, Way())]
+            others = [decode(path, LoadOptions())]
             for rows in ({"last": 16}, {"one_in": 32}):
                 copy = without_rows(path, Path(folder) / "copy.gguf", **rows)
                 others.append(decode(copy, REFERENCE))

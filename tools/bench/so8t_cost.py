@@ -52,7 +52,7 @@ def freeze_identity(student: SO8TForCausalLM) -> None:
             parameter.requires_grad_(False)
 
 
-# -- training steps ----------------------------------------------------------------------------------------
+# -- training steps -------------------------------------------------------------------------------
 
 
 class NoGate(nn.Module):
@@ -160,7 +160,7 @@ class Side:
         self.optimizer.zero_grad(set_to_none=True)
         marks.append(time.perf_counter())
         if self.gated:
-            self.objective.rotation_figures()
+            self.objective.rotation_stats()
             self.objective.after_step()
         marks.append(time.perf_counter())
         parts = {
@@ -204,7 +204,7 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
-# -- exported files ------------------------------------------------------------------------------------------------
+# -- exported files -------------------------------------------------------------------------------
 
 
 def made_up_tokenizer(vocab_size: int) -> dict[str, MetadataEntry]:
@@ -278,7 +278,7 @@ def measure_files(
     }
 
 
-# -- tables --------------------------------------------------------------------------------------------------------
+# -- tables ---------------------------------------------------------------------------------------
 
 
 def told(ratio: dict[str, float]) -> str:

@@ -105,7 +105,7 @@ class StepJob:
         return self.batch * (self.tokens - 1)
 
 
-# -- material --------------------------------------------------------------------------------------------------
+# -- material -------------------------------------------------------------------------------------
 
 
 def make_material(job: StepJob) -> tuple[Batch, Tensor]:
@@ -152,7 +152,7 @@ def target_bytes(targets: CompactTargets) -> dict[str, int]:
     return {"positions": own, "head": shared}
 
 
-# -- the two steps ---------------------------------------------------------------------------------------------
+# -- the two steps --------------------------------------------------------------------------------
 
 Loss = Callable[[SO8TForCausalLM], Tensor]
 
@@ -196,8 +196,11 @@ class Trainee:
 
     def __init__(self, job: StepJob, loss: Loss) -> None:
         config = student_config(
-            parse_size(job.size), vocab_size=job.vocab_size, context_length=job.tokens, tie_embeddings=job.tied
-        )  # fmt: skip
+            parse_size(job.size),
+            vocab_size=job.vocab_size,
+            context_length=job.tokens,
+            tie_embeddings=job.tied,
+        )
         self.device = torch.device(job.device)
         self.narrow = job.precision == "bf16"
         self.student = build_student(config, job.seed).to(self.device)
@@ -273,7 +276,7 @@ def trainee(side: str, job: StepJob, files: Path) -> Trainee:
     return Trainee(job, plain_loss(job, tokens, probabilities))
 
 
-# -- measuring -------------------------------------------------------------------------------------------------
+# -- measuring ------------------------------------------------------------------------------------
 
 
 def save_material(job: StepJob, folder: Path) -> dict[str, Any]:
@@ -324,8 +327,11 @@ class Child:
         write_json(spec, asdict(job))
         self.process = subprocess.Popen(
             child_command("tools.bench.step", "--child", what, side, "--spec", spec),
-            env=child_environment(job.threads), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            env=child_environment(job.threads),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def hear(self) -> str:
         """The next line it says.
@@ -490,11 +496,20 @@ def main(arguments: list[str] | None = None) -> None:
         _be_child(what, side, chosen.spec)
         return
     job = StepJob(
-        size=chosen.size, batch=chosen.batch, tokens=chosen.tokens, vocab_size=chosen.vocab,
-        teacher_width=chosen.teacher_width, tied=not chosen.untied, temperature=chosen.temperature,
-        lambda_so8t=chosen.lambda_so8t, precision=chosen.precision, device=chosen.device, threads=chosen.threads,
-        chunk_bytes=chosen.chunk_bytes, keep_memory=chosen.keep_memory,
-    )  # fmt: skip
+        size=chosen.size,
+        batch=chosen.batch,
+        tokens=chosen.tokens,
+        vocab_size=chosen.vocab,
+        teacher_width=chosen.teacher_width,
+        tied=not chosen.untied,
+        temperature=chosen.temperature,
+        lambda_so8t=chosen.lambda_so8t,
+        precision=chosen.precision,
+        device=chosen.device,
+        threads=chosen.threads,
+        chunk_bytes=chosen.chunk_bytes,
+        keep_memory=chosen.keep_memory,
+    )
     about = machine(chosen.threads)
     console = Console(width=110)
     console.print(machine_line(about))

@@ -52,10 +52,23 @@ def object_file(
     if settings:
         options.append(f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={SETTINGS}")
     run(
-        ["cmake", "-S", source, "-B", folder, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=OFF",
-         "-DLLAVA_BUILD=OFF", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", f"-DSKBUILD_PLATLIB_DIR={folder / 'unused'}",
-         f"-DCMAKE_CXX_COMPILER={compiler}", *options]
-    )  # fmt: skip
+        [
+            "cmake",
+            "-S",
+            source,
+            "-B",
+            folder,
+            "-G",
+            "Ninja",
+            "-DCMAKE_BUILD_TYPE=Release",
+            "-DGGML_NATIVE=OFF",
+            "-DLLAVA_BUILD=OFF",
+            "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
+            f"-DSKBUILD_PLATLIB_DIR={folder / 'unused'}",
+            f"-DCMAKE_CXX_COMPILER={compiler}",
+            *options,
+        ]
+    )
     commands = json.loads((folder / "compile_commands.json").read_text(encoding="utf-8"))
     [entry] = [entry for entry in commands if entry["file"].endswith(SOURCE)]
     subprocess.run(

@@ -40,7 +40,7 @@ from students.adapter.merge import merge
 from students.gguf.metadata import ExportNames
 from students.gguf.writer import write_base_gguf, write_gguf
 from students.model.decoder import SO8TForCausalLM
-from teachers.base import Sampling
+from teachers.base import GenerationRequest, Sampling
 from teachers.gguf.file import read_gguf
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.conversation import conversations_tokens
@@ -63,7 +63,8 @@ REQUESTS = (
 _REPORT = """
 import importlib.metadata
 packages = {one.metadata["Name"]: one.version for one in importlib.metadata.distributions()}
-modules = {name.partition(".")[0]: getattr(module, "__file__", None) for name, module in sorted(sys.modules.items())}
+loaded = sorted(sys.modules.items())
+modules = {name.partition(".")[0]: getattr(one, "__file__", None) for name, one in loaded}
 print(json.dumps({"answers": answers, "modules": modules, "packages": packages}))
 """
 # What a stranger would write. Each argument is JSON: a folder, conversations (or texts), how many
@@ -110,7 +111,8 @@ native.llama_model_default_params = plain
 name, asked, new_tokens = json.loads(sys.argv[1])
 path = pathlib.Path(name)
 if path.name == "Modelfile":
-    names = [line[5:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("FROM ")]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    names = [line[5:] for line in lines if line.startswith("FROM ")]
     path = path.parent / names[0].strip('"')
 model = llama_cpp.Llama(str(path), n_ctx=0, n_threads=1, verbose=False)
 vocab = llama_cpp.llama_model_get_vocab(model.model)
@@ -240,7 +242,7 @@ def ours(who: str, path: Path, asked: list[Any]) -> Answers:
         said = []
         for prompt in prompts:
             sampling = Sampling(temperature=0.0, max_length=len(prompt) + NEW_TOKENS)
-            said.append(model.speak([[prompt]], sampling)[0][len(prompt) :])
+            said.append(model.generate(GenerationRequest([[prompt]], sampling))[0][len(prompt) :])
         texts = model.detokenize(said)
     return Answers(who, [one.tolist() for one in prompts], [one.tolist() for one in said], texts)
 

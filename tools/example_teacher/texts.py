@@ -191,7 +191,8 @@ PROMPTS: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
             "How long is the trip to {place}? It is {distance} km at {speed} km/h and the sky is "
             "{weather}.",
             "We drive {distance} km to {place} at {speed} km/h in {weather} weather. Is that fine?",
-            "The weather is {weather}. May I drive to {place}, {distance} km away, at {speed} km/h?",
+            "The weather is {weather}. "
+            "May I drive to {place}, {distance} km away, at {speed} km/h?",
         ),
         (
             "{place}まで{distance}kmを時速{speed}kmで行きます。天気は{weather}です。何時間かかりますか。",

@@ -1,13 +1,15 @@
 """Writes a checkpoint folder such as an existing smaller model comes in, with a teacher's
 vocabulary.
 
-    python -m tools.models.make_base OUT --kind llama                    a few million parameters, trained for a minute or two
+    python -m tools.models.make_base OUT --kind llama       a few million parameters
     python -m tools.models.make_base OUT --kind qwen2 --teacher x.gguf --text some.txt
-    python -m tools.models.make_base OUT --shape phi3.5                  Phi-3.5-mini's sizes with random weights, 7.6 GB
+    python -m tools.models.make_base OUT --shape phi3.5     its sizes, random weights, 7.6 GB
 
 The small one knows half of the kinds of request that the example teacher answers, so that
 distillation has something to gain. The large one is what memory and speed are measured on; it is
 written layer by layer, so that main memory holds one layer at a time.
+
+Long because both kinds of base share their settings and writing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The guard, put to the test.
 
-    python -m tools.robustness.guard faults STORE          every fault of tools.robustness.faults, with and without the guard
-    python -m tools.robustness.guard healthy STORE …       trainings that are fine: how often it intervenes
+    python -m tools.robustness.guard faults STORE       every fault, with the guard and without
+    python -m tools.robustness.guard healthy STORE …    sound trainings: how often it intervenes
     python -m tools.robustness.guard cost STORE            steps with and without it, in turns
 
 STORE is a folder of soft targets (``distill capture``).

@@ -28,7 +28,7 @@ from distill.losses.objective import Objective, build_objective
 from distill.runs.folder import latest_checkpoint
 from distill.training import checkpoint_timer, engine
 from distill.training.data import TrainingData, split
-from distill.training.engine import train
+from distill.training.engine import TrainingJob, train
 from stability import Monitor
 from students.model.build import student_config
 from students.model.decoder import SO8TForCausalLM
@@ -132,7 +132,8 @@ def _run(trial: Trial, folder: Path) -> Outcome:
     injector = None if fault is None else Injector(trial.store, fault, place, trial.plan)
     try:
         with nullcontext() if injector is None else injector.installed():
-            train(student, trial.data, objective, trial.config, folder, _quiet, injector)
+            training = TrainingJob(student, trial.data, objective, trial.config, folder)
+            train(training, _quiet, injector)
     except TrainingAborted as error:
         ended = f"aborted: {error}"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -212,7 +213,7 @@ def _poison_checkpoint(trial: Trial, folder: Path) -> None:
         patch.multiple(checkpoint_timer, CHECKPOINT_SECONDS=0.2, SAVING_SHARE=1.0),
         suppress(Stopped),
     ):
-        train(student, trial.data, objective, trial.config, folder, stop)
+        train(TrainingJob(student, trial.data, objective, trial.config, folder), stop)
     newest = latest_checkpoint(folder / "checkpoints")
     assert newest is not None
     kinds = ("weight not finite", "bit flipped in a weight", "moment not finite")
@@ -272,7 +273,7 @@ def timed(job: Job, steps: int, batch: int) -> Times:
         _guarded_update=watched(engine._guarded_update),
     )
     with updates, tempfile.TemporaryDirectory() as name, suppress(Stopped):
-        train(student, trial.data, objective, config, Path(name), stop)
+        train(TrainingJob(student, trial.data, objective, config, Path(name)), stop)
     first_step, last = marks[1], marks[steps + 1]
     return Times(
         last.wall - first_step.wall,

@@ -39,8 +39,8 @@ from distill.runs.folder import latest_checkpoint
 from tools.machine import child_command, child_environment
 
 FREQUENT = """
-import distill.training.checkpoint_timer
-distill.training.checkpoint_timer.CHECKPOINT_SECONDS, distill.training.checkpoint_timer.SAVING_SHARE = 0.3, 1.0
+from distill.training import checkpoint_timer
+checkpoint_timer.CHECKPOINT_SECONDS, checkpoint_timer.SAVING_SHARE = 0.3, 1.0
 from distill.cli import main
 main()
 """

@@ -2,7 +2,7 @@
 base.
 
     python -m tools.studies.adapter STORE [--kinds llama,qwen2] [--workdir DIR] [--json FILE]
-    python -m tools.studies.adapter STORE --rates 0.25,0.5,1,2,4 [--ways qlora]      which learning rate is best
+    python -m tools.studies.adapter STORE --rates 0.25,0.5,1,2,4 [--ways qlora]   # learning rates
 
 STORE is a folder that ``distill capture`` has filled from the example teacher. The bases are made
 by ``tools.models.make_base`` (DIR/KIND, used again where it is there). Every training has a process
@@ -61,7 +61,7 @@ def prepare_base(folder: Path, kind: Kind) -> Path:
     return path
 
 
-# -- tables --------------------------------------------------------------------------------------------------------
+# -- tables ---------------------------------------------------------------------------------------
 
 
 def ways_table(found: Sequence[Figures]) -> Table:
@@ -113,7 +113,7 @@ def rates_table(found: Sequence[Figures], rates: Sequence[float]) -> Table:
     return table
 
 
-# -- command line --------------------------------------------------------------------------------------------------
+# -- command line ---------------------------------------------------------------------------------
 
 
 def jobs_of(

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
-from distill.base_models.base_model import Base, load_base_student, open_base, training_device
+from distill.base_models.base_model import load_base_student, training_device
 from distill.capture.ready_store import open_full_store
 from distill.capture.tokenizer_only import metadata_entries
 from distill.config.loading import load_config
@@ -26,11 +26,11 @@ from distill.export.export import Export, export_proved
 from distill.heads.prompts import read_safety_prompts
 from distill.heads.safety_data import labelled_prompts, safety_data
 from distill.losses.objective import build_objective
-from distill.pipeline.resolve import with_checkpointing
+from distill.pipeline.resolve import resolve
 from distill.runs.folder import HeldOut, latest_checkpoint
 from distill.runtime.progress import Console
 from distill.training.data import TrainingData, split
-from distill.training.engine import train
+from distill.training.engine import TrainingJob, train
 from distill.training.optimizer import peak_learning_rate
 from students.adapter.base_model import logical_numbers
 from students.gguf.metadata import ExportNames
@@ -133,8 +133,10 @@ class Trial:
             "store": job.store,
         }
         given |= {"seed": job.seed, "train.batch_size": job.batch, "train.evaluations": 2}
-        config = with_checkpointing(load_config(None, given, list(job.settings)), True)
-        self.base: Base = open_base(config, self.kept.tokenizer, self.kept.info.vocab_size)
+        settings = load_config(None, given, list(job.settings))
+        resolved = resolve(settings, self.kept.info, self.kept.tokenizer, None, Console())
+        assert resolved.base is not None
+        config, self.base = resolved.config, resolved.base
         parts = split(self.store, config.data.held_out, config.seed)
         self.data = FirstSteps(self.store, parts, config.seed, steps=job.steps)
         an_epoch = -(-len(parts.train) // job.batch)
@@ -210,7 +212,8 @@ def run_trial(trial: Trial, folder: Path) -> Figures:
             objective = build_objective(
                 config.loss, trial.store, student, trial.kept.info.layers, config.seed
             )
-            summary = train(student, trial.data, objective, config.train, folder, report)
+            work = TrainingJob(student, trial.data, objective, config.train, folder)
+            summary = train(work, report)
             before, after = summary.scores[0][1].kl, summary.scores[-1][1].kl
     rate = config.train.learning_rate
     assert rate is not None

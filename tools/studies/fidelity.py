@@ -24,14 +24,14 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from distill.initialization.embeddings import initialise_embeddings
+from distill.initialization.embeddings import initialize_embeddings
 from students.model.build import build_student, student_config
 from students.model.shape import StudentSize
 from teachers import example_teacher
-from teachers.base import Sampling, Tokens
+from teachers.base import GenerationRequest, Sampling, Tokens
 from teachers.gguf.embeddings import principal_scores
 from teachers.llama_cpp.teacher import GGUFTeacher
-from teachers.store.capture import fit_companion
+from teachers.store.capture import fit_shared_codec
 from teachers.targets.distributions import CompactTargets, HiddenTargets
 from teachers.targets.recipe import Recipe, default_sketch_bytes
 from teachers.targets.stored_arrays import Answer, Targets, reduce, typed
@@ -135,7 +135,7 @@ def student_states(
             eos=0,
         )
         model = build_student(shape, 0)
-        initialise_embeddings(model, principal_scores(teacher.file))
+        initialize_embeddings(model, principal_scores(teacher.file))
     else:
         model = AutoModelForCausalLM.from_pretrained(path)
     model.eval()
@@ -154,7 +154,7 @@ def read_sequences(teacher: GGUFTeacher, text: Path | None) -> list[Tokens]:
     if text is None:
         opening = opening_segments(teacher)
         assert opening is not None, "this teacher has no token to start from; give it a text"
-        return teacher.speak([opening] * 100, Sampling(max_length=LENGTH))
+        return teacher.generate(GenerationRequest([opening] * 100, Sampling(max_length=LENGTH)))
     tokens = teacher.tokenize(
         [text.read_text(encoding="utf-8")], add_special=False, parse_special=False
     )[0]
@@ -179,7 +179,7 @@ def measure(path: Path, text: Path | None, student: Path | None, width: int) -> 
                 else sketch
             )
             recipe = Recipe("compact", count, budget)
-            made = fit_companion(teacher, fitting, recipe)
+            made = fit_shared_codec(teacher, fitting, recipe)
             arrays = reduce(Answer(logits, states), recipe, made.bases)
             targets = typed(arrays, recipe, info.vocab_size, made.bases["final"], made.head)
             assert isinstance(targets, CompactTargets)
@@ -189,7 +189,7 @@ def measure(path: Path, text: Path | None, student: Path | None, width: int) -> 
                 samples = sampled(targets, logits, 8, sketched=True, seed=0)
                 ways.append(("  + 8 samples correcting the sketch", size + 32, samples))
         recipe = Recipe("hidden")
-        made = fit_companion(teacher, fitting, recipe)
+        made = fit_shared_codec(teacher, fitting, recipe)
         arrays = reduce(Answer(None, states), recipe, {})
         whole = typed(arrays, recipe, info.vocab_size, None, made.head)
         head = whole.head if isinstance(whole, HiddenTargets) else None

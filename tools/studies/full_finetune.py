@@ -3,7 +3,6 @@ compares LoRA with."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,7 +21,7 @@ from distill.training.data import TrainingData, load_batch
 from distill.training.distributed import TrainingModule
 from distill.training.engine import Report
 from distill.training.optimizer import build_optimizer, build_schedule
-from distill.training.validation import held_out_score
+from distill.training.validation import validation_score
 from students.adapter.adapter import AdapterFacts
 from students.model.decoder import SHORT_ON_CPU
 from students.model.gate import SO8Gate
@@ -61,12 +60,11 @@ class WholeBase(Student):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
-        with_logits: bool = True,
         logits_to_keep: int = 0,
-        layers_to_keep: Collection[int] = (),
+        **outputs: Any,
     ) -> SO8TOutput:
         """See ``Student.forward``; no layer's output is handed out."""
-        assert not layers_to_keep
+        assert not outputs.get("layers_to_keep")
         output = self.base.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -77,7 +75,7 @@ class WholeBase(Student):
         states = output.last_hidden_state
         return SO8TOutput(
             logits=F.linear(states[:, -logits_to_keep:], self.output_matrix())
-            if with_logits
+            if outputs.get("with_logits", True)
             else None,
             past_key_values=output.past_key_values,
             last_hidden_state=states,
@@ -147,7 +145,7 @@ def train_whole(
         keep_freed_memory()
     student.checkpoint_activations(bool(settings.gradient_checkpointing))
     with onednn_for_float32() if short else nullcontext():
-        before = held_out_score(module, data.held_out(settings.batch_size, device)).kl
+        before = validation_score(module, data.held_out(settings.batch_size, device)).kl
         for step, indices in enumerate(plan):
             module.train()
             batch = load_batch(data.store, indices).to(device)
@@ -166,6 +164,6 @@ def train_whole(
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             report(step + 1, "")
-        after = held_out_score(module, data.held_out(settings.batch_size, device)).kl
+        after = validation_score(module, data.held_out(settings.batch_size, device)).kl
     student.checkpoint_activations(False)
     return before, after

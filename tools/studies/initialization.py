@@ -28,12 +28,12 @@ from rich.table import Table
 from distill.capture.ready_store import open_full_store, require_complete
 from distill.config.schema import LossConfig, RunConfig, StudentConfig, TrainConfig
 from distill.errors import UserError
-from distill.initialization.from_teacher import head_start
+from distill.initialization.from_teacher import student_from_teacher
 from distill.initialization.shape import new_student, student_shape
 from distill.losses.objective import build_objective
 from distill.runtime.progress import Console
 from distill.training.data import TrainingData, split
-from distill.training.engine import train
+from distill.training.engine import TrainingJob, train
 from distill.training.optimizer import peak_learning_rate
 from distill.training.summary import TrainingSummary
 from students.model.build import build_student
@@ -41,7 +41,7 @@ from students.model.config import SO8TConfig
 from students.model.decoder import SO8TForCausalLM
 from teachers.atomic_files import StoreError
 from teachers.gguf.file import GGUFFile, TeacherFileError, read_gguf
-from teachers.store.teacher_record import Inheritance
+from teachers.store.teacher_record import TeacherRecord
 from tools.machine import machine, machine_line
 
 SPLIT_SEED = 0
@@ -72,7 +72,7 @@ class Bench:
     """What all rows share."""
 
     data: ShortData
-    inheritance: Inheritance
+    teacher_record: TeacherRecord
     file: GGUFFile
     shape: SO8TConfig
     train: TrainConfig
@@ -82,9 +82,11 @@ class Bench:
         if name == "random":
             return build_student(self.shape, seed)
         if name == "embeddings":
-            return new_student(self.shape, seed, self.inheritance.embeddings)
+            return new_student(self.shape, seed, self.teacher_record.embeddings)
         sequences = [self.data.store.tokens(int(index)) for index in self.data.split.train]
-        return head_start(self.shape, self.file, sequences, seed, lambda done, words: None)
+        return student_from_teacher(
+            self.shape, self.file, sequences, seed, lambda done, words: None
+        )
 
     def measure(self, name: str, factor: float, seed: int) -> tuple[TrainingSummary, float]:
         """Train one student; what came of it, and the seconds its beginning took."""
@@ -93,14 +95,13 @@ class Bench:
         seconds = time.perf_counter() - begin
         rate = factor * peak_learning_rate(self.train, self.shape.hidden_size)
         loss = LossConfig(temperature=1.0, lambda_safety=0.0, lambda_verification=0.0)
-        layers = self.inheritance.info.layers
+        layers = self.teacher_record.info.layers
         objective = build_objective(loss, self.data.store, student, layers, seed)
         config = self.train.model_copy(update={"learning_rate": rate})
         data = replace(self.data, seed=seed)
         with tempfile.TemporaryDirectory() as folder:
-            summary = train(
-                student, data, objective, config, Path(folder), lambda step, words: None
-            )
+            job = TrainingJob(student, data, objective, config, Path(folder))
+            summary = train(job, lambda step, text: None)
         return summary, seconds
 
 
@@ -111,13 +112,13 @@ def open_bench(options: argparse.Namespace) -> Bench:
         StoreError, UserError, TeacherFileError, ValueError: one of them or a setting cannot be
         used.
     """
-    store, inheritance = open_full_store(options.store)
+    store, teacher_record = open_full_store(options.store)
     require_complete(store, Console())
     student = StudentConfig(size=options.size, tie_embeddings=not options.untied)
-    shape = student_shape(RunConfig(student=student), inheritance.info)
+    shape = student_shape(RunConfig(student=student), teacher_record.info)
     data = ShortData(store, split(store, 0.03, SPLIT_SEED), SPLIT_SEED, tokens=options.tokens)
     config = TrainConfig(evaluations=options.evaluations, precision="fp32")
-    return Bench(data, inheritance, read_gguf(options.teacher), shape, config)
+    return Bench(data, teacher_record, read_gguf(options.teacher), shape, config)
 
 
 def read_options() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -182,9 +183,18 @@ def main() -> None:
                 f"{name} at {rate:g} of the usual rate, seed {seed}: KL {kl[0]:.4f} → {kl[-1]:.4f}"
             )
             if options.json:
-                line = {"size": options.size, "beginning": name, "rate": rate, "seed": seed, "kl": kl,
-                        "steps": list(scores), "tokens": summary.tokens_seen, "agreement": agreement,
-                        "begin_seconds": seconds, "train_seconds": summary.seconds}  # fmt: skip
+                line = {
+                    "size": options.size,
+                    "beginning": name,
+                    "rate": rate,
+                    "seed": seed,
+                    "kl": kl,
+                    "steps": list(scores),
+                    "tokens": summary.tokens_seen,
+                    "agreement": agreement,
+                    "begin_seconds": seconds,
+                    "train_seconds": summary.seconds,
+                }
                 with options.json.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
     if table is not None:

@@ -48,15 +48,15 @@ from distill.capture.ready_store import require_complete
 from distill.config.schema import DivergenceName, LossConfig, TrainConfig
 from distill.errors import TrainingAborted, UserError
 from distill.initialization.shape import likeness, new_student
-from distill.losses.auxiliary_heads import Verified
+from distill.losses.auxiliary_heads import VerificationTargets
 from distill.losses.batch import Batch
-from distill.losses.chunked_lm_head import by_autograd, chunk_size, chunked_head_loss
-from distill.losses.divergences import bucket_log_probs, cross_entropy, forward_kl_of_all
+from distill.losses.chunked_lm_head import chunk_size, chunked_head_loss
+from distill.losses.divergences import bucket_log_probs, cross_entropy, divergence
 from distill.losses.objective import Objective, build_objective, temperature_at
 from distill.runs.folder import latest_checkpoint
 from distill.runtime.progress import Console
 from distill.training.data import TrainingData, split
-from distill.training.engine import train
+from distill.training.engine import TrainingJob, train
 from students.model.build import build_student, student_config
 from students.model.decoder import SO8TForCausalLM
 from students.model.shape import TeacherLikeness, parse_size
@@ -64,7 +64,7 @@ from students.weights import set_weights
 from teachers.atomic_files import StoreError
 from teachers.store.manifest import read_manifest
 from teachers.store.store import SoftTargetStore
-from teachers.store.teacher_record import Inheritance, find_inheritance
+from teachers.store.teacher_record import TeacherRecord, find_teacher_record
 from teachers.targets.distributions import CompactTargets
 from teachers.targets.stored_arrays import Targets
 from tools.machine import machine, machine_line
@@ -73,7 +73,7 @@ TOPK = 32
 TRUNCATED_TEMPERATURES = (1.0, 3.0)
 SPLIT_SEED = 0  # one for all seeds, so that their spread is that of training
 
-# -- truncated losses, as public toolkits have them ------------------------------------------------------------------
+# -- truncated losses, as public toolkits have them -----------------------------------------------
 
 TruncatedLoss = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """Student's logits ``[C, V]``, the teacher's top ids ``[C, K]`` and their log-probabilities at T =
@@ -137,28 +137,29 @@ class TruncatedObjective(Objective):
         batch: Batch,
         total: int,
         fraction: float,
-        verified: Verified | None,
+        verified: VerificationTargets | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         config, labels = self.config, batch.labels
         temperature = temperature_at(config, fraction)
         weights = {"kd": config.alpha * temperature**2 / total, "ce": config.beta / total}
         parts = {name: states.new_zeros((), dtype=torch.float32) for name in weights}
 
-        def chunk(logits: Tensor, span: slice) -> Tensor:
-            """Both weighted terms of one chunk of positions, ``[C, V]`` → scalar."""
+        def chunk(logits: Tensor, span: slice) -> tuple[Tensor, Tensor]:
+            """Both weighted terms of one chunk of positions with their gradient, ``[C, V]``."""
             ids, log_probs = stored_top(batch.targets.select(span), self.count)
-            terms = {
-                "kd": weights["kd"] * self.truncated(logits, ids, log_probs, temperature).sum(),
-                "ce": weights["ce"] * cross_entropy(logits, labels[span]).sum(),
-            }
-            for name, term in terms.items():
-                parts[name] += term.detach()
-            return terms["kd"] + terms["ce"]
+            with torch.enable_grad():
+                logits.requires_grad_()
+                kd = weights["kd"] * self.truncated(logits, ids, log_probs, temperature).sum()
+                ce = weights["ce"] * cross_entropy(logits, labels[span]).sum()
+                loss = kd + ce
+            parts["kd"] += kd.detach()
+            parts["ce"] += ce.detach()
+            return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
-        return chunked_head_loss(states, matrix, by_autograd(chunk)), parts
+        return chunked_head_loss(states, matrix, chunk), parts
 
 
-# -- rows ------------------------------------------------------------------------------------------------------------
+# -- rows -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -239,23 +240,23 @@ def chosen_rows(rows: Sequence[Row], only: str | None) -> list[Row]:
     return [row for row in rows if any(fnmatchcase(row.name, pattern) for pattern in patterns)]
 
 
-# -- one training ----------------------------------------------------------------------------------------------------
+# -- one training ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all rows share. ``inheritance``: what the store keeps of its teacher, if it does."""
+    """What all rows share. ``teacher_record``: what the store keeps of its teacher, if it does."""
 
     data: TrainingData
-    inheritance: Inheritance | None
+    teacher_record: TeacherRecord | None
     size: str
     config: TrainConfig
 
     @property
     def teacher_layers(self) -> int:
         """Layers of the teacher, as far as the store says."""
-        if self.inheritance:
-            return self.inheritance.info.layers
+        if self.teacher_record:
+            return self.teacher_record.info.layers
         return max(self.data.store.manifest.recipe.layers, default=0) + 1
 
     def settings(self) -> dict[str, Any]:
@@ -270,12 +271,12 @@ class Bench:
 
     @property
     def _inherits(self) -> bool:
-        return self.inheritance is not None and len(self.inheritance.embeddings) > 0
+        return self.teacher_record is not None and len(self.teacher_record.embeddings) > 0
 
     def student(self, seed: int) -> SO8TForCausalLM:
         """The student as training begins, with the teacher's embeddings where the store has
         them."""
-        store, info = self.data.store, self.inheritance.info if self.inheritance else None
+        store, info = self.data.store, self.teacher_record.info if self.teacher_record else None
         shape = student_config(
             parse_size(self.size),
             vocab_size=int(store.manifest.identity["vocab_size"]),
@@ -284,8 +285,8 @@ class Bench:
             eos=info.eos if info else None,
             like=likeness(info) if info else TeacherLikeness(),
         )
-        if self.inheritance is not None and self._inherits:
-            return new_student(shape, seed, self.inheritance.embeddings)
+        if self.teacher_record is not None and self._inherits:
+            return new_student(shape, seed, self.teacher_record.embeddings)
         return build_student(shape, seed)
 
     def measure(self, row: Row, seed: int) -> dict[str, Any]:
@@ -295,9 +296,8 @@ class Bench:
         data = TrainingData(self.data.store, self.data.split, seed)
         with tempfile.TemporaryDirectory() as folder:
             try:
-                summary = train(
-                    student, data, objective, self.config, Path(folder), lambda step, text: None
-                )
+                job = TrainingJob(student, data, objective, self.config, Path(folder))
+                summary = train(job, lambda step, text: None)
             except TrainingAborted as error:
                 return {"failed": str(error)}
             # The student has the weights of its best evaluation; wanted are those of the last step.
@@ -332,14 +332,12 @@ def whole_vocabulary_kl(student: SO8TForCausalLM, batches: Iterable[Batch]) -> f
         for start in range(0, len(states), together):
             span = slice(start, start + together)
             logits = (states[span] @ matrix.T).float()
-            total += float(
-                forward_kl_of_all(logits, batch.targets.select(span), 1.0).double().sum()
-            )
+            total += float(divergence(logits, batch.targets.select(span), 1.0).double().sum())
         count += batch.count()
     return total / count
 
 
-# -- results ---------------------------------------------------------------------------------------------------------
+# -- results --------------------------------------------------------------------------------------
 
 
 class Results:
@@ -449,7 +447,7 @@ def results_table(rows: Sequence[Row], seeds: Sequence[int], results: Results) -
     return table
 
 
-# -- command line ----------------------------------------------------------------------------------------------------
+# -- command line ---------------------------------------------------------------------------------
 
 
 def open_bench(options: argparse.Namespace) -> Bench:
@@ -469,7 +467,7 @@ def open_bench(options: argparse.Namespace) -> Bench:
         evaluations=2,
     )
     data = TrainingData(store, split(store, options.held_out, SPLIT_SEED), SPLIT_SEED)
-    return Bench(data, find_inheritance(store), options.size, config)
+    return Bench(data, find_teacher_record(store), options.size, config)
 
 
 def read_options() -> tuple[argparse.ArgumentParser, argparse.Namespace]:

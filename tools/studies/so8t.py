@@ -48,16 +48,16 @@ from distill.config.schema import RunConfig
 from distill.errors import UserError
 from distill.heads.prompts import read_safety_prompts
 from distill.heads.safety_data import SafetyData, safety_data
-from distill.initialization.shape import student_shape, with_size
-from distill.initialization.start import settle_beginning
+from distill.initialization.shape import student_shape
 from distill.pipeline.capture import capture_only
+from distill.pipeline.resolve import resolve
 from distill.runtime.progress import Console
 from distill.training.data import TrainingData, load_batch, split
 from students.model.build import student_config
 from students.model.shape import parse_size
 from teachers.atomic_files import StoreError
 from teachers.store.store import SoftTargetStore
-from teachers.store.teacher_record import Inheritance, need_inheritance
+from teachers.store.teacher_record import TeacherRecord, require_teacher_record
 from tools.bench.so8t_cost import CostJob, cost_tables, measure_files, measure_steps
 from tools.bench.step import StepJob, make_material
 from tools.machine import machine, machine_line, write_json
@@ -72,7 +72,7 @@ class Material:
 
     run: RunConfig
     store: SoftTargetStore
-    kept: Inheritance
+    kept: TeacherRecord
     safety: SafetyData | None
 
 
@@ -87,7 +87,7 @@ def open_material(options: argparse.Namespace) -> Material:
     run = load_config(None, wanted, options.set, options.preset)
     console = Console()
     store = capture_only(run, options.store, console)
-    kept = need_inheritance(store)
+    kept = require_teacher_record(store)
     return Material(
         run, store, kept, safety_data(run, read_safety_prompts(run), kept.tokenizer, kept.info)
     )
@@ -101,7 +101,8 @@ def open_ablation(options: argparse.Namespace) -> Ablation:
     """
     some = open_material(options)
     info = some.kept.info
-    run = settle_beginning(with_size(some.run, info), info, find_teacher(None, info), Console())
+    gguf = find_teacher(None, info)
+    run = resolve(some.run, info, some.kept.tokenizer, gguf, Console()).config
     data = TrainingData(some.store, split(some.store, run.data.held_out, SPLIT_SEED), SPLIT_SEED)
     beginnings = Path(tempfile.mkdtemp(prefix="bench-so8t-"))
     return Ablation(
@@ -136,9 +137,12 @@ def cost_jobs(options: argparse.Namespace, some: Material) -> list[CostJob]:
             "cost needs the safety prompts; leave safety.labels and loss.lambda_safety as they are"
         )
     made_up = StepJob(
-        size=options.large_size, batch=options.batch, tokens=options.tokens, vocab_size=options.vocab,
+        size=options.large_size,
+        batch=options.batch,
+        tokens=options.tokens,
+        vocab_size=options.vocab,
         teacher_width=options.teacher_width,
-    )  # fmt: skip
+    )
     large = student_config(
         parse_size(made_up.size), vocab_size=made_up.vocab_size, context_length=made_up.tokens
     )

@@ -1,5 +1,8 @@
 """What gates, terms and heads do: variants of one training, and their figures
-(``tools.studies.so8t ablation``)."""
+(``tools.studies.so8t ablation``).
+
+Long because variants, trainings and tables belong together.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +37,14 @@ from distill.runs.folder import latest_checkpoint
 from distill.runtime.launch import Launch
 from distill.runtime.progress import Console
 from distill.training.data import TrainingData, load_batch
-from distill.training.engine import train
+from distill.training.engine import TrainingJob, train
 from students.model.build import build_student
 from students.model.decoder import Attention, SO8TForCausalLM
 from students.model.shape import GROUP
 from students.weights import set_weights
-from teachers.base import WHOLE
+from teachers.base import SINGLE_PROCESS
 from teachers.store.store import SoftTargetStore
-from teachers.store.teacher_record import Inheritance
+from teachers.store.teacher_record import TeacherRecord
 from tools.bench.so8t_cost import freeze_identity
 from tools.studies.objectives import Bench, Results, Row
 
@@ -54,7 +57,7 @@ ROBUST = (
 TOGETHER = 32  # prompts read at once
 
 
-# -- variants and their figures ----------------------------------------------------------------------
+# -- variants and their figures -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Ablation(Bench):
     """What all variants share. ``run``: the settings of ``full``."""
 
     run: RunConfig
-    kept: Inheritance
+    kept: TeacherRecord
     safety: SafetyData | None
     beginnings: Path  # folder of the students' first weights
 
@@ -112,7 +115,7 @@ class Ablation(Bench):
         texts = [store.tokens(int(index)) for index in train[:BEGINNING_TEXTS]]
         gguf = find_teacher(None, self.kept.info)
         path = self.beginnings / f"{seed}.safetensors"
-        return begin(run, self.kept, gguf, texts, path, Launch(WHOLE), Console(quiet=True))
+        return begin(run, self.kept, gguf, texts, path, Launch(SINGLE_PROCESS), Console(quiet=True))
 
     def initial(self, variant: Variant, seed: int) -> SO8TForCausalLM:
         """The variant's student as training begins."""
@@ -145,9 +148,8 @@ class Ablation(Bench):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             try:
-                summary = train(
-                    student, data, objective, self.config, folder, lambda step, text: None
-                )
+                job = TrainingJob(student, data, objective, self.config, folder)
+                summary = train(job, lambda step, text: None)
             except TrainingAborted as error:
                 return {"failed": str(error)}
             # The student has the weights of its best evaluation; wanted are those of the last step.
@@ -309,7 +311,7 @@ def last_states(student: SO8TForCausalLM, prompts: PromptSet) -> Tensor:
     return torch.cat(found)
 
 
-# -- tables --------------------------------------------------------------------------------------------
+# -- tables ---------------------------------------------------------------------------------------
 
 Columns = Sequence[tuple[str, str, int, float]]
 """Title, name of the figure, digits, factor."""

@@ -11,20 +11,15 @@ from distill.errors import UserError
 from distill.evaluation.inputs.files import Files, find_files
 from distill.evaluation.inputs.request import Request
 from distill.evaluation.inputs.task_file import Task, read_tasks
-from distill.heads.prompts import SafetyPrompt, read_given
+from distill.heads.prompts import SafetyPrompt, read_given_prompts
 
 
 def require_harness() -> None:
-    """See that lm-evaluation-harness is there.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Raise ``UserError`` unless lm-evaluation-harness is installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             "lm-evaluation-harness is not installed; its tasks need it: run `python -m pip install "
-            "lm_eval` in this "
-            "environment, or leave them out"
+            "lm_eval` in this environment, or leave them out"
         )
 
 
@@ -39,15 +34,11 @@ class EvaluationInputs:
 
 
 def check_evaluation(request: Request) -> EvaluationInputs:
-    """Refuse what ``distill evaluate`` cannot do.
-
-    Raises:
-        UserError, TeacherFileError: the input cannot be used.
-    """
+    """Read the inputs; raises ``UserError`` or ``TeacherFileError`` if one cannot be used."""
     if request.harness:
         require_harness()
     tasks = [] if request.tasks is None else read_tasks(request.tasks)
     entries = None if request.text.data is None else read_entries(request.text.settings())
-    prompts = read_given(request.safety_prompts)
+    prompts = read_given_prompts(request.safety_prompts)
     files = find_files(request.students, request.teacher)  # last: it may hash a large teacher
     return EvaluationInputs(files, tasks, prompts, entries)

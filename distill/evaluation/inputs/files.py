@@ -1,4 +1,4 @@
-"""Which files ``distill evaluate`` compares: found, checked and named, without PyTorch."""
+"""Which files ``distill evaluate`` compares, checked and named without PyTorch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ TEACHER_SHA256 = "so8t.teacher_sha256"
 
 @dataclass(frozen=True)
 class Files:
-    """The teacher's file and its students'.
+    """The teacher's file and its students'; ``names``: of all, the teacher's first.
 
-    ``runs``: the run's folder that each student lies in, if it does. ``names``: of all, the
-    teacher's first. ``warnings``: what about them the user should know.
+    ``runs``: the run's folder that each student is in, if any.
     """
 
     teacher: GGUFFile
@@ -30,8 +29,8 @@ class Files:
 
 
 def find_files(students: Sequence[Path], teacher: Path | None) -> Files:
-    """Find and check the files: ``students`` are GGUF files or runs' folders, ``teacher`` a GGUF
-    file (none: the example teacher, where every student says that it is its own).
+    """Find and check the files: ``students`` are GGUF files or run folders, ``teacher`` a GGUF file
+    (none: the example teacher, if every student names it).
 
     Raises:
         UserError: no student, a file twice, another vocabulary, a teacher that must be named.
@@ -39,19 +38,19 @@ def find_files(students: Sequence[Path], teacher: Path | None) -> Files:
     """
     if not students:
         raise UserError("no student is given; name its GGUF file or its run's folder")
-    found = [_find(path) for path in students]
-    _require_different([path for path, _ in found])
-    files = [read_gguf(path) for path, _ in found]
+    paths, runs = zip(*map(_find, students), strict=True)
+    _require_different(paths)
+    files = [read_gguf(path) for path in paths]
     teacher = teacher or _known_teacher(files)
     if teacher.is_dir():
         raise UserError(f"--teacher {teacher} is a folder; evaluate needs the teacher's GGUF file")
     reference = read_gguf(teacher)
-    _require_different([teacher, *(path for path, _ in found)])
+    _require_different([teacher, *paths])
     names = unique_names([file.path for file in (reference, *files)])
     warnings = _other_teachers(reference, files, names[1:])
     for file, name in zip(files, names[1:], strict=True):
         warnings += _compare_vocabularies(reference, file, name)
-    return Files(reference, files, [run for _, run in found], names, warnings)
+    return Files(reference, files, list(runs), names, warnings)
 
 
 def _find(path: Path) -> tuple[Path, RunFolder | None]:
@@ -78,11 +77,10 @@ def _known_teacher(students: Sequence[GGUFFile]) -> Path:
     example = example_teacher()
     ours = file_sha256(example)
     for file in students:
-        said = file.value(TEACHER_SHA256)
-        if said != ours:
-            whose = (
-                f"{TEACHER_SHA256} is {said[:12]}…" if isinstance(said, str) else "it names none"
-            )
+        digest = file.value(TEACHER_SHA256)
+        if digest != ours:
+            named = isinstance(digest, str)
+            whose = f"{TEACHER_SHA256} is {digest[:12]}…" if named else "it names none"
             raise UserError(
                 f"{file.path} was not made of the example teacher ({whose}); name its teacher with "
                 "--teacher FILE.gguf"
@@ -101,8 +99,7 @@ def _require_different(paths: Sequence[Path]) -> None:
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
-    """Each file's name, with as many of its folders as it takes to tell it from the others
-    (which it is not)."""
+    """Each file's name, with as many of its folders as make it unique."""
     parts = [path.resolve().parts for path in paths]
     names = []
     for own in parts:
@@ -117,33 +114,28 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 def _other_teachers(
     teacher: GGUFFile, students: Sequence[GGUFFile], names: Sequence[str]
 ) -> list[str]:
-    """Words about every student that names another teacher than this one."""
-    said = [file.value(TEACHER_SHA256) for file in students]
-    if all(digest is None for digest in said):
+    """A warning for every student that names another teacher than this one."""
+    digests = [file.value(TEACHER_SHA256) for file in students]
+    if all(digest is None for digest in digests):
         return []  # a large teacher takes minutes to hash
     ours = file_sha256(teacher.path)
     return [
         f"{name} was made of another teacher (SHA-256 {str(digest)[:12]}…) than {teacher.path} "
         f"({ours[:12]}…)"
-        for name, digest in zip(names, said, strict=True)
+        for name, digest in zip(names, digests, strict=True)
         if digest is not None and digest != ours
     ]
 
 
 def _compare_vocabularies(teacher: GGUFFile, student: GGUFFile, name: str) -> list[str]:
-    """See that the two mean the same by every token id; words about what else their tokenizers
-    differ in.
-
-    Raises:
-        UserError: they do not.
-    """
+    """Warnings about other tokenizer differences; raises ``UserError`` if token ids differ."""
     if tokenizer_sha256(teacher) == tokenizer_sha256(student):
         return []
     ours, theirs = teacher.value("tokenizer.ggml.tokens"), student.value("tokenizer.ggml.tokens")
     if ours != theirs:
         pairs = zip(ours, theirs, strict=False)
         first = next(
-            (place for place, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs))
+            (index for index, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs))
         )
         raise UserError(
             f"{student.path} has another vocabulary than the teacher {teacher.path}: {len(theirs)} "

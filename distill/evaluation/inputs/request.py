@@ -14,7 +14,7 @@ DRAFT_LENGTH = 4
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TextRequest:
     """What text the user asked for: ``data`` or none, at most ``samples`` sequences, of at most
     ``max_length`` tokens (none: ``DEFAULT_LENGTH``)."""
 
@@ -31,14 +31,14 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for: the files, the text, and what else to measure.
+    """The files, the text, and what else to measure.
 
     ``harness``: tasks of lm-evaluation-harness, at most ``harness_limit`` examples of each.
     """
 
     students: Sequence[Path]
     teacher: Path | None = None
-    text: Wanted = field(default_factory=Wanted)
+    text: TextRequest = field(default_factory=TextRequest)
     draft_length: int = DRAFT_LENGTH
     safety_prompts: Path | None = None
     tasks: Path | None = None

@@ -14,13 +14,13 @@ A reasoning model's private words are taken out first (``distill.inference.reaso
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError
+from distill.runtime.files import json_lines, read_text, require_unicode
 
 MATCHES = ("exact", "prefix", "contains")
 MAX_FILE_BYTES = 64 << 20
@@ -28,8 +28,8 @@ MAX_FILE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt and its right answers, none blank; ``match``: one of ``MATCHES``. ``line``: where
-    in the file."""
+    """A prompt and its right answers, none blank; ``match``: of ``MATCHES``; ``line``: in the
+    file."""
 
     prompt: str
     answers: tuple[str, ...]
@@ -38,49 +38,35 @@ class Task:
 
     def is_right(self, answer: str) -> bool:
         """Whether this answer is a right one (see the module)."""
-        found = normalised(answer)
-        right = [normalised(one) for one in self.answers]
+        given = normalized(answer)
+        right = [normalized(one) for one in self.answers]
         if self.match == "contains":
-            return any(one in found for one in right)
+            return any(one in given for one in right)
         if self.match == "prefix":
-            return any(found.startswith(one) for one in right)
-        return found in right
+            return given.startswith(tuple(right))
+        return given in right
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """The form in which answers are compared."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def read_tasks(path: Path) -> list[Task]:
-    """The tasks of a JSONL file; blank lines are skipped, other keys are not looked at.
+    """The tasks of a JSONL file; blank lines are skipped, other keys ignored.
 
     Raises:
-        UserError: unreadable, not UTF-8, empty, or a line that is not of the form; says which line.
+        UserError: unreadable, empty, or a malformed line, which it names.
     """
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise UserError(
-                f"tasks {path}: larger than {MAX_FILE_BYTES >> 20} MiB; give a smaller file"
-            )
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"tasks {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"tasks {path} are not UTF-8 text") from None
-    lines = enumerate(text.split("\n"), 1)  # JSON may hold other signs that end lines
-    tasks = [_task(line, path, number) for number, line in lines if line.strip()]
+    text = read_text(path, "tasks", MAX_FILE_BYTES)
+    tasks = [_task(entry, path, number) for number, entry in json_lines(text, f"tasks {path}")]
     if not tasks:
         raise UserError(f"tasks {path}: the file is empty")
     return tasks
 
 
-def _task(line: str, path: Path, number: int) -> Task:
+def _task(entry: Any, path: Path, number: int) -> Task:
     where = f"tasks {path}, line {number}"
-    try:
-        entry: Any = json.loads(line)
-    except (ValueError, RecursionError):  # also of a number with too many digits
-        raise UserError(f"{where} is not JSON") from None
     if not isinstance(entry, dict):
         raise UserError(f"{where} is not an object with prompt and answer")
     prompt = entry.get("prompt")
@@ -90,10 +76,7 @@ def _task(line: str, path: Path, number: int) -> Task:
     match = entry.get("match", MATCHES[0])
     if match not in MATCHES:
         raise UserError(f"{where}: match {match!r} is none of {', '.join(MATCHES)}")
-    if any("\ud800" <= sign <= "\udfff" for words in (prompt, *answers) for sign in words):
-        raise UserError(
-            f"{where}: has a lone surrogate (\\ud800 to \\udfff), which is not text; remove it"
-        )
+    require_unicode([prompt, *answers], where)
     return Task(prompt, answers, match, number)
 
 
@@ -101,13 +84,13 @@ def _answers(entry: dict[str, Any], where: str) -> tuple[str, ...]:
     if "answer" in entry and "answers" in entry:
         raise UserError(f"{where} has both 'answer' and 'answers'; leave one of them")
     if "answers" in entry:
-        found = entry["answers"]
-        if not isinstance(found, list) or not found:
+        answers = entry["answers"]
+        if not isinstance(answers, list) or not answers:
             raise UserError(f"{where}: 'answers' must be a list of texts")
     elif "answer" in entry:
-        found = [entry["answer"]]
+        answers = [entry["answer"]]
     else:
         raise UserError(f"{where} has no 'answer'")
-    if not all(isinstance(one, str) and one.strip() for one in found):
+    if not all(isinstance(one, str) and one.strip() for one in answers):
         raise UserError(f"{where}: an answer is no text, or blank")
-    return tuple(found)
+    return tuple(answers)

@@ -81,7 +81,8 @@ def origin_section(facts: CardFacts) -> Section:
     rows.append(
         [
             "text",
-            f"{data_name(facts)}: {store.sequences:,} sequences, {human_count(store.tokens)} tokens",
+            f"{data_name(facts)}: {store.sequences:,} sequences, "
+            f"{human_count(store.tokens)} tokens",
         ]
     )
     rows.append(["soft targets", _targets_text(store.recipe)])

@@ -1,4 +1,7 @@
-"""The charts of a comparison's page."""
+"""The charts of a comparison's page.
+
+Long because every chart of the page is a short function here.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +85,7 @@ def _named(models: Sequence[ModelEvaluation]) -> list[str]:
     ]
 
 
-# -- what is nearest for its size and speed ------------------------------------------------------------
+# -- what is nearest for its size and speed -------------------------------------------------------
 
 
 def _size(comparison: Comparison) -> document.Chart:
@@ -133,13 +136,8 @@ def _pareto(
             "x": [_digits(cost(student)) for student in on],
             "y": [_digits(kl_of(one)) for one in on],
         }
-        join = {
-            "mode": "lines",
-            "line": line,
-            "hoverinfo": "skip",
-            "showlegend": False,
-            "name": "front",
-        }
+        join = {"mode": "lines", "line": line, "hoverinfo": "skip", "showlegend": False}
+        join["name"] = "front"
         traces.append({"type": "scatter", **points, **join})
     rest = [place for place in range(len(students)) if place not in kept]
     costs, distances = (
@@ -280,7 +278,7 @@ def _upright(x: float, name: str) -> dict[str, Any]:
     }
 
 
-# -- bars ---------------------------------------------------------------------------------------------
+# -- bars -----------------------------------------------------------------------------------------
 
 
 def _agreement(students: Sequence[ModelEvaluation]) -> document.Chart:
@@ -366,7 +364,7 @@ def _harness(everyone: Sequence[ModelEvaluation]) -> document.Chart:
     for place, (name, model) in enumerate(zip(_named(everyone), everyone, strict=True)):
         found = [harness_figure(model, task, metric) for task, metric in chosen.items()]
         if any(found):
-            colour = "@grey" if place == 0 else draw.COLOURS[(place - 1) % 7]
+            colour = "@grey" if place == 0 else draw.COLORS[(place - 1) % 7]
             groups.append((name, found, colour))
     figure = _bars(tasks, groups if tasks else [], {"range": [0, 1.02]})
     words = (
@@ -441,7 +439,7 @@ def _interval_words(figure: Figure | None) -> str:
     return f"{figure.value:.4g} ({figure.low:.4g}–{figure.high:.4g})"
 
 
-# -- safety -------------------------------------------------------------------------------------------
+# -- safety ---------------------------------------------------------------------------------------
 
 
 def _confusion(everyone: Sequence[ModelEvaluation]) -> document.Chart:

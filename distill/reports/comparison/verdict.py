@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distill.evaluation.pareto import fidelity_of, kl_of, quantisations, size_front
+from distill.evaluation.pareto import fidelity_of, kl_of, quantizations, size_front
 from distill.evaluation.records import Comparison, ModelEvaluation
 from distill.metrics.intervals import Figure
 from distill.metrics.safety import REFUSE_RECALL
@@ -20,7 +20,7 @@ def verdict(comparison: Comparison) -> list[Fact]:
     """The facts, the most important first."""
     teacher, students = comparison.teacher, comparison.students
     facts = [_nearest(students), _smallest(teacher, students), _fastest(teacher, students)]
-    facts += [_quantisation(group) for group in quantisations(students)]
+    facts += [_quantisation(group) for group in quantizations(students)]
     facts += [*_beaten(students), _perplexity(teacher, students), _draft(students)]
     facts += [*_task(comparison), *_safety(students), *_doubts(comparison)]
     return facts

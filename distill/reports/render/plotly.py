@@ -17,7 +17,7 @@ from typing import Any
 from distill.reports.document import Curve
 from distill.runs.metrics_log import Line, step_of
 
-COLOURS = ("@blue", "@orange", "@green", "@purple", "@sky", "@red", "@yellow", "@grey")
+COLORS = ("@blue", "@orange", "@green", "@purple", "@sky", "@red", "@yellow", "@grey")
 STEPS = {"title": {"text": "step"}, "rangemode": "tozero"}
 Trace = dict[str, Any]
 

@@ -1,4 +1,7 @@
-"""The charts of a run's report, and of two side by side."""
+"""The charts of a run's report, and of two side by side.
+
+Long because every chart of the report is a short function here.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +122,7 @@ def _loss(report: Report) -> document.Chart:
     names = [name for name in LOSS_PARTS if name in report.curves]
     stacked, lines = [], []
     for place, name in enumerate(names):
-        curve, colour = report.curves[name], draw.COLOURS[place % len(draw.COLOURS)]
+        curve, colour = report.curves[name], draw.COLORS[place % len(draw.COLORS)]
         shared = {"name": PART_WORDS[name], "legendgroup": name}
         stack = {
             "stackgroup": "loss",

@@ -79,7 +79,8 @@ def guard_facts(metrics: Metrics, finished: bool) -> list[Fact]:
         return [
             Fact(
                 "warning",
-                f"{words} It gave up at step {_last(events, ABORT).step:,}.{_quoted(events, ABORT)}",
+                f"{words} It gave up at step {_last(events, ABORT).step:,}."
+                f"{_quoted(events, ABORT)}",
             )
         ]
     if set(counts) == {CLIP}:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.config.loading import load_config
+from distill.config.loading import flatten, load_config
 from distill.metrics.intervals import Ratio, ratios
 from distill.reports.document import Curve, Fact
 from distill.reports.run.guard_log import guard_facts, health_facts
@@ -138,7 +138,7 @@ def build_report(records: Records, progress: Console | None = None) -> Report:
         if results is None
         else results.student,
         settings=_differences(
-            _flat(config), _flat(load_config(None, {}, []).model_dump(mode="json"))
+            flatten(config), flatten(load_config(None, {}, []).model_dump(mode="json"))
         ),
         seed=seed if isinstance(seed, int) else None,
         max_grad_norm=max_grad_norm(records),
@@ -246,18 +246,6 @@ def _safety_ratios(results: Results | None) -> dict[str, list[Ratio]]:
     return {"all": ratios(safety.test)} | {
         name: ratios(score) for name, score in safety.languages.items()
     }
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
-    return flat
 
 
 def _differences(found: dict[str, Any], defaults: dict[str, Any]) -> list[Setting]:

@@ -1,5 +1,8 @@
 """The tables of a report, the same in the terminal and on the page: plain strings, nothing
-escaped yet."""
+escaped yet.
+
+Long because every table of the report is a short function here.
+"""
 
 from __future__ import annotations
 

@@ -95,7 +95,8 @@ def _held_out(records: Records) -> list[Fact]:
         Fact(
             "good",
             f"Held-out KL to the teacher fell from {first.kl:.3f} to {best.kl:.3f} nats per token "
-            f"(steps {first.step:,} to {best.step:,}){_agreement(first.agreement, best.agreement)}.",
+            f"(steps {first.step:,} to {best.step:,})"
+            f"{_agreement(first.agreement, best.agreement)}.",
         )
     ]
     if best.step < last.step:

@@ -13,7 +13,7 @@ from distill.reports import document
 from distill.reports.render import plotly as draw
 from distill.reports.weights.comparison import WeightsComparison
 from distill.reports.weights.layers import kinds_of, layers_of
-from distill.reports.weights.report import Weighed, WeightsReport
+from distill.reports.weights.report import MeasuredTensor, WeightsReport
 from distill.runtime.format import number
 
 MOST_LINES = 600  # spectra on one page
@@ -32,12 +32,12 @@ class Measure:
 
     label: str
     hover: str
-    value: Callable[[Weighed], float | None]
+    value: Callable[[MeasuredTensor], float | None]
     ratio: bool = False
     over_median: bool = False
 
 
-def _stable_rank(one: Weighed) -> float | None:
+def _stable_rank(one: MeasuredTensor) -> float | None:
     return None if one.figures.spectrum is None else one.figures.spectrum.stable_rank
 
 
@@ -93,7 +93,7 @@ def weight_comparison_charts(comparison: WeightsComparison) -> dict[str, list[do
     return {"pairs": [chart] if chart.figure["data"] else []}
 
 
-def spectra(key: str, tensors: Sequence[Weighed]) -> document.Chart:
+def spectra(key: str, tensors: Sequence[MeasuredTensor]) -> document.Chart:
     """Singular values over their rank, both logarithmic; a button for each kind of weight."""
     groups = _kinds(tensors)
     shown = [one for some in groups.values() for one in some]
@@ -126,7 +126,7 @@ def spectra(key: str, tensors: Sequence[Weighed]) -> document.Chart:
     return document.Chart(key, "Spectra of the matrices", words, figure, wide=True)
 
 
-def by_layer(key: str, tensors: Sequence[Weighed]) -> document.Chart:
+def by_layer(key: str, tensors: Sequence[MeasuredTensor]) -> document.Chart:
     """A heat map of layers and kinds, with a button for each figure."""
     words = (
         "A cell is one kind of weight in one layer; one that stands out from its column is worth a "
@@ -140,7 +140,7 @@ def _layers(
     key: str,
     title: str,
     words: str,
-    tensors: Sequence[Weighed],
+    tensors: Sequence[MeasuredTensor],
     measures: Sequence[Measure],
 ) -> document.Chart:
     """A heat map of layers (rows) and kinds (columns), with a button for each measure that is
@@ -212,7 +212,7 @@ def ratio_range(known: Sequence[float]) -> tuple[float, float]:
     return 1.0 - reach, 1.0 + reach
 
 
-def _kinds(tensors: Sequence[Weighed]) -> dict[str, list[Weighed]]:
+def _kinds(tensors: Sequence[MeasuredTensor]) -> dict[str, list[MeasuredTensor]]:
     """Matrices by kind, those in no layer last; of very many only some layers of each."""
     matrices = [
         one
@@ -234,7 +234,7 @@ def _kinds(tensors: Sequence[Weighed]) -> dict[str, list[Weighed]]:
     }
 
 
-def _spectrum(one: Weighed, layers: list[int], legend: bool, thin: int) -> draw.Trace:
+def _spectrum(one: MeasuredTensor, layers: list[int], legend: bool, thin: int) -> draw.Trace:
     """One matrix's line."""
     spectrum, layer = one.figures.spectrum, one.place.layer
     assert spectrum is not None

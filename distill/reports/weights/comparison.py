@@ -12,7 +12,7 @@ from distill.reports.document import Fact
 from distill.reports.weights.files import GGUF, Stored, WeightFile, open_weights
 from distill.reports.weights.report import (
     NAMED,
-    Weighed,
+    MeasuredTensor,
     WeightsReport,
     name_of,
     progress,
@@ -35,8 +35,8 @@ class Pair:
 
     name: str
     second_name: str
-    first: Weighed
-    second: Weighed
+    first: MeasuredTensor
+    second: MeasuredTensor
     norm_ratio: float | None
     distance: float | None
     rank_ratio: float | None
@@ -129,7 +129,7 @@ def _translated(name: str, kind: str) -> str:
         return name
 
 
-def _distance(mine: Stored, its: Stored, figures: Weighed) -> float | None:
+def _distance(mine: Stored, its: Stored, figures: MeasuredTensor) -> float | None:
     """‖B - A‖ / ‖A‖ in float64, a block of values at a time."""
     if mine.shape != its.shape or not figures.figures.norm or figures.figures.not_finite:
         return None
@@ -141,7 +141,7 @@ def _distance(mine: Stored, its: Stored, figures: Weighed) -> float | None:
     return float(total**0.5 / figures.figures.norm)
 
 
-def _pair(first: Weighed, second: Weighed, distance: float | None) -> Pair:
+def _pair(first: MeasuredTensor, second: MeasuredTensor, distance: float | None) -> Pair:
     ranks = [
         one.figures.spectrum.effective_rank if one.figures.spectrum else 0.0
         for one in (first, second)

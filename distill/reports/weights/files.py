@@ -20,6 +20,7 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.reports.inputs import files_of_weights, is_gguf
+from distill.runtime.printable import printable_line
 from teachers.gguf.file import read_gguf
 
 SAFETENSORS, GGUF = "safetensors", "GGUF"
@@ -132,4 +133,4 @@ def _loaded(file: Any, name: str, path: Path) -> Tensor:
 
 def _plain(name: str) -> str:
     """A name that can be printed and written as UTF-8; much longer than any model's, it is cut."""
-    return "".join(sign if sign.isprintable() else "�" for sign in name[:LONGEST_NAME])
+    return printable_line(name[:LONGEST_NAME])

@@ -18,7 +18,7 @@ from distill.runs.folder import WEIGHTS
 from distill.runtime import interrupts
 from distill.runtime.format import human_bytes, human_count
 from distill.runtime.progress import Console
-from stability.measures.weights import EXACT_SIDE, GRAM, WeightFigures, weigh
+from stability.measures.weights import EXACT_SIDE, GRAM, WeightStats, weigh
 
 WORTH_SHOWING = 5e9  # values times smaller side, over all matrices: about two seconds on two cores
 COLLAPSED = (
@@ -30,10 +30,10 @@ NAMED = 3  # tensors named of those that something is said about
 
 
 @dataclass(frozen=True)
-class Weighed:
+class MeasuredTensor:
     """One tensor's figures, where it belongs, and the type that it is stored in."""
 
-    figures: WeightFigures
+    figures: WeightStats
     place: Place
     stored_as: str
 
@@ -86,7 +86,7 @@ class Weighed:
         )
 
 
-def verdict(tensors: Sequence[Weighed]) -> list[Fact]:
+def verdict(tensors: Sequence[MeasuredTensor]) -> list[Fact]:
     """What the figures say, what is broken first."""
     matrices = [one for one in tensors if one.figures.spectrum is not None]
     return [
@@ -113,7 +113,7 @@ class WeightsReport:
     file_bytes: int
     parameters: int
     verdict: list[Fact]
-    tensors: list[Weighed]
+    tensors: list[MeasuredTensor]
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def weigh_file(
     with progress(console, "Weigh", chosen) as update:
         for number, stored in enumerate(chosen, 1):
             figures = weigh(stored.name, stored.read(), exact_side=exact_side)
-            tensors.append(Weighed(figures, places[stored.name], stored.kind))
+            tensors.append(MeasuredTensor(figures, places[stored.name], stored.kind))
             update(number, stored.name)
     return WeightsReport(
         name=name,
@@ -217,7 +217,7 @@ def summary_words(report: WeightsReport) -> str:
     return ", ".join(words if report.architecture is None else [report.architecture, *words])
 
 
-def named(tensors: Sequence[Weighed]) -> str:
+def named(tensors: Sequence[MeasuredTensor]) -> str:
     """The first few by name, and how many more there are."""
     more = f" and {len(tensors) - NAMED:,} more" if len(tensors) > NAMED else ""
     return ", ".join(one.name for one in tensors[:NAMED]) + more
@@ -232,7 +232,7 @@ def without_infinities(tree: Any) -> Any:
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
-def _finite(tensors: Sequence[Weighed]) -> Fact:
+def _finite(tensors: Sequence[MeasuredTensor]) -> Fact:
     bad = [one for one in tensors if one.figures.not_finite]
     count = sum(one.figures.count for one in tensors)
     if not bad:
@@ -246,14 +246,14 @@ def _finite(tensors: Sequence[Weighed]) -> Fact:
     )
 
 
-def _zeros(tensors: Sequence[Weighed]) -> list[Fact]:
+def _zeros(tensors: Sequence[MeasuredTensor]) -> list[Fact]:
     zero = [one for one in tensors if one.figures.zero_share == 1.0]
     if not zero:
         return []
     return [Fact("plain", f"Nothing but zeros is in {_tensors(zero)}: {named(zero)}.")]
 
 
-def _dead(tensors: Sequence[Weighed]) -> list[Fact]:
+def _dead(tensors: Sequence[MeasuredTensor]) -> list[Fact]:
     matrices = [one for one in tensors if one.figures.dead_rows is not None]
     dead = sorted((one for one in matrices if one.dead), key=lambda one: -one.dead)
     if not dead:
@@ -268,7 +268,7 @@ def _dead(tensors: Sequence[Weighed]) -> list[Fact]:
     return [Fact("warning", f"{words}. Units behind them do nothing.")]
 
 
-def _ranks(matrices: Sequence[Weighed]) -> list[Fact]:
+def _ranks(matrices: Sequence[MeasuredTensor]) -> list[Fact]:
     known = [(one.rank_share, one) for one in matrices if one.rank_share is not None]
     if not known:
         return []
@@ -290,7 +290,7 @@ def _ranks(matrices: Sequence[Weighed]) -> list[Fact]:
     return [Fact("good", f"No matrix has collapsed: {words}.")]
 
 
-def _tails(matrices: Sequence[Weighed]) -> list[Fact]:
+def _tails(matrices: Sequence[MeasuredTensor]) -> list[Fact]:
     known = [one for one in matrices if one.alpha is not None]
     if not known:
         return []
@@ -316,7 +316,7 @@ def _tails(matrices: Sequence[Weighed]) -> list[Fact]:
     ]
 
 
-def _routes(matrices: Sequence[Weighed]) -> list[Fact]:
+def _routes(matrices: Sequence[MeasuredTensor]) -> list[Fact]:
     fast = [
         one
         for one in matrices
@@ -334,5 +334,5 @@ def _routes(matrices: Sequence[Weighed]) -> list[Fact]:
     ]
 
 
-def _tensors(some: Sequence[Weighed]) -> str:
+def _tensors(some: Sequence[MeasuredTensor]) -> str:
     return "one tensor" if len(some) == 1 else f"{len(some):,} tensors"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from distill.reports.document import Section, Table
 from distill.reports.weights.comparison import WeightsComparison
 from distill.reports.weights.layers import kinds_of
-from distill.reports.weights.report import Weighed, WeightsReport, summary_words
+from distill.reports.weights.report import MeasuredTensor, WeightsReport, summary_words
 from distill.runtime.format import MISSING, figure, number, share
 from stability.measures.weights import GRAM
 
@@ -34,7 +34,7 @@ def weight_sections(report: WeightsReport) -> list[Section]:
     return [Section("weights", "Weights", words, tensor_tables(report.tensors))]
 
 
-def tensor_tables(tensors: Sequence[Weighed]) -> list[Table]:
+def tensor_tables(tensors: Sequence[MeasuredTensor]) -> list[Table]:
     """All tensors where they are few; else the kinds, and the tensors worst first."""
     if len(tensors) <= FEW:
         return [Table("Tensors", HEAD, [_row(one) for one in tensors], NOTE, spare=SPARE)]
@@ -88,7 +88,7 @@ def weight_comparison_sections(comparison: WeightsComparison) -> list[Section]:
     ]
 
 
-def _kinds(tensors: Sequence[Weighed]) -> Table:
+def _kinds(tensors: Sequence[MeasuredTensor]) -> Table:
     """One row for each kind of weight in layers, and for each tensor outside."""
     rows = []
     for kind in kinds_of(one.place for one in tensors):
@@ -99,7 +99,7 @@ def _kinds(tensors: Sequence[Weighed]) -> Table:
     return Table("By kind", head, rows, "Smallest to largest over the layers.")
 
 
-def _span_cells(some: Sequence[Weighed]) -> list[str]:
+def _span_cells(some: Sequence[MeasuredTensor]) -> list[str]:
     shares = [one.rank_share for one in some if one.rank_share is not None]
     return [
         str(len(some)),
@@ -118,7 +118,7 @@ def _joined(low: str, high: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _row(one: Weighed) -> list[str]:
+def _row(one: MeasuredTensor) -> list[str]:
     figures = one.figures
     spectrum = figures.spectrum
     return [
@@ -136,7 +136,7 @@ def _row(one: Weighed) -> list[str]:
     ]
 
 
-def _remarks(one: Weighed) -> list[str]:
+def _remarks(one: MeasuredTensor) -> list[str]:
     """What is to be said of a tensor beyond its figures."""
     figures, found = one.figures, []
     if figures.not_finite:
@@ -156,10 +156,10 @@ def _remarks(one: Weighed) -> list[str]:
     return found
 
 
-def _rank(one: Weighed) -> str:
+def _rank(one: MeasuredTensor) -> str:
     spectrum = one.figures.spectrum
     return MISSING if spectrum is None else f"{spectrum.effective_rank:,.1f}"
 
 
-def _shape(one: Weighed) -> str:
+def _shape(one: MeasuredTensor) -> str:
     return "×".join(f"{side:,}" for side in one.figures.shape) or "scalar"

@@ -1,7 +1,6 @@
-"""Which llama.cpp is installed and on which processor, found without loading it: loading may end
-the process.
+"""Which llama.cpp is installed, on which processor, without loading it (which may end the process).
 
-Together they are the key under which a self-check's outcome is remembered.
+Together they are the key under which a self-check's result is remembered.
 """
 
 from __future__ import annotations
@@ -20,26 +19,17 @@ from pathlib import Path
 
 PACKAGE = "llama-cpp-python"
 # What llama.cpp calls the processor's features, as it was built, and what Linux calls them.
+_SAME = ("AVX", "AVX2", "F16C", "FMA", "BMI2", "AVX_VNNI", "AVX512_VNNI", "AVX512_BF16", "AMX_INT8")
 FEATURES = {
-    "AVX": "avx",
-    "AVX2": "avx2",
-    "F16C": "f16c",
-    "FMA": "fma",
-    "BMI2": "bmi2",
-    "AVX_VNNI": "avx_vnni",
-    "AVX512": "avx512f",
-    "AVX512_VBMI": "avx512vbmi",
-    "AVX512_VNNI": "avx512_vnni",
-    "AVX512_BF16": "avx512_bf16",
-    "AMX_INT8": "amx_int8",
+    **{name: name.lower() for name in _SAME},
+    **{"AVX512": "avx512f", "AVX512_VBMI": "avx512vbmi"},
 }
 _WORTH_BUILDING_FOR = ("AVX2", "AVX512", "AVX512_VNNI", "AMX_INT8")
 
 
 @dataclass(frozen=True)
 class Processor:
-    """What the operating system says of the processor; ``features`` as Linux names them, empty
-    elsewhere."""
+    """The processor by the operating system; ``features`` as Linux names them, empty elsewhere."""
 
     name: str
     features: frozenset[str]
@@ -62,8 +52,7 @@ def processor() -> Processor:
 
 
 def library_folder() -> Path | None:
-    """Where the package keeps llama.cpp's shared libraries, or nothing where it is not
-    installed."""
+    """Where the package keeps llama.cpp's shared libraries; nothing where it is not installed."""
     spec = find_spec("llama_cpp")
     if spec is None or spec.origin is None:
         return None
@@ -82,11 +71,7 @@ def library_version() -> str | None:
 
 @functools.cache
 def fingerprint() -> str:
-    """SHA-256 over the installed library's files (name, size, time of change) and the processor, as
-    hex.
-
-    A library that is built again has another one.
-    """
+    """SHA-256, as hex, of the library's files (name, size, time of change) and the processor."""
     folder = library_folder()
     files: list[tuple[str, int, int]] = []
     if folder is not None:
@@ -103,13 +88,11 @@ def fingerprint() -> str:
 def unused_features(built_with: Collection[str]) -> list[str]:
     """Features of this processor that make llama.cpp much faster, and that it was built without."""
     has = processor().features
-    return [
-        name for name in _WORTH_BUILDING_FOR if FEATURES[name] in has and name not in built_with
-    ]
+    worth = (name for name in _WORTH_BUILDING_FOR if FEATURES[name] in has)
+    return [name for name in worth if name not in built_with]
 
 
 def foreign_features(built_with: Collection[str]) -> list[str]:
-    """Features that llama.cpp was built with and this processor lacks; empty where its features
-    are not known."""
+    """Features that llama.cpp was built with and this processor is known to lack."""
     has = processor().features
     return [name for name in built_with if has and name in FEATURES and FEATURES[name] not in has]

@@ -1,13 +1,12 @@
-"""What the self-check of llama.cpp found on this machine, remembered so that it is paid for once.
+"""The result of llama.cpp's self-check on this machine, remembered so that it is paid for once.
 
-One small JSON file for each library and processor, in the user's cache folder. It holds nothing
-that cannot be found again: a damaged or foreign one counts as none.
+One small JSON file for each library and processor, in the user's cache folder; a damaged one counts
+as none.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import stat
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -18,6 +17,7 @@ from typing import Any
 import filelock
 import platformdirs
 
+from teachers.atomic_files import write_whole
 from teachers.llama_cpp.library.build import fingerprint, library_version, processor
 
 LOCK_SECONDS = 5.0
@@ -26,15 +26,17 @@ MOST_BYTES = 1 << 20  # of a record's file
 
 @dataclass(frozen=True)
 class CheckRecord:
-    """The outcome for one library on one processor.
+    """The result for one library on one processor.
 
     Attributes:
         extra_buffers: whether llama.cpp runs with its extra CPU buffers (AMX, repacked weights),
-        its default. from_bytes: files of this size or more run without them all the same, for want
-        of memory; 0 for none. reason: why not, going on from "llama.cpp …"; empty where it does.
-        failed: tensor types of the file that it was found with. verified: tensor types whose
-        results were compared between both ways and agree; of results on a GPU with
-            the devices before the type.
+            its default.
+        from_bytes: files of this size or more run without them all the same, for want of memory;
+            0 for none.
+        reason: why not, after "llama.cpp …"; empty where it does.
+        failed: tensor types of the file that showed it.
+        verified: tensor types whose results agree with and without; those of a GPU are named with
+            its devices first.
         time: when it was written, ISO 8601 in UTC.
         library: the package's version, for people.
         processor: its name, for people.
@@ -86,11 +88,9 @@ def read_record() -> CheckRecord:
 
 
 def change_record(change: Callable[[CheckRecord], CheckRecord]) -> None:
-    """Remember what ``change`` makes of the record, in this process and, where there is a place for
-    it, for the next.
+    """Remember what ``change`` makes of the record, in this process and for the next ones.
 
-    Other processes may remember something at the same time: ``change`` is made to what is there by
-    then.
+    Other processes may do so at the same time: ``change`` is applied to what is there by then.
 
     Raises:
         OSError: nothing can be written there; this process remembers all the same.
@@ -114,22 +114,13 @@ def _described(record: CheckRecord) -> CheckRecord:
 
 
 def _write(record: CheckRecord, path: Path) -> None:
-    content = asdict(record) | {
-        "verified": sorted(record.verified),
-        "failed": sorted(record.failed),
-    }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(
-            json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    sets = {"verified": sorted(record.verified), "failed": sorted(record.failed)}
+    text = json.dumps(asdict(record) | sets, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, text.encode("utf-8"))
 
 
 def _read() -> CheckRecord | None:
-    """The record in the file; nothing where there is none, no place for one, or a damaged one."""
+    """The record in the file; nothing where there is none, or a damaged one."""
     try:
         path = record_path()
         status = path.stat()
@@ -144,16 +135,13 @@ def _read() -> CheckRecord | None:
 
 
 def _is_sound(record: CheckRecord) -> bool:
-    """Whether a record from a file has the types it should, nothing that steers a terminal, and
-    a reason if need be."""
-    if not all(
-        type(getattr(record, field.name)) is type(field.default) for field in fields(record)
-    ):
+    """Whether a record has the right types, no terminal control, and a reason if it needs one."""
+    for field in fields(record):
+        if type(getattr(record, field.name)) is not type(field.default):
+            return False
+    names = record.verified | record.failed
+    if not all(isinstance(name, str) for name in names):
         return False
-    if not all(isinstance(name, str) for name in record.verified | record.failed):
-        return False
-    texts = (record.reason, record.time, *record.verified, *record.failed)
     in_order = record.extra_buffers and not record.from_bytes
-    return all(text.isprintable() for text in texts) and (
-        in_order or bool(record.reason and record.time)
-    )
+    printable = all(text.isprintable() for text in (record.reason, record.time, *names))
+    return printable and (in_order or bool(record.reason and record.time))

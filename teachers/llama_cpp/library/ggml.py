@@ -1,5 +1,4 @@
-"""The calls to ggml, the library under llama.cpp, for which the package has no function of its
-own."""
+"""Calls to ggml, the library under llama.cpp, that the package does not wrap."""
 
 from __future__ import annotations
 
@@ -14,8 +13,7 @@ GPU, INTEGRATED_GPU = 1, 2  # ggml_backend_dev_type; 0 is the processor
 
 
 def _load(name: str, functions: dict[str, tuple[Any, list[Any]]]) -> Any:
-    """One of the package's shared libraries, with the results and arguments of the functions
-    used here."""
+    """One of the package's shared libraries, with the signatures of the functions used here."""
     folder = library_folder()
     assert folder is not None, "llama_cpp was imported above"
     library: Any = load_shared_library(name, folder)

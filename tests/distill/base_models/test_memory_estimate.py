@@ -83,7 +83,7 @@ def training_of(quant: str, dtype: torch.dtype, **changes: Any) -> AdapterTraini
         "vocab_size": VOCAB,
         "rank": RANK,
         "load_in_4bit": quant != "plain",
-        "double_quantisation": quant == "double",
+        "double_quantization": quant == "double",
         "load_dtype": dtype,
         "safety_head": True,
         "verification_head": True,
@@ -149,7 +149,7 @@ def test_weights_gradients_moments_and_snapshots_are_those_of_a_student(
         assert found.gradients == size_of(gradients), kind
         moments = [value for state in optimizer.state.values() for value in state.values()]
         assert found.moments == pytest.approx(size_of(moments), rel=0.01), kind
-        keeper = Keeper(student, optimizer, None, None, 2)
+        keeper = Keeper(student, optimizer, count=2)
         kept = []
         for step in range(2):
             keeper.take(step, None)
@@ -306,7 +306,7 @@ def test_phi_3_5_mini_in_nf4_by_hand() -> None:
     assert 2.2 < found.base / 1e9 < 2.4
     assert found.base_numbers == 32 * layer + tables == 3_821_079_552
     assert phi(load_in_4bit=False).base == 2 * 3_821_079_552
-    single = phi(double_quantisation=False).base
+    single = phi(double_quantization=False).base
     assert single - found.base == pytest.approx(32 * layer / 64 * (4 - 1 - 4 / 256), rel=0.01)
 
 
@@ -388,15 +388,8 @@ def test_advice_where_nothing_helps() -> None:
 
 def test_memory_in_words() -> None:
     """Amounts with a unit or in bytes; anything else is refused."""
-    amounts = {
-        "12GiB": 12 << 30,
-        "1.5 GB": 1_500_000_000,
-        "800mb": 800_000_000,
-        " 2 TiB ": 2 << 40,
-        "64KiB": 65536,
-        "4096": 4096,
-        "7 B": 7,
-    }
+    amounts = {"12GiB": 12 << 30, "1.5 GB": 1_500_000_000, "800mb": 800_000_000}
+    amounts |= {" 2 TiB ": 2 << 40, "64KiB": 65536, "4096": 4096, "7 B": 7}
     assert {text: parse_memory(text) for text in amounts} == amounts
     none = ["", "GiB", "12 G", "0GB", "-1GB", "1e3GB", "0.1", "12 apples", "nan", "１GB"]
     words = "is no amount of memory; write a number above 0 and a unit"

@@ -52,17 +52,17 @@ def test_what_agrees() -> None:
     assert match == VocabularyMatch(
         6, padding=0, rows_to_add=0, rows_to_cut=0, tokens_cut=0, roles={}
     )
-    assert match.words() == "6 tokens, all alike"
+    assert match.describe() == "6 tokens, all alike"
     match = compare_vocabularies(teacher(TOKENS), base(TOKENS), 70, 6)
     assert (match.rows_to_cut, match.rows_to_add, match.tokens_cut) == (64, 0, 0)
-    assert match.words().startswith(
+    assert match.describe().startswith(
         "6 tokens, all alike; the base has 64 more rows, which are padding"
     )
     # A base whose makers added tokens later; its padding names count as padding.
     added = base(TOKENS, ("<|tool|>", "<|reserved_special_token_1|>"))
     match = compare_vocabularies(teacher(TOKENS), added, 9, 6)
     assert (match.common, match.rows_to_cut, match.tokens_cut) == (6, 3, 1)
-    assert "3 more rows, which are padding but for 1 token and are cut" in match.words()
+    assert "3 more rows, which are padding but for 1 token and are cut" in match.describe()
 
 
 def test_teacher_padding_by_name() -> None:
@@ -73,8 +73,8 @@ def test_teacher_padding_by_name() -> None:
         for rows, added in ((7, 0), (6, 1)):
             match = compare_vocabularies(fields, base(TOKENS), rows, 7)
             assert (match.common, match.padding, match.rows_to_add) == (6, 1, added), name
-            assert "6 tokens, all alike; 1 more id of the teacher is padding" in match.words()
-            assert ("the base has 1 row fewer, which is added" in match.words()) == bool(added)
+            assert "6 tokens, all alike; 1 more id of the teacher is padding" in match.describe()
+            assert ("the base has 1 row fewer, which is added" in match.describe()) == bool(added)
 
 
 def test_teacher_padding_by_type_and_beyond_its_tokens() -> None:
@@ -99,8 +99,8 @@ def test_roles_are_told_not_refused() -> None:
     """Which token begins and ends a text may differ; the teacher's is used."""
     match = compare_vocabularies(teacher(TOKENS, eos=4, bos=99), base(TOKENS), 6, 6)
     assert match.roles == {"bos": (0, None), "eos": (1, 4)}
-    assert "bos is 0 in the base, missing in the teacher, whose is used" in match.words()
-    assert "eos is 1 in the base, 4 in the teacher, whose is used" in match.words()
+    assert "bos is 0 in the base, missing in the teacher, whose is used" in match.describe()
+    assert "eos is 1 in the base, 4 in the teacher, whose is used" in match.describe()
 
 
 def test_refused(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_folder_made_from_the_teacher(tmp_path: Path) -> None:
     write_tokenizer_folder(fields, tmp_path)
     match = compare_vocabularies(fields, tmp_path, 1088, 1024)
     assert match.common == 1024 and match.rows_to_cut == 64 and match.padding == 0
-    assert match.words().startswith("1,024 tokens, all alike; the base has 64 more rows")
+    assert match.describe().startswith("1,024 tokens, all alike; the base has 64 more rows")
 
 
 def test_a_real_sentencepiece_teacher(tmp_path: Path) -> None:
@@ -141,7 +141,8 @@ def test_a_real_sentencepiece_teacher(tmp_path: Path) -> None:
     fields = tokenizer_fields(read_gguf(shared_file("teachers/wikiphi-q8_0.gguf")))
     write_tokenizer_folder(fields, tmp_path)
     assert (
-        compare_vocabularies(fields, tmp_path, 32064, 32064).words() == "32,064 tokens, all alike"
+        compare_vocabularies(fields, tmp_path, 32064, 32064).describe()
+        == "32,064 tokens, all alike"
     )
     write_tokenizer_folder(tokenizer_fields(read_gguf(example_teacher())), tmp_path)
     with pytest.raises(

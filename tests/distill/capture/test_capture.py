@@ -13,11 +13,11 @@ from distill.config.loading import load_config
 from distill.config.schema import TargetsConfig
 from distill.errors import UserError
 from distill.pipeline.capture import capture_only
-from distill.runtime.launch_environment import launched_share
+from distill.runtime.launch_environment import process_rank
 from distill.runtime.progress import Console
-from teachers.base import Share
+from teachers.base import ProcessRank
 from teachers.llama_cpp.teacher import GGUFTeacher
-from teachers.store.teacher_record import TEACHER, need_inheritance
+from teachers.store.teacher_record import TEACHER, require_teacher_record
 from teachers.targets.recipe import Recipe
 from tests.support.teachers import Bent
 
@@ -30,22 +30,16 @@ def test_the_default_recipe(example_gguf: GGUFTeacher, capsys: pytest.CaptureFix
     assert recipe_for(TargetsConfig(), bent, Console()) == Recipe(num_topk=16, sketch_bytes=0)
     assert "no sketch of the tail" in " ".join(capsys.readouterr().out.split())
     assert recipe_for(TargetsConfig(sketch_bytes=30), bent, Console()).sketch_bytes == 30
-    assert recipe_for(TargetsConfig(kind="dense", layers=(3, 0, 3)), bent, Console()).layers == (
-        0,
-        3,
-    )
+    dense = TargetsConfig(kind="dense", layers=(3, 0, 3))
+    assert recipe_for(dense, bent, Console()).layers == (0, 3)
     with pytest.raises(UserError, match=r"targets\.layers = 6.*layers 0 to 5"):
         recipe_for(TargetsConfig(layers=(0, 6)), example_gguf, Console())
 
 
 def test_the_launcher_gives_each_process_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """RANK and WORLD_SIZE as torchrun sets them; without them, everything; no wrong share."""
-    shares = {
-        (None, None): Share(0, 1),
-        ("0", "1"): Share(0, 1),
-        ("2", "3"): Share(2, 3),
-        (None, "4"): Share(0, 4),
-    }
+    shares = {(None, None): ProcessRank(0, 1), ("0", "1"): ProcessRank(0, 1)}
+    shares |= {("2", "3"): ProcessRank(2, 3), (None, "4"): ProcessRank(0, 4)}
     wrong = [("3", "3"), ("-1", "2"), ("x", "2"), ("1", ""), ("0", "0")]
     for row in (*shares, *wrong):
         for name, value in zip(("RANK", "WORLD_SIZE"), row, strict=True):
@@ -54,10 +48,10 @@ def test_the_launcher_gives_each_process_its_share(monkeypatch: pytest.MonkeyPat
             else:
                 monkeypatch.setenv(name, value)
         if row in shares:
-            assert launched_share() == shares[row], row
+            assert process_rank() == shares[row], row
         else:
             with pytest.raises(UserError, match=r"RANK='.*WORLD_SIZE='"):
-                launched_share()
+                process_rank()
                 pytest.fail(f"{row} is accepted")
 
 
@@ -85,7 +79,7 @@ def test_ranks_capture_one_store(
         monkeypatch.setenv("RANK", rank)
         capture_only(config, None, Console())
         assert (store.folder / TEACHER).exists() == there
-    assert need_inheritance(store).info == tiny_teacher.info
+    assert require_teacher_record(store).info == tiny_teacher.info
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name)
     capsys.readouterr()

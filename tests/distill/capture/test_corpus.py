@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,7 @@ def test_plain_text_becomes_windows(tiny_teacher: GGUFTeacher, tmp_path: Path) -
 
 def test_control_tokens_in_data_stay_text(tiny_teacher: GGUFTeacher, tmp_path: Path) -> None:
     """Text that spells a control token must not become one."""
-    path = write_lines(
-        tmp_path / "t.jsonl", {"text": "<|assistant|> yes"}, {"text": "another line"}
-    )
+    path = write_lines(tmp_path / "t.jsonl", {"text": "<|assistant|> yes"}, {"text": "another"})
     tokens = corpus(tiny_teacher, path).items[0].segments[0]
     control = tiny_teacher.tokenize(["<|assistant|>"], add_special=False, parse_special=True)[0]
     assert len(control) == 1 and control[0] not in tokens
@@ -82,10 +81,8 @@ def test_folders_are_read_in_order(tiny_teacher: GGUFTeacher, tmp_path: Path) ->
     (tmp_path / "sub" / "b.txt").write_text("second entry")
     (tmp_path / "c.bin").write_bytes(b"\xff")
     built = corpus(tiny_teacher, tmp_path)
-    assert [text_of(tiny_teacher, item.segments[0][1:]) for item in built.items] == [
-        "first entry",
-        "second entry",
-    ]
+    texts = [text_of(tiny_teacher, item.segments[0][1:]) for item in built.items]
+    assert texts == ["first entry", "second entry"]
 
 
 def test_malformed_jsonl_names_file_and_line(tiny_teacher: GGUFTeacher, tmp_path: Path) -> None:
@@ -162,15 +159,15 @@ def test_requests_are_what_take_asks_for(tiny_teacher: GGUFTeacher, tmp_path: Pa
     lines = [{"prompt": "a"}, {"prompt": "b"}, {"messages": TURNS}, {"prompt": "c"}]
     path = write_lines(tmp_path / "m.jsonl", *lines)
     built = corpus(tiny_teacher, path, max_length=40)
-    assert built.requests(0, 3) is None and built.requests(2, 4) is None
+    assert built.generation_request(0, 3) is None and built.generation_request(2, 4) is None
     for start, stop in ((0, 2), (1, 2), (3, 4)):
-        asked = built.requests(start, stop)
-        assert asked is not None
+        request = built.generation_request(start, stop)
+        assert request is not None
         said, other, taken = (
             [row.tolist() for row in rows]
             for rows in (
-                tiny_teacher.speak(*asked, first_index=start),
-                tiny_teacher.speak(*asked, first_index=9),
+                tiny_teacher.generate(request),
+                tiny_teacher.generate(replace(request, first_index=9)),
                 built.take(tiny_teacher, start, stop, lambda done: None),
             )
         )

@@ -60,7 +60,7 @@ def test_several_are_mixed(tiny_teacher_path: Path) -> None:
 
 
 def test_4bit_is_for_folders(tiny_teacher_path: Path) -> None:
-    """A GGUF file is as quantised as it is."""
+    """A GGUF file is already quantized."""
     with pytest.raises(UserError, match="load_in_4bit"):
         open_teacher(TeacherConfig(path=str(tiny_teacher_path), load_in_4bit=True))
 
@@ -145,9 +145,8 @@ def test_a_mixture_has_no_sketch(
     tokens = [np.arange(3, 12, dtype=np.int32)]
     with open_teacher(config) as teacher:
         recipe = recipe_for(TargetsConfig(), teacher, Console())
-        assert recipe.sketch_bytes == 0 and "no hidden state" in " ".join(
-            capsys.readouterr().out.split()
-        )
+        said = " ".join(capsys.readouterr().out.split())
+        assert recipe.sketch_bytes == 0 and "no hidden state" in said
         assert len(teacher.score(tokens, recipe, {})["topk_ids"]) == 8
         with pytest.raises(EnsembleError, match="no hidden state"):
             teacher.score(tokens, Recipe("hidden"), {})

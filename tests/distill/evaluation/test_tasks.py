@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from distill.errors import UserError
-from distill.evaluation.inputs.task_file import Task, normalised, read_tasks
+from distill.evaluation.inputs.task_file import Task, normalized, read_tasks
 from distill.evaluation.tasks import MARGIN, REASONING_TOKENS, answer_tasks, score_task
 from distill.metrics.intervals import wilson
-from teachers.base import Sampling, Tokens
+from teachers.base import GenerationRequest, Tokens
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.conversation import request_tokens
 from tests.support.teachers import BigramTeacher
@@ -42,22 +42,17 @@ class Letters:
     def detokenize(self, sequences: Sequence[Tokens]) -> list[str]:
         return ["".join(chr(token) for token in tokens) for tokens in sequences]
 
-    def speak(
-        self,
-        requests: Sequence[Sequence[Tokens]],
-        sampling: Sampling,
-        *,
-        progress: Callable[[int], None],
-    ) -> list[Tokens]:
+    def generate(self, request: GenerationRequest, progress: Callable[[int], None]) -> list[Tokens]:
+        sampling = request.sampling
         assert sampling.temperature == 0.0
         self.lengths.append(sampling.max_length)
-        found = []
-        for place, (prompt,) in enumerate(requests, 1):
-            request = self.detokenize([prompt])[0].partition("]")[0].removeprefix("[")
-            answer = [*(ord(sign) for sign in self.answers[request]), END]
-            found.append(np.array([*prompt, *answer], dtype=np.int32)[: sampling.max_length])
-            progress(place)
-        return found
+        rows = []
+        for number, (prompt,) in enumerate(request.prompts, 1):
+            question = self.detokenize([prompt])[0].partition("]")[0].removeprefix("[")
+            answer = [*(ord(sign) for sign in self.answers[question]), END]
+            rows.append(np.array([*prompt, *answer], dtype=np.int32)[: sampling.max_length])
+            progress(number)
+        return rows
 
 
 def letters(
@@ -103,10 +98,7 @@ def test_bad_lines_are_named(tmp_path: Path) -> None:
         ({"prompt": "x", "answers": "4"}, "line 2: 'answers' must be a list"),
         ({"prompt": "x", "answers": ["4", None]}, "line 2: an answer is no text"),
         ({"prompt": "x", "answer": "4", "answers": ["5"]}, "line 2 has both"),
-        (
-            {"prompt": "x", "answer": "4", "match": "regex"},
-            "line 2: match 'regex' is none of exact,",
-        ),
+        ({"prompt": "x", "answer": "4", "match": "no"}, "line 2: match 'no' is none of exact,"),
         ({"prompt": "x", "answer": "4", "match": ["exact"]}, "is none of"),
         ({"prompt": "x", "answer": "\ud800"}, "line 2: has a lone surrogate"),
     ]
@@ -145,7 +137,7 @@ def test_when_an_answer_is_right() -> None:
     ):
         task = Task("2 + 2?", ("café au lait", "4"), match)
         assert task.is_right(answer) is right, (match, answer)
-    assert normalised("\u3000a \n b ") == "a b"
+    assert normalized("\u3000a \n b ") == "a b"
 
 
 def test_score_counts_right_answers() -> None:
@@ -169,11 +161,8 @@ def test_an_answer_does_not_depend_on_its_batch() -> None:
     model = letters(answers)
     said = answer_tasks(model, tasks)
     assert [len(text) for text in said] == [MARGIN + 1] * 3
-    assert [task.is_right(text) for task, text in zip(tasks, said, strict=True)] == [
-        False,
-        False,
-        True,
-    ]
+    right = [task.is_right(text) for task, text in zip(tasks, said, strict=True)]
+    assert right == [False, False, True]
     assert said == [answer_tasks(letters(answers), [task])[0] for task in tasks]
     assert model.lengths == [302 + MARGIN + 1]
 
@@ -206,9 +195,8 @@ def test_a_real_model_answers_what_its_logits_say(example_gguf: GGUFTeacher) -> 
         longer, answer = tokens, list[int]()
         while len(answer) < 6:
             # What follows the last token is never computed, so another one comes behind it.
-            following = int(
-                example_gguf.logits([np.append(longer, 0).astype(np.int32)])[-1].argmax()
-            )
+            logits = example_gguf.logits([np.append(longer, 0).astype(np.int32)])
+            following = int(logits[-1].argmax())
             if following in example_gguf.info.end_tokens:
                 break
             answer.append(following)

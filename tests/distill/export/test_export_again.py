@@ -24,7 +24,7 @@ from distill.export.export_again import export_run
 from distill.pipeline.run import run
 from distill.runs.audit_verify import verify
 from distill.runs.exports import ExportedFile, read_exports
-from distill.runs.folder import Places, RunFolder
+from distill.runs.folder import RunFolder, RunPaths
 from distill.runtime.progress import Console
 from students.gguf.file_types import FILE_TYPES
 from students.gguf.imatrix import Importance, write_importance
@@ -43,7 +43,7 @@ def finished(tiny_teacher_path: Path, tmp_path_factory: pytest.TempPathFactory) 
     overrides = {"teacher.path": str(tiny_teacher_path), "student.size": "32x1"}
     overrides |= {"data.samples": 24, "train.epochs": 1}
     out = tmp_path_factory.mktemp("runs") / "run"
-    return run(load_config(None, overrides, SMALL), Places(out=out), Console())
+    return run(load_config(None, overrides, SMALL), RunPaths(out=out), Console())
 
 
 def export(

@@ -14,7 +14,7 @@ from distill.export.ollama_modelfile import (
     adds_bos,
     literal,
     modelfile,
-    stop_words,
+    stop_sequences,
     write_modelfile,
 )
 from distill.export.ollama_template import ORDINARY, UNUSUAL, placeholders
@@ -28,116 +28,39 @@ from tests.support.teachers import edited, shared_file
 
 Messages = list[dict[str, str]]
 
-# Written for these tests in the manner of well-known families.
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% "
-    "endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-CHATML_DEFAULT = (
-    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe helpful.<|im_end|>\n' }}{% "
-    "endif %}" + CHATML
-)
-LLAMA2 = """{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}{% set sys = messages[0].content %}
-{%- else %}{% set rest = messages %}{% set sys = false %}{% endif %}
-{%- for m in rest %}
-{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns must alternate') }}{% endif %}
-{%- if loop.index0 == 0 and sys is not false %}{% set words = '<<SYS>>\n' + sys + '\n<</SYS>>\n\n' + m.content %}
-{%- else %}{% set words = m.content %}{% endif %}
-{%- if m.role == 'user' %}{{ bos_token + '[INST] ' + words.strip() + ' [/INST]' }}
-{%- else %}{{ ' ' + words.strip() + ' ' + eos_token }}{% endif %}
-{%- endfor %}"""
-LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + "
-    "'<|end_header_id|>\n\n' }}"
-    "{{ m.content | trim }}{{ '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% "
-    "endif %}"
-)
-PHI3 = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ '<|system|>\n' + m.content + '<|end|>\n' "
-    "}}"
-    "{% elif m.role == 'user' %}{{ '<|user|>\n' + m.content + '<|end|>\n' }}"
-    "{% elif m.role == 'assistant' %}{{ '<|assistant|>\n' + m.content + '<|end|>\n' }}{% endif "
-    "%}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
-)
-GEMMA = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('turns must alternate') }}{% endif %}"
-    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + "
-    "'<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
-GEMMA3 = """{{ bos_token }}{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}
-{%- set rest = messages[1:] %}{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}
-{%- for m in rest %}
-{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns must alternate') }}{% endif %}
-{{- '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + (first if loop.first else '') }}
-{{- m.content | trim + '<end_of_turn>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
-ZEPHYR = (
-    "{% for m in messages %}\n{% if m.role == 'user' %}\n{{ '<|user|>\n' + m.content + eos_token }}\n"
-    "{% elif m.role == 'system' %}\n{{ '<|system|>\n' + m.content + eos_token }}\n"
-    "{% elif m.role == 'assistant' %}\n{{ '<|assistant|>\n' + m.content + eos_token }}\n{% endif %}\n"
-    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
-)
-MISTRAL = """{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest = messages[1:] %}
-{%- else %}{% set rest = messages %}{% endif %}
-{{- bos_token }}
-{%- for m in rest %}
-{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns must alternate') }}{% endif %}
-{%- if m.role == 'user' %}
-{%- if loop.last and system is defined %}{{ '[INST] ' + system + '\n\n' + m.content + '[/INST]' }}
-{%- else %}{{ '[INST] ' + m.content + '[/INST]' }}{% endif %}
-{%- else %}{{ ' ' + m.content + eos_token }}{% endif %}
-{%- endfor %}"""
-DEEPSEEK = """{{ bos_token }}{% set ns = namespace(system='') %}
-{%- for m in messages if m.role == 'system' %}{% set ns.system = ns.system + m.content %}{% endfor %}
-{{- ns.system }}
-{%- for m in messages %}
-{%- if m.role == 'user' %}{{ '<｜User｜>' + m.content }}
-{%- elif m.role == 'assistant' %}{{ '<｜Assistant｜>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}"""
-QWEN_THINK = """{% set ns = namespace(last=0) %}
-{%- for m in messages if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endfor %}
-{%- for m in messages %}
-{%- if m.role == 'assistant' and loop.last %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' + m.content }}
-{%- else %}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] }}{% endif %}
-{{- '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-ALPACA = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '\n\n' }}"
-    "{% elif m.role == 'user' %}{{ '### Instruction:\n' + m.content + '\n\n' }}"
-    "{% else %}{{ '### Response:\n' + m.content + '\n\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
-)
+
+def template(name: str) -> str:
+    """One of ``chat_templates``, written for these tests in the manner of a well-known family."""
+    path = Path(__file__).parent / "chat_templates" / f"{name}.jinja"
+    return path.read_text(encoding="utf-8").removesuffix("\n")
+
+
 AWKWARD = (  # everything that one of the two languages means something by
-    '{% for m in messages %}{{ \'{{ .System }}{"""\' + m.role + \'"" {{- \\\\ }}\\u3000{\' + m.content }}'
+    '{% for m in messages %}{{ \'{{ .System }}{"""\' + m.role + '
+    "'\"\" {{- \\\\ }}\\u3000{' + m.content }}"
     "{{ '\\u200b\"\"\"\"\r\n \\t' }}{% endfor %}{{ '{' if add_generation_prompt }}"
 )
-TEMPLATES = {
-    "chatml": (CHATML, "<|im_end|>", ["<|im_end|>", "<|im_start|>user"]),
-    "chatml with a default": (CHATML_DEFAULT, "<|im_end|>", ["<|im_end|>", "<|im_start|>user"]),
-    "llama 2": (LLAMA2, "</s>", ["</s>", "[INST]"]),
-    "llama 3": (LLAMA3, "<|eot_id|>", ["<|eot_id|>", "<|start_header_id|>user<|end_header_id|>"]),
-    "phi 3": (PHI3, "<|end|>", ["<|end|>", "<|user|>"]),
-    "gemma": (GEMMA, "<end_of_turn>", ["<end_of_turn>", "<start_of_turn>user"]),
-    "gemma 3": (GEMMA3, "<end_of_turn>", ["<end_of_turn>", "<start_of_turn>user"]),
-    "zephyr": (ZEPHYR, "</s>", ["</s>", "<|user|>"]),
-    "mistral": (MISTRAL, "</s>", ["</s>", "[INST]"]),
-    "deepseek": (DEEPSEEK, "<eos>", ["<eos>", "<｜User｜>"]),
-    "qwen with thoughts": (QWEN_THINK, "<|im_end|>", ["<|im_end|>", "<|im_start|>user"]),
-    "alpaca": (ALPACA, "</s>", ["</s>", "\n\n### Instruction:"]),
-    "awkward": (AWKWARD, "<end>", ["<end>"]),
+STOPS = {  # what ends an answer, and what starts the user's turn
+    "chatml": ["<|im_end|>", "<|im_start|>user"],
+    "chatml_default": ["<|im_end|>", "<|im_start|>user"],
+    "llama2": ["</s>", "[INST]"],
+    "llama3": ["<|eot_id|>", "<|start_header_id|>user<|end_header_id|>"],
+    "phi3": ["<|end|>", "<|user|>"],
+    "gemma": ["<end_of_turn>", "<start_of_turn>user"],
+    "gemma3": ["<end_of_turn>", "<start_of_turn>user"],
+    "zephyr": ["</s>", "<|user|>"],
+    "mistral": ["</s>", "[INST]"],
+    "deepseek": ["<eos>", "<｜User｜>"],
+    "qwen_think": ["<|im_end|>", "<|im_start|>user"],
+    "alpaca": ["</s>", "\n\n### Instruction:"],
 }
-TRIMS = ("llama 2", "llama 3", "gemma", "gemma 3")
-THINKS = ("deepseek", "qwen with thoughts")
+TEMPLATES = {name: (template(name), stops[0], stops) for name, stops in STOPS.items()}
+TEMPLATES["awkward"] = (AWKWARD, "<end>", ["<end>"])
+CHATML, GEMMA, LLAMA2, MISTRAL = map(template, ("chatml", "gemma", "llama2", "mistral"))
+TRIMS = ("llama2", "llama3", "gemma", "gemma3")
+THINKS = ("deepseek", "qwen_think")
 # A system message in the middle goes to the front, or is written as if the assistant had said it.
-UNORDINARY = ("deepseek", "llama 2", "gemma 3", "mistral")
+UNORDINARY = ("deepseek", "llama2", "gemma3", "mistral")
 BOS, END_ID = "<s>", 2
 # Words that one of the two languages might take for its own.
 SAID = (
@@ -250,7 +173,8 @@ def test_the_first_turn_alone_in_full() -> None:
     """Written out by hand, so that the evaluator and the module cannot be wrong together."""
     found, _ = made(fields_of(CHATML, "<|im_end|>"))
     assert found["template"] == (
-        '{{ range .Messages }}{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n'
+        "{{ range .Messages }}"
+        '{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n'
         '{{ else if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n'
         '{{ else if eq .Role "assistant" }}<|im_start|>assistant\n{{ .Content }}<|im_end|>\n'
         "{{ end }}{{ end }}<|im_start|>assistant\n"
@@ -302,7 +226,7 @@ def test_no_template_where_none_is_right() -> None:
         assert commands == {"from", "stop", "num_ctx"}, ascii(template)
 
 
-def test_stop_words() -> None:
+def test_stop_sequences() -> None:
     """Every end token once, none empty, quoted so that they come back."""
     odd = ["", "</s>", "a b", 'say "', '"""', "two\nlines", 'x"\ny', "\u3000", " ", "</s>"]
     fields = fields_of(None, "</s>", tokens=odd, token_type=[3] * len(odd), bos_token_id=None)
@@ -310,7 +234,7 @@ def test_stop_words() -> None:
     assert found["stop"] == ["</s>", "a b", 'say "', "two\nlines", 'x"\ny']
     assert len(notes) == 1 and '\'"""\'' in notes[0]
     both = edited({}, tokens=["<|e", "<|e|>"], token_type=[3, 3])
-    assert stop_words(both, (0, 1), "<|e|>Q: ")[0] == ["<|e", "<|e|>", "Q:"]
+    assert stop_sequences(both, (0, 1), "<|e|>Q: ")[0] == ["<|e", "<|e|>", "Q:"]
     bare = "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
     assert made(fields_of(bare, "</s>"))[0]["stop"] == ["</s>"]
     lines = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}assistant:"

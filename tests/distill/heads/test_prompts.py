@@ -197,10 +197,10 @@ BAD: list[tuple[str, str]] = [
 def test_a_bad_file_is_refused(tmp_path: Path) -> None:
     """With the file, the line, and what is wrong, where labels are not looked at too."""
     path = tmp_path / "p.jsonl"
-    for (content, words), labelled in product(BAD, (True, False)):
-        if labelled or not re.search("label|no example", words):
+    for (content, message), labelled in product(BAD, (True, False)):
+        if labelled or not re.search("label|no example", message):
             path.write_text(content, encoding="utf-8")
-            with pytest.raises(UserError, match=words):
+            with pytest.raises(UserError, match=message):
                 read_prompts(path, labelled=labelled)
                 pytest.fail(f"{content[:80]!r} is taken")
 
@@ -212,7 +212,7 @@ def test_what_is_no_text_file_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match="cannot be read"):
         read_prompts(tmp_path)
     (tmp_path / "p.jsonl").write_bytes('{"prompt": "あ"}'.encode("shift-jis"))
-    with pytest.raises(UserError, match=r"p\.jsonl are not UTF-8"):
+    with pytest.raises(UserError, match=r"p\.jsonl, line \d: not UTF-8"):
         read_prompts(tmp_path / "p.jsonl")
     monkeypatch.setattr("distill.heads.prompts.MAX_FILE_BYTES", 8)
     with pytest.raises(UserError, match="larger than"):
@@ -270,21 +270,21 @@ def rows_of(batch: Prompts) -> list[list[int]]:
     return [row[: int(n)].tolist() for row, n in zip(batch.tokens, batch.lengths, strict=True)]
 
 
-def test_each_prompt_of_a_turn_falls_to_one_place() -> None:
+def test_each_prompt_of_a_turn_falls_to_one_part() -> None:
     """Over the micro-batches of a step every prompt counts once; a stand-in counts nothing."""
     prompts = prompt_set(11)
-    for places, turn in product((1, 2, 3, 7), range(5)):
+    for parts, turn in product((1, 2, 3, 7), range(5)):
         whole = prompts.batch(turn, 4, 0, 1)
         expected = list(zip(rows_of(whole), whole.labels.tolist(), strict=True))
         found, weight = [], 0.0
-        for place in range(places):
-            batch = prompts.batch(turn, 4, place, places)
+        for part in range(parts):
+            batch = prompts.batch(turn, 4, part, parts)
             rows, share = rows_of(batch), float(batch.weights.sum())
             weight += share
             if share:
                 found += zip(rows, batch.labels.tolist(), strict=True)
-        assert sorted(found) == sorted(expected) and len(expected) == 4, (places, turn)
-        assert weight == pytest.approx(1.0), (places, turn)
+        assert sorted(found) == sorted(expected) and len(expected) == 4, (parts, turn)
+        assert weight == pytest.approx(1.0), (parts, turn)
 
 
 def test_each_prompt_passes_once_before_any_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,15 +133,15 @@ def test_many_prompts_are_judged_like_each_alone(tiny_teacher: GGUFTeacher) -> N
     some = some[: teacher_labels.TOGETHER + 2]
     together = judge_prompts(tiny_teacher, some)
     assert together.shape == (len(some), 3)
-    for place in (0, len(some) - 3, len(some) - 1):
-        alone = judge_prompts(tiny_teacher, [some[place]])
-        assert together[place] == pytest.approx(alone[0], abs=2e-3), place
+    for index in (0, len(some) - 3, len(some) - 1):
+        alone = judge_prompts(tiny_teacher, [some[index]])
+        assert together[index] == pytest.approx(alone[0], abs=2e-3), index
 
 
 def test_a_question_that_does_not_fit_is_refused(tiny_teacher: GGUFTeacher) -> None:
     """Named by its beginning, before llama.cpp is asked."""
-    told = r"prompt 'long long .*…' has \d+ tokens with .* it, the teacher's context is 256"
-    with pytest.raises(UserError, match=told):
+    message = r"prompt 'long long .*…' has \d+ tokens with .* it, the teacher's context is 256"
+    with pytest.raises(UserError, match=message):
         judge_prompts(tiny_teacher, prompts("long " * 600))
 
 

@@ -1,4 +1,7 @@
-"""`distill chat`: the model's own words as they come, nothing private, no terminal steered."""
+"""`distill chat`: the model's own words as they come, nothing private, no terminal steered.
+
+Long because one student serves every test.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from distill.inference.chat import ChatSettings, Conversation
 from distill.inference.chat_screen import chat_with
 from distill.inference.judge import Judge
 from distill.runtime.printable import json_line, printable
-from teachers.base import Sampling
+from teachers.base import GenerationRequest, Sampling
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.conversation import conversation_tokens
 from tests.support.command_line import CommandLine, export, student_with_heads
@@ -100,14 +103,14 @@ def loaded(student: Path) -> Iterator[GGUFTeacher]:
     ids=["greedy", "drawn"],
 )
 def test_the_answer_is_the_models_own(example_gguf: GGUFTeacher, settings: dict[str, Any]) -> None:
-    """Token for token what ``speak`` says to the rendered conversation, in both turns."""
+    """Token for token what ``generate`` gives for the rendered conversation, in both turns."""
     conversation = begin(example_gguf, max_new_tokens=20, **settings)
     text = "<|endoftext|>"
     for turn, said in enumerate(["Hello 会議室", "And then?"]):
         text += f"<|user|>\n{said}<|end|>\n<|assistant|>\n"
         prompt = example_gguf.tokenize([text], add_special=False, parse_special=True)[0]
         sampling = Sampling(**settings, max_length=len(prompt) + 20)
-        expected = example_gguf.speak([[prompt]], sampling, first_index=2 * turn + 1)[0]
+        expected = example_gguf.generate(GenerationRequest([[prompt]], sampling, 2 * turn + 1))[0]
         expected = expected[len(prompt) :]
         question = conversation.ask(said)
         shown = "".join(conversation.answer(question))
@@ -204,11 +207,7 @@ def test_other_models(name: str) -> None:
 
 PRIVATE = [
     ("<think>secret</think>Hello", "Hello"),
-    (
-        "<think-task>secret</think-task>\n<think-safety>secret</think-safety>"
-        "<final>Hello</final>secret",
-        "Hello",
-    ),
+    ("<think-a>secret</think-a>\n<think-b>secret</think-b><final>Hello</final>secret", "Hello"),
     ("<THINKING id=1>secret</Thinking> secret <final>Hello", "Hello"),
     ("<think>secret", ""),
     ("<think>secret <think>secret</think> secret</think>\nHello", "Hello"),
@@ -383,9 +382,8 @@ def test_bad_input_is_refused(
 def test_what_is_printable() -> None:
     """All control characters and what reorders text, and nothing else; JSON says the same."""
     everything = "".join(map(chr, range(0x250))) + "\u200e\u202a\u202e\u2066\u2069会😀\ufffd"
-    steering = [
-        sign for sign in everything if not sign.isprintable() and sign not in "\n\t\xa0\xad"
-    ]
+    kept = {sign for sign in everything if sign.isprintable()} | set("\n\t\xa0\xad")
+    steering = [sign for sign in everything if sign not in kept]
     assert all(printable(sign) != sign for sign in [*steering, "\u202e"])
     assert all(printable(sign) == sign for sign in everything if sign not in steering)
     value = {"prompt": everything}

@@ -237,7 +237,7 @@ def without(student: SO8TForCausalLM, part: str) -> dict[str, Any]:
 def export_with(values: dict[str, Any], student: SO8TForCausalLM, path: Path) -> None:
     """The student as a file that says something else of its heads."""
     with pytest.MonkeyPatch.context() as changed:
-        changed.setattr("students.gguf.metadata.head_values", lambda heads: values)
+        changed.setattr("students.gguf.writer.head_values", lambda heads: values)
         export(student, path)
 
 

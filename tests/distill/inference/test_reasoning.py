@@ -55,15 +55,13 @@ def by_the_rules(text: str, inside: bool = False) -> str:
             final = 0
         places.append((depth, final))
     placed = list(zip(places, cut, strict=True))
+
+    def joined(number: int, start: int = 0) -> str:
+        return "".join(text for place, text in placed[start:] if place == (0, number)).strip()
+
     if not finals:
-        return "".join(
-            words for place, words in placed[max(unopened, 0) :] if place == (0, 0)
-        ).strip()
-    each = [
-        "".join(words for place, words in placed if place == (0, number + 1)).strip()
-        for number in range(finals)
-    ]
-    return "\n".join(words for words in each if words)
+        return joined(0, max(unopened, 0))
+    return "\n".join(filter(None, map(joined, range(1, finals + 1))))
 
 
 SHOWN = [
@@ -90,10 +88,7 @@ SHOWN = [
     ("<final></final>secret", ""),
     ("<final>a<final>b</final>secret</final>secret", "ab"),
     ("x</final>y", "xy"),
-    (
-        "for (i = 0; i<final && j>3;) x<finally> <finals>",
-        "for (i = 0; i<final && j>3;) x<finally> <finals>",
-    ),
+    *[("for (i = 0; i<final && j>3;) x<finally> <finals>",) * 2],
     ("<think>秘密</think>こんにちは😀", "こんにちは😀"),
     ("", ""),
     (" \n ", ""),

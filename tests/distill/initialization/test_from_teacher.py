@@ -14,31 +14,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.initialization.from_teacher import NoHeadStart, head_start, require_head_start
+from distill.initialization.from_teacher import (
+    UnusableTeacher,
+    require_usable_weights,
+    student_from_teacher,
+)
 from distill.initialization.ridge import corrections, moments
 from distill.initialization.structured_pruning import (
-    HeadLayout,
-    Unit,
-    choose_units,
+    HeadGroup,
+    choose_head_groups,
+    identity_projection,
     layer_spans,
-    principal_stream,
-    rotary_places,
+    match_rotary_pairs,
+    principal_projection,
     stream_moment,
-    whole_stream,
 )
 from distill.initialization.teacher_trace import logits
 from students.model.build import build_student
 from students.model.config import SO8TConfig
 from students.model.decoder import SO8TForCausalLM
 from students.model.fold import to_llama
-from teachers.base import Sampling, Tokens
+from teachers.base import GenerationRequest, Sampling, Tokens
 from teachers.gguf.file import GGUFFile, read_gguf
 from teachers.gguf.llama_weights import LlamaWeights, NotALlama
 from teachers.llama_cpp.teacher import GGUFTeacher
 from tests.support.tiny_models import VOCABULARY, Tiny, canonical, write_tiny
 
 
-def quiet(done: int, words: str) -> None:
+def quiet(done: int, message: str) -> None:
     """Progress that nobody watches."""
 
 
@@ -72,20 +75,22 @@ def answers(student: SO8TForCausalLM, sequences: Sequence[Tokens]) -> Tensor:
     return torch.cat([student.eval()(row).logits[0, :-1] for row in rows])
 
 
-def said(file: GGUFFile, sequences: Sequence[Tokens]) -> Tensor:
+def teacher_logits(file: GGUFFile, sequences: Sequence[Tokens]) -> Tensor:
     """A teacher's logits, ``[N, V]``."""
     return torch.from_numpy(logits(LlamaWeights(file), sequences))
 
 
-def begun(file: GGUFFile, config: SO8TConfig, count: int = 24, length: int = 40) -> SO8TForCausalLM:
-    """A student that begins at a teacher's weights, after so much text."""
-    return head_start(config, file, text(count, length), 0, quiet)
+def initialized(
+    file: GGUFFile, config: SO8TConfig, count: int = 24, length: int = 40
+) -> SO8TForCausalLM:
+    """A student initialized from a teacher's weights on so much text."""
+    return student_from_teacher(config, file, text(count, length), 0, quiet)
 
 
 def off_by(student: SO8TForCausalLM, file: GGUFFile) -> tuple[float, float]:
     """How far logits are from the teacher's on other text, also as a share of the largest."""
     other = text(3, 30, seed=8)
-    expected = said(file, other)
+    expected = teacher_logits(file, other)
     most = float((answers(student, other) - expected).abs().max())
     return most, most / float(expected.abs().max())
 
@@ -98,7 +103,7 @@ def divergence(theirs: Tensor, ours: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("head_start")
+    return tmp_path_factory.mktemp("from_teacher")
 
 
 def written(base: Path, tiny: Tiny) -> GGUFFile:
@@ -119,7 +124,7 @@ def test_a_student_of_the_teachers_shape_is_the_teacher(base: Path) -> None:
     """Whatever the rotations of its gates, which are random, and folded as well."""
     for name, tiny in SAME.items():
         file = written(base, tiny)
-        student = begun(file, shape(tiny, {"rotation_init_std": 0.7}))
+        student = initialized(file, shape(tiny, {"rotation_init_std": 0.7}))
         assert off_by(student, file)[0] < 1e-4, name
         rotations = student.rotations()
         assert (rotations[:, 1] @ rotations[:, 0] - torch.eye(8)).abs().max() > 0.5, name
@@ -144,7 +149,7 @@ def test_a_larger_student_is_the_teacher_too(base: Path) -> None:
         {"tied": False},
         {"width": 56, "feed_forward": 96, "layers": 4, "heads": 8},
     ):
-        student = begun(file, shape(tiny, **changes))
+        student = initialized(file, shape(tiny, **changes))
         assert off_by(student, file)[1] < 2e-4, changes
         for name, value in student.state_dict().items():
             assert torch.isfinite(value).all(), (changes, name)
@@ -155,9 +160,9 @@ def test_one_matrix_of_two_is_the_outputs(base: Path) -> None:
     tiny = Tiny(seed=13)
     rows, tied = canonical(tiny)["embed"], shape(tiny, tied=True)
     same = read_gguf(write_tiny(base / "threefold.gguf", tiny, {"output.weight": 3.0 * rows}))
-    assert off_by(begun(same, tied), same)[1] < 1e-4
+    assert off_by(initialized(same, tied), same)[1] < 1e-4
     other = LlamaWeights(written(base, tiny))
-    table = begun(other.file, tied).lm_head.weight.detach()
+    table = initialized(other.file, tied).lm_head.weight.detach()
     output = torch.from_numpy(other.output_rows(0, VOCABULARY))
     assert (table / table.std() - output / output.std()).abs().max() < 1e-3
     assert float(table.std()) == pytest.approx(float(rows.std()), rel=1e-2)
@@ -166,7 +171,7 @@ def test_one_matrix_of_two_is_the_outputs(base: Path) -> None:
 def test_surplus_can_learn(base: Path) -> None:
     """A silent unit between two zero matrices would stay silent for ever."""
     tiny = Tiny(tied=True, seed=1)
-    student = begun(written(base, tiny), shape(tiny, width=72, feed_forward=120, layers=4))
+    student = initialized(written(base, tiny), shape(tiny, width=72, feed_forward=120, layers=4))
     row = torch.from_numpy(text(1)[0].astype(np.int64))[None]
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
     for _ in range(2):  # after the first step the directions beyond the teacher's are in use
@@ -184,7 +189,7 @@ def test_a_stream_of_few_directions_fits_a_narrow_student(base: Path) -> None:
     """A teacher that uses 36 of 64 directions: 40 hold all, whatever the gains of its norms."""
     tiny = Tiny(width=64, rank=36, seed=11)
     file = written(base, tiny)
-    assert off_by(begun(file, shape(tiny, width=40)), file)[1] < 2e-3
+    assert off_by(initialized(file, shape(tiny, width=40)), file)[1] < 2e-3
 
 
 SMALLER: dict[str, tuple[Tiny, dict[str, int]]] = {
@@ -196,7 +201,7 @@ SMALLER: dict[str, tuple[Tiny, dict[str, int]]] = {
     "narrower heads": (Tiny(seed=7), {"head_width": 8}),
     "grouped heads": (Tiny(seed=7, kv_heads=4), {"kv_heads": 2}),
     "biases": (Tiny("qwen2", width=64, biases=True, seed=7), {}),
-    "normalised heads": (Tiny("qwen3", seed=7), {}),
+    "normalized heads": (Tiny("qwen3", seed=7), {}),
     "all of it": (
         Tiny("qwen3", width=64, layers=4, heads=8, kv_heads=2, seed=7, rank=44, rope_theta=1e6),
         {"width": 40, "layers": 2, "heads": 2, "kv_heads": 1},
@@ -204,14 +209,14 @@ SMALLER: dict[str, tuple[Tiny, dict[str, int]]] = {
 }
 
 
-def test_a_smaller_student_begins_nearer_than_a_random_one(base: Path) -> None:
+def test_a_smaller_student_starts_nearer_than_a_random_one(base: Path) -> None:
     """On other text than it looked at; the teacher is random, the hardest to compress."""
     other = text(6, 30, seed=9)
     for name, (tiny, changes) in SMALLER.items():
         file, config = written(base, tiny), shape(tiny, **changes)
-        little = begun(file, config, 1, 9)  # too little text for any correction
-        students = (begun(file, config, 60), build_student(config, 0), little)
-        expected = said(file, other)
+        little = initialized(file, config, 1, 9)  # too little text for any correction
+        students = (initialized(file, config, 60), build_student(config, 0), little)
+        expected = teacher_logits(file, other)
         near, random, plain = (divergence(expected, answers(one, other)) for one in students)
         assert near < 0.85 * random, name
         assert near < plain, name
@@ -219,9 +224,9 @@ def test_a_smaller_student_begins_nearer_than_a_random_one(base: Path) -> None:
 
 @pytest.mark.needs_gguf
 def test_a_real_teacher_is_kept_in_part(example_gguf: GGUFTeacher) -> None:
-    """On the example teacher's own words: with less depth, or half of both, far below random."""
+    """On the example teacher's own text: with less depth, or half of both, far below random."""
     beginnings = [[np.array([example_gguf.info.bos], dtype=np.int32)]] * 96
-    spoken = example_gguf.speak(beginnings, Sampling(max_length=96, seed=1))
+    spoken = example_gguf.generate(GenerationRequest(beginnings, Sampling(max_length=96, seed=1)))
     other, seen = spoken[:8], [tokens for tokens in spoken[8:] if len(tokens) > 1]
     expected = torch.from_numpy(example_gguf.logits(other))
     for width, layers, share in ((256, 4, 0.05), (128, 3, 0.25)):
@@ -234,7 +239,10 @@ def test_a_real_teacher_is_kept_in_part(example_gguf: GGUFTeacher) -> None:
             intermediate_size=width * 5 // 2,
             rms_norm_eps=1e-5,
         )
-        students = head_start(config, example_gguf.file, seen, 0, quiet), build_student(config, 0)
+        students = (
+            student_from_teacher(config, example_gguf.file, seen, 0, quiet),
+            build_student(config, 0),
+        )
         near, random = (divergence(expected, answers(one, other)) for one in students)
         assert near < share * random, width
 
@@ -245,31 +253,33 @@ def test_equal_arguments_give_equal_bytes(base: Path) -> None:
     file, config = written(base, tiny), shape(tiny, width=40, layers=2)
     state = torch.get_rng_state()
     reported: list[int] = []
-    first = head_start(config, file, text(), 3, lambda done, words: reported.append(done))
+    first = student_from_teacher(
+        config, file, text(), 3, lambda done, message: reported.append(done)
+    )
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(1)
-    second = head_start(config, file, copy.deepcopy(text()), 3, quiet)
+    second = student_from_teacher(config, file, copy.deepcopy(text()), 3, quiet)
     for name, values in first.state_dict().items():
         assert torch.equal(values, second.state_dict()[name]), name
     assert reported == sorted(reported) and reported[-1] == 2
 
 
-def test_what_cannot_be_begun_is_refused(base: Path) -> None:
+def test_unusable_teachers_are_refused(base: Path) -> None:
     """Another rotary base, too few tokens, another architecture, no text."""
     file = written(base, Tiny())
     for config, reason in (
         (shape(Tiny(), rope_theta=1e6), "rotary base"),
         (shape(Tiny(), {"vocab_size": 1000}), "1024 tokens"),
     ):
-        with pytest.raises(NoHeadStart, match=reason):
-            require_head_start(config, file)
-        with pytest.raises(NoHeadStart, match=reason):
-            begun(file, config)
+        with pytest.raises(UnusableTeacher, match=reason):
+            require_usable_weights(config, file)
+        with pytest.raises(UnusableTeacher, match=reason):
+            initialized(file, config)
     path = write_tiny(base / "other.gguf", Tiny(), architecture="gemma")
     with pytest.raises(NotALlama, match="gemma"):
-        begun(read_gguf(path), shape(Tiny()))
-    with pytest.raises(NoHeadStart, match="text"):
-        head_start(shape(Tiny()), file, [], 0, quiet)
+        initialized(read_gguf(path), shape(Tiny()))
+    with pytest.raises(UnusableTeacher, match="text"):
+        student_from_teacher(shape(Tiny()), file, [], 0, quiet)
 
 
 # -- the parts -----------------------------------------------------------------------------------
@@ -280,19 +290,19 @@ def test_corrections_are_ridge_regression() -> None:
     draw = torch.Generator().manual_seed(0)
     inputs, true = torch.randn(400, 12, generator=draw), torch.randn(5, 12, generator=draw)
     checked = torch.arange(400) % 8 == 0
-    found = corrections(inputs, [inputs @ true.T], checked)[0]
-    assert (found - true).abs().max() < 1e-3
+    result = corrections(inputs, [inputs @ true.T], checked)[0]
+    assert (result - true).abs().max() < 1e-3
     noisy = inputs @ true.T + 3.0 * torch.randn(400, 5, generator=draw)
     weights = torch.rand(400, generator=draw) + 0.1
-    found = corrections(inputs, [noisy], checked, weights)[0].double()
+    result = corrections(inputs, [noisy], checked, weights)[0].double()
     x, y = (weights[:, None].double() * part.double() for part in (inputs, noisy))
-    gradient = x.T @ (y - x @ found.T)  # equals ρ · found at the optimum
-    ridge = float((gradient * found.T).sum() / found.square().sum())
-    assert ridge > 0 and (gradient - ridge * found.T).abs().max() < 1e-4 * x.square().sum()
+    gradient = x.T @ (y - x @ result.T)  # equals ρ · result at the optimum
+    ridge = float((gradient * result.T).sum() / result.square().sum())
+    assert ridge > 0 and (gradient - ridge * result.T).abs().max() < 1e-4 * x.square().sum()
 
 
 def test_corrections_of_noise_are_none() -> None:
-    """More inputs than the examples can tell anything about: what does not predict is not used."""
+    """More inputs than the examples determine: what does not predict is not used."""
     draw = torch.Generator().manual_seed(0)
     inputs, noise = torch.randn(64, 60, generator=draw), torch.randn(64, 3, generator=draw)
     assert corrections(inputs, [noise], torch.arange(64) % 4 == 0)[0].abs().max() < 0.15
@@ -319,34 +329,33 @@ def test_spans() -> None:
 
 
 def test_rotary_pairs_of_like_speed() -> None:
-    """Against all ways to place them in order."""
+    """Against all ordered matchings."""
     theirs, half, odd = (
         (10000.0 ** -np.arange(0, 1, 1 / pairs)).astype(np.float32) for pairs in (8, 4, 5)
     )
-    taken, given = rotary_places(theirs, half)
+    taken, given = match_rotary_pairs(theirs, half)
     assert taken.tolist() == [0, 2, 4, 6] and given.tolist() == [0, 1, 2, 3]
-    given, taken = rotary_places(half, theirs)
+    given, taken = match_rotary_pairs(half, theirs)
     assert taken.tolist() == [0, 2, 4, 6] and given.tolist() == [0, 1, 2, 3]
-    taken, _ = rotary_places(theirs, odd)
+    taken, _ = match_rotary_pairs(theirs, odd)
     costs = {
-        places: np.abs(np.log(theirs[list(places)] / odd)).sum()
-        for places in itertools.combinations(range(8), 5)
+        indices: np.abs(np.log(theirs[list(indices)] / odd)).sum()
+        for indices in itertools.combinations(range(8), 5)
     }
     assert costs[tuple(taken.tolist())] == pytest.approx(min(costs.values()))
-    same, also = rotary_places(theirs, theirs)
+    same, also = match_rotary_pairs(theirs, theirs)
     assert same.tolist() == also.tolist() == list(range(8))
 
 
 def test_units_are_whole_groups() -> None:
-    """The loudest groups of heads, whole, or their loudest heads; all, where there is room."""
-    layout = HeadLayout(6, 3, width=8, frequencies=np.ones(4, np.float32), rotary_scale=1.0)
+    """The strongest groups of heads, whole, or their strongest heads; all, where there is room."""
 
-    def chosen(heads: int, kv_heads: int) -> list[Unit]:
+    def chosen(heads: int, kv_heads: int) -> list[HeadGroup]:
         config = shape(Tiny(), heads=heads, kv_heads=kv_heads)
-        return choose_units([0.1, 0.2, 5.0, 0.0, 1.0, 2.0], layout, config)
+        return choose_head_groups([0.1, 0.2, 5.0, 0.0, 1.0, 2.0], 3, config)
 
-    assert chosen(4, 2) == [Unit(1, (2, 3)), Unit(2, (4, 5))]
-    assert chosen(2, 2) == [Unit(1, (2,)), Unit(2, (5,))]
+    assert chosen(4, 2) == [HeadGroup(1, (2, 3)), HeadGroup(2, (4, 5))]
+    assert chosen(2, 2) == [HeadGroup(1, (2,)), HeadGroup(2, (5,))]
     assert [unit.kv_head for unit in chosen(16, 8)] == [0, 1, 2]
 
 
@@ -354,19 +363,21 @@ def test_streams() -> None:
     """The strongest directions of what is seen after the norm; back and forth they are whole."""
     draw = torch.Generator().manual_seed(0)
     states = torch.randn(300, 6, generator=draw) * torch.tensor([5.0, 0.1, 3.0, 0.1, 4.0, 0.1])
-    states[0] *= 1e4  # one loud token
+    states[0] *= 1e4  # one large token
     scale = torch.tensor([1.0, 2.0, 0.5, 1.0, 1.0, 1.0])
-    found = principal_stream(stream_moment(states, scale), scale, 3)
-    assert found.narrows and (found.lift.T @ found.read - torch.eye(3)).abs().max() < 1e-5
-    kept = (states @ found.read) @ found.lift.T
+    result = principal_projection(stream_moment(states, scale), scale, 3)
+    assert result.narrows and (result.up.T @ result.down - torch.eye(3)).abs().max() < 1e-5
+    kept = (states @ result.down) @ result.up.T
     assert (kept - states).square().mean() < 0.01 * states.square().mean()
-    assert found.read.abs().amax(dim=1)[[1, 3, 5]].max() < 0.2
-    whole = whole_stream(3, 5)
-    assert not whole.narrows and (whole.read @ whole.lift.T - torch.eye(3)).abs().max() == 0
+    assert result.down.abs().amax(dim=1)[[1, 3, 5]].max() < 0.2
+    whole = identity_projection(3, 5)
+    assert not whole.narrows and (whole.down @ whole.up.T - torch.eye(3)).abs().max() == 0
 
 
 def test_short_text_is_enough_to_run(base: Path) -> None:
     """One token."""
     tiny = Tiny(layers=2)
-    for name, value in begun(written(base, tiny), shape(tiny, width=40), 1, 1).state_dict().items():
+    for name, value in (
+        initialized(written(base, tiny), shape(tiny, width=40), 1, 1).state_dict().items()
+    ):
         assert torch.isfinite(value).all(), name

@@ -16,25 +16,26 @@ from distill.cli import main
 from distill.config.loading import load_config
 from distill.config.schema import LossConfig, RunConfig, TrainConfig
 from distill.errors import UserError
-from distill.initialization.shape import student_shape, with_size
-from distill.initialization.start import begin, settle_beginning
+from distill.initialization.shape import student_shape
+from distill.initialization.start import begin
 from distill.losses.objective import Objective
 from distill.pipeline.capture import capture_only
+from distill.pipeline.resolve import resolve
 from distill.pipeline.run import run, train_from_store
-from distill.runs.folder import Places
+from distill.runs.folder import RunPaths
 from distill.runtime.launch import Launch
 from distill.runtime.progress import Console
 from distill.training.data import load_batch
 from distill.training.distributed import TrainingModule
-from distill.training.optimizer import with_learning_rate
-from distill.training.validation import HeldOutScore, held_out_score
+from distill.training.optimizer import initial_learning_rate
+from distill.training.validation import ValidationScore, validation_score
 from students.model.build import build_student, student_config
 from students.model.shape import StudentSize
 from teachers import example_teacher
-from teachers.base import WHOLE
+from teachers.base import SINGLE_PROCESS
 from teachers.gguf.file import GGUFFile
 from teachers.gguf.llama_weights import NotALlama
-from teachers.store.teacher_record import Inheritance
+from teachers.store.teacher_record import TeacherRecord
 
 SHORT = ["data.held_out=0.2", "train.epochs=1", "train.evaluations=2", "safety.labels=none"]
 
@@ -51,19 +52,19 @@ class Setting:
         return load_config(None, overrides, [*SHORT, "data.max_length=24", *settings])
 
     @property
-    def kept(self) -> Inheritance:
+    def kept(self) -> TeacherRecord:
         return open_full_store(self.store)[1]
 
     def settled(self, *settings: str, here: bool = True) -> RunConfig:
         """The settings with a beginning, where the teacher's file is here or not."""
         info = self.kept.info
         gguf = self.teacher if here else None
-        return settle_beginning(with_size(self.config(*settings), info), info, gguf, Console())
+        return resolve(self.config(*settings), info, self.kept.tokenizer, gguf, Console()).config
 
     def begun(self, config: RunConfig, path: Path) -> dict[str, Tensor]:
         """The weights that a student begins at."""
         texts = [open_full_store(self.store)[0].tokens(index) for index in range(8)]
-        launch = Launch(WHOLE)
+        launch = Launch(SINGLE_PROCESS)
         return begin(config, self.kept, self.teacher, texts, path, launch, Console()).state_dict()
 
 
@@ -95,7 +96,7 @@ def test_another_layout_falls_back_and_says_why(
     def refuse(config: object, file: GGUFFile) -> None:
         raise NotALlama(f"{file.path} is of architecture gemma")
 
-    monkeypatch.setattr("distill.initialization.start.require_head_start", refuse)
+    monkeypatch.setattr("distill.initialization.start.require_usable_weights", refuse)
     for init in ("auto", "teacher"):
         assert setting.settled(f"student.init={init}").student.init == "embeddings", init
         assert "architecture gemma" in " ".join(capsys.readouterr().out.split()), init
@@ -110,21 +111,21 @@ def test_the_nearer_to_the_teacher_the_lower_the_rate(
     vocab_size = int(store.manifest.identity["vocab_size"])
     shape = student_config(StudentSize(32, 1), vocab_size=vocab_size, context_length=64)
     student = build_student(shape, 0)
-    usual, train = 0.5 / 32, TrainConfig()
+    usual = 0.5 / 32
 
-    def rate(init: str = "teacher") -> float | None:
-        return with_learning_rate(train, student, init, batches).learning_rate
+    def rate(init: str = "teacher", given: float | None = None) -> float:
+        config = TrainConfig(learning_rate=given)
+        return initial_learning_rate(config, student, init, batches)
 
-    kl = held_out_score(TrainingModule(student, Objective(LossConfig())), batches).kl
+    kl = validation_score(TrainingModule(student, Objective(LossConfig())), batches).kl
     assert kl > 0
     assert rate() == pytest.approx(usual * min(0.5, max(0.02, 0.5 * kl**0.5)))
     assert rate("random") == usual
-    given = TrainConfig(learning_rate=0.003)
-    assert with_learning_rate(given, student, "teacher", batches) == given
+    assert rate(given=0.003) == 0.003
     for kl, share in ((4.0, 0.5), (0.25, 0.25), (1e-6, 0.02), (-1e-9, 0.02)):
-        score = HeldOutScore(kl, 1.0, 1.0)
+        score = ValidationScore(kl, 1.0, 1.0)
         monkeypatch.setattr(
-            "distill.initialization.start.held_out_score", lambda *_, score=score: score
+            "distill.training.optimizer.validation_score", lambda *_, score=score: score
         )
         assert rate() == pytest.approx(share * usual), kl
 
@@ -154,7 +155,7 @@ def test_a_head_start_is_computed_once(
     path.write_bytes(whole[: len(whole) // 2])
     setting.begun(config, path)
     assert path.read_bytes() == whole
-    monkeypatch.setattr("distill.initialization.start.head_start", None)
+    monkeypatch.setattr("distill.initialization.start.student_from_teacher", None)
     again = setting.begun(config, path)
     for name, value in first.items():
         assert torch.equal(again[name], value), name
@@ -162,7 +163,7 @@ def test_a_head_start_is_computed_once(
 
 def test_run_and_train_give_the_same_student(setting: Setting, tmp_path: Path) -> None:
     """Both begin at the teacher's weights, and nothing of the beginning is left behind."""
-    folder = run(setting.config(), Places(tmp_path / "run", setting.store), Console())
+    folder = run(setting.config(), RunPaths(tmp_path / "run", setting.store), Console())
     given = {"store": setting.store, "student.size": "32x1", "teacher.path": setting.teacher}
     config = load_config(None, {key: str(value) for key, value in given.items()}, SHORT)
     other = train_from_store(config, tmp_path / "train", Console())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -19,15 +20,15 @@ from distill.heads.prompts import SafetyPrompt
 from distill.losses import chunked_lm_head
 from distill.losses.auxiliary_heads import (
     BODY_GRADIENT,
-    VERIFIED_EVERY,
-    Verified,
+    VERIFICATION_STRIDE,
+    VerificationTargets,
     safety_loss,
     verification_loss,
 )
 from distill.losses.batch import Prompts
 from distill.losses.objective import Objective
 from distill.training.data import TrainingData, micro_batches
-from distill.training.engine import train
+from distill.training.engine import TrainingJob, train
 from distill.training.optimizer import build_optimizer
 from students.model.decoder import SO8TForCausalLM
 from students.model.heads import VerificationHead
@@ -44,9 +45,7 @@ HEADS = WEIGHTS.model_copy(update={"lambda_safety": 0.3, "lambda_verification": 
 HEAD_NAMES = ("safety_head.", "verification_head.")
 
 
-def make_rows(lengths: tuple[int, ...] = LENGTHS) -> tuple[list[list[int]], list[Tensor]]:
-    """Seeded sequences and the teacher's dense logits ``[n − 1, V]`` of each."""
-    return rows_of(lengths)
+make_rows = partial(rows_of, LENGTHS)
 
 
 def headed() -> SO8TForCausalLM:
@@ -66,10 +65,10 @@ def make_prompts(count: int, labels: Tensor | None = None) -> Prompts:
     return Prompts(tokens, lengths, labels, torch.full((count,), 1.0 / count))
 
 
-def chosen_places(lengths: list[int]) -> list[tuple[int, int]]:
+def chosen_positions(lengths: list[int]) -> list[tuple[int, int]]:
     """(sequence, position) of what the verification head learns from: every 16th, from the end."""
     every = [(row, t) for row, n in enumerate(lengths) for t in range(n - 1)]
-    return [(row, t) for row, t in every if (lengths[row] + t) % VERIFIED_EVERY == 0]
+    return [(row, t) for row, t in every if (lengths[row] + t) % VERIFICATION_STRIDE == 0]
 
 
 # -- verification --------------------------------------------------------------------------------
@@ -78,21 +77,21 @@ def chosen_places(lengths: list[int]) -> list[tuple[int, int]]:
 def test_every_sixteenth_position_is_chosen() -> None:
     """In row order, each as the row of the valid positions that it is; whatever the company."""
     lengths = (30, 2, 9, 41, 1)
-    batch = make_batch(*make_rows(lengths))
+    batch = make_batch(*rows_of(lengths))
     starts = np.cumsum([0, *(n - 1 for n in lengths)])
-    wanted = [int(starts[row]) + t for row, t in chosen_places(list(lengths))]
-    rows = Verified.of(batch).rows.tolist()
-    assert VERIFIED_EVERY == 16 and rows == wanted and starts[-1] == batch.count()
-    assert abs(len(rows) - batch.count() / VERIFIED_EVERY) <= 2
+    wanted = [int(starts[row]) + t for row, t in chosen_positions(list(lengths))]
+    rows = VerificationTargets.of(batch).rows.tolist()
+    assert VERIFICATION_STRIDE == 16 and rows == wanted and starts[-1] == batch.count()
+    assert abs(len(rows) - batch.count() / VERIFICATION_STRIDE) <= 2
     sequences, teacher = make_rows()
     for size, padding in product((1, 2, 3, 8), (0, 5)):
         found = []
         for at in range(0, len(sequences), size):
             part = slice(at, at + size)
             batch = make_batch(sequences[part], teacher[part], padding=padding)
-            places = batch.valid.nonzero()[Verified.of(batch).rows]
+            places = batch.valid.nonzero()[VerificationTargets.of(batch).rows]
             found += [(at + int(row), int(t)) for row, t in places]
-        assert found == chosen_places(list(LENGTHS)) and len(found) == 7, (size, padding)
+        assert found == chosen_positions(list(LENGTHS)) and len(found) == 7, (size, padding)
 
 
 def reference_verification(
@@ -100,7 +99,7 @@ def reference_verification(
 ) -> tuple[Tensor, Tensor, float]:
     """Labels and certainty at the chosen positions and the summed loss, from every logit."""
     labels, certain, loss = [], [], 0.0
-    for row, position in chosen_places(list(LENGTHS)):
+    for row, position in chosen_positions(list(LENGTHS)):
         with torch.no_grad():
             output = student(torch.tensor([rows[row]]))
             logits, state = output.logits[0, position], output.last_hidden_state[0, position]
@@ -121,7 +120,7 @@ def agreeing() -> tuple[list[list[int]], list[Tensor]]:
         with torch.no_grad():
             best = student(torch.tensor([row])).logits[0].argmax(dim=-1)
         for position in range(len(row) - 1):
-            if (position + len(row)) % (2 * VERIFIED_EVERY) == 0:
+            if (position + len(row)) % (2 * VERIFICATION_STRIDE) == 0:
                 logits[position, best[position]] = 20.0
     return rows, teacher
 
@@ -130,22 +129,21 @@ def test_verification_against_a_dense_reference(monkeypatch: pytest.MonkeyPatch)
     """Labels and loss, for every kind of targets and however the logits are divided into chunks."""
     student, (rows, teacher) = headed(), agreeing()
     labels, certain, total = reference_verification(student, rows, teacher)
-    noted: list[Verified] = []
+    noted: list[VerificationTargets] = []
 
-    def note(head: VerificationHead, states: Tensor, verified: Verified) -> Tensor:
+    def note(head: VerificationHead, states: Tensor, verified: VerificationTargets) -> Tensor:
         noted.append(verified)
         return verification_loss(head, states, verified)
 
     monkeypatch.setattr("distill.losses.objective.verification_loss", note)
-    for kind, chunk in product(("buckets", "sketch", "hidden", "dense"), (None, 1, 3)):
+    for kind, chunk in product(("buckets", "sketch", "hidden", "dense"), (99, 1, 3)):
         with case(kind, chunk), pytest.MonkeyPatch.context() as patch:
-            if chunk is not None:
-                patch.setattr(chunked_lm_head, "chunk_size", lambda vocab_size, chunk=chunk: chunk)
+            patch.setattr(chunked_lm_head, "chunk_size", lambda vocab_size, chunk=chunk: chunk)
             batch = make_batch(rows, teacher, kind=kind)
             _, parts = evaluated(student, ready(student, HEADS), batch)
             assert noted[-1].agreed.tolist() == labels.tolist()
             torch.testing.assert_close(noted[-1].certain, certain, rtol=2e-5, atol=2e-5)
-            expected = HEADS.lambda_verification * VERIFIED_EVERY * total / batch.count()
+            expected = HEADS.lambda_verification * VERIFICATION_STRIDE * total / batch.count()
             assert float(parts["verification"]) == pytest.approx(expected, rel=2e-5)
     assert len(noted) == 12
 
@@ -161,11 +159,11 @@ def test_verification_gradients_equal_those_of_the_whole() -> None:
     assert set(parts) == {"verification"}
     states = other(batch.tokens).last_hidden_state
     labels, certain, _ = reference_verification(other, rows, teacher)
-    places = zip(chosen_places(list(LENGTHS)), certain, strict=True)
+    places = zip(chosen_positions(list(LENGTHS)), certain, strict=True)
     odds = torch.stack([other.verification_head(states[place], sure) for place, sure in places])
     chances = 1.0 / (1.0 + torch.exp(-odds))
     plain = -(labels * chances.log() + (1.0 - labels) * (1.0 - chances).log()).sum()
-    weighted = only.lambda_verification * VERIFIED_EVERY * plain / batch.count()
+    weighted = only.lambda_verification * VERIFICATION_STRIDE * plain / batch.count()
     weighted.backward()
     assert loss.item() == pytest.approx(weighted.item(), rel=1e-4)
     for (name, mine), theirs in zip(one.named_parameters(), other.parameters(), strict=True):
@@ -180,8 +178,8 @@ def test_verification_gradients_equal_those_of_the_whole() -> None:
 def test_a_micro_batch_without_a_chosen_position(lengths: tuple[int, ...]) -> None:
     """Each parameter of both heads still has a gradient: processes have to agree on them."""
     student = headed()
-    batch = make_batch(*make_rows(lengths))
-    assert len(Verified.of(batch).rows) == 0
+    batch = make_batch(*rows_of(lengths))
+    assert len(VerificationTargets.of(batch).rows) == 0
     for prompts in (None, replace(make_prompts(1), weights=torch.zeros(1))):  # nor a prompt
         student.zero_grad()
         batch = replace(batch, prompts=prompts)
@@ -294,7 +292,7 @@ def step_in_parts(accumulation: int, world: int) -> tuple[dict[str, float], dict
     for rank in range(world):
         for part in micro_batches(range(len(rows)), accumulation, rank, world):
             batch = make_batch([rows[i] for i in part.indices], [teacher[i] for i in part.indices])
-            batch = replace(batch, prompts=prompts.batch(3, 3, part.place, part.places))
+            batch = replace(batch, prompts=prompts.batch(3, 3, part.number, part.count))
             share, objective = batch.count() / total, ready(student, HEADS)
             loss, parts = objective(student, batch, total=total, share=share, fraction=0.5)
             (loss * float(part.counts)).backward()
@@ -337,7 +335,7 @@ def trained(
     student = make_student(16, 2, VOCAB, heads=True)
     folder.mkdir()
     config = TRAIN.model_copy(update={"batch_size": 8, "accumulation": accumulation})
-    train(student, data, Objective(loss), config, folder, lambda step, text: None)
+    train(TrainingJob(student, data, Objective(loss), config, folder), lambda step, text: None)
     lines = read_metrics(folder / "metrics.jsonl")
     return student, [line for line in lines if line["kind"] == "train"]
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from distill.losses import divergences
 from distill.losses.chunked_lm_head import (
     LOGITS_BYTES,
-    ChunkLoss,
-    by_autograd,
+    ChunkGradient,
     chunk_size,
     chunked_head_loss,
 )
@@ -17,6 +18,18 @@ from teachers.targets.distributions import CompactTargets
 from tests.support.references import case
 
 N, D, V = 37, 12, 50
+ChunkLoss = Callable[[Tensor, slice], Tensor]
+
+
+def by_autograd(chunk_loss: ChunkLoss) -> ChunkGradient:
+    """A chunk's loss and its gradient."""
+
+    def gradient(logits: Tensor, span: slice) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            loss = chunk_loss(logits.requires_grad_(), span)
+        return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+    return gradient
 
 
 def problem(seed: int = 0) -> tuple[Tensor, Tensor, ChunkLoss]:
@@ -29,7 +42,7 @@ def problem(seed: int = 0) -> tuple[Tensor, Tensor, ChunkLoss]:
     labels[::5] = divergences.IGNORE_INDEX
 
     def chunk_loss(logits: Tensor, span: slice) -> Tensor:
-        kl = divergences.forward_kl(logits, targets.select(span), 2.0).sum()
+        kl = divergences.divergence(logits, targets.select(span), 2.0).sum()
         return 4.0 * kl + 0.3 * divergences.cross_entropy(logits, labels[span]).sum()
 
     return hidden, weight, chunk_loss

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -15,29 +16,15 @@ from distill.losses.divergences import Divergence
 from distill.losses.fused import ChunkResult, Scratch, Weights, divergence_and_cross_entropy
 from teachers.targets.distributions import CompactTargets, OutputHead
 from teachers.targets.stored_arrays import Targets
-from tests.support.references import case
+from tests.support.references import FAMILY, case
+from tests.support.references import drawn as draw
 from tests.support.stores import exact_targets
 
 V = 60
 TEMPERATURES = (1.0, 1.3, 2.0, 3.0)
 WEIGHTS = ((0.7, 0.3), (1.0, 0.0), (0.0, 1.0), (2.5, 4.0))
-FAMILY = (
-    Divergence(),
-    Divergence("reverse_kl"),
-    Divergence("jensen_shannon"),
-    Divergence("jensen_shannon", js_mixing=0.1),
-    Divergence("skewed_forward_kl"),
-    Divergence("skewed_forward_kl", skew=0.0),
-    Divergence("skewed_reverse_kl"),
-    Divergence("skewed_reverse_kl", skew=0.7),
-)
 TARGETS = ("buckets", "sketch", "rounded sketch", "hidden", "dense", "all kept")
-
-
-def drawn(positions: int, vocab_size: int = V, scale: float = 2.0, seed: int = 0) -> Tensor:
-    """Seeded float32 logits ``[N, V]``."""
-    generator = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(positions, vocab_size, generator=generator)
+drawn = partial(draw, vocab_size=V)
 
 
 def shaped(targets_kind: str, logits: Tensor, count: int = 8) -> Targets:
@@ -85,35 +72,33 @@ def assert_equals_autograd(
     student: Tensor,
     targets: Targets,
     labels: Tensor,
-    temperature: float,
-    kind: Divergence,
-    *,
-    weights: tuple[tuple[float, float], ...] = ((0.7, 0.3),),
+    asked: Sequence[Weights],
     parts: int = 1,
     atol: float = 1e-5,
 ) -> list[ChunkResult]:
-    """The closed form of each of the equal ``parts``, after comparing it with autograd."""
+    """The closed form of each of the equal ``parts``, after comparing it with autograd; ``asked``
+    differ in their weights alone."""
+    temperature, kind = asked[0].temperature, asked[0].divergence
     logits = student.double().requires_grad_()
     kds = divergences.divergence(logits, targets, temperature, kind)
     ignored = divergences.IGNORE_INDEX
     ces = torch.nn.functional.cross_entropy(logits, labels, ignore_index=ignored, reduction="none")
     kd_slopes, ce_slopes = (torch.autograd.grad(x.sum(), logits)[0] for x in (kds, ces))
     results = []
-    for part, place in enumerate(torch.arange(len(student)).chunk(parts)):
-        kd, ce = kds[place].sum().item(), ces[place].sum().item()
+    for part, rows in enumerate(torch.arange(len(student)).chunk(parts)):
+        kd, ce = kds[rows].sum().item(), ces[rows].sum().item()
         # Only the reverse KL's slopes are unbounded: they have the digits of log(q / p), up to 1e4.
         digits = 1e-7 * kd if kind.form == "reverse_kl" else 0.0
-        known = targets.select(place)
-        for by_kd, by_ce in weights:
-            with case("part", part, "weights", by_kd, by_ce):
-                asked = Weights(by_kd, by_ce, temperature, kind)
-                found = computed(student[place], known, labels[place], asked)
+        known = targets.select(rows)
+        for weights in asked:
+            with case("part", part, weights):
+                found = computed(student[rows], known, labels[rows], weights)
                 results.append(found)
                 assert found.kd.dtype == found.ce.dtype == found.gradient.dtype == torch.float32
                 assert found.kd.isfinite() and found.ce.isfinite()
                 assert found.kd.item() == pytest.approx(kd, rel=1e-5, abs=atol)
                 assert found.ce.item() == pytest.approx(ce, rel=1e-5, abs=atol)
-                gradient = by_kd * kd_slopes[place] + by_ce * ce_slopes[place]
+                gradient = weights.kd * kd_slopes[rows] + weights.ce * ce_slopes[rows]
                 off = (found.gradient - gradient).abs() - 1e-4 * gradient.abs()
                 assert off.max().item() <= 2e-6 + digits  # false of NaN
     return results
@@ -129,7 +114,8 @@ def test_equals_autograd() -> None:
     labels[::7] = divergences.IGNORE_INDEX
     for kind, (name, targets), temperature in product(FAMILY, known.items(), TEMPERATURES):
         with case(kind, name, temperature):
-            assert_equals_autograd(student, targets, labels, temperature, kind, weights=WEIGHTS)
+            asked = [Weights(kd, ce, temperature, kind) for kd, ce in WEIGHTS]
+            assert_equals_autograd(student, targets, labels, asked)
 
 
 def test_extreme_students() -> None:
@@ -140,7 +126,8 @@ def test_extreme_students() -> None:
     labels = torch.tensor([0, 1, 2, 50, 51, 52]).repeat(7)
     for kind, name, temperature, targets in every_row(drawn(6).repeat(7, 1), TEMPERATURES):
         with case(kind, name, temperature):
-            assert_equals_autograd(student, targets, labels, temperature, kind, parts=7, atol=1e-4)
+            asked = [Weights(0.7, 0.3, temperature, kind)]
+            assert_equals_autograd(student, targets, labels, asked, parts=7, atol=1e-4)
 
 
 def test_extreme_teachers() -> None:
@@ -151,7 +138,8 @@ def test_extreme_teachers() -> None:
     labels = torch.tensor([0, 3, 4, 50, 51, 52]).repeat(3)
     for kind, name, temperature, targets in every_row(teacher, TEMPERATURES):
         with case(kind, name, temperature):
-            assert_equals_autograd(student, targets, labels, temperature, kind, parts=3, atol=1e-4)
+            asked = [Weights(0.7, 0.3, temperature, kind)]
+            assert_equals_autograd(student, targets, labels, asked, parts=3, atol=1e-4)
 
 
 def test_targets_are_not_ours_to_change() -> None:
@@ -196,7 +184,7 @@ def test_no_positions_and_no_labels() -> None:
             none = computed(student[:0], targets.select(slice(0, 0)), ignored[:0], weights)
             assert float(none.kd) == 0.0 and float(none.ce) == 0.0
             assert none.gradient.shape == (0, V)
-            (found,) = assert_equals_autograd(student, targets, ignored, temperature, kind)
+            (found,) = assert_equals_autograd(student, targets, ignored, [weights])
             assert float(found.ce) == 0.0 and float(found.gradient.abs().max()) > 1e-3
             alone = computed(student, targets, torch.arange(6), replace(weights, ce=0.0))
             torch.testing.assert_close(alone.gradient, found.gradient, rtol=0, atol=1e-7)
@@ -204,7 +192,7 @@ def test_no_positions_and_no_labels() -> None:
 
 def test_identical_models_have_no_gradient() -> None:
     """The divergence of a model from itself is 0 with gradient 0, whatever lies in the tail."""
-    teacher, labels = drawn(16, 500, seed=3), torch.zeros(16, dtype=torch.int64)
+    teacher, labels = draw(16, 500, seed=3), torch.zeros(16, dtype=torch.int64)
     for kind, name, temperature, targets in every_row(teacher, TEMPERATURES):
         if name == "rounded sketch":
             continue

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.config.schema import LossConfig, TrainConfig
+from distill.config.schema import LossConfig
 from distill.errors import UserError
 from distill.losses.hidden_states import (
     HiddenStateLoss,
@@ -19,7 +19,7 @@ from distill.losses.hidden_states import (
 )
 from distill.losses.objective import Objective, build_objective
 from distill.training.data import TrainingData, load_batch, split
-from distill.training.engine import train
+from distill.training.engine import TrainingJob, train
 from students.model.decoder import SO8TForCausalLM
 from students.weights import plain_weights
 from teachers.store.store import SoftTargetStore
@@ -27,7 +27,7 @@ from teachers.targets.recipe import Recipe
 from tests.support.stores import write_store
 from tests.support.students import make_student
 from tests.support.teachers import BigramTeacher
-from tests.support.training import Killed, save_all_the_time
+from tests.support.training import TRAIN, Killed, killer, save_all_the_time
 
 VOCAB, WIDTH, TEACHER_LAYERS = 48, 16, 3
 RECIPE = Recipe(num_topk=8, layers=(0, 2), layer_bytes=14)
@@ -227,7 +227,7 @@ def test_the_gradient_is_the_slope_of_the_loss(store: SoftTargetStore, of_studen
     assert (values[0] - values[1]) / (2 * distance) == pytest.approx(length, rel=1e-2)
 
 
-CONFIG = TrainConfig(epochs=2, batch_size=4, evaluations=3, learning_rate=0.01, precision="fp32")
+CONFIG = TRAIN.model_copy(update={"evaluations": 3})
 
 
 def run(
@@ -238,11 +238,8 @@ def run(
     before = {name: value.detach().clone() for name, value in objective.named_parameters()}
     folder.mkdir(exist_ok=True)
 
-    def report(step: int, text: str) -> None:
-        if step == kill_at:
-            raise Killed
-
-    train(student, TrainingData(store, split(store, 0.2, 0), 0), objective, CONFIG, folder, report)
+    data = TrainingData(store, split(store, 0.2, 0), 0)
+    train(TrainingJob(student, data, objective, CONFIG, folder), killer(kill_at))
     return student, objective, before
 
 

@@ -227,7 +227,7 @@ def test_rotation_figures_are_those_of_the_newest_forward_pass() -> None:
     student, batch = make_student(), make_batch(*make_rows())
     objective = Objective(WEIGHTS)
     evaluated(student, objective, batch)
-    assert objective.rotation_figures()["rotation_drift"] == 0.0
+    assert objective.rotation_stats()["rotation_drift"] == 0.0
     objective = ready(student)
     evaluated(student, objective, batch)
     rotations, average = student.rotations().detach(), objective.average
@@ -236,7 +236,7 @@ def test_rotation_figures_are_those_of_the_newest_forward_pass() -> None:
     errors = np.linalg.norm(r.swapaxes(-1, -2) @ r - np.eye(8), axis=(-2, -1))
     safe, command = r[:, 0], r[:, 1]
     commutators = np.linalg.norm(command @ safe - safe @ command, axis=(-2, -1))
-    figures = objective.rotation_figures()
+    figures = objective.rotation_stats()
     assert figures["rotation_error"] == pytest.approx(errors.max(), abs=1e-6)
     assert figures["min_commutator"] == pytest.approx(commutators.min(), rel=1e-5)
     assert figures["mean_commutator"] == pytest.approx(commutators.mean(), rel=1e-5)

@@ -17,7 +17,7 @@ from distill.errors import UserError
 from distill.evaluation import scorers
 from distill.evaluation.cost import Cost, measure_cost
 from distill.evaluation.fidelity import score_text
-from distill.evaluation.greedy import beginnings
+from distill.evaluation.greedy import greedy_prompts
 from distill.evaluation.scorers import Scorer, evaluate, llama_scorer
 from distill.metrics import distributions
 from distill.metrics.distributions import (
@@ -267,10 +267,10 @@ def test_reports_read_results_with_and_without_intervals() -> None:
 def test_beginnings_leave_room() -> None:
     """Half a sequence each, of the first 32; new tokens as the shortest context has room for."""
     rows = [np.arange(n, dtype=np.int32) for n in (2, 3, 41)] + [np.arange(9, dtype=np.int32)] * 40
-    start = beginnings(rows, 25)
+    start = greedy_prompts(rows, 25)
     assert start is not None and [len(p) for p in start.prompts[:3]] == [1, 1, 20]
     assert len(start.prompts) == 32 and start.new_tokens == 5
-    assert beginnings(rows, 20) is None
+    assert greedy_prompts(rows, 20) is None
 
 
 class Timed:

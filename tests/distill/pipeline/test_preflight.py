@@ -69,7 +69,7 @@ CASES: list[tuple[str, int, str]] = [
     ("run --data {empty}", 2, "has no .jsonl"),
     ("run --data {nothing.jsonl}", 2, "is empty"),
     ("run --data {data.pdf}", 2, "is none of .jsonl"),
-    ("run --data {broken.jsonl}", 2, "line 2: not valid JSON"),
+    ("run --data {broken.jsonl}", 2, "line 2 is not JSON"),
     ("capture --data {odd.jsonl}", 2, "line 1: needs exactly one of"),
     ("plan --data {latin.txt}", 2, "not UTF-8"),
     (f"run {SAMPLING}", 2, "lets the teacher say one thing only"),

@@ -1,4 +1,7 @@
-"""The log's chain: every edit is found and its line named, whatever is killed or cut off."""
+"""The log's chain: every edit is found and its line named, whatever is killed or cut off.
+
+Long because every way to damage a log is tried on the same run.
+"""
 
 from __future__ import annotations
 
@@ -265,20 +268,20 @@ def test_an_end_that_was_cut_off_is_found(tmp_path: Path) -> None:
         write_log(tmp_path, lines[:keep])
         found = [finding for finding in verify(tmp_path).findings if finding.line is not None]
         assert [finding.line for finding in found] == [keep + 1]
-        assert f"audit.head names {6 - keep} more" in found[0].words, keep
+        assert f"audit.head names {6 - keep} more" in found[0].message, keep
     for size in range(len(data) - len(lines[-1]) + 1, len(data)):
         (tmp_path / LOG).write_bytes(data[:size])
         assert found_lines(tmp_path) == [6]
     damages = [b"", b"{}", b"\xff", head.replace(b":6", b": 6"), head[:-1], b"[" * 9999]
     for damage in (*damages, b'{"lines":0,"sha256":""}\n'):
         write_log(tmp_path, lines, damage)
-        words = [finding.words for finding in verify(tmp_path).findings]
+        words = [finding.message for finding in verify(tmp_path).findings]
         assert words == ["audit.head: it is damaged"], damage[:20]
     (tmp_path / HEAD).write_bytes(head.replace(b'"sha256":"', b'"sha256":"0')[:-4] + b'"}\n')
     assert found_lines(tmp_path) == [6]
     (tmp_path / HEAD).unlink()
     write_log(tmp_path, lines[:4])
-    assert "audit.head: it is missing" in verify(tmp_path).findings[0].words
+    assert "audit.head: it is missing" in verify(tmp_path).findings[0].message
     (tmp_path / LOG).unlink()
     with pytest.raises(UserError, match=r"is not a run's folder"):
         verify(tmp_path)
@@ -312,7 +315,7 @@ def test_what_was_cut_off_stays_found_when_the_log_goes_on(tmp_path: Path) -> No
         append(folder, [("and_on", {})])
         found = verify(folder)
         start = f"line {line}: {'' if name == 'broken' else 'when the log was continued here, '}"
-        said = [one.words for one in found.findings if one.words.startswith(start)]
+        said = [one.message for one in found.findings if one.message.startswith(start)]
         assert any(words in one for one in said), (name, found.findings)
         assert found.events["recovered"] == 1, name
         assert last_event(folder, {"goes_on", "and_on"}) == "and_on", name
@@ -420,7 +423,7 @@ def test_a_head_kept_elsewhere_shows_a_log_written_anew(tmp_path: Path) -> None:
     (tmp_path / HEAD).unlink()
     make_log(tmp_path, 6)
     assert verify(tmp_path).intact
-    words = [finding.words for finding in verify(tmp_path, heads[4]).findings]
+    words = [finding.message for finding in verify(tmp_path, heads[4]).findings]
     assert len(words) == 1 and f"audit.jsonl: no line of it has the hash {heads[4]}" in words[0]
     for wrong in ("", "abc", "g" * 64):
         with pytest.raises(UserError, match="64 hexadecimal digits"):

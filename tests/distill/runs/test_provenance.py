@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from gguf import GGUFValueType
 
-from distill.capture.capture import keep_inheritance, text_of
+from distill.capture.capture import keep_teacher_record, text_of
 from distill.config.loading import load_config
 from distill.errors import UserError
 from distill.runs.folder import RunFolder
@@ -19,7 +19,7 @@ from students.gguf.provenance import Lineage
 from teachers.gguf.file import Field
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.store import SoftTargetStore
-from teachers.store.teacher_record import Inheritance, inherit
+from teachers.store.teacher_record import TeacherRecord, make_teacher_record
 from tests.support.children.capture_child import Source
 from tests.support.stores import filled
 
@@ -39,12 +39,14 @@ def store(tiny_teacher: GGUFTeacher, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def kept(tiny_teacher: GGUFTeacher, store: SoftTargetStore) -> Inheritance:
-    made = keep_inheritance(tiny_teacher, tiny_teacher.file.path, store, Console())
+def kept(tiny_teacher: GGUFTeacher, store: SoftTargetStore) -> TeacherRecord:
+    made = keep_teacher_record(tiny_teacher, tiny_teacher.file.path, store, Console())
     return replace(made, about=ABOUT)
 
 
-def test_a_new_student_has_its_teachers_lineage(kept: Inheritance, store: SoftTargetStore) -> None:
+def test_a_new_student_has_its_teachers_lineage(
+    kept: TeacherRecord, store: SoftTargetStore
+) -> None:
     """Licence, addresses and languages of the teacher, unless it has a base; the text by name."""
     found = lineage_of(kept, store, None)
     assert found.licence == {"": "apache-2.0", "link": "https://example.org/licence"}
@@ -64,9 +66,7 @@ def test_a_new_student_has_its_teachers_lineage(kept: Inheritance, store: SoftTa
     assert not found.licence and not found.languages
 
 
-def test_what_a_file_says_of_itself_is_kept_in_plain_text(
-    tiny_teacher: GGUFTeacher,
-) -> None:
+def test_what_a_file_says_of_itself_is_kept_as_plain_text(tiny_teacher: GGUFTeacher) -> None:
     """One line each, of bounded length, without odd bytes; other types are left out."""
     text = GGUFValueType.STRING
     said = {
@@ -76,7 +76,7 @@ def test_what_a_file_says_of_itself_is_kept_in_plain_text(
         "general.languages": Field(["de", "fr"], GGUFValueType.ARRAY, text),
     }
     file = replace(tiny_teacher.file, fields=tiny_teacher.file.fields | said)
-    about = inherit(tiny_teacher, file, [], "some text").about
+    about = make_teacher_record(tiny_teacher, file, [], "some text").about
     assert about["license"] == "mit or not" and len(about["author"]) == 500
     assert about["languages"] == "de,fr" and about["text"] == "some text" and "url" not in about
 

@@ -68,13 +68,7 @@ def test_a_machine_in_order(examined: Examined) -> None:
     [
         (Fault(die_at=1), 0, "self-check", "slow", "SIGSEGV"),
         (Fault(logits="wrong"), 0, "self-check", "slow", "other numbers"),
-        (
-            Fault(die_at=1, where="always"),
-            1,
-            "self-check",
-            "broken",
-            "does not work on this machine",
-        ),
+        (Fault(die_at=1, where="always"), 1, "self-check", "broken", "does not work on this"),
         (Fault(import_error="no such library"), 1, "llama.cpp", "broken", "no such library"),
     ],
     ids=["extra buffers die", "extra buffers are wrong", "everything dies", "does not load"],
@@ -86,7 +80,7 @@ def test_a_llama_cpp_that_does_not_suit_the_machine(
     with llama_cpp_with(fault, tmp_path / "double"):
         found_code, found = examined()
     assert found_code == code and found[name]["level"] == level and text in found[name]["text"]
-    assert "llama_cpp_build.cmake" in found[name]["remedy"]
+    assert "llama_cpp/library/build.cmake" in found[name]["remedy"]
 
 
 def test_a_remembered_fault_is_not_forgotten_for_another_kind_of_file(
@@ -102,26 +96,20 @@ def test_a_remembered_fault_is_not_forgotten_for_another_kind_of_file(
             check = found["self-check"]
             assert code == 0 and check["level"] == level and "SIGSEGV" in check["text"], types
             assert read_record().extra_buffers == (level == "ok"), types
-            assert ("llama_cpp_build.cmake" in check["remedy"]) == (level == "slow"), types
+            assert ("llama_cpp/library/build.cmake" in check["remedy"]) == (level == "slow"), types
 
 
 def test_the_command_that_builds_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shell takes its paths whole, and what CMAKE_ARGS asked for stays."""
     monkeypatch.setattr(doctor, "__file__", "/home/my user/distill/runtime/doctor.py")
-    setting = (
-        doctor.rebuild_command()
-        .removeprefix("compile it again: ")
-        .partition(f" {sys.executable}")[0]
-    )
-    answer = subprocess.run(
-        ["sh", "-c", f"CMAKE_ARGS=-DGGML_CUDA=on; {setting} env"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = doctor.rebuild_command().removeprefix("compile it again: ")
+    setting = command.partition(f" {sys.executable}")[0]
+    shell = ["sh", "-c", f"CMAKE_ARGS=-DGGML_CUDA=on; {setting} env"]
+    answer = subprocess.run(shell, capture_output=True, text=True, check=True)
     [setting] = [line for line in answer.stdout.splitlines() if line.startswith("CMAKE_ARGS=")]
-    include = "-DCMAKE_PROJECT_llama_cpp_INCLUDE=/home/my user/teachers/llama_cpp_build.cmake"
-    assert shlex.split(setting.partition("=")[2]) == ["-DGGML_CUDA=on", include]
+    first, include = shlex.split(setting.partition("=")[2])
+    path = "/home/my user/teachers/llama_cpp/library/build.cmake"
+    assert (first, include) == ("-DGGML_CUDA=on", f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={path}")
 
 
 def test_no_place_to_remember(
@@ -196,11 +184,9 @@ def test_a_container_has_the_memory_that_it_is_allowed(
     cases = {
         "0::/box\n": ("box/memory.max", "box/memory.current"),
         "0::/not/seen/from/inside\n": ("memory.max", "memory.current"),
-        "3:cpu:/\n7:memory:/box\n": (
-            "memory/box/memory.limit_in_bytes",
-            "memory/box/memory.usage_in_bytes",
-        ),
     }
+    old = ("memory/box/memory.limit_in_bytes", "memory/box/memory.usage_in_bytes")
+    cases["3:cpu:/\n7:memory:/box\n"] = old
     for number, (lines, names) in enumerate(cases.items()):
         groups.write_text(lines, encoding="utf-8")
         root = tmp_path / str(number)
@@ -222,12 +208,8 @@ def test_a_container_has_the_memory_that_it_is_allowed(
 
 def test_the_first_lines_need_nothing_heavy() -> None:
     """The examiner comes at once, and asks PyTorch and llama.cpp in processes of their own."""
-    code = (
-        "import sys, distill.cli, distill.runtime.doctor as d; "
-        "[*d.machine_findings(), *d.package_findings()]; "
-        "print(*sys.modules)"
-    )
-    answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
-    )
+    code = "import sys, distill.cli, distill.runtime.doctor as d; [*d.machine_findings(), "
+    code += "*d.package_findings()]; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    answer = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert not {"torch", "transformers", "llama_cpp"} & set(answer.stdout.split())

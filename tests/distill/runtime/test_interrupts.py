@@ -1,4 +1,4 @@
-"""Ctrl-C that a finaliser swallowed is raised again."""
+"""Ctrl-C that a finalizer swallowed is raised again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 SWALLOWED = """
 import os, signal
-from distill import interrupts
+from distill.runtime import interrupts
 from distill.runtime.progress import Console
 
 interrupts.watch()
@@ -29,7 +29,7 @@ except KeyboardInterrupt:
 
 
 def test_a_swallowed_interrupt_is_raised_at_the_next_stage() -> None:
-    """Python drops what a finaliser raises; the program must stop all the same."""
+    """Python drops what a finalizer raises; the program must stop all the same."""
     done = subprocess.run(
         [sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=120
     )
@@ -40,7 +40,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
     """A job in the background is started with SIGINT ignored."""
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        "from distill import interrupts; interrupts.watch()\n"
+        "from distill.runtime import interrupts; interrupts.watch()\n"
         "print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN); interrupts.check()"
     )
     done = subprocess.run(

@@ -32,7 +32,6 @@ from tests.support.training import (
     copied,
     fresh_student,
     logged_steps,
-    make_data,
     read_metrics,
     run_with,
     save_all_the_time,
@@ -44,17 +43,6 @@ def at_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         save_all_the_time(patch)
         yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def whole(data: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """A run that nothing interrupts."""
-    return run_with(data, tmp_path_factory.mktemp("whole"), TRAIN)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +165,7 @@ WEIGHT, MOMENT = "model.layers.1.mlp.up_proj.weight", "optimizer.3.exp_avg"
 def test_a_poisoned_checkpoint_is_refused(
     tmp_path: Path, data: TrainingData, whole: Result, killed: Path
 ) -> None:
-    """Put aside, the tensor named; the one before continues to the same end."""
+    """Quarantined, the tensor named; the one before continues to the same end."""
     for file, name, how in (
         ("model", WEIGHT, "nan"),
         ("model", WEIGHT, "bit"),
@@ -238,12 +226,12 @@ def test_every_bit_counts_in_a_checksum() -> None:
         assert checksum(tensor) == zlib.crc32(content.numpy().tobytes()), kind
         assert checksum(tensor.T) == checksum(tensor.T.contiguous()) != checksum(tensor), kind
         sums = {checksum(tensor)}
-        places = range(0, content.numel(), 7)
-        for place in places:
-            content[place] ^= 1
+        positions = range(0, content.numel(), 7)
+        for position in positions:
+            content[position] ^= 1
             sums.add(checksum(tensor))
-            content[place] ^= 1
-        assert len(sums) == 1 + len(places), kind
+            content[position] ^= 1
+        assert len(sums) == 1 + len(positions), kind
     assert checksum(torch.tensor(1.0)) != checksum(torch.tensor(-1.0))
     assert checksum(torch.tensor(0.0)) != checksum(torch.tensor(-0.0))
     assert checksum(torch.zeros(0)) == 0

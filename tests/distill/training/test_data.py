@@ -166,5 +166,5 @@ def test_micro_batches_divide_a_step_among_processes() -> None:
         counted = [part for part in found if part.counts]
         assert sorted(index for part in counted for index in part.indices) == indices, row
         assert all(part.indices for part in found), row
-        assert sorted(part.place for part in counted) == list(range(len(counted))), row
-        assert {part.places for part in found} == {len(counted)}, row
+        assert sorted(part.number for part in counted) == list(range(len(counted))), row
+        assert {part.count for part in found} == {len(counted)}, row

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from distill.losses.objective import Objective
+from distill.training import data as data_module
 from distill.training import engine
 from distill.training.data import TrainingData
 from distill.training.embedding_rows import UsedRows, only_used_rows, used_tokens
@@ -36,7 +37,7 @@ def make_data(folder: Path) -> TrainingData:
     lengths = (random.integers(4, 14) for _ in range(24))
     rows = [random.choice(USED, size=length).astype(np.int32) for length in lengths]
     store = write_store(folder, BigramTeacher(VOCAB, WIDTH), rows, RECIPES["buckets"], 10)
-    return TrainingData(store, engine.Split(np.arange(20), np.arange(20, 24)), 0)
+    return TrainingData(store, data_module.Split(np.arange(20), np.arange(20, 24)), 0)
 
 
 def untied() -> SO8TForCausalLM:
@@ -58,7 +59,8 @@ def train(data: TrainingData, folder: Path, kill_at: int = -1) -> SO8TForCausalL
     """An untied student after training."""
     student = untied()
     folder.mkdir(exist_ok=True)
-    engine.train(student, data, Objective(LOSS), TRAIN, folder, killer(kill_at))
+    job = engine.TrainingJob(student, data, Objective(LOSS), TRAIN, folder)
+    engine.train(job, killer(kill_at))
     return student
 
 
@@ -84,7 +86,7 @@ def test_the_same_student_as_with_all_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: TrainingData, lean: SO8TForCausalLM
 ) -> None:
     """Used rows learn what they learn anyway; the others stay as they began, to the bit."""
-    monkeypatch.setattr(engine, "used_tokens", lambda store, prompts: torch.arange(VOCAB))
+    monkeypatch.setattr(data_module, "used_tokens", lambda store, prompts: torch.arange(VOCAB))
     whole = train(data, tmp_path)
     for (name, one), other in zip(lean.named_parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5, msg=name)

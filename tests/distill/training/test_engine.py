@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from distill.runs import folder
 from distill.training import checkpoint, engine
 from distill.training.data import TrainingData
 from distill.training.distributed import TrainingModule
-from distill.training.engine import train
+from distill.training.engine import TrainingJob, train
 from distill.training.optimizer import build_optimizer, build_schedule
-from distill.training.validation import evaluation_steps, held_out_score
+from distill.training.validation import evaluation_steps, validation_score
 from students.model import so8
 from tests.support.references import reference_bucket_kl
 from tests.support.teachers import BigramTeacher
@@ -40,20 +41,9 @@ from tests.support.training import (
 )
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def whole(data: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """A run that nothing interrupts."""
-    return run_with(data, tmp_path_factory.mktemp("whole"))
-
-
 @pytest.mark.parametrize("kind", RECIPES)
 def test_training_learns_and_logs(tmp_path: Path, kind: str) -> None:
-    """Held-out KL falls, every step is logged, rotations stay exact and do not commute."""
+    """The validation KL falls, every step is logged, rotations stay exact and do not commute."""
     config = TRAIN.model_copy(update={"epochs": 12})
     student, summary = run_with(make_data(tmp_path, kind=kind), tmp_path / "run", config)
     (begin, first), *_, (_, last) = summary.scores
@@ -125,9 +115,9 @@ def test_checkpoints_are_also_written_by_the_clock(
     saved: list[int] = []
     real = engine.save_checkpoint
 
-    def save(folder: Path, state: checkpoint.TrainingState, key: str, finished: bool) -> Path:
+    def save(folder: Path, state: checkpoint.TrainingState, *rest: Any, **more: Any) -> Path:
         saved.append(state.step)
-        return real(folder, state, key, finished=finished)
+        return real(folder, state, *rest, **more)
 
     monkeypatch.setattr(engine, "save_checkpoint", save)
     student, summary = run_with(data, tmp_path / "run")
@@ -185,13 +175,13 @@ def test_non_finite_steps_never_reach_the_weights(
     save_all_the_time(monkeypatch)
     student = fresh_student()
     with pytest.raises(TrainingAborted, match=r"step 3.*not finite"):
-        train(student, data, Objective(LOSS), UNGUARDED, tmp_path, killer())
+        train(TrainingJob(student, data, Objective(LOSS), UNGUARDED, tmp_path), killer())
     assert len(before) == 4 and weights(student) == before[3]
     assert folder.latest_checkpoint(tmp_path / "checkpoints") is not None
 
 
 @pytest.mark.parametrize("kind", RECIPES)
-def test_the_held_out_score_is_what_it_says(tmp_path: Path, kind: str) -> None:
+def test_the_score_against_the_reference(tmp_path: Path, kind: str) -> None:
     """KL over k + 1 buckets for compact targets, else over everything; agreement, cross-entropy."""
     data, student = make_data(tmp_path, kind=kind), fresh_student()
     teacher = BigramTeacher(VOCAB, WIDTH, seed=0)
@@ -207,7 +197,7 @@ def test_the_held_out_score_is_what_it_says(tmp_path: Path, kind: str) -> None:
         agreement += (theirs.argmax(-1) == mine.argmax(-1)).tolist()
         surprise += (-mine.log_softmax(-1).gather(-1, tokens[1:, None])).flatten().tolist()
     module = TrainingModule(student, Objective(LOSS))
-    found = held_out_score(module, data.held_out(3, torch.device("cpu")))
+    found = validation_score(module, data.held_out(3, torch.device("cpu")))
     # Compact logits are kept in half precision, hidden states in eight bits.
     off, other = {"hidden": (5e-3, 0.02), "dense": (1e-5, 1e-9)}.get(kind, (1e-3, 1e-9))
     assert found.kl == pytest.approx(np.mean(kl), abs=off)

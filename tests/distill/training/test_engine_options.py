@@ -25,11 +25,11 @@ from distill.losses.hidden_states import HiddenStateLoss
 from distill.losses.objective import Objective
 from distill.runs.folder import latest_checkpoint
 from distill.runtime import launch_environment
-from distill.training import engine
+from distill.training import distributed
 from distill.training.data import TrainingData
 from distill.training.distributed import TrainingModule
 from distill.training.optimizer import build_optimizer, build_schedule, decays, peak_learning_rate
-from distill.training.validation import HeldOutScore, best_step, held_out_score, is_exhausted
+from distill.training.validation import ValidationScore, best_step, is_exhausted, validation_score
 from tests.support.students import make_student
 from tests.support.training import (
     GREEDY,
@@ -41,18 +41,12 @@ from tests.support.training import (
     assert_equal,
     copied,
     fresh_student,
-    make_data,
     read_metrics,
     run_with,
     save_all_the_time,
 )
 
 KLS = ("forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
@@ -69,7 +63,7 @@ def new_process() -> Iterator[None]:
 def test_the_best_score_and_patience() -> None:
     """The lowest KL, the later one of equals; exhausted after that many worse ones in a row."""
     kls = {0: 3.0, 5: 1.0, 10: 1.0, 15: 2.0, 20: 1.5}
-    scores = {step: HeldOutScore(kl, 0.0, 0.0) for step, kl in kls.items()}
+    scores = {step: ValidationScore(kl, 0.0, 0.0) for step, kl in kls.items()}
     assert best_step(scores) == 10
     exhausted = [is_exhausted(scores, patience) for patience in (1, 2, 3, None)]
     assert exhausted == [True, True, False, False]
@@ -151,13 +145,13 @@ def test_gradient_checkpointing_changes_nothing_but_memory(
     assert not any(layer.gradient_checkpointing for layer in saving.model.layers)
 
 
-def test_held_out_scores_are_float32_also_in_bf16(
+def test_scores_are_float32_also_in_bf16(
     tmp_path: Path, new_process: None, data: TrainingData
 ) -> None:
     """What the weights are worth does not depend on what training computes in."""
     _, summary = run_with(data, tmp_path / "run", TRAIN.model_copy(update={"precision": "bf16"}))
     module = TrainingModule(fresh_student(), Objective(LOSS))
-    expected = held_out_score(module, data.held_out(4, torch.device("cpu")))
+    expected = validation_score(module, data.held_out(4, torch.device("cpu")))
     assert summary.precision == "bf16"
     assert vars(summary.scores[0][1]) == pytest.approx(vars(expected), rel=1e-6)  # bfloat16: 1e-3
     assert summary.scores[-1][1].kl < expected.kl
@@ -326,14 +320,14 @@ def test_a_tracker_that_is_not_installed_is_refused(
     """Before anything is trained, with the command that installs it."""
     monkeypatch.setattr(launch_environment, "find_spec", lambda name: None)
     for tracker in ("tensorboard", "wandb"):
-        words = rf"{tracker}, which is not installed: pip install {tracker}"
-        with pytest.raises(UserError, match=words):
+        message = rf"{tracker}, which is not installed: pip install {tracker}"
+        with pytest.raises(UserError, match=message):
             run_with(data, tmp_path, TRAIN.model_copy(update={"trackers": (tracker,)}))
         assert not (tmp_path / "metrics.jsonl").exists(), tracker
 
 
 class FakeTracker(GeneralTracker):
-    """Remembers what it is told."""
+    """Keeps what it receives."""
 
     name = "tensorboard"
     requires_logging_directory = False
@@ -353,7 +347,7 @@ class FakeTracker(GeneralTracker):
         self.finished.append(True)
 
 
-def test_trackers_are_told_what_metrics_hold(
+def test_trackers_receive_the_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: TrainingData
 ) -> None:
     """Every line of metrics.jsonl under its own name, the settings once, and the end."""
@@ -364,7 +358,7 @@ def test_trackers_are_told_what_metrics_hold(
         asked.append(settings)
         return Accelerator(**settings | {"log_with": FakeTracker()})
 
-    monkeypatch.setattr(engine, "Accelerator", accelerator)
+    monkeypatch.setattr(distributed, "Accelerator", accelerator)
     run_with(data, tmp_path, TRAIN.model_copy(update={"trackers": ("tensorboard",)}))
     expected = []
     for line in read_metrics(tmp_path / "metrics.jsonl"):

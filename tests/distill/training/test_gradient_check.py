@@ -78,8 +78,8 @@ def test_a_sound_student_passes_without_a_trace(kind: str, quant: str, tmp_path:
         assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2], checkpointing
         assert torch.equal(torch.get_rng_state(), states[2]), checkpointing
         assert all(one.grad is None for one in student.parameters()), checkpointing
-        assert tuple(row.kind for row in report.kinds) == KINDS, checkpointing
-        *rows, base = report.kinds
+        assert tuple(row.kind for row in report) == KINDS, checkpointing
+        *rows, base = report
         for row in rows:
             assert row.with_gradient == row.tensors > 0, (row, checkpointing)
             assert 0 < row.least <= row.largest < math.inf, (row, checkpointing)
@@ -89,7 +89,7 @@ def test_a_sound_student_passes_without_a_trace(kind: str, quant: str, tmp_path:
 def test_the_norms_are_the_gradients() -> None:
     """Of all but LoRA's A, from a backward pass by hand; A's is zero there and not reported."""
     student = make_adapted()
-    report = {row.kind: row for row in check_gradients(student, lambda: loss_of(student)).kinds}
+    report = {row.kind: row for row in check_gradients(student, lambda: loss_of(student))}
     loss_of(student.train()).backward()
     for kind, named in student.parameters_by_kind().items():
         norms = [float(one.grad.norm()) for one in named.values() if one.grad is not None]
@@ -139,9 +139,9 @@ def test_a_detached_head() -> None:
         states = output.last_hidden_state
         agreed = student.verification_head(states, certainty(output.logits))
         total = output.logits.square().mean() + agreed.mean()
-        told = student.safety_head(states)[..., 0].mean()
-        told = told.detach() if detached else told
-        return total if weight is None else total + weight * told
+        decision = student.safety_head(states)[..., 0].mean()
+        decision = decision.detach() if detached else decision
+        return total if weight is None else total + weight * decision
 
     missing = "safety head: 2 without a gradient (safety_head.linear.weight"
     assert missing in refusal(student, lambda: loss(None))
@@ -163,13 +163,13 @@ def test_a_base_that_would_be_trained() -> None:
     def thaws() -> Tensor:
         return loss_of(student) + norm.requires_grad_(True).sum()
 
-    words = r"base: 1 with a gradient \(model\.norm\.weight\)"
-    with pytest.raises(GradientsDoNotFlow, match=words):
+    message = r"base: 1 with a gradient \(model\.norm\.weight\)"
+    with pytest.raises(GradientsDoNotFlow, match=message):
         check_gradients(student, thaws)
 
 
-class Spoilt(torch.autograd.Function):
-    """Hands the value on and spoils its gradient."""
+class Corrupted(torch.autograd.Function):
+    """Passes the value on and corrupts its gradient."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor) -> Tensor:
@@ -186,12 +186,12 @@ def test_gradients_that_are_not_finite() -> None:
 
     def loss() -> Tensor:
         states = student(drawn()).last_hidden_state.detach()
-        return loss_of(student) + Spoilt.apply(student.safety_head(states)).sum()
+        return loss_of(student) + Corrupted.apply(student.safety_head(states)).sum()
 
     found = refusal(student, loss)
-    words = r"gradients do not flow; safety head: 2 with a gradient that is not finite \([^;]*$"
-    assert re.search(words, found)
-    found = refusal(student, lambda: Spoilt.apply(loss_of(student)))
+    message = r"gradients do not flow; safety head: 2 with a gradient that is not finite \([^;]*$"
+    assert re.search(message, found)
+    found = refusal(student, lambda: Corrupted.apply(loss_of(student)))
     for kind in ("LoRA A: 14", "LoRA B: 14", "gates: 4"):
         assert f"{kind} with a gradient that is not finite (" in found, kind
 

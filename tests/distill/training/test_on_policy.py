@@ -1,4 +1,4 @@
-"""Texts in the student's own words: how they are written, what the teacher says, what is learnt."""
+"""Texts that the student generates: sampling, the teacher's scores, what is learned."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from distill.losses.divergences import IGNORE_INDEX
 from distill.losses.objective import Objective, build_objective
 from distill.runtime.launch_environment import require_trainable
 from distill.training.data import TrainingData, load_batch, split
-from distill.training.engine import train
-from distill.training.on_policy import OwnWords, continue_texts
+from distill.training.engine import TrainingJob, train
+from distill.training.on_policy import OnPolicyBatches, continue_texts
 from distill.training.summary import TrainingSummary
 from students.model.decoder import SO8TForCausalLM
 from teachers.base import Tokens
@@ -65,18 +65,18 @@ def store(stores: dict[str, SoftTargetStore]) -> SoftTargetStore:
     return stores["sketch"]
 
 
-def own_words(
+def on_policy(
     store: SoftTargetStore, share: float = 1.0, eos: int | None = None, seed: int = 3
-) -> OwnWords:
-    return OwnWords(TEACHER, store, share, 1.2, seed, eos)  # type: ignore[arg-type]
+) -> OnPolicyBatches:
+    return OnPolicyBatches(TEACHER, store, share, 1.2, seed, eos)  # type: ignore[arg-type]
 
 
-def starts_and_draws(count: int = 7) -> tuple[list[Tokens], list[NDArray[np.float64]]]:
+def prefixes_and_draws(count: int = 7) -> tuple[list[Tokens], list[NDArray[np.float64]]]:
     """Beginnings of 1 to 9 tokens, and 1 to 12 random numbers for each."""
     random = np.random.default_rng(5)
     lengths = (random.integers(1, 10) for _ in range(count))
-    starts = [random.integers(0, VOCAB, length).astype(np.int32) for length in lengths]
-    return starts, [random.random(random.integers(1, 13)) for _ in range(count)]
+    prefixes = [random.integers(0, VOCAB, length).astype(np.int32) for length in lengths]
+    return prefixes, [random.random(random.integers(1, 13)) for _ in range(count)]
 
 
 @torch.no_grad()
@@ -105,17 +105,17 @@ def written_slowly(
 
 def test_texts_are_those_of_a_slow_loop() -> None:
     """Beginnings of different length, together and with a cache: what each alone gives without."""
-    student, (starts, draws) = fresh_student(), starts_and_draws()
-    pairs = list(zip(starts, draws, strict=True))
+    student, (prefixes, draws) = fresh_student(), prefixes_and_draws()
+    pairs = list(zip(prefixes, draws, strict=True))
     for temperature in (0.5, 1.0, 2.0):
-        texts = continue_texts(student, starts, draws, temperature, None)
+        texts = continue_texts(student, prefixes, draws, temperature, None)
         found = [text.tolist() for text in texts]
         expected = [written_slowly(student, *pair, temperature) for pair in pairs]
         assert found == expected, temperature
         assert all(text.dtype == np.int32 for text in texts), temperature
         assert [len(text) for text in texts] == [len(s) + len(d) for s, d in pairs], temperature
         others = [1.0 - draw for draw in draws]
-        texts = continue_texts(student, starts, others, temperature, None)
+        texts = continue_texts(student, prefixes, others, temperature, None)
         assert [text.tolist() for text in texts] != expected, temperature
         for (start, draw), text in zip(pairs, found, strict=True):
             alone = continue_texts(student, [start], [draw], temperature, None)
@@ -124,27 +124,29 @@ def test_texts_are_those_of_a_slow_loop() -> None:
 
 def test_a_text_ends_with_eos() -> None:
     """With it and nothing after it; one that was given already ends nothing; others go on."""
-    student, (starts, draws) = fresh_student(), starts_and_draws()
-    free = continue_texts(student, starts, draws, 1.0, None)
+    student, (prefixes, draws) = fresh_student(), prefixes_and_draws()
+    free = continue_texts(student, prefixes, draws, 1.0, None)
     long = max(range(len(draws)), key=lambda row: len(draws[row]))
-    eos = int(free[long][len(starts[long]) + 1])
+    eos = int(free[long][len(prefixes[long]) + 1])
     other = long - 1
-    starts[other] = np.append(starts[other], np.int32(eos))
-    found = continue_texts(student, starts, draws, 1.0, eos)
-    expected = [written_slowly(student, s, d, 1.0, eos) for s, d in zip(starts, draws, strict=True)]
+    prefixes[other] = np.append(prefixes[other], np.int32(eos))
+    found = continue_texts(student, prefixes, draws, 1.0, eos)
+    expected = [
+        written_slowly(student, s, d, 1.0, eos) for s, d in zip(prefixes, draws, strict=True)
+    ]
     assert [text.tolist() for text in found] == expected
     assert found[long].tolist() == free[long][: len(found[long])].tolist()
-    assert found[long][-1] == eos and len(found[long]) <= len(starts[long]) + 2 < len(free[long])
-    assert len(found[other]) > len(starts[other])
-    assert sum(len(text) for text in found) > sum(len(start) for start in starts) + len(starts)
+    assert found[long][-1] == eos and len(found[long]) <= len(prefixes[long]) + 2 < len(free[long])
+    assert len(found[other]) > len(prefixes[other])
+    assert sum(len(text) for text in found) > sum(len(start) for start in prefixes) + len(prefixes)
 
 
 def test_writing_leaves_the_student_as_it_was() -> None:
     """Its mode, its weights, and no gradient."""
     for training in (True, False):
-        student, (starts, draws) = fresh_student().train(training), starts_and_draws(2)
+        student, (prefixes, draws) = fresh_student().train(training), prefixes_and_draws(2)
         before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-        continue_texts(student, starts, draws, 1.0, None)
+        continue_texts(student, prefixes, draws, 1.0, None)
         assert student.training == training
         assert all(parameter.grad is None for parameter in student.parameters()), training
         for name, tensor in student.state_dict().items():
@@ -180,14 +182,14 @@ def test_what_is_written_is_scored_by_the_teacher(
     """
     store, indices = stores[kind], [4, 1, 9, 16, 7, 20]
     expected = load_batch(store, indices)
-    stored = own_words(store, share=0.0)(fresh_student(), indices, 2)
+    stored = on_policy(store, share=0.0)(fresh_student(), indices, 2)
     assert_same_tensors(stored, expected)
     assert_same_tensors(stored.targets, expected.targets)
     assert stored.given is None and stored.layers.keys() == expected.layers.keys()
-    companion = store.companion()
-    bases = companion.bases if companion else {}
+    shared_codec = store.shared_codec()
+    bases = shared_codec.bases if shared_codec else {}
     for share in (0.5, 1.0):
-        batch = own_words(store, share)(fresh_student(), indices, step=5)
+        batch = on_policy(store, share)(fresh_student(), indices, step=5)
         rows = rows_of(batch)
         assert len(rows) == len(indices), share
         assert batch.count() == sum(len(row) - 1 for row, _ in rows), share
@@ -213,13 +215,13 @@ def test_what_is_written_is_scored_by_the_teacher(
 def test_what_is_written_depends_on_seed_step_and_sequence_alone(store: SoftTargetStore) -> None:
     """Not on the batch it is in, nor on the order; another seed or step gives something else."""
     student, indices = fresh_student(), list(range(12))
-    words = own_words(store, share=0.5)
-    whole = sorted(rows_of(words(student, indices, 5)))
-    assert sorted(rows_of(words(student, indices[::-1], 5))) == whole
-    parts = [rows_of(words(student, indices[at : at + 3], 5)) for at in range(0, 12, 3)]
+    loader = on_policy(store, share=0.5)
+    whole = sorted(rows_of(loader(student, indices, 5)))
+    assert sorted(rows_of(loader(student, indices[::-1], 5))) == whole
+    parts = [rows_of(loader(student, indices[at : at + 3], 5)) for at in range(0, 12, 3)]
     assert sorted(row for part in parts for row in part) == whole
-    assert sorted(rows_of(words(student, indices, 6))) != whole
-    assert sorted(rows_of(own_words(store, 0.5, seed=4)(student, indices, 5))) != whole
+    assert sorted(rows_of(loader(student, indices, 6))) != whole
+    assert sorted(rows_of(on_policy(store, 0.5, seed=4)(student, indices, 5))) != whole
 
 
 def alike(folder: Path, count: int, length: int) -> SoftTargetStore:
@@ -232,10 +234,12 @@ def test_the_share_is_kept_on_average(tmp_path: Path) -> None:
     """Over sequences and steps; of two tokens one is kept, the other written anew in each step."""
     store, student, steps = alike(tmp_path, 40, 2), fresh_student(), range(40)
     for share in (0.1, 0.5, 0.9):
-        words = own_words(store, share)
-        given = [[given for _, given in rows_of(words(student, range(40), step))] for step in steps]
+        loader = on_policy(store, share)
+        given = [
+            [given for _, given in rows_of(loader(student, range(40), step))] for step in steps
+        ]
         assert np.mean(np.array(given) == 1) == pytest.approx(share, abs=0.03), share
-    first, second = (rows_of(own_words(store)(student, range(12), step)) for step in (5, 6))
+    first, second = (rows_of(on_policy(store)(student, range(12), step)) for step in (5, 6))
     assert all(one[0][0] == other[0][0] for one, other in zip(first, second, strict=True))
     assert sum(one != other for one, other in zip(first, second, strict=True)) > 8
 
@@ -243,15 +247,15 @@ def test_the_share_is_kept_on_average(tmp_path: Path) -> None:
 def test_what_is_kept_is_of_every_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From one token to all but one, by sequence and step."""
 
-    def zeros(student: object, starts: Any, uniform: Any, *_: object) -> list[Tokens]:
-        return [np.append(*pair).astype(np.int32) for pair in zip(starts, uniform, strict=True)]
+    def zeros(student: object, prefixes: Any, uniform: Any, *_: object) -> list[Tokens]:
+        return [np.append(*pair).astype(np.int32) for pair in zip(prefixes, uniform, strict=True)]
 
-    monkeypatch.setattr(
-        "distill.training.on_policy.continue_texts", zeros
-    )  # nothing has to be written
-    words = own_words(alike(tmp_path, 10, 100))
+    monkeypatch.setattr("distill.training.on_policy.continue_texts", zeros)
+    loader = on_policy(alike(tmp_path, 10, 100))
     cuts = {
-        given for step in range(10) for _, given in rows_of(words(fresh_student(), range(10), step))
+        given
+        for step in range(10)
+        for _, given in rows_of(loader(fresh_student(), range(10), step))
     }
     assert len(cuts) > 50 and min(cuts) >= 1 and max(cuts) <= 99
 
@@ -259,20 +263,20 @@ def test_what_is_kept_is_of_every_length(tmp_path: Path, monkeypatch: pytest.Mon
 def test_texts_that_end_early_are_short(store: SoftTargetStore) -> None:
     """With a token that ends a text: rows may be shorter, and those end with that one."""
     student = fresh_student()
-    free = rows_of(own_words(store)(student, list(range(24)), 0))
+    free = rows_of(on_policy(store)(student, list(range(24)), 0))
     written = np.concatenate([row[given:] for row, given in free])
     eos = int(np.bincount(written).argmax())
-    rows = rows_of(own_words(store, eos=eos)(student, list(range(24)), 0))
+    rows = rows_of(on_policy(store, eos=eos)(student, list(range(24)), 0))
     pairs = [(row, before) for (row, _), (before, _) in zip(rows, free, strict=True)]
     shorter = [row for row, before in pairs if len(row) < len(before)]
     assert shorter and all(row[-1] == eos for row in shorter)
     assert all(row == before[: len(row)] for row, before in pairs)
 
 
-def test_the_students_words_are_not_imitated(store: SoftTargetStore) -> None:
+def test_generated_tokens_are_no_labels(store: SoftTargetStore) -> None:
     """Cross-entropy of the given tokens alone; the divergence of every position."""
     student = fresh_student()
-    batch = own_words(store)(student, list(range(12)), 1)
+    batch = on_policy(store)(student, list(range(12)), 1)
     config = LossConfig(lambda_so8t=0.0, gamma=0.0, temperature=1.0)
     whole = {"total": batch.count(), "share": 1.0, "fraction": 0.0}
     _, parts = Objective(config)(student, batch, **whole)
@@ -289,29 +293,29 @@ def test_the_students_words_are_not_imitated(store: SoftTargetStore) -> None:
 def run(
     store: SoftTargetStore, folder: Path, share: float = 0.5, kill_at: int = -1, epochs: int = 3
 ) -> tuple[SO8TForCausalLM, TrainingSummary]:
-    """A training run with the student's own words."""
+    """A training run with generated text."""
     student = fresh_student()
     folder.mkdir(exist_ok=True)
     data = TrainingData(store, split(store, 0.2, 0), 0)
     objective = build_objective(LossConfig(temperature=2.0), store, student, 2, 0)
     config = TRAIN.model_copy(update={"on_policy": share, "epochs": epochs})
-    words = own_words(store, share)
-    return student, train(student, data, objective, config, folder, killer(kill_at), words)
+    job = TrainingJob(student, data, objective, config, folder)
+    return student, train(job, killer(kill_at), on_policy(store, share))
 
 
 @pytest.mark.parametrize("kind", RECIPES)
-def test_the_student_learns_from_its_own_words(
+def test_the_student_learns_from_generated_text(
     tmp_path: Path, stores: dict[str, SoftTargetStore], kind: str
 ) -> None:
-    """The held-out KL on other people's text falls, though it is never trained on a whole one."""
+    """The validation KL on other people's text falls, though it is never trained on a whole one."""
     _, summary = run(stores[kind], tmp_path, share=1.0, epochs=8)
     assert summary.scores[-1][1].kl < 0.93 * summary.scores[0][1].kl
 
 
-def test_a_killed_run_goes_on_with_the_same_words(
+def test_a_killed_run_continues_with_the_same_texts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: SoftTargetStore
 ) -> None:
-    """The weights and log of no kill; other weights than without own words."""
+    """The weights and log of no kill; other weights than without generated text."""
     save_all_the_time(monkeypatch)
     student, summary = run(store, tmp_path / "whole")
     with pytest.raises(Killed):

@@ -18,7 +18,7 @@ from distill.losses.batch import Batch
 from distill.losses.objective import Objective
 from distill.training.distributed import TrainingModule
 from distill.training.student_probe import ATTENDED, POSITIONS, SEQUENCES, StudentProbe
-from stability import Event, Extra, Guard, ModuleProbe, ProbeReading
+from stability import Event, Extra, Guard, Hooks, ModuleProbe, ProbeReading
 from students.model.decoder import SO8TForCausalLM
 from tests.support.references import reference_bucket_kl
 from tests.support.teachers import BigramTeacher
@@ -243,9 +243,11 @@ def test_a_collapse_is_found_by_the_probe() -> None:
     loop.guard = Guard(
         loop.model,
         loop.optim,
-        probe=probe,
-        on_event=loop.events.append,
-        on_probe=lambda step, reading: readings.append(step),
+        hooks=Hooks(
+            probe=probe,
+            on_event=loop.events.append,
+            on_probe=lambda step, reading: readings.append(step),
+        ),
     )
 
     def harm(loop: Plain) -> None:
@@ -267,8 +269,10 @@ def careful_guard(loss: float) -> tuple[Plain, list[Event]]:
     loop.guard = Guard(
         loop.model,
         loop.optim,
-        probe=lambda: ProbeReading(0.1 if next(count) == 3 else 2.0, 1.0, loss),
-        on_event=loop.events.append,
+        hooks=Hooks(
+            probe=lambda: ProbeReading(0.1 if next(count) == 3 else 2.0, 1.0, loss),
+            on_event=loop.events.append,
+        ),
     )
     return loop, loop.events
 
@@ -291,8 +295,8 @@ def test_a_loss_that_no_batch_is_to_blame_for_does_not_end_training() -> None:
     collapsed = iter([True])
 
     def probe() -> ProbeReading:
-        gone = loop.guard.steps == 100 and next(collapsed, False)
-        return ProbeReading(0.1 if gone else 2.0, 1.0, 1.0 if loop.guard.steps <= 90 else 1.2)
+        gone = loop.guard.state.steps == 100 and next(collapsed, False)
+        return ProbeReading(0.1 if gone else 2.0, 1.0, 1.0 if loop.guard.state.steps <= 90 else 1.2)
 
     loop.guard.probe = probe
     loop.run(150)
@@ -304,19 +308,19 @@ def test_a_guard_loaded_while_it_is_careful_can_go_back() -> None:
     loop, events = careful_guard(2.0)
     loop.run(52)
     while not events:
-        loop.run(loop.guard.steps + 1)
-    loop.run(loop.guard.steps + 3)
+        loop.run(loop.guard.state.steps + 1)
+    loop.run(loop.guard.state.steps + 3)
     state = json.loads(json.dumps(loop.guard.state_dict()))
     second, events = careful_guard(2.0)
     second.model.load_state_dict(loop.model.state_dict())
     second.optim.load_state_dict(loop.optim.state_dict())
     second.guard.load_state_dict(state)
-    assert second.guard.steps % 5
+    assert second.guard.state.steps % 5
 
     def harm(loop: Plain) -> None:
         if len(loop.tried) == 2:
             loop.model[3].weight.data[0] = loop.loss = torch.tensor(math.nan)
 
     second.harm = harm
-    second.run(second.guard.steps + 4)
+    second.run(second.guard.state.steps + 4)
     assert [event.action for event in events] == ["rollback"] and is_finite(second.model)

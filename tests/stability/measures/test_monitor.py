@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from stability.clipping import AdaptiveClip, MovingAverage, MovingAverages
-from stability.measures.monitor import TURNS, Monitor
+from stability.measures.monitor import NORM_INTERVAL, Monitor
 from stability.measures.step import (
     SAMPLED,
     UpdateSample,
     attention_entropy,
     dead_units,
     norms,
-    output_figures,
+    output_stats,
 )
 
 
@@ -105,13 +105,13 @@ def test_weights_changed_otherwise_are_read_again_when_told() -> None:
     weight = torch.ones(40)
     sample = UpdateSample([weight])
     for told in (False, True):
-        sample.forget()
+        sample.reset()
         sample.before()
         weight.mul_(1.5)
         assert float(sample.ratios()[0]) == pytest.approx(0.5)
         weight.mul_(2.0)
         if told:
-            sample.forget()
+            sample.reset()
         sample.before()
         weight.mul_(1.25)
         assert float(sample.ratios()[0]) == pytest.approx(0.25 if told else 1.5)
@@ -132,7 +132,7 @@ def test_updates_of_zeros_and_to_what_is_not_finite() -> None:
 
 def figures(logits: Tensor) -> list[float]:
     """Information and entropy of an output."""
-    return [float(one) for one in output_figures(logits)]
+    return [float(one) for one in output_stats(logits)]
 
 
 def test_output_entropy_and_information_by_loops() -> None:
@@ -234,7 +234,7 @@ def test_many_moving_averages_are_each_their_own() -> None:
 def fed(norms_seen: list[float], **settings: float) -> AdaptiveClip:
     clip = AdaptiveClip(**{"max_norm": 100.0, **settings})
     for norm in norms_seen:
-        clip.took(norm)
+        clip.update(norm)
     return clip
 
 
@@ -273,8 +273,8 @@ def test_clip_state_goes_through_json() -> None:
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
     for norm in (0.3, 7.0, 1.0):
         assert other.limit() == one.limit() and other.score(norm) == one.score(norm)
-        one.took(norm)
-        other.took(norm)
+        one.update(norm)
+        other.update(norm)
 
 
 def small_model() -> nn.Sequential:
@@ -288,11 +288,11 @@ def test_monitor_reads_a_step() -> None:
     last = list(model[3].parameters())
     body = list(model[:3].parameters())
     optimizer = torch.optim.SGD([{"params": body}, {"params": last, "lr": 0.5}], lr=0.1)
-    monitor = Monitor(model, optimizer, {"body": body, "head": last}, rename=str.upper)
+    monitor = Monitor(model, optimizer, clip_groups={"body": body, "head": last}, rename=str.upper)
     model(drawn(4, 5))[:, 0].sum().backward()
     last[1].grad = None
     seen: dict[int, float] = {}
-    for _ in range(TURNS):
+    for _ in range(NORM_INTERVAL):
         found = monitor.before(torch.tensor(1.5))
         seen |= found.weights
     names = [name.upper() for name, _ in model.named_parameters()]
@@ -306,7 +306,7 @@ def test_monitor_reads_a_step() -> None:
     assert monitor.weight_norms() == pytest.approx(expected, rel=1e-5)
     model[0].weight.requires_grad_(False)  # no more watched, and without a gradient to clip
     model[0].weight.grad = None
-    monitor = Monitor(model, optimizer, {"all": list(model.parameters())})
+    monitor = Monitor(model, optimizer, clip_groups={"all": list(model.parameters())})
     expected = math.hypot(*gradients[1:])
     assert monitor.before(0.0).totals["all"] == pytest.approx(expected, rel=1e-5)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from stability.measures.weights import EXACT, GRAM, PLOT_POINTS, plot_places, weigh, weigh_all
+from stability.measures.weights import EXACT, GRAM, PLOT_POINTS, plot_indices, weigh
 
 
 def test_figures_against_numpy() -> None:
@@ -84,7 +84,7 @@ def test_blocks_give_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = torch.Generator().manual_seed(4)
     tensors = [torch.randn(shape, generator=draw) for shape in ((13, 7), (101,), (3, 4, 5), ())]
     tensors[0][4], tensors[0][:, 2] = 0.0, 0.0
-    whole = weigh_all((str(place), tensor) for place, tensor in enumerate(tensors))
+    whole = [weigh(str(place), tensor) for place, tensor in enumerate(tensors)]
     monkeypatch.setattr("stability.measures.weights.BLOCK_VALUES", 5)
     for before, tensor in zip(whole, tensors, strict=True):
         after = weigh(before.name, tensor)
@@ -95,6 +95,6 @@ def test_blocks_give_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_places_of_a_plot() -> None:
     """Few, in order, with both ends."""
     for number in (1, 2, 63, 64, 65, 300, 4096):
-        places = plot_places(number)
+        places = plot_indices(number)
         assert len(places) <= PLOT_POINTS and places == sorted(set(places)), number
         assert places[0] == 0 and places[-1] == number - 1, number

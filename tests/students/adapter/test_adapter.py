@@ -1,4 +1,4 @@
-"""The adapted student: begins as its base, and learns in what it was given alone."""
+"""The adapted student: starts as its base, and trains nothing of it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def assert_equal(found: Weights, wanted: Weights, where: str = "") -> None:
 
 
 @every_quant
-def test_begins_as_its_base(quant: str, tmp_path: Path) -> None:
+def test_starts_as_its_base(quant: str, tmp_path: Path) -> None:
     """The base's states and logits, with left padding too, though no rotation is the identity."""
     mask = torch.ones_like(drawn())
     mask[1, :3] = 0
@@ -129,8 +129,8 @@ def test_gradients_with_and_without_checkpointing(
     quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same to the last bit; the base gets none; nobody complains of a cache."""
-    said: list[str] = []
-    monkeypatch.setattr("transformers.modeling_layers.logger.warning_once", said.append)
+    warnings: list[str] = []
+    monkeypatch.setattr("transformers.modeling_layers.logger.warning_once", warnings.append)
     for kind in KINDS:
         student = disturbed(base_of(kind, quant, tmp_path / kind)).train()
         plain = gradients(student)
@@ -143,7 +143,7 @@ def test_gradients_with_and_without_checkpointing(
         assert all(float(one.abs().max()) > 0 for one in plain.values()), kind
         student.activation_checkpointing_disable()
         left = [getattr(module, "gradient_checkpointing", False) for module in student.modules()]
-        assert not any(left) and not said, kind
+        assert not any(left) and not warnings, kind
 
 
 def test_a_pass_in_between_changes_nothing() -> None:
@@ -214,8 +214,8 @@ def test_evaluation_packs_nothing(tmp_path: Path) -> None:
     assert_equal(gradients(student), before)
     base = base_of("llama", "nf4", tmp_path)
     base.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
-    words = r"packed model\.layers\.1\.mlp\.up_proj for inference .* load the base anew"
-    with pytest.raises(ValueError, match=words):
+    message = r"packed model\.layers\.1\.mlp\.up_proj for inference .* load the base anew"
+    with pytest.raises(ValueError, match=message):
         make_adapted(base)
 
 
@@ -274,9 +274,9 @@ def test_what_cannot_be_adapted() -> None:
         (make_adapted().base, VOCAB, "adapted already"),
         (transformers.GPT2LMHeadModel(small), 8, other),
     ]
-    for base, vocab_size, words in cases:
-        with pytest.raises(ValueError, match=words):
-            pytest.fail(f"adapted: {words}, {make_adapted(base, vocab_size=vocab_size)}")
+    for base, vocab_size, message in cases:
+        with pytest.raises(ValueError, match=message):
+            pytest.fail(f"adapted: {message}, {make_adapted(base, vocab_size=vocab_size)}")
     for name, value in (("rank", 0), ("alpha", 0), ("dropout", 1.0)):
         with pytest.raises(ValueError, match=name):
             pytest.fail(f"taken: {AdapterSettings(**{name: value})}")

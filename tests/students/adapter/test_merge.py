@@ -46,15 +46,15 @@ def test_merged_equals_adapted(quant: str, tmp_path: Path) -> None:
         classes = {type(module) for module in plain.modules()}
         assert classes == {type(module) for module in fresh.modules()}, kind
         with torch.no_grad():
-            wanted, found = student(drawn()).logits, plain(drawn()).logits
-            beginning = make_base(kind)(drawn()).logits[..., :VOCAB]
-            assert apart(found, wanted) <= 1e-4 < 0.1 < apart(wanted, beginning), kind
+            wanted, result = student(drawn()).logits, plain(drawn()).logits
+            initial = make_base(kind)(drawn()).logits[..., :VOCAB]
+            assert apart(result, wanted) <= 1e-4 < 0.1 < apart(wanted, initial), kind
             plain.save_pretrained(folder / "plain")
             config = json.loads((folder / "plain" / "config.json").read_text())
             assert "quantization_config" not in config, kind
             assert str(tmp_path) not in json.dumps(config), kind
             read = transformers.AutoModelForCausalLM.from_pretrained(folder / "plain")
-            assert torch.equal(read(drawn()).logits, found), kind
+            assert torch.equal(read(drawn()).logits, result), kind
 
 
 @needs_nf4
@@ -94,13 +94,13 @@ def test_what_cannot_be_merged() -> None:
     start = student.own_weights()["model.layers.1.self_attn.gate.start"]
     kept = start.clone()
     off = r"layer 1: rotation is off"
-    for change, words in (
+    for change, message in (
         (lambda: start[0].mul_(1.001), off),
         (lambda: start[0, 0].neg_(), off),
         (lambda: start[0].fill_(torch.nan), rf"{off}|gate\.start has values"),
     ):
         change()
-        with pytest.raises(FoldError, match=words):
+        with pytest.raises(FoldError, match=message):
             pytest.fail(f"merged: {start[0]}, {merge(student)}")
         start.copy_(kept)
     for name, tensor, value in (

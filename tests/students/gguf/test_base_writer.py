@@ -55,12 +55,12 @@ _CHILD = """
 import sys
 import numpy as np
 from teachers.llama_cpp.context import ContextShape, LlamaContext, LlamaModel
-from teachers.llama_cpp.library.kernels import Way
+from teachers.llama_cpp.library.kernels import LoadOptions
 for job in sys.argv[1:]:
     path, _, room = job.split("|")
     print(job, file=sys.stderr, flush=True)
     tokens = np.load(f"{job}.tokens.npy")
-    model = LlamaModel(path, Way(processor_only=True, extra_buffers=False), threads=1)
+    model = LlamaModel(path, LoadOptions(processor_only=True, extra_buffers=False), threads=1)
     context = LlamaContext(model, 1)
     context.prepare(ContextShape(1, int(room), exact=True))
     rows = []
@@ -86,7 +86,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Also the beginning of its files' names."""
+        """Also the prefix of its files' names."""
         return f"{self.path}|{self.count}|{self.room or self.count}"
 
 
@@ -101,8 +101,8 @@ def differences(*jobs: Job) -> list[float]:
     command = [sys.executable, "-c", _CHILD, *(job.name for job in jobs)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
     assert done.returncode == 0, done.stderr
-    found = [np.load(f"{job.name}.logits.npy") for job in jobs]
-    return [float(np.abs(a - b).max()) for a, b in zip(expected, found, strict=True)]
+    result = [np.load(f"{job.name}.logits.npy") for job in jobs]
+    return [float(np.abs(a - b).max()) for a, b in zip(expected, result, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +114,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
 
 def test_llama_cpp_computes_what_pytorch_computes(exported: dict[str, Job]) -> None:
     """Every architecture, tied and untied, with its biases, norms and rope scalings."""
-    found = dict(zip(exported, differences(*exported.values()), strict=True))
-    assert len(found) == len(CASES) and max(found.values()) <= MAX_DIFFERENCE, found
+    result = dict(zip(exported, differences(*exported.values()), strict=True))
+    assert len(result) == len(CASES) and max(result.values()) <= MAX_DIFFERENCE, result
 
 
 def test_a_file_that_leaves_something_out_is_another_model(
@@ -136,8 +136,8 @@ def test_a_file_that_leaves_something_out_is_another_model(
 
         monkeypatch.setattr(writer, "permute_for_rope", partly)
         jobs.append(Job(model, export(model, tmp_path / f"biases alone {vectors}.gguf")))
-    found = {job.path.stem: far for job, far in zip(jobs, differences(*jobs), strict=True)}
-    assert len(found) == 6 and min(found.values()) > 0.5, found
+    result = {job.path.stem: far for job, far in zip(jobs, differences(*jobs), strict=True)}
+    assert len(result) == 6 and min(result.values()) > 0.5, result
 
 
 def test_where_llama_cpp_and_transformers_part(tmp_path: Path, exported: dict[str, Job]) -> None:
@@ -183,12 +183,12 @@ def test_every_tensor_is_written_once_and_reads_back(exported: dict[str, Job]) -
         names = {name: architecture.from_gguf_name(name) for name in theirs}
         assert sorted(names.values()) == sorted(state), case
         for their, our in names.items():
-            found = file.tensor(their)
+            result = file.tensor(their)
             if architecture.permuted and "q_proj" in our:
-                found = half_split(found, config.num_attention_heads)
+                result = half_split(result, config.num_attention_heads)
             elif architecture.permuted and "k_proj" in our:
-                found = half_split(found, config.num_key_value_heads)
-            assert np.array_equal(found, state[our]), (case, our)
+                result = half_split(result, config.num_key_value_heads)
+            assert np.array_equal(result, state[our]), (case, our)
             assert architecture.to_gguf_name(our) == their, (case, our)
 
 
@@ -205,12 +205,12 @@ def test_metadata_and_extras(tmp_path: Path) -> None:
     assert {key: file.value(f"qwen3.{key}") for key in expected} == expected
     assert file.value("general.architecture") == "qwen3" and file.value("general.file_type") == 7
     assert tokenizer_entries(file) == TOKENIZER and file.value("so8t.base_name") == "tiny"
-    said = {key: file.value(key) for key in ("so8t.rank", "so8t.scale", "so8t.layers")}
-    assert said == {"so8t.rank": 8, "so8t.scale": 0.5, "so8t.layers": [0.0, 1.5]}
-    found = read_heads({key: field.value for key, field in file.fields.items()}, 64)
-    assert found.safety is not None and found.thresholds == (0.25, 0.75) and found.trust == 0.625
+    values = {key: file.value(key) for key in ("so8t.rank", "so8t.scale", "so8t.layers")}
+    assert values == {"so8t.rank": 8, "so8t.scale": 0.5, "so8t.layers": [0.0, 1.5]}
+    result = read_heads({key: field.value for key, field in file.fields.items()}, 64)
+    assert result.safety is not None and result.thresholds == (0.25, 0.75) and result.trust == 0.625
     assert heads.safety is not None
-    assert torch.equal(found.safety.linear.weight, heads.safety.linear.weight)
+    assert torch.equal(result.safety.linear.weight, heads.safety.linear.weight)
 
 
 def test_one_tensor_at_a_time_is_converted(tmp_path: Path) -> None:
@@ -288,8 +288,8 @@ def test_weights_that_cannot_be_written_leave_no_file(tmp_path: Path) -> None:
         export(model, path)
     del model.model.norm.adapter
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.inf
-    words = r"layers\.1\.mlp\.up_proj\.weight has values that are not finite"
-    with pytest.raises(ExportError, match=words):
+    pattern = r"layers\.1\.mlp\.up_proj\.weight has values that are not finite"
+    with pytest.raises(ExportError, match=pattern):
         export(model, path)
     with pytest.raises(ExportError, match=r"torch\.bfloat16; only float32"):
         export(model.bfloat16(), path)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.export.publish import spread
+from distill.export.publish import evenly_spaced
 from students.gguf.architectures import architecture_of, to_gguf_name
 from students.gguf.imatrix import (
     Importance,
@@ -34,8 +34,8 @@ def test_it_is_the_sum_of_squares_of_what_a_matrix_is_multiplied_with() -> None:
     """By hand, in float64: what goes into the first layer's query, and into the output matrix."""
     for tied, output in ((True, "token_embd.weight"), (False, "output.weight")):
         student = make_student(32, 2, tied=tied)
-        found = measured(student)
-        assert found.tokens == 7 and found.sequences == 3
+        result = measured(student)
+        assert result.tokens == 7 and result.sequences == 3
         expected_first, expected_last = np.zeros(32), np.zeros(32)
         llama = to_llama(student).double()
         for tokens in SEQUENCES:
@@ -49,10 +49,10 @@ def test_it_is_the_sum_of_squares_of_what_a_matrix_is_multiplied_with() -> None:
             expected_first += (first.numpy() ** 2).sum(axis=0)
             expected_last += (last.numpy() ** 2).sum(axis=0)
         query = "blk.0.attn_q.weight"
-        np.testing.assert_allclose(found.sums[query], expected_first, rtol=1e-5, err_msg=output)
-        np.testing.assert_allclose(found.sums[output], expected_last, rtol=1e-4, err_msg=output)
-        assert ("output.weight" in found.sums) is not tied
-        mean = found.mean_squares()[query]
+        np.testing.assert_allclose(result.sums[query], expected_first, rtol=1e-5, err_msg=output)
+        np.testing.assert_allclose(result.sums[output], expected_last, rtol=1e-4, err_msg=output)
+        assert ("output.weight" in result.sums) is not tied
+        mean = result.mean_squares()[query]
         np.testing.assert_allclose(mean, expected_first / 7, rtol=1e-5, err_msg=output)
 
 
@@ -67,8 +67,8 @@ def test_every_matrix_of_the_file_has_one(tmp_path: Path) -> None:
     matrix (phi3)."""
     student = make_student(32, 2, VOCAB)
     write_gguf(student, tmp_path / "s.gguf", "f32", TOKENIZER, NAMES)
-    found = {name: len(values) for name, values in measured(student).sums.items()}
-    assert found == widths(tmp_path / "s.gguf")
+    result = {name: len(values) for name, values in measured(student).sums.items()}
+    assert result == widths(tmp_path / "s.gguf")
     for kind in ("llama", "phi3", "qwen2", "qwen3"):
         model = made(kind)
         sums = measure_importance(model, SEQUENCES, architecture_of(model.config).to_gguf_name).sums
@@ -79,15 +79,15 @@ def test_every_matrix_of_the_file_has_one(tmp_path: Path) -> None:
 
 def test_the_file_gives_back_the_same(tmp_path: Path) -> None:
     """Written as llama-imatrix does, read through the checked reader."""
-    found = measured(make_student(32, 1))
-    write_importance(found, tmp_path / "imatrix.gguf", ["some text"])
+    result = measured(make_student(32, 1))
+    write_importance(result, tmp_path / "imatrix.gguf", ["some text"])
     file = read_gguf(tmp_path / "imatrix.gguf", model=False)
-    said = {"general.type": "imatrix", "imatrix.datasets": ["some text"]}
-    said |= {"imatrix.chunk_count": 3, "imatrix.chunk_size": 2}
-    assert {key: file.value(key) for key in said} == said
+    expected = {"general.type": "imatrix", "imatrix.datasets": ["some text"]}
+    expected |= {"imatrix.chunk_count": 3, "imatrix.chunk_size": 2}
+    assert {key: file.value(key) for key in expected} == expected
     again = read_mean_squares({name: file.tensor(name) for name in file.tensors})
-    assert again.keys() == found.sums.keys()
-    for name, values in found.mean_squares().items():
+    assert again.keys() == result.sums.keys()
+    for name, values in result.mean_squares().items():
         assert np.array_equal(again[name], values)  # or later exports would differ from the run's
 
 
@@ -102,16 +102,16 @@ def test_what_is_none_is_refused() -> None:
         ({"a.in_sum2": -ones, "a.counts": one}, "no mean squares"),
         ({"a.in_sum2": np.inf * ones, "a.counts": one}, "no mean"),
     ]
-    for tensors, words in cases:
-        with pytest.raises(ValueError, match=words):
+    for tensors, message in cases:
+        with pytest.raises(ValueError, match=message):
             pytest.fail(f"{tensors} is read as {read_mean_squares(tensors)}")
 
 
 def test_text_is_taken_from_beginning_to_end() -> None:
     """Data may be in order of topics: what is looked at comes from all of it, as much as asked."""
     for count, tokens, expected in ((20_000, 16_384, 32), (10, 16_384, 10), (9, 3, 1)):
-        places = spread(np.full(count, 512), tokens)
-        assert len(places) == len(set(places.tolist())) == expected and places[0] == 0, count
+        indices = evenly_spaced(np.full(count, 512), tokens)
+        assert len(indices) == len(set(indices.tolist())) == expected and indices[0] == 0, count
         if expected > 1:
-            steps = np.diff(places)
-            assert places[-1] == count - 1 and steps.max() - steps.min() <= 1, count
+            steps = np.diff(indices)
+            assert indices[-1] == count - 1 and steps.max() - steps.min() <= 1, count

@@ -79,7 +79,7 @@ def test_every_file_type(original: Path, tmp_path: Path) -> None:
 def test_the_file_says_where_it_comes_from(original: Path) -> None:
     """Licence, models, data and size by the keys of the GGUF specification."""
     file = read_gguf(original)
-    said = {
+    expected = {
         "general.type": "model",
         "general.name": "original",
         "general.license": "mit",
@@ -92,7 +92,7 @@ def test_the_file_says_where_it_comes_from(original: Path) -> None:
         "general.languages": ["en", "ja"],
         "so8t.teacher_name": "example",
     }
-    assert {key: file.value(key) for key in said} == said
+    assert {key: file.value(key) for key in expected} == expected
     assert file.value("general.size_label") == "1.1M"  # 1,116,672 with the gates folded away
     assert Lineage.from_json(LINEAGE.to_json()) == LINEAGE
 
@@ -138,7 +138,7 @@ def test_the_same_bytes_again_with_any_number_of_threads(original: Path, tmp_pat
 
 
 def test_what_cannot_be_quantized_leaves_no_file(original: Path, tmp_path: Path) -> None:
-    """One line with llama.cpp's own words; a source is never overwritten."""
+    """One line with llama.cpp's own message; a source is never overwritten."""
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(original.read_bytes()[:5000])
     with pytest.raises(ExportError, match=r"could not quantize cut\.gguf to q8_0"):
@@ -157,7 +157,7 @@ def test_what_cannot_be_quantized_leaves_no_file(original: Path, tmp_path: Path)
         quantize_gguf(original, tmp_path / "nowhere" / "s.gguf", "q8_0")
 
 
-def test_a_full_disk_is_said_to_be_one(original: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported(original: Path, tmp_path: Path) -> None:
     """llama.cpp's failing write is the disk's error, not a defect, and leaves nothing."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

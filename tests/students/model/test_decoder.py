@@ -113,8 +113,8 @@ def test_reference_tells_other_gates_apart() -> None:
         for layer in range(2):
             names = [f"model.layers.{layer}.self_attn.gate.{x}" for x in ("safety", "command")]
             changed |= zip(names, of_gate(*(weights[name] for name in names)), strict=True)
-        found = reference_logits(changed, student.config, [3, 1, 4, 1, 5])
-        assert np.abs(found - expected).max() > 1e-2, change
+        result = reference_logits(changed, student.config, [3, 1, 4, 1, 5])
+        assert np.abs(result - expected).max() > 1e-2, change
 
 
 def test_gate_gradients_by_finite_differences() -> None:
@@ -128,15 +128,15 @@ def test_gate_gradients_by_finite_differences() -> None:
     for name, parameter in gates.items():
         gradient = parameter.grad
         assert gradient is not None and float(gradient.abs().min()) > 0
-        for place in ((0, 0), (1, 27), (0, 13)):
+        for index in ((0, 0), (1, 27), (0, 13)):
             moved = []
             for sign in (1, -1):
                 changed = dict(weights, **{name: weights[name].copy()})
-                changed[name][place] += sign * step
+                changed[name][index] += sign * step
                 logits = reference_logits(changed, student.config, ids.tolist())
                 moved.append((logits * direction).sum())
             expected = (moved[0] - moved[1]) / (2 * step)
-            assert float(gradient[place]) == pytest.approx(expected, rel=1e-3, abs=1e-3), name
+            assert float(gradient[index]) == pytest.approx(expected, rel=1e-3, abs=1e-3), name
 
 
 @torch.no_grad()
@@ -144,16 +144,16 @@ def test_a_later_token_never_changes_earlier_logits() -> None:
     """Causality at every position, which itself changes; padding on the right does not matter."""
     student, ids = grouped_student(), drawn_ids(1, 8, seed=4)
     before = student(ids).logits[0]
-    for place in range(8):
+    for index in range(8):
         changed = ids.clone()
-        changed[0, place] = (ids[0, place] + 7) % 40
+        changed[0, index] = (ids[0, index] + 7) % 40
         after = student(changed).logits[0]
-        torch.testing.assert_close(after[:place], before[:place], rtol=0, atol=1e-6)
-        assert float((after[place] - before[place]).abs().max()) > 1e-2
+        torch.testing.assert_close(after[:index], before[:index], rtol=0, atol=1e-6)
+        assert float((after[index] - before[index]).abs().max()) > 1e-2
     padded = torch.cat((ids, drawn_ids(1, 4, seed=6)), dim=1)
     for mask in (None, (torch.arange(12)[None] < 8).long()):
-        found = student(padded, attention_mask=mask).logits[0, :8]
-        torch.testing.assert_close(found, before, rtol=0, atol=1e-5, msg=f"mask {mask}")
+        result = student(padded, attention_mask=mask).logits[0, :8]
+        torch.testing.assert_close(result, before, rtol=0, atol=1e-5, msg=f"mask {mask}")
 
 
 @torch.no_grad()
@@ -169,8 +169,8 @@ def test_cached_chunks_equal_one_pass() -> None:
                 output = student(part, past_key_values=cache, use_cache=True)
                 cache = output.past_key_values
                 parts.append(output.logits)
-            found = torch.cat(parts, dim=1)
-            torch.testing.assert_close(found, whole, rtol=0, atol=2e-5, msg=f"{head_dim} {cuts}")
+            result = torch.cat(parts, dim=1)
+            torch.testing.assert_close(result, whole, rtol=0, atol=2e-5, msg=f"{head_dim} {cuts}")
 
 
 @torch.no_grad()

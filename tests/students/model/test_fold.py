@@ -37,9 +37,9 @@ def logits_of(model: torch.nn.Module, ids: Tensor) -> Tensor:
         return model(ids).logits
 
 
-def assert_equal(found: Tensor, expected: Tensor) -> None:
+def assert_equal(result: Tensor, expected: Tensor) -> None:
     """The same logits to 2e-5."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(result, expected, rtol=0, atol=2e-5)
 
 
 def test_folded_llama_equals_the_gated_student() -> None:
@@ -122,13 +122,13 @@ def test_other_precisions_are_refused(dtype: torch.dtype) -> None:
 def test_non_finite_weights_are_refused() -> None:
     """One NaN or infinity anywhere is enough."""
     student = grouped_student()
-    places = {
+    indices = {
         "command": student.model.layers[1].self_attn.gate.command[0],
         "safety": student.model.layers[0].self_attn.gate.safety[0],
         "embedding": student.model.embed_tokens.weight[0],
         "norm": student.model.norm.weight,
     }
-    for (name, weights), value in product(places.items(), (math.nan, math.inf, -math.inf)):
+    for (name, weights), value in product(indices.items(), (math.nan, math.inf, -math.inf)):
         kept = weights[0].item()
         weights.data[0] = value
         with case(name, value), pytest.raises(FoldError, match="not finite"):

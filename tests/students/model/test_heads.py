@@ -75,9 +75,8 @@ def export(student: SO8TForCausalLM, path: Path, quant: str = "f32") -> Path:
 
 
 def keys_of(path: Path) -> dict[str, Any]:
-    return {
-        key: field.value for key, field in read_gguf(path).fields.items() if key.startswith("so8t.")
-    }
+    fields = read_gguf(path).fields.items()
+    return {key: field.value for key, field in fields if key.startswith("so8t.")}
 
 
 # -- what they compute ---------------------------------------------------------------------------
@@ -94,19 +93,19 @@ def test_heads_against_plain_products() -> None:
     named = {name: p.detach().double().numpy() for name, p in heads.verification.named_parameters()}
     decided, verified = heads.safety(states).detach(), heads.verification(states, certain).detach()
     assert decided.shape == (2, 3, 3) and verified.shape == (2, 3)
-    for place in np.ndindex(2, 3):
-        x = states[place].double().numpy()
+    for index in np.ndindex(2, 3):
+        x = states[index].double().numpy()
         logits = weight @ x + bias
-        assert decided[place].tolist() == pytest.approx(logits.tolist(), rel=1e-5, abs=1e-5)
+        assert decided[index].tolist() == pytest.approx(logits.tolist(), rel=1e-5, abs=1e-5)
         units = named["hidden.weight"] @ x + named["hidden.bias"]
         active = units / (1.0 + np.exp(-units))
         wanted = float(named["output.weight"][0] @ active + named["output.bias"][0])
-        wanted += float(named["certainty"] @ certainty_of(logits_of[place].tolist()))
-        assert float(verified[place]) == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+        wanted += float(named["certainty"] @ certainty_of(logits_of[index].tolist()))
+        assert float(verified[index]) == pytest.approx(wanted, rel=1e-5, abs=1e-5)
         chances = np.exp(logits) / np.exp(logits).sum()
-        assert heads.probabilities(states)[place].tolist() == pytest.approx(chances, abs=1e-6)
+        assert heads.probabilities(states)[index].tolist() == pytest.approx(chances, abs=1e-6)
         chance = 1.0 / (1.0 + math.exp(-wanted))
-        assert float(heads.agreement(states, logits_of)[place]) == pytest.approx(chance, abs=1e-5)
+        assert float(heads.agreement(states, logits_of)[index]) == pytest.approx(chance, abs=1e-5)
 
 
 def test_heads_are_float32_whatever_surrounds_them() -> None:
@@ -159,32 +158,28 @@ def test_certainty_against_its_definition() -> None:
     """
     for vocab_size, spread in product((2, 3, 50, 5000), (0.0, 0.1, 1.0, 3.0)):
         logits = spread * drawn(4, 5, vocab_size, seed=vocab_size)
-        found = certainty(logits)
+        result = certainty(logits)
         with case(vocab_size, spread):
-            assert found.shape == (4, 5, 2) and found.dtype == torch.float32
+            assert result.shape == (4, 5, 2) and result.dtype == torch.float32
             ranked = np.sort(logits.double().numpy(), axis=-1)
             best = np.exp(ranked[..., -1]) / np.exp(ranked).sum(axis=-1)
-            odds, ahead = found.numpy()[..., 0], found.numpy()[..., 1]
+            odds, ahead = result.numpy()[..., 0], result.numpy()[..., 1]
             np.testing.assert_allclose(odds, np.log(best / (1.0 - best)), rtol=1e-4, atol=1e-5)
             differences = ranked[..., -1] - ranked[..., -2]
             np.testing.assert_allclose(ahead, differences, rtol=1e-6, atol=1e-6)
             shared = [[certainty_of(row) for row in rows] for rows in logits.tolist()]
-            np.testing.assert_allclose(found, shared, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(certainty(logits + 7.0), found, rtol=1e-4, atol=2e-5)
-            torch.testing.assert_close(certainty(logits.flip(-1)), found, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(result, shared, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(certainty(logits + 7.0), result, rtol=1e-4, atol=2e-5)
+            torch.testing.assert_close(certainty(logits.flip(-1)), result, rtol=1e-5, atol=1e-5)
 
 
-def test_uniform_logits_are_certain_of_nothing() -> None:
-    """−log(V − 1), and no token before another; also of large logits."""
+def test_logits_without_one_best_token() -> None:
+    """Uniform ones: −log(V − 1). Of two or three best each has its share; none is ahead."""
     for vocab_size, level in product((2, 3, 1000, 150_000), (0.0, -30.0, 1e3)):
         odds, ahead = certainty(torch.full((vocab_size,), level)).tolist()
         most = 2e-4 if level == 1e3 else 1e-4
         wanted = pytest.approx(-math.log(vocab_size - 1), rel=1e-4, abs=most)
         assert odds == wanted and ahead == 0.0, (vocab_size, level)
-
-
-def test_ties_of_the_best() -> None:
-    """Of two or three equal ones each has its share, and none is ahead of the other."""
     logits = torch.full((3, 40), -60.0)
     logits[0, [3, 17]] = 5.0
     logits[1, [0, 1, 39]] = 5.0
@@ -198,7 +193,7 @@ def test_ties_of_the_best() -> None:
 
 def test_a_certain_token_and_large_logits_are_finite() -> None:
     """However certain, the log-odds end at those of a doubt of 1e-6; more certain is never less."""
-    found = []
+    result = []
     for ahead in (0.0, 2.0, 5.0, 9.0, 12.0, 15.0, 25.0, 60.0, 1e3, 1e6, 1e30):
         logits = torch.zeros(20)
         logits[7] = ahead
@@ -206,33 +201,26 @@ def test_a_certain_token_and_large_logits_are_finite() -> None:
         wanted = min(ahead - math.log(19), SUREST)
         assert odds == pytest.approx(wanted, abs=1e-4), ahead
         assert difference == pytest.approx(min(ahead, GREATEST_LEAD))
-        found.append(odds)
-    assert found == sorted(found) and found[-1] == pytest.approx(SUREST, abs=1e-4)
-    far = torch.tensor(
-        [[1e30, -1e30, 0.0], [-1e30, -1e30, -1e30], [3e4, 3e4, -3e4], [-1e4, -1e4 - 1, -2e4]]
-    )
+        result.append(odds)
+    assert result == sorted(result) and result[-1] == pytest.approx(SUREST, abs=1e-4)
+    rows = [[1e30, -1e30, 0.0], [-1e30, -1e30, -1e30], [3e4, 3e4, -3e4], [-1e4, -1e4 - 1, -2e4]]
+    far = torch.tensor(rows)
     assert certainty(far).isfinite().all()
     assert certainty(far)[:, 1].tolist() == pytest.approx([GREATEST_LEAD, 0.0, 0.0, 1.0])
     heads = Heads(None, VerificationHead(8))
     assert heads.agreement(torch.randn(4, 8), far).isfinite().all()
 
 
-def test_the_head_begins_as_the_log_odds_of_the_top_token() -> None:
-    """Without a correction what it says is the top token's own probability, whatever the state."""
+def test_the_head_starts_as_the_log_odds_of_the_top_token(example_gguf: GGUFTeacher) -> None:
+    """Exactly so without a correction, which is small in a built student."""
     head, states, logits = VerificationHead(8), drawn(30, 8, seed=4), 2.0 * drawn(30, 12, seed=5)
     assert head.certainty.tolist() == [1.0, 0.0]
     head.output.weight.data.zero_()
     head.output.bias.data.zero_()
     assert torch.equal(head(states, certainty(logits)), certainty(logits)[:, 0])
-    found = Heads(None, head).agreement(states, logits).double()
+    result = Heads(None, head).agreement(states, logits).double()
     top = logits.double().softmax(dim=-1).amax(dim=-1)
-    torch.testing.assert_close(found, top, rtol=0, atol=1e-6)
-
-
-def test_a_students_head_begins_near_the_log_odds_of_its_top_token(
-    example_gguf: GGUFTeacher,
-) -> None:
-    """A built student's correction is small, and its ``certainty`` is not drawn."""
+    torch.testing.assert_close(result, top, rtol=0, atol=1e-6)
     config = load_config(None, {"student.size": "32x1"}, [])
     student = build_student(student_shape(config, example_gguf.info), 0)
     assert student.verification_head.certainty.tolist() == [1.0, 0.0]
@@ -248,8 +236,8 @@ def test_a_students_head_begins_near_the_log_odds_of_its_top_token(
 
 def test_other_weights_are_the_same_with_and_without_heads() -> None:
     """What a seed draws for the decoder does not depend on the heads."""
-    plain, headed = make_student(heads=False), make_student(heads=True)
-    without, together = plain.state_dict(), headed.state_dict()
+    plain = make_student(heads=False)
+    without, together = plain.state_dict(), make_student(heads=True).state_dict()
     assert all(torch.equal(together[name], tensor) for name, tensor in without.items())
     added = together.keys() - without.keys()
     assert {name.split(".")[0] for name in added} == {"safety_head", "verification_head"}
@@ -272,7 +260,7 @@ def test_a_weight_of_zero_leaves_the_head_out(tiny_teacher: GGUFTeacher) -> None
         student = build_student(student_shape(config, tiny_teacher.info), 0)
         heads = student.heads()
         assert (heads.safety is not None, heads.verification is not None) == has, settings
-        names = {name.split(".")[0] for name in student.state_dict()} - {"model", "lm_head"}
+        names = {name.split(".")[0] for name in student.state_dict()}
         assert ("safety_head" in names, "verification_head" in names) == has, settings
 
 
@@ -287,9 +275,7 @@ def test_a_saved_student_keeps_its_heads(student: SO8TForCausalLM, tmp_path: Pat
 def test_fold_and_llama_know_nothing_of_heads(student: SO8TForCausalLM) -> None:
     """The folded weights are those of the same student without heads."""
     plain = make_student(WIDTH, 2, student.config.vocab_size)
-    with_heads, without = fold(student), fold(plain)
-    assert with_heads.keys() == without.keys()
-    assert all(torch.equal(with_heads[name], tensor) for name, tensor in without.items())
+    torch.testing.assert_close(fold(student), fold(plain), rtol=0, atol=0)
     ids = torch.tensor([[3, 9, 27, 81]])
     with torch.no_grad():
         assert torch.equal(to_llama(student)(ids).logits, to_llama(plain)(ids).logits)
@@ -307,13 +293,12 @@ def test_a_file_carries_both_heads_to_the_bit(
     heads = read_heads(keys_of(export(student, tmp_path / "s.gguf", quant)), WIDTH)
     for mine, kept in ((ours.safety, heads.safety), (ours.verification, heads.verification)):
         assert mine is not None and kept is not None
-        weights, found = mine.state_dict(), kept.state_dict()
-        assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+        weights, result = mine.state_dict(), kept.state_dict()
+        assert all(torch.equal(result[name], tensor) for name, tensor in weights.items())
     as_float32 = [float(np.float32(value)) for value in (0.31, 0.62, 0.71)]
     assert [*heads.thresholds, heads.trust] == as_float32
-    states = drawn(5, WIDTH, seed=2)
+    states, logits = drawn(5, WIDTH, seed=2), drawn(5, 40, seed=3)
     assert torch.equal(heads.probabilities(states), ours.probabilities(states))
-    logits = drawn(5, 40, seed=3)
     assert torch.equal(heads.agreement(states, logits), ours.agreement(states, logits))
 
 
@@ -335,9 +320,10 @@ def test_llama_cpp_loads_a_file_with_heads_and_computes_the_same(
     """Its logits are those of the file without them, to the bit; so are states of any length."""
     plain = make_student(WIDTH, 2, student.config.vocab_size)
     room = student.config.max_position_embeddings
-    sequences = [np.array([3, 9, 27, 81, 243, 5], dtype=np.int32), np.array([7, 8], dtype=np.int32)]
-    longest = np.random.default_rng(0).integers(3, 300, size=room).astype(np.int32)
-    prompts = [*sequences, np.array([9], dtype=np.int32), longest]
+    longest = np.random.default_rng(0).integers(3, 300, size=room)
+    rows = ([3, 9, 27, 81, 243, 5], [7, 8], [9], longest)
+    prompts = [np.asarray(row, dtype=np.int32) for row in rows]
+    sequences = prompts[:2]
     path = export(student, tmp_path / "0.gguf")
     assert any(key.startswith("so8t.safety.") for key in keys_of(path))
     with GGUFTeacher(path, threads=1) as loaded:
@@ -350,26 +336,17 @@ def test_llama_cpp_loads_a_file_with_heads_and_computes_the_same(
     with GGUFTeacher(path, threads=1) as loaded:
         assert np.array_equal(loaded.logits(sequences, exact=True), logits)
     with torch.no_grad():
-        ours = [
-            student(torch.from_numpy(p.astype(np.int64))[None]).last_hidden_state[0]
-            for p in prompts
-        ]
+        ids = [torch.from_numpy(tokens.astype(np.int64))[None] for tokens in prompts]
+        ours = [student(row).last_hidden_state[0] for row in ids]
     for row, final, most in zip(last, ours, (1e-4, 1e-4, 1e-3, 1e-3), strict=True):
         assert np.abs(row - final[-1].numpy()).max() < most, len(final)
     before = torch.cat([final[:-1] for final in ours[:2]]).numpy()
     assert np.abs(states - before).max() < 1e-4
 
 
-ARRAYS = (
-    "safety.weight",
-    "safety.bias",
-    "safety.thresholds",
-    "verification.hidden.weight",
-    "verification.hidden.bias",
-    "verification.output.weight",
-    "verification.output.bias",
-    "verification.certainty",
-)
+MATRICES = ("safety", "verification.hidden", "verification.output")
+ARRAYS = [f"{matrix}.{kind}" for matrix in MATRICES for kind in ("weight", "bias")]
+ARRAYS += ["safety.thresholds", "verification.certainty"]
 ABSENT = object()
 
 
@@ -398,9 +375,12 @@ def damage(values: dict[str, Any]) -> Iterator[tuple[str, str, object]]:
 def test_damaged_keys_are_refused_by_name(
     student: SO8TForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Missing, too short, not finite, of another kind, absurd: one error that names the key."""
+    """Missing, of another width, not finite, of another kind, absurd: an error names the key."""
     whole: dict[str, Any] = dict(head_values(student.heads()))
     read_heads(whole, WIDTH)
+    for width in (WIDTH - 8, WIDTH + 8, 2 * WIDTH):
+        with pytest.raises(HeadError, match=r"safety\.weight has 192 values"):
+            read_heads(whole, width)
     for named, key, value in damage(whole):
         values = whole | {f"so8t.{key}": value}
         if value is ABSENT:
@@ -418,11 +398,3 @@ def test_damaged_keys_are_refused_by_name(
         values = whole | {"so8t.verification.units": units}
         with case(units), pytest.raises(HeadError, match=r"so8t\.verification"):
             read_heads(values, WIDTH)
-
-
-def test_heads_of_another_width_are_refused(student: SO8TForCausalLM) -> None:
-    """They would be read row by row into a wrong shape."""
-    values = head_values(student.heads())
-    for width in (WIDTH - 8, WIDTH + 8, 2 * WIDTH):
-        with pytest.raises(HeadError, match=r"safety\.weight has 192 values"):
-            read_heads(values, width)

@@ -77,8 +77,8 @@ def test_an_unknown_teacher_gives_the_defaults() -> None:
         assert numbers(config) == expected, width
         assert (config.rope_theta, config.rms_norm_eps) == (10000.0, 1e-5)
     for width in range(256, 2049, 8):  # feed-forwards of K-quants: multiples of 256, the nearest
-        found = shape(width, TeacherLikeness()).intermediate_size
-        assert found % 256 == 0 and abs(found - 3 * width) <= 128, width
+        result = shape(width, TeacherLikeness()).intermediate_size
+        assert result % 256 == 0 and abs(result - 3 * width) <= 128, width
 
 
 def test_what_is_chosen_comes_first() -> None:
@@ -140,7 +140,7 @@ def test_every_choice_is_a_model_or_a_reason() -> None:
 
 def test_wrong_choices_are_refused_before_a_teacher_is_loaded() -> None:
     """What can be known from the settings alone is refused with them."""
-    for settings, words in (
+    for settings, texts in (
         (["student.size=512x4", "student.heads=7"], ["student", "4 or 8 heads would fit"]),
         (["student.size=512x4", "student.heads=8", "student.kv_heads=3"], ["2 or 4 would fit"]),
         (["student.heads=0"], ["student.heads", "0"]),
@@ -152,7 +152,7 @@ def test_wrong_choices_are_refused_before_a_teacher_is_loaded() -> None:
         with case(settings), pytest.raises(UserError) as caught:
             load_config(None, {}, settings)
         message = str(caught.value)
-        assert all(word in message for word in words) and "\n" not in message, (settings, message)
+        assert all(text in message for text in texts) and "\n" not in message, (settings, message)
 
 
 def test_settings_reach_the_student() -> None:
@@ -163,9 +163,9 @@ def test_settings_reach_the_student() -> None:
     def student(size: str, *settings: str) -> SO8TConfig:
         return student_shape(load_config(None, {"student.size": size}, list(settings)), info)
 
-    found = student("64x2")
-    assert numbers(found) == (4, 1, 16, 192)
-    assert found.rope_theta == 5e5 and found.rms_norm_eps == 1e-6
+    result = student("64x2")
+    assert numbers(result) == (4, 1, 16, 192)
+    assert result.rope_theta == 5e5 and result.rms_norm_eps == 1e-6
     chosen = student("128x2", "student.kv_heads=4", "student.ffn_width=64")
     assert numbers(chosen) == (8, 4, 16, 64)
     with pytest.raises(UserError, match=r"student 64x2: 4 heads .* 3 .*; 2 or 4 would fit"):

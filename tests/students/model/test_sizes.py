@@ -14,7 +14,7 @@ from distill.cli import main
 from distill.config.loading import load_config
 from distill.config.schema import RunConfig
 from distill.errors import UserError
-from distill.initialization.shape import describe_parameters, student_shape, student_size, with_size
+from distill.initialization.shape import describe_parameters, student_shape, student_size
 from students.model.build import build_student, student_config
 from students.model.config import SO8TConfig
 from students.model.fold import to_llama
@@ -61,10 +61,10 @@ def test_what_is_no_size_is_refused_in_one_line() -> None:
         with case(text):
             with pytest.raises(UserError) as caught:
                 load_config(None, {"student.size": text}, [])
-            words = str(caught.value)
-            assert f"student size {text!r}" in words and "\n" not in words
+            message = str(caught.value)
+            assert f"student size {text!r}" in message and "\n" not in message
             right = ("512x4, 25% or 50M", "for example 25%", "1 to 1000B parameters")
-            assert any(example in words for example in right)
+            assert any(example in message for example in right)
 
 
 # --- counting
@@ -125,12 +125,12 @@ SMALL = info(256, 6, 4_787_456, 1024, 4, 4, 64, 640, 1e4, 1e-5)
 
 def widths_tried(limit: int) -> list[int]:
     """The rule, written out another way; and the teacher's own width."""
-    found = [
+    result = [
         width
         for width in range(8, limit + 1, 8)
         if width < 128 or (width < 512 and width % 64 == 0) or width % 256 == 0
     ]
-    return [*found, limit] if limit not in found else found
+    return [*result, limit] if limit not in result else result
 
 
 def sized(text: str, *settings: str) -> RunConfig:
@@ -189,9 +189,8 @@ def test_choices_written_out() -> None:
         (SMALL, "25%", "128x5"),
         (SMALL, "50M", "768x6"),  # wider than the teacher: nothing else comes near; never deeper
     ):
-        resolved = with_size(sized(text), teacher)
-        assert resolved.student.size == expected
-        assert with_size(resolved, teacher) == resolved
+        assert str(student_size(sized(text), teacher)) == expected
+        assert str(student_size(sized(expected), teacher)) == expected
 
 
 def test_untied_students_have_room_for_two_matrices() -> None:
@@ -205,15 +204,15 @@ def test_a_budget_below_the_smallest_student_names_it() -> None:
     """The vocabulary alone is more than that; the size that is proposed is accepted."""
     with pytest.raises(UserError) as caught:
         student_size(sized("800K"), QWEN)
-    words, smallest = str(caught.value), counted(StudentSize(8, 1), QWEN)
-    assert all(word in words for word in ("800K", "8x1", f"{smallest:,}")) and "\n" not in words
+    message, smallest = str(caught.value), counted(StudentSize(8, 1), QWEN)
+    assert all(word in message for word in ("800K", "8x1", f"{smallest:,}")) and "\n" not in message
     assert student_size(sized(f"{smallest / 1e6:.3f}M"), QWEN) == StudentSize(8, 1)
     with pytest.raises(UserError, match=r"0\.1%.*the smallest"):
         student_size(sized("0.1%"), QWEN)
 
 
 def test_chosen_heads_narrow_what_is_tried() -> None:
-    """Widths that they do not divide are passed over; where none is left, the reason is said."""
+    """Widths that they do not divide are skipped; without any left, the reason is reported."""
     assert student_size(sized("25%", "student.heads=6"), SMALL).width % 12 == 0
     with pytest.raises(UserError, match=r"student size 25%: 4 heads .* 4095 .*; 4 would fit"):
         student_size(sized("25%", "student.kv_heads=4095"), SMALL)
@@ -235,16 +234,16 @@ def test_the_command_says_it_in_one_line(
         ("64x1", "--set", "student.heads=3"): ["width 64", "2 or 4 heads would fit"],
         ("64x1", "--set", "student.kv_heads=3"): ["4 heads", "2 or 4 would fit"],
     }
-    for command, (size, words) in product(("run", "plan"), refused.items()):
+    for command, (size, message) in product(("run", "plan"), refused.items()):
         options = ["--teacher", str(tiny_teacher_path), "--student-size", *size]
         monkeypatch.setattr(sys, "argv", ["distill", command, *options])
         with case(command, size):
             with pytest.raises(SystemExit) as stopped:
                 main()
-            said = capsys.readouterr().err
+            stderr = capsys.readouterr().err
             assert stopped.value.code == 2
-            assert said.count("\n") == 1 and said.startswith("error:")
-            assert all(word in said for word in words), said
+            assert stderr.count("\n") == 1 and stderr.startswith("error:")
+            assert all(word in stderr for word in message), stderr
             assert not list(tmp_path.iterdir())
 
 
@@ -262,10 +261,10 @@ def test_odd_teachers() -> None:
 def test_both_counts_are_said_where_they_differ() -> None:
     """Gates are a good part of a narrow student in training, and next to nothing of a wide one."""
 
-    def words(size: str, teacher: TeacherInfo) -> str:
+    def message(size: str, teacher: TeacherInfo) -> str:
         return describe_parameters(student_shape(sized(size), teacher), teacher)
 
-    narrow, wide = words("8x5", info(64, 5, 260_032, 512)), words("512x4", PHI)
+    narrow, wide = message("8x5", info(64, 5, 260_032, 512)), message("512x4", PHI)
     assert "in training" in narrow and "of the teacher's" in narrow
     assert "in training" not in wide
     share = counted(StudentSize(512, 4), PHI) / PHI.parameters

@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from teachers.atomic_files import exclusive
-from teachers.base import Progress, Sampling, Share, Teacher, Tokens
+from teachers.base import GenerationRequest, ProcessRank, Progress, Sampling, Teacher, Tokens
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.capture import capture
 from teachers.store.manifest import Manifest
@@ -41,20 +40,18 @@ class Source:
     def __len__(self) -> int:
         return SEQUENCES
 
-    def requests(self, start: int, stop: int) -> tuple[list[Sequence[Tokens]], Sampling] | None:
-        """See ``SequenceSource.requests``."""
+    def generation_request(self, start: int, stop: int) -> GenerationRequest | None:
+        """See ``SequenceSource.generation_request``."""
         if not self.spoken:
             return None
-        requests: list[Sequence[Tokens]] = [
-            [np.array([0, *range(5, 5 + n % 5)], np.int32)] for n in range(start, stop)
-        ]
-        return requests, Sampling(temperature=2.0, max_length=24, seed=3)
+        prompts = [[np.array([0, *range(5, 5 + n % 5)], np.int32)] for n in range(start, stop)]
+        return GenerationRequest(prompts, Sampling(temperature=2.0, max_length=24, seed=3), start)
 
     def take(self, teacher: Teacher, start: int, stop: int, progress: Progress) -> list[Tokens]:
         """See ``SequenceSource.take``."""
-        asked = self.requests(start, stop)
-        if asked is not None:
-            return teacher.speak(*asked, first_index=start, progress=progress)
+        request = self.generation_request(start, stop)
+        if request is not None:
+            return teacher.generate(request, progress)
         randoms = [np.random.default_rng([5, index]) for index in range(start, stop)]
         return [
             random.integers(3, teacher.info.vocab_size, random.integers(2, 40)).astype(np.int32)
@@ -95,7 +92,7 @@ def die_at(sync: int) -> None:
 
 def work(order: dict[str, Any]) -> None:
     """One capture, or only holding the folder until killed."""
-    folder, share = Path(order["folder"]), Share(*order.get("share", (0, 1)))
+    folder, share = Path(order["folder"]), ProcessRank(*order.get("share", (0, 1)))
     if "die_at" in order:
         die_at(order["die_at"])
     with exclusive(folder, share.rank):

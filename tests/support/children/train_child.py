@@ -29,7 +29,7 @@ from distill.heads.prompts import SafetyPrompt
 from distill.losses.objective import build_objective
 from distill.training import checkpoint_timer
 from distill.training.data import TrainingData, split
-from distill.training.engine import train
+from distill.training.engine import TrainingJob, train
 from students.weights import plain_weights
 from teachers.store.manifest import read_manifest
 from teachers.store.store import SoftTargetStore
@@ -81,7 +81,7 @@ def run(store_folder: Path, folder: Path, settings: dict[str, Any]) -> None:
     )
     try:
         with patch.multiple(checkpoint_timer, CHECKPOINT_SECONDS=seconds, SAVING_SHARE=share):
-            summary = train(student, data, objective, config, folder, report)
+            summary = train(TrainingJob(student, data, objective, config, folder), report)
     except Stopped:
         return
     if PartialState().is_main_process:

@@ -27,7 +27,7 @@ def test_agrees_with_the_gguf_package(tiny_teacher_path: Path) -> None:
         assert np.array_equal(ours.tensor(tensor.name).ravel(), np.asarray(tensor.data).ravel())
 
 
-def test_quantised_tensors_are_dequantised() -> None:
+def test_quantized_tensors_are_dequantized() -> None:
     """The example teacher's embedding reads as float32 in its true shape."""
     model = read_gguf(example_teacher())
     embedding = model.tensor("token_embd.weight")

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from teachers.base import Sampling
+from teachers.base import GenerationRequest, Sampling
 from teachers.gguf.file import TeacherFileError
 from teachers.huggingface.checkpoint import load_model
 from teachers.huggingface.folder import check_folder
-from teachers.huggingface.generation import speak
+from teachers.huggingface.generation import generate
 from teachers.huggingface.model import FloatHead, LoadedModel
 from teachers.huggingface.teacher import HuggingFaceTeacher
 from teachers.targets.recipe import Recipe
@@ -154,7 +154,7 @@ def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
 
 @needs_bitsandbytes
 def test_4_bit(sound: Path) -> None:
-    """NF4 on any device: quantised layers, answers near the float ones, another digest."""
+    """NF4 on any device: quantized layers, answers near the float ones, another digest."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     from bitsandbytes.nn import Linear4bit
 
@@ -180,12 +180,14 @@ def test_4_bit(sound: Path) -> None:
     assert np.array_equal(rounded.output_rows(0, 9), exact.output_rows(0, 9))
     assert len(rounded.score(sequences, Recipe("hidden"), {})["hidden"]) == len(one)
     start = np.array([BOS], np.int32)
-    (spoken,) = rounded.speak([[start]], Sampling(temperature=0, max_length=8))
+    (spoken,) = rounded.generate(
+        GenerationRequest([[start]], Sampling(temperature=0, max_length=8))
+    )
     assert np.array_equal(rounded.logits([spoken]).argmax(axis=-1), spoken[1:])
 
 
 def test_where_4_bit_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without bitsandbytes, with the command that installs it; quantised twice makes no sense."""
+    """Without bitsandbytes, with the command that installs it; quantized twice makes no sense."""
     with monkeypatch.context() as changed:
         changed.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(TeacherFileError, match="-m pip install bitsandbytes"):
@@ -194,7 +196,7 @@ def test_where_4_bit_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         folder / CONFIG, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
     )
     with pytest.raises(
-        TeacherFileError, match="is quantised already; load it without load_in_4bit"
+        TeacherFileError, match="is quantized already; load it without load_in_4bit"
     ):
         HuggingFaceTeacher(folder, load_in_4bit=True)
 
@@ -223,12 +225,12 @@ def test_bfloat16_as_on_a_gpu(sound: Path, exact: HuggingFaceTeacher) -> None:
     assert torch.allclose(product, answer.logits, atol=1e-4)
     expected = exact.logits(sequences)
     assert np.corrcoef(answer.logits.numpy().ravel(), expected.ravel())[0, 1] > 0.99
-    spoken = speak(
+    spoken = generate(
         model.model,
-        [[np.array([BOS, *range(5, 5 + n)], np.int32)] for n in (1, 6)],
-        Sampling(max_length=12),
-        first_index=0,
-        end_tokens=(),
-        progress=lambda done: None,
+        GenerationRequest(
+            [[np.array([BOS, *range(5, 5 + n)], np.int32)] for n in (1, 6)], Sampling(max_length=12)
+        ),
+        (),
+        lambda done: None,
     )
     assert [len(tokens) for tokens in spoken] == [12, 12]

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 from students.model.decoder import SO8TForCausalLM
 from students.model.fold import to_llama
-from teachers.base import Sampling, Teacher, Tokens
+from teachers.base import GenerationRequest, Sampling, Teacher, Tokens
 from teachers.errors import TeacherError
 from teachers.huggingface import teacher as huggingface
 from teachers.huggingface.model import FloatHead, batches
@@ -188,7 +188,7 @@ def test_damaged_weights_are_named(broken: Path) -> None:
         "dense": lambda: teacher.score(texts(3), Recipe("dense"), {}),
         "logits": lambda: teacher.logits(texts(2)),
         "states": lambda: teacher.states(texts(2)),
-        "speak": lambda: teacher.speak([start], Sampling(max_length=4)),
+        "speak": lambda: teacher.generate(GenerationRequest([start], Sampling(max_length=4))),
     }
     for name, ask in asked.items():
         with pytest.raises(TeacherError, match=r"broken: the teacher's .* not finite"):

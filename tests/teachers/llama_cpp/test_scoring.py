@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from students.model.decoder import SO8TForCausalLM
-from teachers.base import Sampling
+from teachers.base import GenerationRequest, Sampling
 from teachers.errors import TeacherError
 from teachers.llama_cpp.scoring import LIKE_LENGTH, common_prefix, groups_of_like_length
 from teachers.llama_cpp.teacher import GGUFTeacher
@@ -27,17 +28,20 @@ MIXED = [2, 60, 59, 5, 200, 61, 3, 17, 513, 18, 2, 64, 640, 7, 190, 33]
 SHORT = [9, 30, 2, 28, 12]
 
 
-def one_by_one(teacher: GGUFTeacher, sequences: list[np.ndarray]) -> np.ndarray:
-    """Logits of each sequence scored alone, ``[N, V]``."""
-    return np.concatenate([teacher.logits([tokens], exact=True) for tokens in sequences])
-
-
-def states_one_by_one(
+def together(
     teacher: GGUFTeacher, sequences: list[np.ndarray], layers: list[int]
 ) -> dict[str, np.ndarray]:
-    """States of each sequence asked for alone."""
-    alone = [teacher.states([tokens], layers) for tokens in sequences]
-    return {name: np.concatenate([states[name] for states in alone]) for name in alone[0]}
+    """States and exact logits of all sequences, ``[N, …]``."""
+    logits = teacher.logits(sequences, exact=True)
+    return {**teacher.states(sequences, layers), "logits": logits}
+
+
+def one_by_one(
+    teacher: GGUFTeacher, sequences: list[np.ndarray], layers: list[int]
+) -> dict[str, np.ndarray]:
+    """The same, of each sequence asked for alone."""
+    alone = [together(teacher, [tokens], layers) for tokens in sequences]
+    return {name: np.concatenate([rows[name] for rows in alone]) for name in alone[0]}
 
 
 def identity_basis(width: int, reach: float) -> Basis:
@@ -55,7 +59,7 @@ def teacher(
 
 
 @pytest.fixture(scope="module", params=["tiny", "example"])
-def two_lanes(
+def two_contexts(
     request: pytest.FixtureRequest, tiny_teacher: GGUFTeacher, example_gguf: GGUFTeacher
 ) -> Iterator[tuple[GGUFTeacher, GGUFTeacher]]:
     """The same models on two threads, two contexts side by side, and on one."""
@@ -64,8 +68,12 @@ def two_lanes(
         yield wide, narrow
 
 
-def test_groups_fill_batches_with_little_filling_up() -> None:
+def test_groups_fill_batches_with_little_padding() -> None:
     """For many lengths: each sequence once, no group too large, its members of like length."""
+    assert groups_of_like_length(np.full(7, 100), 300, 8) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert groups_of_like_length(np.full(5, 100), 1000, 2) == [[0, 1], [2, 3], [4]]
+    assert groups_of_like_length(np.array([10, 900, 9, 8]), 512, 8) == [[1], [0, 2], [3]]
+    assert groups_of_like_length(np.array([], dtype=np.int64), 512, 8) == []
     random = np.random.default_rng(1)
     for _ in range(300):
         batch_tokens, parallel = int(random.integers(1, 600)), int(random.integers(1, 130))
@@ -85,26 +93,21 @@ def test_groups_fill_batches_with_little_filling_up() -> None:
             assert full or other < LIKE_LENGTH * most, "the next one would have fitted"
 
 
-def test_groups_of_equal_lengths_fill_the_batch() -> None:
-    """Whole batches, the order kept, and nothing else."""
-    assert groups_of_like_length(np.full(7, 100), 300, 8) == [[0, 1, 2], [3, 4, 5], [6]]
-    assert groups_of_like_length(np.full(5, 100), 1000, 2) == [[0, 1], [2, 3], [4]]
-    assert groups_of_like_length(np.array([10, 900, 9, 8]), 512, 8) == [[1], [0, 2], [3]]
-    assert groups_of_like_length(np.array([], dtype=np.int64), 512, 8) == []
-
-
-def test_company_does_not_change_a_row(teacher: GGUFTeacher) -> None:
-    """Mixed lengths together, also over several batches, score as each does alone, in order."""
+def test_company_changes_no_row_and_no_state(teacher: GGUFTeacher) -> None:
+    """Mixed lengths over several batches score as each alone; layers change no final state."""
     sequences = sequences_of(teacher, MIXED)
-    together = teacher.logits(sequences, exact=True)
-    assert together.shape == (sum(MIXED) - len(MIXED), teacher.info.vocab_size)
-    assert np.abs(together - one_by_one(teacher, sequences)).max() <= 1e-4
-    assert together.std(axis=0).min() > 0.1, "rows that differ, so that a wrong order would show"
+    rows, alone = together(teacher, sequences, [0, 1]), one_by_one(teacher, sequences, [0, 1])
+    assert rows.keys() == alone.keys() == {"final", "layer0", "layer1", "logits"}
+    for name, expected in alone.items():
+        assert np.abs(rows[name] - expected).max() <= 1e-4, name
+    assert rows["logits"].shape == (sum(MIXED) - len(MIXED), teacher.info.vocab_size)
+    assert rows["logits"].std(axis=0).min() > 0.1, "rows differ, so that a wrong order would show"
+    assert np.abs(teacher.states(sequences)["final"] - rows["final"]).max() <= 1e-4
 
 
-def test_two_lanes_give_rows_in_order(two_lanes: tuple[GGUFTeacher, GGUFTeacher]) -> None:
-    """Whichever lane takes which group, the same rows in the sequences' order, call after call."""
-    wide, narrow = two_lanes
+def test_two_contexts_give_rows_in_order(two_contexts: tuple[GGUFTeacher, GGUFTeacher]) -> None:
+    """Whichever context takes which group, the same rows in order, call after call."""
+    wide, narrow = two_contexts
     sequences = sequences_of(narrow, MIXED, seed=1)
     expected = narrow.logits(sequences, exact=True)
     for _ in range(3):
@@ -116,14 +119,14 @@ def test_two_lanes_give_rows_in_order(two_lanes: tuple[GGUFTeacher, GGUFTeacher]
     backwards = wide.logits(sequences[::-1], exact=True)
     pieces = np.split(backwards, np.cumsum([len(tokens) - 1 for tokens in sequences[:0:-1]]))
     assert np.abs(np.concatenate(pieces[::-1]) - expected).max() <= 1e-4
-    one = [sequences[7][:12]]  # fewer groups than lanes: the other lane has nothing to do
+    one = [sequences[7][:12]]  # fewer groups than contexts: one has nothing to do
     assert np.array_equal(wide.logits(one), wide.logits(one))
     assert wide.logits(one).shape == (11, wide.info.vocab_size)
 
 
-def test_the_last_rows_alone(two_lanes: tuple[GGUFTeacher, GGUFTeacher]) -> None:
+def test_the_last_rows_alone(two_contexts: tuple[GGUFTeacher, GGUFTeacher]) -> None:
     """To the last bit those of all rows, with and without a shared beginning."""
-    wide, _ = two_lanes
+    wide, _ = two_contexts
     mixed = sequences_of(wide, [2, 60, 59, 5, 640, 18], seed=2)
     begun = [np.concatenate([mixed[1], tokens]) for tokens in mixed[:5]]
     for sequences, numbers in ((mixed, (1, 5, 100)), (begun, (3, 70))):
@@ -143,11 +146,8 @@ def test_the_last_rows_alone(two_lanes: tuple[GGUFTeacher, GGUFTeacher]) -> None
 
 def test_rows_as_they_are_need_no_pytorch() -> None:
     """Loading it takes the worker longer than most answers."""
-    program = (
-        "import sys, teachers.llama_cpp.scoring, teachers.llama_cpp.server; "
-        "sys.exit('torch' "
-        "in sys.modules)"
-    )
+    program = "import sys, teachers.llama_cpp.scoring, teachers.llama_cpp.server as _; "
+    program += "sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[3], check=True)
 
 
@@ -174,7 +174,7 @@ def test_final_states_give_the_logits(teacher: GGUFTeacher) -> None:
 
 
 def test_output_rows_are_parts_of_one_matrix(teacher: GGUFTeacher) -> None:
-    """Any span of rows, the first and the last ones too, dequantised as in the whole."""
+    """Any span of rows, the first and the last ones too, dequantized as in the whole."""
     whole = teacher.output_rows(0, 1024)
     assert whole.dtype == np.float32 and whole.flags.writeable
     for start, stop in ((0, 1), (17, 300), (1023, 1024), (5, 5)):
@@ -209,17 +209,6 @@ def test_rows_and_states_are_those_of_the_student(
         assert found[name].shape == expected.shape == (sum(MIXED) - len(MIXED), width), name
         assert found[name].dtype == np.float32 and expected.std() > 0.1, name
         assert np.abs(found[name] - expected).max() <= 1e-3, name
-
-
-def test_states_come_one_by_one_or_together(teacher: GGUFTeacher) -> None:
-    """Company changes no state, and asking for layers does not change the final one."""
-    sequences = sequences_of(teacher, MIXED, seed=5)
-    together = teacher.states(sequences, [0, 1])
-    alone = states_one_by_one(teacher, sequences, [0, 1])
-    assert together.keys() == alone.keys() == {"final", "layer0", "layer1"}
-    for name, rows in alone.items():
-        assert np.abs(together[name] - rows).max() <= 1e-4, name
-    assert np.abs(teacher.states(sequences)["final"] - together["final"]).max() <= 1e-4
 
 
 def test_states_without_the_output_layer_are_the_same(teacher: GGUFTeacher) -> None:
@@ -300,7 +289,14 @@ def test_kept_arrays_have_a_row_for_each_position(teacher: GGUFTeacher) -> None:
 
 
 def test_a_common_beginning_changes_nothing(tiny_teacher: GGUFTeacher) -> None:
-    """Sequences that begin alike score as each does alone, and so do their states."""
+    """Sequences that begin alike score as each does alone, and so do their states.
+
+    Identical ones share all but their last two tokens; one alone shares nothing.
+    """
+    tokens = np.arange(50, dtype=np.int32)
+    assert common_prefix([tokens, tokens.copy()]) == 48
+    assert common_prefix([tokens]) == common_prefix([tokens, tokens[:33]]) == 0
+    assert common_prefix([tokens, tokens[:34]]) == 32
     for shared in (0, 31, 32, 100, 700):
         random = np.random.default_rng(shared)
         beginning = random.integers(3, 1024, shared).astype(np.int32)
@@ -308,42 +304,32 @@ def test_a_common_beginning_changes_nothing(tiny_teacher: GGUFTeacher) -> None:
         sequences = [np.concatenate((beginning, tail))[:256] for tail in tails]
         if shared < 254:
             assert common_prefix(sequences) == (shared if shared >= 32 else 0), shared
-        found = {**tiny_teacher.states(sequences, [0])}
-        found["logits"] = tiny_teacher.logits(sequences, exact=True)
-        expected = states_one_by_one(tiny_teacher, sequences, [0])
-        expected["logits"] = one_by_one(tiny_teacher, sequences)
+        found = together(tiny_teacher, sequences, [0])
+        expected = one_by_one(tiny_teacher, sequences, [0])
         assert found.keys() == expected.keys() == {"final", "layer0", "logits"}
         for name, rows in expected.items():
             np.testing.assert_allclose(found[name], rows, atol=1e-4, err_msg=f"{name}, {shared}")
 
 
-def test_the_common_prefix_leaves_something_to_decode() -> None:
-    """Identical sequences share all but their last two tokens; one alone shares nothing."""
-    tokens = np.arange(50, dtype=np.int32)
-    assert common_prefix([tokens, tokens.copy()]) == 48
-    assert common_prefix([tokens]) == 0
-    assert common_prefix([tokens, tokens[:33]]) == 0
-    assert common_prefix([tokens, tokens[:34]]) == 32
-
-
-def test_targets_kept_while_speaking_are_those_of_scoring(tiny_teacher: GGUFTeacher) -> None:
-    """One pass says and keeps what two do: shared beginnings, forced segments, cut prompts."""
-    sampling, recipe = Sampling(max_length=100, seed=3), Recipe("dense")
+def test_targets_kept_while_generating_are_those_of_scoring(tiny_teacher: GGUFTeacher) -> None:
+    """One pass gives what two do: shared beginnings, forced segments, cut prompts."""
+    dense, compact = Recipe("dense"), Recipe("compact", 8)
     for shared in (4, 60):
         random = np.random.default_rng(5)
         beginning = random.integers(3, 1024, shared).astype(np.int32)
         tails = [random.integers(3, 1024, n).astype(np.int32) for n in (1, 5, 90, 2, 30)]
-        requests = [[np.concatenate((beginning, tail)), beginning[:3]] for tail in tails]
-        said, arrays = tiny_teacher.speak_and_score(requests, sampling, recipe, {}, first_index=7)
-        plain = tiny_teacher.speak(requests, sampling, first_index=7)
-        for place, request in enumerate(requests):
-            alone = tiny_teacher.speak([request], sampling, first_index=7 + place)[0]
-            assert said[place].tolist() == plain[place].tolist() == alone.tolist(), shared
-        assert len(said) == len(plain) == len(requests)
-        logits = tiny_teacher.logits(said, exact=True)
+        prompts = [[np.concatenate((beginning, tail)), beginning[:3]] for tail in tails]
+        request = GenerationRequest(prompts, Sampling(max_length=100, seed=3), 7)
+        generated, arrays = tiny_teacher.generate_and_score(request, dense, {})
+        plain = tiny_teacher.generate(request)
+        assert len(generated) == len(plain) == len(prompts)
+        for index, prompt in enumerate(prompts):
+            single = replace(request, prompts=[prompt], first_index=7 + index)
+            alone = tiny_teacher.generate(single)[0]
+            assert generated[index].tolist() == plain[index].tolist() == alone.tolist(), shared
+        logits = tiny_teacher.logits(generated, exact=True)
         np.testing.assert_allclose(arrays["logits"], logits, atol=1e-4, err_msg=str(shared))
-        compact = Recipe("compact", 8)
-        kept = tiny_teacher.speak_and_score(requests, sampling, compact, {}, first_index=7)[1]
-        scored = tiny_teacher.score(said, compact, {})
+        kept = tiny_teacher.generate_and_score(request, compact, {})[1]
+        scored = tiny_teacher.score(generated, compact, {})
         assert np.array_equal(kept["topk_ids"], scored["topk_ids"]), shared
         np.testing.assert_allclose(kept["tail"], scored["tail"], atol=1e-4, err_msg=str(shared))

@@ -23,7 +23,7 @@ import pytest
 from distill.capture.store_setup import recipe_for
 from distill.commands.exit_codes import exit_code
 from distill.config.schema import TargetsConfig
-from distill.runtime.environment import how_llama_cpp_ran
+from distill.runtime.environment import llama_cpp_environment
 from distill.runtime.progress import Console
 from teachers import example_teacher
 from teachers.errors import LibraryError, TeacherError, WorkerDied
@@ -81,8 +81,8 @@ def test_a_death_at_the_first_decode_is_survived_and_remembered(
     with llama_cpp_with(Fault(die_at=1, signal=number), tmp_path / "double") as deaths:
         with caplog.at_level(logging.WARNING), GGUFTeacher(tiny_teacher_path, threads=1) as teacher:
             found = teacher.logits([SEQUENCE], exact=True)
-            assert not teacher.worker.way().extra_buffers
-        how, record = how_llama_cpp_ran(), read_record()
+            assert not teacher.worker.options().extra_buffers
+        how, record = llama_cpp_environment(), read_record()
         assert not how["extra_buffers"] and number.name in how["reason"]
         [line] = [record.getMessage() for record in caplog.records]
         assert number.name in line and "GGML_ASSERT(double)" in line and "doctor" in line
@@ -105,13 +105,13 @@ def test_a_death_while_loading_is_survived(opened: Opened) -> None:
     """Weights are rearranged while they are loaded, so that can die as well."""
     with opened(Fault(die_at=0)) as teacher:
         assert np.isfinite(teacher.logits([SEQUENCE])).all()
-        assert not teacher.worker.way().extra_buffers
+        assert not teacher.worker.options().extra_buffers
 
 
 def test_one_death_from_outside_says_nothing_of_the_library(opened: Opened) -> None:
     """The system ends a process when memory runs out: tried again, nothing slow is remembered."""
     with opened(Fault(die_at=1, signal=signal.SIGKILL, times=1)) as teacher:
-        assert teacher.worker.way().extra_buffers and read_record().extra_buffers
+        assert teacher.worker.options().extra_buffers and read_record().extra_buffers
 
 
 def test_a_death_at_the_second_decode_is_one_clear_error(opened: Opened) -> None:
@@ -150,7 +150,7 @@ def test_both_ways_are_compared_once(tiny_teacher_path: Path, tmp_path: Path) ->
         fault = tmp_path / "double" / "llama_cpp" / "fault.json"
         fault.write_text(fault.read_text().replace('"logits": ""', '"logits": "wrong"'))
         with GGUFTeacher(tiny_teacher_path, threads=1) as teacher:
-            assert teacher.worker.way().extra_buffers
+            assert teacher.worker.options().extra_buffers
 
 
 def test_the_machine_is_blamed_only_where_it_is_at_fault(opened: Opened) -> None:
@@ -171,7 +171,7 @@ def test_a_refusal_is_taken_like_a_death(status: str, opened: Opened) -> None:
     """An error where another build dies: tried without extra buffers, and blamed rightly."""
     fault = Fault(refuse=True, die_at=-1 if status == "-3" else -2)
     with opened(fault) as teacher:
-        assert not teacher.worker.way().extra_buffers
+        assert not teacher.worker.options().extra_buffers
         assert read_record().allows_extra_buffers(1)  # it may have been memory
     for where, kind in (("other files", TeacherError), ("always", LibraryError)):
         with (
@@ -191,7 +191,7 @@ def test_a_first_decode_that_hangs_is_taken_like_a_death(
         llama_cpp_with(Fault(die_at=1, signal=signal.SIGSTOP), tmp_path / "double"),
         closing(Worker(tiny_teacher_path, threads=1, hung_seconds=1.0)) as worker,
     ):
-        assert not worker.way().extra_buffers and "no sign of life" in read_record().reason
+        assert not worker.options().extra_buffers and "no sign of life" in read_record().reason
 
 
 def test_a_library_that_does_not_load_is_the_machines_fault(
@@ -219,7 +219,7 @@ def test_a_worker_ends_with_its_parent(tiny_teacher_path: Path, tmp_path: Path) 
     """Also while it is busy in llama.cpp and does not read: nobody would see what it computes."""
     code = (
         "import sys; from pathlib import Path; from teachers.llama_cpp.worker import Worker; "
-        "w = Worker(Path(sys.argv[1]), threads=1); print(w.process_id, flush=True); w.way()"
+        "w = Worker(Path(sys.argv[1]), threads=1); print(w.process_id, flush=True); w.options()"
     )
     command = [sys.executable, "-c", code, str(tiny_teacher_path)]
     with (
@@ -239,7 +239,7 @@ def test_a_way_out_by_hand(tiny_teacher_path: Path, monkeypatch: pytest.MonkeyPa
     """Where llama.cpp dies later than its check, the user can choose plain kernels."""
     monkeypatch.setenv("DISTILL_PLAIN_KERNELS", "1")
     with GGUFTeacher(tiny_teacher_path, threads=1) as teacher:
-        assert not teacher.worker.way().extra_buffers
+        assert not teacher.worker.options().extra_buffers
     assert read_record().extra_buffers
 
 
@@ -259,7 +259,7 @@ def test_a_gpu_that_computes_nonsense_is_named(
 ) -> None:
     """Results on the GPU are compared with those of a processor that no GPU helps."""
     with opened(Fault(logits="wrong", where="gpu"), gpu_layers=7) as teacher:
-        assert teacher.worker.way().extra_buffers and read_record() == CheckRecord()
+        assert teacher.worker.options().extra_buffers and read_record() == CheckRecord()
     notes = notes_in(tmp_path / "double")
     models = [(note["gpu_layers"], note["devices"]) for note in notes if "devices" in note]
     assert models == [(7, False), (0, True)]
@@ -275,7 +275,7 @@ def test_a_gpu_that_nobody_asked_for_is_shut_out(tiny_teacher_path: Path, tmp_pa
         for _ in range(2):
             with GGUFTeacher(tiny_teacher_path, threads=1) as teacher:
                 assert np.isfinite(teacher.logits([SEQUENCE])).all()
-                assert teacher.worker.way().processor_only
+                assert teacher.worker.options().processor_only
         assert len(deaths.read_text()) == 1
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFValueType
 
-from distill.capture.capture import keep_inheritance
+from distill.capture.capture import keep_teacher_record
 from distill.runtime.progress import Console
 from students.model.decoder import SO8TForCausalLM
 from teachers import example_teacher
@@ -22,7 +22,7 @@ from teachers.huggingface.teacher import HuggingFaceTeacher
 from teachers.llama_cpp.teacher import GGUFTeacher, shape_in
 from teachers.llama_cpp.wire import Arrays
 from teachers.store.store import SoftTargetStore
-from teachers.store.teacher_record import TEACHER, find_inheritance, need_inheritance
+from teachers.store.teacher_record import TEACHER, find_teacher_record, require_teacher_record
 from tests.support.children.capture_child import Source
 from tests.support.stores import filled
 from tests.support.tiny_checkpoint import make_folder
@@ -143,7 +143,7 @@ def test_transformers_folders_and_mixtures(tmp_path: Path) -> None:
 def kept(tmp_path: Path, tiny_teacher: GGUFTeacher) -> SoftTargetStore:
     """A store with what it keeps of the tiny teacher."""
     store, _ = filled(tmp_path / "store", tiny_teacher, Source())
-    keep_inheritance(tiny_teacher, tiny_teacher.file.path, store, Console())
+    keep_teacher_record(tiny_teacher, tiny_teacher.file.path, store, Console())
     return store
 
 
@@ -161,16 +161,16 @@ def test_a_store_keeps_the_shape_and_one_of_an_older_version_is_completed(
     kept: SoftTargetStore, tiny_teacher: GGUFTeacher
 ) -> None:
     """Value for value; of one without a shape nothing is known until a rerun beside the teacher."""
-    assert need_inheritance(kept).info.shape == tiny_teacher.info.shape != TeacherShape()
-    rewrite(kept, need_inheritance(kept).arrays(), None)
-    assert need_inheritance(kept).info == replace(tiny_teacher.info, shape=TeacherShape())
-    keep_inheritance(tiny_teacher, tiny_teacher.file.path, kept, Console())
-    assert need_inheritance(kept).info == tiny_teacher.info
+    assert require_teacher_record(kept).info.shape == tiny_teacher.info.shape != TeacherShape()
+    rewrite(kept, require_teacher_record(kept).arrays(), None)
+    assert require_teacher_record(kept).info == replace(tiny_teacher.info, shape=TeacherShape())
+    keep_teacher_record(tiny_teacher, tiny_teacher.file.path, kept, Console())
+    assert require_teacher_record(kept).info == tiny_teacher.info
 
 
 def test_nonsense_in_a_store_is_damage(kept: SoftTargetStore) -> None:
     """This program would not have written it."""
-    whole = need_inheritance(kept)
+    whole = require_teacher_record(kept)
     sound = asdict(whole.info.shape)
     changes: list[dict[str, object]] = [
         {"heads": 0},
@@ -188,6 +188,6 @@ def test_nonsense_in_a_store_is_damage(kept: SoftTargetStore) -> None:
     ]
     for shape in (*(sound | change for change in changes), [], [1], "4", 4, False):
         rewrite(kept, whole.arrays(), shape)
-        assert find_inheritance(kept) is None, shape
+        assert find_teacher_record(kept) is None, shape
     rewrite(kept, whole.arrays(), sound)
-    assert need_inheritance(kept).info == whole.info
+    assert require_teacher_record(kept).info == whole.info

@@ -1,4 +1,7 @@
-"""Corpus → teacher → store: complete, the same bytes however it came about, or refused."""
+"""Corpus → teacher → store: complete, the same bytes however it came about, or refused.
+
+Long because every way to interrupt a capture is tried on the same store.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,13 @@ import torch
 from distill.capture.capture import fill_store
 from distill.runtime.progress import Console
 from teachers.atomic_files import StoreError, exclusive, is_temporary
-from teachers.base import Share
+from teachers.base import ProcessRank
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store import capture as capture_module
 from teachers.store import store as store_module
 from teachers.store.capture import CaptureError, CaptureSummary, capture, require_linear_output
 from teachers.store.manifest import MANIFEST
-from teachers.store.store import COMPANION, SoftTargetStore
+from teachers.store.store import SHARED_CODEC, SoftTargetStore
 from teachers.targets.recipe import Recipe
 from teachers.targets.stored_arrays import typed
 from tests.support.children.capture_child import PER_SHARD, RECIPE, SEQUENCES, Source, begin
@@ -115,15 +118,15 @@ def test_a_store_holds_the_answers(tiny_teacher: GGUFTeacher, stored: Stored, ki
     for spoken in (False, True):
         source, recipe, made = Source(spoken), KINDS[kind], stored(spoken, kind)
         store = begin(made.folder, tiny_teacher, source, recipe)
-        companion = store.companion()
-        assert (companion is None) == (kind in ("buckets", "dense"))
+        shared_codec = store.shared_codec()
+        assert (shared_codec is None) == (kind in ("buckets", "dense"))
         shards = [store.shard_path(shard).name for shard in SHARDS]
-        assert made.written == [MANIFEST, *([COMPANION] if companion else []), *shards]
+        assert made.written == [MANIFEST, *([SHARED_CODEC] if shared_codec else []), *shards]
         assert made.summary == CaptureSummary(reused=0, damaged=(), written=len(SHARDS))
         assert made.told[-1] == SEQUENCES == len(store) and max(made.told) == SEQUENCES
         assert all(store.state(shard) == "complete" for shard in SHARDS)
         expected = source.take(tiny_teacher, 0, SEQUENCES, lambda done: None)
-        bases, head = (companion.bases, companion.head) if companion else ({}, None)
+        bases, head = (shared_codec.bases, shared_codec.head) if shared_codec else ({}, None)
         for index, tokens in enumerate(expected):
             assert np.array_equal(store.tokens(index), tokens), (spoken, index)
             arrays: Any = tiny_teacher.score([tokens], recipe, bases)
@@ -175,17 +178,17 @@ def test_a_damaged_companion_is_made_again(
     """To the same bytes, with the first shard there or not, and without touching any other."""
     source, recipe = Source(spoken=True), KINDS[kind]
     whole = contents(stored(True, kind).folder)
-    size = len(whole[COMPANION])
+    size = len(whole[SHARED_CODEC])
     for damage, missing in itertools.product(("flipped", "cut", "gone"), ([], [0])):
         row = (kind, damage, missing)
         folder = shutil.copytree(stored(True, kind).folder, tmp_path / f"{row}")
-        before, companion = times(folder), folder / COMPANION
+        before, shared_codec = times(folder), folder / SHARED_CODEC
         if damage == "flipped":
-            flip(companion, size // 2)
+            flip(shared_codec, size // 2)
         elif damage == "cut":
-            companion.write_bytes(whole[COMPANION][:-1])
+            shared_codec.write_bytes(whole[SHARED_CODEC][:-1])
         else:
-            companion.unlink()
+            shared_codec.unlink()
         opened = begin(folder, tiny_teacher, source, recipe)
         for shard in missing:
             opened.shard_path(shard).unlink()
@@ -196,7 +199,7 @@ def test_a_damaged_companion_is_made_again(
         assert contents(folder) == whole, row
         reused = len(SHARDS) - len(missing)
         assert summary == CaptureSummary(reused, (), len(missing)), row
-        rewritten = {COMPANION, *(opened.shard_path(shard).name for shard in missing)}
+        rewritten = {SHARED_CODEC, *(opened.shard_path(shard).name for shard in missing)}
         assert changed(folder, before) == rewritten, row
 
 
@@ -231,7 +234,7 @@ def test_shares_are_the_whole(tmp_path: Path, tiny_teacher: GGUFTeacher, stored:
         source, folder, written = Source(spoken), tmp_path / f"{spoken}{world}", []
         for rank in range(world):
             shared = begin(folder, tiny_teacher, source)
-            summary = capture(tiny_teacher, source, shared, quiet, Share(rank, world))
+            summary = capture(tiny_teacher, source, shared, quiet, ProcessRank(rank, world))
             written.append(summary.written)
         assert written == [len(SHARDS[rank::world]) for rank in range(world)], (spoken, world)
         assert contents(folder) == contents(stored(spoken, "sketch").folder), (spoken, world)
@@ -251,11 +254,13 @@ def test_other_ranks_wait_for_the_companion(
 
     store, silent = begin(tmp_path / "store", tiny_teacher, Source()), Silent(tiny_teacher)
     with pytest.raises(KeyboardInterrupt):
-        capture(silent, Source(), store, impatient, Share(1, 2))  # type: ignore[arg-type]
+        capture(silent, Source(), store, impatient, ProcessRank(1, 2))  # type: ignore[arg-type]
     assert told == ["waiting for the first process"] * 3
     assert set(contents(store.folder)) == {MANIFEST}
     buckets = begin(tmp_path / "buckets", tiny_teacher, Source(), KINDS["buckets"])
-    assert capture(tiny_teacher, Source(), buckets, quiet, Share(1, 2)).written == len(SHARDS[1::2])
+    assert capture(tiny_teacher, Source(), buckets, quiet, ProcessRank(1, 2)).written == len(
+        SHARDS[1::2]
+    )
 
 
 class Children:
@@ -382,7 +387,7 @@ def test_a_capture_killed_while_it_writes(
         again = begin(folder, tiny_teacher, Source())
         done = max(0, sync - 2)
         assert completed(again) == done, sync
-        assert (again.companion() is None) == (sync < 2)
+        assert (again.shared_codec() is None) == (sync < 2)
         summary = capture(tiny_teacher, Source(), again, quiet)
         assert summary == CaptureSummary(done, (), len(SHARDS) - done), sync
         assert contents(folder) == contents(expected.folder), sync

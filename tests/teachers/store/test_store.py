@@ -1,4 +1,7 @@
-"""The store: whole or not at all, damage noticed, identity respected, reads equal writes."""
+"""The store: whole or not at all, damage noticed, identity respected, reads equal writes.
+
+Long because every way to damage a store is tried on the same one.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ from teachers.llama_cpp.wire import (
     unpack_ragged,
     write_frame,
 )
-from teachers.store.capture import fit_companion
+from teachers.store.capture import fit_shared_codec
 from teachers.store.manifest import MANIFEST, Manifest, read_manifest
-from teachers.store.store import COMPANION, SoftTargetStore
+from teachers.store.store import SHARED_CODEC, SoftTargetStore
 from teachers.targets.distributions import Arrays, CompactTargets, DenseTargets, HiddenTargets
 from teachers.targets.recipe import Recipe
 from teachers.targets.stored_arrays import Answer, reduce
@@ -117,7 +120,7 @@ def test_reads_equal_writes(tmp_path: Path) -> None:
         store = SoftTargetStore.create_or_open(folder, make_manifest(vocab_size=vocab_size))
         assert len(store) == 7 and store.lengths().tolist() == list(LENGTHS)
         assert [store.span(shard) for shard in range(3)] == [(0, 3), (3, 6), (6, 7)]
-        assert not store.needs_companion and store.companion() is None
+        assert not store.needs_shared_codec and store.shared_codec() is None
         for shard in range(3):
             sequences, targets, arrays = make_content(shard, vocab_size)
             assert arrays["topk_ids"].dtype == dtype and store.state(shard) == "complete"
@@ -140,8 +143,8 @@ def test_reads_equal_writes(tmp_path: Path) -> None:
 def test_other_kinds_read_back(tmp_path: Path, kind: str) -> None:
     """Typed as their recipe says, across shards, with the companion's head and layers."""
     teacher, sequences, store = filled_by_kind(tmp_path / "store", kind)
-    assert store.needs_companion == (kind != "dense") and store.manifest.recipe == KINDS[kind]
-    companion = store.companion()
+    assert store.needs_shared_codec == (kind != "dense") and store.manifest.recipe == KINDS[kind]
+    shared_codec = store.shared_codec()
     for index, sequence in enumerate(sequences):
         read, logits = store.targets(index), torch.from_numpy(teacher.logits([sequence]))
         found = teacher.states([sequence], KINDS[kind].layers)
@@ -149,7 +152,7 @@ def test_other_kinds_read_back(tmp_path: Path, kind: str) -> None:
         if isinstance(read, DenseTargets):
             assert kind == "dense" and torch.equal(read.logits, logits)
             continue
-        assert companion is not None and companion.head is not None
+        assert shared_codec is not None and shared_codec.head is not None
         assert read.coordinates is not None
         if isinstance(read, HiddenTargets):
             assert kind == "hidden"
@@ -158,14 +161,14 @@ def test_other_kinds_read_back(tmp_path: Path, kind: str) -> None:
             assert bool(((read.coordinates - states["final"]).abs() <= 0.501 * step).all())
         else:
             assert kind == "sketch" and torch.equal(read.topk_ids, logits.topk(4).indices)
-            basis = companion.bases["final"]
+            basis = shared_codec.bases["final"]
             wanted = basis.coordinates(*basis.encoded(states["final"]))
             assert read.coordinates.shape[1] > 0 and torch.equal(read.coordinates, wanted)
-            assert read.head is not None and torch.equal(read.head.matrix, companion.head.matrix)
+            assert read.head is not None and torch.equal(read.head.matrix, shared_codec.head.matrix)
         kept = store.layer_states(index)
         assert tuple(kept) == KINDS[kind].layers
         for layer, coordinates in kept.items():
-            basis = companion.bases[f"layer{layer}"]
+            basis = shared_codec.bases[f"layer{layer}"]
             expected = basis.coordinates(*basis.encoded(states[f"layer{layer}"]))
             assert torch.equal(coordinates, expected), (index, layer)
 
@@ -174,8 +177,8 @@ def test_other_kinds_read_back(tmp_path: Path, kind: str) -> None:
 def test_a_companion_reads_as_it_was_written(tmp_path: Path, kind: str) -> None:
     """Every basis to the bit, the head as float16; a flipped bit is damage, told with a remedy."""
     teacher, sequences, store = filled_by_kind(tmp_path / "store", kind)
-    written = fit_companion(teacher, sequences, KINDS[kind])  # type: ignore[arg-type]
-    read, path = store.companion(), store.folder / COMPANION
+    written = fit_shared_codec(teacher, sequences, KINDS[kind])  # type: ignore[arg-type]
+    read, path = store.shared_codec(), store.folder / SHARED_CODEC
     assert read is not None and written.head is not None and read.head is not None
     assert set(read.bases) == set(written.bases)
     for name, basis in written.bases.items():
@@ -188,18 +191,18 @@ def test_a_companion_reads_as_it_was_written(tmp_path: Path, kind: str) -> None:
     assert read.head.matrix.dtype == torch.float32
     for place, flip in with_flipped_bits(path, 0, seed=6):
         opened = SoftTargetStore(store.folder, store.manifest)
-        assert opened.companion() is None, f"byte {place} changed by {flip}"
+        assert opened.shared_codec() is None, f"byte {place} changed by {flip}"
         if place == 9:
             for ask in (opened.targets, opened.layer_states):
                 with pytest.raises(StoreError, match="missing or damaged; run the capture") as told:
                     ask(0)
-                assert COMPANION in str(told.value)
+                assert SHARED_CODEC in str(told.value)
     whole = path.read_bytes()
     path.unlink()
     opened = SoftTargetStore(store.folder, store.manifest)
-    assert opened.companion() is None
+    assert opened.shared_codec() is None
     path.write_bytes(whole)
-    assert opened.companion() is not None
+    assert opened.shared_codec() is not None
     assert len(opened.layer_states(0)) == len(KINDS[kind].layers)
 
 
@@ -280,13 +283,13 @@ def test_files_of_another_store_or_place_are_refused(tmp_path: Path) -> None:
     _, _, store = filled_by_kind(tmp_path / "store", "sketch")
     identity = {**store.manifest.identity, "teacher": "x"}
     other = SoftTargetStore.create_or_open(tmp_path / "other", Manifest(identity, 7, PER_SHARD))
-    for path in (store.folder / COMPANION, store.shard_path(0)):
+    for path in (store.folder / SHARED_CODEC, store.shard_path(0)):
         shutil.copy(path, other.folder)
-    assert other.companion() is None and other.state(0) == "damaged"
-    for path in (store.folder / COMPANION, store.shard_path(1)):
+    assert other.shared_codec() is None and other.state(0) == "damaged"
+    for path in (store.folder / SHARED_CODEC, store.shard_path(1)):
         shutil.copy(store.shard_path(0), path)
     again = SoftTargetStore(store.folder, store.manifest)
-    assert again.companion() is None
+    assert again.shared_codec() is None
     assert [again.state(shard) for shard in (0, 1)] == ["complete", "damaged"]
 
 
@@ -324,16 +327,6 @@ def test_another_identity_is_refused(tmp_path: Path) -> None:
             SoftTargetStore.create_or_open(store.folder, manifest)
             pytest.fail(f"accepted, where it should say {message}")
         assert contents(store.folder) == before, message
-
-
-def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
-    """Nothing is written beside files that are not a store's; an empty folder is fine."""
-    (tmp_path / "note").write_text("mine")
-    with pytest.raises(StoreError, match="other files"):
-        SoftTargetStore.create_or_open(tmp_path, make_manifest())
-    assert [entry.name for entry in tmp_path.iterdir()] == ["note"]
-    (tmp_path / "note").unlink()
-    assert SoftTargetStore.create_or_open(tmp_path, make_manifest()).state(0) == "missing"
 
 
 def test_manifest_round_trip(tmp_path: Path) -> None:
@@ -379,13 +372,19 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-def test_temporary_files_are_known(tmp_path: Path) -> None:
-    """What a killed writer or a lock leaves does not keep a store from being begun in a folder."""
+def test_other_files_are_refused_but_temporary_ones(tmp_path: Path) -> None:
+    """Nothing is written beside files that are not a store's; a killed writer's do not count."""
+    (tmp_path / "note").write_text("mine")
+    with pytest.raises(StoreError, match="other files"):
+        SoftTargetStore.create_or_open(tmp_path, make_manifest())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["note"]
+    (tmp_path / "note").unlink()
     for name in (".lock", ".lock.3", f".{MANIFEST}.77.tmp", ".shard-00000.safetensors.77.tmp"):
         (tmp_path / name).write_bytes(b"half")
         assert is_temporary(tmp_path / name)
-    for name in (MANIFEST, COMPANION, "shard-00000.safetensors"):
+    for name in (MANIFEST, SHARED_CODEC, "shard-00000.safetensors"):
         assert not is_temporary(tmp_path / name)
+    assert SoftTargetStore.create_or_open(tmp_path, make_manifest()).state(0) == "missing"
     store = filled(tmp_path)
     assert [store.state(shard) for shard in range(3)] == ["complete"] * 3
     sizes = [store.shard_path(shard).stat().st_size for shard in range(3)]

@@ -13,9 +13,9 @@ from gguf import GGMLQuantizationType
 from gguf import GGUFValueType as Kind
 
 import teachers.gguf.embeddings
-from distill.capture.capture import keep_inheritance
+from distill.capture.capture import keep_teacher_record
 from distill.config.loading import load_config
-from distill.initialization.embeddings import initialise_embeddings
+from distill.initialization.embeddings import initialize_embeddings
 from distill.pipeline.capture import capture_only
 from distill.runtime.progress import Console
 from teachers.atomic_files import StoreError
@@ -34,12 +34,12 @@ from teachers.store.store import SoftTargetStore
 from teachers.store.teacher_record import (
     LINE_SEQUENCES,
     TEACHER,
-    Inheritance,
-    find_inheritance,
+    TeacherRecord,
+    find_teacher_record,
     first_sequences,
-    inherit,
-    need_inheritance,
-    write_inheritance,
+    make_teacher_record,
+    require_teacher_record,
+    write_teacher_record,
 )
 from tests.support.children.capture_child import Source, begin
 from tests.support.stores import filled
@@ -100,7 +100,7 @@ def test_a_student_takes_the_first_columns() -> None:
     for width in (8, 24, 32):
         student = make_student(width, 1)
         before = {name: value.clone() for name, value in student.state_dict().items()}
-        initialise_embeddings(student, scores)
+        initialize_embeddings(student, scores)
         found = student.model.embed_tokens.weight.detach()
         taken = torch.from_numpy(scores[:, :width].astype(np.float32))
         assert torch.equal(found[:, 24:], torch.zeros(96, max(0, width - 24))), width
@@ -112,7 +112,7 @@ def test_a_student_takes_the_first_columns() -> None:
         changed = {name for name in now if not torch.equal(now[name], before[name])}
         assert changed == {"model.embed_tokens.weight", "lm_head.weight"}, "one tensor"
     with pytest.raises(ValueError, match="95 token embeddings, the student 96"):
-        initialise_embeddings(student, scores[:95])
+        initialize_embeddings(student, scores[:95])
 
 
 # --- what the store keeps
@@ -122,7 +122,7 @@ def test_a_student_takes_the_first_columns() -> None:
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: GGUFTeacher) -> SoftTargetStore:
     """A store with what it keeps of the tiny teacher."""
     store, _ = filled(tmp_path_factory.mktemp("whole") / "store", tiny_teacher, Source())
-    keep_inheritance(tiny_teacher, tiny_teacher.file.path, store, Console())
+    keep_teacher_record(tiny_teacher, tiny_teacher.file.path, store, Console())
     return store
 
 
@@ -135,7 +135,7 @@ def kept(tmp_path: Path, whole: SoftTargetStore) -> SoftTargetStore:
 
 def test_everything_is_kept(kept: SoftTargetStore, tiny_teacher: GGUFTeacher) -> None:
     """Facts, tokenizer and template as in the file, scores, and lines with the teacher's ids."""
-    found = need_inheritance(kept)
+    found = require_teacher_record(kept)
     assert found.info == tiny_teacher.info
     assert found.tokenizer == tokenizer_fields(tiny_teacher.file)
     assert list(found.tokenizer) == list(tokenizer_fields(tiny_teacher.file))
@@ -159,8 +159,8 @@ def test_odd_metadata_survives(kept: SoftTargetStore, tiny_teacher: GGUFTeacher)
         "tokenizer.ggml.x": Field(-3, Kind.INT8),
     }
     embeddings = np.ones((1024, 3), dtype=np.float16)
-    write_inheritance(kept, Inheritance(tiny_teacher.info, NO_LINES, odd, embeddings))
-    found = need_inheritance(kept)
+    write_teacher_record(kept, TeacherRecord(tiny_teacher.info, NO_LINES, odd, embeddings))
+    found = require_teacher_record(kept)
     assert found.tokenizer == odd and found.embeddings.shape == (1024, 3)
 
 
@@ -172,12 +172,12 @@ def test_a_flipped_byte_is_damage_and_is_made_again(
     whole, size = path.read_bytes(), path.stat().st_size
     for place in (3, 60, size // 3, 2 * size // 3, size - 1):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        assert find_inheritance(kept) is None, place
+        assert find_teacher_record(kept) is None, place
         with pytest.raises(StoreError, match=rf"{TEACHER} .*damaged; run the capture again"):
-            need_inheritance(kept)
+            require_teacher_record(kept)
         others = {file: file.stat().st_mtime_ns for file in kept.folder.iterdir() if file != path}
         capsys.readouterr()
-        keep_inheritance(tiny_teacher, tiny_teacher.file.path, kept, Console())
+        keep_teacher_record(tiny_teacher, tiny_teacher.file.path, kept, Console())
         said = "".join(capsys.readouterr().out.split())
         assert "wasdamagedandismadeagain" in said, place
         assert path.read_bytes() == whole, place
@@ -190,19 +190,19 @@ def test_an_old_store(kept: SoftTargetStore, tmp_path: Path, tiny_teacher: GGUFT
     whole = path.read_bytes()
     path.unlink()
     with pytest.raises(StoreError, match="is missing; run the capture again"):
-        need_inheritance(kept)
-    keep_inheritance(tiny_teacher, tiny_teacher.file.path, kept, Console())
+        require_teacher_record(kept)
+    keep_teacher_record(tiny_teacher, tiny_teacher.file.path, kept, Console())
     written = path.stat().st_mtime_ns
-    keep_inheritance(tiny_teacher, tiny_teacher.file.path, kept, Console())
+    keep_teacher_record(tiny_teacher, tiny_teacher.file.path, kept, Console())
     assert path.read_bytes() == whole and path.stat().st_mtime_ns == written
     other = begin(tmp_path / "other", tiny_teacher, Source(spoken=True))
     (other.folder / TEACHER).write_bytes(whole)
-    assert find_inheritance(other) is None
+    assert find_teacher_record(other) is None
 
 
 def test_well_sealed_nonsense_is_damage(kept: SoftTargetStore, tiny_teacher: GGUFTeacher) -> None:
     """Another program's file with a right checksum is no better, nor one of no parameters."""
-    arrays = need_inheritance(kept).arrays()
+    arrays = require_teacher_record(kept).arrays()
     for name, rows in (
         ("card", np.frombuffer(b"{}", np.uint8)),
         ("card", np.frombuffer(b"[1]", np.uint8)),
@@ -211,14 +211,14 @@ def test_well_sealed_nonsense_is_damage(kept: SoftTargetStore, tiny_teacher: GGU
         ("embeddings", np.zeros(1024, np.float16)),
     ):
         kept.write_file(TEACHER, {**arrays, name: rows})
-        assert find_inheritance(kept) is None, (name, rows)
+        assert find_teacher_record(kept) is None, (name, rows)
     kept.write_file(TEACHER, {name: rows for name, rows in arrays.items() if name != "embeddings"})
-    assert find_inheritance(kept) is None, "without embeddings"
+    assert find_teacher_record(kept) is None, "without embeddings"
     kept.write_file(TEACHER, arrays)
-    assert find_inheritance(kept) is not None
+    assert find_teacher_record(kept) is not None
     info = replace(tiny_teacher.info, parameters=0)
-    write_inheritance(kept, Inheritance(info, NO_LINES, {}, np.empty((0, 0), np.float16)))
-    assert find_inheritance(kept) is None, "no parameters"
+    write_teacher_record(kept, TeacherRecord(info, NO_LINES, {}, np.empty((0, 0), np.float16)))
+    assert find_teacher_record(kept) is None, "no parameters"
 
 
 def test_lines_are_bounded(tiny_teacher: GGUFTeacher) -> None:
@@ -228,7 +228,7 @@ def test_lines_are_bounded(tiny_teacher: GGUFTeacher) -> None:
     assert len(first_sequences(rows, 9, 39)) == 3
     assert len(first_sequences(rows, 9, 1)) == 1 and first_sequences([], 9, 9) == []
     many = (np.array([0, 300 + n], dtype=np.int32) for n in range(500))
-    assert len(inherit(tiny_teacher, None, many).lines.texts) == LINE_SEQUENCES
+    assert len(make_teacher_record(tiny_teacher, None, many).lines.texts) == LINE_SEQUENCES
     assert next(many)[1] <= 300 + LINE_SEQUENCES + 1  # no more of the store is read
 
 
@@ -238,11 +238,13 @@ def test_a_teacher_that_is_no_gguf_file(tmp_path: Path, tiny_teacher: GGUFTeache
     paths = {"teacher.path": make_folder(tmp_path / "model"), "data.path": tmp_path / "data.txt"}
     overrides = {name: str(path) for name, path in paths.items()}
     config = load_config(None, overrides, ["data.max_length=16"])
-    found = need_inheritance(capture_only(config, tmp_path / "store", Console()))
+    found = require_teacher_record(capture_only(config, tmp_path / "store", Console()))
     assert found.info.name == "model" and not found.tokenizer and found.embeddings.shape == (0, 0)
     assert found.lines.texts
     mixed, _ = filled(tmp_path / "mixed", tiny_teacher, Source())
-    keep_inheritance(tiny_teacher, None, mixed, Console())
-    assert not need_inheritance(mixed).tokenizer
-    keep_inheritance(tiny_teacher, tiny_teacher.file.path, mixed, Console())
-    assert need_inheritance(mixed).tokenizer == tokenizer_fields(read_gguf(tiny_teacher.file.path))
+    keep_teacher_record(tiny_teacher, None, mixed, Console())
+    assert not require_teacher_record(mixed).tokenizer
+    keep_teacher_record(tiny_teacher, tiny_teacher.file.path, mixed, Console())
+    assert require_teacher_record(mixed).tokenizer == tokenizer_fields(
+        read_gguf(tiny_teacher.file.path)
+    )

@@ -1,4 +1,7 @@
-"""Typed soft targets against float64 references, and the top-k that finds them."""
+"""Typed soft targets against float64 references, and the top-k that finds them.
+
+Long because every kind of targets is checked against the same references.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Sketched hidden states: rounding, the division of bits, the directions, the metric."""
+"""Sketched hidden states: rounding, the division of bits, the directions, the metric.
+
+Long because the codec's references and its checks belong together.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from torch import Tensor
 from teachers.targets import state_codec
 from teachers.targets.distributions import Arrays, CompactTargets
 from teachers.targets.recipe import Recipe
-from teachers.targets.state_codec import Basis, divide_bits, fit_basis, tail_metric
+from teachers.targets.state_codec import Basis, bases_in, divide_bits, fit_basis, tail_metric
 from teachers.targets.stored_arrays import Answer, reduce, typed
 
 Array = NDArray[np.float64]
@@ -125,11 +128,11 @@ def test_arrays_and_back() -> None:
         other = fit_basis(correlated(80, 24, seed=1), None, 3)
         arrays = {**basis.arrays("final"), **other.arrays("layer1")}
         again = Basis.from_arrays(arrays, "final")
-        assert again is not None and again.wide == basis.wide
+        assert again.wide == basis.wide
         for name in ("mean", "encode", "decode", "ranges"):
             assert torch.equal(getattr(again, name), getattr(basis, name)), (budget, name)
             assert getattr(basis, name).dtype == torch.float32
-        assert Basis.from_arrays(arrays, "layer2") is None
+        assert set(bases_in(arrays, (1, 2))) == {"final", "layer1"}
         for mine, theirs in zip(basis.encoded(states), again.encoded(states), strict=True):
             assert np.array_equal(mine, theirs), budget
 
@@ -201,19 +204,19 @@ def test_error_constants_are_what_rounding_costs() -> None:
 
 def left_over(basis: Basis, states: Tensor, metric: Array) -> float:
     """Mean eᵀMe of what the directions cannot hold, nothing rounded, float64."""
-    centred = states.double().numpy() - basis.mean.double().numpy()
-    kept = centred @ basis.encode.double().numpy() @ basis.decode.double().numpy()
-    error = centred - kept
+    centered = states.double().numpy() - basis.mean.double().numpy()
+    kept = centered @ basis.encode.double().numpy() @ basis.decode.double().numpy()
+    error = centered - kept
     return float(np.einsum("nd,de,ne->", error, metric, error)) / len(states)
 
 
 def optimum(states: Tensor, metric: Array, rank: int) -> float:
     """The least possible: trailing eigenvalues of M^½ Σ M^½."""
-    centred = states.double().numpy()
-    centred = centred - centred.mean(axis=0)
+    centered = states.double().numpy()
+    centered = centered - centered.mean(axis=0)
     values, vectors = np.linalg.eigh(metric)
     root = vectors * np.sqrt(values) @ vectors.T
-    energies = np.linalg.eigvalsh(root @ (centred.T @ centred / len(states)) @ root)  # rising
+    energies = np.linalg.eigvalsh(root @ (centered.T @ centered / len(states)) @ root)  # rising
     return float(energies[: len(energies) - rank].sum())
 
 
@@ -337,8 +340,8 @@ def reference_metric(states: Array, matrix: Array, num_topk: int) -> Array:
         for temperature in (1.0, 3.0):
             weights = np.exp(row[tail] / temperature)
             average[tail] += weights / weights.sum() / 2.0 / len(states)
-    centred = matrix - average @ matrix
-    metric: Array = (average[:, None] * centred).T @ centred
+    centered = matrix - average @ matrix
+    metric: Array = (average[:, None] * centered).T @ centered
     return metric
 
 

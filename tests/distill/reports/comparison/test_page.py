@@ -1,4 +1,7 @@
-"""The page of a comparison: what it says, that it is one safe file, and that a browser draws it."""
+"""The page of a comparison: what it says, that it is one safe file, and that a browser draws it.
+
+Long because every part of the page is checked on the same comparison.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 from distill.errors import UserError
-from distill.evaluation.pareto import front, quantisations, size_front, speed_front
+from distill.evaluation.pareto import front, quantizations, size_front, speed_front
 from distill.evaluation.records import Comparison, Fidelity, ModelEvaluation, TaskScore
 from distill.metrics.intervals import Figure, wilson
 from distill.metrics.safety import SafetyScore, score_decisions
@@ -230,8 +233,8 @@ def test_quantisation_that_always_costs() -> None:
         facts = about(verdict(comparison(students)), "Quantisation")
         check_facts(facts, ("plain", f"Q4_0 has 33.3% of the bytes, and its KL is {words}"))
     other = model("other", 4_000_000, 12.0, 100.0, "Q4_0")
-    assert quantisations([other, replace(other, file_type="F16", parameters=6)]) == []
-    assert quantisations([other, replace(other, name="b")]) == []  # of one type they are two models
+    assert quantizations([other, replace(other, file_type="F16", parameters=6)]) == []
+    assert quantizations([other, replace(other, name="b")]) == []  # of one type they are two models
 
 
 def test_front_is_what_nobody_beats() -> None:
