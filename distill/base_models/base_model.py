@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import AutoConfig
 
@@ -17,6 +16,7 @@ from distill.base_models.folder import base_folder
 from distill.base_models.vocabulary_match import VocabularyMatch, compare_vocabularies
 from distill.config.schema import RunConfig
 from distill.errors import UserError
+from distill.runtime.device import training_device
 from students.adapter.adapter import AdaptedStudent, adapt
 from students.adapter.base_model import AdapterSettings
 from students.gguf.architectures import context_length, head_width, require_exportable
@@ -107,13 +107,6 @@ def open_base(
     except TokenizerConversionError as error:
         obstacle = " ".join(str(error).split())
     return Base(folder, settings, match, config.student.load_in_4bit, obstacle)
-
-
-def training_device() -> torch.device:
-    """Where this process trains."""
-    device = PartialState().device
-    # Metal lacks the float64 that rotations and scores are computed in.
-    return torch.device("cpu") if device.type == "mps" else device
 
 
 def load_base_student(base: Base, config: RunConfig, vocab_size: int) -> AdaptedStudent:

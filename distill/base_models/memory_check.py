@@ -5,11 +5,12 @@ from __future__ import annotations
 import psutil
 import torch
 
-from distill.base_models.base_model import Base, training_device
+from distill.base_models.base_model import Base
 from distill.base_models.memory_advice import how_to_fit
 from distill.base_models.memory_estimate import memory_of
 from distill.config.schema import RunConfig
 from distill.errors import UserError
+from distill.runtime.device import training_device
 from distill.runtime.format import human_bytes, human_count
 from distill.runtime.progress import Console
 from students.gguf.architectures import architecture_of

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from distill.reports.render.terminal import print_section
-from distill.reports.run.tables import result_section
+from distill.reports.run.sections import result_section
 from distill.runs.folder import RunFolder
 from distill.runs.records import read_records
 from distill.runtime.progress import Console

@@ -14,11 +14,11 @@ from distill.reports.render.html import write_page
 from distill.reports.render.terminal import print_report
 from distill.reports.run.charts import charts, comparison_charts
 from distill.reports.run.report import Comparison, Report, compare, read_report
-from distill.reports.run.tables import comparison_sections, sections
+from distill.reports.run.sections import comparison_sections, sections
 from distill.reports.weights.charts import weight_charts, weight_comparison_charts
 from distill.reports.weights.comparison import WeightsComparison, compare_weights
 from distill.reports.weights.report import WeightsReport, read_weights
-from distill.reports.weights.tables import weight_comparison_sections, weight_sections
+from distill.reports.weights.sections import weight_comparison_sections, weight_sections
 from distill.runs.folder import RunFolder
 from distill.runtime.printable import printable_line
 from distill.runtime.progress import Console

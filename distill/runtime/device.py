@@ -1,12 +1,20 @@
-"""Which precision a device trains in."""
+"""Where a process trains, and in which precision."""
 
 from __future__ import annotations
 
 import torch
+from accelerate import PartialState
 
 from distill.config.schema import TrainConfig
 
 BF16_WIDTH_ON_CPU = 256  # below this width, converting to bfloat16 costs a CPU more than it saves
+
+
+def training_device() -> torch.device:
+    """Where this process trains."""
+    device = PartialState().device
+    # Metal lacks the float64 that rotations and scores are computed in.
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def choose_precision(config: TrainConfig, width: int, device: torch.device) -> str:

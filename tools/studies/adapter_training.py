@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
-from distill.base_models.base_model import load_base_student, training_device
+from distill.base_models.base_model import load_base_student
 from distill.capture.ready_store import open_full_store
 from distill.capture.tokenizer_only import metadata_entries
 from distill.config.loading import load_config
@@ -28,6 +28,7 @@ from distill.heads.safety_data import labelled_prompts, safety_data
 from distill.losses.objective import build_objective
 from distill.pipeline.resolve import resolve
 from distill.runs.folder import HeldOut, latest_checkpoint
+from distill.runtime.device import training_device
 from distill.runtime.progress import Console
 from distill.training.data import TrainingData, split
 from distill.training.engine import TrainingJob, train

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel
 
-from distill.base_models.base_model import Base, training_device
+from distill.base_models.base_model import Base
 from distill.config.schema import RunConfig
 from distill.errors import TrainingAborted
 from distill.losses.objective import Objective
 from distill.runtime.cpu import keep_freed_memory, onednn_for_float32
-from distill.runtime.device import choose_precision
+from distill.runtime.device import choose_precision, training_device
 from distill.training.data import TrainingData, load_batch
 from distill.training.distributed import TrainingModule
 from distill.training.engine import Report

@@ -33,7 +33,7 @@ from distill.reports.card.sections import (
     teacher_name,
 )
 from distill.reports.render.markdown import Markdown, code, escaped, one_line, section
-from distill.reports.run.tables import (
+from distill.reports.run.sections import (
     environment_section,
     result_section,
     safety_section,

@@ -10,7 +10,7 @@ from distill.evaluation.scorers import STORED_TARGETS
 from distill.reports.card.facts import CardFacts
 from distill.reports.document import Section, Table
 from distill.reports.render.markdown import last_part, without_folders
-from distill.reports.run.tables import student_text, teacher_text
+from distill.reports.run.sections import student_text, teacher_text
 from distill.runs.exports import ExportedFile
 from distill.runtime.format import MISSING, human_bytes, human_count, share
 from students.model.head_decisions import ESCALATE

@@ -14,7 +14,7 @@ from distill.evaluation.pareto import fidelity_of, kl_of, size_front, speed_fron
 from distill.evaluation.records import Comparison, ModelEvaluation
 from distill.metrics.intervals import Figure
 from distill.reports import document
-from distill.reports.comparison.tables import harness_figure, harness_rows
+from distill.reports.comparison.sections import harness_figure, harness_rows
 from distill.reports.render import plotly as draw
 from distill.runtime.format import human_bytes
 from students.model.head_decisions import DECISIONS

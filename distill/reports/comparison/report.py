@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distill.evaluation.records import Comparison
 from distill.reports.comparison.charts import charts
-from distill.reports.comparison.tables import sections
+from distill.reports.comparison.sections import sections
 from distill.reports.comparison.verdict import verdict
 from distill.reports.document import Document
 

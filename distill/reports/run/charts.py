@@ -16,7 +16,7 @@ from distill.reports.render import plotly as draw
 from distill.reports.run.guard_log import add_marks
 from distill.reports.run.health_charts import health_charts
 from distill.reports.run.report import Comparison, Report
-from distill.reports.run.tables import LANGUAGES
+from distill.reports.run.sections import LANGUAGES
 from distill.reports.weights.charts import weight_charts
 from distill.runs.metrics_log import LOSS_PARTS, ROTATION_ERROR, HeldOutPoint
 from students.model.head_decisions import DECISIONS

@@ -20,7 +20,7 @@ from distill.metrics.intervals import Figure, wilson
 from distill.metrics.safety import SafetyScore, score_decisions
 from distill.reports.comparison.charts import LETTER, LINE, charts, label_sides, labels
 from distill.reports.comparison.report import document_of
-from distill.reports.comparison.tables import harness_figure, sections
+from distill.reports.comparison.sections import harness_figure, sections
 from distill.reports.comparison.verdict import verdict
 from distill.reports.render.html import write_page
 from tests.support.report_runs import (

@@ -21,7 +21,7 @@ from distill.reports.run.guard_log import counted, guard_sections
 from distill.reports.run.health_tables import health_sections
 from distill.reports.run.report import Comparison, Report
 from distill.reports.weights.report import summary_words
-from distill.reports.weights.tables import tensor_tables
+from distill.reports.weights.sections import tensor_tables
 from distill.runs.records import (
     EvaluationPart,
     ModelScore,
