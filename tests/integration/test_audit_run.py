@@ -1,6 +1,6 @@
 """A run's log: what is in it and what is not, over interruptions too; `distill audit verify`.
 
-Long because one run, interrupted and finished, serves all of the tests.
+Over 400 lines because one run, interrupted and finished, serves all of the tests.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`distill evaluate` on tiny models: its scores, which text it takes, and what it refuses.
 
-Long because one comparison of the same few files serves all of the tests.
+Over 400 lines because one comparison of the same few files serves all of the tests.
 """
 
 from __future__ import annotations

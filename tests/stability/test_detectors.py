@@ -1,6 +1,6 @@
 """Every detector fires on what it is for, not on sound trainings; every cause is named.
 
-Long because every detector is tested on the same kinds of training.
+Over 400 lines because every detector is tested on the same kinds of training.
 """
 
 from __future__ import annotations

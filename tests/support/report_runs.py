@@ -1,6 +1,6 @@
 """Finished runs, written by hand, that reports and cards are made of.
 
-Long because runs, pages and cards are read by the same helpers.
+Over 400 lines because runs, pages and cards are read by the same helpers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The headline job on both sides in one run: ``distill run`` against live ``transformers`` models.
 
-Long because both sides of the job, their measuring and their tables belong together.
+Over 400 lines because both sides of the job, their measuring and their tables belong together.
 
     python -m tools.bench.headline [--teacher FILE.gguf] [--only ours|live] [--repeats 3] [--json
     FILE]

@@ -1,7 +1,7 @@
 """One training step with the chunked loss against the plain PyTorch step: tokens per second and
 extra peak memory.
 
-Long because both sides of the step, their measuring and their tables belong together.
+Over 400 lines because both sides of the step, their measuring and their tables belong together.
 
     python -m tools.bench.step [--device cuda] [--precision fp32] [--json FILE]
 

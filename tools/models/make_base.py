@@ -9,7 +9,7 @@ The small one knows half of the kinds of request that the example teacher answer
 distillation has something to gain. The large one is what memory and speed are measured on; it is
 written layer by layer, so that main memory holds one layer at a time.
 
-Long because both kinds of base share their settings and writing.
+Over 400 lines because both kinds of base share their settings and writing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Fidelity at equal training tokens: one student, one store, one thing changed, the objective.
 
-Long because every objective of the table is a few lines here.
+Over 400 lines because every objective of the table is a few lines here.
 
     python -m tools.studies.objectives STORE --json FILE.jsonl [--size 64x3] [--seeds 0,1,2] [--only
     'top32-*,T3-then-T1']

@@ -1,7 +1,7 @@
 """What gates, terms and heads do: variants of one training, and their figures
 (``tools.studies.so8t ablation``).
 
-Long because variants, trainings and tables belong together.
+Over 400 lines because variants, trainings and tables belong together.
 """
 
 from __future__ import annotations

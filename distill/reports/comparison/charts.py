@@ -1,6 +1,6 @@
 """The charts of a comparison's page.
 
-Long because every chart of the page is a short function here.
+Over 400 lines because every chart of the page is a short function here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The charts of a run's report, and of two side by side.
 
-Long because every chart of the report is a short function here.
+Over 400 lines because every chart of the report is a short function here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The tables of a report, the same in the terminal and on the page: plain strings, nothing
 escaped yet.
 
-Long because every table of the report is a short function here.
+Over 400 lines because every table of the report is a short function here.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 ``lm_eval`` is optional: a module with its interface stands in for it. The last test runs the real
 one where it is installed (tried with 0.4.13).
 
-Long because one teacher serves every test.
+Over 400 lines because one teacher serves every test.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`distill chat`: the model's own words as they come, nothing private, no terminal steered.
 
-Long because one student serves every test.
+Over 400 lines because one student serves every test.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The log's chain: every edit is found and its line named, whatever is killed or cut off.
 
-Long because every way to damage a log is tried on the same run.
+Over 400 lines because every way to damage a log is tried on the same run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Corpus → teacher → store: complete, the same bytes however it came about, or refused.
 
-Long because every way to interrupt a capture is tried on the same store.
+Over 400 lines because every way to interrupt a capture is tried on the same store.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The store: whole or not at all, damage noticed, identity respected, reads equal writes.
 
-Long because every way to damage a store is tried on the same one.
+Over 400 lines because every way to damage a store is tried on the same one.
 """
 
 from __future__ import annotations

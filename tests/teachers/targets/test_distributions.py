@@ -1,6 +1,6 @@
 """Typed soft targets against float64 references, and the top-k that finds them.
 
-Long because every kind of targets is checked against the same references.
+Over 400 lines because every kind of targets is checked against the same references.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Sketched hidden states: rounding, the division of bits, the directions, the metric.
 
-Long because the codec's references and its checks belong together.
+Over 400 lines because the codec's references and its checks belong together.
 """
 
 from __future__ import annotations

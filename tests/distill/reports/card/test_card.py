@@ -1,6 +1,6 @@
 """The model card: true to the run's records, the same each time, whole, and working as it says.
 
-Long because every part of the card is checked on the same run.
+Over 400 lines because every part of the card is checked on the same run.
 """
 
 from __future__ import annotations

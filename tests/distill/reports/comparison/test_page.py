@@ -1,6 +1,6 @@
 """The page of a comparison: what it says, that it is one safe file, and that a browser draws it.
 
-Long because every part of the page is checked on the same comparison.
+Over 400 lines because every part of the page is checked on the same comparison.
 """
 
 from __future__ import annotations
