@@ -28,12 +28,19 @@ from distill.export.ollama_template import (
 from teachers.atomic_files import write_whole
 from teachers.gguf.file import Field
 from teachers.tokenizer.chat_template import ChatTemplateError, Message, render_chat
-from teachers.tokenizer.gguf_metadata import SENTENCEPIECE, chat_templates, read_roles, token_text
+from teachers.tokenizer.gguf_metadata import (
+    INFILL_TOKENS,
+    SENTENCEPIECE,
+    chat_templates,
+    read_roles,
+    token_text,
+)
 from teachers.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 
 MOST_CONTEXT = 8192  # tokens in num_ctx: Ollama takes memory for all of them at once
 _QUOTES = '"""'
 _SPECIAL = (TokenType.CONTROL, TokenType.USER_DEFINED)
+_END_ROLES = [f"tokenizer.ggml.{role}_token_id" for role in ("eos", "eot", "eom")]
 _LONE = re.compile("[\ud800-\udfff]")  # the GGUF reader's sign for a byte that is not UTF-8
 # How special tokens and headings of turns begin, and no sentence.
 _MARKER = re.compile(r"_?[<\[＜【]\S|#{2,} ")
@@ -233,8 +240,15 @@ def stop_sequences(
     stated = fields.get("tokenizer.ggml.token_type")
     kinds = stated.value if stated is not None else []
     special = [one for one, kind in zip(tokens, kinds, strict=False) if kind in _SPECIAL and one]
-    ends = [token_text(tokens[number], number) for number in end_tokens]
-    ends = [end for end in ends if end.strip() and _is_marker(end, special)]
+    named = {fields[key].value for key in _END_ROLES if key in fields}
+    texts = {number: token_text(tokens[number], number) for number in end_tokens}
+    ends = [
+        text
+        for number, text in texts.items()
+        if text.strip() and text not in INFILL_TOKENS and _is_marker(text, special)
+        # llama.cpp goes by the text alone; Gemma's </s> is a tag of HTML.
+        if number in named or text in opening or not kinds or kinds[number] == TokenType.CONTROL
+    ]
     bos = read_roles(fields, len(tokens)).get("bos")
     turn = _turn(opening, ends, special, "" if bos is None else tokens[bos])
     stops = [text for text in dict.fromkeys([*ends, turn]) if text.strip()]

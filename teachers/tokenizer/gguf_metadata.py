@@ -37,6 +37,7 @@ _INFILL = {
     ("fim_rep",): "<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>",
     ("fim_sep",): "<|file_sep|>",
 }
+INFILL_TOKENS = frozenset(" ".join(_INFILL.values()).split())
 _ALWAYS_USER_DEFINED = frozenset(("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"))
 # The format's own spelling of "separator" is wrong.
 _ROLES = {

@@ -25,6 +25,7 @@ from teachers.tokenizer.chat_template import ChatTemplateError, render_chat
 from teachers.tokenizer.conversation import conversations_tokens
 from tests.support.chat_templates import FAMILIES, family
 from tests.support.ollama import GoTemplate, fill_in, read_modelfile
+from tests.support.real import real_teacher
 from tests.support.teachers import edited, shared_file
 
 Messages = list[dict[str, str]]
@@ -280,8 +281,10 @@ def test_stop_sequences() -> None:
     both = edited({}, tokens=["<|e", "<|e|>"], token_type=[3, 3])
     for opening, turn in (("<|e|>Q: ", []), ("<|e|><|e|>\n[Q] ", ["\n[Q]"]), ("\nQ: ", ["\nQ:"])):
         assert stop_sequences(both, (0, 1), opening)[0] == ["<|e", "<|e|>", *turn], opening
-    words = edited({}, tokens=[",", "user", "END", "</s>"], token_type=[1, 1, 3, 1])
-    assert stop_sequences(words, (0, 1, 2, 3), "\nuser\n")[0] == ["</s>"]
+    words = ["</s>", "user", "END", "<reponame>", "<|end|>", ","]
+    for eos, ends in ((0, ["</s>", "<|end|>"]), (1, ["<|end|>"]), (5, ["<|end|>"])):
+        fields = edited({}, tokens=words, token_type=[1, 1, 3, 3, 3, 1], eos_token_id=eos)
+        assert stop_sequences(fields, range(6), "\nuser\n")[0] == ends, eos
     bare = "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
     assert made(fields_of(bare, "</s>"))[0]["stop"] == ["</s>"]
     lines = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}assistant:"
@@ -343,6 +346,22 @@ def test_real_teachers(tmp_path: Path, name: str) -> None:
         theirs = teacher.tokenize(prompts, add_special=True, parse_special=True)
         ours = conversations_tokens(teacher, conversations, answer=True)
         assert [row.tolist() for row in theirs] == [row.tolist() for row in ours]
+
+
+def test_downloaded_teachers() -> None:
+    """BOS begins every turn of one; the other's base has no template, and </s> among its words."""
+    for name, ends, stops in (
+        ("smollm2", (0, 2, 4), ["<|endoftext|>", "<|im_end|>", "<|im_start|>user"]),
+        ("gemma3", (1, 106, 212), ["<eos>", "<end_of_turn>"]),
+    ):
+        fields = read_gguf(real_teacher(name)).fields
+        found, notes = made(fields, ends=ends)
+        assert found["stop"] == stops and notes == [], name
+        if name == "smollm2":
+            messages = talk(("user", "assistant", "user"), ("東京?", "<b>Yes</b>", "And?"))
+            text = fields["tokenizer.chat_template"].value
+            shown = render_chat(text, messages, add_generation_prompt=True)
+            assert fill_in(found["template"], messages) == shown
 
 
 def test_the_file(tmp_path: Path) -> None:
