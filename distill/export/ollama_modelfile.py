@@ -240,17 +240,18 @@ def stop_sequences(
     stated = fields.get("tokenizer.ggml.token_type")
     kinds = stated.value if stated is not None else []
     special = [one for one, kind in zip(tokens, kinds, strict=False) if kind in _SPECIAL and one]
+    roles = read_roles(fields, len(tokens))
+    bos = tokens[roles["bos"]] if "bos" in roles else ""
     named = {fields[key].value for key in _END_ROLES if key in fields}
-    texts = {number: token_text(tokens[number], number) for number in end_tokens}
-    ends = [
-        text
-        for number, text in texts.items()
-        if text.strip() and text not in INFILL_TOKENS and _is_marker(text, special)
-        # llama.cpp goes by the text alone; Gemma's </s> is a tag of HTML.
-        if number in named or text in opening or not kinds or kinds[number] == TokenType.CONTROL
-    ]
-    bos = read_roles(fields, len(tokens)).get("bos")
-    turn = _turn(opening, ends, special, "" if bos is None else tokens[bos])
+    ends = []
+    for number in end_tokens:
+        text = token_text(tokens[number], number)
+        # llama.cpp goes by the text alone: in a vocabulary with tags of HTML </s> is one.
+        tag = text.startswith("</") and kinds[number : number + 1] != [TokenType.CONTROL]
+        tag = tag and number not in named and text not in opening and f"<{text[2:]}" != bos
+        if not tag and text not in INFILL_TOKENS and _is_marker(text, special):
+            ends.append(text)
+    turn = _turn(opening, ends, special, bos)
     stops = [text for text in dict.fromkeys([*ends, turn]) if text.strip()]
     notes = [
         f"the stop sequence {text!a} cannot be written here"
