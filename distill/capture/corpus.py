@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,6 +108,8 @@ def build_corpus(
     notes: list[str] = []
     if max_length < config.max_length:
         notes.append(f"sequences are cut to the teacher's context of {max_length} tokens")
+    if entries is None or any(entry.kind in ("prompt", "messages") for entry in entries):
+        notes += _of_the_date(teacher.info.chat_template or "")
     if entries is None:
         opening = opening_segments(teacher)
         if opening is None:
@@ -122,6 +126,16 @@ def build_corpus(
             f"data {config.path}: only {len(items)} sequence; at least 2 are needed (1 is held out)"
         )
     return Corpus(items, sampling, notes)
+
+
+def _of_the_date(template: str) -> list[str]:
+    if "strftime_now" not in template or "SOURCE_DATE_EPOCH" in os.environ:
+        return []
+    return [
+        "the teacher's chat template writes today's date, so that the soft targets of another day "
+        "are others; to make them again, or continue a run, then, set SOURCE_DATE_EPOCH="
+        f"{int(time.time())}"
+    ]
 
 
 def read_entries(config: DataConfig) -> list[Entry] | None:
