@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from teachers.base import Teacher, Tokens
-from teachers.tokenizer.chat_template import ChatTemplateError, Message, render_chat
+from teachers.tokenizer.chat_template import (
+    ChatTemplateError,
+    Message,
+    RenderedChat,
+    render_marked,
+)
 
+MOST_SHOWN = 80  # characters of what the user says, in a message
 _PLACEHOLDER = "\u2063user says\u2063"  # invisible separators: no template contains it
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, with the tools (JSON schemas) and documents that its template may show."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
 
 
 def conversation_tokens(teacher: Teacher, messages: Sequence[Message], *, answer: bool) -> Tokens:
@@ -36,7 +53,10 @@ def conversations_tokens(
     if templated := teacher.info.chat_template is not None:
         texts = _render(teacher, conversations, answer=answer)
     else:
-        texts = ["\n".join(one["content"] for one in messages) for messages in conversations]
+        texts = [
+            "\n".join(text for message in messages for text in _texts(message))
+            for messages in conversations
+        ]
     rows = teacher.tokenize(texts, add_special=False, parse_special=templated)
     return [_with_bos(teacher, tokens) for tokens in rows]
 
@@ -92,12 +112,65 @@ def _with_bos(teacher: Teacher, tokens: Tokens) -> Tokens:
     return np.concatenate(([bos], tokens)).astype(np.int32)
 
 
+def render_chats(teacher: Teacher, chats: Sequence[Chat], *, answer: bool) -> list[RenderedChat]:
+    """Conversations as the chat template writes them, open for the assistant's answer if
+    ``answer``; with the places of generated text, where the template marks them.
+
+    The teacher has a chat template, or one for conversations with tools where all have some.
+
+    Raises:
+        ChatTemplateError: the template is broken, refuses the messages, or leaves out all that the
+            user says.
+    """
+    info = teacher.info
+    ends = [[] if token is None else [token] for token in (info.bos, info.eos)]
+    bos, eos = teacher.detokenize([np.array(tokens, dtype=np.int32) for tokens in ends])
+    rendered = []
+    for chat in chats:
+        template = info.chat_template
+        if chat.tools is not None and info.tool_template is not None:
+            template = info.tool_template
+        if template is None:
+            raise ChatTemplateError(
+                "the teacher has no chat template for conversations without tools"
+            )
+        text = render_marked(
+            template,
+            chat.messages,
+            add_generation_prompt=answer,
+            bos=bos,
+            eos=eos,
+            variables={**info.special_tokens, "tools": chat.tools, "documents": chat.documents},
+        )
+        _require_words(chat.messages, text.text)
+        rendered.append(text)
+    return rendered
+
+
+def _require_words(messages: Sequence[Message], text: str) -> None:
+    """Refuse a text without anything of what the user says; case and white space do not count."""
+    said = [words for one in messages if one["role"] == "user" for words in _texts(one)]
+    said = [words for words in said if words.strip()]
+    if not said or any(words in text for words in said):
+        return
+    bare = "".join(text.split()).casefold()
+    if not any("".join(words.split()).casefold() in bare for words in said):
+        raise ChatTemplateError(
+            f"the teacher's chat template never prints the user's words {said[-1][:MOST_SHOWN]!r}; "
+            "use a teacher whose chat template does, or data with 'text' in place of conversations"
+        )
+
+
+def _texts(message: Message) -> list[str]:
+    """What a message says: its content, or the text of each part."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return [part["text"] for part in content if isinstance(part.get("text"), str)]
+    return [content] if isinstance(content, str) else []
+
+
 def _render(
     teacher: Teacher, conversations: Sequence[Sequence[Message]], *, answer: bool
 ) -> list[str]:
-    info = teacher.info
-    assert info.chat_template is not None
-    ends = [[] if token is None else [token] for token in (info.bos, info.eos)]
-    bos, eos = teacher.detokenize([np.array(tokens, dtype=np.int32) for tokens in ends])
-    options = {"add_generation_prompt": answer, "bos": bos, "eos": eos}
-    return [render_chat(info.chat_template, messages, **options) for messages in conversations]  # type: ignore[arg-type]
+    chats = [Chat(messages) for messages in conversations]
+    return [one.text for one in render_chats(teacher, chats, answer=answer)]
