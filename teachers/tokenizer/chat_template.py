@@ -17,7 +17,8 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-Message = dict[str, Any]
+from teachers.tokenizer.rows import Message
+
 LONGEST = 1 << 24  # characters of one conversation, or of a text that a template multiplies
 _BITS = 1 << 12  # of a power: a larger one takes time without end
 # Names under which a message's thoughts are known; transformers gives them to templates as both.

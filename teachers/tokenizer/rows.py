@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-ROLES = ("system", "user", "assistant", "tool")
 Message = dict[str, Any]
 
 
@@ -13,17 +13,18 @@ Message = dict[str, Any]
 class Conversation:
     """Messages as chat templates read them.
 
-    ``messages``: at least one. Each has a ``role`` (of ``ROLES``) and ``content``: text, or ``None``
-    beside the assistant's ``tool_calls``, which are objects ``{"type": "function", "function":
-    {"name": …, "arguments": {…}}}``, with an ``id`` where the data has one. Other keys, such as
-    ``name``, ``tool_call_id`` or ``reasoning_content``, are those of the data; none is null.
-    ``tools``, ``documents``: JSON objects for the template. ``separator``: stands between the
-    messages for a teacher without a template. ``where``: file and line, for messages about it.
+    ``messages``: at least one. Each has a ``role`` (system, user, assistant or tool) and
+    ``content``: text, or ``None`` beside the assistant's ``tool_calls``, which are objects
+    ``{"type": "function", "function": {"name": …, "arguments": {…}}}``, with an ``id`` where the
+    data has one. Other keys, such as ``name``, ``tool_call_id`` or ``reasoning_content``, are those
+    of the data; none is null. ``tools``, ``documents``: JSON objects for the template, if any.
+    ``separator``: stands between the messages for a teacher without a template. ``where``: file and
+    line, for messages about it.
     """
 
-    messages: tuple[Message, ...]
-    tools: tuple[dict[str, Any], ...] = ()
-    documents: tuple[dict[str, Any], ...] = ()
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
     separator: str = "\n"
     where: str = ""
 
