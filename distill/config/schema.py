@@ -156,12 +156,16 @@ class StudentConfig(Section):
 class DataConfig(Section):
     """What the teacher reads or generates.
 
-    ``path``: JSONL, text or a folder; none: the teacher generates it. ``samples``: sequences at
+    ``path``: rows, text or a folder of them; none: the teacher generates it. ``split``: of data in
+    several (none: train). ``columns``: names of ours, such as text, and what the data calls them;
+    null: not to be used. ``samples``: sequences at
     most (none: all, or 4,096 generated ones), of ``max_length`` tokens at most. ``held_out``: share
     of the sequences kept for evaluation. ``sampling_temperature``, ``top_p``: of generation.
     """
 
     path: str | None = None
+    split: str | None = None
+    columns: dict[str, str | None] = {}
     samples: Annotated[int, Field(ge=2)] | None = None
     max_length: Annotated[int, Field(ge=8)] = 256
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.03

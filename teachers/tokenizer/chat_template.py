@@ -17,7 +17,8 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-Message = dict[str, Any]
+from teachers.tokenizer.rows import Message
+
 MOST_SHOWN = 300  # characters of what a template says in refusing
 LONGEST = 1 << 24  # characters of one conversation, or of a text that a template multiplies
 GIVEN = ("messages", "add_generation_prompt", "bos_token", "eos_token")  # to every template

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from teachers.base import Teacher, Tokens
 from teachers.tokenizer.chat_template import (
     ChatTemplateError,
-    Message,
     RenderedChat,
     render_marked,
 )
+from teachers.tokenizer.rows import Conversation, Message
 
 MOST_SHOWN = 80  # characters of what the user says, in a message
 _PLACEHOLDER = "\u2063user says\u2063"  # invisible separators: no template contains it
 
 
-@dataclass(frozen=True)
-class Chat:
-    """A conversation, with the tools (JSON schemas) and documents that its template may show."""
-
-    messages: Sequence[Message]
-    tools: Sequence[Mapping[str, Any]] | None = None
-    documents: Sequence[Mapping[str, Any]] | None = None
-
-
-def conversation_tokens(teacher: Teacher, messages: Sequence[Message], *, answer: bool) -> Tokens:
+def conversation_tokens(
+    teacher: Teacher, messages: Sequence[Message] | Conversation, *, answer: bool
+) -> Tokens:
     """The tokens of a conversation, open for the assistant's answer if ``answer``.
 
-    Without a chat template the messages' texts follow each other on lines of their own.
+    Without a chat template the messages' texts follow each other, with its separator between them.
 
     Raises:
         ChatTemplateError: the template is broken or refuses the messages.
@@ -41,7 +32,7 @@ def conversation_tokens(teacher: Teacher, messages: Sequence[Message], *, answer
 
 
 def conversations_tokens(
-    teacher: Teacher, conversations: Sequence[Sequence[Message]], *, answer: bool
+    teacher: Teacher, conversations: Sequence[Sequence[Message] | Conversation], *, answer: bool
 ) -> list[Tokens]:
     """``conversation_tokens`` of several conversations, asked of the teacher at once.
 
@@ -50,12 +41,13 @@ def conversations_tokens(
     """
     if not conversations:
         return []
+    chats = [one if isinstance(one, Conversation) else Conversation(one) for one in conversations]
     if templated := teacher.info.chat_template is not None:
-        texts = _render(teacher, conversations, answer=answer)
+        texts = [one.text for one in render_chats(teacher, chats, answer=answer)]
     else:
         texts = [
-            "\n".join(text for message in messages for text in _texts(message))
-            for messages in conversations
+            chat.separator.join(text for message in chat.messages for text in _texts(message))
+            for chat in chats
         ]
     rows = teacher.tokenize(texts, add_special=False, parse_special=templated)
     return [_with_bos(teacher, tokens) for tokens in rows]
@@ -95,8 +87,9 @@ def opening_segments(teacher: Teacher) -> tuple[Tokens, ...] | None:
     """
     info = teacher.info
     if info.chat_template is not None:
-        text = _render(teacher, [[{"role": "user", "content": _PLACEHOLDER}]], answer=True)[0]
-        before, marker, after = text.partition(_PLACEHOLDER)
+        chat = Conversation([{"role": "user", "content": _PLACEHOLDER}])
+        (rendered,) = render_chats(teacher, [chat], answer=True)
+        before, marker, after = rendered.text.partition(_PLACEHOLDER)
         if marker and before and after:
             start, rest = teacher.tokenize([before, after], add_special=False, parse_special=True)
             return _with_bos(teacher, start), rest
@@ -112,7 +105,9 @@ def _with_bos(teacher: Teacher, tokens: Tokens) -> Tokens:
     return np.concatenate(([bos], tokens)).astype(np.int32)
 
 
-def render_chats(teacher: Teacher, chats: Sequence[Chat], *, answer: bool) -> list[RenderedChat]:
+def render_chats(
+    teacher: Teacher, chats: Sequence[Conversation], *, answer: bool
+) -> list[RenderedChat]:
     """Conversations as the chat template writes them, open for the assistant's answer if
     ``answer``; with the places of generated text, where the template marks them.
 
@@ -167,10 +162,3 @@ def _texts(message: Message) -> list[str]:
     if isinstance(content, list):
         return [part["text"] for part in content if isinstance(part.get("text"), str)]
     return [content] if isinstance(content, str) else []
-
-
-def _render(
-    teacher: Teacher, conversations: Sequence[Sequence[Message]], *, answer: bool
-) -> list[str]:
-    chats = [Chat(messages) for messages in conversations]
-    return [one.text for one in render_chats(teacher, chats, answer=answer)]
