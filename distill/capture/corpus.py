@@ -19,7 +19,7 @@ import numpy as np
 from distill.config.schema import DataConfig
 from distill.errors import UserError
 from distill.runtime.files import json_lines, read_text, require_unicode
-from teachers.base import GenerationRequest, Progress, Sampling, Teacher, Tokens
+from teachers.base import GenerationRequest, Keep, Progress, Sampling, Teacher, Tokens
 from teachers.tokenizer.chat_template import ChatTemplateError
 from teachers.tokenizer.conversation import conversation_tokens, opening_segments
 
@@ -41,10 +41,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Item:
-    """One sequence to be: forced segments, and whether the teacher writes after each of them."""
+    """One sequence to be: forced segments, and whether the teacher writes after each of them.
+
+    ``keep``: which predictions of a single segment's tokens are learnt (``None``: all); what the
+    teacher writes after it is.
+    """
 
     segments: tuple[Tokens, ...]
     speaks: bool
+    keep: Keep | None = None
 
 
 class Corpus:
@@ -54,6 +59,7 @@ class Corpus:
         self.items = items
         self.sampling = sampling
         self.notes = notes
+        self.masked = any(item.keep is not None for item in items)  # something is not to be learnt
 
     def __len__(self) -> int:
         return len(self.items)
@@ -64,12 +70,14 @@ class Corpus:
         return sum(item.speaks for item in self.items)
 
     def digest(self) -> str:
-        """SHA-256 over everything that decides the sequences."""
+        """SHA-256 over everything that decides the sequences, and what is learnt of them."""
         digest = hashlib.sha256(json.dumps(asdict(self.sampling), sort_keys=True).encode())
         for item in self.items:
             digest.update(f"{item.speaks} {[len(part) for part in item.segments]}".encode())
             for part in item.segments:
                 digest.update(part.tobytes())
+            if item.keep is not None:
+                digest.update(b"keep" + item.keep.tobytes())
         return digest.hexdigest()
 
     def take(self, teacher: Teacher, start: int, stop: int, progress: Progress) -> list[Tokens]:
@@ -83,12 +91,21 @@ class Corpus:
         )
         return [next(rows) if item.speaks else item.segments[0] for item in chosen]
 
+    def keep(self, start: int, stop: int) -> list[Keep] | None:
+        """See ``teachers.store.capture.SequenceSource``."""
+        if not self.masked:
+            return None
+        everything = np.empty(0, dtype=np.bool_)
+        masks = (item.keep for item in self.items[start:stop])
+        return [everything if mask is None else mask for mask in masks]
+
     def generation_request(self, start: int, stop: int) -> GenerationRequest | None:
         """See ``teachers.store.capture.SequenceSource``."""
         chosen = self.items[start:stop]
         if not all(item.speaks for item in chosen):
             return None
-        return GenerationRequest([item.segments for item in chosen], self.sampling, start)
+        requests = [item.segments for item in chosen]
+        return GenerationRequest(requests, self.sampling, start, self.keep(start, stop))
 
 
 def build_corpus(

@@ -135,13 +135,15 @@ class DataConfig(Section):
     """What the teacher reads or generates.
 
     ``path``: JSONL, text or a folder; none: the teacher generates it. ``samples``: sequences at
-    most (none: all, or 4,096 generated ones), of ``max_length`` tokens at most. ``held_out``: share
+    most (none: all, or 4,096 generated ones), of ``max_length`` tokens at most. ``train_on``: in
+    conversations the assistant's tokens, or all; text is learnt everywhere. ``held_out``: share
     of the sequences kept for evaluation. ``sampling_temperature``, ``top_p``: of generation.
     """
 
     path: str | None = None
     samples: Annotated[int, Field(ge=2)] | None = None
     max_length: Annotated[int, Field(ge=8)] = 256
+    train_on: Literal["assistant", "all"] = "assistant"
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.03
     sampling_temperature: NonNegative = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
