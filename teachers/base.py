@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -102,6 +102,8 @@ class TeacherInfo:
     """Facts about a teacher; token ids it does not have are ``None``.
 
     ``end_tokens``: those with which it ends its turn. ``shape``: of its layers, if known.
+    ``tool_template``: chat template of conversations with tools, if that is another.
+    ``special_tokens``: texts of further tokens by the names that templates use (``unk_token``, …).
     """
 
     name: str
@@ -120,6 +122,8 @@ class TeacherInfo:
     sha256: str
     tokenizer_sha256: str
     shape: TeacherShape = TeacherShape()
+    tool_template: str | None = None
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distill.capture.corpus import Corpus, Entry, build_corpus
+from distill.capture.corpus import Corpus, DataRows, build_corpus
 from distill.capture.teachers import open_teacher
 from distill.config.schema import RunConfig
 from distill.runtime.format import human_bytes, human_count
@@ -32,11 +32,11 @@ def load_teacher(config: RunConfig, console: Console) -> Teacher:
 
 
 def read_data(
-    config: RunConfig, teacher: Teacher, console: Console, entries: list[Entry] | None = None
+    config: RunConfig, teacher: Teacher, console: Console, data: DataRows | None = None
 ) -> Corpus:
-    """Read the data, unless given as ``entries``, and report it; raises as ``build_corpus``."""
+    """Read the data, unless given, and report it; raises as ``build_corpus``."""
     with console.stage("Read data") as stage:
-        corpus = build_corpus(config.data, teacher, config.seed, entries)
+        corpus = build_corpus(config.data, teacher, config.seed, data)
         spoken = f", the teacher writes in {corpus.spoken}" if corpus.spoken else ""
         stage.finish(f"{len(corpus)} sequences{spoken}")
     for note in corpus.notes:

@@ -1,42 +1,39 @@
-"""Prompts, conversations, plain text, or the teacher's own words → token sequences.
+"""Conversations, plain text, or the teacher's own words → token sequences.
 
-A JSONL line is an object with exactly one of ``prompt`` (the teacher answers), ``messages`` (a
-conversation; the teacher answers if the last message is not the assistant's) or ``text`` (used as
-it stands); other keys are left alone. Everything else is plain text, cut into windows.
+The teacher answers a conversation whose last message is not the assistant's; text is used as it
+stands, cut into windows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from distill.capture.data_files import TEXT_SUFFIXES, find_files, read_text, rows, suffix_of
+from distill.capture.row_parser import RowParser
 from distill.config.schema import DataConfig
 from distill.errors import UserError
-from distill.runtime.files import json_lines, read_text, require_unicode
-from teachers.base import GenerationRequest, Keep, Progress, Sampling, Teacher, Tokens
+from teachers.base import GenerationRequest, Keep, Progress, Sampling, Teacher, TeacherInfo, Tokens
+from teachers.tokenizer.assistant_mask import AssistantMask
 from teachers.tokenizer.chat_template import ChatTemplateError
 from teachers.tokenizer.conversation import conversation_tokens, opening_segments
+from teachers.tokenizer.rows import Document, Row
 
 DEFAULT_SPOKEN_SAMPLES = 4096
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
-TEXT_SUFFIXES = (".txt", ".md", ".text")
 MAX_TOKENIZED_AT_ONCE = 1 << 20  # characters of text sent to the tokenizer in one piece
-_KINDS = ("prompt", "messages", "text")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One piece of data and where it stands (``file:line``), for messages about it."""
+class DataRows:
+    """What the data's files hold, in order; ``notes``: what was left out."""
 
-    kind: str
-    value: Any
-    where: str
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -109,152 +106,154 @@ class Corpus:
 
 
 def build_corpus(
-    config: DataConfig, teacher: Teacher, seed: int, entries: list[Entry] | None = None
+    config: DataConfig, teacher: Teacher, seed: int, data: DataRows | None = None
 ) -> Corpus:
-    """Read the data, unless given as ``entries``, or plan the teacher's text; tokenize it.
+    """Read the data, unless given, or plan the teacher's text; tokenize it.
 
     Raises:
         UserError: missing, empty or malformed data; names file and line.
     """
-    if entries is None:
-        entries = read_entries(config)
+    if data is None:
+        data = read_rows(config)
     max_length = min(config.max_length, teacher.info.context_length)
     sampling = Sampling(config.sampling_temperature, config.top_p, max_length, seed)
-    notes: list[str] = []
+    notes = [] if data is None else list(data.notes)
     if max_length < config.max_length:
         notes.append(f"sequences are cut to the teacher's context of {max_length} tokens")
-    if entries is None:
+    if data is None:
         opening = opening_segments(teacher)
         if opening is None:
             raise UserError(f"teacher {teacher.info.name} has no token to start from; give --data")
         return Corpus(
             [Item(opening, True)] * (config.samples or DEFAULT_SPOKEN_SAMPLES), sampling, notes
         )
-    items = _tokenize(entries, teacher, max_length, notes)
+    notes += _not_shown(data.rows, teacher.info)
+    masks = AssistantMask(teacher, max_length) if config.train_on == "assistant" else None
+    items = _tokenize(data.rows, teacher, max_length, masks, notes)
     if config.samples is not None and config.samples < len(items):
         kept = np.random.default_rng(seed).permutation(len(items))[: config.samples]
         items = [items[index] for index in sorted(kept.tolist())]
     if len(items) < 2:
         raise UserError(
             f"data {config.path}: only {len(items)} sequence; at least 2 are needed (1 is held out)"
+            + "".join(f"; {note}" for note in notes)
         )
     return Corpus(items, sampling, notes)
 
 
-def read_entries(config: DataConfig) -> list[Entry] | None:
+def read_rows(config: DataConfig) -> DataRows | None:
     """The data in its files; ``None`` if the teacher generates it.
 
     Raises:
         UserError: unusable data, with file and line; or a teacher that generates one text only.
     """
-    if config.path is not None:
-        return list(_read(Path(config.path)))
-    if config.sampling_temperature == 0.0:
-        raise UserError(
-            "data.sampling_temperature=0 lets the teacher say one thing only; give --data or raise "
-            "it"
-        )
-    return None
-
-
-def _read(path: Path) -> Iterator[Entry]:
-    readable = JSONL_SUFFIXES + TEXT_SUFFIXES
-    if path.is_dir():
-        files = sorted(
-            file for file in path.rglob("*") if file.is_file() and _suffix(file) in readable
-        )
-        if not files:
-            raise UserError(f"data folder {path} has no {', '.join(readable)} file")
-    elif path.is_file():
-        files = [path]
-        if _suffix(path) not in readable:
+    if config.path is None:
+        if config.sampling_temperature == 0.0:
             raise UserError(
-                f"data file {path} is none of {', '.join(readable)}; rename or convert it"
+                "data.sampling_temperature=0 lets the teacher say one thing only; give --data or "
+                "raise it"
             )
-    else:
-        reason = "is not a regular file or folder" if path.exists() else "does not exist"
-        raise UserError(f"data {path} {reason}; give a JSONL or text file, or a folder of them")
+        return None
+    parser = RowParser(config.columns)
+    files, notes = find_files(Path(config.path), config.split)
+    found: list[Row] = []
     for file in files:
-        text = read_text(file, "data file")
-        if not text.strip():
-            raise UserError(f"data file {file} is empty; remove it or fill it")
-        if _suffix(file) in JSONL_SUFFIXES:
-            yield from _read_jsonl(file, text)
+        count = 0
+        if suffix_of(file) in TEXT_SUFFIXES:
+            text = read_text(file, "data file")
+            count = len(text.strip())
+            found.append(Document(text, str(file)))
         else:
-            yield Entry("plain", text, str(file))
+            unread, split = parser.count_unused, config.split
+            for where, value in rows(file, parser.known.keys(), split=split, unread=unread):
+                count += 1
+                if (row := parser.parse(value, where)) is not None:
+                    found.append(row)
+        if not count:
+            raise UserError(f"data file {file} is empty; remove it or fill it")
+    return DataRows(found, notes + parser.finish(bool(found), f"data {config.path}"))
 
 
-def _suffix(file: Path) -> str:
-    return file.suffix.lower()
+def _not_shown(data: list[Row], info: TeacherInfo) -> list[str]:
+    """Notes on tools and documents that the teacher's chat template has no word for.
 
-
-def _read_jsonl(file: Path, text: str) -> Iterator[Entry]:
-    for number, value in json_lines(text, f"data file {file}"):
-        where = f"data file {file}, line {number}"
-        kinds = [kind for kind in _KINDS if isinstance(value, dict) and kind in value]
-        if len(kinds) != 1:
-            has = f"has {' and '.join(kinds)}" if kinds else "has none of them"
-            raise UserError(f"{where}: needs exactly one of {', '.join(_KINDS)}; it {has}")
-        _check_value(kinds[0], value[kinds[0]], where)
-        yield Entry(kinds[0], value[kinds[0]], where)
-
-
-def _check_value(kind: str, value: Any, where: str) -> None:
-    require_unicode(value, where)
-    if kind != "messages":
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{where}: {kind!r} must be text that is not empty, got {value!r}")
-        return
-    fitting = (
-        isinstance(value, list)
-        and value
-        and all(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in value
+    Raises:
+        UserError: it has none for tool calls, without which the conversation is another.
+    """
+    counts: Counter[str] = Counter()
+    for row in data:
+        if isinstance(row, Document):
+            continue
+        template = (info.tool_template if row.tools else None) or info.chat_template or ""
+        counts.update(
+            name for name in ("tools", "documents") if getattr(row, name) and name not in template
         )
-    )
-    if not fitting:
-        raise UserError(
-            f"{where}: 'messages' must be a list of objects with 'role' and 'content' as text"
-        )
+        shown = "tool_calls" in template or "tojson" in template
+        if not shown and any("tool_calls" in message for message in row.messages):
+            raise UserError(
+                f"{row.where}: the teacher's chat template shows no tool calls; leave such rows "
+                "out, or use a teacher whose template does"
+            )
+    return [
+        f"{name} of {count} conversations are not used: the teacher's chat template has no place "
+        "for them"
+        for name, count in counts.items()
+    ]
 
 
 def _tokenize(
-    entries: list[Entry], teacher: Teacher, max_length: int, notes: list[str]
+    data: list[Row],
+    teacher: Teacher,
+    max_length: int,
+    masks: AssistantMask | None,
+    notes: list[str],
 ) -> list[Item]:
     items: list[Item] = []
-    cut = 0
-    for entry in entries:
-        if entry.kind in ("plain", "text"):
-            items += _windows(entry, teacher, max_length)
+    cut = silent = lost = 0
+    for row in data:
+        if isinstance(row, Document):
+            items += _windows(row.text, teacher, max_length)
             continue
-        messages = (
-            entry.value if entry.kind == "messages" else [{"role": "user", "content": entry.value}]
-        )
-        answers = messages[-1]["role"] != "assistant"
+        answers = row.waits
         try:
-            tokens = conversation_tokens(teacher, messages, answer=answers)
+            if masks is None:
+                tokens, keep = conversation_tokens(teacher, row, answer=answers), None
+            else:
+                tokens, learnt, unknown = masks.tokens(row, answer=answers)
+                keep, lost = learnt[1:max_length], lost + unknown
         except ChatTemplateError as error:
-            raise UserError(f"{entry.where}: {error}") from None
+            raise UserError(f"{row.where}: {error}") from None
         cut += len(tokens) > max_length or (answers and len(tokens) >= max_length)
         tokens = tokens[:max_length]
-        if len(tokens):
-            items.append(Item((tokens,), answers and len(tokens) < max_length))
+        speaks = answers and len(tokens) < max_length
+        if keep is not None and not speaks and not keep.any():
+            silent += 1
+        elif len(tokens):
+            items.append(Item((tokens,), speaks, keep))
+    if lost:
+        notes.append(
+            f"{lost} answers are not trained on: the chat template rewrites them, and shows not "
+            "where they are"
+        )
+    if silent:
+        notes.append(
+            f"{silent} conversations are left out: no answer to learn in their first {max_length} "
+            "tokens"
+        )
     if cut:
         notes.append(
-            f"{cut} of {len(items)} sequences are cut at {max_length} tokens; raise data.max_length"
+            f"{cut} of {len(items) + silent} sequences are cut at {max_length} tokens; raise "
+            "data.max_length"
         )
     return [item for item in items if item.speaks or len(item.segments[0]) > 1]
 
 
-def _windows(entry: Entry, teacher: Teacher, max_length: int) -> list[Item]:
+def _windows(text: str, teacher: Teacher, max_length: int) -> list[Item]:
     """Cut a text into sequences, each beginning with BOS where the model wants one.
 
     Control tokens spelled out in the text stay text: data must not imitate the template.
     """
-    pieces = _pieces(entry.value)
+    pieces = _pieces(text)
     tokens = np.concatenate(
         [teacher.tokenize([piece], add_special=False, parse_special=False)[0] for piece in pieces]
     )

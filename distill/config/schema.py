@@ -134,13 +134,17 @@ class StudentConfig(Section):
 class DataConfig(Section):
     """What the teacher reads or generates.
 
-    ``path``: JSONL, text or a folder; none: the teacher generates it. ``samples``: sequences at
-    most (none: all, or 4,096 generated ones), of ``max_length`` tokens at most. ``train_on``: in
-    conversations the assistant's tokens, or all; text is learnt everywhere. ``held_out``: share
-    of the sequences kept for evaluation. ``sampling_temperature``, ``top_p``: of generation.
+    ``path``: rows, text or a folder of them; none: the teacher generates it. ``split``: of data in
+    several (none: train). ``columns``: names of ours, such as text, and what the data calls them;
+    null: not to be used. ``samples``: sequences at most (none: all, or 4,096 generated ones), of
+    ``max_length`` tokens at most. ``train_on``: the assistant's tokens of conversations (and all of
+    other text), or all. ``held_out``: share of the sequences kept for evaluation.
+    ``sampling_temperature``, ``top_p``: of generation.
     """
 
     path: str | None = None
+    split: str | None = None
+    columns: dict[str, str | None] = {}
     samples: Annotated[int, Field(ge=2)] | None = None
     max_length: Annotated[int, Field(ge=8)] = 256
     train_on: Literal["assistant", "all"] = "assistant"

@@ -99,7 +99,7 @@ class Measurement:
             stage.finish(
                 f"{info.name}: {info.architecture}, {human_count(info.parameters)} parameters"
             )
-        text = choose_text(self.request.text, self.chosen, self.teacher, inputs.entries)
+        text = choose_text(self.request.text, self.chosen, self.teacher, inputs.data)
         for note in text.notes:
             self.console.note(note)
         for warning in text.warnings:

@@ -115,6 +115,6 @@ def _require_room(model: GGUFTeacher, task: Task, prompt: int, answer: int) -> N
     if prompt + answer > context:
         start = task.prompt if len(task.prompt) <= 40 else task.prompt[:40] + "…"
         raise UserError(
-            f"task prompt {start!r} (line {task.line}) has {prompt} tokens and its answer "
-            f"{answer}; the context of {model.file.path} is {context}: leave the line out"
+            f"task prompt {start!r} ({task.where}) has {prompt} tokens and its answer "
+            f"{answer}; the context of {model.file.path} is {context}: leave it out"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.capture.corpus import Corpus, Entry, Item, build_corpus
+from distill.capture.corpus import Corpus, DataRows, Item, build_corpus
 from distill.errors import UserError
 from distill.evaluation.candidates import Candidate, Candidates
 from distill.evaluation.inputs.request import DEFAULT_LENGTH, TextRequest
@@ -54,7 +54,7 @@ class Text:
 
 
 def choose_text(
-    wanted: TextRequest, models: Candidates, teacher: Teacher, entries: list[Entry] | None = None
+    wanted: TextRequest, models: Candidates, teacher: Teacher, data: DataRows | None = None
 ) -> Text:
     """Read the data, take the runs' held-out sequences, or plan what the teacher generates.
 
@@ -74,7 +74,7 @@ def choose_text(
     if held_out is not None:
         text = _held_out(wanted, *held_out, models.students, room, length)
     else:
-        corpus = build_corpus(wanted.settings(length), teacher, wanted.seed, entries)
+        corpus = build_corpus(wanted.settings(length), teacher, wanted.seed, data)
         text = _corpus_text(wanted, models.students, corpus)
     if wanted.max_length is not None and wanted.max_length > room:
         text.notes.append(

@@ -21,9 +21,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.capture.data_files import json_lines, require_size, require_unicode, rows
 from distill.config.schema import RunConfig
 from distill.errors import UserError
-from distill.runtime.files import json_lines, read_text, require_unicode
 from students.model.head_decisions import DECISIONS
 from teachers.base import Teacher, Tokens
 from teachers.tokenizer.conversation import request_tokens
@@ -34,6 +34,7 @@ Part = Literal["train", "validation", "test"]
 # Of every five scenarios.
 SPLIT: tuple[Part, ...] = ("train", "validation", "train", "test", "train")
 MAX_FILE_BYTES = 64 << 20
+COLUMNS = ("prompt", "label", "scenario", "language")
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,23 @@ class SafetyPrompt:
 def built_in_prompts() -> list[SafetyPrompt]:
     """The prompts that come with the program, English and Japanese."""
     text = resources.files("distill.heads").joinpath("prompts.jsonl").read_text(encoding="utf-8")
-    return _parse(text, Path("safety_prompts.jsonl"), labelled=True)
+    lines = json_lines(text.split("\n"), "safety prompts")
+    return [_prompt(entry, where, labelled=True) for where, entry in lines]
 
 
 def read_prompts(path: Path, *, labelled: bool = True, divided: bool = True) -> list[SafetyPrompt]:
-    """Prompts of a JSONL file: ``prompt``, ``label`` and, if there, ``scenario`` and ``language``.
+    """Prompts of rows: ``prompt``, ``label`` and, if there, ``scenario`` and ``language``.
 
     Without a scenario each prompt is one of its own. With ``labelled=False`` labels are not asked
     for; with ``divided=False`` there need not be enough of each for every part of the split.
 
     Raises:
-        UserError: unreadable, not JSONL of that form, a label outside the three, or too few of a
+        UserError: unreadable, not rows of that form, a label outside the three, or too few of a
         decision.
     """
-    text = read_text(path, "safety prompts", MAX_FILE_BYTES)
-    prompts = _parse(text, path, labelled=labelled)
+    require_size(path, "safety prompts", MAX_FILE_BYTES)
+    found = rows(path, COLUMNS, "safety prompts")
+    prompts = [_prompt(entry, where, labelled=labelled) for where, entry in found]
     if not prompts:
         raise UserError(f"safety prompts {path}: the file is empty")
     if labelled and divided:
@@ -190,17 +193,10 @@ def require_prompt_text(prompt: str) -> None:
         raise UserError("the prompt is empty; write something to judge")
 
 
-def _parse(text: str, path: Path, *, labelled: bool) -> list[SafetyPrompt]:
-    source = f"safety prompts {path}"
-    return [
-        _prompt(entry, f"{source}, line {number}", labelled=labelled)
-        for number, entry in json_lines(text, source)
-    ]
-
-
 def _prompt(entry: Any, where: str, *, labelled: bool) -> SafetyPrompt:
     if not isinstance(entry, dict):
         raise UserError(f"{where} is not an object with prompt and label")
+    entry = {name: value for name, value in entry.items() if value is not None}
     prompt, label = entry.get("prompt"), entry.get("label")
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{where} has no text under 'prompt'")

@@ -45,7 +45,7 @@ def capture_only(
     inputs = inputs or check_capture(config, where)
     share = process_rank()
     with load_teacher(config, console) as teacher:
-        corpus = read_data(config, teacher, console, inputs.take_entries())
+        corpus = read_data(config, teacher, console, inputs.take_data())
         recipe = recipe_for(config.targets, teacher, console)
         store = open_store(
             teacher, corpus, recipe, StoreLocation(where, RUNS, teacher_stem(config.teacher))

@@ -117,7 +117,7 @@ def plan_run(
         config = resolved.config
         if resolved.base is not None:
             describe_base(resolved.base, config, info.vocab_size, console)
-        corpus = read_data(config, teacher, console, inputs.take_entries())
+        corpus = read_data(config, teacher, console, inputs.take_data())
         recipe = recipe_for(config.targets, teacher, console)
         with console.stage("Probe teacher") as stage:
             probe = _probe_teacher(teacher, corpus, recipe)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.base_models.folder import base_folder
-from distill.capture.corpus import Entry, read_entries
+from distill.capture.corpus import DataRows, read_rows
 from distill.capture.teachers import require_gguf, require_teachers
 from distill.config.schema import RunConfig
 from distill.errors import UserError
@@ -26,16 +26,16 @@ from teachers.store.manifest import filled_manifest, require_store_folder
 class Inputs:
     """What was read for a run.
 
-    ``prompts``: of the safety head, if there is to be one. ``entries``: the data, until somebody
-    takes it; ``None`` where the teacher generates it.
+    ``prompts``: of the safety head, if there is to be one. ``data``: until somebody takes it;
+    ``None`` where the teacher generates it.
     """
 
     prompts: list[SafetyPrompt] | None = None
-    entries: list[Entry] | None = None
+    data: DataRows | None = None
 
-    def take_entries(self) -> list[Entry] | None:
+    def take_data(self) -> DataRows | None:
         """The data, which may be large and is not kept here any longer."""
-        taken, self.entries = self.entries, None
+        taken, self.data = self.data, None
         return taken
 
 
@@ -55,7 +55,7 @@ def check_run(config: RunConfig, places: RunPaths) -> Inputs:
         RunFolder(places.out).require_usable()
     if places.store is not None:
         require_store_folder(places.store)
-    return Inputs(read_safety_prompts(config), read_entries(config.data))
+    return Inputs(read_safety_prompts(config), read_rows(config.data))
 
 
 def check_capture(config: RunConfig, store: Path | None) -> Inputs:
@@ -69,7 +69,7 @@ def check_capture(config: RunConfig, store: Path | None) -> Inputs:
     require_teachers(config.teacher)
     if store is not None:
         require_store_folder(store)
-    return Inputs(read_safety_prompts(config), read_entries(config.data))
+    return Inputs(read_safety_prompts(config), read_rows(config.data))
 
 
 def check_train(config: RunConfig, out: Path | None) -> Inputs:
@@ -106,7 +106,7 @@ def check_plan(config: RunConfig) -> Inputs:
         require_gguf(config.teacher)
     require_teachers(config.teacher)
     _check_student(config)
-    return Inputs(entries=read_entries(config.data))
+    return Inputs(data=read_rows(config.data))
 
 
 def _require_no_store(config: RunConfig) -> None:

@@ -71,7 +71,7 @@ def run(
         require_memory(resolved, info, config.data.max_length, console)
         stem = teacher_stem(config.teacher)
         work = Workspace(_choose(places.out, config, stem, launch), launch, console)
-        corpus = read_data(config, teacher, console, inputs.take_entries())
+        corpus = read_data(config, teacher, console, inputs.take_data())
         recipe = recipe_for(config.targets, teacher, console)
         pair_layers(config.loss.layer_map, recipe.layers, resolved.layers, info.layers)
         store = open_store(

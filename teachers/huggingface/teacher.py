@@ -92,8 +92,8 @@ class HuggingFaceTeacher(Teacher):
         model, config, tokenizer = self._model.model, self._model.config, self._tokenizer
         bos, eos, end_tokens = self._special_tokens()
         template = tokenizer.chat_template
-        if isinstance(template, dict):  # several, by purpose
-            template = template.get("default")
+        named = template if isinstance(template, dict) else {"default": template}
+        template = named.get("default") or None  # an empty one is none
         encoded = tokenizer.backend_tokenizer.encode(_ANCHOR, add_special_tokens=True).ids
         digest = hashlib.sha256((self.folder.path / TOKENIZER).read_bytes())
         digest.update(
@@ -116,6 +116,8 @@ class HuggingFaceTeacher(Teacher):
             sha256=self.folder.sha256(load_in_4bit=self.load_in_4bit),
             tokenizer_sha256=digest.hexdigest(),
             shape=_shape(config),
+            tool_template=named.get("tool_use") or None,
+            special_tokens=tokenizer.special_tokens_map,
         )
 
     def _special_tokens(self) -> tuple[int | None, int | None, tuple[int, ...]]:

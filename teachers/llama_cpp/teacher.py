@@ -31,6 +31,7 @@ from teachers.gguf.file import GGUFFile, file_sha256, read_gguf, tokenizer_sha25
 from teachers.llama_cpp.interrupts import uninterrupted
 from teachers.llama_cpp.wire import Arrays, pack_ragged, unpack_ragged
 from teachers.llama_cpp.worker import Worker
+from teachers.tokenizer.gguf_metadata import chat_templates, special_tokens
 
 if TYPE_CHECKING:
     from teachers.targets.recipe import Recipe
@@ -95,7 +96,7 @@ class GGUFTeacher(Teacher):
 
     def _info(self) -> TeacherInfo:
         model = self.worker.description
-        template = self.file.value("tokenizer.chat_template")
+        template, tool_template = chat_templates(self.file.fields)
         return TeacherInfo(
             name=readable(self.file.value("general.name"), self.file.path.stem),
             architecture=self.file.architecture,
@@ -109,10 +110,12 @@ class GGUFTeacher(Teacher):
             eos=model["eos"] if model["eos"] >= 0 else None,
             end_tokens=tuple(model["end_tokens"]),
             add_bos=model["add_bos"],
-            chat_template=template if isinstance(template, str) else None,
+            chat_template=template,
             sha256=file_sha256(self.file.path),
             tokenizer_sha256=tokenizer_sha256(self.file),
             shape=shape_in(self.file, model["width"]),
+            tool_template=tool_template,
+            special_tokens=special_tokens(self.file.fields),
         )
 
     @property

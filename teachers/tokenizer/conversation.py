@@ -7,15 +7,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from teachers.base import Teacher, Tokens
-from teachers.tokenizer.chat_template import ChatTemplateError, Message, render_chat
+from teachers.tokenizer.chat_template import (
+    ChatTemplateError,
+    RenderedChat,
+    render_marked,
+)
+from teachers.tokenizer.rows import Conversation, Message
 
+MOST_SHOWN = 80  # characters of what the user says, in a message
 _PLACEHOLDER = "\u2063user says\u2063"  # invisible separators: no template contains it
 
 
-def conversation_tokens(teacher: Teacher, messages: Sequence[Message], *, answer: bool) -> Tokens:
+def conversation_tokens(
+    teacher: Teacher, messages: Sequence[Message] | Conversation, *, answer: bool
+) -> Tokens:
     """The tokens of a conversation, open for the assistant's answer if ``answer``.
 
-    Without a chat template the messages' texts follow each other on lines of their own.
+    Without a chat template the messages' texts follow each other, with its separator between them.
 
     Raises:
         ChatTemplateError: the template is broken or refuses the messages.
@@ -24,7 +32,7 @@ def conversation_tokens(teacher: Teacher, messages: Sequence[Message], *, answer
 
 
 def conversations_tokens(
-    teacher: Teacher, conversations: Sequence[Sequence[Message]], *, answer: bool
+    teacher: Teacher, conversations: Sequence[Sequence[Message] | Conversation], *, answer: bool
 ) -> list[Tokens]:
     """``conversation_tokens`` of several conversations, asked of the teacher at once.
 
@@ -33,12 +41,30 @@ def conversations_tokens(
     """
     if not conversations:
         return []
-    if templated := teacher.info.chat_template is not None:
-        texts = _render(teacher, conversations, answer=answer)
-    else:
-        texts = ["\n".join(one["content"] for one in messages) for messages in conversations]
+    chats = [one if isinstance(one, Conversation) else Conversation(one) for one in conversations]
+    texts = [one.text for one in chat_texts(teacher, chats, answer=answer)]
+    templated = teacher.info.chat_template is not None
     rows = teacher.tokenize(texts, add_special=False, parse_special=templated)
-    return [_with_bos(teacher, tokens) for tokens in rows]
+    return [with_bos(teacher, tokens) for tokens in rows]
+
+
+def chat_texts(
+    teacher: Teacher, chats: Sequence[Conversation], *, answer: bool
+) -> list[RenderedChat]:
+    """``render_chats``, or without a chat template the messages' texts one after another."""
+    if teacher.info.chat_template is not None:
+        return render_chats(teacher, chats, answer=answer)
+    return [_joined(chat) for chat in chats]
+
+
+def _joined(chat: Conversation) -> RenderedChat:
+    said = [(message["role"], text) for message in chat.messages for text in _texts(message)]
+    spans, at = [], 0
+    for role, text in said:
+        if role == "assistant":
+            spans.append((at, at + len(text)))
+        at += len(text) + len(chat.separator)
+    return RenderedChat(chat.separator.join(text for _, text in said), tuple(spans))
 
 
 def request_tokens(teacher: Teacher, requests: Sequence[str]) -> list[Tokens]:
@@ -75,16 +101,17 @@ def opening_segments(teacher: Teacher) -> tuple[Tokens, ...] | None:
     """
     info = teacher.info
     if info.chat_template is not None:
-        text = _render(teacher, [[{"role": "user", "content": _PLACEHOLDER}]], answer=True)[0]
-        before, marker, after = text.partition(_PLACEHOLDER)
+        chat = Conversation([{"role": "user", "content": _PLACEHOLDER}])
+        (rendered,) = render_chats(teacher, [chat], answer=True)
+        before, marker, after = rendered.text.partition(_PLACEHOLDER)
         if marker and before and after:
             start, rest = teacher.tokenize([before, after], add_special=False, parse_special=True)
-            return _with_bos(teacher, start), rest
+            return with_bos(teacher, start), rest
     first = info.bos if info.bos is not None else info.eos
     return None if first is None else (np.array([first], dtype=np.int32),)
 
 
-def _with_bos(teacher: Teacher, tokens: Tokens) -> Tokens:
+def with_bos(teacher: Teacher, tokens: Tokens) -> Tokens:
     """Rendered text may or may not spell out BOS; give it exactly one if the model wants it."""
     bos = teacher.info.bos
     if bos is None or not teacher.info.add_bos or (len(tokens) and tokens[0] == bos):
@@ -92,12 +119,60 @@ def _with_bos(teacher: Teacher, tokens: Tokens) -> Tokens:
     return np.concatenate(([bos], tokens)).astype(np.int32)
 
 
-def _render(
-    teacher: Teacher, conversations: Sequence[Sequence[Message]], *, answer: bool
-) -> list[str]:
+def render_chats(
+    teacher: Teacher, chats: Sequence[Conversation], *, answer: bool
+) -> list[RenderedChat]:
+    """Conversations as the chat template writes them, open for the assistant's answer if
+    ``answer``; with the places of generated text, where the template marks them.
+
+    The teacher has a chat template, or one for conversations with tools where all have some.
+
+    Raises:
+        ChatTemplateError: the template is broken, refuses the messages, or leaves out all that the
+            user says.
+    """
     info = teacher.info
-    assert info.chat_template is not None
     ends = [[] if token is None else [token] for token in (info.bos, info.eos)]
     bos, eos = teacher.detokenize([np.array(tokens, dtype=np.int32) for tokens in ends])
-    options = {"add_generation_prompt": answer, "bos": bos, "eos": eos}
-    return [render_chat(info.chat_template, messages, **options) for messages in conversations]  # type: ignore[arg-type]
+    rendered = []
+    for chat in chats:
+        template = info.chat_template
+        if chat.tools is not None and info.tool_template is not None:
+            template = info.tool_template
+        if template is None:
+            raise ChatTemplateError(
+                "the teacher has no chat template for conversations without tools"
+            )
+        text = render_marked(
+            template,
+            chat.messages,
+            add_generation_prompt=answer,
+            bos=bos,
+            eos=eos,
+            variables={**info.special_tokens, "tools": chat.tools, "documents": chat.documents},
+        )
+        _require_words(chat.messages, text.text)
+        rendered.append(text)
+    return rendered
+
+
+def _require_words(messages: Sequence[Message], text: str) -> None:
+    """Refuse a text without anything of what the user says; case and white space do not count."""
+    said = [words for one in messages if one["role"] == "user" for words in _texts(one)]
+    said = [words for words in said if words.strip()]
+    if not said or any(words in text for words in said):
+        return
+    bare = "".join(text.split()).casefold()
+    if not any("".join(words.split()).casefold() in bare for words in said):
+        raise ChatTemplateError(
+            f"the teacher's chat template never prints the user's words {said[-1][:MOST_SHOWN]!r}; "
+            "use a teacher whose chat template does, or data with 'text' in place of conversations"
+        )
+
+
+def _texts(message: Message) -> list[str]:
+    """What a message says: its content, or the text of each part."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return [part["text"] for part in content if isinstance(part.get("text"), str)]
+    return [content] if isinstance(content, str) else []

@@ -42,6 +42,7 @@ _ROLES = {
     **{"bos": "bos", "eos": "eos", "unknown": "unk"},
     **{"seperator": "sep", "padding": "pad", "mask": "mask"},
 }
+CHAT_TEMPLATE = "tokenizer.chat_template"
 _SENTENCEPIECE_ROLES = {"bos": 1, "eos": 2, "unk": 0}  # where the file does not say
 
 
@@ -206,6 +207,26 @@ def read_roles(fields: Mapping[str, Field], count: int) -> dict[str, int]:
     return {role: number for role, number in roles.items() if number < count}
 
 
+def special_tokens(fields: Mapping[str, Field]) -> dict[str, str]:
+    """Tokens with a role beside BOS and EOS, by the names of chat templates (``pad_token``)."""
+    tokens = fields["tokenizer.ggml.tokens"].value
+    return {
+        f"{role}_token": token_text(tokens[number], number)
+        for role, number in read_roles(fields, len(tokens)).items()
+        if role not in ("bos", "eos")
+    }
+
+
+def chat_templates(fields: Mapping[str, Field]) -> tuple[str | None, str | None]:
+    """The chat template, and the one for conversations with tools if that is another; an empty one
+    is none."""
+    keys = (CHAT_TEMPLATE, f"{CHAT_TEMPLATE}.default"), (f"{CHAT_TEMPLATE}.tool_use",)
+    stated = ([fields[key].value for key in each if key in fields] for each in keys)
+    texts = ((one for one in each if isinstance(one, str) and one.strip()) for each in stated)
+    default, tool_use = (next(each, None) for each in texts)
+    return default, tool_use
+
+
 def token_text(text: str, number: int) -> str:
     """A token's text in llama.cpp: it ends at the first NUL; an empty one gets a name."""
     return text.partition("\0")[0] or f"[EMPTY_{number}]"
@@ -303,11 +324,9 @@ def _strips_right(
 
 
 def _template(fields: Mapping[str, Field]) -> str | None:
-    field = fields.get("tokenizer.chat_template")
-    if field is None:
-        return None
-    if not isinstance(field.value, str) or not _encodable(field.value):
+    stated = fields.get(CHAT_TEMPLATE)
+    if stated is not None and not (isinstance(stated.value, str) and _encodable(stated.value)):
         raise TokenizerConversionError(
-            "tokenizer.chat_template is not a UTF-8 text; convert the model again"
+            f"{CHAT_TEMPLATE} is not a UTF-8 text; convert the model again"
         )
-    return field.value or None
+    return chat_templates(fields)[0]

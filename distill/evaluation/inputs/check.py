@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from dataclasses import dataclass
 
-from distill.capture.corpus import Entry, read_entries
+from distill.capture.corpus import DataRows, read_rows
 from distill.errors import UserError
 from distill.evaluation.inputs.files import Files, find_files
 from distill.evaluation.inputs.request import Request
@@ -30,7 +30,7 @@ class EvaluationInputs:
     files: Files
     tasks: list[Task]
     prompts: list[SafetyPrompt] | None
-    entries: list[Entry] | None
+    data: DataRows | None
 
 
 def check_evaluation(request: Request) -> EvaluationInputs:
@@ -38,7 +38,7 @@ def check_evaluation(request: Request) -> EvaluationInputs:
     if request.harness:
         require_harness()
     tasks = [] if request.tasks is None else read_tasks(request.tasks)
-    entries = None if request.text.data is None else read_entries(request.text.settings())
+    data = None if request.text.data is None else read_rows(request.text.settings())
     prompts = read_given_prompts(request.safety_prompts)
     files = find_files(request.students, request.teacher)  # last: it may hash a large teacher
-    return EvaluationInputs(files, tasks, prompts, entries)
+    return EvaluationInputs(files, tasks, prompts, data)

@@ -19,22 +19,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.capture.data_files import require_size, require_unicode, rows
 from distill.errors import UserError
-from distill.runtime.files import json_lines, read_text, require_unicode
 
 MATCHES = ("exact", "prefix", "contains")
 MAX_FILE_BYTES = 64 << 20
+COLUMNS = ("prompt", "answer", "answers", "match")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt and its right answers, none blank; ``match``: of ``MATCHES``; ``line``: in the
-    file."""
+    """A prompt and its right answers, none blank; ``match``: of ``MATCHES``; ``where``: file and
+    line."""
 
     prompt: str
     answers: tuple[str, ...]
     match: str = "exact"
-    line: int = 0
+    where: str = ""
 
     def is_right(self, answer: str) -> bool:
         """Whether this answer is a right one (see the module)."""
@@ -58,26 +59,27 @@ def read_tasks(path: Path) -> list[Task]:
     Raises:
         UserError: unreadable, empty, or a malformed line, which it names.
     """
-    text = read_text(path, "tasks", MAX_FILE_BYTES)
-    tasks = [_task(entry, path, number) for number, entry in json_lines(text, f"tasks {path}")]
+    require_size(path, "tasks", MAX_FILE_BYTES)
+    found = rows(path, COLUMNS, "tasks")
+    tasks = [_task(entry, where) for where, entry in found]
     if not tasks:
         raise UserError(f"tasks {path}: the file is empty")
     return tasks
 
 
-def _task(entry: Any, path: Path, number: int) -> Task:
-    where = f"tasks {path}, line {number}"
+def _task(entry: Any, where: str) -> Task:
     if not isinstance(entry, dict):
         raise UserError(f"{where} is not an object with prompt and answer")
     prompt = entry.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{where} has no text under 'prompt'")
+    entry = {name: value for name, value in entry.items() if value is not None}
     answers = _answers(entry, where)
     match = entry.get("match", MATCHES[0])
     if match not in MATCHES:
         raise UserError(f"{where}: match {match!r} is none of {', '.join(MATCHES)}")
     require_unicode([prompt, *answers], where)
-    return Task(prompt, answers, match, number)
+    return Task(prompt, answers, match, where)
 
 
 def _answers(entry: dict[str, Any], where: str) -> tuple[str, ...]:

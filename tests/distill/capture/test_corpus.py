@@ -90,13 +90,10 @@ def test_malformed_jsonl_names_file_and_line(tiny_teacher: GGUFTeacher, tmp_path
     path = tmp_path / "data.jsonl"
     for content, *words in (
         ('{"prompt": "ok"}\n{"prompt": ', "line 2", "JSON"),
-        ('{"prompt": "ok"}\n\n[1]', "line 3", "exactly one"),
-        ('{"question": "x"}', "line 1", "exactly one of prompt, messages, text"),
-        ('{"prompt": "x", "text": "y"}', "line 1", "prompt and text"),
-        ('{"prompt": "  "}', "line 1", "not empty"),
-        ('{"prompt": 3}', "line 1", "3"),
-        ('{"messages": []}', "line 1", "messages"),
-        ('{"messages": [{"role": "user"}]}', "line 1", "content"),
+        ('{"prompt": "ok"}\n\n[1]', "line 3", "[1]"),
+        ('{"ask": "x", "to": 1}', "line 1", "there are ask, to;", "messages", "data.columns"),
+        ('{"prompt": 3}', "line 1", "'prompt'", "3"),
+        ('{"prompt": "  "}\n{"prompt": null}', "every row is blank", "there are prompt"),
         ("", "empty"),
         (" \n\n", "empty"),
     ):

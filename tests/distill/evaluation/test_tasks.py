@@ -78,8 +78,8 @@ def test_read_tasks(tmp_path: Path) -> None:
     )
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert read_tasks(path) == [
-        Task("2 + 2?", ("4",), "exact", 1),
-        Task("a\u2028b", ("yes", "はい"), "prefix", 3),
+        Task("2 + 2?", ("4",), "exact", f"tasks {path}, line 1"),
+        Task("a\u2028b", ("yes", "はい"), "prefix", f"tasks {path}, line 3"),
     ]
 
 
@@ -179,7 +179,7 @@ def test_room_for_the_answer() -> None:
     assert answer_tasks(short, [first, Task("b" * 39, ("4",))]) == ["4", "4"]
     words = r"'b{40}' \(line 9\) has 42 tokens and its answer 1; .* is 42"
     with pytest.raises(UserError, match=words):
-        answer_tasks(short, [first, Task("b" * 40, ("4",), line=9)])
+        answer_tasks(short, [first, Task("b" * 40, ("4",), where="line 9")])
 
 
 @pytest.mark.needs_gguf

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.capture.corpus import Entry
+from distill.capture.corpus import DataRows
 from distill.commands.exit_codes import EXIT_CODES
 from distill.config.loading import load_config
 from distill.pipeline.preflight import Inputs
@@ -18,6 +18,7 @@ from distill.runs.audit_log import append
 from teachers import example_teacher
 from teachers.store.manifest import Manifest
 from teachers.targets.recipe import Recipe
+from teachers.tokenizer.rows import Document
 from tests.support.children import refusals_child
 
 ROOT = Path(__file__).parents[3]
@@ -70,7 +71,7 @@ CASES: list[tuple[str, int, str]] = [
     ("run --data {nothing.jsonl}", 2, "is empty"),
     ("run --data {data.pdf}", 2, "is none of .jsonl"),
     ("run --data {broken.jsonl}", 2, "line 2 is not JSON"),
-    ("capture --data {odd.jsonl}", 2, "line 1: needs exactly one of"),
+    ("capture --data {odd.jsonl}", 2, "line 1: no column that is understood; there are words"),
     ("plan --data {latin.txt}", 2, "not UTF-8"),
     (f"run {SAMPLING}", 2, "lets the teacher say one thing only"),
     # Safety prompts
@@ -240,6 +241,6 @@ def test_every_error_in_the_table_is_there() -> None:
 
 def test_data_is_handed_on_once() -> None:
     """Data may be large: whoever has taken it is the only one that holds it."""
-    entries = [Entry("text", "words", "here")]
-    inputs = Inputs(entries=entries)
-    assert inputs.take_entries() is entries and inputs.take_entries() is None
+    data = DataRows([Document("words", "here")])
+    inputs = Inputs(data=data)
+    assert inputs.take_data() is data and inputs.take_data() is None

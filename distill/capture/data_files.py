@@ -1,0 +1,368 @@
+"""Files of data → texts, and rows as JSON objects: streamed, bounded, each row with its place.
+
+Parquet and Arrow are read by pyarrow, which is imported where it is needed.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from distill.errors import UserError
+from distill.runtime.printable import printable_line
+
+TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+TEXT_SUFFIXES = (".txt", ".md", ".text")
+SUFFIXES = TABLE_SUFFIXES + TEXT_SUFFIXES  # each also with .gz behind it
+MAX_LINE_BYTES = 64 << 20
+# What is packed may unpack to this many bytes, and to this many times the size of its file.
+FREE_BYTES, MAX_RATIO = 256 << 20, 200
+ROWS_AT_ONCE = 256
+TRAIN = "train"
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_SHARD = re.compile(r"-\d+-of-\d+$")
+
+TellUnread = Callable[[list[str], int], None]
+
+
+def suffix_of(file: Path) -> str:
+    """The file's suffix in lower case, that of the packed file for ``.gz``."""
+    return Path(file.name.lower().removesuffix(".gz")).suffix
+
+
+def find_files(path: Path, split: str | None = None) -> tuple[list[Path], list[str]]:
+    """The files of ``path``, itself one or a folder, in order; and notes on what is left out.
+
+    Of a folder saved by ``datasets``, and of one with files such as ``train-00000-of-00002``, only
+    the files of ``split`` (none: the only one, or ``train``).
+
+    Raises:
+        UserError: nothing that can be read is there, or no such split.
+    """
+    if path.is_file():
+        if suffix_of(path) not in SUFFIXES:
+            raise UserError(
+                f"data file {path} is none of {', '.join(SUFFIXES)}; rename or convert it"
+            )
+        return [path], []
+    if not path.is_dir():
+        reason = "is not a regular file or folder" if path.exists() else "does not exist"
+        raise UserError(f"data {path} {reason}; give a file of rows or text, or a folder of them")
+    if (path / "state.json").is_file():
+        return _saved_dataset(path), []
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    files = [
+        file
+        for file in files
+        if file.name not in _DESCRIPTIONS
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    readable = [file for file in files if suffix_of(file) in SUFFIXES]
+    if any(suffix_of(file) in TABLE_SUFFIXES for file in readable):  # then it describes them
+        readable = [file for file in readable if file.stem.upper() not in ("README", "LICENSE")]
+    if not readable:
+        raise UserError(f"data folder {path} has no {', '.join(SUFFIXES)} file")
+    chosen, notes = _of_split(path, readable, split)
+    if others := [file.name for file in files if file not in set(readable)]:
+        names = ", ".join(map(printable_line, others[:3])) + ", …" * (len(others) > 3)
+        notes.append(f"{len(others)} other files in {path} are not read: {names}")
+    return chosen, notes
+
+
+def _of_split(folder: Path, files: list[Path], split: str | None) -> tuple[list[Path], list[str]]:
+    """The files of one split, where their names or folders tell splits apart."""
+    saved = (folder / "dataset_dict.json").is_file()
+
+    def name_of(file: Path) -> str:
+        name = file.relative_to(folder).parts[0] if saved else file.name.partition(".")[0]
+        return _SHARD.sub("", name)
+
+    names = list(dict.fromkeys(map(name_of, files)))
+    divided = saved or all(_SHARD.search(file.name.partition(".")[0]) for file in files)
+    if split is None and not (divided and len(names) > 1):
+        return files, []
+    wanted = split or TRAIN
+    if wanted not in names:
+        raise UserError(
+            f"data folder {folder} has no split {wanted!r}; name one of "
+            f"{', '.join(map(printable_line, names))} with --set data.split=NAME"
+        )
+    chosen = [file for file in files if name_of(file) == wanted]
+    if saved:
+        chosen = _saved_dataset(folder / wanted)
+    others = [printable_line(name) for name in names if name != wanted]
+    note = f"data: split {wanted}; not read: {', '.join(others)} (data.split chooses)"
+    return chosen, [note] if others else []
+
+
+def _saved_dataset(folder: Path) -> list[Path]:
+    """The Arrow files of a folder that ``Dataset.save_to_disk`` wrote, in their order."""
+    state = parse_json(read_text(folder / "state.json", "data file"), str(folder / "state.json"))
+    listed = state.get("_data_files") if isinstance(state, dict) else None
+    try:
+        names = [Path(one["filename"]).name for one in cast(Any, listed)]
+    except (TypeError, KeyError):
+        names = []
+    if not names:
+        raise UserError(f"data file {folder / 'state.json'} names no data files; save it again")
+    if state.get("_indices_data_files"):
+        raise UserError(
+            f"data folder {folder} has an index of its rows, which is not read; save it again "
+            "after flatten_indices()"
+        )
+    return [folder / name for name in names]
+
+
+def rows(
+    file: Path,
+    columns: Collection[str],
+    what: str = "data file",
+    *,
+    split: str | None = None,
+    unread: TellUnread = lambda names, count: None,
+) -> Iterator[tuple[str, Any]]:
+    """Each row's place, such as ``data file x.jsonl, line 3``, and its value.
+
+    ``columns``: those understood; of Parquet and Arrow only these are read, and ``unread`` gets the
+    names of the others and the number of rows. ``split``: of a ``.json`` file of several lists.
+
+    Raises:
+        UserError: unreadable, damaged or malformed; names file and line or row.
+    """
+    suffix = suffix_of(file)
+    if suffix == ".json":
+        yield from _json_rows(file, what, split, columns)
+    elif suffix in (".csv", ".tsv"):
+        yield from _csv_rows(file, what, "\t" if suffix == ".tsv" else ",")
+    elif suffix in (".parquet", ".arrow"):
+        yield from _arrow_rows(file, what, columns, unread)
+    else:
+        yield from json_lines(_lines(file, what), f"{what} {file}")
+
+
+def read_text(file: Path, what: str) -> str:
+    """The whole of a text file, without a byte order mark; raises ``UserError`` as ``rows``."""
+    return _decoded(_whole(file, what), file, what)
+
+
+def parse_json(text: str, where: str, hint: str = "") -> Any:
+    """A JSON value, whose objects have every key once; ``UserError`` names ``where``."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:  # also a number with too many digits
+        raise UserError(f"{where} is not JSON ({error}){hint}") from None
+
+
+def json_lines(lines: Iterable[str], source: str) -> Iterator[tuple[str, Any]]:
+    """Each line's place and value but for blank lines; ``UserError`` names ``source`` and line."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{source}, line {number}"
+            yield where, parse_json(line, where, "; each line must be one JSON object")
+
+
+def require_size(path: Path, what: str, max_bytes: int) -> None:
+    """Raise ``UserError`` for a file that is larger, or is not there."""
+    with _opened(path, what):
+        pass
+    if path.stat().st_size > max_bytes:
+        raise UserError(f"{what} {path}: larger than {max_bytes >> 20} MiB; give a smaller file")
+
+
+def require_unicode(value: Any, where: str) -> None:
+    """Raise ``UserError`` for text that UTF-8 cannot encode: JSON may spell half a surrogate
+    pair."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{where}: has a lone surrogate (\\ud800 to \\udfff), which is not text; remove it"
+        ) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
+
+
+@contextmanager
+def _opened(file: Path, what: str) -> Iterator[BinaryIO]:
+    """The file's bytes, unpacked; reading errors become ``UserError``."""
+    packed = file.name.lower().endswith(".gz")
+    try:
+        with gzip.open(file) if packed else file.open("rb") as stream:
+            yield cast(BinaryIO, stream)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{what} {file} is damaged or cut off: {error}; get it again") from None
+    except OSError as error:
+        raise UserError(f"{what} {file} cannot be read: {error.strerror or error}") from None
+
+
+def _require_bounded(file: Path, what: str, unpacked: int) -> None:
+    if unpacked > FREE_BYTES + MAX_RATIO * file.stat().st_size:
+        raise UserError(
+            f"{what} {file} unpacks to more than {MAX_RATIO} times its size; unpack it yourself if "
+            "it can be trusted"
+        )
+
+
+def _whole(file: Path, what: str) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    with _opened(file, what) as stream:
+        while part := stream.read(1 << 20):
+            parts.append(part)
+            _require_bounded(file, what, size := size + len(part))
+    return b"".join(parts)
+
+
+def _lines(file: Path, what: str) -> Iterator[str]:
+    """The lines of a file with their ends; those longer than ``MAX_LINE_BYTES`` are refused."""
+    start = number = 0
+    with _opened(file, what) as stream:
+        while raw := stream.readline(MAX_LINE_BYTES):
+            _require_bounded(file, what, start + len(raw))
+            if len(raw) == MAX_LINE_BYTES:
+                raise UserError(
+                    f"{what} {file}, line {number + 1}: longer than {MAX_LINE_BYTES >> 20} MiB; "
+                    "divide it"
+                )
+            yield _decoded(raw, file, what, number, start)
+            number, start = number + 1, start + len(raw)
+
+
+def _decoded(raw: bytes, file: Path, what: str, lines: int = 0, start: int = 0) -> str:
+    """Bytes that stand behind ``lines`` lines and ``start`` bytes, as text."""
+    try:
+        return raw.decode("utf-8" if start else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = lines + error.object[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{what} {file}, line {line}: not UTF-8 (byte {start + error.start}); convert it"
+        ) from None
+
+
+def _json_rows(
+    file: Path, what: str, split: str | None, columns: Collection[str]
+) -> Iterator[tuple[str, Any]]:
+    """Of a list of rows, an object with such a list, one row, or one row per line."""
+    source, text = f"{what} {file}", read_text(file, what)
+    try:
+        value = parse_json(text, source)
+    except UserError:
+        lines = text.split("\n")
+        first = next((line for line in lines if line.strip()), "")
+        try:
+            single = isinstance(parse_json(first, source), dict)
+        except UserError:
+            single = False
+        if not single:
+            raise
+        yield from json_lines(lines, source)
+        return
+    if isinstance(value, dict) and not value.keys() & set(columns):
+        lists = {name: one for name, one in value.items() if isinstance(one, list)}
+        wanted = split or (TRAIN if len(lists) > 1 else next(iter(lists), None))
+        if lists and wanted not in lists:
+            names = ", ".join(map(printable_line, lists))
+            raise UserError(
+                f"{source} has the lists {names}; choose one with --set data.split=NAME"
+            )
+        value = lists.get(wanted, value) if wanted else value
+    for number, row in enumerate(value if isinstance(value, list) else [value], 1):
+        yield f"{source}, row {number}", row
+
+
+def _csv_rows(file: Path, what: str, delimiter: str) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(MAX_LINE_BYTES)
+    reader = csv.DictReader(_lines(file, what), delimiter=delimiter, strict=True)
+    try:
+        names = list(reader.fieldnames or [])
+        if len(set(names)) < len(names):
+            raise UserError(f"{what} {file}, line 1: a column is named twice; rename one")
+        for row in reader:
+            where = f"{what} {file}, line {reader.line_num}"
+            if None in row:
+                raise UserError(f"{where}: more cells than the header has columns; quote commas")
+            yield where, row
+    except csv.Error as error:
+        raise UserError(f"{what} {file}, line {reader.line_num}: {error}") from None
+
+
+def _arrow_rows(
+    file: Path, what: str, columns: Collection[str], unread: TellUnread
+) -> Iterator[tuple[str, Any]]:
+    """Rows of a Parquet or Arrow file; of nested objects without the nulls that stand for what
+    other rows have."""
+    import pyarrow
+
+    source, number, size = f"{what} {file}", 0, 0
+    packed = file.name.lower().endswith(".gz")
+    raw = _whole(file, what) if packed else None
+    try:
+        with pyarrow.OSFile(str(file)) if raw is None else pyarrow.BufferReader(raw) as opened:
+            names, taken, batches = _arrow_batches(opened, suffix_of(file), columns)
+            if len(set(names)) < len(names):
+                raise UserError(f"{source}: a column is named twice; rename one")
+            for batch in batches:
+                _require_bounded(file, what, size := size + batch.nbytes)
+                for at in range(batch.num_rows):
+                    (row,) = batch.slice(at, 1).to_pylist()
+                    number += 1
+                    where = f"{source}, row {number}"
+                    yield where, {name: _without_nulls(value) for name, value in row.items()}
+            unread([name for name in names if name not in taken], number)
+    except UserError:
+        raise
+    except UnicodeDecodeError:
+        raise UserError(f"{source}, row {number + 1}: not UTF-8; convert it") from None
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError, RecursionError) as error:
+        reason = printable_line(str(error).strip().partition("\n")[0])
+        raise UserError(
+            f"{source} is damaged, or cannot be read ({reason}); get it again"
+        ) from None
+
+
+def _arrow_batches(
+    opened: Any, suffix: str, columns: Collection[str]
+) -> tuple[list[str], list[str], Iterator[Any]]:
+    """Names of all columns; those taken (all, if none is understood); record batches of these."""
+    from pyarrow import ipc, parquet
+
+    reader: Any
+    if suffix == ".parquet":
+        reader = parquet.ParquetFile(opened)
+        schema = reader.schema_arrow
+    else:
+        in_file_format = opened.read(6) == b"ARROW1"
+        opened.seek(0)
+        reader = ipc.open_file(opened) if in_file_format else ipc.open_stream(opened)
+        schema = reader.schema
+    taken = [name for name in schema.names if name in columns] or schema.names
+    if suffix == ".parquet":
+        return schema.names, taken, reader.iter_batches(batch_size=ROWS_AT_ONCE, columns=taken)
+
+    def checked() -> Iterator[Any]:
+        count = getattr(reader, "num_record_batches", None)
+        for batch in reader if count is None else map(reader.get_batch, range(count)):
+            batch.validate(full=True)  # what the file says of its own layout is not trusted
+            yield batch.select(taken)
+
+    return schema.names, taken, checked()
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value

@@ -1,0 +1,45 @@
+"""A row of data as one value, whatever form it had in its file: a conversation, or text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages as chat templates read them.
+
+    ``messages``: at least one. Each has a ``role`` (system, user, assistant or tool) and
+    ``content``: text, or ``None`` beside the assistant's ``tool_calls``, which are objects
+    ``{"type": "function", "function": {"name": …, "arguments": {…}}}``, with an ``id`` where the
+    data has one. Other keys, such as ``name``, ``tool_call_id`` or ``reasoning_content``, are those
+    of the data; none is null. ``tools``, ``documents``: JSON objects for the template, if any.
+    ``separator``: stands between the messages for a teacher without a template. ``where``: file and
+    line, for messages about it.
+    """
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    separator: str = "\n"
+    where: str = ""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is open for an answer: the last message is not the assistant's."""
+        return bool(self.messages[-1]["role"] != "assistant")
+
+
+@dataclass(frozen=True)
+class Document:
+    """Text that is used as it stands, whose control tokens stay text; ``where``: file and line."""
+
+    text: str
+    where: str = ""
+
+
+Row = Conversation | Document
