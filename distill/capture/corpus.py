@@ -237,8 +237,8 @@ def _tokenize(
         )
     if silent:
         notes.append(
-            f"{silent} conversations are left out: no answer to learn in their first {max_length} "
-            "tokens"
+            f"{silent} of {len(items) + silent} sequences are left out: conversations with no "
+            f"answer to learn in their first {max_length} tokens"
         )
     if cut:
         notes.append(

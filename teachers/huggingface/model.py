@@ -208,7 +208,7 @@ def _decoder_layers(model: Any, count: int) -> list[nn.Module]:
 
 
 def padded(
-    sequences: Sequence[Sequence[int] | Tokens], *, left: bool = False
+    sequences: Sequence[Sequence[int] | Tokens | Keep], *, left: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Tokens and their mask, both int64 ``[B, T]``; ``left``: the sequences' ends are flush."""
     longest = max(map(len, sequences))

@@ -27,7 +27,7 @@ Tokens = NDArray[np.int32]
 Reduce = Callable[[Outputs], Arrays]
 
 SHARED_TOKENS = 32  # a common beginning this long is decoded once and copied
-LEAST_WANTED = 2  # rows of a batch: a product with one alone takes a kernel that rounds otherwise
+LEAST_WANTED = 16  # rows of a batch: products with few take kernels that round otherwise
 LIKE_LENGTH = 0.9  # sequences at least this part of the longest are filled up and decoded with it
 
 
