@@ -17,11 +17,27 @@ if TYPE_CHECKING:
 
 Tokens = NDArray[np.int32]
 Floats = NDArray[np.float32]
+Keep = NDArray[np.bool_]
+"""Which predictions of a sequence of n tokens are wanted, ``[n − 1]``: number t is that of token
+t + 1. What lies beyond the end of a shorter one is wanted."""
 Progress = Callable[[int], None]
 
 
 def no_progress(done: int) -> None:
     """Progress that nobody watches."""
+
+
+def whole_masks(sequences: Sequence[Tokens], keep: Sequence[Keep] | None) -> list[Keep]:
+    """A mask over all n − 1 predictions of each sequence; ``None``: all are wanted."""
+    masks = [np.ones(len(tokens) - 1, dtype=np.bool_) for tokens in sequences]
+    for mask, begun in zip(masks, keep or (), strict=keep is not None):
+        mask[: len(begun)] = begun[: len(mask)]
+    return masks
+
+
+def last_predictions(sequences: Sequence[Tokens], count: int) -> list[Keep]:
+    """Masks of at most ``count`` predictions of each sequence, those at its end."""
+    return [np.arange(len(tokens) - 1) >= len(tokens) - 1 - count for tokens in sequences]
 
 
 @dataclass(frozen=True)
@@ -41,12 +57,14 @@ class GenerationRequest:
     A prompt is a list of forced segments. After each one the teacher writes until it ends its turn;
     the next segment then stands in place of its end-of-turn token (a chat template's text between
     two turns carries that token itself). Sequence i draws from random stream ``first_index + i`` of
-    the seed, so it does not depend on what it is batched with.
+    the seed, so it does not depend on what it is batched with. ``keep``: of each prompt's first
+    segment; what is written after it is wanted (where the sequences are scored, too).
     """
 
     prompts: Sequence[Sequence[Tokens]]
     sampling: Sampling
     first_index: int = 0
+    keep: Sequence[Keep] | None = None
 
 
 MAX_COUNT = 1 << 20  # heads or widths that a real model may have
@@ -124,8 +142,8 @@ Self = TypeVar("Self", bound="Teacher")
 class Teacher(Protocol):
     """A language model that tokenizes, generates, and gives the probability of every next token.
 
-    Letters: N positions over all sequences together (a sequence of n tokens has n − 1), V
-    vocabulary, D width.
+    Letters: N positions over all sequences together (a sequence of n tokens has n − 1, of which
+    those count that ``keep`` wants, where it is given), V vocabulary, D width.
     """
 
     info: TeacherInfo
@@ -166,7 +184,7 @@ class Teacher(Protocol):
         def scored(positions: int) -> None:
             progress(count // 2 + (count - count // 2) * positions // max(1, total))
 
-        return sequences, self.score(sequences, recipe, bases, scored)
+        return sequences, self.score(sequences, recipe, bases, scored, request.keep)
 
     def score(
         self,
@@ -174,6 +192,7 @@ class Teacher(Protocol):
         recipe: Recipe,
         bases: Mapping[str, Basis],
         progress: Progress = no_progress,
+        keep: Sequence[Keep] | None = None,
     ) -> Arrays:
         """What ``recipe`` keeps of all positions, as the arrays of a store, ``[N, …]``.
 
@@ -183,7 +202,11 @@ class Teacher(Protocol):
         ...
 
     def states(
-        self, sequences: Sequence[Tokens], layers: Sequence[int] = ()
+        self,
+        sequences: Sequence[Tokens],
+        layers: Sequence[int] = (),
+        *,
+        keep: Sequence[Keep] | None = None,
     ) -> Mapping[str, Floats]:
         """Hidden states ``[N, D]``: ``final`` (after the last norm) and ``layer<i>``."""
         ...
@@ -196,7 +219,13 @@ class Teacher(Protocol):
         """
         ...
 
-    def logits(self, sequences: Sequence[Tokens], *, exact: bool = False) -> NDArray[np.float32]:
+    def logits(
+        self,
+        sequences: Sequence[Tokens],
+        *,
+        exact: bool = False,
+        keep: Sequence[Keep] | None = None,
+    ) -> Floats:
         """Every logit of all positions, ``[N, V]``; for evaluation and proof on little text."""
         ...
 

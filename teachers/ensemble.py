@@ -16,12 +16,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from teachers.base import (
     Floats,
     GenerationRequest,
+    Keep,
     Progress,
     Teacher,
     TeacherInfo,
@@ -124,6 +124,7 @@ class EnsembleTeacher(Teacher):
         recipe: Recipe,
         bases: Mapping[str, Basis],
         progress: Progress = no_progress,
+        keep: Sequence[Keep] | None = None,
     ) -> Arrays:
         """See ``Teacher.score``; a few sequences at a time, which bounds memory.
 
@@ -133,13 +134,13 @@ class EnsembleTeacher(Teacher):
         self._require_logits_alone(recipe)
         parts: list[Arrays] = []
         done = 0
-        for group in self._groups(sequences):
-            mixed = self._mixed(group, exact=False)
+        for part in self._groups(sequences):
+            mixed = self._mixed(sequences[part], exact=False, keep=keep and keep[part])
             try:
                 parts.append(reduce(Answer(logits=mixed), recipe, bases))
             except ValueError as error:
                 raise EnsembleError(f"{self.info.name}: {error}") from None
-            done += len(mixed)
+            done += sum(len(tokens) - 1 for tokens in sequences[part])
             progress(done)
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -150,7 +151,11 @@ class EnsembleTeacher(Teacher):
             raise EnsembleError(f"{what} cannot be kept: {self._no_states()}")
 
     def states(
-        self, sequences: Sequence[Tokens], layers: Sequence[int] = ()
+        self,
+        sequences: Sequence[Tokens],
+        layers: Sequence[int] = (),
+        *,
+        keep: Sequence[Keep] | None = None,
     ) -> Mapping[str, Floats]:
         """Raises:
         EnsembleError: always; a mixture has none.
@@ -169,22 +174,33 @@ class EnsembleTeacher(Teacher):
             f"hidden state; {REMEDY}"
         )
 
-    def logits(self, sequences: Sequence[Tokens], *, exact: bool = False) -> NDArray[np.float32]:
+    def logits(
+        self,
+        sequences: Sequence[Tokens],
+        *,
+        exact: bool = False,
+        keep: Sequence[Keep] | None = None,
+    ) -> Floats:
         """See ``Teacher.logits``: log-probabilities of the mixture."""
-        groups = [self._mixed(group, exact=exact) for group in self._groups(sequences)]
+        groups = [
+            self._mixed(sequences[part], exact=exact, keep=keep and keep[part])
+            for part in self._groups(sequences)
+        ]
         return torch.cat(groups).numpy()
 
-    def _groups(self, sequences: Sequence[Tokens]) -> list[Sequence[Tokens]]:
+    def _groups(self, sequences: Sequence[Tokens]) -> list[slice]:
         """Consecutive sequences whose logits fit ``GROUP_BYTES``; one sequence at least."""
         room = GROUP_BYTES // (4 * self.info.vocab_size)
         sizes = [len(tokens) - 1 for tokens in sequences]
-        return [sequences[part] for part in budget_slices(sizes, room)]
+        return list(budget_slices(sizes, room))
 
-    def _mixed(self, sequences: Sequence[Tokens], *, exact: bool) -> Tensor:
+    def _mixed(
+        self, sequences: Sequence[Tokens], *, exact: bool, keep: Sequence[Keep] | None
+    ) -> Tensor:
         """log Σ w_i p_i of all positions, float32 ``[N, V]``, in nats; −∞ where every p_i is 0."""
         mixed: Tensor | None = None
         for teacher, weight in zip(self.teachers, self.weights, strict=True):
-            logits = torch.from_numpy(teacher.logits(sequences, exact=exact))
+            logits = torch.from_numpy(teacher.logits(sequences, exact=exact, keep=keep))
             weighted = logits.log_softmax(dim=-1).add_(math.log(weight))
             if bool(torch.isnan(weighted).any()):
                 raise EnsembleError(

@@ -56,7 +56,7 @@ def fill_store(
         summary = capture(teacher, corpus, store, stage.update, share)
         size = f"{human_bytes(store.bytes_on_disk())} in {store.folder}"
         if share.world == 1:
-            size = f"{human_count(int(store.lengths().sum()))} tokens, {size}"
+            size = f"{trained_on(store)}, {size}"
         if summary.written == 0:
             stage.finish(f"skipped: soft targets of this teacher and data reused, {size}")
         elif summary.reused:
@@ -112,6 +112,12 @@ def text_of(config: RunConfig, info: TeacherInfo) -> str:
     """A store's text in words: a file's name without its folders, which may be private."""
     path = config.data.path
     return f"text written by {info.name}" if path is None else Path(path).resolve().name
+
+
+def trained_on(store: SoftTargetStore) -> str:
+    """How many tokens of a complete store are trained on."""
+    tokens = human_count(int(store.lengths().sum()))
+    return f"{human_count(store.positions())} of {tokens} tokens are trained on"
 
 
 def _sequences(store: SoftTargetStore, share: ProcessRank) -> int:

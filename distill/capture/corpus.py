@@ -20,7 +20,8 @@ from distill.capture.data_files import TEXT_SUFFIXES, find_files, read_text, row
 from distill.capture.row_parser import RowParser
 from distill.config.schema import DataConfig
 from distill.errors import UserError
-from teachers.base import GenerationRequest, Progress, Sampling, Teacher, TeacherInfo, Tokens
+from teachers.base import GenerationRequest, Keep, Progress, Sampling, Teacher, TeacherInfo, Tokens
+from teachers.tokenizer.assistant_mask import AssistantMask
 from teachers.tokenizer.chat_template import ChatTemplateError
 from teachers.tokenizer.conversation import conversation_tokens, opening_segments
 from teachers.tokenizer.rows import Document, Row
@@ -39,10 +40,15 @@ class DataRows:
 
 @dataclass(frozen=True)
 class Item:
-    """One sequence to be: forced segments, and whether the teacher writes after each of them."""
+    """One sequence to be: forced segments, and whether the teacher writes after each of them.
+
+    ``keep``: which predictions of a single segment's tokens are learnt (``None``: all); what the
+    teacher writes after it is.
+    """
 
     segments: tuple[Tokens, ...]
     speaks: bool
+    keep: Keep | None = None
 
 
 class Corpus:
@@ -52,6 +58,7 @@ class Corpus:
         self.items = items
         self.sampling = sampling
         self.notes = notes
+        self.masked = any(item.keep is not None for item in items)  # something is not to be learnt
 
     def __len__(self) -> int:
         return len(self.items)
@@ -62,12 +69,14 @@ class Corpus:
         return sum(item.speaks for item in self.items)
 
     def digest(self) -> str:
-        """SHA-256 over everything that decides the sequences."""
+        """SHA-256 over everything that decides the sequences, and what is learnt of them."""
         digest = hashlib.sha256(json.dumps(asdict(self.sampling), sort_keys=True).encode())
         for item in self.items:
             digest.update(f"{item.speaks} {[len(part) for part in item.segments]}".encode())
             for part in item.segments:
                 digest.update(part.tobytes())
+            if item.keep is not None:
+                digest.update(b"keep" + item.keep.tobytes())
         return digest.hexdigest()
 
     def take(self, teacher: Teacher, start: int, stop: int, progress: Progress) -> list[Tokens]:
@@ -81,12 +90,21 @@ class Corpus:
         )
         return [next(rows) if item.speaks else item.segments[0] for item in chosen]
 
+    def keep(self, start: int, stop: int) -> list[Keep] | None:
+        """See ``teachers.store.capture.SequenceSource``."""
+        if not self.masked:
+            return None
+        everything = np.empty(0, dtype=np.bool_)
+        masks = (item.keep for item in self.items[start:stop])
+        return [everything if mask is None else mask for mask in masks]
+
     def generation_request(self, start: int, stop: int) -> GenerationRequest | None:
         """See ``teachers.store.capture.SequenceSource``."""
         chosen = self.items[start:stop]
         if not all(item.speaks for item in chosen):
             return None
-        return GenerationRequest([item.segments for item in chosen], self.sampling, start)
+        requests = [item.segments for item in chosen]
+        return GenerationRequest(requests, self.sampling, start, self.keep(start, stop))
 
 
 def build_corpus(
@@ -114,13 +132,15 @@ def build_corpus(
             [Item(opening, True)] * (config.samples or DEFAULT_SPOKEN_SAMPLES), sampling, notes
         )
     notes += _not_shown(data.rows, teacher.info)
-    items = _tokenize(data.rows, teacher, max_length, notes)
+    masks = AssistantMask(teacher, max_length) if config.train_on == "assistant" else None
+    items = _tokenize(data.rows, teacher, max_length, masks, notes)
     if config.samples is not None and config.samples < len(items):
         kept = np.random.default_rng(seed).permutation(len(items))[: config.samples]
         items = [items[index] for index in sorted(kept.tolist())]
     if len(items) < 2:
         raise UserError(
             f"data {config.path}: only {len(items)} sequence; at least 2 are needed (1 is held out)"
+            + "".join(f"; {note}" for note in notes)
         )
     return Corpus(items, sampling, notes)
 
@@ -195,25 +215,49 @@ def _not_shown(data: list[Row], info: TeacherInfo) -> list[str]:
     ]
 
 
-def _tokenize(data: list[Row], teacher: Teacher, max_length: int, notes: list[str]) -> list[Item]:
+def _tokenize(
+    data: list[Row],
+    teacher: Teacher,
+    max_length: int,
+    masks: AssistantMask | None,
+    notes: list[str],
+) -> list[Item]:
     items: list[Item] = []
-    cut = 0
+    cut = silent = lost = 0
     for row in data:
         if isinstance(row, Document):
             items += _windows(row.text, teacher, max_length)
             continue
         answers = row.waits
         try:
-            tokens = conversation_tokens(teacher, row, answer=answers)
+            if masks is None:
+                tokens, keep = conversation_tokens(teacher, row, answer=answers), None
+            else:
+                tokens, learnt, unknown = masks.tokens(row, answer=answers)
+                keep, lost = learnt[1:max_length], lost + unknown
         except ChatTemplateError as error:
             raise UserError(f"{row.where}: {error}") from None
         cut += len(tokens) > max_length or (answers and len(tokens) >= max_length)
         tokens = tokens[:max_length]
-        if len(tokens):
-            items.append(Item((tokens,), answers and len(tokens) < max_length))
+        speaks = answers and len(tokens) < max_length
+        if keep is not None and not speaks and not keep.any():
+            silent += 1
+        elif len(tokens):
+            items.append(Item((tokens,), speaks, keep))
+    if lost:
+        notes.append(
+            f"{lost} answers are not trained on: the chat template rewrites them, and shows not "
+            "where they are"
+        )
+    if silent:
+        notes.append(
+            f"{silent} of {len(items) + silent} sequences are left out: conversations with no "
+            f"answer to learn in their first {max_length} tokens"
+        )
     if cut:
         notes.append(
-            f"{cut} of {len(items)} sequences are cut at {max_length} tokens; raise data.max_length"
+            f"{cut} of {len(items) + silent} sequences are cut at {max_length} tokens; raise "
+            "data.max_length"
         )
     return [item for item in items if item.speaks or len(item.segments[0]) > 1]
 

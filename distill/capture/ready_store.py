@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from distill.capture.capture import trained_on
 from distill.config.schema import RunConfig, Section
 from distill.errors import UserError
-from distill.runtime.format import human_bytes, human_count
+from distill.runtime.format import human_bytes
 from distill.runtime.progress import Console
 from teachers import example_teacher
 from teachers.atomic_files import StoreError
@@ -82,9 +83,8 @@ def require_complete(store: SoftTargetStore, console: Console) -> None:
                     f"({names[0]}{', …' * (len(names) > 1)}); run the capture again where the "
                     "teacher is, which makes just that, or copy the store again"
                 )
-        tokens = human_count(int(store.lengths().sum()))
         size = human_bytes(store.bytes_on_disk())
-        stage.finish(f"{len(store)} sequences, {tokens} tokens, {size} in {store.folder}")
+        stage.finish(f"{len(store)} sequences, {trained_on(store)}, {size} in {store.folder}")
 
 
 def find_teacher(path: str | None, info: TeacherInfo) -> Path | None:

@@ -76,6 +76,8 @@ def store_manifest(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> Manifest
         # The last bits of a logit, and so what a teacher says, depend on these.
         "runtime": teacher.runtime,
     }
+    if corpus.masked:
+        identity["train_on"] = "assistant"
     if recipe.needs_states or recipe.layers:
         # What a shard's codes mean depends on how directions were fitted to the store's own
         # beginning.
@@ -122,11 +124,14 @@ def open_store(
 
 def largest_size(corpus: Corpus, recipe: Recipe, teacher: Teacher) -> int:
     """Bytes that the soft targets take at most: every sequence as long as it may be."""
-    positions = sum(
-        corpus.sampling.max_length if item.speaks else len(item.segments[0])
-        for item in corpus.items
-    )
-    return positions * (recipe.bytes_per_position(teacher.info.vocab_size, teacher.info.width) + 4)
+    longest = corpus.sampling.max_length
+    each = recipe.bytes_per_position(teacher.info.vocab_size, teacher.info.width)
+    tokens = positions = 0
+    for item in corpus.items:
+        length = longest if item.speaks else len(item.segments[0])
+        tokens += length
+        positions += length if item.keep is None else length - int((~item.keep).sum())
+    return 4 * tokens + positions * each
 
 
 def _require_space(folder: Path, needed: int) -> None:

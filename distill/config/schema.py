@@ -158,9 +158,10 @@ class DataConfig(Section):
 
     ``path``: rows, text or a folder of them; none: the teacher generates it. ``split``: of data in
     several (none: train). ``columns``: names of ours, such as text, and what the data calls them;
-    null: not to be used. ``samples``: sequences at
-    most (none: all, or 4,096 generated ones), of ``max_length`` tokens at most. ``held_out``: share
-    of the sequences kept for evaluation. ``sampling_temperature``, ``top_p``: of generation.
+    null: not to be used. ``samples``: sequences at most (none: all, or 4,096 generated ones), of
+    ``max_length`` tokens at most. ``train_on``: the assistant's tokens of conversations (and all of
+    other text), or all. ``held_out``: share of the sequences kept for evaluation.
+    ``sampling_temperature``, ``top_p``: of generation.
     """
 
     path: str | None = None
@@ -168,6 +169,7 @@ class DataConfig(Section):
     columns: dict[str, str | None] = {}
     samples: Annotated[int, Field(ge=2)] | None = None
     max_length: Annotated[int, Field(ge=8)] = 256
+    train_on: Literal["assistant", "all"] = "assistant"
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.03
     sampling_temperature: NonNegative = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0

@@ -26,7 +26,7 @@ from distill.metrics.safety import SafetyScore
 from distill.runtime.environment import environment, llama_cpp_environment
 from distill.runtime.format import human_bytes, human_count
 from distill.runtime.progress import Console
-from teachers.base import Tokens
+from teachers.base import Keep, Tokens, whole_masks
 from teachers.gguf.file import file_sha256
 from teachers.llama_cpp.teacher import GGUFTeacher
 
@@ -108,7 +108,8 @@ class Measurement:
         with self.console.stage("Read text", total=len(text.items)) as stage:
             sequences = text.sequences(self.teacher, stage.update)
             stage.finish(text.description)
-        scores = self._score(sequences)
+        masks = whole_masks(sequences, text.keep)
+        scores = self._score(sequences, masks)
         greedy, prefix_length = self._write(sequences)
         safety = self._judge(tests)
         answers = self._answer(inputs.tasks)
@@ -139,9 +140,9 @@ class Measurement:
             teacher=evaluations[0],
             students=evaluations[1:],
             text=text.description,
-            text_sha256=digest(sequences),
+            text_sha256=digest(sequences, text.keep),
             sequences=len(sequences),
-            positions=sum(len(tokens) - 1 for tokens in sequences),
+            positions=int(sum(mask.sum() for mask in masks)),
             skipped=text.skipped,
             seed=self.request.text.seed,
             environment=environment()
@@ -177,13 +178,13 @@ class Measurement:
                 "busy otherwise?"
             )
 
-    def _score(self, sequences: Sequence[Tokens]) -> dict[str, TextScore]:
-        """All models on all positions."""
+    def _score(self, sequences: Sequence[Tokens], masks: Sequence[Keep]) -> dict[str, TextScore]:
+        """All models on all positions that count."""
         with self.console.stage("Compare", total=len(sequences) * len(self.everyone)) as stage:
             scorers = {name: llama_scorer(model, exact=True) for name, model in self.models.items()}
             vocab_size = self.teacher.info.vocab_size
             scores = score_text(
-                self.chosen.teacher.name, scorers, sequences, vocab_size, stage.update
+                self.chosen.teacher.name, scorers, sequences, vocab_size, stage.update, masks
             )
             stage.finish(
                 "; ".join(

@@ -23,7 +23,7 @@ from distill.metrics.distributions import (
     predict,
 )
 from distill.metrics.intervals import Figure
-from teachers.base import Tokens
+from teachers.base import Keep, Tokens, whole_masks
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,10 @@ def score_text(
     sequences: Sequence[Tokens],
     vocab_size: int,
     progress: Callable[[int], None] = lambda done: None,
+    keep: Sequence[Keep] | None = None,
 ) -> dict[str, TextScore]:
-    """Score all ``models``, ``teacher`` included, on ``sequences`` of at least two tokens.
+    """Score all ``models``, ``teacher`` included, on ``sequences`` of at least two tokens, at every
+    position or those that the masks ``keep`` want.
 
     Holds the logits of one group of sequences, of the teacher and one student. ``progress`` counts
     sequences over all models.
@@ -53,28 +55,25 @@ def score_text(
     predictions: dict[str, list[Prediction]] = {name: [] for name in models}
     compared: dict[str, list[Floats]] = {name: [] for name in models if name != teacher}
     done = 0
-    for group in groups(sequences, vocab_size):
-        labels, lengths = next_tokens(group), _positions(group)
-        expected = _finite(models[teacher](group), teacher)
+    masks = whole_masks(sequences, keep)
+    for part in groups(sequences, vocab_size):
+        group, kept = sequences[part], torch.from_numpy(np.concatenate(masks[part]))
+        labels, counts = next_tokens(group)[kept], [int(mask.sum()) for mask in masks[part]]
+        expected = _finite(models[teacher](group)[kept], teacher)
         predictions[teacher].append(predict(expected, labels))
         done += len(group)
         progress(done)
         for name, rows in compared.items():
-            logits = _finite(models[name](group), name)
+            logits = _finite(models[name](group)[kept], name)
             predictions[name].append(predict(logits, labels))
-            rows.append(by_sequence(compare(expected, logits), lengths))
+            rows.append(by_sequence(compare(expected, logits), counts))
             done += len(group)
             progress(done)
-    lengths = _positions(sequences)
+    counts = [int(mask.sum()) for mask in masks]
     return {
-        name: _score(joined(parts), compared.get(name, []), lengths)
+        name: _score(joined(parts), compared.get(name, []), counts)
         for name, parts in predictions.items()
     }
-
-
-def _positions(sequences: Sequence[Tokens]) -> list[int]:
-    """How many next tokens each sequence has."""
-    return [len(tokens) - 1 for tokens in sequences]
 
 
 def _finite(logits: Tensor, name: str) -> Tensor:
@@ -86,9 +85,9 @@ def _finite(logits: Tensor, name: str) -> Tensor:
     return logits
 
 
-def _score(prediction: Prediction, compared: Sequence[Floats], lengths: Sequence[int]) -> TextScore:
-    surprise = mean_figures(by_sequence(prediction.surprise.numpy()[:, None], lengths), lengths)[0]
-    figures = mean_figures(np.concatenate(compared), lengths) if compared else []
+def _score(prediction: Prediction, compared: Sequence[Floats], counts: Sequence[int]) -> TextScore:
+    surprise = mean_figures(by_sequence(prediction.surprise.numpy()[:, None], counts), counts)[0]
+    figures = mean_figures(np.concatenate(compared), counts) if compared else []
     return TextScore(
         perplexity=_exponential(surprise),
         calibration_error=calibration_error(prediction),

@@ -7,7 +7,7 @@ or against its stored soft targets over what these know.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +19,7 @@ from distill.losses import divergences
 from distill.metrics.distributions import by_sequence, intervals
 from students.model.interface import Student
 from students.weights import set_weights
-from teachers.base import Teacher, Tokens, budget_slices
+from teachers.base import Keep, Teacher, Tokens, budget_slices, whole_masks
 from teachers.store.store import SoftTargetStore
 from teachers.targets.stored_arrays import Targets, join
 
@@ -114,23 +114,28 @@ def evaluate(
     sequences: Sequence[Tokens],
     models: dict[str, Scorer],
     report: Callable[[int], None] = lambda done: None,
+    keep: Sequence[Keep] | None = None,
 ) -> Evaluation:
-    """Compare ``models`` with the teacher at every position; ``report`` counts sequences."""
+    """Compare ``models`` with the teacher at every position, or those that the masks ``keep``
+    want; ``report`` counts sequences."""
+    masks = whole_masks(sequences, keep)
     sums: dict[str, list[Sums]] = {name: [] for name in models}
     surprise, positions, finished = 0.0, 0, 0
     reference = llama_scorer(teacher)
-    for group in groups(sequences, teacher.info.vocab_size):
-        expected, labels = reference(group), next_tokens(group)
+    for part in groups(sequences, teacher.info.vocab_size):
+        group, kept = sequences[part], masks[part]
+        rows = torch.from_numpy(np.concatenate(kept))
+        expected, labels = reference(group)[rows], next_tokens(group)[rows]
         best = expected.argmax(dim=-1)
         surprise += float(divergences.cross_entropy(expected, labels).double().sum())
         for name, model in models.items():
-            logits = model(group)
+            logits = model(group)[rows]
             kl = divergences.dense_forward_kl(expected, logits)
-            sums[name].append(_sums(kl, best, logits, labels, group))
+            sums[name].append(_sums(kl, best, logits, labels, kept))
         positions += len(labels)
         finished += len(group)
         report(finished)
-    scores = {name: _score(np.concatenate(parts), sequences) for name, parts in sums.items()}
+    scores = {name: _score(np.concatenate(parts), masks) for name, parts in sums.items()}
     return Evaluation(TEACHER, positions, WHOLE_VOCABULARY, surprise / positions, False, scores)
 
 
@@ -146,19 +151,22 @@ def evaluate_stored(
     surprise: float | None = 0.0
     positions = finished = 0
     sequences = [store.tokens(index) for index in indices]
-    for group in groups(sequences, vocab_size):
-        here = indices[finished : finished + len(group)]
-        targets, labels = join([store.targets(index) for index in here]), next_tokens(group)
+    masks = [store.keep(index) for index in indices]
+    for part in groups(sequences, vocab_size):
+        group, kept = sequences[part], masks[part]
+        rows = torch.from_numpy(np.concatenate(kept))
+        targets = join([store.targets(index) for index in indices[part]])
+        labels = next_tokens(group)[rows]
         best, asked = targets.best(), _teachers_surprise(targets, labels)
         surprise = None if surprise is None or asked is None else surprise + asked
         for name, model in models.items():
-            logits = model(group)
+            logits = model(group)[rows]
             kl = divergences.known_kl(logits, targets, 1.0)
-            sums[name].append(_sums(kl, best, logits, labels, group))
+            sums[name].append(_sums(kl, best, logits, labels, kept))
         positions += len(labels)
         finished += len(group)
         report(finished)
-    scores = {name: _score(np.concatenate(parts), sequences) for name, parts in sums.items()}
+    scores = {name: _score(np.concatenate(parts), masks) for name, parts in sums.items()}
     known = None if surprise is None else surprise / positions
     recipe = store.manifest.recipe
     compact = recipe.kind == "compact"
@@ -183,19 +191,17 @@ def next_tokens(sequences: Sequence[Tokens]) -> Tensor:
     return torch.from_numpy(np.concatenate([tokens[1:] for tokens in sequences]).astype(np.int64))
 
 
-def _sums(
-    kl: Tensor, best: Tensor, logits: Tensor, labels: Tensor, sequences: Sequence[Tokens]
-) -> Sums:
-    """KL, agreement and surprise summed over the positions of each sequence."""
+def _sums(kl: Tensor, best: Tensor, logits: Tensor, labels: Tensor, masks: Sequence[Keep]) -> Sums:
+    """KL, agreement and surprise summed over the kept positions of each sequence."""
     same = (best == logits.argmax(dim=-1)).double()
     surprise = divergences.cross_entropy(logits, labels).double()
     values = torch.stack((kl.double(), same, surprise), dim=-1).numpy()
-    return by_sequence(values, [len(tokens) - 1 for tokens in sequences])
+    return by_sequence(values, [int(mask.sum()) for mask in masks])
 
 
-def _score(sums: Sums, sequences: Sequence[Tokens]) -> Score:
-    """Means over all positions, with their intervals, of each sequence's ``sums [S, 3]``."""
-    counts = [len(tokens) - 1 for tokens in sequences]
+def _score(sums: Sums, masks: Sequence[Keep]) -> Score:
+    """Means over kept positions, with their intervals, of each sequence's ``sums [S, 3]``."""
+    counts = [int(mask.sum()) for mask in masks]
     kl, agreement, cross_entropy = (sums.sum(axis=0) / sum(counts)).tolist()
     edges = intervals(sums, counts)
     if edges is None:
@@ -207,7 +213,7 @@ def _score(sums: Sums, sequences: Sequence[Tokens]) -> Score:
     return Score(kl, agreement, cross_entropy, ends)
 
 
-def groups(sequences: Sequence[Tokens], vocab_size: int) -> list[Sequence[Tokens]]:
-    """Cut the sequences into groups whose logits fit into ``LOGITS_BYTES`` (at least one each)."""
+def groups(sequences: Sequence[Tokens], vocab_size: int) -> Iterator[slice]:
+    """Groups of sequences whose logits fit into ``LOGITS_BYTES`` (at least one each)."""
     room = LOGITS_BYTES // (4 * vocab_size)
-    return [sequences[part] for part in budget_slices([len(tokens) for tokens in sequences], room)]
+    return budget_slices([len(tokens) for tokens in sequences], room)

@@ -13,8 +13,8 @@ from distill.capture.corpus import Corpus, DataRows, Item, build_corpus
 from distill.errors import UserError
 from distill.evaluation.candidates import Candidate, Candidates
 from distill.evaluation.inputs.request import DEFAULT_LENGTH, TextRequest
-from distill.runs.folder import RunFolder
-from teachers.base import GenerationRequest, Sampling, Teacher, Tokens
+from distill.runs.folder import HeldOut, RunFolder
+from teachers.base import GenerationRequest, Keep, Sampling, Teacher, Tokens, whole_masks
 
 SHORTEST = 8  # tokens that a context or --max-length must have
 # Random streams that no run's sequence has: with a run's own seed and numbers, the teacher would
@@ -46,6 +46,12 @@ class Text:
         )
         return [next(rows) if item.speaks else item.segments[0] for item in self.items]
 
+    @property
+    def keep(self) -> list[Keep] | None:
+        """Which predictions of ``sequences`` count; ``None``: all."""
+        corpus = Corpus(self.items, self.sampling, self.notes)
+        return corpus.keep(0, len(corpus))
+
 
 def choose_text(
     wanted: TextRequest, models: Candidates, teacher: Teacher, data: DataRows | None = None
@@ -62,7 +68,7 @@ def choose_text(
             f"sequences of {length} tokens are too short: a model's context is {room}; give other "
             "models"
         )
-    held_out = None
+    held_out: tuple[HeldOut, list[RunFolder]] | None = None
     if wanted.data is None:
         held_out = _shared_held_out(models.students, teacher.info.vocab_size)
     if held_out is not None:
@@ -77,11 +83,14 @@ def choose_text(
     return text
 
 
-def digest(sequences: Sequence[Tokens]) -> str:
-    """SHA-256 in hexadecimal: of each sequence its length and its ids as little-endian int32."""
+def digest(sequences: Sequence[Tokens], keep: Sequence[Keep] | None = None) -> str:
+    """SHA-256 in hexadecimal: of each sequence its length and its ids as little-endian int32, then
+    of each mask, where there are masks, a byte per prediction."""
     hasher = hashlib.sha256()
     for tokens in sequences:
         hasher.update(np.concatenate(([len(tokens)], tokens)).astype("<i4").tobytes())
+    for mask in whole_masks(sequences, keep) if keep is not None else ():
+        hasher.update(mask.tobytes())
     return hasher.hexdigest()
 
 
@@ -112,6 +121,8 @@ def _corpus_text(wanted: TextRequest, students: Sequence[Candidate], corpus: Cor
         description += "; whether the students were trained on it is not known"
     else:
         description += "; the students' runs were given other data"
+    if corpus.masked:
+        description += "; what counts in conversations is the assistant's tokens"
     return Text(description, corpus.items, corpus.sampling, notes=corpus.notes, warnings=warnings)
 
 
@@ -132,7 +143,7 @@ def _has_seen(student: Candidate, data: Path) -> bool | None:
 
 def _shared_held_out(
     students: Sequence[Candidate], vocab_size: int
-) -> tuple[list[Tokens], list[RunFolder]] | None:
+) -> tuple[HeldOut, list[RunFolder]] | None:
     """The held-out sequences of the students' runs if all have the same, and those runs."""
     runs = {
         student.run.path.resolve(): student.run for student in students if student.run is not None
@@ -140,15 +151,16 @@ def _shared_held_out(
     known = [run for run in runs.values() if run.held_out_file.exists()]
     if not known or len(known) < len(runs):
         return None
-    first, *others = [run.read_held_out(vocab_size).sequences for run in known]
-    if any([row.tolist() for row in other] != [row.tolist() for row in first] for other in others):
+    first, *others = [run.read_held_out(vocab_size) for run in known]
+    here = digest(first.sequences, first.keep)
+    if any(digest(other.sequences, other.keep) != here for other in others):
         return None
     return first, known
 
 
 def _held_out(
     wanted: TextRequest,
-    sequences: list[Tokens],
+    held_out: HeldOut,
     runs: Sequence[RunFolder],
     students: Sequence[Candidate],
     room: int,
@@ -156,21 +168,29 @@ def _held_out(
 ) -> Text:
     # A length that was asked for is what they are cut to; without one, what a model cannot hold is
     # left out.
-    fitting = [row for row in sequences if wanted.max_length is not None or len(row) <= room]
+    everything = [None] * len(held_out.sequences)
+    fitting = [
+        (row, mask)
+        for row, mask in zip(held_out.sequences, held_out.keep or everything, strict=True)
+        if (wanted.max_length is not None or len(row) <= room)
+        and (mask is None or mask[: length - 1].any())
+    ]
     if not fitting:
         raise UserError(
             f"every held-out sequence is longer than a model's context of {room} tokens; give "
             f"--max-length {room} to cut them"
+            if wanted.max_length is None
+            else f"--max-length {length}: no token of the held-out sequences that counts lies there"
         )
     chosen = fitting
     if wanted.samples < len(fitting):
         kept = np.random.default_rng(wanted.seed).permutation(len(fitting))[: wanted.samples]
         chosen = [fitting[index] for index in sorted(kept.tolist())]
-    cut = sum(len(row) > length for row in chosen)
+    cut = sum(len(row) > length for row, _ in chosen)
     names = " and ".join(dict.fromkeys(str(run.path) for run in runs))
     description = (
-        f"{len(chosen)} of the {len(sequences)} sequences that {names} held out: nothing was "
-        "trained on them, but they chose its best weights"
+        f"{len(chosen)} of the {len(held_out.sequences)} sequences that {names} held out: nothing "
+        "was trained on them, but they chose its best weights"
     )
     description += f"; {cut} cut at {length} tokens" if cut else ""
     strangers = [student.name for student in students if student.run is None]
@@ -181,5 +201,9 @@ def _held_out(
     ]
     if strangers:
         description += f"; whether {', '.join(strangers)} was trained on them is not known"
-    items = [Item((row[:length],), False) for row in chosen]
-    return Text(description, items, Sampling(), len(sequences) - len(fitting), warnings=warnings)
+    items = [
+        Item((row[:length],), False, None if mask is None else mask[: length - 1])
+        for row, mask in chosen
+    ]
+    skipped = len(held_out.sequences) - len(fitting)
+    return Text(description, items, Sampling(), skipped, warnings=warnings)

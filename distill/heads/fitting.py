@@ -104,9 +104,10 @@ def score_heads(
             tokens = [store.tokens(index) for index in some]
             states = torch.from_numpy(exported.states(tokens, exact=True)["final"])
             logits = torch.from_numpy(exported.logits(tokens, exact=True))
-            certain.append(heads.agreement(states, logits))
+            kept = torch.cat([torch.from_numpy(store.keep(index)) for index in some])
+            certain.append(heads.agreement(states[kept], logits[kept]))
             best = torch.cat([store.targets(index).best() for index in some])
-            agreed.append(logits.argmax(dim=-1) == best)
+            agreed.append(logits[kept].argmax(dim=-1) == best)
         verification = score_verification(torch.cat(certain), torch.cat(agreed), heads.trust)
     return HeadScores(safety, languages, verification)
 
@@ -170,13 +171,13 @@ def _last_states(student: Student, prompts: PromptSet) -> Tensor:
 def _verified(
     student: Student, store: SoftTargetStore, sequences: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Log-odds of the verification head, and whether the top tokens do agree, at all positions,
-    ``[N]`` each."""
+    """Log-odds of the verification head, and whether the top tokens do agree, at all kept
+    positions, ``[N]`` each."""
     log_odds, agreed = [], []
     for index in sequences:
         ids = torch.from_numpy(store.tokens(index)[:-1].astype(np.int64))[None].to(student.device)
-        output = student(ids)
-        certain = certainty(output.logits[0])
-        log_odds.append(student.verification_head(output.last_hidden_state[0], certain).cpu())
-        agreed.append(output.logits[0].argmax(dim=-1).cpu() == store.targets(index).best())
+        output, kept = student(ids), torch.from_numpy(store.keep(index))
+        logits, states = output.logits[0][kept], output.last_hidden_state[0][kept]
+        log_odds.append(student.verification_head(states, certainty(logits)).cpu())
+        agreed.append(logits.argmax(dim=-1).cpu() == store.targets(index).best())
     return torch.cat(log_odds), torch.cat(agreed)

@@ -17,7 +17,7 @@ from distill.inference.judge_inputs import require_heads
 from distill.inference.reasoning import digests, holds_tags, visible
 from students.model.head_decisions import DECISIONS
 from students.model.heads import decide
-from teachers.base import GenerationRequest, Sampling, Tokens
+from teachers.base import GenerationRequest, Sampling, Tokens, last_predictions
 from teachers.gguf.file import read_gguf
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.conversation import request_tokens
@@ -110,8 +110,9 @@ class Judge:
         # One token longer: a state is known for every token but the last.
         longer = np.append(tokens, tokens[-1]).astype(np.int32)
         last = len(longer) - len(prompt)
-        states = torch.from_numpy(self.model.states([longer], exact=True, last=last)["final"])
-        logits = torch.from_numpy(self.model.logits([longer], exact=True, last=last))
+        keep = last_predictions([longer], last)
+        states = torch.from_numpy(self.model.states([longer], exact=True, keep=keep)["final"])
+        logits = torch.from_numpy(self.model.logits([longer], exact=True, keep=keep))
         answer = slice(max(1, last - 1))  # what would follow the answer is none of it
         return float(self.heads.agreement(states[answer], logits[answer]).mean())
 

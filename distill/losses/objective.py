@@ -135,7 +135,8 @@ class Objective(nn.Module):
         if any(config.pet):
             weight = so8t_regularizers.pet_weight(config.pet, fraction)
             with torch.set_grad_enabled(weight > 0):
-                bend = so8t_regularizers.second_difference(hidden, batch.lengths) / total
+                bend = so8t_regularizers.second_difference(hidden, batch.lengths, batch.keep)
+                bend = bend / total
             unweighted["second_difference"] = bend.detach()
             terms["pet"] = weight * bend
         if config.inertia and self.average is not None:

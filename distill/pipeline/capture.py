@@ -80,16 +80,15 @@ def _print_store(
     store: SoftTargetStore, recipe: Recipe, teacher: Teacher, console: Console
 ) -> None:
     """What a finished store holds, as a table."""
-    lengths = store.lengths()
-    positions = int(lengths.sum()) - len(lengths)
     each = recipe.bytes_per_position(teacher.info.vocab_size, teacher.info.width)
     table = Table(
         title=f"Soft targets of {teacher.info.name}", title_justify="left", show_header=False
     )
     for name, value in (
         ("kind", recipe.kind),
-        ("sequences", f"{len(lengths):,}"),
-        ("positions", f"{positions:,}"),
+        ("sequences", f"{len(store):,}"),
+        ("tokens", f"{int(store.lengths().sum()):,}"),
+        ("positions trained on", f"{store.positions():,}"),
         ("bytes per position", f"{each}"),
         ("every logit would take", f"{4 * teacher.info.vocab_size:,} bytes per position"),
         ("on disk", human_bytes(store.bytes_on_disk())),

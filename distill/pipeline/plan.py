@@ -25,7 +25,7 @@ from distill.capture.store_setup import largest_size, recipe_for
 from distill.capture.teachers import find_gguf, tokenizer_of
 from distill.config.schema import RunConfig
 from distill.initialization.shape import describe_parameters
-from distill.losses.batch import Batch, padded
+from distill.losses.batch import Batch, padded, padded_masks
 from distill.losses.objective import Objective
 from distill.pipeline.preflight import Inputs, check_plan
 from distill.pipeline.resolve import Resolved, resolve
@@ -37,7 +37,7 @@ from students.model.build import build_student
 from students.model.config import SO8TConfig
 from students.model.interface import Student
 from students.model.sizes import decoder_parameters
-from teachers.base import Teacher, TeacherInfo
+from teachers.base import Teacher, TeacherInfo, whole_masks
 from teachers.store.capture import fit_shared_codec
 from teachers.store.shared import SharedCodec
 from teachers.targets.recipe import Recipe
@@ -55,13 +55,14 @@ INITIALIZATIONS = {
 @dataclass(frozen=True)
 class TeacherProbe:
     """What was measured of the teacher on the sequences of a batch, and what its store takes: bytes
-    of a position, and of the whole at most."""
+    of a position, and of the whole at most; the share of positions that is kept."""
 
     batch: Batch
     seconds_per_token: float
     memory_bytes: int
     position_bytes: int
     store_limit: int
+    kept_share: float
 
 
 @dataclass(frozen=True)
@@ -164,36 +165,44 @@ def _probe_teacher(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> TeacherP
     """Capture a few sequences as the run would, and time it."""
     count = min(PROBE_SEQUENCES, len(corpus))
     shared_codec = SharedCodec({}, None)
+    keep = corpus.keep(0, count)
     if recipe.needs_states or recipe.layers:
         first = corpus.take(teacher, 0, count, lambda done: None)
-        shared_codec = fit_shared_codec(teacher, first, recipe)
+        shared_codec = fit_shared_codec(teacher, first, recipe, keep)
     start = time.perf_counter()
     request = corpus.generation_request(0, count)
     if request is not None:
         sequences, arrays = teacher.generate_and_score(request, recipe, shared_codec.bases)
     else:
         sequences = corpus.take(teacher, 0, count, lambda done: None)
-        arrays = teacher.score(sequences, recipe, shared_codec.bases)
+        arrays = teacher.score(sequences, recipe, shared_codec.bases, keep=keep)
     seconds = time.perf_counter() - start
     targets = typed(
         arrays, recipe, teacher.info.vocab_size, shared_codec.bases.get("final"), shared_codec.head
     )
     tokens, lengths = padded(sequences)
+    masks = None if keep is None else padded_masks(whole_masks(sequences, keep))
+    batch = Batch(tokens, lengths, targets, keep=masks)
     return TeacherProbe(
-        Batch(tokens, lengths, targets),
+        batch,
         seconds / max(1, int(lengths.sum())),
         teacher.memory(),
         recipe.bytes_per_position(teacher.info.vocab_size, teacher.info.width),
         largest_size(corpus, recipe, teacher),
+        batch.count() / int((lengths - 1).sum()),
     )
 
 
 def _fastest_step(student: Student, batch: Batch, config: RunConfig) -> float:
     """Seconds of one optimizer step on a batch of the run's size."""
     rows, device = slice(0, config.train.batch_size), student.device
-    count = int((batch.lengths[rows] - 1).sum())
+    count = int(batch.valid[rows].sum())
+    targets, keep = batch.targets.select(slice(0, count)), batch.keep
     small = Batch(
-        batch.tokens[rows], batch.lengths[rows], batch.targets.select(slice(0, count))
+        batch.tokens[rows],
+        batch.lengths[rows],
+        targets,
+        keep=None if keep is None else keep[rows],
     ).to(device)
     objective = Objective(config.loss)
     optimizer = build_optimizer(student, config.train, student.config.hidden_size)
@@ -227,7 +236,7 @@ def _combine(
         seconds = steps * seconds * batch_size / min(batch_size, len(lengths))
     return Plan(
         tokens=round(tokens),
-        store_bytes=round(tokens * (teacher.position_bytes + 4)),
+        store_bytes=round(tokens * (teacher.kept_share * teacher.position_bytes + 4)),
         store_limit=teacher.store_limit,
         capture_seconds=tokens * teacher.seconds_per_token,
         teacher_memory=teacher.memory_bytes,

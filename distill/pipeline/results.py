@@ -66,6 +66,7 @@ def build_results(
             "folder": str(store.folder),
             "sequences": len(store),
             "tokens": int(store.lengths().sum()),
+            "positions": store.positions(),
             "bytes": store.bytes_on_disk(),
             "reused": source.reused,
             **store.manifest.identity,

@@ -146,7 +146,9 @@ def prepare(source: Source, work: Workspace) -> Prepared:
         every, together = config.safety.rhythm(_steps(config, data))
         prompts = source.safety.train
         data = replace(data, prompts=prompts, prompts_every=every, prompts_together=together)
-    held_out = HeldOut([store.tokens(int(index)) for index in data.split.held_out], lines)
+    indices = data.split.held_out.tolist()
+    keep = [store.keep(index) for index in indices] if store.manifest.masked else None
+    held_out = HeldOut([store.tokens(index) for index in indices], lines, keep)
     student = _initialize(source, data, work)
     initial: dict[str, Tensor] = {}
     if source.resolved.base is not None:
@@ -276,7 +278,8 @@ def evaluate_student(published: Published, work: Workspace) -> Evaluated:
         if source.config.store is None:
             with open_teacher(source.config.teacher) as teacher:
                 sequences = [source.store.tokens(index) for index in indices]
-                evaluation = evaluate(teacher, sequences, models, stage.update)
+                keep = [source.store.keep(index) for index in indices]
+                evaluation = evaluate(teacher, sequences, models, stage.update, keep)
                 speeds["teacher"] = measure_speed(teacher)
         else:
             evaluation = evaluate_stored(source.store, indices, models, stage.update)

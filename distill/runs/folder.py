@@ -23,7 +23,7 @@ from distill.config.loading import flatten, parse_config
 from distill.config.schema import RunConfig
 from distill.errors import UserError
 from teachers.atomic_files import is_temporary, write_whole
-from teachers.base import TokenizedLines, Tokens
+from teachers.base import Keep, TokenizedLines, Tokens
 
 RUNS = Path("runs")
 METRICS = "metrics.jsonl"
@@ -40,10 +40,14 @@ class RunPaths:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out sequences, and texts with the teacher's ids that check an exported tokenizer."""
+    """Held-out sequences, and texts with the teacher's ids that check an exported tokenizer.
+
+    ``keep``: the predictions that count; ``None``: all.
+    """
 
     sequences: list[Tokens]
     lines: TokenizedLines
+    keep: list[Keep] | None = None
 
 
 class RunFolder:
@@ -152,6 +156,8 @@ class RunFolder:
             "texts": held_out.lines.texts,
             "text_tokens": [tokens.tolist() for tokens in held_out.lines.tokens],
         }
+        if held_out.keep is not None:
+            content["keep"] = [mask.astype(int).tolist() for mask in held_out.keep]
         write_whole(self.held_out_file, json.dumps(content).encode())
 
     def read_held_out(self, vocab_size: int) -> HeldOut:
@@ -165,7 +171,13 @@ class RunFolder:
             texts = [str(text) for text in content["texts"]]
             if len(tokens) != len(texts):
                 raise ValueError(f"it has {len(texts)} texts and the tokens of {len(tokens)}")
-            return HeldOut(sequences, TokenizedLines(texts, tokens))
+            keep = None
+            if "keep" in content:
+                keep = [np.array(mask, dtype=np.bool_) for mask in content["keep"]]
+                shapes = [mask.shape for mask in keep]
+                if shapes != [(len(ids) - 1,) for ids in sequences] or not all(map(np.any, keep)):
+                    raise ValueError("its masks do not fit its sequences")
+            return HeldOut(sequences, TokenizedLines(texts, tokens), keep)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"{self.held_out_file} is damaged ({error}); run distill again"

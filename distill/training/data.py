@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.heads.prompt_set import PromptSet
-from distill.losses.batch import Batch, padded
+from distill.losses.batch import Batch, padded, padded_masks
 from distill.training.embedding_rows import used_tokens
 from distill.training.student_probe import SEQUENCES
 from teachers.store.store import SoftTargetStore
@@ -80,7 +80,8 @@ def load_batch(store: SoftTargetStore, indices: Sequence[int] | NDArray[np.int64
     kept = [store.layer_states(index) for index in numbers]
     layers = {layer: torch.cat([states[layer] for states in kept]) for layer in kept[0]}
     tokens, lengths = padded([store.tokens(index) for index in numbers])
-    return Batch(tokens, lengths, targets, layers=layers)
+    keep = padded_masks([store.keep(i) for i in numbers]) if store.manifest.masked else None
+    return Batch(tokens, lengths, targets, keep=keep, layers=layers)
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache
 
-from distill.losses.batch import Batch, padded
+from distill.losses.batch import Batch, padded, padded_masks
 from distill.training.data import load_batch
 from students.model.interface import Student
-from teachers.base import Sampling, Teacher, Tokens
+from teachers.base import Keep, Sampling, Teacher, Tokens, whole_masks
 from teachers.sampling import sample_rows
 from teachers.store.store import SoftTargetStore
 from teachers.targets.stored_arrays import join
@@ -52,22 +52,31 @@ class OnPolicyBatches:
         prefixes, uniform, given = [], [], []
         for index in chosen:
             tokens = self.store.tokens(index)
-            # At least one token stays, and the student generates at least one.
-            length = int(self._draw(PREFIX, step, index).integers(1, max(2, len(tokens))))
+            # At least one token stays, and the student generates at least one: from where a token
+            # is to be learnt.
+            learnt = np.flatnonzero(self.store.keep(index))
+            length = 1 + int(learnt[self._draw(PREFIX, step, index).integers(len(learnt))])
             prefixes.append(tokens[:length])
             uniform.append(self._draw(DRAWS, step, index).random(len(tokens) - length))
             given.append(length)
         generated = continue_texts(student, prefixes, uniform, self.temperature, self.eos)
-        return self._batch(generated, given, [index for index in indices if index not in chosen])
+        pairs = zip(chosen, given, strict=True)
+        keep = [self.store.keep(index)[: length - 1] for index, length in pairs]
+        others = [index for index in indices if index not in chosen]
+        return self._batch(generated, given, whole_masks(generated, keep), others)
 
     def _draw(self, stream: int, step: int, index: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, stream, step, index])
 
-    def _batch(self, generated: list[Tokens], given: list[int], others: list[int]) -> Batch:
+    def _batch(
+        self, generated: list[Tokens], given: list[int], masks: list[Keep], others: list[int]
+    ) -> Batch:
         """Generated sequences with the teacher's answers first, then stored ones."""
         shared_codec = self.store.shared_codec()
         bases = shared_codec.bases if shared_codec else {}
-        arrays = self.teacher.score(generated, self.store.manifest.recipe, bases)
+        keep = masks if self.store.manifest.masked else None
+        recipe = self.store.manifest.recipe
+        arrays = self.teacher.score(generated, recipe, bases, keep=keep)
         targets, layers = self.store.typed_targets(arrays), self.store.typed_layers(arrays)
         rows = list(generated)
         if others:
@@ -78,8 +87,10 @@ class OnPolicyBatches:
             }
             rows += [self.store.tokens(index) for index in others]
             given = given + stored.lengths.tolist()
+            masks = masks + [self.store.keep(index) for index in others]
         tokens, lengths = padded(rows)
-        return Batch(tokens, lengths, targets, given=torch.tensor(given), layers=layers)
+        kept = None if keep is None else padded_masks(masks)
+        return Batch(tokens, lengths, targets, torch.tensor(given), kept, layers)
 
 
 @torch.no_grad()

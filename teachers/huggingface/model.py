@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from teachers.base import Floats, Tokens
+from teachers.base import Floats, Keep, Tokens
 from teachers.targets.stored_arrays import Answer
 
 HEAD_ROWS = 8192  # of the output matrix, in float32 together
@@ -81,9 +81,16 @@ class LoadedModel:
             )
 
     def answer(
-        self, batch: Sequence[Tokens], *, logits: bool, states: bool, layers: Sequence[int] = ()
+        self,
+        batch: Sequence[Tokens],
+        *,
+        logits: bool,
+        states: bool,
+        layers: Sequence[int] = (),
+        keep: Sequence[Keep] | None = None,
     ) -> Answer:
-        """The model's answer about every position of ``batch`` (each of at least two tokens).
+        """The model's answer about every position of ``batch`` (each of at least two tokens), or
+        those that the masks ``keep`` want.
 
         Without ``logits`` the output layer is not computed.
 
@@ -98,14 +105,18 @@ class LoadedModel:
         device = self.model.device
         tokens, mask = (part.to(device) for part in padded([one[:-1] for one in batch]))
         given = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
-        with torch.no_grad(), self._hooked(layers, final=states and logits) as outputs:
+        wanted = (mask if keep is None else padded(keep)[0].to(device)).bool()
+        only = None if keep is None else wanted
+        with torch.no_grad(), self._hooked(layers, final=states and logits, only=only) as outputs:
             if logits:
                 outputs["logits"] = self.model(**given).logits
             else:
                 outputs["final"] = self.model.base_model(**given).last_hidden_state
 
         def rows(name: str) -> Tensor:
-            return outputs[name][mask.bool()].float().cpu()  # [N, …] without padding
+            values = outputs[name]
+            alone = name == "logits" and only is not None
+            return (values[0] if alone else values[wanted]).float().cpu()  # [N, …] without padding
 
         return Answer(
             logits=rows("logits") if logits else None,
@@ -114,8 +125,11 @@ class LoadedModel:
         )
 
     @contextmanager
-    def _hooked(self, layers: Sequence[int], *, final: bool) -> Iterator[dict[str, Tensor]]:
-        """Keep outputs of chosen layers, before the final norm, and the output layer's input."""
+    def _hooked(
+        self, layers: Sequence[int], *, final: bool, only: Tensor | None
+    ) -> Iterator[dict[str, Tensor]]:
+        """Keep outputs of chosen layers, before the final norm, and the output layer's input; give
+        that layer the positions ``only [B, T]`` alone, as one sequence."""
         outputs: dict[str, Tensor] = {}
 
         def keep_output(name: str) -> Any:
@@ -130,6 +144,10 @@ class LoadedModel:
         handles = [self.layers[i].register_forward_hook(keep_output(f"layer{i}")) for i in layers]
         if final:
             handles.append(self.head.register_forward_pre_hook(keep_input))
+        if only is not None:
+            handles.append(
+                self.head.register_forward_pre_hook(lambda _, given: (given[0][only][None],))
+            )
         try:
             yield outputs
         finally:
@@ -190,7 +208,7 @@ def _decoder_layers(model: Any, count: int) -> list[nn.Module]:
 
 
 def padded(
-    sequences: Sequence[Sequence[int] | Tokens], *, left: bool = False
+    sequences: Sequence[Sequence[int] | Tokens | Keep], *, left: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Tokens and their mask, both int64 ``[B, T]``; ``left``: the sequences' ends are flush."""
     longest = max(map(len, sequences))

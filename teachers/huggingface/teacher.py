@@ -16,17 +16,18 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from numpy.typing import NDArray
 
 from teachers.base import (
     Floats,
     GenerationRequest,
+    Keep,
     Progress,
     Teacher,
     TeacherInfo,
     TeacherShape,
     Tokens,
     no_progress,
+    whole_masks,
 )
 from teachers.errors import RequestRefused, TeacherError
 from teachers.gguf.file import TeacherFileError
@@ -189,38 +190,48 @@ class HuggingFaceTeacher(Teacher):
         recipe: Recipe,
         bases: Mapping[str, Basis],
         progress: Progress = no_progress,
+        keep: Sequence[Keep] | None = None,
     ) -> Arrays:
+        needs = {"logits": recipe.needs_logits, "states": recipe.needs_states}
 
-        def arrays(batch: list[Tokens]) -> Arrays:
-            answer = self._model.answer(
-                batch, logits=recipe.needs_logits, states=recipe.needs_states, layers=recipe.layers
-            )
+        def arrays(batch: list[Tokens], keep: Sequence[Keep] | None) -> Arrays:
+            answer = self._model.answer(batch, **needs, layers=recipe.layers, keep=keep)
             return reduce(answer, recipe, bases)
 
-        return self._rows(sequences, arrays, progress)
+        return self._rows(sequences, arrays, keep, progress)
 
     def states(
-        self, sequences: Sequence[Tokens], layers: Sequence[int] = ()
+        self,
+        sequences: Sequence[Tokens],
+        layers: Sequence[int] = (),
+        *,
+        keep: Sequence[Keep] | None = None,
     ) -> Mapping[str, Floats]:
 
-        def arrays(batch: list[Tokens]) -> Arrays:
-            answer = self._model.answer(batch, logits=False, states=True, layers=layers)
+        def arrays(batch: list[Tokens], keep: Sequence[Keep] | None) -> Arrays:
+            answer = self._model.answer(batch, logits=False, states=True, layers=layers, keep=keep)
             assert answer.states is not None and answer.layers is not None
             named = {f"layer{layer}": answer.layers[layer] for layer in layers}
             named["final"] = answer.states
             return {name: require_finite(values).numpy() for name, values in named.items()}
 
-        return self._rows(sequences, arrays)
+        return self._rows(sequences, arrays, keep)
 
-    def logits(self, sequences: Sequence[Tokens], *, exact: bool = False) -> NDArray[np.float32]:
+    def logits(
+        self,
+        sequences: Sequence[Tokens],
+        *,
+        exact: bool = False,
+        keep: Sequence[Keep] | None = None,
+    ) -> Floats:
         """See ``Teacher.logits``; they are always as exact as this model computes."""
 
-        def arrays(batch: list[Tokens]) -> Arrays:
-            answer = self._model.answer(batch, logits=True, states=False)
+        def arrays(batch: list[Tokens], keep: Sequence[Keep] | None) -> Arrays:
+            answer = self._model.answer(batch, logits=True, states=False, keep=keep)
             assert answer.logits is not None
             return {"logits": require_finite(answer.logits, excluded=True).numpy()}
 
-        return self._rows(sequences, arrays)["logits"]
+        return self._rows(sequences, arrays, keep)["logits"]
 
     def output_rows(self, start: int, stop: int) -> Floats:
         try:
@@ -231,20 +242,24 @@ class HuggingFaceTeacher(Teacher):
     def _rows(
         self,
         sequences: Sequence[Tokens],
-        work: Callable[[list[Tokens]], Any],
+        work: Callable[[list[Tokens], list[Keep] | None], Any],
+        keep: Sequence[Keep] | None,
         progress: Progress = no_progress,
     ) -> dict[str, Any]:
         """``work`` on batches of like length; its rows of all sequences, ``[N, …]``, in order."""
         for number, tokens in enumerate(sequences):
             self._check(number, tokens)
         lengths = [len(tokens) - 1 for tokens in sequences]
-        starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+        masks = whole_masks(sequences, keep)
+        counts = [int(mask.sum()) for mask in masks]
+        starts = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
         result: dict[str, Any] = {}
         done = 0
         room = min(BATCH_TOKENS, LOGITS_BYTES // (4 * self._model.vocab_size))
         for batch in batches(lengths, room):
             try:
-                arrays = work([sequences[index] for index in batch])
+                some = None if keep is None else [masks[index] for index in batch]
+                arrays = work([sequences[index] for index in batch], some)
             except ValueError as error:
                 raise TeacherError(f"{self.folder.path}: {error}") from None
             taken = 0
@@ -252,10 +267,10 @@ class HuggingFaceTeacher(Teacher):
                 for name, values in arrays.items():
                     if name not in result:
                         result[name] = np.empty((int(starts[-1]), *values.shape[1:]), values.dtype)
-                    part = values[taken : taken + lengths[index]]
+                    part = values[taken : taken + counts[index]]
                     result[name][starts[index] : starts[index + 1]] = part
-                taken += lengths[index]
-            done += taken
+                taken += counts[index]
+            done += sum(lengths[index] for index in batch)
             progress(done)
         return result
 

@@ -51,7 +51,7 @@ class ContextShape:
     ``exact`` selects a float32 KV cache without flash attention (4e-5 from PyTorch), which is also
     what a CPU computes fastest for small heads; otherwise llama.cpp's own defaults (float16 cache,
     flash attention). ``logits``, ``states`` and ``layers`` are what is wanted of each token;
-    without logits the output layer is not computed.
+    without logits the output layer is not computed. ``masked``: not every token may be wanted.
     """
 
     sequences: int
@@ -60,6 +60,12 @@ class ContextShape:
     logits: bool = True
     states: bool = False
     layers: tuple[int, ...] = ()
+    masked: bool = False
+
+    @property
+    def embeddings(self) -> bool:
+        """Whether llama.cpp itself gives the final states, which it does for every token only."""
+        return self.states and self.logits and not self.masked
 
 
 @dataclass(frozen=True)
@@ -224,7 +230,7 @@ class LlamaContext:
         # By default a GPU computes large products of weights in main memory.
         if self.model.processor_only:
             parameters.op_offload = parameters.offload_kqv = False
-        parameters.embeddings = shape.states and shape.logits
+        parameters.embeddings = shape.embeddings
         self._taps = self._taps_for(shape)
         if self._taps is not None:
             parameters.cb_eval = self._taps.callback
@@ -237,20 +243,22 @@ class LlamaContext:
         self._context, self._shape = context, shape
 
     def _taps_for(self, shape: ContextShape) -> TensorTaps | None:
-        """What to read out of the graph: layers, and without logits the final state."""
+        """What to read out of the graph: layers, and the final state where nothing else has it."""
         names = [layer_output(layer) for layer in shape.layers]
-        if shape.logits:
-            return TensorTaps(names, self.model.width) if names else None
-        return TensorTaps([*names, FINAL_STATE], self.model.width, stop_after=FINAL_STATE)
+        if not shape.logits:
+            return TensorTaps([*names, FINAL_STATE], self.model.width, stop_after=FINAL_STATE)
+        if shape.states and not shape.embeddings:
+            names.append(FINAL_STATE)
+        return TensorTaps(names, self.model.width) if names else None
 
     def decode(
         self, tokens: Tokens, positions: Tokens, slots: Tokens, wanted: NDArray[np.bool_]
     ) -> Outputs:
         """Decode one batch (all arguments ``[N]``, N ≤ ``batch_tokens``): the wanted tokens' rows.
 
-        ``slots``: which of the context's sequences each token belongs to; where states or layers
-        are asked for, every token is wanted and the sequences have equally many. The result
-        consists of views into llama.cpp's buffers, valid until the next call.
+        ``slots``: which of the context's sequences each token belongs to; where layers, or states
+        of some tokens, are asked for, the sequences have equally many. At least one token is
+        wanted. The result consists of views into llama.cpp's buffers, valid until the next call.
 
         Raises:
             LlamaError: llama.cpp reports a failure.
@@ -278,22 +286,23 @@ class LlamaContext:
         status = native.llama_decode(self._context, batch)
         if status != 0:
             raise LlamaError(f"llama_decode of {count} tokens answered {status}")
-        return self._outputs(int(flags.sum()))
+        return self._outputs(wanted)
 
-    def _outputs(self, count: int) -> Outputs:
-        """The result of the batch just decoded, which had ``count`` wanted tokens."""
+    def _outputs(self, wanted: NDArray[np.bool_]) -> Outputs:
+        """The result of the batch just decoded."""
         assert self._shape is not None
+        shape, count = self._shape, int(wanted.sum())
         logits = states = None
-        if self._shape.logits:
+        if shape.logits:
             logits = _view(native.llama_get_logits(self._context), (count, self.vocab_size))
-        if self._shape.states and self._shape.logits:
+        if shape.embeddings:
             states = _view(native.llama_get_embeddings(self._context), (count, self.model.width))
         layers: dict[int, NDArray[np.float32]] = {}
         if self._taps is not None:
             native.llama_synchronize(self._context)
-            if self._shape.states and not self._shape.logits:
-                states = self._taps.take(FINAL_STATE)
-            layers = {layer: self._taps.take(layer_output(layer)) for layer in self._shape.layers}
+            if shape.states and not shape.embeddings:
+                states = self._tapped(FINAL_STATE, wanted)
+            layers = {layer: self._tapped(layer_output(layer), wanted) for layer in shape.layers}
             rows = [len(part) for part in (states, *layers.values()) if part is not None]
             if self._taps.error or set(rows) - {count}:
                 raise LlamaError(
@@ -302,6 +311,12 @@ class LlamaContext:
                     f"{rows} found"
                 )
         return Outputs(logits, states, layers)
+
+    def _tapped(self, name: str, wanted: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """A tensor's rows of the wanted tokens: llama.cpp itself drops others in the last layer."""
+        assert self._taps is not None
+        rows = self._taps.take(name)
+        return rows[wanted] if len(rows) == len(wanted) else rows
 
     def parallel(self, wanted: int, tokens: int, *, exact: bool) -> int:
         """How many sequences of ``tokens`` tokens to hold: ``wanted``, or what the cache allows."""

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teachers.base import GenerationRequest, Progress, Tokens, no_progress
+from teachers.base import GenerationRequest, Keep, Progress, Tokens, no_progress, whole_masks
 from teachers.llama_cpp.context import ContextShape, LlamaContext, Outputs
 from teachers.llama_cpp.scoring import as_answer, common_prefix, decode_prefix
 from teachers.sampling import choose, started
@@ -45,13 +45,14 @@ class SequenceGenerator:
         self.sampling = request.sampling
         self.partials = started(request)
         self.wanted = wanted or Wanted()
+        self.keep = request.keep
         self._prefix: list[Arrays] = []  # of what all sequences begin with
         self._pieces: list[Arrays] = []
         self._spans: list[tuple[int, int, int]] = []  # sequence, first position, count; as pieces
         self._pending: list[tuple[Tensor, Tensor | None]] = []
 
     def run(self, progress: Progress = no_progress) -> tuple[list[Tokens], Arrays]:
-        """The sequences, and what is kept of all their positions, in order.
+        """The sequences, and what is kept of their wanted positions, in order.
 
         A sequence ends with the teacher's end-of-turn token, which is kept, or at ``max_length``
         tokens. ``progress`` gets a 1 for each finished sequence.
@@ -125,9 +126,9 @@ class SequenceGenerator:
         choosing = [row for row, partial in enumerate(fed) if partial.wants_token]
         counts = [count for _, _, count in spans]
         ends = np.cumsum(counts)[choosing] - 1
-        everything = self.wanted.reduce is not None or self.wanted.states
-        rows = np.zeros(sum(counts), dtype=np.bool_)
-        rows[slice(None) if everything else ends] = True
+        kept = np.concatenate([self._kept(*span) for span in spans])
+        rows = kept | self.wanted.states  # of which llama.cpp gives all or none
+        rows[ends] = True
         outputs = self.context.decode(
             np.concatenate([np.array(piece, dtype=np.int32) for piece in pieces]),
             np.concatenate([np.arange(start, start + n, dtype=np.int32) for _, start, n in spans]),
@@ -135,21 +136,28 @@ class SequenceGenerator:
             rows,
         )
         if self.wanted.reduce is not None:
-            self._keep(outputs, spans)
+            self._collect(outputs, kept[rows], spans)
         assert outputs.logits is not None
-        logits: NDArray[np.float32] = outputs.logits[ends] if everything else outputs.logits
+        logits: NDArray[np.float32] = outputs.logits[np.cumsum(rows)[ends] - 1]
         chosen = [fed[row] for row in choosing]
         choose(chosen, logits, self.sampling, self.context.model.end_tokens)
 
-    def _keep(self, outputs: Outputs, spans: list[tuple[int, int, int]]) -> None:
+    def _kept(self, index: int, start: int, count: int) -> Keep:
+        """Which of a sequence's rows from ``start`` on are kept, ``[count]``."""
+        kept = np.full(count, self.wanted.reduce is not None)
+        begun = self.keep[index][start : start + count] if self.keep is not None else kept
+        kept[: len(begun)] &= begun
+        return kept
+
+    def _collect(self, outputs: Outputs, kept: Keep, spans: list[tuple[int, int, int]]) -> None:
         """Collect a step's rows; many are reduced together, which costs each of them less."""
-        answer = as_answer(outputs)
+        answer, rows = as_answer(outputs), torch.from_numpy(kept)
         assert answer.logits is not None
-        states = None if answer.states is None else answer.states.clone()
-        self._pending.append((answer.logits.clone(), states))
+        states = None if answer.states is None else answer.states[rows]  # a copy
+        if len(logits := answer.logits[rows]):
+            self._pending.append((logits, states))
         self._spans += spans
-        rows = sum(len(logits) for logits, _ in self._pending)
-        if rows * self.context.vocab_size >= PENDING_LOGITS:
+        if sum(logits.numel() for logits, _ in self._pending) >= PENDING_LOGITS:
             self._reduce()
 
     def _reduce(self) -> None:
@@ -162,12 +170,17 @@ class SequenceGenerator:
             self._pending.clear()
 
     def _in_order(self, sequences: list[Tokens]) -> Arrays:
-        """What was kept, in the order of the sequences and their positions (n − 1 of n tokens)."""
+        """What was kept, in the order of the sequences and their wanted positions."""
         if self.wanted.reduce is None:
             return {}
         self._reduce()
-        starts = np.concatenate(([0], np.cumsum([len(tokens) - 1 for tokens in sequences])))
-        rows = [starts[index] + first + np.arange(count) for index, first, count in self._spans]
+        masks = whole_masks(sequences, self.keep)
+        starts = np.concatenate(([0], np.cumsum([mask.sum() for mask in masks])))
+        spans = [masks[index] for index, _, _ in self._spans]
+        rows = [
+            starts[index] + mask[:first].sum() + np.arange(mask[first : first + count].sum())
+            for mask, (index, first, count) in zip(spans, self._spans, strict=True)
+        ]
         arrays: Arrays = {}
         for name in self._pieces[0]:
             values = np.concatenate([piece[name] for piece in self._pieces])
@@ -175,6 +188,8 @@ class SequenceGenerator:
             whole[np.concatenate(rows)] = values
             if self._prefix:
                 prefix = np.concatenate([piece[name] for piece in self._prefix])
-                whole[starts[:-1, None] + np.arange(len(prefix))] = prefix
+                for start, mask in zip(starts, masks, strict=False):
+                    own = prefix[mask[: len(prefix)]]
+                    whole[start : start + len(own)] = own
             arrays[name] = whole
         return arrays

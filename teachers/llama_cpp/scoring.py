@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from teachers.base import Keep, whole_masks
 from teachers.llama_cpp.context import CACHE_STEP, ContextShape, LlamaContext, Outputs
 from teachers.llama_cpp.wire import Arrays
 
@@ -26,6 +27,7 @@ Tokens = NDArray[np.int32]
 Reduce = Callable[[Outputs], Arrays]
 
 SHARED_TOKENS = 32  # a common beginning this long is decoded once and copied
+LEAST_WANTED = 16  # rows of a batch: products with few take kernels that round otherwise
 LIKE_LENGTH = 0.9  # sequences at least this part of the longest are filled up and decoded with it
 
 
@@ -58,15 +60,14 @@ def decode_prefix(
         yield start, context.decode(piece, positions, slots, np.ones(len(piece), dtype=np.bool_))
 
 
-def _real(outputs: Outputs, counts: NDArray[np.int64], size: int) -> Outputs:
-    """Drop the rows of padding: of each ``size`` rows the first ``counts`` are real."""
-    if bool((counts == size).all()):
+def _selected(outputs: Outputs, rows: Keep) -> Outputs:
+    """The outputs of some rows, ``[n]``."""
+    if bool(rows.all()):
         return outputs
-    real = np.concatenate([np.arange(count) + row * size for row, count in enumerate(counts)])
     return Outputs(
-        None if outputs.logits is None else outputs.logits[real],
-        None if outputs.states is None else outputs.states[real],
-        {layer: values[real] for layer, values in outputs.layers.items()},
+        None if outputs.logits is None else outputs.logits[rows],
+        None if outputs.states is None else outputs.states[rows],
+        {layer: values[rows] for layer, values in outputs.layers.items()},
     )
 
 
@@ -109,23 +110,22 @@ class Contexts(Protocol):
 class Scorer:
     """Rows of every sequence, reduced batch by batch while the other contexts decode.
 
-    A sequence of n tokens has n − 1 rows (what follows its last token is not known). Sequences of
-    like length are decoded together, shorter ones padded. Which are together depends on their
-    lengths alone, so the rows do not depend on which context happens to be free.
+    A sequence of n tokens has n − 1 rows (what follows its last token is not known), of which
+    those are computed that its mask wants. Sequences of like length are decoded together, shorter
+    ones padded. Which are together depends on their lengths alone, so the rows do not depend on
+    which context happens to be free.
     """
 
     def __init__(
-        self, sequences: Sequence[Tokens], shape: ContextShape, last: int | None = None
+        self, sequences: Sequence[Tokens], shape: ContextShape, keep: Sequence[Keep] | None = None
     ) -> None:
         """``shape``: what is wanted of each token (its numbers of sequences and tokens are chosen
-        here). ``last``: keep at most so many rows of each sequence, those at its end; batches and
-        rows are the same."""
+        here). Batches and rows are the same with and without masks ``keep``."""
         self.sequences = sequences
         self.lengths = np.array([len(tokens) - 1 for tokens in sequences], dtype=np.int64)
-        kept = self.lengths if last is None else np.minimum(self.lengths, last)
-        self.dropped = self.lengths - kept
-        self.starts = np.concatenate(([0], np.cumsum(kept)))
-        self.shape = shape
+        self.masks = whole_masks(sequences, keep)
+        self.starts = np.concatenate(([0], np.cumsum([mask.sum() for mask in self.masks])))
+        self.shape = replace(shape, masked=keep is not None)
         self.prefix = common_prefix(sequences)
         self.result: Arrays = {}
 
@@ -143,8 +143,10 @@ class Scorer:
             for start, outputs in decode_prefix(context, prefix, shape.sequences - 1):
                 if context is contexts[0]:
                     arrays = reduce(outputs)
-                    for index in range(len(self.sequences)):
-                        self._put(index, start, arrays)
+                    for index, mask in enumerate(self.masks):
+                        mine = mask[start : min(self.prefix, start + context.batch_tokens)]
+                        rows = {name: values[mine] for name, values in arrays.items()}
+                        self._put(index, start, rows)
             while True:
                 with taking:
                     group = next(waiting, None)
@@ -178,20 +180,22 @@ class Scorer:
         own = self.lengths[group] - self.prefix
         size = int(own.max())
         grid = np.zeros((len(group), size), dtype=np.int32)
+        kept = np.zeros((len(group), size), dtype=np.bool_)
         for row, index in enumerate(group):
             grid[row, : own[row]] = self.sequences[index][self.prefix : -1]
+            kept[row, : own[row]] = self.masks[index][self.prefix :]
         for offset in range(0, size, context.batch_tokens):  # only a group of one is longer
             piece = grid[:, offset : offset + context.batch_tokens]
             start = self.prefix + offset
             positions = np.arange(start, start + piece.shape[1], dtype=np.int32)
             slots = np.repeat(np.arange(len(group), dtype=np.int32), piece.shape[1])
-            outputs = context.decode(
-                piece.reshape(-1),
-                np.tile(positions, len(group)),
-                slots,
-                np.ones(piece.size, dtype=np.bool_),
-            )
-            yield start, outputs if len(group) == 1 else _real(outputs, own, size)
+            rows = kept[:, offset : offset + piece.shape[1]].reshape(-1)
+            wanted = rows | (not self.shape.masked)  # without masks all, padding too
+            wanted[np.flatnonzero(~wanted)[: max(0, LEAST_WANTED - int(wanted.sum()))]] = True
+            flat = np.tile(positions, len(group))
+            outputs = context.decode(piece.reshape(-1), flat, slots, wanted)
+            if rows.any():
+                yield start, _selected(outputs, rows[wanted])
 
     def _scatter(self, group: list[int], start: int, arrays: Arrays) -> None:
         """Put a group's rows where they belong; a group of one may come in several pieces."""
@@ -199,23 +203,21 @@ class Scorer:
             return self._put(group[0], start, arrays)
         taken = 0
         for index in group:
-            count = int(self.lengths[index]) - start
+            count = int(self.masks[index][start:].sum())
             rows = {name: values[taken : taken + count] for name, values in arrays.items()}
             self._put(index, start, rows)
             taken += count
         return None
 
     def _put(self, index: int, start: int, arrays: Arrays) -> None:
-        """Store a sequence's rows from row ``start`` on; the first of an array allocates all."""
-        dropped = int(self.dropped[index])
-        first = int(self.starts[index]) + max(0, start - dropped)
+        """Store a sequence's kept rows from ``start`` on; the first of an array allocates all."""
+        first = int(self.starts[index] + self.masks[index][:start].sum())
         for name, values in arrays.items():
             whole = self.result.get(name)
             if whole is None:
                 room = np.empty((int(self.starts[-1]), *values.shape[1:]), values.dtype)
                 whole = self.result.setdefault(name, room)  # contexts may race here; one wins
-            part = values[max(0, dropped - start) :]
-            whole[first : first + len(part)] = part
+            whole[first : first + len(values)] = values
 
 
 def as_answer(outputs: Outputs) -> Answer:

@@ -121,6 +121,7 @@ class Server:
             prompts.append(segments[taken : taken + count])
             taken += count
         sampling, first = Sampling(**request["sampling"]), request["first_index"]
+        keep = _keep(arrays)
         wanted = Wanted()
         if request.get("recipe") is not None:
             recipe, bases = _recipe(request, arrays)
@@ -130,7 +131,8 @@ class Server:
 
         def work(context: Any, start: int, stop: int) -> Any:
             torch.set_num_threads(context.threads)  # of this context's thread
-            own = GenerationRequest(prompts[start:stop], sampling, first + start)
+            some = None if keep is None else keep[start:stop]
+            own = GenerationRequest(prompts[start:stop], sampling, first + start, some)
             return SequenceGenerator(context, own, wanted).run(self.report)
 
         with ThreadPoolExecutor(len(contexts)) as pool:
@@ -176,7 +178,8 @@ class Server:
             torch.set_num_threads(threads)  # of this context's thread
             return reduce(as_answer(outputs), recipe, bases)
 
-        return {}, Scorer(unpack_ragged(arrays, "tokens"), shape).run(self, reduced)
+        scorer = Scorer(unpack_ragged(arrays, "tokens"), shape, _keep(arrays))
+        return {}, scorer.run(self, reduced)
 
     def states(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         from teachers.llama_cpp.context import ContextShape
@@ -193,7 +196,7 @@ class Server:
     def _rows(self, shape: ContextShape, request: dict[str, Any], arrays: Arrays) -> Answer:
         from teachers.llama_cpp.scoring import Scorer, as_arrays
 
-        scorer = Scorer(unpack_ragged(arrays, "tokens"), shape, request["last"])
+        scorer = Scorer(unpack_ragged(arrays, "tokens"), shape, _keep(arrays))
         return {}, scorer.run(self, as_arrays)
 
     def speed(self, request: dict[str, Any], arrays: Arrays) -> Answer:
@@ -231,6 +234,13 @@ def _recipe(request: dict[str, Any], arrays: Arrays) -> tuple[Recipe, dict[str, 
 
     recipe = Recipe.from_json(request["recipe"])
     return recipe, bases_in(arrays, recipe.layers)
+
+
+def _keep(arrays: Arrays) -> list[Any] | None:
+    """The masks that came with a request, if there are any."""
+    if "keep" not in arrays:
+        return None
+    return [mask.astype("bool") for mask in unpack_ragged(arrays, "keep")]
 
 
 def _end_with(parent: int) -> None:

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import psutil
 from gguf import GGUFValueType
-from numpy.typing import NDArray
 
 from teachers.base import (
     Floats,
     GenerationRequest,
+    Keep,
     Progress,
     Sampling,
     Teacher,
     TeacherInfo,
     TeacherShape,
     Tokens,
+    last_predictions,
     no_progress,
 )
 from teachers.errors import RequestRefused
@@ -176,6 +177,7 @@ class GGUFTeacher(Teacher):
         segments = [segment for prompt in request.prompts for segment in prompt]
         counts = np.array([len(prompt) for prompt in request.prompts], dtype=np.int64)
         arrays = arrays | pack_ragged(segments, "segments") | {"segment_counts": counts}
+        arrays |= _packed_keep(request.keep)
         sampling = asdict(request.sampling)
         message = {"sampling": sampling, "first_index": request.first_index, **more}
         answer = self.worker.ask("generate", message, arrays, progress)[1]
@@ -211,8 +213,9 @@ class GGUFTeacher(Teacher):
         recipe: Recipe,
         bases: Mapping[str, Basis],
         progress: Progress = no_progress,
+        keep: Sequence[Keep] | None = None,
     ) -> Arrays:
-        arrays = pack_ragged(sequences, "tokens") | _packed(bases)
+        arrays = pack_ragged(sequences, "tokens") | _packed(bases) | _packed_keep(keep)
         return self.worker.ask("score", {"recipe": recipe.to_json()}, arrays, progress)[1]
 
     def states(
@@ -221,13 +224,13 @@ class GGUFTeacher(Teacher):
         layers: Sequence[int] = (),
         *,
         exact: bool = False,
-        last: int | None = None,
+        keep: Sequence[Keep] | None = None,
     ) -> Mapping[str, Floats]:
-        """See ``Teacher.states``; ``exact``: with a float32 KV cache and without flash attention.
-        ``last``: at most so many positions of each sequence, those at its end; the others never
-        leave the worker."""
-        request = {"layers": list(layers), "exact": exact, "last": last}
-        arrays = self.worker.ask("states", request, pack_ragged(sequences, "tokens"))[1]
+        """See ``Teacher.states``; ``exact``: with a float32 KV cache and without flash
+        attention."""
+        request = {"layers": list(layers), "exact": exact}
+        tokens = pack_ragged(sequences, "tokens") | _packed_keep(keep)
+        arrays = self.worker.ask("states", request, tokens)[1]
         return {name: values.astype(np.float32, copy=False) for name, values in arrays.items()}
 
     def output_rows(self, start: int, stop: int) -> Floats:
@@ -241,14 +244,18 @@ class GGUFTeacher(Teacher):
         """Exact final hidden states ``[P, D]`` of the last tokens of P prompts of ≥ 1 token."""
         # What follows a sequence's last token is never computed, so each gets one more.
         longer = [np.append(tokens, tokens[-1]).astype(np.int32) for tokens in prompts]
-        return self.states(longer, exact=True, last=1)["final"]
+        return self.states(longer, exact=True, keep=last_predictions(longer, 1))["final"]
 
     def logits(
-        self, sequences: Sequence[Tokens], *, exact: bool = False, last: int | None = None
-    ) -> NDArray[np.float32]:
-        """See ``Teacher.logits``; ``exact`` and ``last`` as in ``states``."""
-        request = {"exact": exact, "last": last}
-        arrays = self.worker.ask("logits", request, pack_ragged(sequences, "tokens"))[1]
+        self,
+        sequences: Sequence[Tokens],
+        *,
+        exact: bool = False,
+        keep: Sequence[Keep] | None = None,
+    ) -> Floats:
+        """See ``Teacher.logits``; ``exact`` as in ``states``."""
+        tokens = pack_ragged(sequences, "tokens") | _packed_keep(keep)
+        arrays = self.worker.ask("logits", {"exact": exact}, tokens)[1]
         return arrays["logits"].astype(np.float32, copy=False)
 
     def speed(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
@@ -259,6 +266,12 @@ class GGUFTeacher(Teacher):
     def close(self) -> None:
         """End the worker process."""
         self.worker.close()
+
+
+def _packed_keep(keep: Sequence[Keep] | None) -> Arrays:
+    if keep is None:
+        return {}
+    return pack_ragged([mask.astype(np.int32) for mask in keep], "keep")
 
 
 def _packed(bases: Mapping[str, Basis]) -> Arrays:

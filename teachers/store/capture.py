@@ -15,10 +15,12 @@ from teachers.atomic_files import is_held
 from teachers.base import (
     SINGLE_PROCESS,
     GenerationRequest,
+    Keep,
     ProcessRank,
     Progress,
     Teacher,
     Tokens,
+    whole_masks,
 )
 from teachers.store.shared import SharedCodec
 from teachers.store.store import SoftTargetStore
@@ -67,6 +69,10 @@ class SequenceSource(Protocol):
         """What to ask the teacher for, if it writes all of these sequences."""
         ...
 
+    def keep(self, start: int, stop: int) -> list[Keep] | None:
+        """Which predictions of the sequences ``take`` gives are to be learnt; ``None``: all."""
+        ...
+
 
 @dataclass(frozen=True)
 class CaptureSummary:
@@ -109,6 +115,7 @@ def capture(
         bases = codec.bases
     for shard in missing:
         start, stop = store.span(shard)
+        keep = source.keep(start, stop)
 
         def watch(text: str, base: int = finished) -> Progress:
             return lambda done: report(base + done, text)
@@ -124,8 +131,8 @@ def capture(
             if not sequences:
                 sequences = source.take(teacher, start, stop, watch("the teacher writes"))
             scored = _per_sequence(sequences, watch("the teacher scores"))
-            arrays = teacher.score(sequences, recipe, bases, scored)
-        store.write_shard(shard, sequences, arrays)
+            arrays = teacher.score(sequences, recipe, bases, scored, keep)
+        store.write_shard(shard, sequences, arrays, keep)
         finished += sizes[shard]
         report(finished, "saved")
     damaged = tuple(shard for shard in missing if states[shard] == "damaged")
@@ -169,28 +176,34 @@ def _shared_codec(
         )
     report(0, "fitting what is kept of hidden states")
     # The first shard stands for the others. What it holds alone is known to every process.
-    positions = sum(len(tokens) - 1 for tokens in sequences) * store.manifest.shards
+    keep = source.keep(start, stop)
+    positions = sum(mask.sum() for mask in whole_masks(sequences, keep)) * store.manifest.shards
     limit = min(FIT_POSITIONS, max(FIT_LEAST, round(FIT_SHARE * positions)))
-    codec = fit_shared_codec(teacher, sequences, store.manifest.recipe, limit=limit)
+    codec = fit_shared_codec(teacher, sequences, store.manifest.recipe, keep, limit=limit)
     store.write_shared_codec(codec)
     return codec, written
 
 
 def fit_shared_codec(
-    teacher: Teacher, sequences: Sequence[Tokens], recipe: Recipe, *, limit: int = FIT_POSITIONS
+    teacher: Teacher,
+    sequences: Sequence[Tokens],
+    recipe: Recipe,
+    keep: Sequence[Keep] | None = None,
+    *,
+    limit: int = FIT_POSITIONS,
 ) -> SharedCodec:
-    """Fit how hidden states are encoded to ``limit`` positions at most; with the output matrix.
+    """Fit how hidden states are encoded to ``limit`` kept positions at most; with the output
+    matrix.
 
     Raises:
         CaptureError: see ``capture``.
     """
-    chosen = _first_positions(sequences, limit)
+    chosen, masks = _first_positions(sequences, whole_masks(sequences, keep), limit)
     rows, vocab_size = teacher.output_rows, teacher.info.vocab_size
     if recipe.needs_states:
         require_linear_output(teacher, chosen[0])
-    states = {
-        name: torch.from_numpy(s) for name, s in teacher.states(chosen, recipe.layers).items()
-    }
+    rows_of = teacher.states(chosen, recipe.layers, keep=None if keep is None else masks)
+    states = {name: torch.from_numpy(values) for name, values in rows_of.items()}
     bases: dict[str, Basis] = {}
     head = None
     final = states["final"]
@@ -235,14 +248,21 @@ def require_linear_output(teacher: Teacher, tokens: Tokens) -> None:
     _linear.add(teacher)
 
 
-def _first_positions(sequences: Sequence[Tokens], limit: int) -> list[Tokens]:
-    """Evenly chosen sequences with about ``limit`` positions together, the last one cut."""
-    average = max(1, sum(len(tokens) - 1 for tokens in sequences) // len(sequences))
+def _first_positions(
+    sequences: Sequence[Tokens], masks: Sequence[Keep], limit: int
+) -> tuple[list[Tokens], list[Keep]]:
+    """Evenly chosen sequences with about ``limit`` kept positions together, the last one cut, and
+    their masks."""
+    average = max(1, int(sum(mask.sum() for mask in masks)) // len(sequences))
     count = min(len(sequences), max(1, -(-limit // average)))
-    chosen, room = [], limit
+    chosen: list[Tokens] = []
+    kept: list[Keep] = []
+    room = limit
     for index in np.linspace(0, len(sequences) - 1, count).round().astype(int):
         if room < 1:
             break
-        chosen.append(sequences[index][: room + 1])
-        room -= len(chosen[-1]) - 1
-    return chosen
+        stop = int(np.flatnonzero(masks[index])[:room][-1]) + 1
+        chosen.append(sequences[index][: stop + 1])
+        kept.append(masks[index][:stop])
+        room -= int(kept[-1].sum())
+    return chosen, kept

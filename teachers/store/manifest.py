@@ -11,7 +11,7 @@ from typing import Any
 from teachers.atomic_files import StoreError, is_temporary
 from teachers.targets.recipe import Recipe
 
-FORMAT = 2
+FORMAT, MASKED = 2, 3  # with masks, which older versions do not know, another number
 MANIFEST = "manifest.json"
 
 
@@ -29,6 +29,11 @@ class Manifest:
         return -(-self.sequences // self.sequences_per_shard)
 
     @property
+    def masked(self) -> bool:
+        """Whether only some predictions have targets, and each shard says which."""
+        return "train_on" in self.identity
+
+    @property
     def recipe(self) -> Recipe:
         """What the store keeps of each position."""
         return Recipe.from_json(self.identity["recipe"])
@@ -41,7 +46,7 @@ class Manifest:
     def to_json(self) -> str:
         """The text of ``manifest.json``."""
         content = {
-            "format": FORMAT,
+            "format": MASKED if self.masked else FORMAT,
             "identity": self.identity,
             "sequences": self.sequences,
             "sequences_per_shard": self.sequences_per_shard,
@@ -58,9 +63,10 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
+        if content["format"] not in (FORMAT, MASKED):
             raise StoreError(
-                f"store {folder} has format {content['format']}, this version reads {FORMAT}"
+                f"store {folder} has format {content['format']}, this version reads {FORMAT} and "
+                f"{MASKED}"
             )
         manifest = Manifest(
             dict(content["identity"]),

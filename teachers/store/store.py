@@ -3,7 +3,8 @@
 ``manifest.json`` says what the store holds: its identity (teacher, tokenizer, corpus, kind of
 targets, …) and how the sequences are split into shards. ``shard-00000.safetensors`` holds
 consecutive sequences: their ``tokens`` and ``lengths``, and one row of each target array per
-position (a sequence of n tokens has n − 1 positions). ``shared_codec.safetensors`` is the shared
+position (a sequence of n tokens has n − 1 positions, of which a masked store keeps those that are
+set in ``keep``, eight to a byte). ``shared_codec.safetensors`` is the shared
 codec: how hidden states are encoded, and the output matrix that turns them into logits;
 ``teacher.safetensors`` what else a student takes from its teacher (see
 ``teachers.store.teacher_record``), so that a store can be used without its teacher. Each file's
@@ -25,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from teachers.atomic_files import LOCK, StoreError, is_temporary, write_whole
+from teachers.base import Keep, Tokens, whole_masks
 from teachers.store.manifest import (
     MANIFEST,
     Manifest,
@@ -37,7 +39,6 @@ from teachers.targets.distributions import Arrays
 from teachers.targets.stored_arrays import Targets, array_names, typed
 
 SHARED_CODEC = "companion.safetensors"
-Tokens = NDArray[np.int32]
 
 
 class SoftTargetStore:
@@ -81,15 +82,22 @@ class SoftTargetStore:
         start = shard * self.manifest.sequences_per_shard
         return start, min(self.manifest.sequences, start + self.manifest.sequences_per_shard)
 
-    def write_shard(self, shard: int, sequences: Sequence[Tokens], targets: Arrays) -> None:
-        """Write one shard, whole or not at all.
+    def write_shard(
+        self,
+        shard: int,
+        sequences: Sequence[Tokens],
+        targets: Arrays,
+        keep: Sequence[Keep] | None = None,
+    ) -> None:
+        """Write one shard, whole or not at all; ``keep``: which predictions have targets.
 
         Raises:
             StoreError: numbers of sequences or positions do not fit.
             OSError: the disk refuses (full, read-only).
         """
         start, stop = self.span(shard)
-        positions = sum(len(tokens) - 1 for tokens in sequences)
+        masks = whole_masks(sequences, keep)
+        positions = int(sum(mask.sum() for mask in masks))
         lengths = {len(rows) for rows in targets.values()}
         if len(sequences) != stop - start or lengths - {positions}:
             raise StoreError(
@@ -101,8 +109,9 @@ class SoftTargetStore:
             "lengths": np.array([len(tokens) for tokens in sequences], dtype=np.int64),
             **targets,
         }
+        if self.manifest.masked:
+            arrays["keep"] = np.packbits(np.concatenate(masks))
         self._open_shards.pop(shard, None)
-        self._starts.pop(shard, None)
         self.write_file(self.shard_path(shard).name, arrays)
 
     def write_file(self, name: str, arrays: Arrays) -> None:
@@ -169,6 +178,9 @@ class SoftTargetStore:
             lengths = file.get_tensor("lengths")
             tokens = np.concatenate(([0], np.cumsum(lengths)))
             rows = np.concatenate(([0], np.cumsum(lengths - 1)))
+            if self.manifest.masked:
+                bits = np.unpackbits(file.get_tensor("keep"), count=int(rows[-1]))
+                rows = np.concatenate(([0], np.cumsum(bits, dtype=np.int64)))[rows]
             self._open_shards[shard] = file
             self._starts[shard] = (tokens, rows)
         return self._open_shards[shard], *self._starts[shard]
@@ -180,8 +192,18 @@ class SoftTargetStore:
         rows: Tokens = file.get_slice("tokens")[starts[position] : starts[position + 1]]
         return rows
 
+    def keep(self, index: int) -> Keep:
+        """Which of one sequence's n − 1 predictions have targets, ``[n − 1]``."""
+        shard, position = divmod(index, self.manifest.sequences_per_shard)
+        file, starts, _ = self._shard(shard)
+        first, last = starts[position] - position, starts[position + 1] - position - 1
+        if not self.manifest.masked:
+            return np.ones(last - first, dtype=np.bool_)
+        bits = np.unpackbits(file.get_slice("keep")[first // 8 : -(-last // 8)])
+        return bits[first % 8 :][: last - first].astype(np.bool_)
+
     def targets(self, index: int) -> Targets:
-        """Soft targets of one sequence's n − 1 positions; only these rows are read from disk.
+        """Soft targets of one sequence's kept positions; only these rows are read from disk.
 
         Raises:
             StoreError: the shared codec is missing or damaged; a rerun of the capture makes it.
@@ -189,7 +211,7 @@ class SoftTargetStore:
         return self.typed_targets(self._rows(index, array_names(self._recipe)))
 
     def layer_states(self, index: int) -> dict[int, Tensor]:
-        """Kept states of the chosen layers, float32 ``[n − 1, R]``, as coordinates of a basis."""
+        """Kept states of the chosen layers, float32 ``[N, R]``, as coordinates of a basis."""
         layers = self._recipe.layers
         names = [f"layer{layer}{part}" for layer in layers for part in ("", "_scale")]
         return self.typed_layers(self._rows(index, names))
@@ -229,6 +251,10 @@ class SoftTargetStore:
         """Number of tokens of every sequence, in order."""
         starts = [self._shard(shard)[1] for shard in range(self.manifest.shards)]
         return np.concatenate([np.diff(start) for start in starts])
+
+    def positions(self) -> int:
+        """Number of predictions that have targets, over all sequences."""
+        return sum(int(self._shard(shard)[2][-1]) for shard in range(self.manifest.shards))
 
     def bytes_on_disk(self) -> int:
         """Size of all shards present."""

@@ -42,15 +42,29 @@ def conversations_tokens(
     if not conversations:
         return []
     chats = [one if isinstance(one, Conversation) else Conversation(one) for one in conversations]
-    if templated := teacher.info.chat_template is not None:
-        texts = [one.text for one in render_chats(teacher, chats, answer=answer)]
-    else:
-        texts = [
-            chat.separator.join(text for message in chat.messages for text in _texts(message))
-            for chat in chats
-        ]
+    texts = [one.text for one in chat_texts(teacher, chats, answer=answer)]
+    templated = teacher.info.chat_template is not None
     rows = teacher.tokenize(texts, add_special=False, parse_special=templated)
-    return [_with_bos(teacher, tokens) for tokens in rows]
+    return [with_bos(teacher, tokens) for tokens in rows]
+
+
+def chat_texts(
+    teacher: Teacher, chats: Sequence[Conversation], *, answer: bool
+) -> list[RenderedChat]:
+    """``render_chats``, or without a chat template the messages' texts one after another."""
+    if teacher.info.chat_template is not None:
+        return render_chats(teacher, chats, answer=answer)
+    return [_joined(chat) for chat in chats]
+
+
+def _joined(chat: Conversation) -> RenderedChat:
+    said = [(message["role"], text) for message in chat.messages for text in _texts(message)]
+    spans, at = [], 0
+    for role, text in said:
+        if role == "assistant":
+            spans.append((at, at + len(text)))
+        at += len(text) + len(chat.separator)
+    return RenderedChat(chat.separator.join(text for _, text in said), tuple(spans))
 
 
 def request_tokens(teacher: Teacher, requests: Sequence[str]) -> list[Tokens]:
@@ -92,12 +106,12 @@ def opening_segments(teacher: Teacher) -> tuple[Tokens, ...] | None:
         before, marker, after = rendered.text.partition(_PLACEHOLDER)
         if marker and before and after:
             start, rest = teacher.tokenize([before, after], add_special=False, parse_special=True)
-            return _with_bos(teacher, start), rest
+            return with_bos(teacher, start), rest
     first = info.bos if info.bos is not None else info.eos
     return None if first is None else (np.array([first], dtype=np.int32),)
 
 
-def _with_bos(teacher: Teacher, tokens: Tokens) -> Tokens:
+def with_bos(teacher: Teacher, tokens: Tokens) -> Tokens:
     """Rendered text may or may not spell out BOS; give it exactly one if the model wants it."""
     bos = teacher.info.bos
     if bos is None or not teacher.info.add_bos or (len(tokens) and tokens[0] == bos):

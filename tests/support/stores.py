@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from teachers.base import Tokens
+from teachers.base import Keep, Tokens
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.capture import CaptureSummary, capture, fit_shared_codec
 from teachers.store.manifest import Manifest
@@ -28,21 +28,24 @@ def write_store(
     sequences: Sequence[Tokens],
     recipe: Recipe,
     per_shard: int,
+    keep: Sequence[Keep] | None = None,
     **identity: Any,
 ) -> SoftTargetStore:
-    """A complete store of what ``teacher`` says about ``sequences``."""
+    """A complete store of what ``teacher`` says about ``sequences``, with masks where given."""
+    if keep is not None:
+        identity["train_on"] = "assistant"
     content = {"recipe": recipe.to_json(), "vocab_size": teacher.info.vocab_size, **identity}
     store = SoftTargetStore.create_or_open(folder, Manifest(content, len(sequences), per_shard))
     bases: Mapping[str, Basis] = {}
     if store.needs_shared_codec:
-        shared_codec = fit_shared_codec(teacher, sequences, recipe)  # type: ignore[arg-type]
+        shared_codec = fit_shared_codec(teacher, sequences, recipe, keep)  # type: ignore[arg-type]
         store.write_shared_codec(shared_codec)
         bases = shared_codec.bases
     for shard in range(store.manifest.shards):
         start, stop = store.span(shard)
-        store.write_shard(
-            shard, sequences[start:stop], teacher.score(sequences[start:stop], recipe, bases)
-        )
+        some, masks = sequences[start:stop], None if keep is None else keep[start:stop]
+        arrays = teacher.score(some, recipe, bases, keep=masks)
+        store.write_shard(shard, some, arrays, masks)
     return store
 
 

@@ -19,11 +19,13 @@ from teachers import example_teacher
 from teachers.base import (
     Floats,
     GenerationRequest,
+    Keep,
     Progress,
     Sampling,
     Teacher,
     TeacherInfo,
     Tokens,
+    whole_masks,
 )
 from teachers.gguf.file import Field, read_gguf, tokenizer_fields
 from teachers.llama_cpp.teacher import GGUFTeacher
@@ -80,10 +82,13 @@ class BigramTeacher:
         )
 
     def states(
-        self, sequences: Sequence[Tokens], layers: Sequence[int] = ()
+        self,
+        sequences: Sequence[Tokens],
+        layers: Sequence[int] = (),
+        keep: Sequence[Keep] | None = None,
     ) -> Mapping[str, Floats]:
         """See ``Teacher.states``."""
-        seen = _seen(sequences)
+        seen = _seen(sequences, keep)
         found = {"final": self.tables[-1][seen].numpy()}
         return found | {f"layer{layer}": self.tables[layer][seen].numpy() for layer in layers}
 
@@ -91,9 +96,15 @@ class BigramTeacher:
         """See ``Teacher.output_rows``."""
         return self.matrix[start:stop].numpy()
 
-    def logits(self, sequences: Sequence[Tokens], *, exact: bool = False) -> Floats:
+    def logits(
+        self,
+        sequences: Sequence[Tokens],
+        *,
+        exact: bool = False,
+        keep: Sequence[Keep] | None = None,
+    ) -> Floats:
         """See ``Teacher.logits``."""
-        return self.answers[_seen(sequences)].numpy()
+        return self.answers[_seen(sequences, keep)].numpy()
 
     def score(
         self,
@@ -101,14 +112,15 @@ class BigramTeacher:
         recipe: Recipe,
         bases: Mapping[str, Basis],
         progress: Progress = lambda done: None,
+        keep: Sequence[Keep] | None = None,
     ) -> Arrays:
         """See ``Teacher.score``."""
         states = {
             name: torch.from_numpy(rows)
-            for name, rows in self.states(sequences, recipe.layers).items()
+            for name, rows in self.states(sequences, recipe.layers, keep).items()
         }
         layers = {layer: states[f"layer{layer}"] for layer in recipe.layers}
-        logits = torch.from_numpy(self.logits(sequences))
+        logits = torch.from_numpy(self.logits(sequences, keep=keep))
         return reduce(Answer(logits, states["final"], layers), recipe, bases)
 
 
@@ -119,17 +131,19 @@ class Bent:
         self.teacher = teacher
         self.info = teacher.info
 
-    def logits(self, sequences: Sequence[Tokens], *, exact: bool = False) -> Floats:
+    def logits(self, sequences: Sequence[Tokens], **how: Any) -> Floats:
         """Softly capped at ±10."""
-        return 10.0 * np.tanh(self.teacher.logits(sequences, exact=exact) / 10.0)
+        return 10.0 * np.tanh(self.teacher.logits(sequences, **how) / 10.0)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.teacher, name)
 
 
-def _seen(sequences: Sequence[Tokens]) -> torch.Tensor:
-    """The token that each position follows, ``[N]``."""
-    return torch.from_numpy(np.concatenate([tokens[:-1] for tokens in sequences]).astype(np.int64))
+def _seen(sequences: Sequence[Tokens], keep: Sequence[Keep] | None) -> torch.Tensor:
+    """The token that each wanted position follows, ``[N]``."""
+    masks = whole_masks(sequences, keep)
+    rows = [tokens[:-1][mask] for tokens, mask in zip(sequences, masks, strict=True)]
+    return torch.from_numpy(np.concatenate(rows).astype(np.int64))
 
 
 def begun(teacher: Teacher, *tokens: int) -> Tokens:

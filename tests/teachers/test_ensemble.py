@@ -100,10 +100,10 @@ class Watched:
         self.teacher, self.info = teacher, teacher.info
         self.asked: list[list[int]] = []
 
-    def logits(self, sequences: Sequence[Tokens], *, exact: bool = False) -> np.ndarray:
+    def logits(self, sequences: Sequence[Tokens], **how: Any) -> np.ndarray:
         """The positions of each sequence are noted."""
         self.asked.append([len(tokens) - 1 for tokens in sequences])
-        return self.teacher.logits(sequences, exact=exact)
+        return self.teacher.logits(sequences, **how)
 
 
 def test_groups_change_nothing(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +191,7 @@ def fake(logits: Sequence[float], tokens: Sequence[str] | None = None, sha256: s
         assert tokens is not None, "nobody should look"
         return ["".join(tokens[token] for token in sequence) for sequence in sequences]
 
-    def answer(sequences: Sequence[Tokens], *, exact: bool = False) -> np.ndarray:
+    def answer(sequences: Sequence[Tokens], **how: Any) -> np.ndarray:
         return np.tile(row, (sum(len(t) - 1 for t in sequences), 1))
 
     return SimpleNamespace(info=info, detokenize=detokenize, logits=answer)

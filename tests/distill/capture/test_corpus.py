@@ -132,10 +132,47 @@ def test_samples_are_a_seeded_subset(tiny_teacher: GGUFTeacher, tmp_path: Path) 
 
 def test_long_prompts_are_cut_and_said(tiny_teacher: GGUFTeacher, tmp_path: Path) -> None:
     """A prompt that leaves no room for an answer is cut, not answered, and mentioned."""
-    path = write_lines(tmp_path / "p.jsonl", {"prompt": "word " * 200}, {"prompt": "short"})
-    built = corpus(tiny_teacher, path, max_length=24)
-    assert [item.speaks for item in built.items] == [False, True]
-    assert len(built.items[0].segments[0]) == 24 and "1 of 2" in built.notes[0]
+    prompts = [{"prompt": "word " * 200}, {"prompt": "short"}, {"prompt": "brief"}]
+    path = write_lines(tmp_path / "p.jsonl", *prompts)
+    built = corpus(tiny_teacher, path, max_length=24, train_on="all")
+    assert [item.speaks for item in built.items] == [False, True, True]
+    assert len(built.items[0].segments[0]) == 24 and "1 of 3" in built.notes[0]
+
+
+def test_conversations_are_learnt_where_the_assistant_speaks(
+    tiny_teacher: GGUFTeacher, tmp_path: Path
+) -> None:
+    """Prediction t is that of token t + 1; text counts everywhere; other words change the store."""
+    silent = [HI, {"role": "assistant", "content": "Hello"}, HI]
+    rows = [
+        {"messages": [*TURNS, *TURNS]},
+        {"text": "Hello <|end|>"},
+        {"prompt": "Hi"},
+        {"prompt": "Hi ", "completion": "Hello"},
+        {"messages": silent},
+        {"prompt": "word " * 200},
+    ]
+    path = write_lines(tmp_path / "p.jsonl", *rows)
+    built, whole = (
+        corpus(tiny_teacher, path, max_length=64, train_on=on) for on in ("assistant", "all")
+    )
+    assert built.masked and not whole.masked and built.digest() != whole.digest()
+    assert len(built) == 5 and len(whole) == 6 and any("1 of 6" in note for note in built.notes)
+    learnt = []
+    for item in built.items:
+        tokens = item.segments[0]
+        keep = np.ones(len(tokens) - 1, bool) if item.keep is None else item.keep
+        learnt.append(text_of(tiny_teacher, tokens[1:][keep]))
+    assert learnt == [
+        "Hello<|end|>Hello<|end|>",
+        "Hello <|end|>",
+        "",
+        "Hello<|end|>",
+        "Hello<|end|>",
+    ]
+    request = built.generation_request(2, 3)
+    assert request is not None and request.keep is not None and not request.keep[0].any()
+    assert corpus(tiny_teacher, write_lines(tmp_path / "t.jsonl", *rows[1:2] * 2)).masked is False
 
 
 def test_with_nothing_given_the_teacher_speaks_both_turns(tiny_teacher: GGUFTeacher) -> None:

@@ -60,9 +60,9 @@ class SpellingTeacher(BigramTeacher):
 
         return [np.array([number(sign) for sign in text], dtype=np.int32) for text in texts]
 
-    def logits(self, sequences: Sequence[Tokens], *, exact: bool = False) -> Floats:
+    def logits(self, sequences: Sequence[Tokens], **how: Any) -> Floats:
         self.asked += list(sequences)
-        return super().logits(sequences, exact=exact)
+        return super().logits(sequences, **how)
 
 
 def shares(weights: Sequence[float]) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -110,6 +111,41 @@ def test_labels_are_the_following_tokens() -> None:
     batch = make_batch([[5, 6, 7], [8, 9]], teacher, padding=2)
     assert batch.labels.tolist() == [6, 7, 9] and batch.count() == 3
     assert batch.valid.tolist() == [[True, True, *[False] * 3], [True, *[False] * 4]]
+
+
+def test_masked_predictions_do_not_count() -> None:
+    """KL, cross-entropy and PET over the kept positions alone, divided by their number."""
+    student, config = make_student(), WEIGHTS.model_copy(update={"final_temperature": None})
+    rows, teacher = make_rows()
+    masks = [np.random.default_rng(n).random(n) < 0.4 for n in [length - 1 for length in LENGTHS]]
+    for mask in masks:
+        mask[len(mask) // 2] = True
+    kept = np.concatenate(masks)
+    whole = make_batch(rows, teacher, padding=1)
+    keep = torch.zeros(whole.tokens.shape, dtype=torch.bool)
+    for row, mask in enumerate(masks):
+        keep[row, : len(mask)] = torch.from_numpy(mask)
+    targets = whole.targets.select(torch.from_numpy(kept))
+    batch = replace(whole, targets=targets, keep=keep)
+    assert 0 < batch.count() == kept.sum() < whole.count()
+    _, parts = evaluated(student, ready(student, config), batch)
+    kl, ce, bend = 0.0, 0.0, 0.0
+    for row, logits, mask in zip(rows, teacher, masks, strict=True):
+        with torch.no_grad():
+            output = student(torch.tensor([row]))
+        said, states = output.logits[0].double().numpy(), output.last_hidden_state[0].double()
+        for place in np.flatnonzero(mask).tolist():
+            here = logits[place : place + 1].double().numpy()
+            kl += reference_bucket_kl(here, said[place : place + 1], TOPK, 2.0).sum()
+            ce -= np.log(probabilities(said[place : place + 1], 1.0)[0, row[place + 1]])
+            if place:
+                step = states[place + 1] - 2 * states[place] + states[place - 1]
+                bend += float(step.square().mean())
+    total = kept.sum()
+    expected = {"kd": 0.7 * 4.0 * kl / total, "ce": 0.4 * ce / total, "second_difference": bend}
+    expected["second_difference"] /= total
+    found = {name: float(parts[name]) for name in expected}
+    assert found == pytest.approx(expected, rel=2e-5)
 
 
 def test_the_average_is_a_moving_average() -> None:

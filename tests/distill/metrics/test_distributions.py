@@ -221,6 +221,25 @@ def test_a_text_in_groups_is_the_text_in_one_piece(monkeypatch: pytest.MonkeyPat
     assert parts["b"].calibration_error == pytest.approx(whole["b"].calibration_error)
 
 
+def test_masked_positions_count_nowhere() -> None:
+    """In means, perplexity, calibration and the weights of sequences, of either evaluation."""
+    teacher = BigramTeacher(23, 8)
+    masks = [np.arange(len(tokens) - 1) % 3 == 0 for tokens in SEQUENCES]
+    kept = np.concatenate(masks)
+    pair = {"t": scorer(), "a": scorer(1)}
+    found = score_text("t", pair, SEQUENCES, 23, keep=masks)["a"]
+    ran: Any = evaluate(teacher, SEQUENCES, {"a": scorer(1)}, keep=masks)  # type: ignore[arg-type]
+    logits = {name: model(SEQUENCES)[torch.from_numpy(kept)] for name, model in pair.items()}
+    wanted = reference(logits["t"], logits["a"])
+    for name, figure in found.compared.items():
+        assert figure.value == pytest.approx(wanted[name].mean(), rel=1e-9), name
+    labels = np.concatenate([tokens[1:] for tokens in SEQUENCES])[kept]
+    surprise = -log_chances(logits["a"])[np.arange(len(labels)), labels].mean()
+    assert found.perplexity.value == pytest.approx(math.exp(surprise), rel=1e-9)
+    assert ran.positions == kept.sum() and ran.models["a"].cross_entropy == pytest.approx(surprise)
+    assert ran.models["a"].kl == pytest.approx(wanted["kl"].mean(), rel=1e-5)
+
+
 def test_logits_that_are_not_finite_are_refused() -> None:
     """By the name of the model; a NaN would otherwise spread into every figure."""
     teacher = scorer()

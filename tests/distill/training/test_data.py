@@ -143,6 +143,26 @@ def test_load_batch_pads_right_and_aligns_targets(tmp_path: Path, kind: str) -> 
     assert torch.equal(batch.targets.best(), best[batch.tokens[batch.valid]])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_masked_store_gives_the_kept_rows(tmp_path: Path, kind: str) -> None:
+    """Labels and targets at kept positions alone, as the whole store has them; opened again."""
+    sequences = [[5, 6, 7], [8, 9], [1, 2, 3, 4, 5], [11, 12], [13, 14, 15, 16]]
+    rows = [np.array(row, dtype=np.int32) for row in sequences]
+    masks = ([0, 1], [1], [1, 0, 0, 1], [1], [0, 1, 1])
+    teacher, recipe = BigramTeacher(20, 8, seed=3), KINDS[kind][0]
+    keep = [np.array(mask, dtype=np.bool_) for mask in masks]
+    made = write_store(tmp_path, teacher, rows, recipe, 2, keep)
+    store = SoftTargetStore.create_or_open(tmp_path, made.manifest)
+    assert [store.keep(index).tolist() for index in range(5)] == [mask.tolist() for mask in keep]
+    assert store.positions() == 7 and store.lengths().tolist() == [3, 2, 5, 2, 4]
+    batch = load_batch(store, np.array([4, 0, 2]))
+    assert batch.labels.tolist() == [15, 16, 7, 2, 5] and batch.count() == 5
+    assert batch.tokens[batch.valid].tolist() == [14, 15, 6, 1, 4]
+    best = teacher.answers.argmax(-1)
+    assert torch.equal(batch.targets.best(), best[batch.tokens[batch.valid]])
+    assert all(len(states) == 5 for states in batch.layers.values())
+
+
 def test_micro_batches_divide_a_step() -> None:
     """In order, each sequence once, no empty part, sizes apart by one at most."""
     for count, parts in ((8, 1), (8, 4), (7, 3), (2, 5), (1, 1)):

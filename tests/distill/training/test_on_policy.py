@@ -260,6 +260,27 @@ def test_what_is_kept_is_of_every_length(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(cuts) > 50 and min(cuts) >= 1 and max(cuts) <= 99
 
 
+def test_generation_begins_where_a_token_is_learnt(tmp_path: Path) -> None:
+    """Of masked sequences; the beginning keeps its mask, all that is written counts."""
+    random = np.random.default_rng(2)
+    rows = list(random.integers(0, VOCAB, (10, 12), dtype=np.int32))
+    for number, row in enumerate(rows):
+        row[0] = number
+    keep = [random.random(11) < 0.3 for _ in rows]
+    for mask in keep:
+        mask[5] = True
+    store = write_store(tmp_path, TEACHER, rows, RECIPES["sketch"], 4, keep)
+    for step in range(4):
+        batch = on_policy(store, share=0.7)(fresh_student(), list(range(10)), step)
+        originals = {int(row[0]): n for n, row in enumerate(rows)}
+        assert batch.keep is not None and len(batch.targets.best()) == batch.count()
+        for (row, given), mask in zip(rows_of(batch), batch.keep, strict=True):
+            index = originals[row[0]]
+            assert given == len(row) or keep[index][given - 1]
+            expected = [bool(keep[index][at]) or at >= given - 1 for at in range(len(row) - 1)]
+            assert mask[: len(row) - 1].tolist() == expected and not mask[len(row) - 1 :].any()
+
+
 def test_texts_that_end_early_are_short(store: SoftTargetStore) -> None:
     """With a token that ends a text: rows may be shorter, and those end with that one."""
     student = fresh_student()

@@ -20,7 +20,15 @@ from typing import Any
 import numpy as np
 
 from teachers.atomic_files import exclusive
-from teachers.base import GenerationRequest, ProcessRank, Progress, Sampling, Teacher, Tokens
+from teachers.base import (
+    GenerationRequest,
+    Keep,
+    ProcessRank,
+    Progress,
+    Sampling,
+    Teacher,
+    Tokens,
+)
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.capture import capture
 from teachers.store.manifest import Manifest
@@ -36,6 +44,7 @@ class Source:
     """Seeded sequences of many lengths, or requests for the teacher (``SequenceSource``)."""
 
     spoken: bool | int = False
+    masked: bool = False
 
     def __len__(self) -> int:
         return SEQUENCES
@@ -45,7 +54,12 @@ class Source:
         if not self.spoken:
             return None
         prompts = [[np.array([0, *range(5, 5 + n % 5)], np.int32)] for n in range(start, stop)]
-        return GenerationRequest(prompts, Sampling(temperature=2.0, max_length=24, seed=3), start)
+        sampling = Sampling(temperature=2.0, max_length=24, seed=3)
+        return GenerationRequest(prompts, sampling, start, self.keep(start, stop))
+
+    def keep(self, start: int, stop: int) -> list[Keep] | None:
+        """See ``SequenceSource.keep``: the first and every third prediction, and what follows."""
+        return [np.arange(1 + n % 9) % 3 == 0 for n in range(start, stop)] if self.masked else None
 
     def take(self, teacher: Teacher, start: int, stop: int, progress: Progress) -> list[Tokens]:
         """See ``SequenceSource.take``."""
@@ -68,6 +82,7 @@ def begin(
         "vocab_size": teacher.info.vocab_size,
         "spoken": bool(source.spoken),
         "recipe": recipe.to_json(),
+        **({"train_on": "assistant"} if source.masked else {}),
     }
     return SoftTargetStore.create_or_open(folder, Manifest(identity, len(source), PER_SHARD))
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from students.model.decoder import SO8TForCausalLM
-from teachers.base import GenerationRequest, Sampling
+from teachers.base import GenerationRequest, Sampling, last_predictions
 from teachers.errors import TeacherError
 from teachers.llama_cpp.scoring import LIKE_LENGTH, common_prefix, groups_of_like_length
 from teachers.llama_cpp.teacher import GGUFTeacher
@@ -136,8 +136,9 @@ def test_the_last_rows_alone(two_contexts: tuple[GGUFTeacher, GGUFTeacher]) -> N
             **wide.states(sequences, [0], exact=True),
         }
         for last in numbers:
-            found = {"logits": wide.logits(sequences, exact=True, last=last)}
-            found |= wide.states(sequences, [0], exact=True, last=last)
+            keep = last_predictions(sequences, last)
+            found = {"logits": wide.logits(sequences, exact=True, keep=keep)}
+            found |= wide.states(sequences, [0], exact=True, keep=keep)
             assert found.keys() == whole.keys() == {"logits", "final", "layer0"}
             for name, rows in whole.items():
                 ends = np.concatenate([piece[-last:] for piece in np.split(rows, edges)])

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,6 +147,40 @@ def test_a_store_holds_the_answers(tiny_teacher: GGUFTeacher, stored: Stored, ki
                 codes, scales = arrays[f"layer{layer}"], arrays[f"layer{layer}_scale"]
                 again = bases[f"layer{layer}"].coordinates(codes, scales.astype(np.float16))
                 assert (states - again).abs().mean() < 1e-3, (spoken, index, layer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_predictions_are_not_kept(
+    tmp_path: Path, tiny_teacher: GGUFTeacher, kind: str
+) -> None:
+    """The other rows are, to the last bit, those of asking for all; the file is smaller."""
+    recipe = KINDS[kind]
+    for spoken in (False, True):
+        source = Source(spoken, masked=True)
+        store, _ = filled(tmp_path / f"{spoken}", tiny_teacher, source, recipe)
+        codec = store.shared_codec()
+        bases = {} if codec is None else codec.bases
+        for shard in SHARDS:
+            start, stop = store.span(shard)
+            sequences = source.take(tiny_teacher, start, stop, lambda done: None)
+            kept = [
+                [place >= 1 + n % 9 or place % 3 == 0 for place in range(len(tokens) - 1)]
+                for n, tokens in zip(range(start, stop), sequences, strict=True)
+            ]
+            request = source.generation_request(start, stop)
+            if request is not None and (shard or not store.needs_shared_codec):
+                request = replace(request, keep=None)
+                everything = tiny_teacher.generate_and_score(request, recipe, bases)[1]
+            else:
+                everything = tiny_teacher.score(sequences, recipe, bases)
+            found = store.read_file(store.shard_path(shard).name)
+            assert found is not None and found["keep"].nbytes == -(-sum(map(len, kept)) // 8)
+            for name, rows in everything.items():
+                assert np.array_equal(found[name], rows[np.concatenate(kept)]), (spoken, name)
+            for index, mask in zip(range(start, stop), kept, strict=True):
+                assert store.keep(index).tolist() == mask, (spoken, index)
+                assert len(store.targets(index).best()) == sum(mask), (spoken, index)
+        assert store.positions() == sum(int(store.keep(n).sum()) for n in range(SEQUENCES))
 
 
 def test_a_capture_repeats(tmp_path: Path, tiny_teacher: GGUFTeacher, stored: Stored) -> None:
