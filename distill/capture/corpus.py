@@ -24,7 +24,7 @@ from teachers.base import GenerationRequest, Keep, Progress, Sampling, Teacher, 
 from teachers.tokenizer.assistant_mask import AssistantMask
 from teachers.tokenizer.chat_template import ChatTemplateError
 from teachers.tokenizer.conversation import conversation_tokens, opening_segments
-from teachers.tokenizer.rows import Document, Row
+from teachers.tokenizer.rows import Conversation, Document, Row
 
 DEFAULT_SPOKEN_SAMPLES = 4096
 MAX_TOKENIZED_AT_ONCE = 1 << 20  # characters of text sent to the tokenizer in one piece
