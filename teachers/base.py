@@ -49,25 +49,6 @@ class GenerationRequest:
     first_index: int = 0
 
 
-class LogitRule(NamedTuple):
-    """How logits follow from z, the product of output matrix and final state: ``scale · z``, softly
-    capped to ``cap · tanh(scale · z / cap)`` where there is a ``cap`` (0: none)."""
-
-    scale: float = 1.0
-    cap: float = 0.0
-
-    @classmethod
-    def candidates(cls, scale: object, cap: object) -> list[LogitRule]:
-        """What a file's ``scale`` and ``cap`` may mean, each of them also nothing: one architecture
-        multiplies by its scale, another divides. What no model has counts as not there."""
-        one, two = (
-            float(value) if type(value) in (int, float) and 1e-6 < value < 1e6 else nothing  # type: ignore[operator,arg-type]
-            for value, nothing in ((scale, 1.0), (cap, 0.0))
-        )
-        scales, caps = dict.fromkeys((1.0, one, 1.0 / one)), dict.fromkeys((0.0, two))
-        return [cls(factor, limit) for factor in scales for limit in caps]
-
-
 MAX_COUNT = 1 << 20  # heads or widths that a real model may have
 BOUNDS = {"rope_theta": (1.0, 1e12), "rms_norm_eps": (1e-30, 0.1)}
 
@@ -96,6 +77,25 @@ def _plausible(name: str, value: object) -> Any:
         return None
     least, most = BOUNDS[name]
     return float(value) if least <= value <= most else None
+
+
+class LogitRule(NamedTuple):
+    """How logits follow from z, the product of output matrix and final state: ``scale · z``, softly
+    capped to ``cap · tanh(scale · z / cap)`` where there is a ``cap`` (0: none)."""
+
+    scale: float = 1.0
+    cap: float = 0.0
+
+    @classmethod
+    def candidates(cls, scale: object, cap: object) -> list[LogitRule]:
+        """What a file's ``scale`` and ``cap`` may mean, each of them also nothing: one architecture
+        multiplies by its scale, another divides. What no model has counts as not there."""
+        one, two = (
+            float(value) if type(value) in (int, float) and 1e-6 < value < 1e6 else nothing  # type: ignore[operator,arg-type]
+            for value, nothing in ((scale, 1.0), (cap, 0.0))
+        )
+        scales, caps = dict.fromkeys((1.0, one, 1.0 / one)), dict.fromkeys((0.0, two))
+        return [cls(factor, limit) for factor in scales for limit in caps]
 
 
 @dataclass(frozen=True)
@@ -209,14 +209,6 @@ class Teacher(Protocol):
         """
         ...
 
-    def logit_rules(self) -> Sequence[LogitRule]:
-        """What may follow the product with the output matrix; a measurement decides among them."""
-        return (LogitRule(),)
-
-    def rounded_states(self, states: Floats) -> Floats:
-        """Final states ``[N, D]`` as they are rounded for that product."""
-        return states
-
     def logits(self, sequences: Sequence[Tokens], *, exact: bool = False) -> NDArray[np.float32]:
         """Every logit of all positions, ``[N, V]``; for evaluation and proof on little text."""
         ...
@@ -232,6 +224,14 @@ class Teacher(Protocol):
     def memory(self) -> int:
         """Bytes of main memory that the teacher's process takes at present."""
         ...
+
+    def logit_rules(self) -> Sequence[LogitRule]:
+        """What may follow the product with the output matrix; a measurement decides among them."""
+        return (LogitRule(),)
+
+    def rounded_states(self, states: Floats) -> Floats:
+        """Final states ``[N, D]`` as they are rounded for that product."""
+        return states
 
     def __enter__(self: Self) -> Self:
         return self
