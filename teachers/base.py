@@ -79,25 +79,6 @@ def _plausible(name: str, value: object) -> Any:
     return float(value) if least <= value <= most else None
 
 
-class LogitRule(NamedTuple):
-    """How logits follow from z, the product of output matrix and final state: ``scale · z``, softly
-    capped to ``cap · tanh(scale · z / cap)`` where there is a ``cap`` (0: none)."""
-
-    scale: float = 1.0
-    cap: float = 0.0
-
-    @classmethod
-    def candidates(cls, scale: object, cap: object) -> list[LogitRule]:
-        """What a file's ``scale`` and ``cap`` may mean, each of them also nothing: one architecture
-        multiplies by its scale, another divides. What no model has counts as not there."""
-        one, two = (
-            float(value) if type(value) in (int, float) and 1e-6 < value < 1e6 else nothing  # type: ignore[operator,arg-type]
-            for value, nothing in ((scale, 1.0), (cap, 0.0))
-        )
-        scales, caps = dict.fromkeys((1.0, one, 1.0 / one)), dict.fromkeys((0.0, two))
-        return [cls(factor, limit) for factor in scales for limit in caps]
-
-
 @dataclass(frozen=True)
 class TeacherInfo:
     """Facts about a teacher; token ids it does not have are ``None``.
@@ -238,6 +219,25 @@ class Teacher(Protocol):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class LogitRule(NamedTuple):
+    """How logits follow from z, the product of output matrix and final state: ``scale · z``, softly
+    capped to ``cap · tanh(scale · z / cap)`` where there is a ``cap`` (0: none)."""
+
+    scale: float = 1.0
+    cap: float = 0.0
+
+    @classmethod
+    def candidates(cls, scale: object, cap: object) -> list[LogitRule]:
+        """What a file's ``scale`` and ``cap`` may mean, each of them also nothing: one architecture
+        multiplies by its scale, another divides. What no model has counts as not there."""
+        one, two = (
+            float(value) if type(value) in (int, float) and 1e-6 < value < 1e6 else nothing  # type: ignore[operator,arg-type]
+            for value, nothing in ((scale, 1.0), (cap, 0.0))
+        )
+        scales, caps = dict.fromkeys((1.0, one, 1.0 / one)), dict.fromkeys((0.0, two))
+        return [cls(factor, limit) for factor in scales for limit in caps]
 
 
 @dataclass(frozen=True)
