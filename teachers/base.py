@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -241,11 +241,38 @@ class Teacher(Protocol):
         """Bytes of main memory that the teacher's process takes at present."""
         ...
 
+    def logit_rules(self) -> Sequence[LogitRule]:
+        """What may follow the product with the output matrix; a measurement decides among them."""
+        return (LogitRule(),)
+
+    def rounded_states(self, states: Floats) -> Floats:
+        """Final states ``[N, D]`` as they are rounded for that product."""
+        return states
+
     def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class LogitRule(NamedTuple):
+    """How logits follow from z, the product of output matrix and final state: ``scale · z``, softly
+    capped to ``cap · tanh(scale · z / cap)`` where there is a ``cap`` (0: none)."""
+
+    scale: float = 1.0
+    cap: float = 0.0
+
+    @classmethod
+    def candidates(cls, scale: object, cap: object) -> list[LogitRule]:
+        """What a file's ``scale`` and ``cap`` may mean, each of them also nothing: one architecture
+        multiplies by its scale, another divides. What no model has counts as not there."""
+        one, two = (
+            float(value) if type(value) in (int, float) and 1e-6 < value < 1e6 else nothing  # type: ignore[operator,arg-type]
+            for value, nothing in ((scale, 1.0), (cap, 0.0))
+        )
+        scales, caps = dict.fromkeys((1.0, one, 1.0 / one)), dict.fromkeys((0.0, two))
+        return [cls(factor, limit) for factor in scales for limit in caps]
 
 
 @dataclass(frozen=True)

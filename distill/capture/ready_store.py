@@ -95,8 +95,7 @@ def find_teacher(path: str | None, info: TeacherInfo) -> Path | None:
     """
     if path is None:
         return example_teacher() if file_sha256(example_teacher()) == info.sha256 else None
-    read_gguf(Path(path))
-    if file_sha256(Path(path)) != info.sha256:
+    if read_gguf(Path(path)).sha256 != info.sha256:
         raise UserError(
             f"--teacher {path} is not the teacher whose soft targets the store holds ({info.name}, "
             f"SHA-256 {info.sha256[:12]}…); leave it out, or give that file"

@@ -7,19 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from distill.capture.corpus import Corpus
 from distill.config.schema import TargetsConfig
 from distill.errors import UserError
 from distill.runs.folder import RUNS
 from distill.runtime.format import human_bytes
 from distill.runtime.progress import Console
-from teachers.base import Teacher
+from teachers.base import Teacher, Tokens
 from teachers.ensemble import EnsembleError
 from teachers.errors import RequestRefused
 from teachers.gguf.embeddings import stored_columns
-from teachers.store.capture import CaptureError, require_linear_output
+from teachers.store.capture import (
+    CaptureError,
+    SequenceSource,
+    logit_rule,
+    probe_text,
+    require_causal,
+)
 from teachers.store.manifest import MANIFEST, Manifest
 from teachers.store.store import SoftTargetStore
 from teachers.store.teacher_record import TEACHER
@@ -28,22 +32,30 @@ from teachers.targets.state_codec import FIT_RULES
 
 SEQUENCES_PER_SHARD = 256
 SHARD_BYTES = 256 << 20
-PROBE_TOKENS = 24
 
 
-def recipe_for(config: TargetsConfig, teacher: Teacher, console: Console) -> Recipe:
-    """What to store of each position; ``UserError`` for a layer that the teacher lacks."""
+def recipe_for(
+    config: TargetsConfig, teacher: Teacher, source: SequenceSource, console: Console
+) -> Recipe:
+    """What to store of each position of ``source``, on whose beginning the teacher is tried.
+
+    Raises:
+        UserError: a layer that the teacher lacks.
+        CaptureError: the teacher is no causal language model.
+    """
     info = teacher.info
     for layer in config.layers:
         if layer >= info.layers:
             raise UserError(
                 f"targets.layers = {layer}: {info.name} has layers 0 to {info.layers - 1}"
             )
+    text = probe_text(teacher, source)
+    require_causal(teacher, text)
     sketch = config.sketch_bytes
     if config.kind == "compact" and sketch is None:
         sketch = default_sketch_bytes(config.num_topk, info.vocab_size, info.width)
-        if sketch and (reason := _no_sketch(teacher)):
-            console.warn(f"no sketch of the tail: {reason}")
+        if sketch and not _has_sketch(teacher, text):
+            console.note(f"no sketch of the tail: {info.name} ({info.architecture}) has none")
             sketch = 0
     return Recipe(
         config.kind,
@@ -54,14 +66,13 @@ def recipe_for(config: TargetsConfig, teacher: Teacher, console: Console) -> Rec
     )
 
 
-def _no_sketch(teacher: Teacher) -> str | None:
-    """Why hidden states cannot stand for this teacher's logits, or nothing if they can."""
-    tokens = (np.arange(1, PROBE_TOKENS + 1) % teacher.info.vocab_size).astype(np.int32)
+def _has_sketch(teacher: Teacher, text: Tokens) -> bool:
+    """Whether hidden states can stand for this teacher's logits."""
     try:
-        require_linear_output(teacher, tokens)
-    except (CaptureError, RequestRefused, EnsembleError) as error:  # not of a dead worker
-        return str(error)
-    return None
+        logit_rule(teacher, text)
+    except (CaptureError, RequestRefused, EnsembleError):  # not of a dead worker
+        return False
+    return True
 
 
 def store_manifest(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> Manifest:

@@ -13,6 +13,7 @@ from distill.errors import UserError
 from teachers import example_teacher
 from teachers.base import Teacher, TeacherInfo
 from teachers.gguf.file import Field, read_gguf, tokenizer_fields
+from teachers.gguf.split import model_stem
 from teachers.huggingface.folder import check_folder
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.chat_template import with_variables
@@ -27,7 +28,11 @@ def teacher_paths(config: TeacherConfig) -> list[Path]:
 
 def teacher_stem(config: TeacherConfig) -> str:
     """A short name for folders."""
-    return Path(config.path).resolve().stem if config.path else "example"
+    if config.path is None:
+        return "example"
+    path = Path(config.path)
+    stem = model_stem(path)  # a link's target may have a name that says nothing of the other parts
+    return path.resolve().stem if stem == path.stem else stem
 
 
 def find_gguf(config: TeacherConfig) -> Path | None:

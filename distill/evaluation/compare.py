@@ -27,7 +27,6 @@ from distill.runtime.environment import environment, llama_cpp_environment
 from distill.runtime.format import human_bytes, human_count
 from distill.runtime.progress import Console
 from teachers.base import Keep, Tokens, whole_masks
-from teachers.gguf.file import file_sha256
 from teachers.llama_cpp.teacher import GGUFTeacher
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ class Measurement:
             evaluation = ModelEvaluation(
                 name=name,
                 path=str(model.file.path),
-                sha256=file_sha256(model.file.path),
+                sha256=model.file.sha256,
                 architecture=model.file.architecture,
                 file_type=model.file_type,
                 parameters=model.file.parameters,

@@ -46,7 +46,7 @@ def capture_only(
     share = process_rank()
     with load_teacher(config, console) as teacher:
         corpus = read_data(config, teacher, console, inputs.take_data())
-        recipe = recipe_for(config.targets, teacher, console)
+        recipe = recipe_for(config.targets, teacher, corpus, console)
         store = open_store(
             teacher, corpus, recipe, StoreLocation(where, RUNS, teacher_stem(config.teacher))
         )

@@ -118,7 +118,7 @@ def plan_run(
         if resolved.base is not None:
             describe_base(resolved.base, config, info.vocab_size, console)
         corpus = read_data(config, teacher, console, inputs.take_data())
-        recipe = recipe_for(config.targets, teacher, console)
+        recipe = recipe_for(config.targets, teacher, corpus, console)
         with console.stage("Probe teacher") as stage:
             probe = _probe_teacher(teacher, corpus, recipe)
             stage.finish(f"{1 / probe.seconds_per_token:,.0f} tokens/s")

@@ -72,7 +72,7 @@ def run(
         stem = teacher_stem(config.teacher)
         work = Workspace(_choose(places.out, config, stem, launch), launch, console)
         corpus = read_data(config, teacher, console, inputs.take_data())
-        recipe = recipe_for(config.targets, teacher, console)
+        recipe = recipe_for(config.targets, teacher, corpus, console)
         pair_layers(config.loss.layer_map, recipe.layers, resolved.layers, info.layers)
         store = open_store(
             teacher, corpus, recipe, StoreLocation(places.store, work.folder.path.parent, stem)

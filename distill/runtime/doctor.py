@@ -163,7 +163,7 @@ def self_check_findings(teacher: Path, gpu_layers: int) -> Iterator[Finding]:
     file = read_gguf(teacher)
     types = frozenset(tensor.type.name for tensor in file.tensors.values())
     try:
-        worker = Worker(teacher, threads=threads, gpu_layers=gpu_layers, types=types, anew=True)
+        worker = Worker(file.path, threads=threads, gpu_layers=gpu_layers, types=types, anew=True)
         try:
             extra_buffers = worker.options().extra_buffers
             message = {"prompt_tokens": SPEED_PROMPT, "new_tokens": SPEED_NEW}

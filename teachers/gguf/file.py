@@ -24,6 +24,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
+from teachers.gguf.kinds import why_no_teacher
+from teachers.gguf.split import part_paths
+
 MAGIC = b"GGUF"
 SUPPORTED_VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
@@ -59,13 +62,15 @@ class Field:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: ``shape`` in numpy order (rows first), absolute byte ``offset``."""
+    """Where one tensor lies: ``shape`` in numpy order (rows first), absolute byte ``offset`` in the
+    file at ``path``."""
 
     name: str
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     offset: int
     nbytes: int
+    path: Path
 
     @property
     def parameters(self) -> int:
@@ -75,12 +80,16 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """A checked GGUF header: metadata fields and tensor table of the file at ``path``."""
+    """A checked GGUF header: metadata fields and tensor table of the file at ``path``.
+
+    Of a split model: the first part's path and fields, all parts' bytes and tensors; ``parts``.
+    """
 
     path: Path
     size: int
     fields: dict[str, Field]
     tensors: dict[str, TensorInfo]
+    parts: tuple[Path, ...] = ()
 
     @property
     def architecture(self) -> str:
@@ -91,6 +100,13 @@ class GGUFFile:
     def parameters(self) -> int:
         """Number of elements over all tensors."""
         return sum(tensor.parameters for tensor in self.tensors.values())
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the file's bytes, as hex; of a split model, over those of all its parts."""
+        digests = [file_sha256(path) for path in self.parts or (self.path,)]
+        joined = hashlib.sha256(" ".join(digests).encode()).hexdigest()
+        return joined if self.parts else digests[0]
 
     def value(self, key: str, default: Any = None) -> Any:
         """The value of a metadata key, or ``default`` where the file has none."""
@@ -108,7 +124,7 @@ class GGUFFile:
             TeacherFileError: the gguf package cannot dequantize this type.
         """
         info = self.tensors[name]
-        raw = np.memmap(self.path, np.uint8, "r", offset=info.offset, shape=(info.nbytes,))
+        raw = np.memmap(info.path, np.uint8, "r", offset=info.offset, shape=(info.nbytes,))
         rows = info.shape[0] if len(info.shape) > 1 else 1
         wanted = raw.reshape(rows, -1)
         if len(info.shape) > 1:
@@ -125,8 +141,10 @@ class GGUFFile:
         return values.reshape(-1)[start:stop]
 
 
-def require_regular_file(path: Path) -> None:
+def require_regular_file(path: Path, remedy: str = "give the path of a .gguf file") -> None:
     """Refuse anything but a readable plain file (on a FIFO llama.cpp would wait for ever).
+
+    ``remedy``: what to do where there is none.
 
     Raises:
         TeacherFileError: missing, a directory, a FIFO, a device, or unreadable.
@@ -134,7 +152,7 @@ def require_regular_file(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        raise TeacherFileError(f"{path} does not exist; give the path of a .gguf file") from None
+        raise TeacherFileError(f"{path} does not exist; {remedy}") from None
     except OSError as error:
         raise TeacherFileError(f"{path} cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(mode):
@@ -213,12 +231,26 @@ class _Cursor:
 def read_gguf(path: Path, *, model: bool = True) -> GGUFFile:
     """Read and check the header of the GGUF file at ``path``; no tensor data is touched.
 
-    With ``model=False`` a file that holds a tokenizer alone is accepted too.
+    Of a split model any part may be named; all are read. With ``model=False`` a file that is no
+    causal language model, such as a tokenizer alone, is accepted too.
 
     Raises:
-        TeacherFileError: not a GGUF file, truncated, damaged, or of an unsupported version.
+        TeacherFileError: not a GGUF file, truncated, damaged, of an unsupported version, a part
+            without the others, or no causal language model.
     """
     require_regular_file(path)
+    file = _read_file(path)
+    if file.value("split.count", 1) != 1:
+        file = _joined(file)
+    values = {key: field.value for key, field in file.fields.items()}
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    if model and (reason := why_no_teacher(values, shapes)):
+        raise TeacherFileError(f"{file.path} {reason}")
+    return file
+
+
+def _read_file(path: Path) -> GGUFFile:
+    """The header of one file."""
     size = path.stat().st_size
     if size < 24:
         raise TeacherFileError(f"{path} is not a GGUF file: it has only {size} bytes")
@@ -236,10 +268,41 @@ def read_gguf(path: Path, *, model: bool = True) -> GGUFFile:
             )
         tensor_count = cursor.scalar(GGUFValueType.UINT64, "tensor count")
         fields = _read_fields(cursor, cursor.scalar(GGUFValueType.UINT64, "metadata count"))
-        tensors = _read_tensors(cursor, tensor_count, fields)
-    if model:
-        _require_model(path, fields, tensors)
-    return GGUFFile(path, size, fields, tensors)
+        return GGUFFile(path, size, fields, _read_tensors(cursor, tensor_count, fields))
+
+
+def _joined(named: GGUFFile) -> GGUFFile:
+    """The split model of which ``named`` is a part."""
+    paths = part_paths(named.path)
+    count, total = named.value("split.count"), named.value("split.tensors.count")
+    if len(paths) != count:
+        raise TeacherFileError(
+            f"{named.path} is a part of {count!r} by its metadata, not by its name; name the parts "
+            "model-00001-of-0000N.gguf and so on, as they were written"
+        )
+    files: list[GGUFFile] = []
+    tensors: dict[str, TensorInfo] = {}
+    for number, path in enumerate(paths):
+        require_regular_file(path, f"put part {number + 1} of {count} beside the others")
+        files.append(named if path == named.path else _read_file(path))
+        fields, own = files[0].fields, files[-1]
+        stated = {key: field.value for key, field in fields.items() if key in own.fields}
+        stated |= {"split.no": number, "split.count": count, "split.tensors.count": total}
+        wrong = [f"its {key} differs" for key, value in stated.items() if own.value(key) != value]
+        wrong += [f"tensor {name!r} is in two" for name in own.tensors.keys() & tensors.keys()]
+        if wrong:
+            raise TeacherFileError(
+                f"{path} does not belong to the other parts of this model, as part {number + 1} of "
+                f"{count}: {wrong[0]}; download all parts again"
+            )
+        tensors |= own.tensors
+    if len(tensors) != total:
+        raise TeacherFileError(
+            f"{paths[0]} and its other parts hold {len(tensors)} tensors instead of {total!r}; "
+            "download all parts again"
+        )
+    size = sum(file.size for file in files)
+    return GGUFFile(paths[0], size, files[0].fields, tensors, tuple(paths))
 
 
 def _read_fields(cursor: _Cursor, count: int) -> dict[str, Field]:
@@ -304,24 +367,8 @@ def _read_tensor(cursor: _Cursor, number: int) -> TensorInfo:
             f"{cursor.path} is damaged: {what} has rows of {shape[-1]}, not a multiple of the "
             f"{kind.name} block of {block}"
         )
-    return TensorInfo(name, shape, kind, offset, math.prod(shape) // block * block_bytes)
-
-
-def _require_model(path: Path, fields: dict[str, Field], tensors: dict[str, TensorInfo]) -> None:
-    architecture = fields.get("general.architecture")
-    if architecture is None or architecture.type != GGUFValueType.STRING:
-        raise TeacherFileError(f"{path} names no architecture; is it a language model?")
-    tokens = fields.get("tokenizer.ggml.tokens")
-    if tokens is None or tokens.element_type != GGUFValueType.STRING or not tokens.value:
-        raise TeacherFileError(f"{path} carries no tokenizer; convert it again with its tokenizer")
-    embedding = tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise TeacherFileError(f"{path} has no token embedding; is it a language model?")
-    if embedding.shape[0] != len(tokens.value):
-        raise TeacherFileError(
-            f"{path} is damaged: its tokenizer has {len(tokens.value)} tokens, its embedding "
-            f"{embedding.shape[0]} rows"
-        )
+    size = math.prod(shape) // block * block_bytes
+    return TensorInfo(name, shape, kind, offset, size, cursor.path)
 
 
 def file_sha256(path: Path) -> str:
@@ -330,7 +377,7 @@ def file_sha256(path: Path) -> str:
     return _file_sha256(path, status.st_size, status.st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=128)  # a split model has many files
 def _file_sha256(path: Path, size: int, modified: int) -> str:
     digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
     with path.open("rb") as file:

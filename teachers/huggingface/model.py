@@ -14,16 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from teachers.base import Floats, Keep, Tokens
+from teachers.base import Floats, Keep, LogitRule, Tokens
 from teachers.targets.stored_arrays import Answer
 
 HEAD_ROWS = 8192  # of the output matrix, in float32 together
 PADDING = 0  # any token: it is masked, and no position before it sees it
-# Settings by which architectures change logits after the output matrix, unless None or 1.
-LOGIT_CHANGES = (
-    *("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling"),
-    *("lm_head_multiplier", "output_multiplier"),
-)
+# Settings by which architectures change logits after the output matrix.
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+CAPS = ("final_logit_softcapping", "logits_soft_cap")
 PROBE_TOKENS = 8  # of the text on which a model is tried
 PROBE_ERROR = 1e-3  # of the largest logit: what is more is no rounding
 
@@ -63,7 +61,6 @@ class LoadedModel:
             model.set_output_embeddings(self.head)
         self.vocab_size = int(self.head.out_features)
         self.layers = _decoder_layers(model, self.config.num_hidden_layers)
-        self._is_matrix = False
         self._require_causal()
 
     def _require_causal(self) -> None:
@@ -158,45 +155,24 @@ class LoadedModel:
         """Rows of the output matrix, float32 ``[stop − start, D]``.
 
         Raises:
-            ValueError: logits are more than final states times a matrix.
+            ValueError: the output layer has a bias, or its matrix is quantized.
         """
-        if not self._is_matrix:
-            self._require_matrix()
-            self._is_matrix = True
-        return self._output_rows(start, stop)
-
-    def _output_rows(self, start: int, stop: int) -> Floats:
+        bias, kind = getattr(self.head, "bias", None), self.head.weight.dtype
+        if bias is not None or not kind.is_floating_point:
+            raise ValueError(
+                f"its output layer is no plain matrix (bias: {bias is not None}, {kind}); use "
+                "--targets compact --set targets.sketch_bytes=0, or --targets dense"
+            )
         rows: Floats = self.head.weight[start:stop].float().cpu().numpy()
         return rows
 
-    def _require_matrix(self) -> None:
-        reasons = {
-            name: value
-            for name in LOGIT_CHANGES
-            if (value := getattr(self.config, name, None)) is not None and value != 1
-        }
-        if getattr(self.head, "bias", None) is not None:
-            reasons["bias"] = "of the output layer"
-        if not self.head.weight.is_floating_point():
-            reasons["quantized output layer"] = self.head.weight.dtype
-        if not reasons:
-            reasons = self._unexplained()
-        if reasons:
-            what = ", ".join(f"{name} {value}" for name, value in reasons.items())
-            raise ValueError(
-                f"its logits are more than hidden states times a matrix ({what}); use --targets "
-                "compact --set targets.sketch_bytes=0, or --targets dense"
-            )
-
-    def _unexplained(self) -> dict[str, Any]:
-        """Compare logits with the product on a few tokens: no list of settings is ever complete."""
-        probe = [np.arange(PROBE_TOKENS + 1, dtype=np.int32) % self.vocab_size]
-        answer = self.answer(probe, logits=True, states=True)
-        assert answer.logits is not None and answer.states is not None
-        rows = torch.from_numpy(self._output_rows(0, min(HEAD_ROWS, self.vocab_size)))
-        product, wanted = answer.states @ rows.T, answer.logits[:, : len(rows)]
-        error = float((product - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
-        return {"relative difference": f"{error:.1e}"} if error > PROBE_ERROR else {}
+    def logit_rules(self) -> list[LogitRule]:
+        """What the settings may mean for the product with that matrix."""
+        scale, cap = (
+            next((value for name in names if (value := getattr(self.config, name, None))), None)
+            for names in (SCALES, CAPS)
+        )
+        return LogitRule.candidates(scale, cap)
 
 
 def _decoder_layers(model: Any, count: int) -> list[nn.Module]:

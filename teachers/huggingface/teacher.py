@@ -21,6 +21,7 @@ from teachers.base import (
     Floats,
     GenerationRequest,
     Keep,
+    LogitRule,
     Progress,
     Teacher,
     TeacherInfo,
@@ -238,6 +239,9 @@ class HuggingFaceTeacher(Teacher):
             return self._model.output_rows(start, stop)
         except ValueError as error:
             raise RequestRefused(str(self.folder.path), str(error)) from None
+
+    def logit_rules(self) -> Sequence[LogitRule]:
+        return self._model.logit_rules()
 
     def _rows(
         self,

@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from teachers.gguf.split import model_bytes
 from teachers.llama_cpp.library.ggml import devices
 from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.tensor_taps import FINAL_STATE, TensorTaps, layer_output
@@ -112,7 +113,7 @@ class LlamaModel:
         no_devices = (ctypes.c_void_p * 1)(None)  # llama.cpp's list ends with a null pointer
         if options.processor_only:
             parameters.devices = ctypes.addressof(no_devices)
-        small_file = Path(path).stat().st_size < MAPPED_SHARE * psutil.virtual_memory().total
+        small_file = model_bytes(Path(path)) < MAPPED_SHARE * psutil.virtual_memory().total
         if small_file and not options.mapped:
             # llama.cpp keeps a rearranged copy of some quantizations: mapped too, a file would take
             # its size twice.
@@ -209,7 +210,7 @@ class LlamaContext:
         """Have an empty context of ``shape``; one of the same shape is emptied and kept.
 
         Raises:
-            LlamaError: llama.cpp cannot create it (usually memory).
+            LlamaError: llama.cpp cannot create it (usually memory), or the model is an encoder.
         """
         if self._context is not None and self._shape == shape:
             # What the cache held is masked, not wiped: that would write all of it for every batch.
@@ -241,6 +242,11 @@ class LlamaContext:
                 "tokens"
             )
         self._context, self._shape = context, shape
+        if not native.llama_get_memory(context):
+            raise LlamaError(
+                "it keeps nothing of earlier tokens, so it is no causal language model, which a "
+                "teacher must be"
+            )
 
     def _taps_for(self, shape: ContextShape) -> TensorTaps | None:
         """What to read out of the graph: layers, and the final state where nothing else has it."""

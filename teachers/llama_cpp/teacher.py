@@ -17,6 +17,7 @@ from teachers.base import (
     Floats,
     GenerationRequest,
     Keep,
+    LogitRule,
     Progress,
     Sampling,
     Teacher,
@@ -27,7 +28,9 @@ from teachers.base import (
     no_progress,
 )
 from teachers.errors import RequestRefused
-from teachers.gguf.file import GGUFFile, file_sha256, read_gguf, tokenizer_sha256
+from teachers.gguf.file import GGUFFile, read_gguf, tokenizer_sha256
+from teachers.gguf.output import logit_rules, output_name, rounded_states
+from teachers.gguf.split import model_stem
 from teachers.llama_cpp.interrupts import uninterrupted
 from teachers.llama_cpp.wire import Arrays, pack_ragged, unpack_ragged
 from teachers.llama_cpp.worker import Worker
@@ -91,6 +94,7 @@ class GGUFTeacher(Teacher):
         self.threads = threads or _usual_threads()
         self.gpu_layers = gpu_layers
         types = {tensor.type.name for tensor in self.file.tensors.values()}
+        path = self.file.path  # a split model's first part, which llama.cpp wants
         self.worker = Worker(path, threads=self.threads, gpu_layers=gpu_layers, types=types)
         self.info = self._info()
 
@@ -98,7 +102,7 @@ class GGUFTeacher(Teacher):
         model = self.worker.description
         template, tool_template = chat_templates(self.file.fields)
         return TeacherInfo(
-            name=readable(self.file.value("general.name"), self.file.path.stem),
+            name=readable(self.file.value("general.name"), model_stem(self.file.path)),
             architecture=self.file.architecture,
             parameters=self.file.parameters,
             file_bytes=self.file.size,
@@ -111,7 +115,7 @@ class GGUFTeacher(Teacher):
             end_tokens=tuple(model["end_tokens"]),
             add_bos=model["add_bos"],
             chat_template=template,
-            sha256=file_sha256(self.file.path),
+            sha256=self.file.sha256,
             tokenizer_sha256=tokenizer_sha256(self.file),
             shape=shape_in(self.file, model["width"]),
             tool_template=tool_template,
@@ -237,8 +241,13 @@ class GGUFTeacher(Teacher):
         if "output.bias" in self.file.tensors:
             reason = "its output layer has a bias besides the matrix"
             raise RequestRefused(str(self.file.path), reason)
-        name = "output.weight" if "output.weight" in self.file.tensors else "token_embd.weight"
-        return self.file.rows(name, start, stop)
+        return self.file.rows(output_name(self.file), start, stop)
+
+    def logit_rules(self) -> Sequence[LogitRule]:
+        return logit_rules(self.file, self.info.width)
+
+    def rounded_states(self, states: Floats) -> Floats:
+        return rounded_states(states, self.file.tensors[output_name(self.file)].type)
 
     def last_states(self, prompts: Sequence[Tokens]) -> Floats:
         """Exact final hidden states ``[P, D]`` of the last tokens of P prompts of ≥ 1 token."""

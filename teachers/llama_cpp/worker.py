@@ -21,6 +21,7 @@ from typing import Any
 
 from teachers import example_teacher
 from teachers.errors import LibraryError, RequestRefused, TeacherError, WorkerDied
+from teachers.gguf.split import model_bytes
 from teachers.llama_cpp.first_decode import REFERENCE, Failure, compare, try_first_decode, works
 from teachers.llama_cpp.library.build import unused_features
 from teachers.llama_cpp.library.check_record import CheckRecord, change_record, read_record
@@ -69,7 +70,7 @@ class Worker:
         self._types = frozenset(types)
         self._anew = anew
         self._known = CheckRecord() if anew else read_record()
-        self._bytes = path.stat().st_size if path.is_file() else 0
+        self._bytes = model_bytes(path)
         self._options = LoadOptions(gpu_layers)
         if not self._known.allows_extra_buffers(self._bytes) or os.environ.get(PLAIN) == "1":
             self._options = self._plain_options()

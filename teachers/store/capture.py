@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from teachers.atomic_files import is_held
 from teachers.base import (
     SINGLE_PROCESS,
+    Floats,
     GenerationRequest,
     Keep,
+    LogitRule,
     ProcessRank,
     Progress,
     Teacher,
     Tokens,
+    no_progress,
     whole_masks,
 )
 from teachers.store.shared import SharedCodec
 from teachers.store.store import SoftTargetStore
-from teachers.targets.distributions import OutputHead
+from teachers.targets.distributions import OutputHead, soft_capped
 from teachers.targets.recipe import Recipe
 from teachers.targets.state_codec import (
     FIT_LEAST,
@@ -40,12 +44,13 @@ from teachers.targets.state_codec import (
 Report = Callable[[int, str], None]
 """Called with the number of finished sequences (over the whole store) and what is being done."""
 
-LINEAR_POSITIONS = 64
+PROBE_TOKENS = 65  # of the source's text, on which a teacher is tried
 LINEAR_ROWS = 4096
-# llama.cpp rounds a hidden state to eight bits before it multiplies it with a quantized matrix:
-# logits then differ by about 0.3 % of their spread from the exact product. An output that bends its
-# logits differs more.
+# Of the logits' spread: how far the product with the output matrix may be from them. With hidden
+# states rounded as llama.cpp rounds them it is 0.1 %, where a kernel rounds otherwise 1.3 %.
 LINEAR_TOLERANCE = 0.02
+CAUSAL_TOKENS = 17  # of the probe: the latter half is changed, the former half's logits may then
+CAUSAL_TOLERANCE = 0.02  # differ by so much of their spread (0 on a processor)
 WAIT_SECONDS = 0.5
 PATIENCE_SECONDS = 60.0  # how long another process waits for a first one that is not there
 
@@ -83,7 +88,7 @@ class CaptureSummary:
     written: int
 
 
-_linear: WeakSet[Teacher] = WeakSet()  # teachers whose output is known to be a matrix product
+_rules: WeakKeyDictionary[Teacher, LogitRule] = WeakKeyDictionary()  # measured before
 
 
 def capture(
@@ -199,9 +204,12 @@ def fit_shared_codec(
         CaptureError: see ``capture``.
     """
     chosen, masks = _first_positions(sequences, whole_masks(sequences, keep), limit)
-    rows, vocab_size = teacher.output_rows, teacher.info.vocab_size
-    if recipe.needs_states:
-        require_linear_output(teacher, chosen[0])
+    vocab_size = teacher.info.vocab_size
+    rule = logit_rule(teacher, chosen[0]) if recipe.needs_states else LogitRule()
+
+    def rows(start: int, stop: int) -> Floats:
+        return rule.scale * teacher.output_rows(start, stop)
+
     rows_of = teacher.states(chosen, recipe.layers, keep=None if keep is None else masks)
     states = {name: torch.from_numpy(values) for name, values in rows_of.items()}
     bases: dict[str, Basis] = {}
@@ -209,43 +217,82 @@ def fit_shared_codec(
     final = states["final"]
     if recipe.has_sketch:
         some = final[:: max(1, len(final) // METRIC_POSITIONS)][:METRIC_POSITIONS]
-        metric = tail_metric(some, rows, vocab_size)
+        metric = tail_metric(some, rows, vocab_size, rule.cap)
         bases["final"] = fit_basis(final, metric, min(recipe.sketch_bytes, final.shape[1]))
-        head = bases["final"].head(rows, vocab_size)
+        head = bases["final"].head(rows, vocab_size, rule.cap)
     elif recipe.needs_states:
         matrix = torch.cat([part.half() for _, part in output_parts(rows, vocab_size)])
-        head = OutputHead(matrix.float(), torch.zeros(vocab_size))  # as it will be read back
+        # As it will be read back.
+        head = OutputHead(matrix.float(), torch.zeros(vocab_size), rule.cap)
     for layer in recipe.layers:
         name = f"layer{layer}"
         bases[name] = fit_basis(states[name], None, min(recipe.layer_bytes, states[name].shape[1]))
     return SharedCodec(bases, head)
 
 
-def require_linear_output(teacher: Teacher, tokens: Tokens) -> None:
-    """Check on one sequence that logits are the final hidden state times the output matrix.
+def probe_text(teacher: Teacher, source: SequenceSource) -> Tokens:
+    """``PROBE_TOKENS`` tokens of the first sequence, or of its beginning written by the teacher;
+    from the start again where it is shorter."""
+    size = min(PROBE_TOKENS, teacher.info.context_length)
+    request = source.generation_request(0, 1)
+    if request is None:
+        tokens = source.take(teacher, 0, 1, no_progress)[0]
+    elif len(tokens := request.prompts[0][0]) < size:
+        sampling = replace(request.sampling, max_length=size)
+        tokens = teacher.generate(replace(request, sampling=sampling))[0]
+    return np.resize(tokens, size)
+
+
+def require_causal(teacher: Teacher, tokens: Tokens) -> None:
+    """Check on one text that no logits depend on later tokens.
 
     Raises:
-        CaptureError: they are not (a cap, a scale or a bias comes after the product).
+        CaptureError: they do, so they would tell a student what it has to predict.
     """
-    if teacher in _linear:
-        return
-    some = tokens[: LINEAR_POSITIONS + 1]
-    logits = torch.from_numpy(teacher.logits([some]))
-    states = torch.from_numpy(teacher.states([some])["final"])
-    stop = min(LINEAR_ROWS, logits.shape[1])
-    product = states @ torch.from_numpy(teacher.output_rows(0, stop)).T
-    difference = product - logits[:, :stop]
-    difference = difference - difference.mean(dim=-1, keepdim=True)
-    spread = float(logits[:, :stop].std(dim=-1).mean())
-    error = float(difference.std(dim=-1).mean()) / max(spread, 1e-9)
-    if not error <= LINEAR_TOLERANCE:
+    one = tokens[:CAUSAL_TOKENS]
+    half = len(one) // 2
+    other = np.append(one[:half], (one[half:] + 1) % teacher.info.vocab_size).astype(np.int32)
+    first, second = (torch.from_numpy(teacher.logits([text])[:half]) for text in (one, other))
+    if not (error := _difference(second, first)) <= CAUSAL_TOLERANCE:
         raise CaptureError(
-            f"{teacher.info.name} ({teacher.info.architecture}): its logits differ by {error:.0%} "
-            "from its final hidden state times its output matrix, so hidden states cannot stand "
-            "for them; choose targets.kind=compact with targets.sketch_bytes=0, or "
-            "targets.kind=dense"
+            f"{teacher.info.name} ({teacher.info.architecture}) is no causal language model: its "
+            f"logits change by {error:.0%} with tokens that come later. Give a model that predicts "
+            "each token from those before it alone"
         )
-    _linear.add(teacher)
+
+
+def logit_rule(teacher: Teacher, tokens: Tokens) -> LogitRule:
+    """How logits follow from final states and output matrix, measured on one text.
+
+    Raises:
+        CaptureError: in no way that the teacher's file may mean.
+    """
+    if teacher in _rules:
+        return _rules[teacher]
+    some = [tokens[:PROBE_TOKENS]]
+    states = torch.from_numpy(teacher.rounded_states(teacher.states(some)["final"]))
+    rows = torch.from_numpy(teacher.output_rows(0, min(LINEAR_ROWS, teacher.info.vocab_size)))
+    logits = torch.from_numpy(teacher.logits(some))[:, : len(rows)]
+    errors = {
+        rule: _difference(soft_capped(states @ rows.T * rule.scale, rule.cap), logits)
+        for rule in teacher.logit_rules()
+    }
+    rule = min(errors, key=errors.__getitem__)
+    if not errors[rule] <= LINEAR_TOLERANCE:
+        raise CaptureError(
+            f"{teacher.info.name} ({teacher.info.architecture}): its logits differ by "
+            f"{errors[rule]:.0%} from its final hidden state times its output matrix, so hidden "
+            "states cannot stand for them; choose targets.kind=compact with "
+            "targets.sketch_bytes=0, or targets.kind=dense"
+        )
+    return _rules.setdefault(teacher, rule)
+
+
+def _difference(logits: Tensor, reference: Tensor) -> float:
+    """Standard deviation of the difference of logits ``[N, V]``, of their spread; a constant of
+    each position does not count."""
+    spread = float(reference.std(dim=-1).mean())
+    return float((logits - reference).std(dim=-1).mean()) / max(spread, 1e-9)
 
 
 def _first_positions(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from teachers.targets.distributions import Arrays, OutputHead, floats
 from teachers.targets.recipe import Recipe
 from teachers.targets.state_codec import Basis, bases_arrays, bases_in
@@ -27,6 +29,8 @@ class SharedCodec:
         if self.head is not None:
             arrays["head_matrix"] = self.head.matrix.half().numpy()
             arrays["head_bias"] = self.head.bias.numpy()
+            if self.head.cap:
+                arrays["head_cap"] = np.array([self.head.cap])
         return arrays
 
     @classmethod
@@ -34,5 +38,6 @@ class SharedCodec:
         """The inverse of ``arrays``."""
         head = None
         if "head_matrix" in arrays:
-            head = OutputHead(floats(arrays["head_matrix"]), floats(arrays["head_bias"]))
+            cap = float(arrays["head_cap"][0]) if "head_cap" in arrays else 0.0
+            head = OutputHead(floats(arrays["head_matrix"]), floats(arrays["head_bias"]), cap)
         return cls(bases_in(arrays, recipe.layers), head)

@@ -49,26 +49,36 @@ class Answer:
 
 @dataclass(frozen=True)
 class OutputHead:
-    """What turns stored coordinates into logits: ``coordinates @ matrix.T + bias``.
+    """What turns stored coordinates into logits: z = ``coordinates @ matrix.T + bias``, softly
+    capped to ``cap · tanh(z / cap)`` where there is a ``cap`` (0: none).
 
-    ``matrix [V, R]`` and ``bias [V]``, float32: the teacher's output matrix, or its projection on
-    the directions a low-rank code keeps. Logits are defined up to a constant of the position.
+    ``matrix [V, R]`` and ``bias [V]``, float32: the teacher's output matrix with its logit scale,
+    or its projection on the directions a low-rank code keeps. Logits without a cap are defined up
+    to a constant of the position.
     """
 
     matrix: Tensor
     bias: Tensor
+    cap: float = 0.0
 
     def logits(self, coordinates: Tensor, out: Tensor | None = None) -> Tensor:
         """``[..., R]`` → ``[..., V]``; with ``out``, ``[N, R]`` into it."""
         if out is None:
-            return torch.nn.functional.linear(coordinates, self.matrix, self.bias)
-        return torch.addmm(self.bias, coordinates, self.matrix.T, out=out)
+            out = torch.nn.functional.linear(coordinates, self.matrix, self.bias)
+        else:
+            torch.addmm(self.bias, coordinates, self.matrix.T, out=out)
+        return soft_capped(out, self.cap)
 
     def to(self, device: torch.device) -> OutputHead:
         """The same head on another device."""
         if self.matrix.device == device:
             return self
-        return OutputHead(self.matrix.to(device), self.bias.to(device))
+        return replace(self, matrix=self.matrix.to(device), bias=self.bias.to(device))
+
+
+def soft_capped(logits: Tensor, cap: float) -> Tensor:
+    """``cap · tanh(logits / cap)`` in place, or nothing where the cap is 0."""
+    return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
 
 Self = TypeVar("Self", bound="_Rows")

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teachers.targets.distributions import Arrays, OutputHead
+from teachers.targets.distributions import Arrays, OutputHead, soft_capped
 from teachers.targets.threads import one_thread
 
 FIT_RULES = 2  # part of a store's identity: to be counted up with whatever changes what is fitted
@@ -109,13 +109,14 @@ class Basis:
         relative = torch.cat((wide, (pairs.float() - 7.5) / 8.0), dim=-1)
         return relative * self.ranges * torch.from_numpy(scales.astype(np.float32))[:, None]
 
-    def head(self, rows: OutputRows, vocab_size: int) -> OutputHead:
-        """The output matrix in these coordinates, kept as float16 would: turns them into logits."""
+    def head(self, rows: OutputRows, vocab_size: int, cap: float = 0.0) -> OutputHead:
+        """The output matrix in these coordinates, kept as float16 would: turns them into logits,
+        which end at ``cap``, if any."""
         parts = output_parts(rows, vocab_size)
         products = [((part @ self.decode.T).half(), part @ self.mean) for _, part in parts]
         bias = torch.cat([product for _, product in products])
         matrix = torch.cat([product for product, _ in products]).float()
-        return OutputHead(matrix, bias - bias.mean())
+        return OutputHead(matrix, bias if cap else bias - bias.mean(), cap)
 
 
 def bases_arrays(bases: Mapping[str, Basis]) -> Arrays:
@@ -184,9 +185,16 @@ def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
     return singular, vectors.T if tall else (rows.T @ vectors / singular).T
 
 
-def tail_metric(states: Tensor, rows: OutputRows, vocab_size: int) -> Tensor:
-    """M of the module's docstring, float64 ``[D, D]``, from ``states [n, D]``."""
+def tail_metric(states: Tensor, rows: OutputRows, vocab_size: int, cap: float = 0.0) -> Tensor:
+    """M of the module's docstring, float64 ``[D, D]``, from ``states [n, D]``.
+
+    Under a soft ``cap`` an error moves a logit by its slope there less than W·e, and the more so
+    the greater it is; w_v is multiplied by its average.
+    """
     logits = torch.cat([states @ part.T for _, part in output_parts(rows, vocab_size)], dim=-1)
+    slopes = torch.ones(vocab_size, 1)
+    if cap:
+        slopes = (1.0 - (soft_capped(logits, cap) / cap).square()).mean(dim=0)[:, None]
     count = min(METRIC_TOPK, vocab_size - 1)
     logits.scatter_(-1, logits.topk(count, dim=-1).indices, -torch.inf)
     tails = [torch.softmax(logits / t, dim=-1).mean(dim=0) for t in METRIC_TEMPERATURES]
@@ -194,11 +202,13 @@ def tail_metric(states: Tensor, rows: OutputRows, vocab_size: int) -> Tensor:
     width = states.shape[1]
     center = torch.zeros(width, dtype=torch.float64)
     for start, part in output_parts(rows, vocab_size):
-        center += weights[start : start + len(part)].double() @ part.double()
+        here = slice(start, start + len(part))
+        center += weights[here].double() @ (part * slopes[here]).double()
     metric = torch.zeros(width, width, dtype=torch.float64)
     for start, part in output_parts(rows, vocab_size):
-        relative = part - center.float()
-        metric += ((relative * weights[start : start + len(part), None]).T @ relative).double()
+        here = slice(start, start + len(part))
+        relative = part * slopes[here] - center.float()
+        metric += ((relative * weights[here, None]).T @ relative).double()
     return metric + RIDGE * metric.diagonal().mean() * torch.eye(width, dtype=torch.float64)
 
 

@@ -212,11 +212,15 @@ def write_tiny(
     tensors: dict[str, Array | None] | None = None,
     values: dict[str, Any] | None = None,
     architecture: str | None = None,
+    *,
+    types: Mapping[str, gguf.GGMLQuantizationType] | None = None,
+    per_part: int = 0,
 ) -> Path:
     """Write the teacher with the example teacher's tokenizer; ``tensors`` and ``values`` replace or
-    add some, ``None`` leaves them out."""
+    add some, ``None`` leaves them out. ``types``: of tensors given as quantized bytes.
+    ``per_part``: tensors in each part of a split file, whose first part's path is returned."""
     name = architecture or tiny.architecture
-    writer = gguf.GGUFWriter(path, name)
+    writer = gguf.GGUFWriter(path, name, split_max_tensors=per_part)
     for key, value in (metadata(tiny) | (values or {})).items():
         if value is None:
             continue
@@ -226,18 +230,19 @@ def write_tiny(
             float: writer.add_float32,
             str: writer.add_string,
         }
-        (writer.add_array if isinstance(value, list) else add[type(value)])(f"{name}.{key}", value)
+        key = key if key.startswith("tokenizer.") else f"{name}.{key}"
+        (writer.add_array if isinstance(value, list) else add[type(value)])(key, value)
     for key, field in tokenizer_fields(read_gguf(example_teacher())).items():
         if field.value != []:
             writer.add_key_value(key, field.value, field.type, field.element_type)
     for key, array in (stored(tiny) | (tensors or {})).items():
         if array is not None:
-            writer.add_tensor(key, array)
+            writer.add_tensor(key, array, raw_dtype=(types or {}).get(key))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return sorted(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))[0] if per_part else path
 
 
 NAMES = ExportNames("tested base", {"base_name": "tiny"})

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from teachers.llama_cpp.teacher import GGUFTeacher
-from teachers.store.capture import CaptureError, fit_shared_codec, require_linear_output
+from teachers.store.capture import CaptureError, fit_shared_codec, logit_rule
 from teachers.targets.recipe import Recipe, default_sketch_bytes
 from teachers.targets.state_codec import Basis
 from tools.checked_llama import llama_cpp_as_checked
@@ -121,7 +121,7 @@ def measure(path: Path, rounds: int, sequences: int, length: int) -> None:
             "hidden": Recipe("hidden"),
         }
         try:
-            require_linear_output(teacher, data[0])
+            logit_rule(teacher, data[0])
         except CaptureError as error:
             Console().print(f"no sketch, no hidden states: {error}")
             recipes = {"compact, no sketch": recipes["compact, no sketch"]}

@@ -118,7 +118,7 @@ def _other_teachers(
     digests = [file.value(TEACHER_SHA256) for file in students]
     if all(digest is None for digest in digests):
         return []  # a large teacher takes minutes to hash
-    ours = file_sha256(teacher.path)
+    ours = teacher.sha256
     return [
         f"{name} was made of another teacher (SHA-256 {str(digest)[:12]}…) than {teacher.path} "
         f"({ours[:12]}…)"

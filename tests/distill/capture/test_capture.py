@@ -19,21 +19,29 @@ from teachers.base import ProcessRank
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.teacher_record import TEACHER, require_teacher_record
 from teachers.targets.recipe import Recipe
+from tests.support.children.capture_child import Source
 from tests.support.teachers import Bent
 
 
 def test_the_default_recipe(example_gguf: GGUFTeacher, capsys: pytest.CaptureFixture[str]) -> None:
-    """Said once, and captured without; a sketch that was asked for is not taken away silently."""
+    """Said once, and captured without; a sketch that was asked for is not taken away silently.
+
+    Text that the teacher writes is tried on its beginning.
+    """
     bent: Any = Bent(example_gguf)
-    assert recipe_for(TargetsConfig(), example_gguf, Console()).sketch_bytes > 0
-    assert not capsys.readouterr().out
-    assert recipe_for(TargetsConfig(), bent, Console()) == Recipe(num_topk=16, sketch_bytes=0)
-    assert "no sketch of the tail" in " ".join(capsys.readouterr().out.split())
-    assert recipe_for(TargetsConfig(sketch_bytes=30), bent, Console()).sketch_bytes == 30
+    for spoken in (False, True):
+        source = Source(spoken)
+        assert recipe_for(TargetsConfig(), example_gguf, source, Console()).sketch_bytes > 0
+        assert not capsys.readouterr().out
+        recipe = recipe_for(TargetsConfig(), bent, source, Console())
+        assert recipe == Recipe(num_topk=16, sketch_bytes=0)
+        said = " ".join(capsys.readouterr().out.split())
+        assert "no sketch of the tail" in said and "!" not in said
+    assert recipe_for(TargetsConfig(sketch_bytes=30), bent, source, Console()).sketch_bytes == 30
     dense = TargetsConfig(kind="dense", layers=(3, 0, 3))
-    assert recipe_for(dense, bent, Console()).layers == (0, 3)
+    assert recipe_for(dense, bent, source, Console()).layers == (0, 3)
     with pytest.raises(UserError, match=r"targets\.layers = 6.*layers 0 to 5"):
-        recipe_for(TargetsConfig(layers=(0, 6)), example_gguf, Console())
+        recipe_for(TargetsConfig(layers=(0, 6)), example_gguf, source, Console())
 
 
 def test_the_launcher_gives_each_process_its_share(monkeypatch: pytest.MonkeyPatch) -> None:

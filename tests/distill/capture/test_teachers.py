@@ -22,6 +22,7 @@ from teachers.ensemble import EnsembleError, EnsembleTeacher
 from teachers.huggingface.teacher import HuggingFaceTeacher
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.targets.recipe import Recipe
+from tests.support.children.capture_child import Source
 from tests.support.tiny_checkpoint import make_folder
 
 
@@ -144,9 +145,9 @@ def test_a_mixture_has_no_sketch(
     config = TeacherConfig(path=str(tiny_teacher_path), mix_with=(str(tiny_teacher_path),))
     tokens = [np.arange(3, 12, dtype=np.int32)]
     with open_teacher(config) as teacher:
-        recipe = recipe_for(TargetsConfig(), teacher, Console())
+        recipe = recipe_for(TargetsConfig(), teacher, Source(), Console())
         said = " ".join(capsys.readouterr().out.split())
-        assert recipe.sketch_bytes == 0 and "no hidden state" in said
+        assert recipe.sketch_bytes == 0 and "no sketch" in said
         assert len(teacher.score(tokens, recipe, {})["topk_ids"]) == 8
         with pytest.raises(EnsembleError, match="no hidden state"):
             teacher.score(tokens, Recipe("hidden"), {})

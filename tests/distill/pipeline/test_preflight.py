@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ from tests.support.children import refusals_child
 
 ROOT = Path(__file__).parents[3]
 IDENTITY = {"vocab_size": 8, "recipe": Recipe("dense").to_json()}
+# Version, tensors, entries; the one entry's key, type (a string) and value, each after its length.
+ENCODER = (3, 0, 1, 20, b"general.architecture", 8, 4, b"bert")
 MANIFEST = Manifest(IDENTITY, sequences=4, sequences_per_shard=2).to_json()
 ODD_HEADS = "--set student.heads=3"
 SAMPLING = "--set data.sampling_temperature=0"
@@ -57,6 +60,7 @@ CASES: list[tuple[str, int, str]] = [
     ("run --teacher {empty}", 2, "is a folder: not a GGUF file"),
     ("run --teacher {garbage.gguf}", 2, "is not a GGUF file"),
     ("run --teacher {truncated.gguf}", 2, "truncated"),
+    ("run --teacher {encoder.gguf}", 2, "is an encoder"),
     ("run --set teacher.mix_with=[{missing}]", 2, "does not exist"),
     ("run --set teacher.mix_with=[{empty}]", 2, "has no config.json"),
     ("run --set teacher.weights=[1]", 2, "teacher.weights is for several teachers"),
@@ -159,6 +163,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "unknown.json": '{"train": {"speed": 1}}',
         "garbage.gguf": "nothing of the kind",
         "truncated.gguf": teacher[:400],
+        "encoder.gguf": b"GGUF" + struct.pack("<IQQQ20sIQ4s", *ENCODER),
         "nothing.jsonl": "",
         "data.pdf": "%PDF-1.7 and more",
         "broken.jsonl": '{"text": "one"}\n{"text": \n',

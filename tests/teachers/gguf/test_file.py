@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from gguf import GGUFValueType
 
 from teachers import example_teacher
-from teachers.gguf.file import TeacherFileError, read_gguf, tokenizer_sha256
+from teachers.gguf.file import TeacherFileError, file_sha256, read_gguf, tokenizer_sha256
 
 
 def test_agrees_with_the_gguf_package(tiny_teacher_path: Path) -> None:
@@ -79,10 +82,18 @@ def test_other_headers_are_refused(tmp_path: Path) -> None:
             read_gguf(path)
 
 
-def written(path: Path, tokens: list[str], **tensors: np.ndarray) -> Path:
-    """A file of these tokens and tensors."""
+def written(
+    path: Path, tokens: list[str], values: dict[str, Any] | None = None, **tensors: np.ndarray
+) -> Path:
+    """A file of these tokens, other metadata, and tensors."""
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_token_list(tokens)
+    if tokens:
+        writer.add_token_list(tokens)
+    kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, str: GGUFValueType.STRING}
+    for key, value in (values or {}).items():
+        if key == "general.architecture":
+            writer.kv_data[0].pop(key)
+        writer.add_key_value(key, value, kinds[type(value)])
     for name, values in tensors.items():
         writer.add_tensor(f"{name}.weight", values)
     writer.write_header_to_file()
@@ -106,6 +117,125 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     short = written(tmp_path / "b.gguf", ["a", "b", "c"], token_embd=embedding)
     with pytest.raises(TeacherFileError, match=r"3 tokens.*2 rows"):
         read_gguf(short)
+
+
+def split(folder: Path, name: str, norm: float = 1.0) -> list[Path]:
+    """A model in three parts."""
+    tensors = {
+        "token_embd": np.ones((2, 32)),
+        "output_norm": np.full(32, norm),
+        "output": np.eye(2),
+    }
+    for number, (key, values) in enumerate(tensors.items()):
+        stated = {"split.no": number, "split.count": 3, "split.tensors.count": 3}
+        path = folder / f"{name}-{number + 1:05d}-of-00003.gguf"
+        first = ["a", "b"] if number == 0 else []
+        written(path, first, stated, **{key: values.astype(np.float32)})
+    return sorted(folder.glob(f"{name}-*.gguf"))
+
+
+def test_the_parts_of_a_split_model_are_one(tmp_path: Path) -> None:
+    """Whichever is named; the digest is over all, so that another last part is another model."""
+    parts = split(tmp_path, "a")
+    files = [read_gguf(part) for part in parts]
+    for file in files:
+        assert file == files[0] and file.path == parts[0] and file.parts == tuple(parts)
+        assert file.parameters == 64 + 32 + 4 and file.value("tokenizer.ggml.tokens") == ["a", "b"]
+        assert file.size == sum(part.stat().st_size for part in parts)
+        assert np.array_equal(file.tensor("output.weight"), np.eye(2))
+    other = split(tmp_path, "b", norm=2.0)
+    assert other[0].read_bytes() == parts[0].read_bytes()
+    digests = {files[0].sha256, read_gguf(other[2]).sha256}
+    assert len(digests) == 2 and not digests & {file_sha256(part) for part in parts}
+    alone = tmp_path / "c-00001-of-00001.gguf"
+    embedding = np.ones((1, 32), np.float32)
+    written(alone, ["a"], {"split.no": 0, "split.count": 1}, token_embd=embedding)
+    assert read_gguf(alone).sha256 == file_sha256(alone)
+
+
+def test_a_split_model_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    """The part at fault is named: missing, of another model, in another's place, or cut."""
+    stated = {"split.no": 1, "split.count": 3, "split.tensors.count": 3}
+    norm, twice = np.ones(32, np.float32), np.ones((2, 32), np.float32)
+    harm: dict[str, tuple[str, Callable[[Path], object]]] = {
+        "missing": (r"02-of-00003\.gguf does not exist", lambda part: part.unlink()),
+        "place": (
+            r"02-of-00003\.gguf does not belong.*split\.no",
+            lambda part: part.write_bytes(
+                part.with_name(f"{part.name[:-20]}-00003-of-00003.gguf").read_bytes()
+            ),
+        ),
+        "total": (
+            r"02-of-00003\.gguf does not belong.*split\.tensors\.count",
+            lambda part: written(part, [], stated | {"split.tensors.count": 4}, output_norm=norm),
+        ),
+        "architecture": (
+            r"02-of-00003\.gguf does not belong.*general\.architecture",
+            lambda part: written(part, [], stated | {"general.architecture": "phi3"}, norm=norm),
+        ),
+        "twice": (
+            r"02-of-00003\.gguf does not belong.*token_embd\.weight",
+            lambda part: written(part, [], stated, token_embd=twice),
+        ),
+        "empty": (r"hold 2 tensors instead of 3", lambda part: written(part, [], stated)),
+        "cut": (r"02-of-00003\.gguf is truncated", lambda part: os.truncate(part, 90)),
+        "name": (
+            r"elsewhere\.gguf is a part",
+            lambda part: part.rename(tmp_path / "elsewhere.gguf"),
+        ),
+    }
+    for name, (words, change) in harm.items():
+        parts = split(tmp_path, name)
+        change(parts[1])
+        with pytest.raises(TeacherFileError, match=words):
+            read_gguf(tmp_path / "elsewhere.gguf" if name == "name" else parts[0])
+            pytest.fail(f"{name} is read")
+
+
+def test_only_causal_language_models_are_teachers(tmp_path: Path) -> None:
+    """All else is refused by what it is, from its metadata; a recurrent model is one."""
+    embedding, path = np.ones((2, 32), np.float32), tmp_path / "m.gguf"
+    refused: list[tuple[str, dict[str, Any]]] = [
+        ("LoRA adapter", {"general.type": "adapter"}),
+        ("importance matrix", {"general.type": "imatrix"}),
+        ("image or audio part", {"general.type": "mmproj"}),
+        ("image or audio part", {"general.architecture": "clip"}),
+        ("speech", {"general.architecture": "wavtokenizer-dec"}),
+        ("encoder-decoder", {"general.architecture": "t5"}),
+        ("draft head", {"general.architecture": "eagle3"}),
+        *[
+            ("diffusion", {"general.architecture": name})
+            for name in ("llada", "dream", "llada-moe", "rnd1")
+        ],
+        ("diffusion", {"diffusion.shift_logits": False}),
+        *[
+            ("is an encoder", {"general.architecture": name})
+            for name in (
+                *("bert", "nomic-bert", "modern-bert", "jina-bert-v2", "neo-bert", "eurobert"),
+                *("gemma-embedding", "t5encoder"),
+            )
+        ],
+        ("is an encoder", {"llama.attention.causal": False}),
+        ("embeddings or ranks", {"general.architecture": "qwen3", "qwen3.pooling_type": 3}),
+        ("names no architecture", {"general.architecture": 5}),
+    ]
+    for words, values in refused:
+        written(path, ["a", "b"], values, token_embd=embedding)
+        with pytest.raises(TeacherFileError, match=rf"m\.gguf .*{words}") as said:
+            read_gguf(path)
+            pytest.fail(f"{values} is a teacher")
+        assert "\n" not in str(said.value)
+        assert read_gguf(path, model=False).tensors
+    written(path, ["a", "b"])
+    with pytest.raises(TeacherFileError, match="no tensors"):
+        read_gguf(path)
+    for values in (
+        {"general.architecture": "mamba"},
+        {"general.architecture": "rwkv7"},
+        {"general.type": "model", "llama.pooling_type": 0, "llama.attention.causal": True},
+    ):
+        written(path, ["a", "b"], values, token_embd=embedding)
+        assert read_gguf(path).parameters == 64, values
 
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:

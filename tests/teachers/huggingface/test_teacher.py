@@ -6,22 +6,23 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from students.model.decoder import SO8TForCausalLM
 from students.model.fold import to_llama
-from teachers.base import GenerationRequest, Sampling, Teacher, Tokens
+from teachers.base import GenerationRequest, LogitRule, Sampling, Teacher, Tokens
 from teachers.errors import TeacherError
 from teachers.huggingface import teacher as huggingface
 from teachers.huggingface.model import FloatHead, batches
 from teachers.huggingface.teacher import HuggingFaceTeacher
 from teachers.llama_cpp.teacher import GGUFTeacher
+from teachers.store.capture import CaptureError, logit_rule
 from teachers.targets.recipe import Recipe
 from teachers.targets.state_codec import fit_basis, tail_metric
 from teachers.targets.stored_arrays import typed
@@ -197,24 +198,29 @@ def test_damaged_weights_are_named(broken: Path) -> None:
 
 
 def test_output_that_is_no_matrix_is_refused(folder: Path) -> None:
-    """A bias, a soft cap or a scale on the logits, and one that no setting announces."""
-    bias = torch.nn.Parameter(torch.ones(VOCAB))
-    cap = r"tiny: its logits are more .*\(final_logit_softcapping 30.0\).*sketch_bytes=0"
-    scale = r"tiny: its logits are more .*\(logit_scale 0.5\).*sketch_bytes=0"
-    harm: dict[str, Callable[[Any], object]] = {
-        cap: lambda model: setattr(model.config, "final_logit_softcapping", 30.0),
-        scale: lambda model: setattr(model.config, "logit_scale", 0.5),
-        "bias of the output layer": lambda model: setattr(model.head, "bias", bias),
-        "relative difference": lambda model: model.head.register_forward_hook(
-            lambda module, given, output: output * 1.1
-        ),
+    """A bias, and a change of the logits that no setting announces; announced ones are followed."""
+    bias, text = torch.nn.Parameter(torch.ones(VOCAB)), np.arange(3, 40, dtype=np.int32)
+    cases: dict[str, tuple[dict[str, float], Callable[[Tensor], Tensor]]] = {
+        "cap": ({"final_logit_softcapping": 2.0}, lambda logits: 2.0 * (logits / 2.0).tanh()),
+        "scale": ({"logit_scale": 0.5}, lambda logits: logits * 0.5),
+        "divisor": ({"logits_scaling": 8.0}, lambda logits: logits / 8.0),
+        "unannounced": ({}, lambda logits: logits * 1.2),
     }
-    for words, change in harm.items():
+    for name, (settings, change) in cases.items():
         teacher = HuggingFaceTeacher(folder)
-        change(teacher._model)
-        with pytest.raises(ValueError, match=words):
-            teacher.output_rows(0, 2)
-            pytest.fail(f"not refused: {words}")
+        vars(teacher._model.config).update(settings)
+        teacher._model.head.register_forward_hook(
+            lambda module, given, output, change=change: change(output)
+        )
+        if settings:
+            assert logit_rule(teacher, text) != LogitRule(), name
+            continue
+        with pytest.raises(CaptureError, match=r"by 1\d%"):
+            logit_rule(teacher, text)
+    teacher = HuggingFaceTeacher(folder)
+    teacher._model.head.bias = bias
+    with pytest.raises(ValueError, match=r"bias: True.*sketch_bytes=0"):
+        teacher.output_rows(0, 2)
 
 
 def test_float_head_does_not_round_logits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from teachers.llama_cpp.library import check_record
 from teachers.llama_cpp.library.check_record import CheckRecord, read_record
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.llama_cpp.worker import Worker
+from tests.support.children.capture_child import Source
 from tests.support.llama_double import Fault, llama_cpp_with
 
 pytestmark = [
@@ -118,7 +119,7 @@ def test_a_death_at_the_second_decode_is_one_clear_error(opened: Opened) -> None
     """Nothing is run again after the check, no file is blamed, and a sketch is not ruled out."""
     with opened(Fault(die_at=2)) as teacher:
         for ask in (
-            lambda: recipe_for(TargetsConfig(), teacher, Console(quiet=True)),
+            lambda: recipe_for(TargetsConfig(), teacher, Source(), Console(quiet=True)),
             lambda: teacher.logits([SEQUENCE]),
         ):
             with pytest.raises(WorkerDied, match=r"SIGSEGV.*GGML_ASSERT\(double\).*doctor") as died:

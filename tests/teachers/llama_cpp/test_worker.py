@@ -8,21 +8,27 @@ import signal
 import sys
 import time
 from contextlib import closing
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
 
-from teachers.errors import TeacherError, WorkerDefect
+from teachers.errors import RequestRefused, TeacherError, WorkerDefect
+from teachers.llama_cpp.first_decode import REFERENCE
 from teachers.llama_cpp.teacher import GGUFTeacher
+from teachers.llama_cpp.wire import pack_ragged
 from teachers.llama_cpp.worker import Worker
+from teachers.llama_cpp.worker_process import WorkerProcess
 from teachers.targets.distributions import CompactTargets
 from teachers.targets.recipe import NODES, Recipe
 from teachers.targets.stored_arrays import typed
 from teachers.tokenizer.chat_template import ChatTemplateError, render_chat
 from tests.support.teachers import rewrite, sequences_of
+from tests.support.tiny_models import Tiny, stored, write_tiny
 
 ONE_TEXT = {"texts": ["a"], "add_special": False, "parse_special": False}
 
@@ -169,3 +175,28 @@ def test_a_mistake_of_ours_in_the_worker_is_no_users_error(tiny_teacher_path: Pa
         pytest.raises(WorkerDefect, match=r"(?s)Traceback.*KeyError"),
     ):
         worker.ask("tokenize", {})
+
+
+def test_an_encoder_that_llama_cpp_loads_is_refused(tmp_path: Path) -> None:
+    """By its want of a memory, whatever its file says; a BERT computes, but no next token."""
+    tiny, draw = Tiny(kv_heads=4, head_width=12), np.random.default_rng(0)
+    shapes: dict[str, Any] = {"position_embd.weight": (256, 48), "token_types.weight": (2, 48)}
+    shapes |= {f"token_embd_norm.{part}": 48 for part in ("weight", "bias")}
+    for i, part in product(range(tiny.layers), ("weight", "bias")):
+        for name, out in {"attn_q": 48, "attn_k": 48, "attn_v": 48, "attn_output": 48}.items():
+            shapes[f"blk.{i}.{name}.{part}"] = (out, 48) if part == "weight" else out
+        for name in ("attn_output_norm", "layer_output_norm"):
+            shapes[f"blk.{i}.{name}.{part}"] = 48
+        shapes[f"blk.{i}.ffn_up.{part}"] = (80, 48) if part == "weight" else 80
+        shapes[f"blk.{i}.ffn_down.{part}"] = (48, 80) if part == "weight" else 48
+    tensors: dict[str, Any] = dict.fromkeys(stored(tiny).keys() - {"token_embd.weight"})
+    tensors |= {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    values = {"attention.layer_norm_epsilon": 1e-5, "tokenizer.ggml.token_type_count": 2}
+    path = write_tiny(tmp_path / "bert.gguf", tiny, tensors, values, "bert")
+    with closing(WorkerProcess(path, REFERENCE, threads=1)) as process:
+        with pytest.raises(RequestRefused, match="no causal language model"):
+            process.ask("first_decode", {"tokens": 2, "exact": False})
+        with pytest.raises(RequestRefused, match="no causal language model"):
+            process.ask(
+                "logits", {"exact": False, "last": None}, pack_ragged([np.arange(9)], "tokens")
+            )

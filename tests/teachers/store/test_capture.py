@@ -27,17 +27,28 @@ from distill.capture.capture import fill_store
 from distill.runtime.progress import Console
 from teachers.atomic_files import StoreError, exclusive, is_temporary
 from teachers.base import ProcessRank
+from teachers.gguf.file import read_gguf
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store import capture as capture_module
 from teachers.store import store as store_module
-from teachers.store.capture import CaptureError, CaptureSummary, capture, require_linear_output
+from teachers.store.capture import (
+    PROBE_TOKENS,
+    CaptureError,
+    CaptureSummary,
+    capture,
+    logit_rule,
+    probe_text,
+    require_causal,
+)
 from teachers.store.manifest import MANIFEST
 from teachers.store.store import SHARED_CODEC, SoftTargetStore
+from teachers.store.teacher_record import make_teacher_record
 from teachers.targets.recipe import Recipe
 from teachers.targets.stored_arrays import typed
 from tests.support.children.capture_child import PER_SHARD, RECIPE, SEQUENCES, Source, begin
 from tests.support.stores import filled, quiet
-from tests.support.teachers import Bent
+from tests.support.teachers import Bent, Peeking
+from tests.support.tiny_models import Tiny, write_tiny
 
 ROOT = Path(__file__).parents[3]
 KINDS = {
@@ -438,10 +449,10 @@ def test_an_output_that_bends_its_logits_is_refused(
     """Where hidden states are kept; named with what to choose instead, and nothing is written."""
     bent: Any = Bent(example_gguf)
     for teacher in (tiny_teacher, example_gguf):
-        require_linear_output(teacher, Source().take(teacher, 0, 1, lambda done: None)[0])
+        logit_rule(teacher, Source().take(teacher, 0, 1, lambda done: None)[0])
     message = r"distill example desk \(phi3\).* by \d+%.*targets\.sketch_bytes=0"
     with pytest.raises(CaptureError, match=message):
-        require_linear_output(bent, Source().take(bent, 0, 1, lambda done: None)[0])
+        logit_rule(bent, Source().take(bent, 0, 1, lambda done: None)[0])
     for kind in ("sketch", "hidden"):
         store = begin(tmp_path / kind, bent, Source(), KINDS[kind])
         with pytest.raises(CaptureError, match=r"targets\.kind=dense"):
@@ -452,9 +463,51 @@ def test_an_output_that_bends_its_logits_is_refused(
         assert capture(bent, Source(), store, quiet).written == len(SHARDS)
 
 
+def test_answers_that_depend_on_later_tokens_are_refused(
+    tiny_teacher: GGUFTeacher, example_gguf: GGUFTeacher
+) -> None:
+    """Whatever the file says of itself; also on texts of a few tokens."""
+    peeking: Any = Peeking(tiny_teacher)
+    for spoken in (False, True):
+        text = probe_text(tiny_teacher, Source(spoken))
+        assert len(text) == PROBE_TOKENS
+        for size in (3, 9, len(text)):
+            for teacher in (tiny_teacher, example_gguf):
+                require_causal(teacher, text[:size])
+            with pytest.raises(CaptureError, match=r"no causal language model.* \d+%"):
+                require_causal(peeking, text[:size])
+
+
+# --- a teacher in several files
+
+
+def test_a_split_teacher_is_captured_as_the_whole_one(tmp_path: Path) -> None:
+    """The same arrays and facts, whichever part is named; nothing of the split goes further."""
+    made = []
+    whole = write_tiny(tmp_path / "whole.gguf", Tiny())
+    parts = read_gguf(write_tiny(tmp_path / "tiny.gguf", Tiny(), per_part=9)).parts
+    assert len(parts) == 4
+    for path in (whole, parts[2]):
+        with GGUFTeacher(path, threads=1) as teacher:
+            store, _ = filled(tmp_path / path.stem, teacher, Source())
+            record = make_teacher_record(teacher, teacher.file, [])
+        names = [SHARED_CODEC, *(store.shard_path(shard).name for shard in SHARDS)]
+        made.append((teacher.info, record, [store.read_file(name) for name in names]))
+    (one, first, arrays), (two, second, others) = made
+    assert one.sha256 != two.sha256 and (one.name, two.name) == ("whole", "tiny")
+    same = {"sha256": "", "name": "", "file_bytes": 0}
+    assert replace(one, **same) == replace(two, **same)  # type: ignore[arg-type]
+    assert two.file_bytes == sum(part.stat().st_size for part in parts)
+    for ours, theirs in zip([first.arrays(), *arrays], [second.arrays(), *others], strict=True):
+        assert ours and theirs and ours.keys() == theirs.keys()
+        for name in ours.keys() - {"card"}:
+            assert np.array_equal(ours[name], theirs[name]), name
+    assert second.tokenizer == first.tokenizer and second.about == first.about
+
+
 def test_a_damaged_teacher_is_not_linear(tiny_teacher: GGUFTeacher) -> None:
     """Answers that are not numbers do not pass for small differences."""
     broken: Any = Bent(tiny_teacher)
     broken.logits = lambda sequences, exact=False: np.full((5, 1024), np.nan, np.float32)
     with pytest.raises(CaptureError):
-        require_linear_output(broken, np.arange(3, 9, dtype=np.int32))
+        logit_rule(broken, np.arange(3, 9, dtype=np.int32))

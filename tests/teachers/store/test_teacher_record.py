@@ -54,7 +54,7 @@ def embedding_file(folder: Path, matrix: np.ndarray) -> GGUFFile:
     path = folder / "embeddings.bin"
     path.write_bytes(matrix.astype(np.float32).tobytes())
     kind, name = GGMLQuantizationType.F32, "token_embd.weight"
-    info = TensorInfo(name, matrix.shape, kind, 0, matrix.size * 4)
+    info = TensorInfo(name, matrix.shape, kind, 0, matrix.size * 4, path)
     return GGUFFile(path, path.stat().st_size, {}, {info.name: info})
 
 

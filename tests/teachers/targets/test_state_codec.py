@@ -331,9 +331,13 @@ def test_the_same_states_give_the_same_bytes() -> None:
 # --- the metric and the head
 
 
-def reference_metric(states: Array, matrix: Array, num_topk: int) -> Array:
-    """Σ_v p_v (w_v − w̄)(w_v − w̄)ᵀ with the average tail p, by its definition."""
+def reference_metric(states: Array, matrix: Array, num_topk: int, cap: float = 0.0) -> Array:
+    """Σ_v p_v (w_v − w̄)(w_v − w̄)ᵀ with the average tail p, by its definition; under a soft cap
+    each row is as long as the logit's mean derivative says."""
     logits = states @ matrix.T
+    if cap:
+        matrix = (1.0 / np.cosh(logits / cap) ** 2).mean(axis=0)[:, None] * matrix
+        logits = cap * np.tanh(logits / cap)
     average = np.zeros(len(matrix))
     for row in logits:
         tail = np.argsort(-row, kind="stable")[num_topk:]
@@ -348,16 +352,17 @@ def reference_metric(states: Array, matrix: Array, num_topk: int) -> Array:
 def test_the_metric_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the output matrix comes in several parts."""
     states, apart = normal(5, 4), torch.tensor([1.0, 0.0, -1.0, 0.5])
-    for vocab_size, num_topk in ((60, 16), (17, 16), (9, 8)):
+    for vocab_size, num_topk, cap in ((60, 16, 0.0), (17, 16, 0.0), (9, 8, 0.0), (60, 16, 3.0)):
         matrix = normal(vocab_size, 4, seed=1) + apart
-        expected = reference_metric(states.double().numpy(), matrix.double().numpy(), num_topk)
-        whole = tail_metric(states, rows_of(matrix), vocab_size)
+        exact = states.double().numpy(), matrix.double().numpy()
+        expected = reference_metric(*exact, num_topk, cap)
+        whole = tail_metric(states, rows_of(matrix), vocab_size, cap)
         assert whole.dtype == torch.float64
-        row = str(vocab_size)
+        row = f"{vocab_size}, cap {cap}"
         np.testing.assert_allclose(whole.numpy(), expected, rtol=1e-4, atol=1e-5, err_msg=row)
         with monkeypatch.context() as patch:
             patch.setattr(state_codec, "ROWS_AT_ONCE", 7)
-            parts = tail_metric(states, rows_of(matrix), vocab_size)
+            parts = tail_metric(states, rows_of(matrix), vocab_size, cap)
         np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-5, err_msg=row)
 
 
