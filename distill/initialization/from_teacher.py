@@ -24,7 +24,12 @@ from distill.initialization.structured_pruning import (
     prune_layer,
     stream_moment,
 )
-from distill.initialization.teacher_trace import VOCABULARY_ROWS, final_states, trace
+from distill.initialization.teacher_trace import (
+    VOCABULARY_ROWS,
+    final_states,
+    logit_blocks,
+    trace,
+)
 from students.model.build import build_student
 from students.model.config import SO8TConfig
 from students.model.decoder import SO8TForCausalLM
@@ -103,7 +108,7 @@ def _fill_table(teacher: LlamaWeights, student: SO8TForCausalLM, projection: Pro
 
     A tied student of an untied teacher gets the output matrix at the input's scale: the first
     layers can learn to read other embeddings, but no layer follows the output (measured:
-    docs/benchmarks.md).
+    docs/benchmarks.md). Of a tied teacher the scale is that of its embeddings.
     """
     table = student.model.embed_tokens.weight.data
     outputs = student.config.tie_word_embeddings and not teacher.facts.tied
@@ -116,6 +121,8 @@ def _fill_table(teacher: LlamaWeights, student: SO8TForCausalLM, projection: Pro
             rows = torch.from_numpy(teacher.output_rows(start, stop)) @ projection.down
             squares[1] += float(rows.square().sum(dtype=torch.float64))
         table[start:stop] = rows
+    if not outputs:
+        return teacher.facts.embedding_scale
     scale = math.sqrt(squares[0] / squares[1]) if min(squares) > 0 else 1.0
     table.mul_(scale)
     return scale
@@ -132,13 +139,12 @@ def _finish(teacher: LlamaWeights, fitter: LayerFitter, last: Tensor, table_scal
     tokens = fitter.validation.nonzero()[:, 0]
     tokens = tokens[:: max(1, -(-len(tokens) // CALIBRATION_TOKENS))]
     states = final_states(teacher, last[tokens])
-    expected = torch.empty(len(tokens), config.vocab_size)
-    for start in range(0, config.vocab_size, VOCABULARY_ROWS):
-        stop = min(start + VOCABULARY_ROWS, config.vocab_size)
-        rows = torch.from_numpy(teacher.output_rows(start, stop))
-        expected[:, start:stop] = states @ rows.T
+    expected, start = torch.empty(len(tokens), config.vocab_size), 0
+    for rows, part in logit_blocks(teacher, states):
+        block, start = slice(start, start + len(rows)), start + len(rows)
+        expected[:, block] = part
         if matrix is not None:
-            student.lm_head.weight.data[start:stop] = rows @ matrix
+            student.lm_head.weight.data[block] = rows @ matrix
     if len(tokens):
         fitter.calibrate_temperature(tokens, expected)
 

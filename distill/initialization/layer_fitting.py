@@ -35,6 +35,7 @@ from students.model.decoder import (
 )
 
 STRENGTHS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 1.1, 1.2)  # the first of equals wins
+ROWS_TOGETHER = 32
 # One sequence in so many validates the regressions; with fewer sequences, the end of each.
 VALIDATION_SHARE = 8
 
@@ -107,14 +108,15 @@ class LayerFitter:
         """
         norm = self.student.model.norm
         states = _normed(self.state[rows], norm.eps) * norm.weight
-        ours, theirs = states @ self.student.lm_head.weight.T, expected.softmax(dim=-1)
-
-        def cross_entropy(strength: float) -> float:
-            return float(
-                -(theirs * (strength * ours).log_softmax(dim=-1)).sum(dim=-1).double().mean()
-            )
-
-        norm.weight.mul_(min(STRENGTHS, key=cross_entropy))
+        cross_entropy = dict.fromkeys(STRENGTHS, 0.0)
+        for start in range(0, len(rows), ROWS_TOGETHER):  # a large vocabulary is a megabyte a row
+            block = slice(start, start + ROWS_TOGETHER)
+            ours = states[block] @ self.student.lm_head.weight.T
+            theirs = expected[block].softmax(dim=-1)
+            for strength in STRENGTHS:
+                ours_log = (strength * ours).log_softmax(dim=-1)
+                cross_entropy[strength] -= float((theirs * ours_log).sum(dim=-1).double().sum())
+        norm.weight.mul_(min(STRENGTHS, key=cross_entropy.__getitem__))
 
     # -- one half of a layer -------------------------------------------------------------------
 

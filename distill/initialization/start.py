@@ -79,10 +79,11 @@ def begin(
     if launch.first and not _restore(student, kept):
         assert gguf is not None
         with console.stage("Head start", total=shape.num_hidden_layers) as stage:
-            made = student_from_teacher(
+            del student  # with a large vocabulary, a copy is a gigabyte
+            student = student_from_teacher(
                 shape, read_gguf(gguf), sequences, config.seed, stage.update
             )
-            write_whole(kept, safetensors.torch.save(plain_weights(made)))
+            write_whole(kept, safetensors.torch.save(plain_weights(student)))
             stage.finish("the student begins at the teacher's weights")
     launch.wait()
     if not _restore(student, kept):

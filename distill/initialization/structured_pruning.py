@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from distill.initialization.ridge import moments
 from distill.initialization.teacher_trace import LayerTrace
 from students.model.config import SO8TConfig
 from teachers.base import Floats
 from teachers.gguf.llama_weights import LlamaFacts
+
+GELU_SLOPE = 1.702  # silu(1.702 x) / 1.702 is GELU to 0.02 (Hendrycks & Gimpel 2016)
 
 
 def root_mean_square(x: Tensor, eps: float = 0.0) -> Tensor:
@@ -196,18 +197,24 @@ def prune_layer(
 ) -> PrunedLayer:
     """The heads and units of ``layer`` that write most into the student's residual stream."""
     weights, rms = layer.weights, root_mean_square(layer.before).clamp_min(1e-30)
-    output, down = torch.from_numpy(weights.o_proj), torch.from_numpy(weights.down_proj)
+    output = _with_gain(weights.o_proj, weights.o_norm)
+    down = _with_gain(weights.down_proj, weights.down_norm)
     written = (projection.down.T @ output).view(-1, facts.heads, facts.head_width)
-    importance = _head_energies((layer.mixed / rms).view(-1, *written.shape[1:]), written)
+    mixed = layer.mixed * layer.mixed_scale / rms
+    importance = _head_energies(mixed.view(-1, *written.shape[1:]), written)
     groups = choose_head_groups(importance.tolist(), facts.kv_heads, config)
     count = min(config.intermediate_size, len(weights.gate_proj))
-    active = F.silu(layer.gate) * layer.up / rms
+    active = layer.active * layer.active_scale / rms
     energies = active.square().mean(dim=0) * (projection.down.T @ down).square().sum(dim=0)
     kept = energies.argsort(descending=True, stable=True)[:count].sort().values
     gate, up = (torch.from_numpy(matrix)[kept] for matrix in (weights.gate_proj, weights.up_proj))
     query, key = _rotary_rows(layer, facts, groups, config)
-    value, mixed = _value_rows(layer, facts, groups, config)
-    rows = torch.arange(count)
+    value, columns = _value_rows(layer, output, facts, groups, config)
+    rows, slope = torch.arange(count), GELU_SLOPE if facts.gelu else 1.0
+    if weights.o_norm is not None:
+        columns *= _usual(layer.mixed_scale, (layer.middle - layer.before) / rms)
+    if weights.down_norm is not None:
+        down = down * _usual(layer.active_scale, (layer.after - layer.middle) / rms)
     return PrunedLayer(
         before=layer.before,
         middle=layer.middle,
@@ -216,12 +223,27 @@ def prune_layer(
         query=query,
         key=key,
         value=value,
-        output=mixed,
-        gate=TargetRows(rows, layer.gate[:, kept], gate),
+        output=columns,
+        gate=TargetRows(rows, layer.gate[:, kept] * slope, gate * slope),
         up=TargetRows(rows, layer.up[:, kept], up),
-        down=down[:, kept],
+        down=down[:, kept] / slope,
         head_norms=weights.q_norm is not None or weights.k_norm is not None,
     )
+
+
+def _with_gain(matrix: Floats, gain: Floats | None) -> Tensor:
+    """An output matrix ``[D, I]``, times the gain ``[D]`` of the norm that follows it, if any."""
+    weight = torch.from_numpy(matrix)
+    return weight if gain is None else weight * torch.from_numpy(gain)[:, None]
+
+
+def _usual(scale: Tensor, added: Tensor) -> Tensor:
+    """The one factor that replaces a norm's ``scale [N, 1]`` best, by least squares of ``added``.
+
+    ``added [N, D]``: what the norm gives, so ``added / scale`` is its input.
+    """
+    energy = added.square().sum(dim=-1, keepdim=True)
+    return (energy / scale).sum() / (energy / scale.square()).sum().clamp_min(1e-30)
 
 
 def _head_energies(heads: Tensor, written: Tensor) -> Tensor:
@@ -238,12 +260,12 @@ def _rotary_rows(
 ) -> tuple[TargetRows, TargetRows]:
     """Queries and keys.
 
-    The queries absorb that attention divides by √W, and the scale of the rotary embedding.
+    The queries absorb what attention divides by, and the scale of the rotary embedding.
     """
     width = config.head_dim
     exponents = np.arange(0, width, 2, dtype=np.float64) / width
     theirs, ours = match_rotary_pairs(
-        facts.frequencies, (config.rope_theta**-exponents).astype(np.float32)
+        facts.frequencies(layer.number), (config.rope_theta**-exponents).astype(np.float32)
     )
     theirs = torch.cat((theirs, theirs + facts.head_width // 2))
     ours = torch.cat((ours, ours + width // 2))
@@ -265,7 +287,7 @@ def _rotary_rows(
         for number, head in enumerate(group.heads)
     }
     keys = {index: group.kv_head for index, group in enumerate(groups)}
-    scale = (width / facts.head_width) ** 0.5 * facts.rotary_scale**2
+    scale = (width / facts.query_width) ** 0.5 * facts.rotary_scale**2
     return (
         rows(queries, layer.query, weights.q_proj, weights.q_norm, scale),
         rows(keys, layer.key, weights.k_proj, weights.k_norm, 1.0),
@@ -273,13 +295,17 @@ def _rotary_rows(
 
 
 def _value_rows(
-    layer: LayerTrace, facts: LlamaFacts, groups: Sequence[HeadGroup], config: SO8TConfig
+    layer: LayerTrace,
+    output: Tensor,
+    facts: LlamaFacts,
+    groups: Sequence[HeadGroup],
+    config: SO8TConfig,
 ) -> tuple[TargetRows, Tensor]:
-    """Values, and the output matrix's columns for every query head ``[D, H'·W']``.
+    """Values, and every query head's columns ``[D, H'·W']`` of the ``output [D, H·W]`` matrix.
 
     Narrower heads keep the strongest directions.
     """
-    matrix, output = (torch.from_numpy(one) for one in (layer.weights.v_proj, layer.weights.o_proj))
+    matrix = torch.from_numpy(layer.weights.v_proj)
     whole, room = facts.head_width, query_heads_per_group(config)
     width = min(config.head_dim, whole)
     targets, weights = [], []

@@ -1,4 +1,4 @@
-"""A Llama's forward pass in PyTorch, with all inner activations, one layer in memory at a time.
+"""A teacher's forward pass in PyTorch, with all inner activations, one layer in memory at a time.
 
 llama.cpp runs teachers faster, but does not give these activations. Letters: N tokens of all
 sequences one after another, D width, H heads, K key/value heads, W head width, F feed-forward
@@ -7,6 +7,7 @@ width, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,9 @@ class LayerTrace:
     ``before``, ``middle``, ``after`` ``[N, D]``: the residual stream before the layer, after its
     attention, and after it. ``query [N, H·W]``, ``key`` and ``value [N, K·W]``: with biases and
     head norms, before the rotary embedding. ``mixed [N, H·W]``: the heads' outputs. ``gate`` and
-    ``up [N, F]``: of the feed-forward part, before its activation.
+    ``up [N, F]``: of the feed-forward part, before its activation; ``active [N, F]``: their product
+    after it. ``mixed_scale`` and ``active_scale [N, 1]``: by what a norm multiplies what the output
+    matrices give before its gain; ones where there is no norm.
     """
 
     number: int
@@ -38,9 +41,12 @@ class LayerTrace:
     key: Tensor
     value: Tensor
     mixed: Tensor
+    mixed_scale: Tensor
     middle: Tensor
     gate: Tensor
     up: Tensor
+    active: Tensor
+    active_scale: Tensor
     after: Tensor
 
 
@@ -73,11 +79,9 @@ def trace(teacher: LlamaWeights, sequences: Sequence[Tokens]) -> Iterator[LayerT
         TeacherFileError: a weight is not finite or cannot be read.
         IndexError: a token that the teacher does not have.
     """
-    facts, lengths = teacher.facts, [len(tokens) for tokens in sequences]
-    rotary = _rotary(facts, max(lengths))
-    state = embed(teacher, sequences)
-    for number in range(facts.layers):
-        layer = _layer(number, teacher.layer(number), facts, state, lengths, rotary)
+    lengths, state = [len(tokens) for tokens in sequences], embed(teacher, sequences)
+    for number in range(teacher.facts.layers):
+        layer = _layer(number, teacher.layer(number), teacher.facts, state, lengths)
         yield layer
         state = layer.after
 
@@ -95,27 +99,59 @@ def logits(teacher: LlamaWeights, sequences: Sequence[Tokens]) -> Floats:
         state = layer.after
     ends = np.cumsum([len(tokens) for tokens in sequences]) - 1
     states = np.delete(final_states(teacher, state).numpy(), ends, axis=0)
-    return states @ teacher.output_rows(0, teacher.facts.vocab_size).T
+    parts = [part for _, part in logit_blocks(teacher, torch.from_numpy(states))]
+    return torch.cat(parts, dim=1).numpy()
+
+
+def logit_blocks(teacher: LlamaWeights, states: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows of the output matrix at a time, ``[R, D]``, and their logits ``[N, R]``.
+
+    ``states [N, D]``: the output matrix's input. In float32 a whole matrix can be gigabytes.
+    """
+    for start in range(0, teacher.facts.vocab_size, VOCABULARY_ROWS):
+        stop = min(start + VOCABULARY_ROWS, teacher.facts.vocab_size)
+        rows = torch.from_numpy(teacher.output_rows(start, stop))
+        yield rows, _capped(states @ rows.T, teacher.facts.caps[1])
 
 
 def _layer(
-    number: int,
-    weights: LayerWeights,
-    facts: LlamaFacts,
-    state: Tensor,
-    lengths: Sequence[int],
-    rotary: tuple[Tensor, Tensor],
+    number: int, weights: LayerWeights, facts: LlamaFacts, state: Tensor, lengths: Sequence[int]
 ) -> LayerTrace:
     inputs = _normed(state, weights.input_norm, facts.rms_eps)
     query = _head_normed(_linear(inputs, weights.q_proj, weights.q_bias), weights.q_norm, facts)
     key = _head_normed(_linear(inputs, weights.k_proj, weights.k_bias), weights.k_norm, facts)
     value = _linear(inputs, weights.v_proj, weights.v_bias)
-    mixed = _attend(query, key, value, facts.head_width, lengths, rotary)
-    middle = state + _linear(mixed, weights.o_proj)
+    mixed = _attend(query, key, value, number, facts, lengths)
+    added, mixed_scale = _added(_linear(mixed, weights.o_proj), weights.o_norm, facts)
+    middle = state + added
     inputs = _normed(middle, weights.post_norm, facts.rms_eps)
     gate, up = _linear(inputs, weights.gate_proj), _linear(inputs, weights.up_proj)
-    after = middle + _linear(F.silu(gate) * up, weights.down_proj)
-    return LayerTrace(number, weights, state, query, key, value, mixed, middle, gate, up, after)
+    active = (F.gelu(gate, approximate="tanh") if facts.gelu else F.silu(gate)) * up
+    added, active_scale = _added(_linear(active, weights.down_proj), weights.down_norm, facts)
+    return LayerTrace(
+        number,
+        weights,
+        before=state,
+        query=query,
+        key=key,
+        value=value,
+        mixed=mixed,
+        mixed_scale=mixed_scale,
+        middle=middle,
+        gate=gate,
+        up=up,
+        active=active,
+        active_scale=active_scale,
+        after=middle + added,
+    )
+
+
+def _added(x: Tensor, gain: Floats | None, facts: LlamaFacts) -> tuple[Tensor, Tensor]:
+    """What ``x [N, D]`` adds to the stream, and the scale ``[N, 1]`` that its norm has, if any."""
+    if gain is None:
+        return x, torch.ones(len(x), 1)
+    scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + facts.rms_eps)
+    return x * scale * torch.from_numpy(gain), scale
 
 
 def _linear(x: Tensor, weight: Floats, bias: Floats | None = None) -> Tensor:
@@ -133,35 +169,52 @@ def _head_normed(x: Tensor, gain: Floats | None, facts: LlamaFacts) -> Tensor:
     return _normed(x.view(len(x), -1, facts.head_width), gain, facts.rms_eps).reshape(x.shape)
 
 
-def _rotary(facts: LlamaFacts, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``[positions, W / 2]`` of the rotary embedding (Su et al. 2021)."""
-    angles = torch.arange(positions)[:, None] * torch.from_numpy(facts.frequencies)
+def _rotary(facts: LlamaFacts, layer: int, positions: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``[positions, W / 2]`` of a layer's rotary embedding (Su et al. 2021)."""
+    angles = torch.arange(positions)[:, None] * torch.from_numpy(facts.frequencies(layer))
     return angles.cos() * facts.rotary_scale, angles.sin() * facts.rotary_scale
 
 
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    head_width: int,
-    lengths: Sequence[int],
-    rotary: tuple[Tensor, Tensor],
+    query: Tensor, key: Tensor, value: Tensor, layer: int, facts: LlamaFacts, lengths: Sequence[int]
 ) -> Tensor:
     """Causal attention within each sequence: ``[N, H·W]`` from query, key and value."""
-    split: Callable[[Tensor], Tensor] = lambda x: x.view(len(x), -1, head_width).transpose(0, 1)  # noqa: E731
+    split: Callable[[Tensor], Tensor] = lambda x: x.view(len(x), -1, width).transpose(0, 1)  # noqa: E731
+    width, window = facts.head_width, facts.window_of(layer)
+    rotary = _rotary(facts, layer, max(lengths))
     mixed, start = torch.empty_like(query), 0
     for length in lengths:
         rows = slice(start, start + length)
         start += length
-        heads = F.scaled_dot_product_attention(
-            _turned(split(query[rows]), rotary)[None],
-            _turned(split(key[rows]), rotary)[None],
-            split(value[rows])[None],
-            is_causal=True,
-            enable_gqa=True,
-        )[0]
+        heads = _mixed_heads(
+            _turned(split(query[rows]), rotary),
+            _turned(split(key[rows]), rotary),
+            split(value[rows]),
+            length if window is None else window,
+            facts,
+        )
         mixed[rows] = heads.transpose(0, 1).reshape(length, -1)
     return mixed
+
+
+def _mixed_heads(
+    query: Tensor, key: Tensor, value: Tensor, window: int, facts: LlamaFacts
+) -> Tensor:
+    """One sequence's ``query [H, T, W]`` attends to the latest ``window`` of key and value."""
+    scale, cap = 1.0 / math.sqrt(facts.query_width), facts.caps[0]
+    if not cap and window >= query.shape[1]:
+        return F.scaled_dot_product_attention(
+            query[None], key[None], value[None], is_causal=True, enable_gqa=True, scale=scale
+        )[0]
+    key, value = (part.repeat_interleave(len(query) // len(part), 0) for part in (key, value))
+    scores = _capped(query @ key.mT * scale, cap)
+    seen = torch.ones_like(scores[0], dtype=torch.bool).tril().triu(1 - window)
+    return scores.masked_fill(~seen, -torch.inf).softmax(dim=-1) @ value
+
+
+def _capped(x: Tensor, cap: float) -> Tensor:
+    """``x``, softly bounded by ``cap`` where that is not 0."""
+    return cap * torch.tanh(x / cap) if cap else x
 
 
 def _turned(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,10 +1,8 @@
 """A GGUF teacher's weights as those of one Llama, whatever the layout of its architecture.
 
-``llama``, ``phi3``, ``qwen2`` and ``qwen3`` files hold the same network in different ways: ``phi3``
-fuses query, key and value as well as gate and up, ``llama`` stores query and key rows for rotary
-pairs (2i, 2i+1) while the others rotate (i, i + W/2), ``qwen2`` adds biases, ``qwen3`` normalizes
-each query and key head. Here all come out with the names of transformers' Llama, half-split, in
-float32, one layer at a time. Anything else is refused with the reason: weights read wrongly look
+Files hold much the same network in different ways (``teachers.gguf.features``). Here all come out
+with the names of transformers' Llama, half-split, in float32, one layer at a time, beside the facts
+of what is computed with them. Anything else is refused with the reason: weights read wrongly look
 like weights.
 
 Letters: D width, H heads, K key/value heads, W head width, F feed-forward width, V vocabulary.
@@ -18,11 +16,10 @@ from typing import Any
 import numpy as np
 
 from teachers.base import MAX_COUNT, Floats
+from teachers.gguf.features import FEATURES
 from teachers.gguf.file import GGUFFile, TeacherFileError
 
-ARCHITECTURES = ("llama", "phi3", "qwen2", "qwen3")
 EMBEDDING, OUTPUT, OUTPUT_NORM = "token_embd.weight", "output.weight", "output_norm.weight"
-ROPE_FACTORS = {"llama": "rope_freqs.weight", "phi3": "rope_factors_short.weight"}
 # Metadata that changes what the network computes; only these values leave it a plain Llama.
 PLAIN = {
     "expert_count": (0,),
@@ -30,8 +27,6 @@ PLAIN = {
     "attention.scale": (0.0,),
     "attention.clamp_kqv": (0.0,),
     "attention.max_alibi_bias": (0.0,),
-    "attn_logit_softcapping": (0.0,),
-    "final_logit_softcapping": (0.0,),
     "logit_scale": (0.0, 1.0),
     "residual_scale": (0.0, 1.0),
     "embedding_scale": (0.0, 1.0),
@@ -49,7 +44,10 @@ class LlamaFacts:
 
     ``rotary_factors`` ``[W / 2]``: what the angle of each rotary pair is divided by, as llama.cpp
     does within the context the model was first trained for; ``rotary_scale``: what cosine and sine
-    are multiplied by. ``tied``: the output matrix is the embedding.
+    are multiplied by. ``tied``: the output matrix is the embedding, before ``embedding_scale``.
+    Attention scores are divided by the root of ``query_width``; ``caps``: soft caps of the scores
+    and of the logits, 0 for none. ``window``, ``window_period``, ``window_theta``, ``gelu``: see
+    ``teachers.gguf.features.Features``.
     """
 
     width: int
@@ -64,11 +62,25 @@ class LlamaFacts:
     tied: bool
     rotary_factors: tuple[float, ...]
     rotary_scale: float
+    embedding_scale: float
+    gelu: bool
+    query_width: int
+    caps: tuple[float, float]
+    window: int
+    window_period: int
+    window_theta: float | None
 
-    @property
-    def frequencies(self) -> Floats:
-        """Angle per position of each rotary pair, in radians, ``[W / 2]``."""
+    def window_of(self, layer: int) -> int | None:
+        """How many of the latest tokens a layer attends to; ``None``: all."""
+        if not self.window or layer % self.window_period == self.window_period - 1:
+            return None
+        return self.window
+
+    def frequencies(self, layer: int) -> Floats:
+        """Angle per position of each rotary pair of a layer, in radians, ``[W / 2]``."""
         exponents = np.arange(0, self.head_width, 2, dtype=np.float64) / self.head_width
+        if self.window_theta is not None and self.window_of(layer) is not None:
+            return (self.window_theta**-exponents).astype(np.float32)
         return (self.rope_theta**-exponents / np.array(self.rotary_factors)).astype(np.float32)
 
 
@@ -76,7 +88,8 @@ class LlamaFacts:
 class LayerWeights:
     """One layer in float32 with transformers' names (rows are outputs), rotary pairs half-split.
 
-    Biases ``[H·W]``, ``[K·W]`` and head norms ``[W]`` are ``None`` where the teacher has none.
+    Biases ``[H·W]``, ``[K·W]``, head norms ``[W]`` and ``o_norm`` and ``down_norm`` ``[D]``, of
+    what attention and feed-forward add to the stream, are ``None`` where the teacher has none.
     """
 
     input_norm: Floats
@@ -93,6 +106,8 @@ class LayerWeights:
     v_bias: Floats | None = None
     q_norm: Floats | None = None
     k_norm: Floats | None = None
+    o_norm: Floats | None = None
+    down_norm: Floats | None = None
 
 
 def half_split(rows: Floats, heads: int) -> Floats:
@@ -109,6 +124,7 @@ LAYER_NAMES = {
     **{f"attn_{name}_norm.weight": f"{name}_norm" for name in "qk"},
     **{f"ffn_{name}.weight": f"{name}_proj" for name in ("gate", "up", "down")},
     "attn_output.weight": "o_proj",
+    **{"post_attention_norm.weight": "o_norm", "post_ffw_norm.weight": "down_norm"},
 }
 
 
@@ -122,9 +138,10 @@ class LlamaWeights:
             NotALlama: another architecture, or metadata or tensors that are not a Llama's.
         """
         self.file = file
-        if file.architecture not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
+        if file.architecture not in FEATURES:
+            known = ", ".join(FEATURES)
             raise self._refuse(f"its architecture is {file.architecture!r}, not one of {known}")
+        self.features = FEATURES[file.architecture]
         self._require_plain()
         self.facts = self._read_facts()
         self._require_tensors()
@@ -139,14 +156,14 @@ class LlamaWeights:
         """
         facts = self.facts
         get = {name: self._read(f"blk.{number}.{name}") for name in self._layer_tensors()}
-        if self.file.architecture == "phi3":
+        if self.features.fused:
             qkv, gate_up = get.pop("attn_qkv.weight"), get.pop("ffn_up.weight")
             assert qkv is not None and gate_up is not None
             queries, keys = facts.heads * facts.head_width, facts.kv_heads * facts.head_width
             parts = np.split(qkv, (queries, queries + keys))
             get |= {f"attn_{name}.weight": part for name, part in zip("qkv", parts, strict=True)}
             get["ffn_gate.weight"], get["ffn_up.weight"] = np.split(gate_up, 2)
-        if self.file.architecture == "llama":
+        if self.features.paired:
             for name, heads in (("attn_q", facts.heads), ("attn_k", facts.kv_heads)):
                 for part in (f"{name}.weight", f"{name}.bias"):
                     rows = get.get(part)
@@ -154,11 +171,13 @@ class LlamaWeights:
         return LayerWeights(**{ours: get.get(name) for name, ours in LAYER_NAMES.items()})  # type: ignore[arg-type]
 
     def embedding_rows(self, start: int, stop: int) -> Floats:
-        """Rows of the token embedding, ``[stop − start, D]``."""
-        return self._finite(EMBEDDING, self.file.rows(EMBEDDING, start, stop))
+        """Rows of the token embedding as they enter the stream, ``[stop − start, D]``."""
+        rows = self._finite(EMBEDDING, self.file.rows(EMBEDDING, start, stop))
+        rows *= self.facts.embedding_scale
+        return rows
 
     def output_rows(self, start: int, stop: int) -> Floats:
-        """Rows of the output matrix, ``[stop − start, D]``; tied, the embedding's."""
+        """Rows of the output matrix, ``[stop − start, D]``; tied, the embedding's, not scaled."""
         name = EMBEDDING if self.facts.tied else OUTPUT
         return self._finite(name, self.file.rows(name, start, stop))
 
@@ -199,10 +218,6 @@ class LlamaWeights:
         scaling = self._stated("rope.scaling.type", "linear")
         if scaling not in ("none", "linear", "longrope"):
             raise self._refuse(f"its rotary embedding is scaled by {scaling!r}")
-        for key in ("rope.scaling.factor", "rope.scale_linear"):
-            factor = self._stated(key, 0.0)
-            if scaling != "none" and factor not in (0.0, 1.0):
-                raise self._refuse(f"its rotary embedding is scaled, {key} = {factor!r}")
 
     def _read_facts(self) -> LlamaFacts:
         embedding, heads = self.file.tensors[EMBEDDING].shape, self._count("attention.head_count")
@@ -224,9 +239,10 @@ class LlamaWeights:
             raise self._refuse(
                 f"{heads} query heads do not divide among {kv_heads} key/value heads"
             )
+        features, layers = self.features, self._count("block_count")
         return LlamaFacts(
             width=width,
-            layers=self._count("block_count"),
+            layers=layers,
             heads=heads,
             kv_heads=kv_heads,
             head_width=head_width,
@@ -237,21 +253,46 @@ class LlamaWeights:
             tied=OUTPUT not in self.file.tensors,
             rotary_factors=self._rotary_factors(head_width // 2),
             rotary_scale=self._number("rope.scaling.attn_factor", 1e-3, 1e3, 1.0),
+            embedding_scale=width**0.5 if features.scaled_embedding else 1.0,
+            gelu=features.gelu,
+            query_width=width // heads if layers == features.wide_query_layers else head_width,
+            caps=(self._cap("attn", features.caps[0]), self._cap("final", features.caps[1])),
+            **self._windows(),
         )
 
+    def _cap(self, key: str, usual: float) -> float:
+        """A soft cap, 0 for none; an architecture without any cannot name one."""
+        return self._number(f"{key}_logit_softcapping", 0.0, 1e6 if usual else 0.0, usual)
+
+    def _windows(self) -> dict[str, Any]:
+        """Which layers attend to how many tokens, with which rotary base."""
+        features = self.features
+        if not features.window_period:
+            return {"window": 0, "window_period": 1, "window_theta": None}
+        theta, key = features.window_theta, "rope.freq_base_swa"
+        if theta is not None or self._stated(key) is not None:
+            theta = self._number(key, 1.0, 1e12, theta)
+        period = self._count("attention.sliding_window_pattern", features.window_period)
+        window = self._count("attention.sliding_window", features.window, 0)
+        return {"window": window, "window_period": period, "window_theta": theta}
+
     def _rotary_factors(self, pairs: int) -> tuple[float, ...]:
-        name = ROPE_FACTORS.get(self.file.architecture, "")
+        linear = 1.0
+        if self._stated("rope.scaling.type") != "none":
+            older = self._number("rope.scale_linear", 0.0, 1e6, 0.0)
+            linear = self._number("rope.scaling.factor", 0.0, 1e6, older) or 1.0
+        name = self.features.rotary_factors
         if name not in self.file.tensors:
-            return (1.0,) * pairs
+            return (linear,) * pairs
         self._require_shape(name, (pairs,))
         factors = self.file.tensor(name)
         if not (np.isfinite(factors).all() and (factors > 0).all()):
             raise self._refuse(f"{name} has values that are no divisors of an angle")
-        return tuple(factors.tolist())
+        return tuple((linear * factors).tolist())
 
-    def _count(self, key: str, default: int | None = None) -> int:
+    def _count(self, key: str, default: int | None = None, least: int = 1) -> int:
         value = self._stated(key, default)
-        if type(value) is not int or not 1 <= value <= MAX_COUNT:
+        if type(value) is not int or not least <= value <= MAX_COUNT:
             raise self._refuse(f"{self.file.architecture}.{key} is {_short(value)}")
         return value
 
@@ -263,26 +304,27 @@ class LlamaWeights:
 
     def _layer_tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that a layer can have; biases may be absent."""
-        facts, kind = self.facts, self.file.architecture
+        facts, features = self.facts, self.features
         width, forward = facts.width, facts.feed_forward
         queries, keys = facts.heads * facts.head_width, facts.kv_heads * facts.head_width
+        rows = {"q": queries, "k": keys, "v": keys}
         shapes: dict[str, tuple[int, ...]] = {
             "attn_norm.weight": (width,),
             "attn_output.weight": (width, queries),
             "ffn_norm.weight": (width,),
             "ffn_down.weight": (width, forward),
         }
-        if kind == "phi3":
+        if features.output_norms:
+            shapes |= {"post_attention_norm.weight": (width,), "post_ffw_norm.weight": (width,)}
+        if features.head_norms:
+            shapes |= {f"attn_{name}_norm.weight": (facts.head_width,) for name in "qk"}
+        if features.biases:
+            shapes |= {f"attn_{name}.bias": (count,) for name, count in rows.items()}
+        if features.fused:
             fused = {"attn_qkv.weight": (queries + 2 * keys, width)}
             return shapes | fused | {"ffn_up.weight": (2 * forward, width)}
-        shapes |= {"ffn_gate.weight": (forward, width), "ffn_up.weight": (forward, width)}
-        for name, rows in (("q", queries), ("k", keys), ("v", keys)):
-            shapes[f"attn_{name}.weight"] = (rows, width)
-            if kind != "qwen3":
-                shapes[f"attn_{name}.bias"] = (rows,)
-            elif name != "v":
-                shapes[f"attn_{name}_norm.weight"] = (facts.head_width,)
-        return shapes
+        shapes |= {f"attn_{name}.weight": (count, width) for name, count in rows.items()}
+        return shapes | {f"ffn_{name}.weight": (forward, width) for name in ("gate", "up")}
 
     def _require_tensors(self) -> None:
         """Every tensor there has to be is there with its shape, and no other."""
@@ -292,11 +334,10 @@ class LlamaWeights:
             OUTPUT_NORM: (facts.width,),
             OUTPUT: (facts.vocab_size, facts.width),
         }
-        if self.file.architecture in ROPE_FACTORS:
-            expected[ROPE_FACTORS[self.file.architecture]] = (facts.head_width // 2,)
-        if self.file.architecture == "phi3":
-            expected["rope_factors_long.weight"] = (facts.head_width // 2,)
-        optional = {OUTPUT, "rope_factors_long.weight", *ROPE_FACTORS.values()}
+        factors = self.features.rotary_factors
+        optional = {OUTPUT, factors, factors.replace("short", "long")}  # long: for longer contexts
+        if factors:
+            expected |= dict.fromkeys(optional - {OUTPUT}, (facts.head_width // 2,))
         for number in range(facts.layers):
             if f"blk.{number}.attn_norm.weight" not in self.file.tensors:  # before a million names
                 raise self._refuse(f"tensor 'blk.{number}.attn_norm.weight' is missing")

@@ -70,7 +70,9 @@ VOCABULARY = 1024
 
 @dataclass(frozen=True)
 class Tiny:
-    """Sizes of a tiny teacher; ``rank``: directions its residual stream uses."""
+    """Sizes of a tiny teacher; ``rank``: directions its residual stream uses; ``rope_scale``: what
+    angles are divided by; ``window``: latest tokens that a Gemma's local layers see; ``caps``: soft
+    caps of attention scores and logits."""
 
     architecture: str = "llama"
     width: int = 48
@@ -84,6 +86,9 @@ class Tiny:
     rope_factors: bool = False
     rope_theta: float = 5000.0
     attention_factor: float = 1.0
+    rope_scale: float = 1.0
+    window: int | None = None
+    caps: tuple[float, float] | None = None
     rank: int | None = None
     seed: int = 0
 
@@ -128,7 +133,9 @@ def canonical(tiny: Tiny) -> dict[str, Array]:
         if tiny.biases:
             own |= {f"{name}_bias": draw.standard_normal(size).astype(np.float32)
                     for name, size in (("q", queries), ("k", keys), ("v", keys))}  # fmt: skip
-        if tiny.architecture == "qwen3":
+        if tiny.architecture in ("gemma2", "gemma3"):
+            own |= {"o_norm": gain(tiny.width), "down_norm": gain(tiny.width)}
+        if tiny.architecture in ("qwen3", "gemma3"):
             own |= {"q_norm": gain(tiny.head_width), "k_norm": gain(tiny.head_width)}
         found |= {f"{layer}.{name}": values for name, values in own.items()}
     return found
@@ -175,6 +182,9 @@ def stored(tiny: Tiny) -> dict[str, Array]:
         else:
             layers |= {f"attn_{name}.weight": own[f"{name}_proj"] for name in "qkv"}
             layers |= {"ffn_gate.weight": own["gate_proj"], "ffn_up.weight": own["up_proj"]}
+        if "o_norm" in own:
+            layers["post_attention_norm.weight"] = own["o_norm"]
+            layers["post_ffw_norm.weight"] = own["down_norm"]
         for name in "qkv":
             for ending, key in ((".bias", f"{name}_bias"), ("_norm.weight", f"{name}_norm")):
                 if key in own:
@@ -203,6 +213,13 @@ def metadata(tiny: Tiny) -> dict[str, Any]:
         found |= {"rope.scaling.original_context_length": 256, "attention.sliding_window": 0}
     if tiny.attention_factor != 1.0:
         found["rope.scaling.attn_factor"] = tiny.attention_factor
+    if tiny.rope_scale != 1.0:
+        found |= {"rope.scaling.type": "linear", "rope.scaling.factor": tiny.rope_scale}
+    if tiny.window is not None:
+        found["attention.sliding_window"] = tiny.window
+    if tiny.caps is not None:
+        names = ("attn_logit_softcapping", "final_logit_softcapping")
+        found |= dict(zip(names, tiny.caps, strict=True))
     return found
 
 
