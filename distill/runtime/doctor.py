@@ -45,7 +45,7 @@ PROJECT = "so8t-distill"
 CHILD_SECONDS = 180.0
 SPEED_PROMPT, SPEED_NEW = 128, 64  # tokens read and written to measure the speed
 _LIBRARY = """
-from teachers.llama_cpp.context import describe_library
+from teachers.llama_cpp.library.ggml import describe_library
 print(json.dumps(describe_library()))
 """
 _PYTORCH = """

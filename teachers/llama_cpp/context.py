@@ -20,7 +20,7 @@ import psutil
 from numpy.typing import NDArray
 
 from teachers.gguf.split import model_bytes
-from teachers.llama_cpp.library.ggml import devices
+from teachers.llama_cpp.library.ggml import built_with, devices
 from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.tensor_taps import FINAL_STATE, TensorTaps, layer_output
 
@@ -395,20 +395,3 @@ def _view(pointer: object, shape: tuple[int, int]) -> NDArray[np.float32]:
     if not pointer:
         raise LlamaError("llama.cpp gives no such output for this model")
     return np.ctypeslib.as_array(pointer, shape=shape)
-
-
-def describe_library() -> dict[str, Any]:
-    """What the library was built with (``AVX2``, …) and the GPUs that it sees."""
-    native.llama_backend_init()
-    return {
-        "built_with": built_with(),
-        "gpu": bool(native.llama_supports_gpu_offload()),
-        "devices": devices(),
-    }
-
-
-def built_with() -> list[str]:
-    """Which features of processors the library uses, in llama.cpp's words."""
-    text = native.llama_print_system_info().decode("utf-8", errors="replace")
-    pairs = (part.rpartition(":")[2].partition("=") for part in text.split("|"))
-    return sorted(name.strip() for name, _, value in pairs if value.strip() == "1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+import llama_cpp.llama_cpp as native
 from llama_cpp._ctypes_extensions import load_shared_library
 
 from teachers.llama_cpp.library.build import library_folder
@@ -53,3 +54,20 @@ def devices() -> list[dict[str, Any]]:
         name = ggml_base.ggml_backend_dev_description(device).decode("utf-8", errors="replace")
         found.append({"name": name, "free_bytes": free.value, "total_bytes": total.value})
     return found
+
+
+def describe_library() -> dict[str, Any]:
+    """What the library was built with (``AVX2``, …) and the GPUs that it sees."""
+    native.llama_backend_init()
+    return {
+        "built_with": built_with(),
+        "gpu": bool(native.llama_supports_gpu_offload()),
+        "devices": devices(),
+    }
+
+
+def built_with() -> list[str]:
+    """Which features of processors the library uses, in llama.cpp's words."""
+    text = native.llama_print_system_info().decode("utf-8", errors="replace")
+    pairs = (part.rpartition(":")[2].partition("=") for part in text.split("|"))
+    return sorted(name.strip() for name, _, value in pairs if value.strip() == "1")
