@@ -253,7 +253,7 @@ def require_causal(teacher: Teacher, tokens: Tokens) -> None:
     half = len(one) // 2
     other = np.append(one[:half], (one[half:] + 1) % teacher.info.vocab_size).astype(np.int32)
     first, second = (torch.from_numpy(teacher.logits([text])[:half]) for text in (one, other))
-    if not (error := _difference(second, first)) <= CAUSAL_TOLERANCE:
+    if (error := _difference(second, first)) > CAUSAL_TOLERANCE:  # what is no number, capture names
         raise CaptureError(
             f"{teacher.info.name} ({teacher.info.architecture}) is no causal language model: its "
             f"logits change by {error:.0%} with tokens that come later. Give a model that predicts "
