@@ -1,4 +1,4 @@
-"""Ridge regression in closed form, against its definition."""
+"""Ridge regression: the optimum by its definition; nothing where nothing predicts."""
 
 from __future__ import annotations
 
