@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.chat_template import with_variables
 from teachers.tokenizer.gguf_metadata import with_template_variables
 
+MOST_STEM = 60  # characters of a folder's name
+
 
 def teacher_paths(config: TeacherConfig) -> list[Path]:
     """Every teacher's path, the main one first; by default the example teacher."""
@@ -26,8 +29,11 @@ def teacher_paths(config: TeacherConfig) -> list[Path]:
 
 
 def teacher_stem(config: TeacherConfig) -> str:
-    """A short name for folders."""
-    return Path(config.path).resolve().stem if config.path else "example"
+    """A short name for folders, of signs that no shell or terminal takes for anything else."""
+    if config.path is None:
+        return "example"
+    stem = Path(config.path).resolve().stem
+    return re.sub(r"[^\w.-]+", "-", stem)[:MOST_STEM].strip("-") or "teacher"
 
 
 def find_gguf(config: TeacherConfig) -> Path | None:
