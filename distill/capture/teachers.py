@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.chat_template import with_variables
 from teachers.tokenizer.gguf_metadata import with_template_variables
 
+MOST_STEM = 60  # characters of a folder's name
+
 
 def teacher_paths(config: TeacherConfig) -> list[Path]:
     """Every teacher's path, the main one first; by default the example teacher."""
@@ -27,12 +30,13 @@ def teacher_paths(config: TeacherConfig) -> list[Path]:
 
 
 def teacher_stem(config: TeacherConfig) -> str:
-    """A short name for folders."""
+    """A short name for folders, of signs that no shell or terminal takes for anything else."""
     if config.path is None:
         return "example"
     path = Path(config.path)
     stem = model_stem(path)  # a link's target may have a name that says nothing of the other parts
-    return path.resolve().stem if stem == path.stem else stem
+    stem = path.resolve().stem if stem == path.stem else stem
+    return re.sub(r"[^\w.-]+", "-", stem)[:MOST_STEM].strip("-") or "teacher"
 
 
 def find_gguf(config: TeacherConfig) -> Path | None:

@@ -64,9 +64,11 @@ def modelfile(
     template, opening, notes = _template(fields)
     stops, unwritten = stop_sequences(fields, end_tokens, opening)
     notes += unwritten
+    name = "".join(one if one.isalnum() or one in "._-" else "-" for one in name)
     lines = [f"# ollama create {name} -f Modelfile && ollama run {name}"]
     lines += [f"# Note: {note}." for note in notes]
-    lines.append(f"FROM {_quoted(f'./{gguf_name}') if ' ' in gguf_name else f'./{gguf_name}'}")
+    path, plain = f"./{gguf_name}", not re.search(r'[\s"]', gguf_name)
+    lines.append(f"FROM {path if plain else _quoted(path)}")
     if template is not None:
         lines.append(f"TEMPLATE {_QUOTES}{template}{_QUOTES}")
     lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops]
