@@ -46,6 +46,9 @@ def find_files(path: Path, split: str | None = None) -> tuple[list[Path], list[s
     Raises:
         UserError: nothing that can be read is there, or no such split.
     """
+    single = path.is_file() and suffix_of(path) != ".json"
+    if split is not None and (single or (path / "state.json").is_file()):
+        raise UserError(f"data.split = {split!r}: {path} is not divided into splits; leave it out")
     if path.is_file():
         if suffix_of(path) not in SUFFIXES:
             raise UserError(
@@ -197,14 +200,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(file: Path, what: str) -> Iterator[BinaryIO]:
-    """The file's bytes, unpacked; reading errors become ``UserError``."""
+def _opened(file: Path, what: str, place: Callable[[], str] = str) -> Iterator[BinaryIO]:
+    """The file's bytes, unpacked; reading errors become ``UserError`` with the ``place`` then."""
     packed = file.name.lower().endswith(".gz")
     try:
         with gzip.open(file) if packed else file.open("rb") as stream:
             yield cast(BinaryIO, stream)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{what} {file} is damaged or cut off: {error}; get it again") from None
+        raise UserError(
+            f"{what} {file}{place()} is damaged or cut off: {error}; get it again"
+        ) from None
     except OSError as error:
         raise UserError(f"{what} {file} cannot be read: {error.strerror or error}") from None
 
@@ -230,7 +235,7 @@ def _whole(file: Path, what: str) -> bytes:
 def _lines(file: Path, what: str) -> Iterator[str]:
     """The lines of a file with their ends; those longer than ``MAX_LINE_BYTES`` are refused."""
     start = number = 0
-    with _opened(file, what) as stream:
+    with _opened(file, what, lambda: f", line {number + 1}") as stream:
         while raw := stream.readline(MAX_LINE_BYTES):
             _require_bounded(file, what, start + len(raw))
             if len(raw) == MAX_LINE_BYTES:
@@ -330,7 +335,7 @@ def _arrow_rows(
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError, RecursionError) as error:
         reason = printable_line(str(error).strip().partition("\n")[0])
         raise UserError(
-            f"{source} is damaged, or cannot be read ({reason}); get it again"
+            f"{source}, row {number + 1}: damaged, or no such file ({reason}); get it again"
         ) from None
 
 
