@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from distill.capture.lengths import ANSWER_ROOM, describe_cut, most_tokens
 from distill.config.schema import DataConfig
 from distill.errors import UserError
 from distill.runtime.files import json_lines, read_text, require_unicode
-from teachers.base import GenerationRequest, Progress, Sampling, Teacher, Tokens
+from teachers.base import GenerationRequest, Progress, Sampling, Teacher, TeacherInfo, Tokens
 from teachers.tokenizer.chat_template import ChatTemplateError
 from teachers.tokenizer.conversation import conversation_tokens, opening_segments
 
@@ -47,13 +48,28 @@ class Item:
     speaks: bool
 
 
-class Corpus:
-    """The sequences of a run, in a fixed order; a ``teachers.store.capture.SequenceSource``."""
+@dataclass(frozen=True)
+class Draft:
+    """A piece of data before it is cut. ``windows``: into several sequences, so that nothing is
+    lost; ``answers``: the teacher writes after it."""
 
-    def __init__(self, items: list[Item], sampling: Sampling, notes: list[str]) -> None:
+    tokens: Tokens
+    windows: bool = False
+    answers: bool = False
+
+
+class Corpus:
+    """The sequences of a run, in a fixed order; a ``teachers.store.capture.SequenceSource``.
+
+    ``warnings``: of what is lost.
+    """
+
+    def __init__(
+        self, items: list[Item], sampling: Sampling, notes: list[str], warnings: list[str]
+    ) -> None:
         self.items = items
         self.sampling = sampling
-        self.notes = notes
+        self.notes, self.warnings = notes, warnings
 
     def __len__(self) -> int:
         return len(self.items)
@@ -101,19 +117,25 @@ def build_corpus(
     """
     if entries is None:
         entries = read_entries(config)
-    max_length = min(config.max_length, teacher.info.context_length)
+    drafts = [] if entries is None else _tokenize(entries, teacher)
+    whole = [draft for draft in drafts if not draft.windows]
+    wanted = [len(draft.tokens) + ANSWER_ROOM * draft.answers for draft in whole]
+    max_length = most_tokens(config, teacher.info, wanted)
     sampling = Sampling(config.sampling_temperature, config.top_p, max_length, seed)
     notes: list[str] = []
-    if max_length < config.max_length:
+    if max_length < (config.max_length or 0):
         notes.append(f"sequences are cut to the teacher's context of {max_length} tokens")
     if entries is None:
         opening = opening_segments(teacher)
         if opening is None:
             raise UserError(f"teacher {teacher.info.name} has no token to start from; give --data")
         return Corpus(
-            [Item(opening, True)] * (config.samples or DEFAULT_SPOKEN_SAMPLES), sampling, notes
+            [Item(opening, True)] * (config.samples or DEFAULT_SPOKEN_SAMPLES), sampling, notes, []
         )
-    items = _tokenize(entries, teacher, max_length, notes)
+    lengths = [len(draft.tokens) + draft.answers for draft in whole]
+    cut, much = describe_cut(lengths, max_length, teacher.info.context_length)
+    notes += [cut] if cut and not much else []
+    items = [item for draft in drafts for item in _cut(draft, teacher.info, max_length)]
     if config.samples is not None and config.samples < len(items):
         kept = np.random.default_rng(seed).permutation(len(items))[: config.samples]
         items = [items[index] for index in sorted(kept.tolist())]
@@ -121,7 +143,7 @@ def build_corpus(
         raise UserError(
             f"data {config.path}: only {len(items)} sequence; at least 2 are needed (1 is held out)"
         )
-    return Corpus(items, sampling, notes)
+    return Corpus(items, sampling, notes, [cut] if much else [])
 
 
 def read_entries(config: DataConfig) -> list[Entry] | None:
@@ -204,14 +226,16 @@ def _check_value(kind: str, value: Any, where: str) -> None:
         )
 
 
-def _tokenize(
-    entries: list[Entry], teacher: Teacher, max_length: int, notes: list[str]
-) -> list[Item]:
-    items: list[Item] = []
-    cut = 0
+def _tokenize(entries: list[Entry], teacher: Teacher) -> list[Draft]:
+    drafts: list[Draft] = []
     for entry in entries:
         if entry.kind in ("plain", "text"):
-            items += _windows(entry, teacher, max_length)
+            # Control tokens spelled out in a text stay text: data must not imitate the template.
+            parts = [
+                teacher.tokenize([piece], add_special=False, parse_special=False)[0]
+                for piece in _pieces(entry.value)
+            ]
+            drafts.append(Draft(np.concatenate(parts), windows=True))
             continue
         messages = (
             entry.value if entry.kind == "messages" else [{"role": "user", "content": entry.value}]
@@ -221,27 +245,19 @@ def _tokenize(
             tokens = conversation_tokens(teacher, messages, answer=answers)
         except ChatTemplateError as error:
             raise UserError(f"{entry.where}: {error}") from None
-        cut += len(tokens) > max_length or (answers and len(tokens) >= max_length)
-        tokens = tokens[:max_length]
-        if len(tokens):
-            items.append(Item((tokens,), answers and len(tokens) < max_length))
-    if cut:
-        notes.append(
-            f"{cut} of {len(items)} sequences are cut at {max_length} tokens; raise data.max_length"
-        )
-    return [item for item in items if item.speaks or len(item.segments[0]) > 1]
+        drafts.append(Draft(tokens, answers=answers))
+    return drafts
 
 
-def _windows(entry: Entry, teacher: Teacher, max_length: int) -> list[Item]:
-    """Cut a text into sequences, each beginning with BOS where the model wants one.
-
-    Control tokens spelled out in the text stay text: data must not imitate the template.
-    """
-    pieces = _pieces(entry.value)
-    tokens = np.concatenate(
-        [teacher.tokenize([piece], add_special=False, parse_special=False)[0] for piece in pieces]
-    )
-    bos = teacher.info.bos if teacher.info.add_bos else None
+def _cut(draft: Draft, info: TeacherInfo, max_length: int) -> list[Item]:
+    """The sequences of one piece of data: a text's windows each begin with BOS where the model
+    wants one."""
+    tokens = draft.tokens
+    if not draft.windows:
+        speaks = draft.answers and 0 < len(tokens) < max_length
+        enough = speaks or len(tokens) > 1
+        return [Item((tokens[:max_length],), speaks)] if enough else []
+    bos = info.bos if info.add_bos else None
     start = np.array([] if bos is None else [bos], dtype=np.int32)
     step = max_length - len(start)
     windows = [

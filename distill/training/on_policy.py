@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache
 
-from distill.losses.batch import Batch, padded
+from distill.losses.batch import Batch, arrange
 from distill.training.data import load_batch
 from students.model.interface import Student
 from teachers.base import Sampling, Teacher, Tokens
@@ -48,7 +48,7 @@ class OnPolicyBatches:
         """The sequences ``indices`` of the store for one step."""
         chosen = [i for i in indices if self._draw(CHOICE, step, i).random() < self.share]
         if not chosen:
-            return load_batch(self.store, indices)
+            return load_batch(self.store, indices, student.packs)
         prefixes, uniform, given = [], [], []
         for index in chosen:
             tokens = self.store.tokens(index)
@@ -58,12 +58,15 @@ class OnPolicyBatches:
             uniform.append(self._draw(DRAWS, step, index).random(len(tokens) - length))
             given.append(length)
         generated = continue_texts(student, prefixes, uniform, self.temperature, self.eos)
-        return self._batch(generated, given, [index for index in indices if index not in chosen])
+        others = [index for index in indices if index not in chosen]
+        return self._batch(generated, given, others, student.packs)
 
     def _draw(self, stream: int, step: int, index: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, stream, step, index])
 
-    def _batch(self, generated: list[Tokens], given: list[int], others: list[int]) -> Batch:
+    def _batch(
+        self, generated: list[Tokens], given: list[int], others: list[int], pack: bool
+    ) -> Batch:
         """Generated sequences with the teacher's answers first, then stored ones."""
         shared_codec = self.store.shared_codec()
         bases = shared_codec.bases if shared_codec else {}
@@ -78,8 +81,9 @@ class OnPolicyBatches:
             }
             rows += [self.store.tokens(index) for index in others]
             given = given + stored.lengths.tolist()
-        tokens, lengths = padded(rows)
-        return Batch(tokens, lengths, targets, given=torch.tensor(given), layers=layers)
+        tokens, lengths, rooms = arrange(rows, pack)
+        begun = torch.tensor(given)
+        return Batch(tokens, lengths, targets, given=begun, layers=layers, rooms=rooms)
 
 
 @torch.no_grad()
