@@ -75,7 +75,7 @@ def find_files(path: Path, split: str | None = None) -> tuple[list[Path], list[s
     chosen, notes = _of_split(path, readable, split)
     if others := [file.name for file in files if file not in set(readable)]:
         names = ", ".join(map(printable_line, others[:3])) + ", …" * (len(others) > 3)
-        notes.append(f"{len(others)} other files in {path} are not read: {names}")
+        notes.append(f"not read in {path}: {len(others)} other files ({names})")
     return chosen, notes
 
 
@@ -214,30 +214,34 @@ def _opened(file: Path, what: str, place: Callable[[], str] = str) -> Iterator[B
         raise UserError(f"{what} {file} cannot be read: {error.strerror or error}") from None
 
 
-def _require_bounded(file: Path, what: str, unpacked: int) -> None:
-    if unpacked > FREE_BYTES + MAX_RATIO * file.stat().st_size:
-        raise UserError(
-            f"{what} {file} unpacks to more than {MAX_RATIO} times its size; unpack it yourself if "
-            "it can be trusted"
-        )
+def _most_unpacked(file: Path) -> int:
+    return FREE_BYTES + MAX_RATIO * file.stat().st_size if file.exists() else 0
+
+
+def _bomb(file: Path, what: str) -> UserError:
+    return UserError(
+        f"{what} {file} unpacks to more than {MAX_RATIO} times its size; unpack it yourself if it "
+        "can be trusted"
+    )
 
 
 def _whole(file: Path, what: str) -> bytes:
-    parts: list[bytes] = []
-    size = 0
+    parts, left = [], _most_unpacked(file)
     with _opened(file, what) as stream:
         while part := stream.read(1 << 20):
             parts.append(part)
-            _require_bounded(file, what, size := size + len(part))
+            if (left := left - len(part)) < 0:
+                raise _bomb(file, what)
     return b"".join(parts)
 
 
 def _lines(file: Path, what: str) -> Iterator[str]:
     """The lines of a file with their ends; those longer than ``MAX_LINE_BYTES`` are refused."""
-    start = number = 0
+    start, number, most = 0, 0, _most_unpacked(file)
     with _opened(file, what, lambda: f", line {number + 1}") as stream:
         while raw := stream.readline(MAX_LINE_BYTES):
-            _require_bounded(file, what, start + len(raw))
+            if start + len(raw) > most:
+                raise _bomb(file, what)
             if len(raw) == MAX_LINE_BYTES:
                 raise UserError(
                     f"{what} {file}, line {number + 1}: longer than {MAX_LINE_BYTES >> 20} MiB; "
@@ -285,6 +289,8 @@ def _json_rows(
                 f"{source} has the lists {names}; choose one with --set data.split=NAME"
             )
         value = lists.get(wanted, value) if wanted else value
+    elif split is not None:
+        raise UserError(f"data.split = {split!r}: {source} has no such lists; leave it out")
     for number, row in enumerate(value if isinstance(value, list) else [value], 1):
         yield f"{source}, row {number}", row
 
@@ -302,7 +308,7 @@ def _csv_rows(file: Path, what: str, delimiter: str) -> Iterator[tuple[str, Any]
                 raise UserError(f"{where}: more cells than the header has columns; quote commas")
             yield where, row
     except csv.Error as error:
-        raise UserError(f"{what} {file}, line {reader.line_num}: {error}") from None
+        raise UserError(f"{what} {file}, line {reader.reader.line_num}: {error}") from None
 
 
 def _arrow_rows(
@@ -312,7 +318,7 @@ def _arrow_rows(
     other rows have."""
     import pyarrow
 
-    source, number, size = f"{what} {file}", 0, 0
+    source, number, left = f"{what} {file}", 0, _most_unpacked(file)
     packed = file.name.lower().endswith(".gz")
     raw = _whole(file, what) if packed else None
     try:
@@ -321,7 +327,8 @@ def _arrow_rows(
             if len(set(names)) < len(names):
                 raise UserError(f"{source}: a column is named twice; rename one")
             for batch in batches:
-                _require_bounded(file, what, size := size + batch.nbytes)
+                if (left := left - batch.nbytes) < 0:
+                    raise _bomb(file, what)
                 for at in range(batch.num_rows):
                     (row,) = batch.slice(at, 1).to_pylist()
                     number += 1

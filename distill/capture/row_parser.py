@@ -282,4 +282,6 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _counted(counts: Counter[str], what: str) -> str:
-    return _listed([f"{name} ({count:,} {what})" for name, count in counts.most_common()])
+    return _listed(
+        [f"{name or repr('')} ({count:,} {what})" for name, count in counts.most_common()]
+    )

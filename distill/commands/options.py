@@ -24,8 +24,8 @@ Data = Annotated[
     Path | None,
     typer.Option(
         "--data",
-        help="JSONL (prompt, messages or text), plain text, or a folder of them. Default: the "
-        "teacher generates it.",
+        help="Rows (JSON, Parquet, CSV) of conversations, prompts or text; plain text; or a folder "
+        "of them. Default: the teacher generates it.",
     ),
 ]
 Samples = Annotated[

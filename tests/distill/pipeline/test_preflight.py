@@ -73,6 +73,10 @@ CASES: list[tuple[str, int, str]] = [
     ("run --data {broken.jsonl}", 2, "line 2 is not JSON"),
     ("capture --data {odd.jsonl}", 2, "line 1: no column that is understood; there are words"),
     ("plan --data {latin.txt}", 2, "not UTF-8"),
+    ("run --data {broken.parquet}", 2, "row 1: damaged"),
+    ("run --data {broken.jsonl} --set data.split=test", 2, "is not divided into splits"),
+    ("run --data {broken.jsonl} --set data.columns.body=text", 2, "data.columns.body"),
+    ("evaluate {copy} --teacher {teacher} --tasks {broken.parquet}", 2, "row 1: damaged"),
     (f"run {SAMPLING}", 2, "lets the teacher say one thing only"),
     # Safety prompts
     ("run --safety-labels {missing}", 2, "cannot be read"),
@@ -163,6 +167,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "data.pdf": "%PDF-1.7 and more",
         "broken.jsonl": '{"text": "one"}\n{"text": \n',
         "odd.jsonl": '{"words": "one"}\n',
+        "broken.parquet": "PAR1 and no table",
         "latin.txt": "é".encode("latin-1"),
         "maybe.jsonl": '{"prompt": "hello", "label": "MAYBE"}\n',
         "few.jsonl": '{"prompt": "hello", "label": "ALLOW"}\n',

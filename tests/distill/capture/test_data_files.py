@@ -1,0 +1,221 @@
+"""Every kind of file gives the same rows; damaged and hostile ones are refused with their place."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import ipc, parquet
+
+from distill.capture import data_files
+from distill.capture.corpus import DataRows, read_rows
+from distill.config.loading import load_config
+from distill.errors import UserError
+from teachers.tokenizer.rows import Conversation, Document
+
+TALK = [{"from": "human", "value": "Hi ☕"}, {"from": "gpt", "value": "Hello\u2028you"}]
+ROWS: list[dict[str, Any]] = [
+    {"text": None, "conversations": TALK},
+    {"text": 'A "quoted", text\nof two lines', "conversations": None},
+]
+LINES = "\n".join(map(json.dumps, ROWS))
+EXPECTED = [("user", "Hi ☕", "assistant", "Hello\u2028you"), (ROWS[1]["text"],)]
+
+
+def read(path: Path, *settings: str) -> DataRows:
+    data = read_rows(load_config(None, {"data.path": str(path)}, settings).data)
+    assert data is not None
+    return data
+
+
+def content(data: DataRows) -> list[tuple[str, ...]]:
+    """What was read, without its places."""
+    found: list[tuple[str, ...]] = []
+    for row in data.rows:
+        if isinstance(row, Document):
+            found.append((row.text,))
+        else:
+            found.append(tuple(one[key] for one in row.messages for key in ("role", "content")))
+    return found
+
+
+def parquet_bytes(rows: list[dict[str, Any]] | pa.Table, **options: Any) -> bytes:
+    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows)
+    sink = pa.BufferOutputStream()
+    parquet.write_table(table, sink, **options)
+    return bytes(sink.getvalue())
+
+
+def arrow_bytes(rows: list[dict[str, Any]], new: Callable[..., Any] = ipc.new_stream) -> bytes:
+    table, sink = pa.Table.from_pylist(rows), pa.BufferOutputStream()
+    with new(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def csv_text(rows: list[dict[str, Any]], path: Path, delimiter: str = ",") -> Path:
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(
+            {k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows
+        )
+    return path
+
+
+def saved(folder: Path, parts: list[list[dict[str, Any]]], **state: Any) -> Path:
+    """A folder as ``Dataset.save_to_disk`` writes it, with a cache file that is not of it."""
+    folder.mkdir(parents=True)
+    names = [f"data-{n:05}-of-{len(parts):05}.arrow" for n in range(len(parts))]
+    for name, rows in zip(names, parts, strict=True):
+        (folder / name).write_bytes(arrow_bytes(rows))
+    (folder / "cache-1f.arrow").write_bytes(arrow_bytes([{"text": "an intermediate result"}]))
+    listed = [{"filename": name} for name in names]
+    (folder / "state.json").write_text(json.dumps({"_data_files": listed, "_split": None} | state))
+    (folder / "dataset_info.json").write_text('{"features": {}}')
+    return folder
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
+    """Lines, lists, tables, packed or not, and what ``datasets`` saves."""
+    files: dict[str, bytes | str] = {
+        "lines.jsonl": LINES,
+        "windows.ndjson": "\ufeff" + LINES.replace("\n", "\r\n\r\n"),
+        "lines.json": LINES + "\n",
+        "list.json": json.dumps(ROWS, indent=2),
+        "object.json": json.dumps({"version": 1, "data": ROWS}),
+        "rows.parquet": parquet_bytes(ROWS, row_group_size=1),
+        "rows.arrow": arrow_bytes(ROWS),
+        "file.arrow": arrow_bytes(ROWS, ipc.new_file),
+    }
+    for name, given in files.items():
+        raw = given.encode() if isinstance(given, str) else given
+        for path, written in ((name, raw), (f"{name}.GZ", gzip.compress(raw))):
+            (tmp_path / path).write_bytes(written)
+            assert content(read(tmp_path / path)) == EXPECTED, path
+    for name, delimiter in (("rows.csv", ","), ("rows.tsv", "\t")):
+        assert content(read(csv_text(ROWS, tmp_path / name, delimiter))) == EXPECTED, name
+    (tmp_path / "one.json").write_text(json.dumps(ROWS[0]))
+    assert content(read(tmp_path / "one.json")) == EXPECTED[:1]
+    assert content(read(saved(tmp_path / "saved", [ROWS[:1], ROWS[1:]]))) == EXPECTED
+    where = [row.where for row in read(tmp_path / "lines.jsonl").rows]
+    assert [text.rpartition(", ")[2] for text in where] == ["line 1", "line 2"]
+
+
+def test_nulls_of_a_table_are_absent(tmp_path: Path) -> None:
+    """Arrow gives every object the keys of all: those that only others have are not there."""
+    calls = [[{"function": {"name": name, "arguments": {key: 1}}}] for name, key in ("fx", "gy")]
+    rows = [{"messages": [{"role": "assistant", "tool_calls": one}]} for one in calls]
+    (tmp_path / "rows.parquet").write_bytes(parquet_bytes(rows))
+    found = [row for row in read(tmp_path / "rows.parquet").rows if isinstance(row, Conversation)]
+    arguments = [row.messages[0]["tool_calls"][0]["function"]["arguments"] for row in found]
+    assert arguments == [{"x": 1}, {"y": 1}]
+
+
+def test_splits(tmp_path: Path) -> None:
+    """``train`` or the named one, of saved data, of files named by split, of a JSON object."""
+    parts = {name: [{"text": f"{name} {n}"} for n in range(2)] for name in ("test", "train")}
+    for name, rows in parts.items():
+        saved(tmp_path / "saved" / name, [rows])
+        (tmp_path / "hub" / "data").mkdir(parents=True, exist_ok=True)
+        file = tmp_path / "hub" / "data" / f"{name}-00000-of-00001.parquet"
+        file.write_bytes(parquet_bytes(rows))
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["test", "train"]}')
+    (tmp_path / "hub" / "README.md").write_text("# What this data is")
+    (tmp_path / "hub" / ".git").mkdir()
+    (tmp_path / "hub" / ".git" / "notes.txt").write_text("not data")
+    (tmp_path / "lists.json").write_text(json.dumps(parts))
+    for name in ("saved", "hub", "lists.json"):
+        path = tmp_path / name
+        assert content(read(path)) == [("train 0",), ("train 1",)], name
+        assert content(read(path, "data.split=test")) == [("test 0",), ("test 1",)], name
+        with pytest.raises(UserError, match=r"(test, train|train, test).*data\.split"):
+            read(path, "data.split=dev")
+            pytest.fail(f"{name} has no such split")
+    assert any("test" in note for note in read(tmp_path / "saved").notes)
+    assert any("README.md" in note for note in read(tmp_path / "hub").notes)
+    with pytest.raises(UserError, match=r"data\.split = 'test'.*not divided"):
+        read(tmp_path / "saved" / "train", "data.split=test")
+
+
+def test_columns_that_are_not_used_are_not_read(tmp_path: Path) -> None:
+    """They are counted; where none is understood the error lists those that are there."""
+    rows = [{"text": "a", "image": b"\xff\xfe"}, {"text": "", "image": None}]
+    (tmp_path / "a.parquet").write_bytes(parquet_bytes(rows))
+    data = read(tmp_path / "a.parquet")
+    assert content(data) == [("a",)]
+    assert any("image (2" in note for note in data.notes)
+    assert any("1 rows" in note and "a.parquet, row 2" in note for note in data.notes)
+    with pytest.raises(UserError, match=r"row 1: no column.*there are text, image"):
+        read(tmp_path / "a.parquet", "data.columns.text=null")
+    assert content(read(tmp_path / "a.parquet", "data.columns={content: text, text: null}")) == [
+        ("a",)
+    ]
+
+
+def test_damaged_and_hostile_files_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One error with the file and the line or row; nothing unpacks without bounds."""
+    monkeypatch.setattr(data_files, "FREE_BYTES", 1 << 12)
+    monkeypatch.setattr(data_files, "MAX_LINE_BYTES", 1 << 20)
+    packed, table = gzip.compress(LINES.encode() * 99), parquet_bytes(ROWS)
+    latin = parquet_bytes(
+        pa.table({"text": pa.array([b"fine", b"caf\xe9"]).cast(pa.binary()).view(pa.string())})
+    )
+    bad_stream = bytearray(arrow_bytes([{"text": "fine"}, {"text": "caf\u00e9"}]))
+    at = bad_stream.index("é".encode())
+    bad_stream[at : at + 2] = b"\xe9\xe9"
+    bomb = [{"text": "x" * (1 << 12)}] * 2_000
+    cases: list[tuple[str, bytes, tuple[str, ...]]] = [
+        ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}', ("line 2", "UTF-8", "byte 27")),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b", "text": "c"}', ("line 2", "'text'", "twice")),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, ("line 1", "JSON")),
+        ("a.jsonl", b'{"text": "' + b"x" * (2 << 20), ("line 1", "longer")),
+        ("a.jsonl", b'{"text": NaN}', ("every row is blank",)),
+        ("a.json", b'[{"text": "a"},\n {"text": }]', ("JSON", "line 2")),
+        ("a.json", b'{"text": "a"}\n{"text": }', ("line 2", "JSON")),
+        ("a.json", b"[]", ("empty",)),
+        ("a.json", b"7", ("row 1", "7")),
+        ("a.csv", b'text\n"a\nb"\nc,d\n', ("line 4", "more cells")),
+        ("a.csv", b"text,text\na,b\n", ("line 1", "twice")),
+        ("a.csv", b'text\n"a', ("line 2",)),
+        ("a.csv", b"text\n", ("empty",)),
+        ("a.jsonl.gz", LINES.encode(), ("line 1", "damaged")),
+        ("a.jsonl.gz", packed[: len(packed) // 2], ("line ", "cut off")),
+        ("a.txt.gz", packed[:-9], ("cut off",)),
+        ("a.jsonl.gz", gzip.compress(b"\n" * (1 << 20)), ("unpacks",)),
+        ("a.txt.gz", gzip.compress(bytes(1 << 20)), ("unpacks",)),
+        ("a.parquet", b"PAR1" + b"no table" * 9, ("damaged",)),
+        ("a.parquet", table[:-20], ("damaged",)),
+        ("a.parquet", table[:4] + bytes(len(table) // 2) + table[len(table) // 2 + 4 :], ()),
+        ("a.parquet", b"", ()),
+        ("a.parquet", latin, ("row 2", "UTF-8")),
+        ("a.parquet", parquet_bytes(bomb), ("unpacks",)),
+        ("a.arrow", arrow_bytes(ROWS)[:-40], ("row ",)),
+        ("a.arrow", bytes(bad_stream), ("row 1", "UTF")),
+        ("a.arrow", LINES.encode(), ("row 1",)),
+        ("a.pdf", b"%PDF", (".parquet",)),
+    ]
+    for name, raw, words in cases:
+        path = tmp_path / name
+        path.write_bytes(raw)
+        with pytest.raises(UserError) as caught:
+            read(path)
+            pytest.fail(f"{name} {raw[:40]!r} is accepted")
+        for word in (name, *words):
+            assert word in str(caught.value), (name, raw[:40], str(caught.value))
+        assert "\n" not in str(caught.value), str(caught.value)
+    with pytest.raises(UserError, match="flatten_indices"):
+        read(saved(tmp_path / "indexed", [ROWS], _indices_data_files=[{"filename": "i.arrow"}]))
+    with pytest.raises(UserError, match="names no data files"):
+        read(saved(tmp_path / "broken", [ROWS], _data_files=3))
+    away = [{"filename": "../../etc/passwd"}]
+    with pytest.raises(UserError, match="saved/passwd"):
+        read(saved(tmp_path / "saved", [ROWS], _data_files=away))
