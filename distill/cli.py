@@ -10,13 +10,12 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console as RichConsole
-from rich.markup import escape
 
 from distill import __version__
 from distill.commands import audit, chat, doctor, evaluate, export, judge, report, run
 from distill.commands.exit_codes import EXIT_INTERRUPTED, exit_code, one_line
 from distill.runtime.interrupts import watch
-from distill.runtime.printable import printable, show_warnings
+from distill.runtime.printable import markup, show_warnings
 
 # Set before torch and transformers are imported: no telemetry, no look-ups on the network, no
 # progress bars of theirs between ours.
@@ -88,5 +87,5 @@ def main() -> NoReturn:
 
 def _complain(message: str) -> None:
     RichConsole(stderr=True, highlight=False).print(
-        f"[bold red]error:[/] {escape(printable(message))}", soft_wrap=True
+        f"[bold red]error:[/] {markup(message)}", soft_wrap=True
     )

@@ -103,6 +103,7 @@ class TeacherInfo:
 
     ``end_tokens``: those with which it ends its turn. ``shape``: of its layers, if known.
     ``tool_template``: chat template of conversations with tools, if that is another.
+    ``template_variables``: what both were given of their own (``with_variables``).
     ``special_tokens``: texts of further tokens by the names that templates use (``unk_token``, …).
     """
 
@@ -123,6 +124,7 @@ class TeacherInfo:
     tokenizer_sha256: str
     shape: TeacherShape = TeacherShape()
     tool_template: str | None = None
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
     special_tokens: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -29,6 +29,7 @@ from teachers.base import (
     budget_slices,
     no_progress,
 )
+from teachers.names import ordinary_name
 from teachers.targets.distributions import Arrays
 from teachers.targets.recipe import Recipe
 from teachers.targets.state_codec import Basis
@@ -77,7 +78,7 @@ class EnsembleTeacher(Teacher):
         members = [(info.sha256, weight) for info, weight in zip(infos, self.weights, strict=True)]
         return replace(
             infos[0],
-            name=" + ".join(info.name for info in infos),
+            name=" + ".join([infos[0].name, *(ordinary_name(info.name) for info in infos[1:])]),
             parameters=sum(info.parameters for info in infos),
             file_bytes=sum(info.file_bytes for info in infos),
             context_length=min(info.context_length for info in infos),

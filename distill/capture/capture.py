@@ -84,11 +84,13 @@ def keep_teacher_record(
     ``text``: a description of the sequences.
     """
     kept = find_teacher_record(store)
-    # An older version did not keep the teacher's shape, which the student's follows.
+    # An older version did not keep the teacher's shape, which the student's follows; and stores of
+    # plain text are the same whatever the settings put into the chat template.
     if (
         kept is not None
         and (kept.tokenizer or gguf is None)
         and kept.info.shape == teacher.info.shape
+        and kept.info.chat_template == teacher.info.chat_template
     ):
         return kept
     if kept is None and (store.folder / TEACHER).exists():

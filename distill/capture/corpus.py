@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +25,7 @@ from teachers.base import GenerationRequest, Keep, Progress, Sampling, Teacher, 
 from teachers.tokenizer.assistant_mask import AssistantMask
 from teachers.tokenizer.chat_template import ChatTemplateError
 from teachers.tokenizer.conversation import conversation_tokens, opening_segments
-from teachers.tokenizer.rows import Document, Row
+from teachers.tokenizer.rows import Conversation, Document, Row
 
 DEFAULT_SPOKEN_SAMPLES = 4096
 MAX_TOKENIZED_AT_ONCE = 1 << 20  # characters of text sent to the tokenizer in one piece
@@ -140,6 +142,8 @@ def build_corpus(
     sampling = Sampling(config.sampling_temperature, config.top_p, max_length, seed)
     if max_length < (config.max_length or 0):
         notes.append(f"sequences are cut to the teacher's context of {max_length} tokens")
+    if data is None or any(isinstance(row, Conversation) for row in data.rows):
+        notes += _of_the_date(teacher.info.chat_template or "")
     if data is None:
         opening = opening_segments(teacher)
         if opening is None:
@@ -166,6 +170,16 @@ def build_corpus(
             + "".join(f"; {note}" for note in notes)
         )
     return Corpus(items, sampling, notes, [cut] if much else [])
+
+
+def _of_the_date(template: str) -> list[str]:
+    if "strftime_now" not in template or "SOURCE_DATE_EPOCH" in os.environ:
+        return []
+    return [
+        "the teacher's chat template writes today's date, so that the soft targets of another day "
+        "are others; to make them again, or continue a run, then, set SOURCE_DATE_EPOCH="
+        f"{int(time.time())}"
+    ]
 
 
 def read_rows(config: DataConfig) -> DataRows | None:

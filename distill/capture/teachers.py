@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+
+from pydantic import JsonValue
 
 from distill.config.schema import TeacherConfig
 from distill.errors import UserError
 from teachers import example_teacher
-from teachers.base import Teacher
+from teachers.base import Teacher, TeacherInfo
 from teachers.gguf.file import Field, read_gguf, tokenizer_fields
 from teachers.huggingface.folder import check_folder
 from teachers.llama_cpp.teacher import GGUFTeacher
+from teachers.tokenizer.chat_template import with_variables
+from teachers.tokenizer.gguf_metadata import with_template_variables
+
+MOST_STEM = 60  # characters of a folder's name
 
 
 def teacher_paths(config: TeacherConfig) -> list[Path]:
@@ -20,8 +29,11 @@ def teacher_paths(config: TeacherConfig) -> list[Path]:
 
 
 def teacher_stem(config: TeacherConfig) -> str:
-    """A short name for folders."""
-    return Path(config.path).resolve().stem if config.path else "example"
+    """A short name for folders, of signs that no shell or terminal takes for anything else."""
+    if config.path is None:
+        return "example"
+    stem = Path(config.path).resolve().stem
+    return re.sub(r"[^\w.-]+", "-", stem)[:MOST_STEM].strip("-") or "teacher"
 
 
 def find_gguf(config: TeacherConfig) -> Path | None:
@@ -33,7 +45,7 @@ def tokenizer_of(config: TeacherConfig) -> dict[str, Field]:
     """The tokenizer that the student takes, as GGUF metadata; the file may be damaged."""
     path = find_gguf(config)
     assert path is not None, "see require_gguf"
-    return tokenizer_fields(read_gguf(path))
+    return with_template_variables(tokenizer_fields(read_gguf(path)), config.template_variables)
 
 
 def require_gguf(config: TeacherConfig) -> None:
@@ -85,6 +97,7 @@ def open_teacher(config: TeacherConfig) -> Teacher:
     try:
         for path in teacher_paths(config):
             members.append(_open_one(path, config))
+            members[-1].info = _with_variables(members[-1].info, config.template_variables)
         if len(members) == 1:
             return members[0]
         from teachers.ensemble import EnsembleTeacher
@@ -102,3 +115,17 @@ def _open_one(path: Path, config: TeacherConfig) -> Teacher:
 
         return HuggingFaceTeacher(path, load_in_4bit=config.load_in_4bit)
     return GGUFTeacher(path, gpu_layers=config.gpu_layers)
+
+
+def _with_variables(info: TeacherInfo, variables: Mapping[str, JsonValue]) -> TeacherInfo:
+    """Facts of a teacher whose chat templates have the settings' variables."""
+    if variables and info.chat_template is None:
+        raise UserError(
+            f"teacher.template_variables: {info.name} has no chat template that could use them; "
+            "leave them out"
+        )
+    chat, tools = (
+        text and with_variables(text, variables)
+        for text in (info.chat_template, info.tool_template)
+    )
+    return replace(info, chat_template=chat, tool_template=tools, template_variables=variables)

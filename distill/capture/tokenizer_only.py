@@ -19,10 +19,11 @@ WIDTH = 32
 
 @contextmanager
 def tokenizer_alone(
-    tokenizer: Mapping[str, MetadataEntry], vocab_size: int
+    tokenizer: Mapping[str, MetadataEntry], vocab_size: int, name: str = "tokenizer"
 ) -> Iterator[GGUFTeacher]:
     """The tokenizer and chat template of ``tokenizer`` (GGUF metadata), in a running llama.cpp.
 
+    ``name``: the teacher's, on which it may depend how llama.cpp reads its tokenizer.
     llama.cpp reads a tokenizer only from a whole model, so it gets a single narrow layer.
     """
     config = SO8TConfig(
@@ -36,9 +37,7 @@ def tokenizer_alone(
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.gguf"
-        write_gguf(
-            build_student(config, seed=0), path, "f16", tokenizer, ExportNames("tokenizer", {})
-        )
+        write_gguf(build_student(config, seed=0), path, "f16", tokenizer, ExportNames(name, {}))
         with GGUFTeacher(path, threads=1) as model:
             yield model
 

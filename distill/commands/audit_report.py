@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import typer
-from rich.markup import escape
 
 from distill.commands.exit_codes import EXIT_USER
 from distill.errors import UserError
 from distill.runs.audit_verify import Verification, verify
-from distill.runtime.printable import json_line, printable
+from distill.runtime.printable import json_line, markup, printable
 from distill.runtime.progress import Console
 
 CHECKPOINTS = "checkpoints/"
@@ -41,19 +40,19 @@ def report_verification(folder: Path, expect: str | None, as_json: bool) -> None
 def _print(result: Verification, folder: Path) -> None:
     console = Console()
     for finding in result.findings:
-        console.rich.print(f"[red]✗[/] {escape(printable(finding.message))}", soft_wrap=True)
+        console.rich.print(f"[red]✗[/] {markup(finding.message)}", soft_wrap=True)
     for note in result.notes:
-        console.note(printable(note))
+        console.note(note)
     events = ", ".join(f"{name} {count}" for name, count in sorted(result.events.items()))
     times = f"{result.first_time} to {result.last_time}"
-    console.rich.print(f"{result.head.lines} lines, {escape(printable(times))}", soft_wrap=True)
-    console.rich.print(escape(printable(events)), soft_wrap=True)
+    console.rich.print(f"{result.head.lines} lines, {markup(times)}", soft_wrap=True)
+    console.rich.print(markup(events), soft_wrap=True)
     console.rich.print(
         f"{len(result.checked)} files are as the log names them{_gone(result)}", soft_wrap=True
     )
     if result.intact:
         console.rich.print(
-            f"[green]✓[/] the log of {escape(str(folder))} is intact. It ends at "
+            f"[green]✓[/] the log of {markup(str(folder))} is intact. It ends at "
             f"{result.head.sha256}: kept elsewhere, --expect shows later that it was not written "
             "anew",
             soft_wrap=True,
@@ -65,5 +64,5 @@ def _gone(result: Verification) -> str:
     old = sum(name.startswith(CHECKPOINTS) for name in result.gone)
     others = [name for name in result.gone if not name.startswith(CHECKPOINTS)]
     parts = [f"{old} of older checkpoints are gone, as they should be"] if old else []
-    parts += [f"{escape(printable(', '.join(others)))}: no longer there"] if others else []
+    parts += [f"{markup(', '.join(others))}: no longer there"] if others else []
     return "".join(f"; {part}" for part in parts)

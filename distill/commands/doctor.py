@@ -74,12 +74,10 @@ def doctor(
 
 
 def _print(finding: Finding, console: Console) -> None:
-    from rich.markup import escape
-
-    from distill.runtime.printable import printable
+    from distill.runtime.printable import markup
 
     color = COLORS[finding.level]
-    text = escape(printable(finding.text))
+    text = markup(finding.text)
     console.print(f"[{color}]{finding.level:<6}[/] {finding.name:<18} {text}", soft_wrap=True)
     if finding.remedy:
-        console.print(f"{'':<26}→ {escape(printable(finding.remedy))}", soft_wrap=True)
+        console.print(f"{'':<26}→ {markup(finding.remedy)}", soft_wrap=True)

@@ -6,12 +6,14 @@ Nothing here looks at hardware or files, so a configuration can be checked anywh
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from students.model.shape import ChosenShape, StudentSize, attention_shape, parse_request
+from teachers.tokenizer.chat_template import GIVEN
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -37,7 +39,9 @@ class TeacherConfig(Section):
     ``path``: a GGUF file, or a transformers folder to capture from; none: the example teacher.
     ``gpu_layers``: layers on a GPU where llama.cpp has one, −1 for all. ``mix_with``: further
     teachers with the same vocabulary; ``weights``: of all in the mixture, the first included (none:
-    equal). ``load_in_4bit``: NF4 for folders, through bitsandbytes.
+    equal). ``load_in_4bit``: NF4 for folders, through bitsandbytes. ``template_variables``: values
+    that its chat template uses where a conversation has none of its own, such as
+    ``enable_thinking: false``, ``tools`` or ``documents``; the student's chat template keeps them.
     """
 
     path: str | None = None
@@ -45,6 +49,24 @@ class TeacherConfig(Section):
     mix_with: tuple[str, ...] = ()
     weights: tuple[Positive, ...] = ()
     load_in_4bit: bool = False
+    template_variables: dict[str, JsonValue] = {}
+
+    @field_validator("template_variables", mode="before")
+    @classmethod
+    def _as_json(cls, variables: Any) -> Any:
+        """YAML reads 2024-07-26 as a date."""
+        return json.loads(json.dumps(variables, default=str))
+
+    @field_validator("template_variables")
+    @classmethod
+    def _named(cls, variables: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        for name in variables:
+            if name in GIVEN or not (name.isascii() and name.isidentifier()):
+                raise ValueError(
+                    f"{name!r} is no variable that can be set; {', '.join(GIVEN)} come from the "
+                    "conversation and the tokenizer"
+                )
+        return variables
 
 
 class StudentConfig(Section):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.markup import escape
 from rich.table import Table
 
 from distill.capture.tokenizer_only import tokenizer_entries
@@ -26,6 +25,7 @@ from distill.runs.folder import RunFolder
 from distill.runs.proof_record import Proof
 from distill.runs.provenance import read_lineage
 from distill.runtime.format import human_bytes
+from distill.runtime.printable import markup
 from distill.runtime.progress import Console
 from students.gguf.file_types import FILE_TYPES
 from students.gguf.imatrix import read_mean_squares
@@ -145,7 +145,7 @@ def _importance(
 
 def _table(name: str, proofs: Proofs, files: Sequence[ExportedFile]) -> Table:
     original = proofs.original
-    table = Table(title=escape(name), title_justify="left", caption_justify="left")
+    table = Table(title=markup(name), title_justify="left", caption_justify="left")
     table.add_column("type")
     for column in ("size", "bits", "KL to F32", "top token", "decode", "prefill"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -28,13 +28,22 @@ from distill.export.ollama_template import (
 from teachers.atomic_files import write_whole
 from teachers.gguf.file import Field
 from teachers.tokenizer.chat_template import ChatTemplateError, Message, render_chat
-from teachers.tokenizer.gguf_metadata import SENTENCEPIECE, read_roles, token_text
+from teachers.tokenizer.gguf_metadata import (
+    INFILL_TOKENS,
+    SENTENCEPIECE,
+    chat_templates,
+    read_roles,
+    token_text,
+)
 from teachers.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 
 MOST_CONTEXT = 8192  # tokens in num_ctx: Ollama takes memory for all of them at once
 _QUOTES = '"""'
 _SPECIAL = (TokenType.CONTROL, TokenType.USER_DEFINED)
+_END_ROLES = [f"tokenizer.ggml.{role}_token_id" for role in ("eos", "eot", "eom")]
 _LONE = re.compile("[\ud800-\udfff]")  # the GGUF reader's sign for a byte that is not UTF-8
+# How special tokens and headings of turns begin, and no sentence.
+_MARKER = re.compile(r"_?[<\[＜【]\S|#{2,} ")
 # What would start an action, by itself or together with one that follows, or end the value.
 _UNSAFE = re.compile(r'(\{+|"""+)')
 
@@ -55,9 +64,11 @@ def modelfile(
     template, opening, notes = _template(fields)
     stops, unwritten = stop_sequences(fields, end_tokens, opening)
     notes += unwritten
+    name = "".join(one if one.isalnum() or one in "._-" else "-" for one in name)
     lines = [f"# ollama create {name} -f Modelfile && ollama run {name}"]
     lines += [f"# Note: {note}." for note in notes]
-    lines.append(f"FROM {_quoted(f'./{gguf_name}') if ' ' in gguf_name else f'./{gguf_name}'}")
+    path, plain = f"./{gguf_name}", not re.search(r'[\s"]', gguf_name)
+    lines.append(f"FROM {path if plain else _quoted(path)}")
     if template is not None:
         lines.append(f"TEMPLATE {_QUOTES}{template}{_QUOTES}")
     lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops]
@@ -128,13 +139,13 @@ def chat_renderer(fields: Mapping[str, Field], template: str) -> Render:
 def _template(fields: Mapping[str, Field]) -> tuple[str | None, str, list[str]]:
     """The template if there can be one, the text between an answer and the next user message,
     and notes."""
-    stated = fields.get("tokenizer.chat_template")
-    if stated is None or not stated.value:
+    template = chat_templates(fields)[0]
+    if template is None:
         return "{{ .Prompt }}", "", []
     segments: Segments | None = None
     notes: list[str] = []
-    if isinstance(stated.value, str) and not _LONE.search(stated.value):
-        segments, notes = find_segments(chat_renderer(fields, stated.value))
+    if not _LONE.search(template):
+        segments, notes = find_segments(chat_renderer(fields, template))
     if segments is None:
         note = (
             "the teacher's chat template cannot be written in Ollama's template language, so there "
@@ -142,6 +153,8 @@ def _template(fields: Mapping[str, Field]) -> tuple[str | None, str, list[str]]:
             "llama.cpp, which reads the one in the file"
         )
         return None, "", [note]
+    if "strftime_now" in template:
+        notes.append("the date in the template is that of the export")
     opening = segments.after["assistant"] + choose(segments.before["user"], "assistant")
     return go_template(segments), opening, notes
 
@@ -222,12 +235,26 @@ def stop_sequences(
     """Texts at which an answer is cut off, none empty and none twice, and notes.
 
     They are the end tokens, and the text that starts the next user turn, which stops a small
-    student that does not stop. ``opening``: everything between an answer and the next user message.
+    student that does not stop; but nothing that an ordinary answer may contain, such as the name of
+    a role. ``opening``: everything between an answer and the next user message.
     """
     tokens = fields["tokenizer.ggml.tokens"].value
-    ends = [token_text(tokens[number], number) for number in end_tokens]
-    unique = dict.fromkeys([*ends, _turn(fields, opening, ends)])
-    stops = [text for text in unique if text.strip()]
+    stated = fields.get("tokenizer.ggml.token_type")
+    kinds = stated.value if stated is not None else []
+    special = [one for one, kind in zip(tokens, kinds, strict=False) if kind in _SPECIAL and one]
+    roles = read_roles(fields, len(tokens))
+    bos = tokens[roles["bos"]] if "bos" in roles else ""
+    named = {fields[key].value for key in _END_ROLES if key in fields}
+    ends = []
+    for number in end_tokens:
+        text = token_text(tokens[number], number)
+        # llama.cpp goes by the text alone: in a vocabulary with tags of HTML </s> is one.
+        tag = text.startswith("</") and kinds[number : number + 1] != [TokenType.CONTROL]
+        tag = tag and number not in named and text not in opening and f"<{text[2:]}" != bos
+        if not tag and text not in INFILL_TOKENS and _is_marker(text, special):
+            ends.append(text)
+    turn = _turn(opening, ends, special, bos)
+    stops = [text for text in dict.fromkeys([*ends, turn]) if text.strip()]
     notes = [
         f"the stop sequence {text!a} cannot be written here"
         for text in stops
@@ -236,21 +263,29 @@ def stop_sequences(
     return [text for text in stops if _quotable(text)], notes
 
 
-def _turn(fields: Mapping[str, Field], opening: str, ends: Sequence[str]) -> str:
-    """The start of the user's turn: without what ends the answer, white space, and BOS.
+def _is_marker(text: str, special: Sequence[str]) -> bool:
+    """Whether a text stands in no ordinary answer: it begins with a special token, or as one does;
+    a word never is one."""
+    bare = text.strip()
+    return not bare.isalnum() and (_MARKER.match(bare) is not None or bare.startswith((*special,)))
+
+
+def _turn(opening: str, ends: Sequence[str], special: Sequence[str], bos: str) -> str:
+    """The start of the user's turn, without what ends the answer, white space, and a BOS in front
+    of a marker; empty where an answer may contain it and something else ends the answer.
 
     A line of its own is part of it, unless it starts with a token that no other text has.
     """
-    tokens = fields["tokenizer.ggml.tokens"].value
-    bos = read_roles(fields, len(tokens)).get("bos")
-    closing = [*ends, *([] if bos is None else [tokens[bos]])]
-    while matching := [end for end in closing if end and opening.lstrip().startswith(end)]:
-        opening = opening.lstrip().removeprefix(max(matching, key=len))
-    stated = fields.get("tokenizer.ggml.token_type")
-    kinds = stated.value if stated is not None else []
-    special = [one for one, kind in zip(tokens, kinds, strict=False) if kind in _SPECIAL and one]
-    starts = any(opening.lstrip().startswith(token) for token in special)
-    return opening.strip() if starts else opening.rstrip()
+    turn = opening
+    while matching := [end for end in ends if turn.lstrip().startswith(end)]:
+        turn = turn.lstrip().removeprefix(max(matching, key=len))
+    begun, _, rest = turn.partition(bos) if bos else ("", "", "")
+    if not begun.strip() and _is_marker(rest, special):
+        turn = rest
+    if turn.lstrip().startswith((*special,)):
+        return turn.strip()
+    alone = turn == opening and turn[:1] == "\n" and not turn.rstrip()[-1:].isalnum()
+    return turn.rstrip() if alone or _is_marker(turn, special) else ""
 
 
 def _quotable(text: str) -> bool:

@@ -11,6 +11,7 @@ from distill.export.ollama_modelfile import adds_bos
 from teachers.atomic_files import write_whole
 from teachers.gguf.file import Field
 from teachers.tokenizer.chat_template import ChatTemplateError, render_chat
+from teachers.tokenizer.gguf_metadata import chat_templates
 from teachers.tokenizer.tokenizer_json import write_tokenizer_folder
 
 _TOKENS = ("bos", "eos", "unk", "sep", "pad", "mask")
@@ -32,10 +33,10 @@ def write_plain_tokenizer(fields: Mapping[str, Field], folder: Path) -> None:
     special = {key: config[key] for role in _TOKENS if (key := f"{role}_token") in config}
     content = json.dumps(special, ensure_ascii=False, indent=2) + "\n"
     write_whole(folder / "special_tokens_map.json", content.encode("utf-8"))
-    stated = fields.get("tokenizer.chat_template")
-    if stated is not None and stated.value and adds_bos(fields):
+    template = chat_templates(fields)[0]
+    if template is not None and adds_bos(fields):
         bos, eos = (special.get(f"{role}_token", "") for role in ("bos", "eos"))
-        template = _starting_with(bos, eos, stated.value)
+        template = _starting_with(bos, eos, template)
         write_whole(folder / "chat_template.jinja", template.encode("utf-8"))
 
 

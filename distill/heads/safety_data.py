@@ -85,7 +85,7 @@ def safety_data(
             "least five"
         )
     context, seed = info.context_length, config.seed
-    with tokenizer_alone(metadata_entries(tokenizer), info.vocab_size) as reader:
+    with tokenizer_alone(metadata_entries(tokenizer), info.vocab_size, info.name) as reader:
         try:
             sets = {
                 part: PromptSet(some, prompt_tokens(reader, some, context), seed)

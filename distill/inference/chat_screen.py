@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console as RichConsole
-from rich.markup import escape
 
 from distill.errors import UserError
 from distill.inference.chat import ChatSettings, Conversation, Question
 from distill.runtime.format import human_count
-from distill.runtime.printable import colored, printable
+from distill.runtime.printable import colored, markup, printable
 from students.model.head_decisions import DECISIONS, REFUSE, carries_heads
 from teachers.llama_cpp.interrupts import uninterrupted
 from teachers.llama_cpp.teacher import GGUFTeacher
@@ -75,10 +74,8 @@ class _Screen:
         """Answer line after line."""
         info = self.conversation.model.info
         if self.asked:
-            size = f"{printable(info.architecture)}, {human_count(info.parameters)} parameters"
-            self._note(
-                f"{printable(info.name)} ({size}). /help says more; an empty line or Ctrl-D ends."
-            )
+            size = f"{info.architecture}, {human_count(info.parameters)} parameters"
+            self._note(f"{info.name} ({size}). /help says more; an empty line or Ctrl-D ends.")
         for line in self._lines():
             if re.fullmatch(r"/[a-z]+", line):
                 if line == "/quit":
@@ -90,7 +87,7 @@ class _Screen:
             except UserError as error:
                 if not self.asked:
                     raise
-                self.notes.print(f"[yellow]! {escape(printable(str(error)))}[/]")
+                self.notes.print(f"[yellow]! {markup(str(error))}[/]")
             except KeyboardInterrupt:
                 if not self.asked:
                     raise
@@ -187,7 +184,7 @@ class _Screen:
         return line
 
     def _note(self, text: str) -> None:
-        self.notes.print(f"[dim]{escape(text)}[/]")
+        self.notes.print(f"[dim]{markup(text)}[/]")
 
 
 def _percent(share: float) -> str:

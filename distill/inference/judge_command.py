@@ -6,12 +6,11 @@ import errno
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from distill.inference.judge import Judge, Judgment, shown
 from distill.runs.audit_events import record_judgments
-from distill.runtime.printable import colored, json_line, printable
+from distill.runtime.printable import colored, json_line, markup
 from distill.runtime.progress import Console
 
 
@@ -44,7 +43,7 @@ def judge_all(path: Path, texts: Sequence[str], as_json: bool, console: Console)
             colored(judgment.decision),
             _share(judgment.confidence),
             _agreement(judgment),
-            escape(printable(shown(judgment.prompt))),
+            markup(shown(judgment.prompt)),
         )
     console.rich.print(table)
 
@@ -63,7 +62,7 @@ def _log(path: Path, judgments: list[Judgment]) -> None:
 
 
 def _table(judgment: Judgment, name: str, refuses_from: float) -> Table:
-    table = Table(title=escape(printable(name)), title_justify="left", show_header=False)
+    table = Table(title=markup(name), title_justify="left", show_header=False)
     if judgment.probabilities is not None:
         table.add_row("decision", colored(judgment.decision))
         for decision, chance in judgment.probabilities.items():

@@ -23,6 +23,7 @@ from distill.pipeline.preflight import Inputs, check_capture
 from distill.runs.folder import RUNS
 from distill.runtime.format import human_bytes
 from distill.runtime.launch_environment import process_rank
+from distill.runtime.printable import markup
 from distill.runtime.progress import Console
 from teachers.atomic_files import exclusive
 from teachers.base import Teacher
@@ -82,7 +83,9 @@ def _print_store(
     """What a finished store holds, as a table."""
     each = recipe.bytes_per_position(teacher.info.vocab_size, teacher.info.width)
     table = Table(
-        title=f"Soft targets of {teacher.info.name}", title_justify="left", show_header=False
+        title=markup(f"Soft targets of {teacher.info.name}"),
+        title_justify="left",
+        show_header=False,
     )
     for name, value in (
         ("kind", recipe.kind),
@@ -95,5 +98,5 @@ def _print_store(
         ("of that, the teacher's own", human_bytes((store.folder / TEACHER).stat().st_size)),
         ("folder", str(store.folder)),
     ):
-        table.add_row(name, value)
+        table.add_row(name, markup(value))
     console.rich.print(table)

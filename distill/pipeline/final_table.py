@@ -7,12 +7,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from rich.markup import escape
-
 from distill.reports.render.terminal import print_section
 from distill.reports.run.sections import result_section
 from distill.runs.folder import RunFolder
 from distill.runs.records import read_records
+from distill.runtime.printable import markup
 from distill.runtime.progress import Console
 
 
@@ -38,7 +37,7 @@ def _print_files(folder: RunFolder, console: Console) -> None:
         ("Chat", f"{_program()} chat {file}"),
         ("Elsewhere", f"llama-cli -m {file}, or ollama create student -f {modelfile}"),
     ):
-        console.rich.print(f"[bold]{title:<10}[/] {escape(text)}", soft_wrap=True)
+        console.rich.print(f"[bold]{title:<10}[/] {markup(text)}", soft_wrap=True)
 
 
 def _program() -> str:

@@ -31,6 +31,7 @@ from distill.pipeline.preflight import Inputs, check_plan
 from distill.pipeline.resolve import Resolved, resolve
 from distill.runtime.device import choose_precision
 from distill.runtime.format import human_bytes, human_count, human_time
+from distill.runtime.printable import markup
 from distill.runtime.progress import Console
 from distill.training.optimizer import build_optimizer
 from students.model.build import build_student
@@ -258,7 +259,7 @@ def _combine(
 def _print(
     plan: Plan, title: str, targets: str, student: list[tuple[str, str]], console: Console
 ) -> None:
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=markup(title), title_justify="left", show_header=False)
     training = "not measured: this machine has not the memory"
     if plan.train_seconds is not None:
         training = f"about {human_time(plan.train_seconds)}"
@@ -272,7 +273,7 @@ def _print(
         ("training", f"{plan.steps:,} steps, {training}"),
         ("training's memory", human_bytes(plan.train_memory)),
     ):
-        table.add_row(name, value)
+        table.add_row(name, markup(value))
     console.rich.print(table)
 
 

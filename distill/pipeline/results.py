@@ -14,6 +14,9 @@ from distill.runtime.environment import environment, llama_cpp_environment
 from students.adapter.adapter import AdaptedStudent
 from students.gguf.writer import rotation_stats
 
+# What the student's own file has of the teacher.
+_IN_THE_FILE = ("chat_template", "tool_template", "special_tokens")
+
 
 def write_results(evaluated: Evaluated, work: Workspace) -> None:
     """Make the run a finished one: the results, then all that is made of them."""
@@ -50,7 +53,7 @@ def build_results(
     proof = published.proofs.files[source.config.export.quant]
     return {
         "teacher": {
-            key: value for key, value in asdict(source.info).items() if key != "chat_template"
+            key: value for key, value in asdict(source.info).items() if key not in _IN_THE_FILE
         },
         "student": {
             "size": source.config.student.label,

@@ -27,6 +27,11 @@ def printable(text: str) -> str:
     return _STEERS.sub(lambda match: _sign(match[0]), text)
 
 
+def markup(text: str) -> str:
+    """``text`` from elsewhere for Rich: neither its markup nor terminal controls act."""
+    return escape(printable(text))
+
+
 def printable_line(text: str) -> str:
     """``text`` on one line, as UTF-8 can hold it: each sign that cannot be printed becomes �."""
     return "".join(sign if sign.isprintable() else "�" for sign in text)
@@ -42,7 +47,7 @@ class WarningLines(logging.Handler):
     """Shows what the lower packages log, warnings above all, as lines on standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = escape(printable(" ".join(record.getMessage().split())))
+        text = markup(" ".join(record.getMessage().split()))
         RichConsole(stderr=True, highlight=False).print(f"[yellow]! {text}[/]", soft_wrap=True)
 
 

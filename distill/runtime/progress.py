@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console as RichConsole
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,6 +19,7 @@ from rich.progress import (
 )
 
 from distill.runtime import interrupts
+from distill.runtime.printable import markup
 
 LINE_EVERY_SECONDS = 10.0  # between lines of progress where no terminal can draw a bar
 
@@ -42,14 +42,14 @@ class Stage:
         """Report what is done so far; ``note``: a short remark."""
         interrupts.check()
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=done, note=escape(note))
+            self.bar.update(self.task, completed=done, note=markup(note))
             return
         now = time.monotonic()
         if now - self.printed >= LINE_EVERY_SECONDS and self.total:
             self.printed = now
             left = (now - self.started) / max(done, 1) * (self.total - done)
             self.console.print(
-                f"  {self.title}: {done}/{self.total}, {left:.0f} s left  {escape(note)}"
+                f"  {self.title}: {done}/{self.total}, {left:.0f} s left  {markup(note)}"
             )
 
     def finish(self, outcome: str) -> None:
@@ -62,7 +62,7 @@ class Console:
     but the first. ``stderr``: to standard error, where standard output is for other programs."""
 
     def __init__(self, *, quiet: bool = False, stderr: bool = False) -> None:
-        self.rich = RichConsole(highlight=False, quiet=quiet, stderr=stderr)
+        self.rich = RichConsole(highlight=False, emoji=False, quiet=quiet, stderr=stderr)
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -88,13 +88,13 @@ class Console:
         duration = time.monotonic() - started
         self.seconds[title] = round(duration, 3)
         self.rich.print(
-            f"[green]✓[/] {title:<16} [dim]{duration:6.1f} s[/]  {escape(stage.outcome)}"
+            f"[green]✓[/] {title:<16} [dim]{duration:6.1f} s[/]  {markup(stage.outcome)}"
         )
 
     def note(self, text: str) -> None:
         """A remark that is good to know."""
-        self.rich.print(f"[dim]·[/] {escape(text)}")
+        self.rich.print(f"[dim]·[/] {markup(text)}")
 
     def warn(self, text: str) -> None:
         """A remark that the user should act on or accept."""
-        self.rich.print(f"[yellow]! {escape(text)}[/]")
+        self.rich.print(f"[yellow]! {markup(text)}[/]")

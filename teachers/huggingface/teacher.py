@@ -35,6 +35,7 @@ from teachers.huggingface.checkpoint import load_model, load_tokenizer
 from teachers.huggingface.folder import TOKENIZER, ModelFolder, check_folder
 from teachers.huggingface.generation import Decoder, GenerationError, generate
 from teachers.huggingface.model import LoadedModel, batches, require_finite
+from teachers.names import one_line_name, ordinary_name
 from teachers.targets.distributions import Arrays
 from teachers.targets.recipe import Recipe
 from teachers.targets.state_codec import Basis
@@ -100,7 +101,7 @@ class HuggingFaceTeacher(Teacher):
             repr((template, bos, eos, end_tokens, encoded)).encode("utf-8", errors="surrogatepass")
         )
         return TeacherInfo(
-            name=self.folder.path.resolve().name,
+            name=one_line_name(ordinary_name(self.folder.path.resolve().name), ""),
             architecture=model.config.model_type,
             parameters=model.num_parameters(),
             file_bytes=self.folder.weight_bytes,

@@ -31,18 +31,12 @@ from teachers.gguf.file import GGUFFile, file_sha256, read_gguf, tokenizer_sha25
 from teachers.llama_cpp.interrupts import uninterrupted
 from teachers.llama_cpp.wire import Arrays, pack_ragged, unpack_ragged
 from teachers.llama_cpp.worker import Worker
+from teachers.names import one_line_name, ordinary_name
 from teachers.tokenizer.gguf_metadata import chat_templates, special_tokens
 
 if TYPE_CHECKING:
     from teachers.targets.recipe import Recipe
     from teachers.targets.state_codec import Basis
-
-
-def readable(value: object, default: str) -> str:
-    """A metadata value as text; a byte that is not UTF-8 becomes a question mark."""
-    if not isinstance(value, str) or not value.strip():
-        return default
-    return value.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def shape_in(file: GGUFFile, width: int) -> TeacherShape:
@@ -98,7 +92,7 @@ class GGUFTeacher(Teacher):
         model = self.worker.description
         template, tool_template = chat_templates(self.file.fields)
         return TeacherInfo(
-            name=readable(self.file.value("general.name"), self.file.path.stem),
+            name=one_line_name(self.file.value("general.name"), ordinary_name(self.file.path.stem)),
             architecture=self.file.architecture,
             parameters=self.file.parameters,
             file_bytes=self.file.size,

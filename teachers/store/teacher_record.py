@@ -23,6 +23,7 @@ from teachers.gguf.embeddings import principal_scores
 from teachers.gguf.file import Field, GGUFFile, tokenizer_fields
 from teachers.store.store import SoftTargetStore
 from teachers.targets.distributions import Arrays
+from teachers.tokenizer.gguf_metadata import with_template_variables
 
 TEACHER = "teacher.safetensors"
 LINE_SEQUENCES = 64
@@ -97,7 +98,8 @@ def make_teacher_record(
     lines = tokenized_lines(teacher, first_sequences(sequences, LINE_SEQUENCES, LINE_TOKENS))
     if file is None:
         return TeacherRecord(teacher.info, lines, {}, np.empty((0, 0), np.float16), {"text": text})
-    fields, about = tokenizer_fields(file), {**_about(file), "text": text}
+    fields = with_template_variables(tokenizer_fields(file), teacher.info.template_variables)
+    about = {**_about(file), "text": text}
     return TeacherRecord(teacher.info, lines, fields, principal_scores(file), about)
 
 

@@ -19,7 +19,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from teachers.tokenizer.rows import Message
 
+MOST_SHOWN = 300  # characters of what a template says in refusing
 LONGEST = 1 << 24  # characters of one conversation, or of a text that a template multiplies
+GIVEN = ("messages", "add_generation_prompt", "bos_token", "eos_token")  # to every template
+LISTS = ("tools", "documents")  # given too, as none where a conversation has none
 _BITS = 1 << 12  # of a power: a larger one takes time without end
 # Names under which a message's thoughts are known; transformers gives them to templates as both.
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
@@ -156,7 +159,7 @@ def render_marked(
     Raises:
         ChatTemplateError: the template is broken or refuses the messages.
     """
-    values = {"tools": None, "documents": None, "bos_token": bos, "eos_token": eos}
+    values = {**dict.fromkeys(LISTS), "bos_token": bos, "eos_token": eos}
     values |= {**(variables or {}), "add_generation_prompt": add_generation_prompt}
     pieces: list[str] = []
     try:
@@ -168,7 +171,7 @@ def render_marked(
             if generation.at > LONGEST:
                 raise OverflowError(f"it gives more than {LONGEST:,} characters")
     except Exception as error:  # a foreign program: whatever it raises is an error in it
-        reason = str(error) or type(error).__name__
+        reason = " ".join(str(error)[:MOST_SHOWN].split()) or type(error).__name__
         raise ChatTemplateError(f"the teacher's chat template does not render: {reason}") from None
     text = "".join(pieces)
     spans = [(start, start + len(content)) for start, content in generation.contents]
@@ -176,6 +179,15 @@ def render_marked(
         text.startswith(content, start) for start, content in generation.contents
     )
     return RenderedChat(text, tuple(spans) if told else None)
+
+
+def with_variables(template: str, variables: Mapping[str, Any]) -> str:
+    """The template with JSON values of its own for ``variables`` where its caller gives none."""
+    values = ""
+    for name, value in variables.items():
+        missing = f"not {name}" if name in LISTS else f"{name} is not defined"
+        values += f"{{% if {missing} %}}{{% set {name} = {value!r} %}}{{% endif %}}"
+    return f"{values}\n{template}" if values else template  # trim_blocks takes the line end away
 
 
 def _plain(message: Message) -> Message:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gguf import GGUFValueType, TokenType
 
 from teachers.gguf.file import Field
+from teachers.tokenizer.chat_template import with_variables
 from teachers.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 
 SENTENCEPIECE = "llama"
@@ -36,6 +37,7 @@ _INFILL = {
     ("fim_rep",): "<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>",
     ("fim_sep",): "<|file_sep|>",
 }
+INFILL_TOKENS = frozenset(" ".join(_INFILL.values()).split())
 _ALWAYS_USER_DEFINED = frozenset(("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"))
 # The format's own spelling of "separator" is wrong.
 _ROLES = {
@@ -225,6 +227,18 @@ def chat_templates(fields: Mapping[str, Field]) -> tuple[str | None, str | None]
     texts = ((one for one in each if isinstance(one, str) and one.strip()) for each in stated)
     default, tool_use = (next(each, None) for each in texts)
     return default, tool_use
+
+
+def with_template_variables(
+    fields: Mapping[str, Field], variables: Mapping[str, Any]
+) -> dict[str, Field]:
+    """Metadata whose chat templates have ``variables`` (see ``with_variables``)."""
+    return {
+        key: replace(field, value=with_variables(field.value, variables))
+        if key.startswith(CHAT_TEMPLATE) and isinstance(field.value, str) and field.value.strip()
+        else field
+        for key, field in fields.items()
+    }
 
 
 def token_text(text: str, number: int) -> str:

@@ -23,7 +23,9 @@ from teachers.gguf.file import Field, read_gguf
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.chat_template import ChatTemplateError, render_chat
 from teachers.tokenizer.conversation import conversations_tokens
+from tests.support.chat_templates import FAMILIES, family
 from tests.support.ollama import GoTemplate, fill_in, read_modelfile
+from tests.support.real import real_teacher
 from tests.support.teachers import edited, shared_file
 
 Messages = list[dict[str, str]]
@@ -149,6 +151,49 @@ def test_ollamas_prompt_is_the_chat_templates(add_bos: bool) -> None:
             assert compared(name, rest, add_bos)[1] == 0, name
 
 
+ENDS = {  # of the families that transformers' rendering is tested with
+    "chatml_bos": "<|im_end|>",
+    "command_r": "<|END_OF_TURN_TOKEN|>",
+    "deepseek": "<｜end▁of▁sentence｜>",
+    "gemma3": "<end_of_turn>",
+    "granite": "<|end_of_text|>",
+    "hermes": "<|im_end|>",
+    "llama3": "<|eot_id|>",
+    "mistral": "</s>",
+    "phi3": "<|end|>",
+    "phi4": "<|im_end|>",
+    "qwen3": "<|im_end|>",
+    "smollm": "<|im_end|>",
+    "zephyr": "</s>",
+}
+ORDINARY_ANSWERS = (
+    "The user and the assistant said: user: hi\nassistant: ho\nUSER: system",
+    "### Steps\n\n1. `[x for x in y if x < 3]`\n\n## End\n\n> quote | [1] <b>bold</b>\n\nQ: A:",
+)
+
+
+def test_stops_end_a_turn_and_nothing_else() -> None:
+    """Each stands between an answer and the next user's words, none in an ordinary answer, also
+    where what begins every turn is the BOS; the template gives the chat template's text."""
+    families = {name: (family(name), end) for name, end in ENDS.items()}
+    assert set(FAMILIES) == set(families)
+    families |= {f"simple {name}": TEMPLATES[name][:2] for name in STOPS}
+    messages = talk(("user", "assistant", "user"), ("Go on?", "Yes, on.", "And then?"))
+    for name, (text, end) in families.items():
+        start = "<|im_start|>" if name == "chatml_bos" else BOS
+        tokens = ["<unk>", start, end, "a", "user", "assistant", ","]
+        kinds = [3, 3, 3, 1, 1, 1, 1]
+        given = {"add_bos": True, "tokens": tokens, "token_type": kinds}
+        found, _ = made(fields_of(text, end, **given), ends=[END_ID, 6])
+        shown = render_chat(text, messages, add_generation_prompt=True, bos=start, eos=end)
+        assert fill_in(found["template"], messages) == shown.removeprefix(start), name
+        between = shown.partition("Yes, on.")[2].partition("And then?")[0]
+        turns = [stop for stop in found["stop"] if stop != end or end in shown]  # alpaca has none
+        assert turns and all(stop in between for stop in turns), (name, turns)
+        for answer in ORDINARY_ANSWERS:
+            assert not any(stop in answer for stop in found["stop"]), (name, found["stop"])
+
+
 def test_what_is_said_about_it() -> None:
     """Stop words, the file, the context, and a warning where the chat template does more."""
     warned = {
@@ -234,7 +279,12 @@ def test_stop_sequences() -> None:
     assert found["stop"] == ["</s>", "a b", 'say "', "two\nlines", 'x"\ny']
     assert len(notes) == 1 and '\'"""\'' in notes[0]
     both = edited({}, tokens=["<|e", "<|e|>"], token_type=[3, 3])
-    assert stop_sequences(both, (0, 1), "<|e|>Q: ")[0] == ["<|e", "<|e|>", "Q:"]
+    for opening, turn in (("<|e|>Q: ", []), ("<|e|><|e|>\n[Q] ", ["\n[Q]"]), ("\nQ: ", ["\nQ:"])):
+        assert stop_sequences(both, (0, 1), opening)[0] == ["<|e", "<|e|>", *turn], opening
+    words = ["</s>", "user", "END", "<reponame>", "<|end|>", ","]
+    for eos, ends in ((0, ["</s>", "<|end|>"]), (1, ["<|end|>"]), (5, ["<|end|>"])):
+        fields = edited({}, tokens=words, token_type=[1, 1, 3, 3, 3, 1], eos_token_id=eos)
+        assert stop_sequences(fields, range(6), "\nuser\n")[0] == ends, eos
     bare = "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
     assert made(fields_of(bare, "</s>"))[0]["stop"] == ["</s>"]
     lines = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}assistant:"
@@ -296,6 +346,22 @@ def test_real_teachers(tmp_path: Path, name: str) -> None:
         theirs = teacher.tokenize(prompts, add_special=True, parse_special=True)
         ours = conversations_tokens(teacher, conversations, answer=True)
         assert [row.tolist() for row in theirs] == [row.tolist() for row in ours]
+
+
+def test_downloaded_teachers() -> None:
+    """BOS begins every turn of one; the other's base has no template, and </s> among its words."""
+    for name, ends, stops in (
+        ("smollm2", (0, 2, 4), ["<|endoftext|>", "<|im_end|>", "<|im_start|>user"]),
+        ("gemma3", (1, 106, 212), ["<eos>", "<end_of_turn>"]),
+    ):
+        fields = read_gguf(real_teacher(name)).fields
+        found, notes = made(fields, ends=ends)
+        assert found["stop"] == stops and notes == [], name
+        if name == "smollm2":
+            messages = talk(("user", "assistant", "user"), ("東京?", "<b>Yes</b>", "And?"))
+            text = fields["tokenizer.chat_template"].value
+            shown = render_chat(text, messages, add_generation_prompt=True)
+            assert fill_in(found["template"], messages) == shown
 
 
 def test_the_file(tmp_path: Path) -> None:
