@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from distill.base_models.memory_estimate import memory_of, snapshot_bytes
-from distill.config.schema import RunConfig
+from distill.config.schema import USUAL_LENGTH, RunConfig
 from distill.runtime.format import human_bytes
 
 LEAST_RANK, LEAST_LENGTH = 4, 64
@@ -78,7 +78,7 @@ def _rank(config: RunConfig) -> Ways:
 
 
 def _length(config: RunConfig) -> Ways:
-    length = config.data.max_length
+    length = config.data.max_length or USUAL_LENGTH
     while length > LEAST_LENGTH:
         length = max(length // 2, LEAST_LENGTH)
         yield _changed(config, "data", max_length=length)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from distill.config.schema import RunConfig
+from distill.config.schema import USUAL_LENGTH, RunConfig
 from distill.losses.chunked_lm_head import chunk_size
 from distill.runtime.device import choose_precision
 from distill.runtime.format import human_bytes
@@ -343,6 +343,10 @@ def memory_of(
     precision = choose_precision(train, base.hidden_size, torch.device("cpu") if on_cpu else device)
     parts = train.accumulation * processes.num_processes
     prompts = -(-config.safety.together // parts) if config.safety_head else 0
+    length = config.data.max_length or USUAL_LENGTH
+    together = train.batch_size
+    if train.batch_tokens is not None:
+        together = max(1, train.batch_tokens // length)
     return estimate(
         base,
         AdapterTraining(
@@ -352,8 +356,8 @@ def memory_of(
             load_in_4bit=student.load_in_4bit,
             load_dtype=torch.float32 if on_cpu and not student.load_in_4bit else torch.bfloat16,
             autocast=torch.bfloat16 if precision == "bf16" else None,
-            sequences=-(-train.batch_size // parts),
-            length=config.data.max_length,
+            sequences=-(-together // parts),
+            length=length,
             prompt_tokens=prompts * PROMPT_TOKENS,
             checkpointing=train.gradient_checkpointing is not False,
             snapshots=_snapshots(config),

@@ -41,6 +41,8 @@ def read_data(
         stage.finish(f"{len(corpus)} sequences{spoken}")
     for note in corpus.notes:
         console.note(note)
+    for warning in corpus.warnings:
+        console.warn(warning)
     return corpus
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from distill.capture.data_files import TEXT_SUFFIXES, find_files, read_text, rows, suffix_of
+from distill.capture.lengths import ANSWER_ROOM, describe_cut, most_tokens
 from distill.capture.row_parser import RowParser
 from distill.config.schema import DataConfig
 from distill.errors import UserError
@@ -51,13 +52,29 @@ class Item:
     keep: Keep | None = None
 
 
-class Corpus:
-    """The sequences of a run, in a fixed order; a ``teachers.store.capture.SequenceSource``."""
+@dataclass(frozen=True)
+class Draft:
+    """A piece of data before it is cut. ``windows``: into several sequences, so that nothing is
+    lost; ``answers``: the teacher writes after it; ``keep``: see ``Item``."""
 
-    def __init__(self, items: list[Item], sampling: Sampling, notes: list[str]) -> None:
+    tokens: Tokens
+    windows: bool = False
+    answers: bool = False
+    keep: Keep | None = None
+
+
+class Corpus:
+    """The sequences of a run, in a fixed order; a ``teachers.store.capture.SequenceSource``.
+
+    ``warnings``: of what is lost.
+    """
+
+    def __init__(
+        self, items: list[Item], sampling: Sampling, notes: list[str], warnings: list[str]
+    ) -> None:
         self.items = items
         self.sampling = sampling
-        self.notes = notes
+        self.notes, self.warnings = notes, warnings
         self.masked = any(item.keep is not None for item in items)  # something is not to be learnt
 
     def __len__(self) -> int:
@@ -117,10 +134,13 @@ def build_corpus(
     """
     if data is None:
         data = read_rows(config)
-    max_length = min(config.max_length, teacher.info.context_length)
+    notes = [] if data is None else [*data.notes, *_not_shown(data.rows, teacher.info)]
+    drafts = [] if data is None else _tokenize(data.rows, teacher, config, notes)
+    whole = [draft for draft in drafts if not draft.windows]
+    wanted = [len(draft.tokens) + ANSWER_ROOM * draft.answers for draft in whole]
+    max_length = most_tokens(config, teacher.info, wanted)
     sampling = Sampling(config.sampling_temperature, config.top_p, max_length, seed)
-    notes = [] if data is None else list(data.notes)
-    if max_length < config.max_length:
+    if max_length < (config.max_length or 0):
         notes.append(f"sequences are cut to the teacher's context of {max_length} tokens")
     if data is None or any(isinstance(row, Conversation) for row in data.rows):
         notes += _of_the_date(teacher.info.chat_template or "")
@@ -129,11 +149,18 @@ def build_corpus(
         if opening is None:
             raise UserError(f"teacher {teacher.info.name} has no token to start from; give --data")
         return Corpus(
-            [Item(opening, True)] * (config.samples or DEFAULT_SPOKEN_SAMPLES), sampling, notes
+            [Item(opening, True)] * (config.samples or DEFAULT_SPOKEN_SAMPLES), sampling, notes, []
         )
-    notes += _not_shown(data.rows, teacher.info)
-    masks = AssistantMask(teacher, max_length) if config.train_on == "assistant" else None
-    items = _tokenize(data.rows, teacher, max_length, masks, notes)
+    lengths = [len(draft.tokens) + draft.answers for draft in whole]
+    cut, much = describe_cut(lengths, max_length, teacher.info.context_length)
+    notes += [cut] if cut and not much else []
+    parts = [(draft, _cut(draft, teacher.info, max_length)) for draft in drafts]
+    items = [item for _, part in parts for item in part]
+    if silent := sum(not part and not draft.windows for draft, part in parts):
+        notes.append(
+            f"{silent} of {len(whole)} conversations are left out: there is no answer to learn in "
+            f"their first {max_length:,} tokens"
+        )
     if config.samples is not None and config.samples < len(items):
         kept = np.random.default_rng(seed).permutation(len(items))[: config.samples]
         items = [items[index] for index in sorted(kept.tolist())]
@@ -142,7 +169,7 @@ def build_corpus(
             f"data {config.path}: only {len(items)} sequence; at least 2 are needed (1 is held out)"
             + "".join(f"; {note}" for note in notes)
         )
-    return Corpus(items, sampling, notes)
+    return Corpus(items, sampling, notes, [cut] if much else [])
 
 
 def _of_the_date(template: str) -> list[str]:
@@ -216,62 +243,50 @@ def _not_shown(data: list[Row], info: TeacherInfo) -> list[str]:
 
 
 def _tokenize(
-    data: list[Row],
-    teacher: Teacher,
-    max_length: int,
-    masks: AssistantMask | None,
-    notes: list[str],
-) -> list[Item]:
-    items: list[Item] = []
-    cut = silent = lost = 0
+    data: list[Row], teacher: Teacher, config: DataConfig, notes: list[str]
+) -> list[Draft]:
+    masks = None
+    if config.train_on == "assistant":
+        context = teacher.info.context_length
+        masks = AssistantMask(teacher, min(config.max_length or context, context))
+    drafts: list[Draft] = []
+    lost = 0
     for row in data:
         if isinstance(row, Document):
-            items += _windows(row.text, teacher, max_length)
+            # Control tokens spelled out in a text stay text: data must not imitate the template.
+            parts = [
+                teacher.tokenize([piece], add_special=False, parse_special=False)[0]
+                for piece in _pieces(row.text)
+            ]
+            drafts.append(Draft(np.concatenate(parts), windows=True))
             continue
-        answers = row.waits
         try:
             if masks is None:
-                tokens, keep = conversation_tokens(teacher, row, answer=answers), None
+                tokens, keep = conversation_tokens(teacher, row, answer=row.waits), None
             else:
-                tokens, learnt, unknown = masks.tokens(row, answer=answers)
-                keep, lost = learnt[1:max_length], lost + unknown
+                tokens, learnt, unknown = masks.tokens(row, answer=row.waits)
+                keep, lost = learnt[1:], lost + unknown
         except ChatTemplateError as error:
             raise UserError(f"{row.where}: {error}") from None
-        cut += len(tokens) > max_length or (answers and len(tokens) >= max_length)
-        tokens = tokens[:max_length]
-        speaks = answers and len(tokens) < max_length
-        if keep is not None and not speaks and not keep.any():
-            silent += 1
-        elif len(tokens):
-            items.append(Item((tokens,), speaks, keep))
+        drafts.append(Draft(tokens, answers=row.waits, keep=keep))
     if lost:
         notes.append(
             f"{lost} answers are not trained on: the chat template rewrites them, and shows not "
             "where they are"
         )
-    if silent:
-        notes.append(
-            f"{silent} of {len(items) + silent} sequences are left out: conversations with no "
-            f"answer to learn in their first {max_length} tokens"
-        )
-    if cut:
-        notes.append(
-            f"{cut} of {len(items) + silent} sequences are cut at {max_length} tokens; raise "
-            "data.max_length"
-        )
-    return [item for item in items if item.speaks or len(item.segments[0]) > 1]
+    return drafts
 
 
-def _windows(text: str, teacher: Teacher, max_length: int) -> list[Item]:
-    """Cut a text into sequences, each beginning with BOS where the model wants one.
-
-    Control tokens spelled out in the text stay text: data must not imitate the template.
-    """
-    pieces = _pieces(text)
-    tokens = np.concatenate(
-        [teacher.tokenize([piece], add_special=False, parse_special=False)[0] for piece in pieces]
-    )
-    bos = teacher.info.bos if teacher.info.add_bos else None
+def _cut(draft: Draft, info: TeacherInfo, max_length: int) -> list[Item]:
+    """The sequences of one piece of data: a text's windows each begin with BOS where the model
+    wants one; none of a conversation in which nothing is learnt."""
+    tokens = draft.tokens
+    if not draft.windows:
+        speaks = draft.answers and 0 < len(tokens) < max_length
+        keep = None if draft.keep is None else draft.keep[: max_length - 1]
+        enough = speaks or (len(tokens) > 1 and (keep is None or bool(keep.any())))
+        return [Item((tokens[:max_length],), speaks, keep)] if enough else []
+    bos = info.bos if info.add_bos else None
     start = np.array([] if bos is None else [bos], dtype=np.int32)
     step = max_length - len(start)
     windows = [

@@ -23,6 +23,7 @@ LayerNumber = Annotated[int, Field(ge=0)]
 DivergenceName = Literal[
     "forward_kl", "reverse_kl", "jensen_shannon", "skewed_forward_kl", "skewed_reverse_kl"
 ]
+USUAL_LENGTH = 256  # tokens of a sequence, where neither settings nor data say another number
 Quant = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_nl"]
 
 
@@ -159,7 +160,8 @@ class DataConfig(Section):
     ``path``: rows, text or a folder of them; none: the teacher generates it. ``split``: of data in
     several (none: train). ``columns``: names of ours, such as text, and what the data calls them;
     null: not to be used. ``samples``: sequences at most (none: all, or 4,096 generated ones), of
-    ``max_length`` tokens at most. ``train_on``: the assistant's tokens of conversations (and all of
+    ``max_length`` tokens at most (none: 256, or as long as the conversations, see
+    ``distill.capture.lengths``). ``train_on``: the assistant's tokens of conversations (and all of
     other text), or all. ``held_out``: share of the sequences kept for evaluation.
     ``sampling_temperature``, ``top_p``: of generation.
     """
@@ -168,7 +170,7 @@ class DataConfig(Section):
     split: str | None = None
     columns: dict[str, str | None] = {}
     samples: Annotated[int, Field(ge=2)] | None = None
-    max_length: Annotated[int, Field(ge=8)] = 256
+    max_length: Annotated[int, Field(ge=8)] | None = None
     train_on: Literal["assistant", "all"] = "assistant"
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.03
     sampling_temperature: NonNegative = 1.0
@@ -276,7 +278,8 @@ class GuardConfig(Section):
 
 class TrainConfig(Section):
     """The training loop. ``epochs``; ``batch_size``: sequences per optimizer step, over all
-    processes; ``accumulation``: into how many micro-batches a process divides its part of them;
+    processes, or in its place ``batch_tokens``: up to so many tokens; ``accumulation``: into how
+    many micro-batches a process divides its part of them;
     ``learning_rate``: peak (none: 0.5 / width, less from the teacher's weights, see
     ``distill.initialization.start``); ``schedule``: after the warm-up a cosine, a straight line, or
     wsd (constant until the last ``decay`` of the steps, then a cosine down); ``warmup``: share of
@@ -294,6 +297,7 @@ class TrainConfig(Section):
 
     epochs: Count = 8
     batch_size: Count = 16
+    batch_tokens: Annotated[int, Field(ge=16)] | None = None
     accumulation: Count = 1
     learning_rate: Positive | None = None
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
@@ -311,6 +315,19 @@ class TrainConfig(Section):
     on_policy: Fraction = 0.0
     on_policy_temperature: Positive = 1.0
     guard: GuardConfig = GuardConfig()
+
+    @model_validator(mode="after")
+    def _one_size(self) -> TrainConfig:
+        """Refuse two sizes of a batch."""
+        if (
+            self.batch_tokens is not None
+            and self.batch_size != self.model_fields["batch_size"].default
+        ):
+            raise ValueError(
+                f"batch_size = {self.batch_size} and batch_tokens = {self.batch_tokens} are two "
+                "sizes of one batch; give the one or the other"
+            )
+        return self
 
 
 class ExportConfig(Section):

@@ -40,8 +40,7 @@ class VerificationTargets:
     @classmethod
     def of(cls, batch: Batch) -> VerificationTargets:
         """Every 16th position of each sequence, counted from its end, whatever the micro-batch."""
-        steps = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        chosen = (steps[None, :] + batch.lengths[:, None]) % VERIFICATION_STRIDE == 0
+        chosen = (batch.steps + batch.of_each(batch.lengths)) % VERIFICATION_STRIDE == 0
         rows = chosen[batch.valid].nonzero().squeeze(-1)
         zeros = torch.zeros(len(rows), 3, device=batch.tokens.device)
         return cls(rows, zeros[:, :2], zeros[:, 2])

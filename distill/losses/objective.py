@@ -61,7 +61,7 @@ class Objective(nn.Module):
         """
         config = self.config
         kept = self.hidden.student_layers if self.hidden is not None else set()
-        output: SO8TOutput = student(batch.tokens, with_logits=False, layers_to_keep=kept)
+        output: SO8TOutput = batch.run(student, with_logits=False, layers_to_keep=kept)
         assert output.last_hidden_state is not None and output.rotations is not None
         assert isinstance(student, Student)
         states = output.last_hidden_state[batch.valid]  # [n, D]
@@ -135,8 +135,8 @@ class Objective(nn.Module):
         if any(config.pet):
             weight = so8t_regularizers.pet_weight(config.pet, fraction)
             with torch.set_grad_enabled(weight > 0):
-                bend = so8t_regularizers.second_difference(hidden, batch.lengths, batch.keep)
-                bend = bend / total
+                inside = batch.inside(2) & batch.valid.roll(1, dims=1)  # the middle token counts
+                bend = so8t_regularizers.second_difference(hidden, inside) / total
             unweighted["second_difference"] = bend.detach()
             terms["pet"] = weight * bend
         if config.inertia and self.average is not None:

@@ -12,20 +12,17 @@ from students.model import so8
 PHASE_ENDS = (0.3, 0.7)  # PET's three phases end at 30 %, 70 % and 100 % of training
 
 
-def second_difference(hidden: Tensor, lengths: Tensor, keep: Tensor | None = None) -> Tensor:
+def second_difference(hidden: Tensor, inside: Tensor) -> Tensor:
     """Sum over a batch of the squared second difference in time, per dimension: ``[B, T, D]`` →
     scalar.
 
-    h[t+1] − 2 h[t] + h[t−1] for every t whose three tokens lie within the first ``lengths [B]``
-    tokens, and that is in ``keep [B, T]`` where it is given, squared, averaged over D, summed over
-    all such t. 0 for hidden states that move on a straight line.
+    h[t] − 2 h[t−1] + h[t−2] for every t that is ``inside [B, T]``: whose three tokens lie within
+    one sequence; squared, averaged over D, summed over all such t. 0 for hidden states that move on
+    a straight line.
     """
     hidden = hidden.float()
     bend = hidden[:, 2:] - 2 * hidden[:, 1:-1] + hidden[:, :-2]
-    inside = lengths.new_tensor(range(2, hidden.shape[1]))[None, :] < lengths[:, None]  # [B, T − 2]
-    if keep is not None:
-        inside &= keep[:, 1:-1]
-    return (bend.square().mean(dim=-1) * inside).sum()
+    return (bend.square().mean(dim=-1) * inside[:, 2:]).sum()
 
 
 def pet_weight(weights: tuple[float, float, float], fraction: float) -> float:

@@ -25,7 +25,7 @@ from distill.capture.store_setup import largest_size, recipe_for
 from distill.capture.teachers import find_gguf, tokenizer_of
 from distill.config.schema import RunConfig
 from distill.initialization.shape import describe_parameters
-from distill.losses.batch import Batch, padded, padded_masks
+from distill.losses.batch import Batch, arrange, padded
 from distill.losses.objective import Objective
 from distill.pipeline.preflight import Inputs, check_plan
 from distill.pipeline.resolve import Resolved, resolve
@@ -115,10 +115,11 @@ def plan_run(
         # What cannot be is refused before anything is measured.
         tokenizer = {} if config.student.base is None else tokenizer_of(config.teacher)
         resolved = resolve(config, info, tokenizer, find_gguf(config.teacher), console)
+        corpus = read_data(config, teacher, console, inputs.take_data())
+        resolved = resolved.with_length(corpus.sampling.max_length)
         config = resolved.config
         if resolved.base is not None:
             describe_base(resolved.base, config, info.vocab_size, console)
-        corpus = read_data(config, teacher, console, inputs.take_data())
         recipe = recipe_for(config.targets, teacher, corpus, console)
         with console.stage("Probe teacher") as stage:
             probe = _probe_teacher(teacher, corpus, recipe)
@@ -182,8 +183,9 @@ def _probe_teacher(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> TeacherP
         arrays, recipe, teacher.info.vocab_size, shared_codec.bases.get("final"), shared_codec.head
     )
     tokens, lengths = padded(sequences)
-    masks = None if keep is None else padded_masks(whole_masks(sequences, keep))
-    batch = Batch(tokens, lengths, targets, keep=masks)
+    masks = None if keep is None else np.concatenate(whole_masks(sequences, keep))
+    kept = None if masks is None else torch.from_numpy(masks)
+    batch = Batch(tokens, lengths, targets, keep=kept)
     return TeacherProbe(
         batch,
         seconds / max(1, int(lengths.sum())),
@@ -196,15 +198,14 @@ def _probe_teacher(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> TeacherP
 
 def _fastest_step(student: Student, batch: Batch, config: RunConfig) -> float:
     """Seconds of one optimizer step on a batch of the run's size."""
-    rows, device = slice(0, config.train.batch_size), student.device
-    count = int(batch.valid[rows].sum())
-    targets, keep = batch.targets.select(slice(0, count)), batch.keep
-    small = Batch(
-        batch.tokens[rows],
-        batch.lengths[rows],
-        targets,
-        keep=None if keep is None else keep[rows],
-    ).to(device)
+    device, lengths = student.device, batch.lengths[: _sequences_together(config, batch)].tolist()
+    rows = [row[:length].numpy() for row, length in zip(batch.tokens, lengths, strict=False)]
+    count = sum(lengths) - len(lengths)
+    keep = None if batch.keep is None else batch.keep[:count]
+    count = count if keep is None else int(keep.sum())
+    tokens, sizes, rooms = arrange(rows, student.packs)
+    targets = batch.targets.select(slice(0, count))
+    small = Batch(tokens, sizes, targets, rooms=rooms, keep=keep).to(device)
     objective = Objective(config.loss)
     optimizer = build_optimizer(student, config.train, student.config.hidden_size)
     narrow = choose_precision(config.train, student.config.hidden_size, device) == "bf16"
@@ -222,6 +223,13 @@ def _fastest_step(student: Student, batch: Batch, config: RunConfig) -> float:
     return min(times)
 
 
+def _sequences_together(config: RunConfig, batch: Batch) -> int:
+    """How many sequences an optimizer step learns from, if they are as long as the batch's."""
+    if config.train.batch_tokens is None:
+        return config.train.batch_size
+    return max(1, round(config.train.batch_tokens * len(batch.lengths) / int(batch.lengths.sum())))
+
+
 def _combine(
     config: RunConfig, corpus: Corpus, teacher: TeacherProbe, student: TrainingProbe
 ) -> Plan:
@@ -229,7 +237,7 @@ def _combine(
     lengths = teacher.batch.lengths
     average = float(np.mean(lengths.numpy()))
     tokens = sum(average if item.speaks else len(item.segments[0]) for item in corpus.items)
-    batch_size = config.train.batch_size
+    batch_size = _sequences_together(config, teacher.batch)
     validation = round(config.data.held_out * len(corpus))
     steps = config.train.epochs * -(-(len(corpus) - validation) // batch_size)
     seconds = student.step_seconds

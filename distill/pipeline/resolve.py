@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -32,6 +32,11 @@ class Resolved:
     config: RunConfig
     shape: SO8TConfig | None
     base: Base | None
+
+    def with_length(self, longest: int) -> Resolved:
+        """The same with the length of sequences that the data has led to."""
+        data = self.config.data.model_copy(update={"max_length": longest})
+        return replace(self, config=self.config.model_copy(update={"data": data}))
 
     @property
     def layers(self) -> int:

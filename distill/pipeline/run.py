@@ -67,11 +67,13 @@ def run(
             tokenizer_of(config.teacher),
         )
         resolved = resolve(config, info, tokenizer, gguf, console)
+        corpus = read_data(config, teacher, console, inputs.take_data())
+        longest = corpus.sampling.max_length
+        resolved = resolved.with_length(longest)
         config = resolved.config
-        require_memory(resolved, info, config.data.max_length, console)
+        require_memory(resolved, info, longest, console)
         stem = teacher_stem(config.teacher)
         work = Workspace(_choose(places.out, config, stem, launch), launch, console)
-        corpus = read_data(config, teacher, console, inputs.take_data())
         recipe = recipe_for(config.targets, teacher, corpus, console)
         pair_layers(config.loss.layer_map, recipe.layers, resolved.layers, info.layers)
         store = open_store(
@@ -124,7 +126,7 @@ def train_from_store(
     resolved = resolve(config, info, tokenizer, gguf, console)
     config = resolved.config
     # Of a new student no length is needed; the store may yet prove damaged.
-    longest = int(store.lengths().max()) if resolved.base else config.data.max_length
+    longest = int(store.lengths().max()) if resolved.base else 0
     require_memory(resolved, info, longest, console)
     folder = _choose(out, config, store.folder.resolve().name, launch)
     if not folder.finished:

@@ -141,7 +141,8 @@ def prepare(source: Source, work: Workspace) -> Prepared:
     if work.launch.first:
         kept = [digest for text in lines.texts for digest in digests(text)]
         record_capture(work.folder.path, store, source.reused, kept)
-    data = TrainingData(store, split(store, config.data.held_out, config.seed), config.seed)
+    parts = split(store, config.data.held_out, config.seed)
+    data = TrainingData(store, parts, config.seed, batch_tokens=config.train.batch_tokens)
     if source.safety is not None:
         every, together = config.safety.rhythm(_steps(config, data))
         prompts = source.safety.train
@@ -153,7 +154,7 @@ def prepare(source: Source, work: Workspace) -> Prepared:
     initial: dict[str, Tensor] = {}
     if source.resolved.base is not None:
         initial = {name: weight.clone() for name, weight in plain_weights(student).items()}
-    validation = data.held_out(config.train.batch_size, torch.device("cpu"))
+    validation = data.held_out(config.train.batch_size, torch.device("cpu"), student.packs)
     rate = initial_learning_rate(config.train, student, config.student.init, validation)
     rate = work.launch.agreed(rate)
     gradients: dict[str, Any] = {}
@@ -229,7 +230,8 @@ def train_student(prepared: Prepared, work: Workspace) -> Trained:
 
 def _describe(summary: TrainingSummary) -> str:
     scores = dict(summary.scores)
-    text = f"{summary.steps} steps, {human_count(summary.tokens_seen)} tokens; validation KL "
+    text = f"{summary.steps} steps, {human_count(summary.tokens_seen)} tokens, "
+    text += f"{summary.padding:.1%} of the computed positions padding; validation KL "
     text += f"{scores[0].kl:.3f} → {scores[summary.best].kl:.3f}"
     if summary.steps < summary.planned:
         text += f"; stopped early, {summary.planned} steps were planned"

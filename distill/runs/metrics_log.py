@@ -70,7 +70,7 @@ KNOWN = {
     "train": {
         *("loss", *LOSS_PARTS, "grad_norm", "learning_rate", "tokens_seen", "update_ratio"),
         *("clip_limit", "second_difference", "rotation_error", "min_commutator"),
-        *("mean_commutator", "rotation_drift"),
+        *("mean_commutator", "rotation_drift", "padding"),
     },
     "held_out": {"kl", "agreement", "cross_entropy"},
     "weights": set[str](),

@@ -78,6 +78,7 @@ class TrainingPart:
     precision: str
     held_out: list[HeldOutPoint]
     learning_rate: float | None = None
+    padding: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From a store to batches: the validation split, the order of every epoch, padding."""
+"""From a store to batches: the validation split, the order of every epoch, packing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.heads.prompt_set import PromptSet
-from distill.losses.batch import Batch, padded, padded_masks
+from distill.losses.batch import Batch, arrange, places
 from distill.training.embedding_rows import used_tokens
 from distill.training.student_probe import SEQUENCES
+from teachers.base import budget_slices
 from teachers.store.store import SoftTargetStore
 from teachers.targets.stored_arrays import join
 
@@ -54,34 +55,44 @@ def split(store: SoftTargetStore, share: float, seed: int) -> Split:
 
 
 def epoch_order(
-    train: NDArray[np.int64], lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int
+    train: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    batch_tokens: int | None = None,
 ) -> list[NDArray[np.int64]]:
     """The batches of one epoch as sequence indices; depends on nothing but its arguments.
 
-    Sequences of like length share a batch, batches come in random order. The last, smaller batch is
-    kept.
+    Sequences of like length share a batch of so many, or of up to ``batch_tokens``; batches come in
+    random order. The last, smaller batch is kept.
     """
     random = np.random.default_rng([seed, 2, epoch])
     order = random.permutation(train)
-    span = batch_size * SORTED_TOGETHER
+    sizes = lengths if batch_tokens else np.ones_like(lengths)
+    budget = batch_tokens or batch_size
     batches = []
-    for start in range(0, len(order), span):
-        group = order[start : start + span]
+    for span in budget_slices(sizes[order].tolist(), budget * SORTED_TOGETHER):
+        group = order[span]
         group = group[np.argsort(lengths[group], kind="stable")]
-        batches += [group[at : at + batch_size] for at in range(0, len(group), batch_size)]
+        batches += [group[part] for part in budget_slices(sizes[group].tolist(), budget)]
     return [batches[index] for index in random.permutation(len(batches))]
 
 
-def load_batch(store: SoftTargetStore, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
-    """Read some sequences, their targets and their kept layer states; pad tokens with 0 on the
-    right."""
+def load_batch(
+    store: SoftTargetStore, indices: Sequence[int] | NDArray[np.int64], pack: bool = False
+) -> Batch:
+    """Read some sequences, their targets and their kept layer states; pack them, or pad tokens with
+    0 on the right."""
     numbers = [int(index) for index in indices]
     targets = join([store.targets(index) for index in numbers])
     kept = [store.layer_states(index) for index in numbers]
     layers = {layer: torch.cat([states[layer] for states in kept]) for layer in kept[0]}
-    tokens, lengths = padded([store.tokens(index) for index in numbers])
-    keep = padded_masks([store.keep(i) for i in numbers]) if store.manifest.masked else None
-    return Batch(tokens, lengths, targets, keep=keep, layers=layers)
+    keep = None
+    if store.manifest.masked:
+        keep = torch.from_numpy(np.concatenate([store.keep(index) for index in numbers]))
+    tokens, lengths, rooms = arrange([store.tokens(index) for index in numbers], pack)
+    return Batch(tokens, lengths, targets, layers=layers, rooms=rooms, keep=keep)
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,8 @@ def micro_batches(
 @dataclass(frozen=True)
 class TrainingData:
     """The store, its split, the seed of the order, and prompts for the safety head: in every
-    ``prompts_every``-th optimizer step ``prompts_together`` of them."""
+    ``prompts_every``-th optimizer step ``prompts_together`` of them. ``batch_tokens``: of an
+    optimizer step at most, instead of a number of sequences."""
 
     store: SoftTargetStore
     split: Split
@@ -123,6 +135,7 @@ class TrainingData:
     prompts: PromptSet | None = None
     prompts_every: int = 1
     prompts_together: int = 0
+    batch_tokens: int | None = None
 
     def batches(self, epochs: int, batch_size: int) -> list[list[int]]:
         """Sequence indices of every optimizer step, over all epochs."""
@@ -130,8 +143,20 @@ class TrainingData:
         return [
             batch.tolist()
             for epoch in range(epochs)
-            for batch in epoch_order(self.split.train, lengths, batch_size, self.seed, epoch)
+            for batch in epoch_order(
+                self.split.train, lengths, batch_size, self.seed, epoch, self.batch_tokens
+            )
         ]
+
+    def padding(self, plan: list[list[int]], parts: int, pack: bool) -> float:
+        """The share of all positions computed in ``plan`` that are padding, with every step divided
+        into ``parts``."""
+        lengths, used, computed = self.store.lengths(), 0, 0
+        for part in (part for step in plan for part in np.array_split(lengths[step], parts)):
+            if len(part):
+                used += int(part.sum())
+                computed += sum(places(part.tolist())) if pack else len(part) * int(part.max())
+        return 1.0 - used / computed
 
     def used_tokens(self) -> Tensor:
         """Every token that training looks up, ascending."""
@@ -143,8 +168,10 @@ class TrainingData:
         some = np.linspace(0, len(indices) - 1, min(len(indices), SEQUENCES)).astype(int)
         return load_batch(self.store, indices[some])
 
-    def held_out(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
+    def held_out(
+        self, batch_size: int, device: torch.device, pack: bool = False
+    ) -> Iterator[Batch]:
         """The validation sequences in batches."""
         indices = self.split.held_out
         for start in range(0, len(indices), batch_size):
-            yield load_batch(self.store, indices[start : start + batch_size]).to(device)
+            yield load_batch(self.store, indices[start : start + batch_size], pack).to(device)

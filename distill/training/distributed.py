@@ -10,18 +10,21 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from distill.config.schema import TrainConfig
 from distill.losses.objective import Objective
-from distill.runtime.cpu import keep_freed_memory
+from distill.runtime.cpu import keep_freed_memory, onednn_for_float32
 from distill.runtime.device import choose_precision
 from distill.runtime.launch_environment import fsdp_is_asked_for
+from students.model.decoder import SHORT_ON_CPU
 from students.model.interface import Student
 
 Result = TypeVar("Result")
@@ -106,6 +109,14 @@ def wrap(accelerator: Accelerator, module: TrainingModule) -> nn.Module:
         fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh)
     return module
+
+
+def fast_products(
+    lengths: NDArray[np.int64], student: Student, device: torch.device
+) -> AbstractContextManager[object]:
+    """oneDNN for float32 on a CPU, where sequences are packed or too short for fused attention."""
+    fast = max(lengths) <= SHORT_ON_CPU or (student.packs and min(lengths) < max(lengths))
+    return onednn_for_float32() if fast and device.type == "cpu" else nullcontext()
 
 
 def forget_gathered(model: nn.Module) -> None:

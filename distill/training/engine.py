@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from distill.losses.batch import Batch
 from distill.losses.objective import Objective
 from distill.runs.audit_events import record_checkpoint, record_guard, record_resumed
 from distill.runs.metrics_log import MetricsFile
-from distill.runtime.cpu import onednn_for_float32
 from distill.runtime.launch_environment import require_trainable
 from distill.training.checkpoint import TrainingState, load_newest, save_checkpoint
 from distill.training.checkpoint_timer import CheckpointTimer
@@ -29,6 +28,7 @@ from distill.training.distributed import (
     TrainingModule,
     build_accelerator,
     exchange_gradients,
+    fast_products,
     is_sharded,
     sum_over_processes,
     wrap,
@@ -47,7 +47,6 @@ from distill.training.validation import (
 from stability import Event, GaveUp
 from stability.detectors import Action
 from stability.measures.tensors import gradient_norm, non_finite
-from students.model.decoder import SHORT_ON_CPU
 from students.model.interface import Student
 from students.weights import full_tensor, plain_weights, set_weights
 
@@ -148,7 +147,7 @@ def train(
         path = folder / "metrics.jsonl" if accelerator.is_main_process else None
         with (
             MetricsFile(path, state.step if newest else None, state.lines_logged) as metrics,
-            _fast_products(data, accelerator),
+            fast_products(data.store.lengths(), student, accelerator.device),
         ):
             loop = Loop(job, accelerator, model, plan, on_policy, metrics, warn)
             if newest is not None and accelerator.is_main_process:
@@ -172,6 +171,7 @@ def train(
         precision="bf16" if accelerator.mixed_precision == "bf16" else "fp32",
         best=best_step(state.scores),
         planned=len(plan),
+        padding=data.padding(plan, config.accumulation * accelerator.num_processes, student.packs),
     )
 
 
@@ -217,12 +217,6 @@ def _require_trained(state: TrainingState) -> None:
         raise TrainingAborted(f"not one of {state.step} steps could be taken; {event.message}")
 
 
-def _fast_products(data: TrainingData, accelerator: Accelerator) -> AbstractContextManager[object]:
-    """oneDNN for float32 on a CPU, where sequences are too short for fused attention."""
-    short = int(max(data.store.lengths())) <= SHORT_ON_CPU
-    return onednn_for_float32() if short and accelerator.device.type == "cpu" else nullcontext()
-
-
 def _prepared(
     student: Student, objective: Objective, config: TrainConfig, accelerator: Accelerator
 ) -> nn.Module:
@@ -245,7 +239,8 @@ def _plain_again(student: Student) -> None:
 def _evaluate(loop: Loop, state: TrainingState) -> ValidationScore:
     """Score the validation sequences, and keep a copy of the weights if they are the best yet."""
     device = loop.accelerator.device
-    score = validation_score(loop.model, loop.job.data.held_out(loop.job.config.batch_size, device))
+    size, pack = loop.job.config.batch_size, state.student.packs
+    score = validation_score(loop.model, loop.job.data.held_out(size, device, pack))
     if loop.accelerator.num_processes > 1:  # all decide by the same values, to the last bit
         values = torch.tensor(list(vars(score).values()), dtype=torch.float64, device=device)
         score = ValidationScore(*broadcast(values).tolist())
@@ -297,13 +292,18 @@ def _parts(loop: Loop, state: TrainingState) -> list[MicroBatch]:
 
 
 def _gradients(loop: Loop, state: TrainingState) -> tuple[dict[str, Tensor], int]:
-    """Forward and backward of one step; the loss and its parts over all processes, and the step's
-    number of tokens."""
+    """Forward and backward of one step; the loss and its parts over all processes with the share of
+    padding, and the step's number of tokens."""
     loop.model.train()
     accelerator, parts = loop.accelerator, _parts(loop, state)
     batches = [_load(loop, state, part) for part in parts]
-    counts = [batch.count() for batch, part in zip(batches, parts, strict=True) if part.counts]
-    total = int(sum_over_processes(accelerator, torch.tensor(sum(counts))))
+    counts = torch.tensor(
+        [
+            (batch.count() * part.counts, batch.padding, batch.tokens.numel())
+            for batch, part in zip(batches, parts, strict=True)
+        ]
+    )
+    total, padding, computed = sum_over_processes(accelerator, counts.sum(dim=0)).tolist()
     sums: dict[str, Tensor] = {}
     for number, (batch, part) in enumerate(zip(batches, parts, strict=True), 1):
         # Gradients are exchanged once per step, after the last micro-batch.
@@ -314,7 +314,8 @@ def _gradients(loop: Loop, state: TrainingState) -> tuple[dict[str, Tensor], int
         for name, value in values.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value
     reduced = sum_over_processes(accelerator, torch.stack(list(sums.values())))
-    return dict(zip(sums, reduced, strict=True)), total
+    logged = dict(zip(sums, reduced, strict=True))
+    return logged | {"padding": torch.tensor(padding / computed)}, total
 
 
 def _plain_update(
@@ -374,7 +375,7 @@ def _load(loop: Loop, state: TrainingState, part: MicroBatch) -> Batch:
     """A micro-batch in main memory, with the step's prompts if it has any."""
     data = loop.job.data
     if loop.on_policy is None:
-        batch = load_batch(data.store, part.indices)
+        batch = load_batch(data.store, part.indices, state.student.packs)
     else:
         batch = loop.on_policy(state.student, part.indices, state.step)
     turn, off = divmod(state.step, data.prompts_every)

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache
 
-from distill.losses.batch import Batch, padded, padded_masks
+from distill.losses.batch import Batch, arrange
 from distill.training.data import load_batch
 from students.model.interface import Student
 from teachers.base import Keep, Sampling, Teacher, Tokens, whole_masks
@@ -48,7 +48,7 @@ class OnPolicyBatches:
         """The sequences ``indices`` of the store for one step."""
         chosen = [i for i in indices if self._draw(CHOICE, step, i).random() < self.share]
         if not chosen:
-            return load_batch(self.store, indices)
+            return load_batch(self.store, indices, student.packs)
         prefixes, uniform, given = [], [], []
         for index in chosen:
             tokens = self.store.tokens(index)
@@ -62,14 +62,20 @@ class OnPolicyBatches:
         generated = continue_texts(student, prefixes, uniform, self.temperature, self.eos)
         pairs = zip(chosen, given, strict=True)
         keep = [self.store.keep(index)[: length - 1] for index, length in pairs]
+        masks = whole_masks(generated, keep)
         others = [index for index in indices if index not in chosen]
-        return self._batch(generated, given, whole_masks(generated, keep), others)
+        return self._batch(generated, masks, given, others, student.packs)
 
     def _draw(self, stream: int, step: int, index: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, stream, step, index])
 
     def _batch(
-        self, generated: list[Tokens], given: list[int], masks: list[Keep], others: list[int]
+        self,
+        generated: list[Tokens],
+        masks: list[Keep],
+        given: list[int],
+        others: list[int],
+        pack: bool,
     ) -> Batch:
         """Generated sequences with the teacher's answers first, then stored ones."""
         shared_codec = self.store.shared_codec()
@@ -88,9 +94,10 @@ class OnPolicyBatches:
             rows += [self.store.tokens(index) for index in others]
             given = given + stored.lengths.tolist()
             masks = masks + [self.store.keep(index) for index in others]
-        tokens, lengths = padded(rows)
-        kept = None if keep is None else padded_masks(masks)
-        return Batch(tokens, lengths, targets, torch.tensor(given), kept, layers)
+        tokens, lengths, rooms = arrange(rows, pack)
+        kept = None if keep is None else torch.from_numpy(np.concatenate(masks))
+        begun = torch.tensor(given)
+        return Batch(tokens, lengths, targets, given=begun, layers=layers, rooms=rooms, keep=kept)
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from distill.training.validation import ValidationScore
 @dataclass(frozen=True)
 class TrainingSummary:
     """``seconds``: of this process alone, which started at step ``continued_from``; ``best``: the
-    step whose weights the student has now; ``planned``: steps without early stopping."""
+    step whose weights the student has now; ``planned``: steps without early stopping;
+    ``padding``: share of the computed positions that are padding."""
 
     steps: int
     tokens_seen: int
@@ -21,6 +22,7 @@ class TrainingSummary:
     precision: str
     best: int
     planned: int
+    padding: float
 
     def to_json(self) -> dict[str, Any]:
         """All but the scores and what depends on the machine's speed."""
@@ -31,4 +33,5 @@ class TrainingSummary:
             "tokens_seen": self.tokens_seen,
             "continued_from_step": self.continued_from,
             "precision": self.precision,
+            "padding": round(self.padding, 4),
         }

@@ -49,7 +49,7 @@ def _sums(student: Student, batch: Batch) -> Tensor:
     device = batch.tokens.device.type
     # Accelerate puts autocast around the module's forward pass.
     with torch.autocast(device, enabled=False):
-        states = student(batch.tokens, with_logits=False).last_hidden_state[batch.valid]
+        states = batch.run(student, with_logits=False).last_hidden_state[batch.valid]
         labels, sums = batch.labels, []
         together = chunk_size(student.output_matrix().shape[0])
         for start in range(0, len(states), together):

@@ -30,9 +30,12 @@ from students.model.config import SO8TConfig
 from students.model.gate import SO8Gate
 from students.model.heads import SafetyHead, VerificationHead
 from students.model.interface import SO8TOutput, Student
+from students.model.packing import PackedRow, attend_packed
 
 # Tokens up to which attention is computed without a fused kernel on a CPU (docs/benchmarks.md)
 SHORT_ON_CPU = 256
+Mask = Tensor | PackedRow | None
+"""What each token may look at beside what stands before it: nothing more to say for ``None``."""
 
 
 class RMSNorm(nn.Module):
@@ -109,7 +112,7 @@ class Attention(nn.Module):
             return so8.rotate_columns(self.o_proj.weight, rotations[1] @ rotations[0])
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
         """Attend over ``x [B, T, D]``; returns the gated output ``[B, T, D]`` and the rotations."""
         batch, tokens, _ = x.shape
@@ -119,9 +122,12 @@ class Attention(nn.Module):
         value = self.v_proj(x).view(split).transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, self.layer)
-        # A plain bool: torch.compile would hand a symbolic one to the kernel, which refuses it.
-        causal = True if mask is None and tokens > 1 and key.shape[2] == tokens else False  # noqa: SIM210
-        mixed = attend(query, key, value, mask, causal, self.grouped)
+        if isinstance(mask, PackedRow):
+            mixed = attend_packed(query, key, value, mask)
+        else:
+            # A plain bool: torch.compile would hand a symbolic one to the kernel, which refuses it.
+            causal = True if mask is None and tokens > 1 and key.shape[2] == tokens else False  # noqa: SIM210
+            mixed = attend(query, key, value, mask, causal, self.grouped)
         rotations = self.gate()
         weight = self.gated_output_weight(rotations).to(self.o_proj.weight.dtype)
         return F.linear(mixed.transpose(1, 2).flatten(2), weight), rotations
@@ -152,7 +158,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.mlp = FeedForward(config)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
         """Return the layer's output ``[B, T, D]`` and the rotations its gate used."""
         attended, rotations = self.self_attn(self.input_layernorm(x), rotary, mask, cache)
@@ -180,6 +186,7 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin, Student):
     base_model_prefix = "model"
     _supports_sdpa = True
     supports_gradient_checkpointing = True
+    packs = True
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers' API)
     _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
 
@@ -229,9 +236,12 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin, Student):
             past_key_values = DynamicCache()
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         x = self.model.embed_tokens(input_ids)
-        if position_ids is None:
+        mask: Mask = None
+        if (lengths := outputs.get("lengths")) is not None:
+            mask = PackedRow(lengths)
+            position_ids = mask.positions
+        elif position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
-        mask = None
         if attention_mask is not None or (past and x.shape[1] > 1):
             mask = create_causal_mask(
                 config=self.config,

@@ -46,16 +46,19 @@ class Outputs(TypedDict, total=False):
 
     ``with_logits`` (default true): without, the caller applies ``Student.output_matrix`` itself, as
     the training loss does. ``layers_to_keep``: layers, from 0, whose output before the final norm
-    is returned too.
+    is returned too. ``lengths [S]``, where ``Student.packs``: ``input_ids [1, N]`` are S sequences
+    one after another, none of which sees another.
     """
 
     with_logits: bool
+    lengths: Tensor | None
     layers_to_keep: Collection[int]
 
 
 class Student(nn.Module, ABC):
     """A causal decoder with an SO(8) gate on every layer's attention output, and the two heads."""
 
+    packs = False  # whether it takes sequences packed into one row (``Outputs``)
     config: StudentFacts
     safety_head: SafetyHead  # both only where ``config`` says so
     verification_head: VerificationHead

@@ -250,12 +250,10 @@ class LlamaContext:
 
     def _taps_for(self, shape: ContextShape) -> TensorTaps | None:
         """What to read out of the graph: layers, and the final state where nothing else has it."""
-        names = [layer_output(layer) for layer in shape.layers]
-        if not shape.logits:
-            return TensorTaps([*names, FINAL_STATE], self.model.width, stop_after=FINAL_STATE)
-        if shape.states and not shape.embeddings:
-            names.append(FINAL_STATE)
-        return TensorTaps(names, self.model.width) if names else None
+        final = shape.states and not shape.embeddings
+        names = [layer_output(layer) for layer in shape.layers] + [FINAL_STATE] * final
+        last = None if shape.logits else FINAL_STATE
+        return TensorTaps(names, self.model.width, stop_after=last) if names else None
 
     def decode(
         self, tokens: Tokens, positions: Tokens, slots: Tokens, wanted: NDArray[np.bool_]
@@ -307,8 +305,8 @@ class LlamaContext:
         if self._taps is not None:
             native.llama_synchronize(self._context)
             if shape.states and not shape.embeddings:
-                states = self._tapped(FINAL_STATE, wanted)
-            layers = {layer: self._tapped(layer_output(layer), wanted) for layer in shape.layers}
+                states = self._taps.take(FINAL_STATE, wanted)
+            layers = {one: self._taps.take(layer_output(one), wanted) for one in shape.layers}
             rows = [len(part) for part in (states, *layers.values()) if part is not None]
             if self._taps.error or set(rows) - {count}:
                 raise LlamaError(
@@ -317,12 +315,6 @@ class LlamaContext:
                     f"{rows} found"
                 )
         return Outputs(logits, states, layers)
-
-    def _tapped(self, name: str, wanted: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """A tensor's rows of the wanted tokens: llama.cpp itself drops others in the last layer."""
-        assert self._taps is not None
-        rows = self._taps.take(name)
-        return rows[wanted] if len(rows) == len(wanted) else rows
 
     def parallel(self, wanted: int, tokens: int, *, exact: bool) -> int:
         """How many sequences of ``tokens`` tokens to hold: ``wanted``, or what the cache allows."""

@@ -52,10 +52,12 @@ class TensorTaps:
         self._pieces.setdefault(name, []).append(rows)
         return name != self.stop_after
 
-    def take(self, name: str) -> NDArray[np.float32]:
-        """All rows of a tensor since it was last taken, ``[n, D]``."""
+    def take(self, name: str, wanted: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """The rows ``[n, D]`` of a tensor since it was last taken, of those ``wanted``: in the last
+        layer llama.cpp itself drops the others."""
         pieces = self._pieces.pop(name.encode(), [])
-        return np.concatenate(pieces) if pieces else np.empty((0, self.width), dtype=np.float32)
+        rows = np.concatenate(pieces) if pieces else np.empty((0, self.width), dtype=np.float32)
+        return rows[wanted] if len(rows) == len(wanted) else rows
 
     def clear(self) -> None:
         """Forget everything collected."""

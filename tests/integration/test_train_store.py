@@ -109,7 +109,7 @@ def test_the_student_is_the_one_that_run_makes(made: Made, trained: RunFolder) -
     # The store as given, its key, and of the capture what the store knows.
     config = trained.read_config()
     assert config.store == str(made[1]) and config.teacher.path is None
-    assert config.targets.sketch_bytes == 64 and config.data.max_length == 256
+    assert config.targets.sketch_bytes == 64 and config.data.max_length is None
     assert trained.read_identity()["soft_targets"] == read_manifest(made[1]).key
     assert load_config(trained.config_file, {}, []) == config
 

@@ -245,7 +245,7 @@ def finals(student: SO8TForCausalLM, store: SoftTargetStore, indices: Sequence[i
     for start in range(0, len(indices), TOGETHER):
         batch = load_batch(store, indices[start : start + TOGETHER]).to(student.device)
         output = student(batch.tokens, with_logits=False)
-        bend += float(second_difference(output.last_hidden_state, batch.lengths))
+        bend += float(second_difference(output.last_hidden_state, batch.inside(2)))
         states.append(output.last_hidden_state[batch.valid])
         best = batch.targets.best()
         for some, wanted in zip(states[-1].split(together), best.split(together), strict=True):

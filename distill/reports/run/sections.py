@@ -402,6 +402,7 @@ def environment_section(results: Results, seed: int | None) -> Section:
             f"thread{'s' if found.threads != 1 else ''}",
         ],
         ["precision of training", results.training.precision],
+        ["padding in training", share(results.training.padding)],
         *([name, version] for name, version in found.packages.items()),
         *([["llama.cpp ran", results.llama_cpp.text]] if results.llama_cpp.text else []),
     ]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from distill.capture.corpus import Corpus, build_corpus
+from distill.capture.lengths import describe_cut, most_tokens
 from distill.config.schema import DataConfig
 from distill.errors import UserError
 from teachers.llama_cpp.teacher import GGUFTeacher
@@ -136,7 +137,8 @@ def test_long_prompts_are_cut_and_said(tiny_teacher: GGUFTeacher, tmp_path: Path
     path = write_lines(tmp_path / "p.jsonl", *prompts)
     built = corpus(tiny_teacher, path, max_length=24, train_on="all")
     assert [item.speaks for item in built.items] == [False, True, True]
-    assert len(built.items[0].segments[0]) == 24 and "1 of 3" in built.notes[0]
+    assert len(built.items[0].segments[0]) == 24
+    assert "1 of 3" in built.warnings[0]
 
 
 def test_conversations_are_learnt_where_the_assistant_speaks(
@@ -157,7 +159,7 @@ def test_conversations_are_learnt_where_the_assistant_speaks(
         corpus(tiny_teacher, path, max_length=64, train_on=on) for on in ("assistant", "all")
     )
     assert built.masked and not whole.masked and built.digest() != whole.digest()
-    assert len(built) == 5 and len(whole) == 6 and any("1 of 6" in note for note in built.notes)
+    assert len(built) == 5 and len(whole) == 6 and any("1 of 5" in note for note in built.notes)
     learnt = []
     for item in built.items:
         tokens = item.segments[0]
@@ -173,6 +175,33 @@ def test_conversations_are_learnt_where_the_assistant_speaks(
     request = built.generation_request(2, 3)
     assert request is not None and request.keep is not None and not request.keep[0].any()
     assert corpus(tiny_teacher, write_lines(tmp_path / "t.jsonl", *rows[1:2] * 2)).masked is False
+
+
+def test_the_length_follows_the_data(tiny_teacher: GGUFTeacher) -> None:
+    """256, or what 99.5 % of the conversations need, within memory and context; a chosen one is
+    kept to; what is cut is counted."""
+    huge = replace(tiny_teacher.info, width=1 << 20, layers=1 << 20)
+    few, long, one = [10] * 50, [*range(1, 1000)], [*[20] * 999, 5000]
+    context = tiny_teacher.info.context_length
+    for chosen, info, lengths, wanted in (
+        (None, tiny_teacher.info, [], 256),
+        (None, tiny_teacher.info, few, 256),
+        (None, tiny_teacher.info, long, 995),
+        (None, tiny_teacher.info, one, 256),
+        (None, huge, long, 256),
+        (64, huge, long, 64),
+        (10**6, tiny_teacher.info, few, 10**6),
+    ):
+        config = DataConfig(max_length=chosen)
+        assert most_tokens(config, info, lengths) == min(wanted, context), (chosen, wanted)
+        assert most_tokens(config, replace(info, context_length=100), lengths) <= 100
+    for lengths, most, cut, share, much in (
+        (few, 10, 0, "", False),
+        ([100, 100, 200], 190, 1, "2.5%", False),
+        ([100, 100, 200], 150, 1, "12.5%", True),
+    ):
+        text, warned = describe_cut(lengths, most, 10**6)
+        assert warned == much and share in text and (f"{cut} of 3" in text) == (cut > 0), most
 
 
 def test_with_nothing_given_the_teacher_speaks_both_turns(tiny_teacher: GGUFTeacher) -> None:

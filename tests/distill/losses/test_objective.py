@@ -122,10 +122,8 @@ def test_masked_predictions_do_not_count() -> None:
         mask[len(mask) // 2] = True
     kept = np.concatenate(masks)
     whole = make_batch(rows, teacher, padding=1)
-    keep = torch.zeros(whole.tokens.shape, dtype=torch.bool)
-    for row, mask in enumerate(masks):
-        keep[row, : len(mask)] = torch.from_numpy(mask)
-    targets = whole.targets.select(torch.from_numpy(kept))
+    keep = torch.from_numpy(kept)
+    targets = whole.targets.select(keep)
     batch = replace(whole, targets=targets, keep=keep)
     assert 0 < batch.count() == kept.sum() < whole.count()
     _, parts = evaluated(student, ready(student, config), batch)

@@ -23,39 +23,44 @@ def drawn_rotations(layers: int = 2, blocks: int = 3, scale: float = 1.0, seed: 
     return so8.rotation(scale * drawn(layers, 2, blocks, 28, seed=seed))
 
 
+def bend(hidden: Tensor, lengths: Tensor) -> Tensor:
+    """The second difference within the first ``lengths`` tokens of each row."""
+    return second_difference(hidden, torch.arange(hidden.shape[1])[None] < lengths[:, None])
+
+
 def test_second_difference_against_loops() -> None:
     """Only triples inside the real tokens count, whatever the padding; a sum over sequences."""
     hidden = drawn(3, 9, 5)
     for lengths in ([9, 9, 9], [9, 4, 3], [2, 1, 9], [3, 3, 3]):
-        got = float(second_difference(hidden, torch.tensor(lengths)))
+        got = float(bend(hidden, torch.tensor(lengths)))
         assert got == pytest.approx(reference_bend(hidden, lengths), rel=1e-5), lengths
         padded = hidden.clone()
         for row, length in enumerate(lengths):
             padded[row, length:] = 1e6
-        found = float(second_difference(padded, torch.tensor(lengths)))
+        found = float(bend(padded, torch.tensor(lengths)))
         assert found == pytest.approx(got, rel=1e-6), lengths
-        parts = [second_difference(hidden[i], torch.tensor(lengths)[i]) for i in ([0, 2], [1])]
+        parts = [bend(hidden[i], torch.tensor(lengths)[i]) for i in ([0, 2], [1])]
         assert float(sum(parts)) == pytest.approx(got, rel=1e-6), lengths
-    assert second_difference(hidden.bfloat16(), torch.tensor(lengths)).dtype == torch.float32
+    assert bend(hidden.bfloat16(), torch.tensor(lengths)).dtype == torch.float32
 
 
 def test_straight_line_has_no_bend() -> None:
     """A line gives 0; a kink of height 2 gives 4 at its tip and 1 beside it."""
     steps = torch.arange(7.0)[None, :, None]
     line = torch.tensor([1.0, -2.0, 0.5]) + steps * torch.tensor([0.25, 3.0, -1.5])
-    assert float(second_difference(line, torch.tensor([7]))) == 0.0
+    assert float(bend(line, torch.tensor([7]))) == 0.0
     kink = torch.zeros(1, 7, 3)
     kink[:, 3] = 2.0
-    assert float(second_difference(kink, torch.tensor([7]))) == pytest.approx(4.0 + 16.0 + 4.0)
+    assert float(bend(kink, torch.tensor([7]))) == pytest.approx(4.0 + 16.0 + 4.0)
 
 
 def test_fewer_than_three_tokens_have_no_bend() -> None:
     """No triple, no term: 0 with a gradient of 0, however wide the batch is padded."""
     for tokens, length in product((1, 2, 3, 6), (0, 1, 2)):
         hidden = drawn(2, tokens, 4).requires_grad_()
-        bend = second_difference(hidden, torch.tensor([length, 1]).clamp(max=tokens))
-        bend.backward()
-        assert bend.item() == 0.0, (tokens, length)
+        found = bend(hidden, torch.tensor([length, 1]).clamp(max=tokens))
+        found.backward()
+        assert found.item() == 0.0, (tokens, length)
         assert hidden.grad is not None and not hidden.grad.any(), (tokens, length)
 
 
@@ -63,7 +68,7 @@ def test_second_difference_gradient_by_finite_differences() -> None:
     """The gradient is that of the loop, and 0 on padding."""
     hidden, lengths, step = drawn(2, 6, 3), [6, 4], 1e-6
     leaf = hidden.clone().requires_grad_()
-    second_difference(leaf, torch.tensor(lengths)).backward()
+    bend(leaf, torch.tensor(lengths)).backward()
     assert leaf.grad is not None
     for row, t in product(range(2), range(6)):
         move = torch.zeros_like(hidden)

@@ -97,6 +97,22 @@ def test_an_epoch_covers_every_sequence_once() -> None:
         assert set(sizes[1:]) <= {size} and len(batches) == math.ceil(len(train) / size), size
 
 
+def test_batches_of_tokens_are_full_and_cover_every_sequence() -> None:
+    """Up to so many tokens, a longer sequence alone; equal lengths give what a size gives."""
+    train, lengths = np.arange(3, 150), np.random.default_rng(0).integers(2, 60, 200)
+    for most in (16, 100, 333, 10_000):
+        batches = epoch_order(train, lengths, 16, 0, 0, most)
+        assert sorted(np.concatenate(batches).tolist()) == train.tolist(), most
+        sizes = [int(lengths[batch].sum()) for batch in batches]
+        assert all(
+            size <= most or len(batch) == 1 for size, batch in zip(sizes, batches, strict=True)
+        )
+        assert len(batches) <= 2 * lengths[train].sum() / most + 2, most
+    equal = np.full(200, 10)
+    by_tokens, by_size = (epoch_order(train, equal, 4, 0, 1, most) for most in (40, None))
+    assert [one.tolist() for one in by_tokens] == [one.tolist() for one in by_size]
+
+
 def test_epochs_differ_and_repeat() -> None:
     """Another epoch or seed gives another order, the same ones the same order."""
     train, lengths = np.arange(400), np.random.default_rng(0).integers(2, 60, 400)

@@ -1,0 +1,121 @@
+"""Attention within each of several sequences that lie one after another in one row.
+
+All other work of a decoder is done token by token and needs no padding then. Letters: N tokens of
+the row, S sequences, H heads, K key/value heads, W head width; b sequences of t tokens.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from students.model.so8 import full_precision
+
+# Queries that a CPU computes together, for which no key behind them is looked at; a shorter
+# sequence's attention weights are kept for the backward pass, a longer one's computed again.
+BLOCK = 128
+
+
+class PackedRow:
+    """Where the sequences of a row lie.
+
+    Attributes:
+        positions: ``[1, N]``, of each token in its own sequence.
+        groups: (b, t) of neighbours of the same length, in order.
+    """
+
+    def __init__(self, lengths: Tensor) -> None:
+        """``lengths [S]``: of the sequences, in order."""
+        self.lengths = lengths.tolist()
+        self.groups = [(len(list(same)), length) for length, same in groupby(self.lengths)]
+        steps = [torch.arange(length) for length in self.lengths]
+        self.positions = torch.cat(steps)[None].to(lengths.device)
+
+
+@torch.compiler.disable
+def attend_packed(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
+    """Causal attention of ``[1, H, N, W]`` over ``[1, K, N, W]``, within each sequence of ``row``.
+
+    On a CPU in float32, whatever the inputs.
+    """
+    parts = [part[0].transpose(0, 1) for part in (query, key, value)]  # [N, heads, W]
+    attend = _attend_in_turn if query.device.type == "cpu" else attend_side_by_side
+    mixed = attend(*parts, row)
+    return mixed.to(query.dtype).transpose(0, 1)[None]
+
+
+def attend_side_by_side(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
+    """All sequences padded to the longest for one call of PyTorch's kernel, which a GPU does in
+    less time than several: ``[N, H, W]`` over ``[N, K, W]``."""
+    padded = [
+        torch.nn.utils.rnn.pad_sequence(part.split(row.lengths), batch_first=True).transpose(1, 2)
+        for part in (query, key, value)
+    ]
+    grouped = query.shape[1] != key.shape[1]
+    mixed = F.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=grouped)
+    rows = zip(mixed.transpose(1, 2).unbind(), row.lengths, strict=True)
+    return torch.cat([one[:length] for one, length in rows])
+
+
+def _attend_in_turn(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
+    """The same, sequences of one length at a time."""
+    sizes = [count * length for count, length in row.groups]
+    parts = zip(*(part.float().split(sizes) for part in (query, key, value)), strict=True)
+    mixed = []
+    with full_precision(query):
+        for (count, _), some in zip(row.groups, parts, strict=True):
+            together = (part.unflatten(0, (count, -1)).transpose(1, 2) for part in some)
+            mixed.append(_BlockAttention.apply(*together).transpose(1, 2).flatten(0, 1))
+    return torch.cat(mixed)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Causal attention of ``[b, H, t, W]`` over ``[b, K, t, W]`` by plain products, a block of
+    queries at a time; fewer passes over the weights than PyTorch's for a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values = key.flatten(0, 1), value.flatten(0, 1)  # [b K, t, W]
+        queries = query.unflatten(1, (key.shape[1], -1)).flatten(0, 1)  # [b K, H / K, t, W]
+        mixed, kept = torch.empty_like(queries), []
+        for span in _blocks(query):
+            kept = [_weights(queries, keys, span)]
+            mixed[:, :, span] = (kept[0] @ values[:, : span.stop]).view_as(queries[:, :, span])
+        ctx.save_for_backward(queries, keys, values, *(kept if span.start == 0 else ()))
+        ctx.shape = query.shape
+        return mixed.view_as(query)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        queries, keys, values, *kept = ctx.saved_tensors
+        scale, count = queries.shape[-1] ** -0.5, ctx.shape[0]
+        grads = grad.reshape(queries.shape)
+        of_query, of_key, of_value = (torch.zeros_like(part) for part in (queries, keys, values))
+        for span in _blocks(queries):
+            weights = kept[0] if kept else _weights(queries, keys, span)
+            block, some = (part[:, :, span].flatten(1, 2) for part in (grads, queries))
+            change = block @ values[:, : span.stop].mT
+            change = torch._softmax_backward_data(change, weights, -1, torch.float32)
+            of_value[:, : span.stop].baddbmm_(weights.mT, block)
+            of_key[:, : span.stop].baddbmm_(change.mT, some, alpha=scale)
+            found = (change @ keys[:, : span.stop]).mul_(scale)
+            of_query[:, :, span] = found.view_as(queries[:, :, span])
+        heads = (part.unflatten(0, (count, -1)) for part in (of_key, of_value))
+        return of_query.view(ctx.shape), *heads
+
+
+def _blocks(queries: Tensor) -> list[slice]:
+    tokens = queries.shape[-2]
+    return [slice(at, min(at + BLOCK, tokens)) for at in range(0, tokens, BLOCK)]
+
+
+def _weights(queries: Tensor, keys: Tensor, span: slice) -> Tensor:
+    """How much a block's queries look at the keys up to its end, ``[b K, H / K · n, end]``."""
+    size, together = span.stop - span.start, queries.shape[1]
+    later = torch.full((size, span.stop), -torch.inf).triu(span.start + 1).repeat(together, 1)
+    block, seen = queries[:, :, span].flatten(1, 2), keys[:, : span.stop]
+    return torch.baddbmm(later[None], block, seen.mT, alpha=queries.shape[-1] ** -0.5).softmax(-1)
