@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 Tokens = NDArray[np.int32]
 Floats = NDArray[np.float32]
-Progress = Callable[[int], None]
+Progress = Callable[[float], None]
 
 
-def no_progress(done: int) -> None:
+def no_progress(done: float) -> None:
     """Progress that nobody watches."""
 
 
@@ -142,7 +142,8 @@ class Teacher(Protocol):
     def generate(
         self, request: GenerationRequest, progress: Progress = no_progress
     ) -> list[Tokens]:
-        """Write one sequence per prompt; ``progress`` counts finished sequences."""
+        """Write one sequence per prompt; ``progress`` counts sequences, an unfinished one by its
+        share of ``max_length`` tokens."""
         ...
 
     def generate_and_score(
@@ -154,11 +155,11 @@ class Teacher(Protocol):
     ) -> tuple[list[Tokens], Arrays]:
         """``generate``, and ``score`` of the result: here in two passes, each half of ``progress``;
         a teacher that can do both in one overrides it."""
-        sequences = self.generate(request, lambda done: progress(done // 2))
+        sequences = self.generate(request, lambda done: progress(done / 2))
         total, count = sum(len(tokens) - 1 for tokens in sequences), len(sequences)
 
-        def scored(positions: int) -> None:
-            progress(count // 2 + (count - count // 2) * positions // max(1, total))
+        def scored(positions: float) -> None:
+            progress(count * (1 + positions / max(1, total)) / 2)
 
         return sequences, self.score(sequences, recipe, bases, scored)
 

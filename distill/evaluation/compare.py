@@ -179,7 +179,8 @@ class Measurement:
 
     def _score(self, sequences: Sequence[Tokens]) -> dict[str, TextScore]:
         """All models on all positions."""
-        with self.console.stage("Compare", total=len(sequences) * len(self.everyone)) as stage:
+        positions = sum(len(tokens) - 1 for tokens in sequences)
+        with self.console.stage("Compare", total=positions * len(self.everyone)) as stage:
             scorers = {name: llama_scorer(model, exact=True) for name, model in self.models.items()}
             vocab_size = self.teacher.info.vocab_size
             scores = score_text(

@@ -45,7 +45,7 @@ def score_text(
     """Score all ``models``, ``teacher`` included, on ``sequences`` of at least two tokens.
 
     Holds the logits of one group of sequences, of the teacher and one student. ``progress`` counts
-    sequences over all models.
+    positions over all models.
 
     Raises:
         UserError: a model's logits are not finite.
@@ -57,13 +57,13 @@ def score_text(
         labels, lengths = next_tokens(group), _positions(group)
         expected = _finite(models[teacher](group), teacher)
         predictions[teacher].append(predict(expected, labels))
-        done += len(group)
+        done += len(labels)
         progress(done)
         for name, rows in compared.items():
             logits = _finite(models[name](group), name)
             predictions[name].append(predict(logits, labels))
             rows.append(by_sequence(compare(expected, logits), lengths))
-            done += len(group)
+            done += len(labels)
             progress(done)
     lengths = _positions(sequences)
     return {
