@@ -241,7 +241,7 @@ class Measurement:
         with self.console.stage("Tasks", total=len(tasks) * len(self.everyone)) as stage:
             before = 0
 
-            def answered(done: int) -> None:
+            def answered(done: float) -> None:
                 stage.update(before + done)
 
             for name, model in self.models.items():

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teachers.base import GenerationRequest, Progress, Tokens, no_progress
+from teachers.base import GenerationRequest, Tokens
 from teachers.llama_cpp.context import ContextShape, LlamaContext, Outputs
 from teachers.llama_cpp.scoring import as_answer, common_prefix, decode_prefix
 from teachers.sampling import choose, started
@@ -51,7 +51,9 @@ class SequenceGenerator:
         self._spans: list[tuple[int, int, int]] = []  # sequence, first position, count; as pieces
         self._pending: list[tuple[Tensor, Tensor | None]] = []
 
-    def run(self, progress: Progress = no_progress) -> tuple[list[Tokens], Arrays]:
+    def run(
+        self, progress: Callable[[int], None] = lambda more: None
+    ) -> tuple[list[Tokens], Arrays]:
         """The sequences, and what is kept of all their positions, in order.
 
         A sequence ends with the teacher's end-of-turn token, which is kept, or at ``max_length``

@@ -14,7 +14,7 @@ from typing import Any
 
 from distill.evaluation.scorers import STORED_TARGETS
 from distill.heads.prompts import BUILT_IN, TEACHER
-from distill.metrics.closeness import WHOLE_VOCABULARY, kl_name
+from distill.metrics.closeness import kl_name
 from distill.metrics.intervals import Ratio, ratios
 from distill.metrics.verification import CASCADE_GOAL, VerificationPart, cascade_goal
 from distill.reports.document import Section, Table
@@ -451,10 +451,10 @@ def _summary(report: Report) -> Iterable[tuple[str, str]]:
     yield "its agreement", MISSING if best is None else share(best.agreement)
     yield "its cross-entropy", MISSING if best is None else figure(best.cross_entropy)
     exported = None if results is None else results.evaluation.exported
-    over = WHOLE_VOCABULARY if results is None else results.evaluation.kl_over
-    for whole in (WHOLE_VOCABULARY, ""):
-        known = exported is not None and (over == WHOLE_VOCABULARY) == bool(whole)
-        yield f"exported file, {kl_name(whole)}", figure(exported.kl if known else None)
+    known_kl = {} if results is None else {kl_name(results.evaluation.kl_over): exported}
+    for name in ("KL", "bucket KL"):
+        one = known_kl.get(name)
+        yield f"exported file, {name}", MISSING if one is None else figure(one.kl)
     for name in ("agreement", "perplexity"):
         yield f"exported file, {name}", MISSING if exported is None else _score(exported, name)
     found = report.safety_ratios.get("all", [])
