@@ -20,10 +20,10 @@ Floats = NDArray[np.float32]
 Keep = NDArray[np.bool_]
 """Which predictions of a sequence of n tokens are wanted, ``[n − 1]``: number t is that of token
 t + 1. What lies beyond the end of a shorter one is wanted."""
-Progress = Callable[[int], None]
+Progress = Callable[[float], None]
 
 
-def no_progress(done: int) -> None:
+def no_progress(done: float) -> None:
     """Progress that nobody watches."""
 
 
@@ -166,7 +166,8 @@ class Teacher(Protocol):
     def generate(
         self, request: GenerationRequest, progress: Progress = no_progress
     ) -> list[Tokens]:
-        """Write one sequence per prompt; ``progress`` counts finished sequences."""
+        """Write one sequence per prompt; ``progress`` counts sequences, an unfinished one by its
+        share of ``max_length`` tokens."""
         ...
 
     def generate_and_score(
@@ -178,11 +179,11 @@ class Teacher(Protocol):
     ) -> tuple[list[Tokens], Arrays]:
         """``generate``, and ``score`` of the result: here in two passes, each half of ``progress``;
         a teacher that can do both in one overrides it."""
-        sequences = self.generate(request, lambda done: progress(done // 2))
+        sequences = self.generate(request, lambda done: progress(done / 2))
         total, count = sum(len(tokens) - 1 for tokens in sequences), len(sequences)
 
-        def scored(positions: int) -> None:
-            progress(count // 2 + (count - count // 2) * positions // max(1, total))
+        def scored(positions: float) -> None:
+            progress(count * (1 + positions / max(1, total)) / 2)
 
         return sequences, self.score(sequences, recipe, bases, scored, request.keep)
 

@@ -179,7 +179,8 @@ class Measurement:
 
     def _score(self, sequences: Sequence[Tokens], masks: Sequence[Keep]) -> dict[str, TextScore]:
         """All models on all positions that count."""
-        with self.console.stage("Compare", total=len(sequences) * len(self.everyone)) as stage:
+        positions = int(sum(mask.sum() for mask in masks))
+        with self.console.stage("Compare", total=positions * len(self.everyone)) as stage:
             scorers = {name: llama_scorer(model, exact=True) for name, model in self.models.items()}
             vocab_size = self.teacher.info.vocab_size
             scores = score_text(
@@ -240,7 +241,7 @@ class Measurement:
         with self.console.stage("Tasks", total=len(tasks) * len(self.everyone)) as stage:
             before = 0
 
-            def answered(done: int) -> None:
+            def answered(done: float) -> None:
                 stage.update(before + done)
 
             for name, model in self.models.items():

@@ -47,7 +47,7 @@ def score_text(
     position or those that the masks ``keep`` want.
 
     Holds the logits of one group of sequences, of the teacher and one student. ``progress`` counts
-    sequences over all models.
+    positions over all models.
 
     Raises:
         UserError: a model's logits are not finite.
@@ -61,13 +61,13 @@ def score_text(
         labels, counts = next_tokens(group)[kept], [int(mask.sum()) for mask in masks[part]]
         expected = _finite(models[teacher](group)[kept], teacher)
         predictions[teacher].append(predict(expected, labels))
-        done += len(group)
+        done += len(labels)
         progress(done)
         for name, rows in compared.items():
             logits = _finite(models[name](group)[kept], name)
             predictions[name].append(predict(logits, labels))
             rows.append(by_sequence(compare(expected, logits), counts))
-            done += len(group)
+            done += len(labels)
             progress(done)
     counts = [int(mask.sum()) for mask in masks]
     return {

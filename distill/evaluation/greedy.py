@@ -41,7 +41,7 @@ def greedy_prompts(sequences: Sequence[Tokens], room: int) -> GreedyPrompts | No
 
 
 def continuations(
-    model: GGUFTeacher, start: GreedyPrompts, progress: Callable[[int], None]
+    model: GGUFTeacher, start: GreedyPrompts, progress: Callable[[float], None]
 ) -> list[Tokens]:
     """What the model generates after each prompt at temperature 0, an end-of-turn token
     included."""
@@ -63,7 +63,7 @@ def greedy_scores(
     teacher: GGUFTeacher,
     students: Mapping[str, GGUFTeacher],
     start: GreedyPrompts,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[float], None] = lambda done: None,
 ) -> dict[str, GreedyScore]:
     """Each student's score; ``progress`` counts continuations over all models."""
     done = 0

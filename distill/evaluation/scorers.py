@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.losses import divergences
+from distill.metrics.closeness import WHOLE_VOCABULARY, kl_over
 from distill.metrics.distributions import by_sequence, intervals
 from students.model.interface import Student
 from students.weights import set_weights
@@ -25,7 +26,6 @@ from teachers.targets.stored_arrays import Targets, join
 
 LOGITS_BYTES = 128 << 20  # one model's logits held at a time
 TEACHER, STORED_TARGETS = "teacher", "stored soft targets"
-WHOLE_VOCABULARY = "whole vocabulary"
 
 Scorer = Callable[[Sequence[Tokens]], Tensor]
 """Next-token logits of all positions of some sequences, ``[N, V]`` float32 (n − 1 rows for n
@@ -117,10 +117,10 @@ def evaluate(
     keep: Sequence[Keep] | None = None,
 ) -> Evaluation:
     """Compare ``models`` with the teacher at every position, or those that the masks ``keep``
-    want; ``report`` counts sequences."""
+    want; ``report`` counts positions."""
     masks = whole_masks(sequences, keep)
     sums: dict[str, list[Sums]] = {name: [] for name in models}
-    surprise, positions, finished = 0.0, 0, 0
+    surprise, positions = 0.0, 0
     reference = llama_scorer(teacher)
     for part in groups(sequences, teacher.info.vocab_size):
         group, kept = sequences[part], masks[part]
@@ -133,8 +133,7 @@ def evaluate(
             kl = divergences.dense_forward_kl(expected, logits)
             sums[name].append(_sums(kl, best, logits, labels, kept))
         positions += len(labels)
-        finished += len(group)
-        report(finished)
+        report(positions)
     scores = {name: _score(np.concatenate(parts), masks) for name, parts in sums.items()}
     return Evaluation(TEACHER, positions, WHOLE_VOCABULARY, surprise / positions, False, scores)
 
@@ -165,12 +164,11 @@ def evaluate_stored(
             sums[name].append(_sums(kl, best, logits, labels, kept))
         positions += len(labels)
         finished += len(group)
-        report(finished)
+        report(positions)
     scores = {name: _score(np.concatenate(parts), masks) for name, parts in sums.items()}
     known = None if surprise is None else surprise / positions
     recipe = store.manifest.recipe
-    compact = recipe.kind == "compact"
-    over = f"{recipe.num_topk} top tokens and the rest" if compact else WHOLE_VOCABULARY
+    over = kl_over(recipe.kind, recipe.num_topk)
     return Evaluation(STORED_TARGETS, positions, over, known, recipe.kind != "dense", scores)
 
 

@@ -26,7 +26,7 @@ def score_task(
     model: GGUFTeacher,
     tasks: Sequence[Task],
     name: str,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[float], None] = lambda done: None,
 ) -> TaskScore:
     """The share of ``tasks`` (≥ 1) answered right; ``progress`` counts answers."""
     answers, inside = answer_tasks(model, tasks, progress), _begins_inside(model)
@@ -40,7 +40,7 @@ def score_task(
 
 
 def answer_tasks(
-    model: GGUFTeacher, tasks: Sequence[Task], progress: Callable[[int], None] = lambda done: None
+    model: GGUFTeacher, tasks: Sequence[Task], progress: Callable[[float], None] = lambda done: None
 ) -> list[str]:
     """Greedy answers through the chat template, with their reasoning.
 
@@ -66,7 +66,7 @@ def answer_tasks(
     return answers
 
 
-def _report(progress: Callable[[int], None], before: int, done: int) -> None:
+def _report(progress: Callable[[float], None], before: int, done: float) -> None:
     progress(before + done)
 
 
@@ -74,7 +74,7 @@ def speak_on(
     model: GGUFTeacher,
     prompts: Sequence[Tokens],
     limit: int,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[float], None] = lambda done: None,
 ) -> list[Tokens]:
     """What the model writes behind each prompt at temperature 0: at most ``limit`` tokens and what
     its context holds, without the token that ends its turn."""

@@ -36,7 +36,7 @@ class Text:
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def sequences(self, teacher: Teacher, progress: Callable[[int], None]) -> list[Tokens]:
+    def sequences(self, teacher: Teacher, progress: Callable[[float], None]) -> list[Tokens]:
         """All sequences; the teacher generates what is missing, which ``progress`` counts."""
         requests = [item.segments for item in self.items if item.speaks]
         rows = iter(

@@ -7,8 +7,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from distill.reports.render.terminal import print_section
+from distill.reports.document import Fact
+from distill.reports.render.terminal import print_facts, print_section
+from distill.reports.run.health import health, health_sentence
 from distill.reports.run.sections import result_section
+from distill.reports.verdict import run_verdict
 from distill.runs.folder import RunFolder
 from distill.runs.records import read_records
 from distill.runtime.printable import markup
@@ -21,9 +24,13 @@ def print_results(folder: RunFolder, console: Console) -> None:
     Raises:
         UserError: a file of the run is damaged.
     """
-    results = read_records(folder.path).results
-    assert results is not None, "a finished run has results"
-    print_section(result_section(results), console.rich)
+    records = read_records(folder.path)
+    assert records.results is not None, "a finished run has results"
+    print_section(result_section(records.results), console.rich)
+    found, sentence = run_verdict(records), health_sentence(health(records))
+    console.rich.print(f"\n[bold]Verdict: {found.level}[/]")
+    print_facts([*found.facts, Fact("plain", sentence)], console.rich)
+    console.rich.print()
     _print_files(folder, console)
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
-import numpy as np
 import psutil
-import torch
 from rich.table import Table
 
 from distill.base_models.base_model import load_base_student
@@ -21,31 +18,40 @@ from distill.base_models.memory_estimate import (
 )
 from distill.capture.capture import load_teacher, read_data
 from distill.capture.corpus import Corpus
-from distill.capture.store_setup import largest_size, recipe_for
+from distill.capture.store_setup import recipe_for
 from distill.capture.teachers import find_gguf, tokenizer_of
 from distill.config.schema import RunConfig
+from distill.errors import UserError
 from distill.initialization.shape import describe_parameters
-from distill.losses.batch import Batch, arrange, padded
-from distill.losses.objective import Objective
+from distill.metrics.closeness import BOUNDS
+from distill.pipeline.disk import (
+    Disk,
+    StudentNumbers,
+    TeacherFiles,
+    checkpoint_bytes,
+    run_files,
+    teacher_files,
+)
 from distill.pipeline.preflight import Inputs, check_plan
+from distill.pipeline.probes import (
+    TeacherProbe,
+    probe_teacher,
+    sequences_together,
+    step_seconds,
+)
 from distill.pipeline.resolve import Resolved, resolve
-from distill.runtime.device import choose_precision
+from distill.reports.verdict import expected_words
+from distill.runs.folder import RUNS
+from distill.runs.records import read_records
 from distill.runtime.format import human_bytes, human_count, human_time
 from distill.runtime.printable import markup
 from distill.runtime.progress import Console
-from distill.training.optimizer import build_optimizer
 from students.model.build import build_student
 from students.model.config import SO8TConfig
 from students.model.interface import Student
 from students.model.sizes import decoder_parameters
-from teachers.base import Teacher, TeacherInfo, whole_masks
-from teachers.store.capture import fit_shared_codec
-from teachers.store.shared import SharedCodec
-from teachers.targets.recipe import Recipe
-from teachers.targets.stored_arrays import typed
+from teachers.base import TeacherInfo
 
-PROBE_SEQUENCES = 32
-PROBE_STEPS = 3
 INITIALIZATIONS = {
     "teacher": "the teacher's weights",
     "embeddings": "random weights, the teacher's token embeddings",
@@ -54,27 +60,15 @@ INITIALIZATIONS = {
 
 
 @dataclass(frozen=True)
-class TeacherProbe:
-    """What was measured of the teacher on the sequences of a batch, and what its store takes: bytes
-    of a position, and of the whole at most; the share of positions that is kept."""
-
-    batch: Batch
-    seconds_per_token: float
-    memory_bytes: int
-    position_bytes: int
-    store_limit: int
-    kept_share: float
-
-
-@dataclass(frozen=True)
 class TrainingProbe:
-    """Parameters as exported, the memory that training takes, seconds of an optimizer step.
+    """The student's numbers, the memory that training takes, seconds of an optimizer step on the
+    first sequences of the teacher's probe.
 
     ``step_seconds``: not known for a base that this machine has not the memory for. ``rows``: the
     student as rows of a table.
     """
 
-    parameters: int
+    numbers: StudentNumbers
     memory_bytes: int
     step_seconds: float | None
     rows: list[tuple[str, str]]
@@ -84,12 +78,15 @@ class TrainingProbe:
 class Plan:
     """What a run will take; times in seconds, sizes in bytes; parameters as exported.
 
-    ``train_seconds``: see ``TrainingProbe.step_seconds``.
+    ``trained_tokens``: over all epochs. ``disk``: what it leaves, of which ``store_bytes`` soft
+    targets, ``store_limit`` at most. ``train_seconds``: see ``TrainingProbe.step_seconds``.
     """
 
     tokens: int
+    trained_tokens: float
     store_bytes: int
     store_limit: int
+    disk: Disk
     capture_seconds: float
     teacher_memory: int
     parameters: int
@@ -121,139 +118,115 @@ def plan_run(
         if resolved.base is not None:
             describe_base(resolved.base, config, info.vocab_size, console)
         recipe = recipe_for(config.targets, teacher, corpus, console)
-        with console.stage("Probe teacher") as stage:
-            probe = _probe_teacher(teacher, corpus, recipe)
+        with console.stage("Probe teacher", total=100) as stage:
+            probe = probe_teacher(teacher, corpus, recipe, stage)
+            files = teacher_files(teacher, find_gguf(config.teacher), probe, len(corpus))
             stage.finish(f"{1 / probe.seconds_per_token:,.0f} tokens/s")
-    student = _probe_student(resolved, info, probe.batch, console)
-    plan = _combine(config, corpus, probe, student)
+    student = _probe_student(resolved, info, probe, console)
+    plan = _combine(config, corpus, probe, files, student)
     title = f"{info.name} → {config.student.label} SO8T: what a run takes"
     targets = f"{recipe.kind}, {probe.position_bytes} bytes a token"
     _print(plan, title, targets, student.rows, console)
+    for words in _closeness(config, info, plan, console):
+        console.note(words)
     if memory is not None:
         _judge_memory(plan, memory, resolved, info, console)
     return plan
 
 
 def _probe_student(
-    resolved: Resolved, info: TeacherInfo, batch: Batch, console: Console
+    resolved: Resolved, info: TeacherInfo, probe: TeacherProbe, console: Console
 ) -> TrainingProbe:
     config, base, shape = resolved.config, resolved.base, resolved.shape
     if base is None:
         assert shape is not None
-        parameters = decoder_parameters(shape)
-        seconds = _time_steps(build_student(shape, config.seed), batch, config, console)
-        memory = psutil.Process().memory_info().rss + snapshot_bytes(config, parameters)
+        student = build_student(shape, config.seed)
+        seconds = _time_steps(student, probe, config, console)
+        trained = student.parameter_count()
+        numbers = StudentNumbers(decoder_parameters(shape), trained)
+        memory = psutil.Process().memory_info().rss + snapshot_bytes(config, numbers.exported)
         rows = _rows_of_shape(shape, info)
         rows.append(("starts from", INITIALIZATIONS[config.student.init]))
-        return TrainingProbe(parameters, memory, seconds, rows)
+        return TrainingProbe(numbers, memory, seconds, rows)
     needed = memory_of(base.config, config, info.vocab_size)
     rows = _rows_of_base(resolved, needed)
+    numbers = StudentNumbers(needed.base_numbers, needed.trained_numbers, base.dtype.itemsize)
     if needed.total > available_memory()[0]:
-        return TrainingProbe(needed.base_numbers, needed.total, None, rows)
+        return TrainingProbe(numbers, needed.total, None, rows)
     adapted = load_base_student(base, config, info.vocab_size)
-    seconds = _time_steps(adapted, batch, config, console)
-    return TrainingProbe(needed.base_numbers, needed.total, seconds, rows)
+    seconds = _time_steps(adapted, probe, config, console)
+    return TrainingProbe(numbers, needed.total, seconds, rows)
 
 
-def _time_steps(student: Student, batch: Batch, config: RunConfig, console: Console) -> float:
+def _time_steps(
+    student: Student, probe: TeacherProbe, config: RunConfig, console: Console
+) -> float:
     """Seconds of an optimizer step."""
     with console.stage("Probe student") as stage:
-        seconds = _fastest_step(student, batch, config)
-        stage.finish(f"{batch.count() / seconds:,.0f} tokens/s")
+        seconds = step_seconds(student, probe, config)
+        count = probe.batch.lengths[: config.train.batch_size].sum().item()
+        stage.finish(f"{count / seconds:,.0f} tokens/s")
     return seconds
 
 
-def _probe_teacher(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> TeacherProbe:
-    """Capture a few sequences as the run would, and time it."""
-    count = min(PROBE_SEQUENCES, len(corpus))
-    shared_codec = SharedCodec({}, None)
-    keep = corpus.keep(0, count)
-    if recipe.needs_states or recipe.layers:
-        first = corpus.take(teacher, 0, count, lambda done: None)
-        shared_codec = fit_shared_codec(teacher, first, recipe, keep)
-    start = time.perf_counter()
-    request = corpus.generation_request(0, count)
-    if request is not None:
-        sequences, arrays = teacher.generate_and_score(request, recipe, shared_codec.bases)
-    else:
-        sequences = corpus.take(teacher, 0, count, lambda done: None)
-        arrays = teacher.score(sequences, recipe, shared_codec.bases, keep=keep)
-    seconds = time.perf_counter() - start
-    targets = typed(
-        arrays, recipe, teacher.info.vocab_size, shared_codec.bases.get("final"), shared_codec.head
-    )
-    tokens, lengths = padded(sequences)
-    masks = None if keep is None else np.concatenate(whole_masks(sequences, keep))
-    kept = None if masks is None else torch.from_numpy(masks)
-    batch = Batch(tokens, lengths, targets, keep=kept)
-    return TeacherProbe(
-        batch,
-        seconds / max(1, int(lengths.sum())),
-        teacher.memory(),
-        recipe.bytes_per_position(teacher.info.vocab_size, teacher.info.width),
-        largest_size(corpus, recipe, teacher),
-        batch.count() / int((lengths - 1).sum()),
-    )
-
-
-def _fastest_step(student: Student, batch: Batch, config: RunConfig) -> float:
-    """Seconds of one optimizer step on a batch of the run's size."""
-    device, lengths = student.device, batch.lengths[: _sequences_together(config, batch)].tolist()
-    rows = [row[:length].numpy() for row, length in zip(batch.tokens, lengths, strict=False)]
-    count = sum(lengths) - len(lengths)
-    keep = None if batch.keep is None else batch.keep[:count]
-    count = count if keep is None else int(keep.sum())
-    tokens, sizes, rooms = arrange(rows, student.packs)
-    targets = batch.targets.select(slice(0, count))
-    small = Batch(tokens, sizes, targets, rooms=rooms, keep=keep).to(device)
-    objective = Objective(config.loss)
-    optimizer = build_optimizer(student, config.train, student.config.hidden_size)
-    narrow = choose_precision(config.train, student.config.hidden_size, device) == "bf16"
-    student.checkpoint_activations(bool(config.train.gradient_checkpointing))
-    times = []
-    for _ in range(PROBE_STEPS):
-        start = time.perf_counter()
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow):
-            loss, _ = objective(student, small, total=count, share=1.0, fraction=0.5)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        objective.after_step()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def _sequences_together(config: RunConfig, batch: Batch) -> int:
-    """How many sequences an optimizer step learns from, if they are as long as the batch's."""
-    if config.train.batch_tokens is None:
-        return config.train.batch_size
-    return max(1, round(config.train.batch_tokens * len(batch.lengths) / int(batch.lengths.sum())))
-
-
 def _combine(
-    config: RunConfig, corpus: Corpus, teacher: TeacherProbe, student: TrainingProbe
+    config: RunConfig,
+    corpus: Corpus,
+    probe: TeacherProbe,
+    files: TeacherFiles,
+    student: TrainingProbe,
 ) -> Plan:
     """Scale the probes up to the whole run."""
-    lengths = teacher.batch.lengths
-    average = float(np.mean(lengths.numpy()))
-    tokens = sum(average if item.speaks else len(item.segments[0]) for item in corpus.items)
-    batch_size = _sequences_together(config, teacher.batch)
+    tokens = sum(probe.length if item.speaks else len(item.segments[0]) for item in corpus.items)
+    batch_size = sequences_together(config, probe)
     validation = round(config.data.held_out * len(corpus))
     steps = config.train.epochs * -(-(len(corpus) - validation) // batch_size)
     seconds = student.step_seconds
-    if seconds is not None:
-        seconds = steps * seconds * batch_size / min(batch_size, len(lengths))
+    if seconds is not None:  # of a step on the probe's sequences, which may be fewer or shorter
+        measured = probe.batch.lengths[:batch_size].sum().item()
+        seconds *= steps * batch_size * tokens / len(corpus) / measured
+    targets = round(tokens * (probe.kept_share * probe.position_bytes + 4))
+    exports, records = run_files(config, files, student.numbers, steps, tokens)
+    checkpoints = checkpoint_bytes(student.numbers, seconds)
     return Plan(
         tokens=round(tokens),
-        store_bytes=round(tokens * (teacher.kept_share * teacher.position_bytes + 4)),
-        store_limit=teacher.store_limit,
-        capture_seconds=tokens * teacher.seconds_per_token,
-        teacher_memory=teacher.memory_bytes,
-        parameters=student.parameters,
+        trained_tokens=config.train.epochs
+        * probe.kept_share
+        * (tokens - len(corpus))
+        * (1 - config.data.held_out),
+        store_bytes=targets,
+        store_limit=probe.store_limit,
+        disk=Disk(targets, files.kept, checkpoints, exports, records),
+        capture_seconds=tokens * probe.seconds_per_token,
+        teacher_memory=probe.memory_bytes,
+        parameters=student.numbers.exported,
         steps=steps,
         train_seconds=seconds,
         train_memory=student.memory_bytes,
     )
+
+
+def _closeness(config: RunConfig, info: TeacherInfo, plan: Plan, console: Console) -> list[str]:
+    """How close the student may come, by the newest finished run of this teacher and size here; and
+    the levels' bounds."""
+    bounds = f"{BOUNDS} (docs/verdict.md)"
+    for path in sorted(RUNS.glob("*/results.json"), key=lambda one: -one.stat().st_mtime):
+        try:
+            records = read_records(path.parent)
+        except UserError as error:
+            console.note(f"{error}; not looked at for a forecast")
+            continue
+        same = records.identity.get("teacher_sha256") == info.sha256
+        words = (
+            expected_words(records, plan.trained_tokens)
+            if same and records.config.get("student", {}).get("size") == config.student.size
+            else None
+        )
+        if words is not None:
+            return [f"{words} (by the curve of {path.parent})", bounds]
+    size = config.student.label
+    unknown = f"not known: no finished run of this teacher and {size} with a curve in {RUNS}/"
+    return [unknown, bounds]
 
 
 def _print(
@@ -266,7 +239,17 @@ def _print(
     for name, value in (
         ("tokens", f"about {human_count(plan.tokens)}"),
         ("soft targets", targets),
-        ("disk", f"about {human_bytes(plan.store_bytes)}, at most {human_bytes(plan.store_limit)}"),
+        ("disk", f"about {human_bytes(plan.disk.total)}, of that:"),
+        (
+            "  store",
+            f"soft targets {human_bytes(plan.store_bytes)} (at most "
+            f"{human_bytes(plan.store_limit)}), the teacher's own {human_bytes(plan.disk.teacher)}",
+        ),
+        (
+            "  run",
+            f"checkpoints {human_bytes(plan.disk.checkpoints)}, the student "
+            f"{human_bytes(plan.disk.exports)}, report and logs {human_bytes(plan.disk.records)}",
+        ),
         ("capture", f"about {human_time(plan.capture_seconds)}"),
         ("teacher's memory", human_bytes(plan.teacher_memory)),
         *student,

@@ -33,6 +33,7 @@ from distill.heads.safety_data import SafetyData
 from distill.inference.reasoning import digests
 from distill.initialization.start import begin
 from distill.losses.objective import build_objective
+from distill.metrics.closeness import kl_name
 from distill.pipeline.resolve import Resolved
 from distill.reports.build import write_run_report
 from distill.runs.audit_events import record_capture, record_training
@@ -46,6 +47,7 @@ from distill.training.gradient_check import probe_gradients
 from distill.training.on_policy import OnPolicyBatches
 from distill.training.optimizer import initial_learning_rate
 from distill.training.summary import TrainingSummary
+from distill.training.validation import validation_kl
 from students.adapter.adapter import AdaptedStudent
 from students.model.interface import Student
 from students.weights import plain_weights
@@ -144,7 +146,7 @@ def prepare(source: Source, work: Workspace) -> Prepared:
     parts = split(store, config.data.held_out, config.seed)
     data = TrainingData(store, parts, config.seed, batch_tokens=config.train.batch_tokens)
     if source.safety is not None:
-        every, together = config.safety.rhythm(_steps(config, data))
+        every, together = config.safety.rhythm(len(_batches(config, data)))
         prompts = source.safety.train
         data = replace(data, prompts=prompts, prompts_every=every, prompts_together=together)
     indices = data.split.held_out.tolist()
@@ -163,8 +165,8 @@ def prepare(source: Source, work: Workspace) -> Prepared:
     return Prepared(source, data, held_out, student, initial, rate, gradients)
 
 
-def _steps(config: RunConfig, data: TrainingData) -> int:
-    return len(data.batches(config.train.epochs, config.train.batch_size))
+def _batches(config: RunConfig, data: TrainingData) -> list[list[int]]:
+    return data.batches(config.train.epochs, config.train.batch_size)
 
 
 def _initialize(source: Source, data: TrainingData, work: Workspace) -> Student:
@@ -208,13 +210,20 @@ def train_student(prepared: Prepared, work: Workspace) -> Trained:
         )
     settings = config.train.model_copy(update={"learning_rate": prepared.learning_rate})
     job = TrainingJob(student, data, objective, settings, work.folder.path)
-    with work.console.stage("Train", total=_steps(config, data)) as stage:
+    lengths = data.store.lengths()
+    sizes = [lengths[batch].sum() for batch in _batches(config, data)]
+    done = np.cumsum([0, *sizes]) / sum(sizes)  # of the work, by tokens
+    with work.console.stage("Train", total=len(sizes)) as stage:
+
+        def report(step: int, note: str) -> None:
+            stage.update(step, note, float(done[step]))
+
         try:
-            summary = train(job, stage.update, on_policy, work.console.warn)
+            summary = train(job, report, on_policy, work.console.warn)
         except TrainingAborted:
             write_run_report(work.folder, work.console)
             raise
-        stage.finish(_describe(summary))
+        stage.finish(_describe(summary, validation_kl(data.store.manifest.recipe)))
     if source.teacher is not None:
         source.teacher.close()
     if summary.continued_from:
@@ -228,10 +237,11 @@ def train_student(prepared: Prepared, work: Workspace) -> Trained:
     return Trained(prepared, summary)
 
 
-def _describe(summary: TrainingSummary) -> str:
+def _describe(summary: TrainingSummary, name: str) -> str:
+    """Training in a line; ``name``: of the validation points' KL."""
     scores = dict(summary.scores)
     text = f"{summary.steps} steps, {human_count(summary.tokens_seen)} tokens, "
-    text += f"{summary.padding:.1%} of the computed positions padding; validation KL "
+    text += f"{summary.padding:.1%} of the computed positions padding; {name} "
     text += f"{scores[0].kl:.3f} → {scores[summary.best].kl:.3f}"
     if summary.steps < summary.planned:
         text += f"; stopped early, {summary.planned} steps were planned"
@@ -274,7 +284,8 @@ def evaluate_student(published: Published, work: Workspace) -> Evaluated:
         before = student_scorer(_initialize(source, prepared.data, alone))
     models = {"before": before, "after": student_scorer(student)}
     indices = prepared.data.split.held_out.tolist()
-    with console.stage("Evaluate", total=len(indices)) as stage, _exported(source, work) as file:
+    positions = int(source.store.lengths()[indices].sum()) - len(indices)
+    with console.stage("Evaluate", total=positions) as stage, _exported(source, work) as file:
         models["exported"] = llama_scorer(file)
         speeds = {}
         if source.config.store is None:
@@ -288,8 +299,8 @@ def evaluate_student(published: Published, work: Workspace) -> Evaluated:
         speeds["student"] = measure_speed(file)
         score = evaluation.models["exported"]
         stage.finish(
-            f"KL {score.kl:.3f}, agreement {score.agreement:.1%} over {evaluation.positions} "
-            "positions"
+            f"{kl_name(evaluation.kl_over)} {score.kl:.3f}, agreement {score.agreement:.1%} over "
+            f"{evaluation.positions} positions"
         )
     return Evaluated(published, evaluation, speeds, _score_heads(published, work))
 

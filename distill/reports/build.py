@@ -30,9 +30,8 @@ def document_of(content: Content) -> Document:
     """What is shown of it."""
     if isinstance(content, Report):
         lead = "What the run says, from its own records."
-        return Document(
-            content.name, lead, [("", content.verdict)], sections(content), charts(content)
-        )
+        verdicts = [(f"Verdict: {content.level}", content.verdict), ("Training", content.health)]
+        return Document(content.name, lead, verdicts, sections(content), charts(content))
     if isinstance(content, WeightsReport):
         lead = "What the weights say by themselves; no model was run."
         verdicts = [("", content.verdict)]
@@ -41,14 +40,17 @@ def document_of(content: Content) -> Document:
         )
     first, second = content.first, content.second
     title = f"{first.name} and {second.name}"
-    verdicts = [(f"A: {first.name}", first.verdict), (f"B: {second.name}", second.verdict)]
+    heads = (f"A: {first.name}", f"B: {second.name}")
     if isinstance(content, Comparison):
+        facts = [[*one.verdict, *one.health] for one in (content.first, content.second)]
+        verdicts = list(zip(heads, facts, strict=True))
         lead = "What the runs say, from their own records."
         return Document(
             title, lead, verdicts, comparison_sections(content), comparison_charts(content)
         )
     lead = "What the weights of two files say by themselves, tensor by tensor; no model was run."
-    verdicts.append(("A and B", content.verdict))
+    told = (first.verdict, second.verdict, content.verdict)
+    verdicts = list(zip((*heads, "A and B"), told, strict=True))
     return Document(
         title,
         lead,

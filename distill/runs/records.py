@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from distill.errors import UserError
+from distill.metrics.closeness import WHOLE_VOCABULARY, kl_over
 from distill.metrics.safety import SafetyScore
 from distill.metrics.verification import VerificationPart
 from distill.runs.folder import METRICS, RunFolder, latest_checkpoint, nothing_logged, require_run
@@ -110,7 +111,7 @@ class EvaluationPart:
     after: ModelScore
     exported: ModelScore
     against: str = "teacher"
-    kl_over: str = "whole vocabulary"
+    kl_over: str = WHOLE_VOCABULARY
     teacher: TeacherScore | None = None
 
 
@@ -215,6 +216,33 @@ class Records:
     def checkpoint_step(self) -> int | None:
         """The step of the newest checkpoint."""
         return None if self.checkpoint is None else int(self.checkpoint.name.rpartition("-")[2])
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What the soft targets keep of a position (``teachers.targets.recipe``), as written."""
+        part = self.results
+        known = self.config.get("targets") if part is None else part.soft_targets.recipe
+        return known if isinstance(known, dict) else {}
+
+    @property
+    def validation_over(self) -> str:
+        """What the KL at validation points is over (``distill.metrics.closeness``)."""
+        return kl_over(self.recipe.get("kind"), self.recipe.get("num_topk"))
+
+    @property
+    def knows_tail(self) -> bool:
+        """Whether training saw how the teacher's probability is spread over all tokens."""
+        return self.recipe.get("kind") != "compact" or self.recipe.get("sketch_bytes") != 0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The speed of training in the process that finished it."""
+        if self.results is None:
+            return None
+        part = self.results.training
+        lines = {step_of(line): line.get("tokens_seen") or 0.0 for line in self.train}
+        tokens = part.tokens_seen - lines.get(part.continued_from_step, 0.0)
+        return tokens / part.seconds if part.seconds > 0 else None
 
     def column(self, name: str) -> tuple[list[int], list[float | None]]:
         """Steps and values of one metric of training, at the steps that have it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,13 +16,44 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 from distill.runtime import interrupts
+from distill.runtime.format import human_time
 from distill.runtime.printable import markup
 
 LINE_EVERY_SECONDS = 10.0  # between lines of progress where no terminal can draw a bar
+SEEN_SECONDS, SEEN_REPORTS = 5.0, 4  # of progress before anything is said about the time left
+
+
+class TimeLeft:
+    """Time left, by the speed in the newer half of the time since the first progress: how long that
+    took, what was done before, and a slow start do not count."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, float]] = deque()  # time and share done
+        self._first, self._reports = 0.0, 0
+
+    def report(self, now: float, share: float) -> None:
+        """``share`` of the work, 0 to 1, is done at ``now``, in seconds."""
+        if not self._seen or share < self._seen[-1][1]:  # taken back: measured anew
+            self._seen.clear()
+            self._first, self._reports = now, 0
+        if not self._seen or share > self._seen[-1][1]:
+            if self._reports == 1:
+                self._seen.clear()
+                self._first = now
+            self._seen.append((now, share))
+            self._reports += 1
+        while len(self._seen) > 2 and self._seen[1][0] <= (self._first + now) / 2:
+            self._seen.popleft()
+
+    def seconds(self, now: float) -> float | None:
+        """Seconds left at ``now``; ``None`` as long as too little was seen."""
+        if self._reports < SEEN_REPORTS or now - self._first < SEEN_SECONDS:
+            return None
+        (start, before), (_, share) = self._seen[0], self._seen[-1]
+        return max(0.0, (1.0 - share) * (now - start) / (share - before))
 
 
 class Stage:
@@ -34,23 +66,28 @@ class Stage:
         self.title = title
         self.total = total
         self.bar = bar
-        self.task: TaskID | None = bar.add_task(title, total=total, note="") if bar else None
-        self.started = self.printed = time.monotonic()
+        self.task: TaskID | None = (
+            bar.add_task(title, total=total, note="", left="") if bar else None
+        )
+        self.printed = time.monotonic()
+        self.left = TimeLeft()
         self.outcome = ""
 
-    def update(self, done: int, note: str = "") -> None:
-        """Report what is done so far; ``note``: a short remark."""
+    def update(self, done: float, note: str = "", share: float | None = None) -> None:
+        """Report what is done so far; ``note``: a short remark; ``share``: of the work, where that
+        is not in proportion to ``done``."""
         interrupts.check()
+        now, left = time.monotonic(), ""
+        if self.total:
+            self.left.report(now, done / self.total if share is None else share)
+            seconds = self.left.seconds(now)
+            left = "" if seconds is None else f"{human_time(seconds)} left"
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=done, note=markup(note))
-            return
-        now = time.monotonic()
-        if now - self.printed >= LINE_EVERY_SECONDS and self.total:
+            self.bar.update(self.task, completed=done, note=markup(note), left=left)
+        elif now - self.printed >= LINE_EVERY_SECONDS and self.total:
             self.printed = now
-            left = (now - self.started) / max(done, 1) * (self.total - done)
-            self.console.print(
-                f"  {self.title}: {done}/{self.total}, {left:.0f} s left  {markup(note)}"
-            )
+            shown = ", ".join(filter(None, (f"{done:,.0f}/{self.total:,}", left)))
+            self.console.print(f"  {self.title}: {shown}  {markup(note)}")
 
     def finish(self, outcome: str) -> None:
         """Set the text of the line that remains when the stage is over."""
@@ -77,8 +114,7 @@ class Console:
                 BarColumn(bar_width=28),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[left]}"),
                 TextColumn("[dim]{task.fields[note]}"),
             )
             with Progress(*columns, console=self.rich, transient=True) as bar:

@@ -54,9 +54,9 @@ class CheckpointTimer:
         self.saved_step, self.last_save = step, time.perf_counter()
         self.interval = max(CHECKPOINT_SECONDS, (self.last_save - start) / SAVING_SHARE)
 
-    def describe(self, state: TrainingState, loss: float) -> str:
-        """One line on the state of training."""
+    def describe(self, state: TrainingState, loss: float, name: str) -> str:
+        """One line on the state of training; ``name``: of the validation points' KL."""
         speed = (state.tokens_seen - self.from_tokens) / max(self.seconds, 1e-9)
         newest = state.scores[max(state.scores)] if state.scores else None
-        score = f", validation KL {newest.kl:.3f}" if newest else ""
+        score = f", {name} {newest.kl:.3f}" if newest else ""
         return f"loss {loss:.3f}{score}, {speed:,.0f} tokens/s"

@@ -42,6 +42,7 @@ from distill.training.validation import (
     best_step,
     evaluation_steps,
     is_exhausted,
+    validation_kl,
     validation_score,
 )
 from stability import Event, GaveUp
@@ -179,6 +180,7 @@ def _run(loop: Loop, state: TrainingState, timer: CheckpointTimer, report: Repor
     """The loop itself: evaluate, save, stop, step, log."""
     config, plan = loop.job.config, loop.plan
     evaluate_at = evaluation_steps(len(plan), config.evaluations)
+    name = validation_kl(loop.job.data.store.manifest.recipe)
     if state.guard is not None:
         audited = loop.job.folder if loop.accelerator.is_main_process else None
         write_events(state.guard, plan, loop.metrics, audited, loop.warn)
@@ -205,7 +207,7 @@ def _run(loop: Loop, state: TrainingState, timer: CheckpointTimer, report: Repor
             raise TrainingAborted(message) from None
         if values is not None:
             loop.record("train", state.step, values)
-            report(state.step, timer.describe(state, values["loss"]))
+            report(state.step, timer.describe(state, values["loss"], name))
         elif state.step < before:
             timer.rolled_back()
 

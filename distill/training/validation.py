@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from distill.losses import divergences
 from distill.losses.batch import Batch
 from distill.losses.chunked_lm_head import chunk_size
+from distill.metrics.closeness import kl_name, kl_over
 from students.model.interface import Student
+from teachers.targets.recipe import Recipe
 
 TEMPERATURE = 1.0
 
@@ -22,13 +24,18 @@ class ValidationScore:
     """How close the student is to the teacher on the validation sequences, per token, at T = 1.
 
     ``kl``: in nats, over k + 1 buckets for compact targets and over the whole vocabulary for
-    others; ``agreement``: share of positions with the same most probable token; ``cross_entropy``:
-    of the actual next token, in nats.
+    others (``validation_kl`` says which); ``agreement``: share of positions with the same most
+    probable token; ``cross_entropy``: of the actual next token, in nats.
     """
 
     kl: float
     agreement: float
     cross_entropy: float
+
+
+def validation_kl(recipe: Recipe) -> str:
+    """The name of ``ValidationScore.kl`` for targets of that recipe."""
+    return f"validation {kl_name(kl_over(recipe.kind, recipe.num_topk))}"
 
 
 def validation_score(model: nn.Module, batches: Iterable[Batch]) -> ValidationScore:

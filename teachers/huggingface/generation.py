@@ -77,19 +77,21 @@ class Decoder:
 def generate(
     model: Any, request: GenerationRequest, end_tokens: Collection[int], progress: Progress
 ) -> list[Tokens]:
-    """Write the sequences of a request; ``progress`` gets the number of finished ones.
+    """Write the sequences of a request; ``progress``: see ``Teacher.generate``.
 
     Raises:
         GenerationError: the model keeps no key-value cache, or its logits are not finite.
         ValueError: a prompt without forced tokens.
     """
     partials = started(request)
-    together = _parallel(model, request.sampling.max_length)
+    longest = request.sampling.max_length
+    together = _parallel(model, longest)
     for start in range(0, len(partials), together):
         group = partials[start : start + together]
         going = [partial for partial in group if not partial.finished]
         for _ in _write(Decoder(model), going, request.sampling, end_tokens):
-            progress(start + sum(partial.finished for partial in group))
+            done = sum(longest if one.finished else len(one.tokens) for one in group)
+            progress(start + done / longest)
     return [np.array(partial.tokens, dtype=np.int32) for partial in partials]
 
 
@@ -99,7 +101,7 @@ def _write(
     sampling: Sampling,
     end_tokens: Collection[int],
 ) -> Iterator[None]:
-    """Write all of ``partials`` to their ends; yields after each step in which some ended."""
+    """Write all of ``partials`` to their ends; yields after each step."""
     if not partials:
         return
     tokens, mask = padded([partial.tokens for partial in partials], left=True)
@@ -110,8 +112,7 @@ def _write(
         rows = [row for row, partial in enumerate(partials) if partial.wants_token]
         chosen = [partials[row] for row in rows]
         choose(chosen, logits[rows], sampling, end_tokens)
-        if any(partial.finished for partial in chosen):
-            yield
+        yield
         going = [row for row, partial in enumerate(partials) if not partial.finished]
         if not going:
             return

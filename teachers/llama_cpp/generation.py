@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teachers.base import GenerationRequest, Keep, Progress, Tokens, no_progress, whole_masks
+from teachers.base import GenerationRequest, Keep, Tokens, whole_masks
 from teachers.llama_cpp.context import ContextShape, LlamaContext, Outputs
 from teachers.llama_cpp.scoring import as_answer, common_prefix, decode_prefix
 from teachers.sampling import choose, started
@@ -22,6 +22,7 @@ from teachers.targets.distributions import Arrays
 from teachers.targets.stored_arrays import Answer
 
 PARALLEL_SEQUENCES = 128
+TOLD_SHARE = 0.005  # of all tokens: progress is reported about that often
 PENDING_LOGITS = 1 << 22  # collected before they are reduced: 16 MB
 
 Reduce = Callable[[Answer], Arrays]
@@ -51,15 +52,22 @@ class SequenceGenerator:
         self._spans: list[tuple[int, int, int]] = []  # sequence, first position, count; as pieces
         self._pending: list[tuple[Tensor, Tensor | None]] = []
 
-    def run(self, progress: Progress = no_progress) -> tuple[list[Tokens], Arrays]:
+    def run(
+        self, progress: Callable[[int], None] = lambda more: None
+    ) -> tuple[list[Tokens], Arrays]:
         """The sequences, and what is kept of their wanted positions, in order.
 
         A sequence ends with the teacher's end-of-turn token, which is kept, or at ``max_length``
-        tokens. ``progress`` gets a 1 for each finished sequence.
+        tokens. ``progress`` gets what tokens are new, a finished sequence counting as one of
+        ``max_length``.
         """
+        longest, told = self.sampling.max_length, 0
         for finished in self._steps():
-            for _ in range(finished):
-                progress(1)
+            done = sum(longest if one.finished else len(one.tokens) for one in self.partials)
+            # Seldom: a frame through the pipe takes a part of a small model's step.
+            if finished or done - told >= TOLD_SHARE * longest * len(self.partials):
+                progress(done - told)
+                told = done
         sequences = [np.array(partial.tokens, dtype=np.int32) for partial in self.partials]
         return sequences, self._in_order(sequences)
 

@@ -180,7 +180,10 @@ class GGUFTeacher(Teacher):
         arrays |= _packed_keep(request.keep)
         sampling = asdict(request.sampling)
         message = {"sampling": sampling, "first_index": request.first_index, **more}
-        answer = self.worker.ask("generate", message, arrays, progress)[1]
+        longest = request.sampling.max_length
+        answer = self.worker.ask(
+            "generate", message, arrays, lambda done: progress(done / longest)
+        )[1]
         kept = {name: rows for name, rows in answer.items() if not name.startswith("tokens")}
         return unpack_ragged(answer, "tokens"), kept
 

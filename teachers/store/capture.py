@@ -41,8 +41,9 @@ from teachers.targets.state_codec import (
     tail_metric,
 )
 
-Report = Callable[[int, str], None]
-"""Called with the number of finished sequences (over the whole store) and what is being done."""
+Report = Callable[[float, str], None]
+"""Called with the number of finished sequences (over the whole store), those of the shard at work
+by the share of its tokens, and what is being done."""
 
 PROBE_TOKENS = 65  # of the source's text, on which a teacher is tried
 LINEAR_ROWS = 4096
@@ -51,6 +52,7 @@ LINEAR_ROWS = 4096
 LINEAR_TOLERANCE = 0.02
 CAUSAL_TOKENS = 17  # of the probe: the latter half is changed, the former half's logits may then
 CAUSAL_TOLERANCE = 0.02  # differ by so much of their spread (0 on a processor)
+WRITING_SHARE = 0.5  # of a shard's progress, where the teacher writes it before it scores it
 WAIT_SECONDS = 0.5
 PATIENCE_SECONDS = 60.0  # how long another process waits for a first one that is not there
 
@@ -113,41 +115,45 @@ def capture(
     missing = [shard for shard in mine if states[shard] != "complete"]
     sizes = {shard: stop - start for shard in mine for start, stop in [store.span(shard)]}
     finished = sum(sizes[shard] for shard in mine if shard not in missing)
+    reached = float(finished)
+
+    def tell(done: float, text: str) -> None:
+        nonlocal reached
+        reached = max(reached, done)
+        report(reached, text)
+
     bases: Mapping[str, Basis] = {}
     first: list[Tokens] = []  # the first shard's, generated before it is known how to keep states
     if store.needs_shared_codec:
-        codec, first = _shared_codec(teacher, source, store, report, share)
+        codec, first = _shared_codec(teacher, source, store, tell, share)
         bases = codec.bases
     for shard in missing:
         start, stop = store.span(shard)
         keep = source.keep(start, stop)
 
-        def watch(text: str, base: int = finished) -> Progress:
-            return lambda done: report(base + done, text)
+        def writing(part: float, base: int = finished) -> Progress:
+            return lambda done: tell(base + part * done, "the teacher writes")
 
         alone = shard == 0 and store.needs_shared_codec
         request = None if alone else source.generation_request(start, stop)
         if request is not None:
-            sequences, arrays = teacher.generate_and_score(
-                request, recipe, bases, watch("the teacher writes")
-            )
+            sequences, arrays = teacher.generate_and_score(request, recipe, bases, writing(1.0))
         else:
             sequences = first if shard == 0 else []
             if not sequences:
-                sequences = source.take(teacher, start, stop, watch("the teacher writes"))
-            scored = _per_sequence(sequences, watch("the teacher scores"))
+                sequences = source.take(teacher, start, stop, writing(WRITING_SHARE))
+            begin, rest = reached, finished + sizes[shard] - reached
+            total = max(1, sum(len(tokens) - 1 for tokens in sequences))
+
+            def scored(positions: float, begin: float = begin, each: float = rest / total) -> None:
+                tell(begin + each * positions, "the teacher scores")
+
             arrays = teacher.score(sequences, recipe, bases, scored, keep)
         store.write_shard(shard, sequences, arrays, keep)
         finished += sizes[shard]
-        report(finished, "saved")
+        tell(finished, "saved")
     damaged = tuple(shard for shard in missing if states[shard] == "damaged")
     return CaptureSummary(len(states) - len(missing), damaged, len(missing))
-
-
-def _per_sequence(sequences: Sequence[Tokens], progress: Progress) -> Progress:
-    """Turn a count of positions into one of sequences."""
-    total = max(1, sum(len(tokens) - 1 for tokens in sequences))
-    return lambda positions: progress(len(sequences) * positions // total)
 
 
 def _shared_codec(
@@ -177,7 +183,7 @@ def _shared_codec(
         sequences = [store.tokens(index) for index in range(start, stop)]
     else:
         sequences = written = source.take(
-            teacher, start, stop, lambda done: report(0, f"the teacher writes, {done} of {stop}")
+            teacher, start, stop, lambda done: report(WRITING_SHARE * done, "the teacher writes")
         )
     report(0, "fitting what is kept of hidden states")
     # The first shard stands for the others. What it holds alone is known to every process.

@@ -48,6 +48,7 @@ ORDER = (
     "distill.evaluation",
     "distill.reports.document",
     "distill.reports.inputs",
+    "distill.reports.verdict",
     "distill.reports.render",
     "distill.reports.weights",
     "distill.reports.run",

@@ -151,7 +151,7 @@ def test_results_claim_nothing_of_the_absent_teacher(
     out = capsys.readouterr().out
     said = " ".join(out.split())
     assert "already holds this run, finished" in said and "Train " not in said
-    assert f"against the {STORED_TARGETS}; KL over the 16 top tokens and the rest" in said
+    assert f"against the {STORED_TARGETS}; bucket KL over the 16 top tokens and the rest" in said
     assert "The teacher was not there" in said and "≈" in said
     assert teachers_cell(out, "decode") == "–"
 

@@ -242,7 +242,7 @@ def make_run(
 
 
 def said(path: Path) -> str:
-    return "\n".join(f"{fact.level}: {fact.text}" for fact in read_report(path).verdict)
+    return "\n".join(f"{fact.level}: {fact.text}" for fact in read_report(path).health)
 
 
 def check_facts(facts: Sequence[Fact], *rows: tuple[str, ...]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from distill.metrics.closeness import kl_name
 from distill.reports.card.facts import CardFacts, License, read_facts
 from distill.reports.card.sections import (
     checksums,
@@ -173,8 +174,9 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
     """The exported file's scores as the Hub's ``model-index`` has them; figures that are not
     finite are left out."""
     found = facts.results.evaluation
+    kl = kl_name(found.kl_over)
     scores = (
-        ("kl_divergence", f"KL to the {found.against} (nats per token)", found.exported.kl),
+        ("kl_divergence", f"{kl} to the {found.against} (nats per token)", found.exported.kl),
         ("accuracy", f"same top token as the {found.against}", found.exported.agreement),
         ("perplexity", "perplexity", found.exported.perplexity),
     )

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from distill.errors import UserError
 from distill.reports.document import Fact
 from distill.reports.run.guard_log import guard_facts, health_facts
-from distill.reports.run.verdict import verdict
+from distill.reports.run.health import health
+from distill.reports.verdict import run_verdict
 from distill.runs.audit_log import LOG, read_head
 from distill.runs.exports import ExportedFile, read_exports
 from distill.runs.folder import RunFolder
@@ -61,16 +62,17 @@ class TransformersFolder:
 class CardFacts:
     """Everything that a card is made of.
 
-    ``config``: the run's settings as its folder has them, whatever they are. ``verdict``: the
-    report's, without what looking at all weights would add. ``files``: the exported ones that are
-    there. ``audit``: there is a log; ``audit_head``: the SHA-256 of its last line, where
-    ``audit.head`` says it.
+    ``config``: the run's settings as its folder has them, whatever they are. ``verdict`` of use and
+    ``health`` of training: the report's, without what looking at all weights would add. ``files``:
+    the exported ones that are there. ``audit``: there is a log; ``audit_head``: the SHA-256 of its
+    last line, where ``audit.head`` says it.
     """
 
     results: Results
     config: dict[str, Any]
     base_sha256: str
     verdict: list[Fact]
+    health: list[Fact]
     guarded: bool
     metadata: Metadata
     files: list[ExportedFile]
@@ -104,7 +106,8 @@ def read_facts(folder: RunFolder) -> CardFacts:
         results=records.results,
         config=records.config,
         base_sha256=records.identity.get("base_sha256", ""),
-        verdict=_verdict(records),
+        verdict=run_verdict(records).facts,
+        health=_health(records),
         guarded=records.metrics.guarded,
         metadata=Metadata() if exported is None else _metadata(exported),
         files=_files(folder, records.results, exported),
@@ -115,8 +118,8 @@ def read_facts(folder: RunFolder) -> CardFacts:
     )
 
 
-def _verdict(records: Records) -> list[Fact]:
-    """The report's verdict.
+def _health(records: Records) -> list[Fact]:
+    """The report's facts on training.
 
     What the guard quoted, and names of sequences, are left out: strangers read a card.
     """
@@ -127,7 +130,7 @@ def _verdict(records: Records) -> list[Fact]:
         for event in records.events
     ]
     unquoted = replace(records.metrics, events=events)
-    first, *facts = verdict(records)
+    first, *facts = health(records)
     return [first, *guard_facts(unquoted, True), *facts, *health_facts(unquoted)]
 
 

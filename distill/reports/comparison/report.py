@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from distill.evaluation.records import Comparison
 from distill.reports.comparison.charts import charts
+from distill.reports.comparison.facts import trade_facts, verdict_of
 from distill.reports.comparison.sections import sections
-from distill.reports.comparison.verdict import verdict
 from distill.reports.document import Document
 
 
@@ -17,6 +17,6 @@ def document_of(comparison: Comparison) -> Document:
         f"{names[0]} and {teacher}" if len(names) == 1 else f"{len(names)} students of {teacher}"
     )
     lead = "How near a student comes to its teacher, and what it takes; all on the same text."
-    return Document(
-        title, lead, [("", verdict(comparison))], sections(comparison), charts(comparison)
-    )
+    found = verdict_of(comparison.students)
+    verdicts = [(f"Verdict: {found.level}", found.facts), ("Cost", trade_facts(comparison))]
+    return Document(title, lead, verdicts, sections(comparison), charts(comparison))

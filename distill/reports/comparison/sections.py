@@ -8,8 +8,9 @@ from typing import Any
 from distill.evaluation.pareto import fidelity_of, size_front, speed_front
 from distill.evaluation.records import Comparison, ModelEvaluation
 from distill.metrics.intervals import Z95, Figure, ratios
-from distill.reports.comparison.verdict import counted, share_spread, spread
+from distill.reports.comparison.facts import counted, level_name
 from distill.reports.document import Section, Table
+from distill.reports.verdict import share_spread, spread
 from distill.runtime.format import MISSING, human_bytes, human_count, number
 from students.model.head_decisions import DECISIONS
 
@@ -57,11 +58,12 @@ def _trade(comparison: Comparison) -> Section:
     """Size, speed and nearness of every model."""
     teacher, students = comparison.teacher, comparison.students
     small, fast = size_front(students), speed_front(students)
-    rows = [[f"{teacher.name} (teacher)", *_cost(teacher, teacher), "0", MISSING]]
+    rows = [[f"{teacher.name} (teacher)", *_cost(teacher, teacher), "0", MISSING, MISSING]]
     for place, student in enumerate(students):
         fronts = [name for name, kept in (("size", small), ("speed", fast)) if place in kept]
         kl = number(fidelity_of(student).kl.value)
-        rows.append([student.name, *_cost(student, teacher), kl, " and ".join(fronts) or "neither"])
+        front = " and ".join(fronts) or "neither"
+        rows.append([student.name, *_cost(student, teacher), kl, level_name(student), front])
     head = [
         "",
         "file type",
@@ -71,6 +73,7 @@ def _trade(comparison: Comparison) -> Section:
         "writing",
         "peak memory",
         "KL",
+        "closeness",
         "front",
     ]
     if len(students) == 1:

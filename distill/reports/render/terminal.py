@@ -15,20 +15,18 @@ SIGNS = {"good": "[green]✓[/]", "plain": "[dim]·[/]", "warning": "[yellow]![/
 
 def print_report(document: Document, console: RichConsole) -> None:
     """Print a report: the verdict, or one for each, then its tables."""
-    if len(document.verdicts) == 1:
-        console.print(f"[bold]{escape(printable_line(document.title))}[/]", soft_wrap=True)
-        _print_verdict(document.verdicts[0][1], console)
-    else:
-        for heading, facts in document.verdicts:
-            console.print(f"[bold]{escape(printable_line(heading))}[/]", soft_wrap=True)
-            _print_verdict(facts, console)
-            console.print()
+    console.print(f"[bold]{escape(printable_line(document.title))}[/]", soft_wrap=True)
+    for heading, facts in document.verdicts:
+        if heading:
+            console.print(f"\n[bold]{escape(printable_line(heading))}[/]", soft_wrap=True)
+        print_facts(facts, console)
     for section in document.sections:
-        if section.tables or len(document.verdicts) == 1:
+        if section.tables or section.words:
             print_section(section, console)
 
 
-def _print_verdict(facts: list[Fact], console: RichConsole) -> None:
+def print_facts(facts: list[Fact], console: RichConsole) -> None:
+    """Print facts, each behind the sign of its level."""
     grid = RichTable.grid(padding=(0, 1))
     for fact in facts:
         grid.add_row(SIGNS[fact.level], escape(printable_line(fact.text)))

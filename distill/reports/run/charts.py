@@ -60,14 +60,14 @@ def charts(report: Report) -> dict[str, list[document.Chart]]:
 
 
 def comparison_charts(comparison: Comparison) -> dict[str, list[document.Chart]]:
-    """Both runs' held-out scores, loss and gradient norm in one chart each."""
+    """Both runs' validation scores, loss and gradient norm in one chart each."""
     runs = [("A", comparison.first), ("B", comparison.second)]
     names = [
         escape(f"{letter}: {report.name}", quote=False) for letter, report in runs
     ]  # Plotly reads some markup
     found = []
     for name, title in (
-        ("kl", "Held-out KL"),
+        ("kl", " / ".join(dict.fromkeys(_title(report) for _, report in runs))),
         ("agreement", "Same top token"),
         ("cross_entropy", "Cross-entropy"),
     ):
@@ -82,7 +82,7 @@ def comparison_charts(comparison: Comparison) -> dict[str, list[document.Chart]]
             document.Chart(
                 f"both-{name}",
                 title,
-                "On held-out text.",
+                "On validation text.",
                 draw.figure(traces, axis),
                 wide=name == "kl",
             )
@@ -163,13 +163,17 @@ def _loss(report: Report) -> document.Chart:
     return document.Chart("loss", "Loss and its parts", words, figure, wide=True)
 
 
+def _title(report: Report) -> str:
+    return report.validation_kl.replace("v", "V", 1)
+
+
 def _held_out(report: Report) -> list[document.Chart]:
-    """Held-out KL and cross-entropy in one chart, agreement in another, the best step marked in
-    both."""
+    """KL and cross-entropy in validation in one chart, agreement in another, each with the best
+    step."""
     points = report.held_out
     best = next((point for point in points if point.step == report.best_step), None)
     nats = [
-        _points(points, "kl", "KL to the teacher", "@blue", "solid"),
+        _points(points, "kl", report.validation_kl, "@blue", "solid"),
         _points(points, "cross_entropy", "cross-entropy", "@orange", "dash"),
     ]
     shares = [_points(points, "agreement", "same top token", "@green", "solid")]
@@ -180,13 +184,14 @@ def _held_out(report: Report) -> list[document.Chart]:
     return [
         document.Chart(
             "held-out",
-            "Held-out KL and cross-entropy",
-            "Lower is better; the student keeps the weights of the step with the lowest KL.",
+            f"{_title(report)} and cross-entropy",
+            "Lower is better; the student keeps the weights of the step with the lowest "
+            f"{report.validation_kl}.",
             draw.figure(nats, {"title": {"text": "nats per token"}, "rangemode": "tozero"}),
         ),
         document.Chart(
             "agreement",
-            "Held-out agreement",
+            "Validation agreement",
             "Share of tokens for which student and teacher have the same most probable token.",
             draw.figure(
                 shares,
@@ -317,7 +322,7 @@ def _confusion(scores: dict[str, SafetyScore]) -> document.Chart:
             )
             for name, score in scores.items()
         ]
-    words = "Counts of held-out prompts; the colour is the share of the row. The diagonal is right."
+    words = "Counts of test prompts; the colour is the share of the row. The diagonal is right."
     return document.Chart("confusion", "Labels and decisions", words, figure)
 
 
@@ -406,7 +411,7 @@ def _curve(
 
 
 def _points(points: list[HeldOutPoint], key: str, name: str, colour: str, dash: str) -> draw.Trace:
-    """One held-out figure, at the steps where it was measured."""
+    """One validation figure, at the steps where it was measured."""
     curve = Curve([point.step for point in points], [getattr(point, key) for point in points])
     return draw.line(curve, name, colour, dash) | {
         "mode": "lines+markers",

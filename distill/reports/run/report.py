@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from distill.config.loading import flatten, load_config
+from distill.metrics.closeness import kl_name
 from distill.metrics.intervals import Ratio, ratios
 from distill.reports.document import Curve, Fact
 from distill.reports.run.guard_log import guard_facts, health_facts
-from distill.reports.run.verdict import verdict
+from distill.reports.run.health import health
+from distill.reports.verdict import run_verdict
 from distill.reports.weights.final import FinalWeights, final_facts, final_weights, full_ranks
 from distill.reports.weights.report import without_infinities
 from distill.runs.metrics_log import LOSS_PARTS, GuardEvent, HeldOutPoint, Line, best_point, step_of
@@ -41,7 +43,9 @@ class Setting:
 class Report:
     """Everything about one run.
 
-    ``state``: finished, running or stopped. ``curves``: training, by name; ``steps_logged``: how
+    ``state``: finished, running or stopped. ``level`` and ``verdict``: of use
+    (``distill.reports.verdict``); ``health``: how training went. ``curves``: training, by
+    name; ``validation_kl``: what the KL of the validation points is called; ``steps_logged``: how
     many steps that was. ``safety_ratios``: by language, ``all`` first. ``guarded``: a guard
     watched; ``undone``: logged steps taken back. ``weights`` and ``probe``: figures of the
     student's inside over steps (``distill.runs.metrics_log``); ``full_ranks``: the smaller side of
@@ -51,7 +55,9 @@ class Report:
     name: str
     folder: str
     state: str
+    level: str
     verdict: list[Fact]
+    health: list[Fact]
     teacher: TeacherPart
     student: StudentPart
     settings: list[Setting]
@@ -63,6 +69,7 @@ class Report:
     best_step: int | None
     curves: dict[str, Curve]
     held_out: list[HeldOutPoint]
+    validation_kl: str
     safety_ratios: dict[str, list[Ratio]]
     results: Results | None
     soft_targets: str
@@ -126,13 +133,16 @@ def build_report(records: Records, progress: Console | None = None) -> Report:
     best = best_point(records.held_out)
     state = "finished" if results is not None else "running" if records.held else "stopped"
     metrics, final = records.metrics, final_weights(records, progress)
-    first, *facts = verdict(records)
+    found = run_verdict(records)
+    first, *facts = health(records)
     facts = [first, *guard_facts(metrics, state == "finished"), *facts, *health_facts(metrics)]
     return Report(
         name=records.folder.resolve().name,
         folder=str(records.folder),
         state=state,
-        verdict=[*facts, *final_facts(final)],
+        level=found.level,
+        verdict=found.facts,
+        health=[*facts, *final_facts(final)],
         teacher=teacher if results is None else results.teacher,
         student=StudentPart(None if size is None else str(size))
         if results is None
@@ -152,6 +162,7 @@ def build_report(records: Records, progress: Console | None = None) -> Report:
         else None,
         curves=_curves(records),
         held_out=records.held_out,
+        validation_kl=f"validation {kl_name(records.validation_over)}",
         safety_ratios=_safety_ratios(results),
         results=results,
         soft_targets=records.identity.get("soft_targets", ""),
@@ -179,14 +190,14 @@ def compare(first: Report, second: Report) -> Comparison:
         cautions.append("They have different teachers, so their KL is not to the same thing.")
     if not (first.soft_targets and second.soft_targets):
         cautions.append(
-            "Not both say which soft targets they learnt from, so their held-out text may differ."
+            "Not both say which soft targets they learnt from, so their validation text may differ."
         )
     elif first.soft_targets != second.soft_targets:
         cautions.append(
-            "They learnt from different soft targets, and their held-out text is not the same."
+            "They learnt from different soft targets, and their validation text is not the same."
         )
     elif (first.seed, _held_out_share(ours)) != (second.seed, _held_out_share(theirs)):
-        cautions.append("Another seed or held-out share chose other held-out text.")
+        cautions.append("Another seed or data.held_out chose other validation text.")
     if first.results is not None and second.results is not None:
         one, other = first.results.evaluation, second.results.evaluation
         if (one.against, one.kl_over) != (other.against, other.kl_over):

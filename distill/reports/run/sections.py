@@ -14,6 +14,7 @@ from typing import Any
 
 from distill.evaluation.scorers import STORED_TARGETS
 from distill.heads.prompts import BUILT_IN, TEACHER
+from distill.metrics.closeness import kl_name
 from distill.metrics.intervals import Ratio, ratios
 from distill.metrics.verification import CASCADE_GOAL, VerificationPart, cascade_goal
 from distill.reports.document import Section, Table
@@ -68,7 +69,7 @@ def comparison_sections(comparison: Comparison) -> list[Section]:
     tables = [Table("Both runs", ["", *heads], rows)]
     if settings:
         tables.append(Table("Settings in which they differ", ["setting", *heads], settings))
-    words = comparison.cautions or ["Same teacher and soft targets, same held-out text."]
+    words = comparison.cautions or ["Same teacher and soft targets, same validation text."]
     if not settings:
         words = [*words, "No setting differs."]
     return [Section("both", "Side by side", words, tables), Section("curves", "Over steps")]
@@ -139,7 +140,7 @@ def result_section(results: Results) -> Section:
     note = (
         f"Over {found.positions:,} validation tokens at temperature 1, against the "
         f"{found.against}; "
-        f"KL over the {found.kl_over}."
+        f"{kl_name(found.kl_over)} over the {found.kl_over}."
     )
     if found.against == STORED_TARGETS:
         note += " The teacher was not there: its perplexity is what its stored targets give."
@@ -159,7 +160,7 @@ def _score_rows(found: EvaluationPart) -> list[list[str]]:
     own = MISSING if known is None or known.perplexity is None else about + number(known.perplexity)
     rows = []
     for title, key, teacher in (
-        ("KL (nats/token)", "kl", "0"),
+        (f"{kl_name(found.kl_over)} (nats/token)", "kl", "0"),
         ("same top token", "agreement", "100%"),
         ("perplexity", "perplexity", own),
     ):
@@ -231,7 +232,7 @@ def _proof(results: Results) -> Table:
 
 
 def _training(report: Report) -> Section:
-    """Held-out scores over steps."""
+    """Validation scores over steps."""
     rows = []
     for point in report.held_out:
         best = " (best)" if point.step == report.best_step else ""
@@ -247,10 +248,11 @@ def _training(report: Report) -> Section:
         f"{report.steps_logged:,} steps are logged. All parts of the loss are weighted: they add "
         "up to it."
     ]
-    head = ["step", "KL", "same top token", "cross-entropy"]
-    note = "On held-out text at T = 1; KL and cross-entropy in nats per token."
+    name = report.validation_kl
+    head = ["step", name.removeprefix("validation "), "same top token", "cross-entropy"]
+    note = f"At T = 1; {name} and cross-entropy in nats per token."
     return Section(
-        "training", "Training", words, [Table("Held-out scores", head, rows, note)] if rows else []
+        "training", "Training", words, [Table("Validation", head, rows, note)] if rows else []
     )
 
 
@@ -434,6 +436,7 @@ def _summary(report: Report) -> Iterable[tuple[str, str]]:
         "tokens learnt from",
         MISSING if results is None else human_count(results.training.tokens_seen),
     )
+    yield "closeness", report.level
     yield "seconds of training", MISSING if results is None else f"{results.training.seconds:,.0f}"
     actions = Counter(event.action for event in report.events)
     words = ", ".join(counted(action, count) for action, count in actions.items()) or "nothing"
@@ -443,12 +446,18 @@ def _summary(report: Report) -> Iterable[tuple[str, str]]:
     yield "information at the end (nats)", figure(told[-1]) if told else MISSING
     best = next((point for point in report.held_out if point.step == report.best_step), None)
     yield "best step", MISSING if report.best_step is None else f"{report.best_step:,}"
-    yield "best held-out KL", MISSING if best is None else figure(best.kl)
+    for name in ("validation KL", "validation bucket KL"):
+        kl = best.kl if best is not None and report.validation_kl == name else None
+        yield f"best {name}", figure(kl)
     yield "its agreement", MISSING if best is None else share(best.agreement)
     yield "its cross-entropy", MISSING if best is None else figure(best.cross_entropy)
     exported = None if results is None else results.evaluation.exported
-    for name, key in (("KL", "kl"), ("agreement", "agreement"), ("perplexity", "perplexity")):
-        yield f"exported file, {name}", MISSING if exported is None else _score(exported, key)
+    known_kl = {} if results is None else {kl_name(results.evaluation.kl_over): exported}
+    for name in ("KL", "bucket KL"):
+        one = known_kl.get(name)
+        yield f"exported file, {name}", MISSING if one is None else figure(one.kl)
+    for name in ("agreement", "perplexity"):
+        yield f"exported file, {name}", MISSING if exported is None else _score(exported, name)
     found = report.safety_ratios.get("all", [])
     for place, name in enumerate(("refuse recall", "escalate precision", "allow precision")):
         yield f"safety, {name}", share(found[place].value) if found else MISSING

@@ -86,7 +86,7 @@ def test_forced_tokens_alone(teacher: HuggingFaceTeacher) -> None:
 def test_generate_and_score_is_both(teacher: HuggingFaceTeacher) -> None:
     """The tokens of ``generate``, and what ``score`` says about them; progress counts sequences."""
     requests, sampling = [[start(BOS)]] * 6, Sampling(max_length=20, seed=4)
-    reports: list[int] = []
+    reports: list[float] = []
     said, arrays = teacher.generate_and_score(
         GenerationRequest(requests, sampling, 2), Recipe("dense"), {}, reports.append
     )

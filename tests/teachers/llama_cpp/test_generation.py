@@ -72,13 +72,13 @@ def test_a_sequence_depends_on_its_stream_alone(
     assert np.array_equal(
         whole[3], tiny_teacher.generate(GenerationRequest([start], sampling, 3))[0]
     )
-    counts: list[int] = []
     for teacher in (tiny_teacher, two_contexts):
+        counts: list[float] = []
         again = teacher.generate(GenerationRequest([start] * 7, sampling), counts.append)
         later = teacher.generate(GenerationRequest([start] * 4, sampling, 3))
         for one, other in zip([*whole, *whole[3:]], [*again, *later], strict=True):
             assert np.array_equal(one, other), teacher.threads
-    assert counts == [*range(1, 8)] * 2
+        assert counts == sorted(counts) and counts[0] < 1 and counts[-1] == 7, teacher.threads
     other_seed = tiny_teacher.generate(GenerationRequest([start], Sampling(max_length=24, seed=6)))[
         0
     ]
@@ -118,7 +118,7 @@ def test_generated_sequences_are_scored_on_the_way(
         bases = fit_shared_codec(tiny_teacher, said, recipe).bases
         expected = tiny_teacher.score(said, recipe, bases)
         for teacher in (tiny_teacher, two_contexts):
-            counts: list[int] = []
+            counts: list[float] = []
             tokens, arrays = teacher.generate_and_score(
                 GenerationRequest(requests, sampling, 2), recipe, bases, counts.append
             )

@@ -42,7 +42,14 @@ from tests.support.tiny_models import make_base
 
 RESULT = "Teacher, student and exported file"
 HEADINGS = [
-    *("How to run it", "What it was made of", RESULT, "Safety head", "Verification head"),
+    *(
+        "How close it is to its teacher",
+        "How to run it",
+        "What it was made of",
+        RESULT,
+        "Safety head",
+        "Verification head",
+    ),
     *("Files", "How training went", "Limits", "License", "Environment"),
 ]
 

@@ -19,9 +19,9 @@ from distill.evaluation.records import Comparison, Fidelity, ModelEvaluation, Ta
 from distill.metrics.intervals import Figure, wilson
 from distill.metrics.safety import SafetyScore, score_decisions
 from distill.reports.comparison.charts import LETTER, LINE, charts, label_sides, labels
+from distill.reports.comparison.facts import trade_facts, verdict_of
 from distill.reports.comparison.report import document_of
 from distill.reports.comparison.sections import harness_figure, sections
-from distill.reports.comparison.verdict import verdict
 from distill.reports.render.html import write_page
 from tests.support.report_runs import (
     HOSTILE,
@@ -167,8 +167,12 @@ def cells(whole: Comparison, key: str) -> str:
 def test_verdict_of_one_student() -> None:
     """Size, speed and nearness against the teacher; nothing is compared that is not there."""
     check_facts(
-        verdict(one_student()),
-        ("plain", "student is at a KL of 0.215 (0.205–0.227)"),
+        verdict_of(one_student().students).facts,
+        ("plain", "student is close: KL 0.215 (0.205–0.227)"),
+        ("plain", "0.25", "0.05"),
+    )
+    check_facts(
+        trade_facts(one_student()),
         ("good", "student takes 38.0 MB, 15.7% of"),
         ("good", "student writes 300 tokens per second, 4.92 times"),
         ("plain", "Perplexity", "teacher's 11.200", "student's 14.900"),
@@ -184,13 +188,13 @@ def test_verdict_of_nine_files() -> None:
     smallest, nearest = "desk-512x4-q4_0.gguf", "desk-512x4-f32.gguf"
     free = "Q5_K_M has 18.3% of the bytes, and its KL is 0.014 higher: it is the smallest"
     check_facts(
-        verdict(nine_files()),
-        (
-            "plain",
-            f"Nearest to the teacher: {nearest}",
-            "0.210 (0.200–0.222)",
-            f"{rivals} and 2 more",
-        ),
+        verdict_of(nine_files().students).facts,
+        ("plain", f"{nearest} is close: KL 0.210 (0.200–0.222)"),
+        ("plain", f"{rivals} and 2 more", "Not usable yet: desk-512x4-q4_k_m.gguf"),
+        ("plain", "0.25"),
+    )
+    check_facts(
+        trade_facts(nine_files()),
         ("good", f"Smallest: {smallest}, 26.8 MB, 11.1% of"),
         ("good", f"Fastest: {smallest}, 410 tokens per second, 6.72 times"),
         ("plain", free, "Q4_0 has 14.6% of the bytes, and its KL is 0.130 higher."),
@@ -205,16 +209,28 @@ def test_verdict_of_nine_files() -> None:
 def test_verdict_says_what_is_to_be_doubted() -> None:
     """One sequence, some left out; without intervals no overlap and no quantisation is claimed."""
     some = some_students()
-    facts = verdict(some)
-    levels = ["plain", "good", "good", "plain", "plain", "plain", "warning", "warning", "warning"]
+    facts = [*verdict_of(some.students).facts, *trade_facts(some)]
+    levels = [
+        "good",
+        "plain",
+        "plain",
+        "good",
+        "good",
+        "plain",
+        "plain",
+        "plain",
+        "warning",
+        "warning",
+        "warning",
+    ]
     assert [fact.level for fact in facts] == levels
     check_facts(facts[-2:], ("warning", "on 1 sequence,"), ("warning", "Left out", "2 sequences."))
     assert not about(facts, "overlap") and not about(facts, "Quantisation")
-    warned = verdict(replace(some, warnings=["is it busy?", "the text is short"]))
+    warned = trade_facts(replace(some, warnings=["is it busy?", "the text is short"]))
     rows = [("warning", "Is it busy?"), ("warning", "The text is short.")]
     check_facts([fact for fact in warned if fact not in facts], *rows)
     big = replace(model("big", 300_000_000, 11.0, 50.0), fidelity=fidelity(0.1))
-    slow = verdict(comparison([big]))[1:3]
+    slow = trade_facts(comparison([big]))[:2]
     size, speed = "300.0 MB, 124.0% of", "50 tokens per second, 0.82 times"
     check_facts(slow, ("warning", size), ("warning", speed))
 
@@ -230,7 +246,7 @@ def test_quantisation_that_always_costs() -> None:
             replace(model(kind, size, 12.0, 100.0, kind), fidelity=fidelity(kl))
             for kind, size, kl in kinds
         ]
-        facts = about(verdict(comparison(students)), "Quantisation")
+        facts = about(trade_facts(comparison(students)), "Quantisation")
         check_facts(facts, ("plain", f"Q4_0 has 33.3% of the bytes, and its KL is {words}"))
     other = model("other", 4_000_000, 12.0, 100.0, "Q4_0")
     assert quantizations([other, replace(other, file_type="F16", parameters=6)]) == []
@@ -269,7 +285,8 @@ def test_tables_have_all_figures() -> None:
         ("trade", teacher),
         (
             "trade",
-            f"{bf16} | BF16 | 46.1 M | 92.3 MB (38.1%) | 900 | 150 | 276.9 MB | 0.210 | neither",
+            f"{bf16} | BF16 | 46.1 M | 92.3 MB (38.1%) | 900 | 150 | 276.9 MB | 0.210 | close | "
+            "neither",
         ),
         ("fidelity", f"{q4} | 0.340 (0.330–0.352) | 0.374 (0.364–0.386) | 69.6% (68.6–70.8%)"),
         ("fidelity", f"{q4} | 74.6% | 74.0–75.3% | 3.03 | 7.4 (5.4–9.8)"),

@@ -141,11 +141,9 @@ def test_verdict_of_the_guard(tmp_path: Path) -> None:
     counts = "1 step clipped harder, 1 step skipped, 1 rollback, 1 batch set aside"
     tensor, batch = "model.layers.3.mlp.down_proj.weight", "sequences 17, 18, 19, 20, 33, 34"
     ended = ("warning", counts, "25 steps taken back", tensor, batch, "recovered")
-    check_facts(about(read_report(path).verdict, "guard"), ended)
-    check_facts(
-        about(read_report(path).verdict, "fixed text"), ("good", "from 0.000 to 2.980 nats")
-    )
-    check_facts(about(read_report(path).verdict, "ffective rank"), ("good", "None of 43 matrices"))
+    check_facts(about(read_report(path).health, "guard"), ended)
+    check_facts(about(read_report(path).health, "fixed text"), ("good", "from 0.000 to 2.980 nats"))
+    check_facts(about(read_report(path).health, "ffective rank"), ("good", "None of 43 matrices"))
     calm = [line for line in guarded_lines() if line["kind"] != "event"][:100]
     run, back, lost = (
         lines_of_a_run(),
@@ -165,7 +163,7 @@ def test_verdict_of_the_guard(tmp_path: Path) -> None:
         ),
     ):
         path = make_run(tmp_path / name, lines=lines, finished=finished)
-        check_facts(about(read_report(path).verdict, "guard"), row)
+        check_facts(about(read_report(path).health, "guard"), row)
 
 
 def test_a_run_from_before_there_was_a_guard(tmp_path: Path) -> None:
@@ -183,10 +181,10 @@ def test_verdict_of_the_students_inside(tmp_path: Path) -> None:
     ranks = [weights_line(0, 1), weights_line(40, 1) | {f"rank:{name}": 4.0}]
     path = make_run(tmp_path / "bad", lines=[*lines_of_a_run(), *probes, *ranks])
     check_facts(
-        about(read_report(path).verdict, "fixed text"),
+        about(read_report(path).health, "fixed text"),
         ("warning", "fell", "to 0.100 nats", "at most 3.000"),
     )
-    check_facts(about(read_report(path).verdict, "ffective rank"), ("warning", f"{name} (8% left)"))
+    check_facts(about(read_report(path).health, "ffective rank"), ("warning", f"{name} (8% left)"))
 
 
 def test_share_of_clipped_steps_by_their_own_limits(tmp_path: Path) -> None:

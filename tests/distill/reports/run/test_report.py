@@ -52,7 +52,7 @@ def run(tmp_path: Path) -> Path:
 def test_verdict_of_a_healthy_run(run: Path) -> None:
     """Finished, KL fell, nothing broken; only the safety head and its cost are warnings."""
     check_facts(
-        read_report(run).verdict,
+        read_report(run).health,
         ("good", "Finished", "60 steps", "6.0 k tokens"),
         ("good", "KL", "from 6.000 to 1.500"),
         ("good", "finite"),
@@ -77,7 +77,7 @@ def test_verdict_finds_what_went_wrong(tmp_path: Path) -> None:
     path = make_run(tmp_path / "bad", lines=[*lines, held_out_line(100, 3.0)], finished=False)
     report = read_report(path)
     check_facts(
-        report.verdict,
+        report.health,
         ("warning", "step 100", "no checkpoint"),
         ("good", "from 6.000 to 2.000"),
         ("warning", "10, is earlier", "100", "3.000"),
@@ -98,10 +98,10 @@ def test_running_crashed_and_cut_off(tmp_path: Path) -> None:
     (path / "checkpoints" / "step-000040" / "state.json").write_text("{}")
     report = read_report(path)
     assert report.state == "stopped" and report.last_step == 60 and report.results is None
-    end = report.verdict[0]
+    end = report.health[0]
     check_facts([end], ("warning", "step 60", "last line was cut off", "checkpoint of step 40"))
     assert report.teacher.name == "example" and report.student.size == "64x2"
-    assert "Held-out scores" in printed(path) and page(report)
+    assert "validation bucket KL" in printed(path) and page(report)
     code = "import sys, pathlib; from teachers.atomic_files import exclusive\n"
     code += "with exclusive(pathlib.Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
     holder = [sys.executable, "-c", code, str(path)]
@@ -123,7 +123,7 @@ def test_a_run_of_nothing_but_nulls(tmp_path: Path) -> None:
     path = make_run(tmp_path / "nulls", lines=lines, finished=False)
     words = said(path)
     assert "loss at steps 1, 2, 3, 4, 5 and 55 more" in words
-    assert "held-out kl at steps 0, 20" in words
+    assert "validation kl at steps 0, 20" in words
     assert printed(path) and page(read_report(path))
     json.dumps(read_report(path).to_json(), allow_nan=False)
 

@@ -4,43 +4,53 @@ its figures."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from distill.evaluation.pareto import fidelity_of, kl_of, quantizations, size_front
 from distill.evaluation.records import Comparison, ModelEvaluation
+from distill.metrics.closeness import BOUNDS, WHOLE_VOCABULARY, level_of
 from distill.metrics.intervals import Figure
 from distill.metrics.safety import REFUSE_RECALL
 from distill.reports.document import Fact
+from distill.reports.verdict import Verdict, level_fact, share_spread
 from distill.runtime.format import human_bytes, number
 from students.model.head_decisions import REFUSE
 
 FEW_SEQUENCES = 30  # with fewer, the intervals are themselves rough
 
 
-def verdict(comparison: Comparison) -> list[Fact]:
-    """The facts, the most important first."""
+def trade_facts(comparison: Comparison) -> list[Fact]:
+    """What else there is to say, the most important first."""
     teacher, students = comparison.teacher, comparison.students
-    facts = [_nearest(students), _smallest(teacher, students), _fastest(teacher, students)]
+    facts = [_smallest(teacher, students), _fastest(teacher, students)]
     facts += [_quantisation(group) for group in quantizations(students)]
     facts += [*_beaten(students), _perplexity(teacher, students), _draft(students)]
     facts += [*_task(comparison), *_safety(students), *_doubts(comparison)]
     return facts
 
 
-def _nearest(students: Sequence[ModelEvaluation]) -> Fact:
+def level_name(student: ModelEvaluation) -> str:
+    """The level of a student's closeness."""
+    found = fidelity_of(student)
+    return level_of(found.kl.value, found.top1.value).name
+
+
+def verdict_of(students: Sequence[ModelEvaluation]) -> Verdict:
+    """The verdict on the nearest student; which others share its level."""
     order = sorted(students, key=kl_of)
     best = order[0]
     found = fidelity_of(best)
-    words = (
-        f"a KL of {spread(found.kl)} nats per token, the same most probable token in "
-        f"{share_spread(found.top1)} of the positions"
-    )
-    if len(order) == 1:
-        return Fact("plain", f"{best.name} is at {words}.")
-    rivals = [other.name for other in order[1:] if _overlap(found.kl, fidelity_of(other).kl)]
-    words = f"Nearest to the teacher: {best.name}, with {words}"
-    if rivals:
-        words += f". Its interval overlaps that of {_some(rivals)}"
-    return Fact("plain", words + ".")
+    level, fact = level_fact(found.kl, found.top1, WHOLE_VOCABULARY, best.name)
+    facts = [fact, Fact("plain", f"Bounds: {BOUNDS} (reasons: docs/verdict.md).")]
+    if len(order) > 1:
+        words = f"It is the nearest of {len(order)} students"
+        rivals = [other.name for other in order[1:] if _overlap(found.kl, fidelity_of(other).kl)]
+        if rivals:
+            words += f". Its interval overlaps that of {_some(rivals)}"
+        for name, some in groupby(order, level_name):
+            words += f". {name.capitalize()}: {_some([one.name for one in some])}"
+        facts.insert(1, Fact("plain", words + "."))
+    return Verdict(level, facts)
 
 
 def _smallest(teacher: ModelEvaluation, students: Sequence[ModelEvaluation]) -> Fact:
@@ -195,25 +205,6 @@ def _sentence(words: str) -> str:
 def counted(number: int, thing: str) -> str:
     """So many things: 1 sequence, 2 sequences."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
-def spread(figure: Figure, form: str = "") -> str:
-    """A figure with its interval, where it has one; ``form``: how to write them, if not with
-    three digits or so."""
-
-    def said(value: float) -> str:
-        return format(value, form) if form else number(value)
-
-    if figure.low is None or figure.high is None:
-        return said(figure.value)
-    return f"{said(figure.value)} ({said(figure.low)}–{said(figure.high)})"
-
-
-def share_spread(figure: Figure) -> str:
-    """A share with its interval in percent."""
-    if figure.low is None or figure.high is None:
-        return f"{figure.value:.1%}"
-    return f"{figure.value:.1%} ({100 * figure.low:.1f}–{figure.high:.1%})"
 
 
 def _overlap(first: Figure, second: Figure) -> bool:

@@ -1,5 +1,5 @@
-"""What a run's records say in plain words: each fact is computed from them, and none is said
-without them."""
+"""How training went, by a run's records: whether it was healthy, not whether the student is usable
+(``distill.reports.verdict``). Each fact is computed from them, and none is said without them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, median, stdev
 
+from distill.metrics.closeness import kl_name
 from distill.metrics.safety import ALLOW_PRECISION, ESCALATE_PRECISION, REFUSE_RECALL
 from distill.metrics.verification import CASCADE_GOAL, VerificationPart, cascade_goal
 from distill.reports.document import Fact
@@ -23,9 +24,9 @@ SHOWN_STEPS = 5  # steps named of those with a value that is not finite
 GUESSING = 0.6  # an AUROC below that is hardly better than guessing (0.5)
 
 
-def verdict(records: Records) -> list[Fact]:
+def health(records: Records) -> list[Fact]:
     """The facts, most important first; the first one says how the run ended."""
-    facts = [_end(records), *_held_out(records), *_not_finite(records)]
+    facts = [_end(records), *_validation(records), *_not_finite(records)]
     facts += [*_loss_at_the_end(records), *_gradient(records), *_rotations(records)]
     if records.results is not None:
         heads = records.results.heads
@@ -46,9 +47,7 @@ def _end(records: Records) -> Fact:
             f"Finished: {training.steps:,} steps over {human_count(training.tokens_seen)} tokens"
         )
         if training.steps < training.planned_steps:
-            words += (
-                f", stopped early of {training.planned_steps:,} planned (no better held-out KL)"
-            )
+            words += f", stopped early of {training.planned_steps:,} planned (no better validation)"
         if training.continued_from_step:
             words += (
                 f"; it was interrupted and continued from step {training.continued_from_step:,}"
@@ -73,28 +72,27 @@ def _end(records: Records) -> Fact:
     )
 
 
-def _held_out(records: Records) -> list[Fact]:
-    """How the held-out KL moved, and which step was the best."""
+def _validation(records: Records) -> list[Fact]:
+    """How the KL moved in validation, and which step was the best."""
+    name = f"validation {kl_name(records.validation_over)}"
     points = [point for point in records.held_out if point.kl is not None]
     best = best_point(points)
     if best is None or len(points) < 2:
         return [
             Fact(
                 "plain",
-                "The held-out KL was measured fewer than two times: nothing can be said about it.",
+                f"The {name} was measured fewer than two times: nothing can be said about it.",
             )
         ]
     first, last = points[0], points[-1]
     assert first.kl is not None and best.kl is not None and last.kl is not None
     if best.step == first.step:
-        words = (
-            f"The held-out KL never got better than it was at step {first.step:,}: {first.kl:.3f}"
-        )
+        words = f"The {name} never got better than it was at step {first.step:,}: {first.kl:.3f}"
         return [Fact("warning", f"{words}, and {last.kl:.3f} at step {last.step:,}.")]
     facts = [
         Fact(
             "good",
-            f"Held-out KL to the teacher fell from {first.kl:.3f} to {best.kl:.3f} nats per token "
+            f"The {name} fell from {first.kl:.3f} to {best.kl:.3f} nats per token "
             f"(steps {first.step:,} to {best.step:,})"
             f"{_agreement(first.agreement, best.agreement)}.",
         )
@@ -107,8 +105,8 @@ def _held_out(records: Records) -> list[Fact]:
             Fact(
                 "warning",
                 f"The best step, {best.step:,}, is earlier than the last one measured, "
-                f"{last.step:,}, where the KL was "
-                f"{last.kl:.3f}: training after it did not help on held-out text{kept}.",
+                f"{last.step:,}, where that was "
+                f"{last.kl:.3f}: training after it did not help on validation text{kept}.",
             )
         )
     return facts
@@ -130,7 +128,7 @@ def _not_finite(records: Records) -> list[Fact]:
     for point in records.held_out:
         for name in ("kl", "agreement", "cross_entropy"):
             if getattr(point, name) is None:
-                broken.setdefault(f"held-out {name}", []).append(point.step)
+                broken.setdefault(f"validation {name}", []).append(point.step)
     if not broken:
         return [Fact("good", "Every value logged is finite.")]
     words = []
@@ -315,3 +313,12 @@ def _share(value: float | None, right: int, cases: int) -> str:
 
 def _known(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None]
+
+
+def health_sentence(facts: Sequence[Fact]) -> str:
+    """One sentence on all of them."""
+    found = sum(fact.level == "warning" for fact in facts)
+    if not found:
+        return "Training was healthy; that says nothing about use."
+    things = "thing is" if found == 1 else "things are"
+    return f"Training: {found} {things} worth a look in the report; that says nothing about use."

@@ -1,0 +1,205 @@
+"""Short measurements of teacher and student for ``distill plan``; together about a minute at most,
+however slow they are."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from distill.capture.corpus import Corpus
+from distill.capture.store_setup import largest_size, store_manifest
+from distill.config.schema import RunConfig
+from distill.losses.batch import Batch, arrange, padded
+from distill.losses.objective import Objective
+from distill.runtime.device import choose_precision
+from distill.runtime.progress import Stage
+from distill.training.optimizer import build_optimizer
+from students.model.interface import Student
+from teachers.base import GenerationRequest, Teacher, Tokens, whole_masks
+from teachers.store.capture import fit_shared_codec
+from teachers.store.shared import SharedCodec
+from teachers.targets.distributions import Arrays
+from teachers.targets.recipe import Recipe
+from teachers.targets.state_codec import FIT_LEAST
+from teachers.targets.stored_arrays import typed
+
+TEACHER_SECONDS, STUDENT_SECONDS = 12.0, 12.0  # that one pass of a probe may take, about
+FIRST_TOKENS = 8  # by which a teacher's speed is guessed
+SHORTEST = 32  # tokens that sequences are cut to at most, so that there may be more of them
+FIT_WORK = 2e12  # multiplications of a metric V·D² that take too long for a probe
+DIRECTIONS = 1.5  # of a sketch, for each of its bytes, where it is not fitted
+FULL_STEPS = 2
+
+
+@dataclass(frozen=True)
+class TeacherProbe:
+    """What was measured of the teacher on the sequences of a batch.
+
+    ``length``: average tokens of a generated sequence; ``kept_share``: of positions, that are
+    learnt; ``position_bytes``: of the store for each of these, and ``store_limit`` of it as a whole
+    at most; ``codec_bytes``: of its shared codec.
+    """
+
+    batch: Batch
+    sequences: list[Tokens]
+    length: float
+    kept_share: float
+    seconds_per_token: float
+    memory_bytes: int
+    position_bytes: int
+    store_limit: int
+    codec_bytes: int
+
+
+def probe_teacher(teacher: Teacher, corpus: Corpus, recipe: Recipe, stage: Stage) -> TeacherProbe:
+    """Capture a few sequences as the run would, and time it: as many, and as much of each, as
+    ``TEACHER_SECONDS`` are enough for."""
+    info, longest = teacher.info, corpus.sampling.max_length
+    count, room = _affordable(teacher, corpus, recipe, stage)
+    chosen, keep = corpus.items[:count], corpus.keep(0, count)
+    request = None
+    if all(item.speaks for item in chosen):
+        sampling = replace(corpus.sampling, max_length=room)
+        prompts = [[part[: room - 1] for part in item.segments] for item in chosen]
+        request = GenerationRequest(prompts, sampling, keep=keep)
+        sequences = teacher.generate(request, lambda done: _tell(stage, done / count / 3))
+    else:
+        taken = corpus.take(teacher, 0, count, lambda done: _tell(stage, done / count / 3))
+        sequences = [tokens[:room] for tokens in taken]
+    codec, fitted = SharedCodec({}, None), recipe
+    if recipe.has_sketch and info.vocab_size * info.width**2 > FIT_WORK:
+        fitted = replace(recipe, sketch_bytes=0)
+    if fitted.needs_states or fitted.layers:
+        stage.update(1, "fitting what is kept of hidden states")
+        codec = fit_shared_codec(teacher, sequences, fitted, keep, limit=FIT_LEAST)
+    start, total = time.perf_counter(), sum(len(tokens) for tokens in sequences)
+    if request is not None:
+        sequences, arrays = teacher.generate_and_score(
+            request, fitted, codec.bases, lambda done: _tell(stage, (2 + done / count) / 3)
+        )
+    else:
+        arrays = teacher.score(
+            sequences, fitted, codec.bases, lambda done: _tell(stage, (2 + done / total) / 3), keep
+        )
+    seconds = time.perf_counter() - start
+    targets = typed(arrays, fitted, info.vocab_size, codec.bases.get("final"), codec.head)
+    tokens, lengths = padded(sequences)
+    masks = None if keep is None else np.concatenate(whole_masks(sequences, keep))
+    kept = None if masks is None else torch.from_numpy(masks)
+    batch = Batch(tokens, lengths, targets, keep=kept)
+    ends = [longest if len(one) == room else len(one) for one in sequences]
+    return TeacherProbe(
+        batch=batch,
+        sequences=sequences,
+        length=float(np.mean(ends)),
+        kept_share=batch.count() / int((lengths - 1).sum()),
+        seconds_per_token=seconds / max(1, int(lengths.sum())),
+        memory_bytes=teacher.memory(),
+        position_bytes=recipe.bytes_per_position(info.vocab_size, info.width),
+        store_limit=largest_size(corpus, recipe, teacher),
+        codec_bytes=_bytes(codec.arrays())
+        + (0 if fitted is recipe else _sketch_bytes(recipe, info.vocab_size, info.width)),
+    )
+
+
+def _tell(stage: Stage, share: float) -> None:
+    """Report a share of the probe, in percent."""
+    stage.update(round(100 * share))
+
+
+def _bytes(arrays: Arrays) -> int:
+    return sum(rows.nbytes for rows in arrays.values())
+
+
+def _sketch_bytes(recipe: Recipe, vocab_size: int, width: int) -> int:
+    """The shared codec of a sketch, without fitting it: the output matrix on its directions, their
+    way there and back."""
+    directions = min(width, round(DIRECTIONS * recipe.sketch_bytes))
+    return vocab_size * (2 * directions + 4) + 8 * width * directions
+
+
+def _affordable(teacher: Teacher, corpus: Corpus, recipe: Recipe, stage: Stage) -> tuple[int, int]:
+    """How many sequences, and how many tokens of each at most, the time is enough for."""
+    item, longest = corpus.items[0], corpus.sampling.max_length
+    first = item.segments[0][: min(FIRST_TOKENS, longest - 1)]
+    seconds = 0.0
+    for _ in range(2):  # the first time a context is set up
+        stage.update(1, "the first few tokens")
+        start = time.perf_counter()
+        if item.speaks:
+            few = replace(corpus.sampling, max_length=min(longest, len(first) + FIRST_TOKENS))
+            said = teacher.generate(GenerationRequest([[first]], few))[0]
+            count = len(said) - len(first)
+        else:
+            teacher.logits([item.segments[0][: FIRST_TOKENS + 1]])
+            count = min(FIRST_TOKENS, len(item.segments[0]) - 1)
+        seconds = (time.perf_counter() - start) / max(1, count)
+    tokens = int(TEACHER_SECONDS / seconds)
+    most = store_manifest(teacher, corpus, recipe).sequences_per_shard
+    lengths = [longest if one.speaks else len(one.segments[0]) for one in corpus.items[:most]]
+    sums = np.cumsum(lengths)
+    if sums[-1] <= tokens:
+        return len(lengths), longest
+    room = max(min(SHORTEST, longest), int(np.mean(lengths)) if corpus.spoken == 0 else 0)
+    room = min(room, max(2, tokens))
+    return min(len(lengths), max(1, tokens // room)), room
+
+
+def step_seconds(student: Student, probe: TeacherProbe, config: RunConfig) -> float:
+    """Seconds of an optimizer step on a batch of the run's size; of a part of it where a whole one
+    takes too long."""
+    most = min(sequences_together(config, probe), len(probe.batch.lengths))
+    objective = Objective(config.loss)
+    optimizer = build_optimizer(student, config.train, student.config.hidden_size)
+    student.checkpoint_activations(bool(config.train.gradient_checkpointing))
+
+    def step(rows: int) -> float:
+        """Seconds of a token."""
+        batch = _part(probe.batch, rows, student.packs).to(student.device)
+        device, width = student.device, student.config.hidden_size
+        narrow = choose_precision(config.train, width, device) == "bf16"
+        total, start = max(1, batch.count()), time.perf_counter()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow):
+            loss, _ = objective(student, batch, total=total, share=1.0, fraction=0.5)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        objective.after_step()
+        return (time.perf_counter() - start) / int(batch.lengths.sum())
+
+    start = time.perf_counter()
+    lengths = probe.batch.lengths
+    alone = step(1) * int(lengths[0])
+    rows = min(most, max(1, int(STUDENT_SECONDS / FULL_STEPS / alone)))
+    times = [step(rows)]
+    while len(times) <= FULL_STEPS and time.perf_counter() - start < STUDENT_SECONDS:
+        times.append(step(rows))
+    return min(times) * int(lengths[:most].sum())
+
+
+def sequences_together(config: RunConfig, probe: TeacherProbe) -> int:
+    """How many sequences an optimizer step learns from, if they are as long as the probe's."""
+    if config.train.batch_tokens is None:
+        return config.train.batch_size
+    lengths = probe.batch.lengths
+    return max(1, round(config.train.batch_tokens * len(lengths) / int(lengths.sum())))
+
+
+def _part(batch: Batch, rows: int, pack: bool) -> Batch:
+    """The first rows of a batch, no longer than they are, as a step computes them."""
+    lengths = batch.lengths[:rows].tolist()
+    count = sum(lengths) - len(lengths)
+    keep = None if batch.keep is None else batch.keep[:count]
+    targets = batch.targets.select(slice(0, count if keep is None else int(keep.sum())))
+    cut = [row[:length].numpy() for row, length in zip(batch.tokens, lengths, strict=False)]
+    tokens, sizes, rooms = arrange(cut, pack)
+    return Batch(tokens, sizes, targets, rooms=rooms, keep=keep)
+
+
+def first_of(sequences: list[Tokens], count: int) -> list[Tokens]:
+    """So many sequences, those of a probe standing for the others."""
+    return list(itertools.islice(itertools.cycle(sequences), count))

@@ -1,0 +1,192 @@
+"""The verdict on a student: its level of closeness by stated bounds, and what the next level would
+take. How training went is another matter (``distill.reports.run.health``)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from distill.metrics.closeness import (
+    BOUNDS,
+    CLOSE,
+    FARTHEST,
+    LEAST_POINTS,
+    NOT_YET,
+    VERY_CLOSE,
+    WHOLE_VOCABULARY,
+    Closeness,
+    Curve,
+    Forecast,
+    expected,
+    fit_curve,
+    forecast,
+    kl_name,
+    level_of,
+)
+from distill.metrics.intervals import Figure
+from distill.reports.document import Fact, Level
+from distill.runs.metrics_log import best_point, step_of
+from distill.runs.records import ModelScore, Records
+from distill.runtime.format import human_count, human_time, number
+
+SIGN: dict[str, Level] = {
+    NOT_YET.name: "warning",
+    CLOSE.name: "plain",
+    VERY_CLOSE.name: "good",
+}
+UNKNOWN = "not known"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The level's name, or ``UNKNOWN``, and what there is to say about it."""
+
+    level: str
+    facts: list[Fact]
+
+
+def spread(figure: Figure, form: str = "") -> str:
+    """A figure with its interval, where it has one; ``form``: how to write them, if not with
+    three digits or so."""
+
+    def said(value: float) -> str:
+        return format(value, form) if form else number(value)
+
+    if figure.low is None or figure.high is None:
+        return said(figure.value)
+    return f"{said(figure.value)} ({said(figure.low)}–{said(figure.high)})"
+
+
+def share_spread(figure: Figure) -> str:
+    """A share with its interval in percent."""
+    if figure.low is None or figure.high is None:
+        return f"{figure.value:.1%}"
+    return f"{figure.value:.1%} ({100 * figure.low:.1f}–{figure.high:.1%})"
+
+
+def level_fact(kl: Figure, agreement: Figure, over: str, name: str = "") -> tuple[str, Fact]:
+    """The level of a student and the sentence that says it; ``over``: what the KL is over."""
+    level = level_of(kl.value, agreement.value)
+    whole = over == WHOLE_VOCABULARY
+    said = level.name if whole or level is NOT_YET else f"at best {level.name}"
+    words = (
+        f"{name or 'The student'} is {said}: {kl_name(over)} {spread(kl)} nats per token "
+        f"(over the {over}), the same top token in {share_spread(agreement)} of the positions."
+    )
+    ends = (kl.low, kl.high, agreement.low, agreement.high)
+    if None not in ends:
+        best, worst = level_of(ends[0], ends[3]), level_of(ends[1], ends[2])  # type: ignore[arg-type]
+        others = [one.name for one in dict.fromkeys((worst, best)) if one is not level]
+        if others:
+            words += f" The 95 % intervals allow “{'” and “'.join(others)}” as well."
+    if not whole:
+        words += " The bucket KL is at most the KL that levels are bounds of."
+    return said, Fact(SIGN[level.name], words)
+
+
+def run_verdict(records: Records) -> Verdict:
+    """The verdict on a run's student: of the exported file, or as far as training has come."""
+    best = best_point(records.held_out)
+    if records.results is not None:
+        found = records.results.evaluation
+        score, over = found.exported, found.kl_over
+    elif best is not None:
+        score = ModelScore(best.kl, best.agreement, best.cross_entropy, None)
+        over = records.validation_over
+    else:
+        return Verdict(UNKNOWN, [Fact("plain", "Nothing has been measured of the student yet.")])
+    if score.kl is None or score.agreement is None:
+        return Verdict(UNKNOWN, [Fact("warning", "The student's KL is not finite: no verdict.")])
+    ends = {
+        name: pair
+        for name, pair in score.intervals.items()
+        if None not in pair and pair[0] <= pair[1]  # type: ignore[operator]
+    }
+    kl = Figure(score.kl, *ends.get("kl", (None, None)))
+    agreement = Figure(score.agreement, *ends.get("agreement", (None, None)))
+    name = "" if records.results is not None else "So far the student"
+    level, fact = level_fact(kl, agreement, over, name)
+    facts = [fact, Fact("plain", f"Bounds: {BOUNDS} (reasons: docs/verdict.md).")]
+    if level_of(score.kl, score.agreement) is not VERY_CLOSE:
+        facts.append(
+            Fact("plain", _next_level(records, Closeness(score.kl, score.agreement), over))
+        )
+    return Verdict(level, facts)
+
+
+def _next_level(records: Records, measured: Closeness, over: str) -> str:
+    """What the level above would take, or why that is not said."""
+    if over != WHOLE_VOCABULARY or not records.knows_tail:
+        return (
+            "No forecast: these soft targets know the bucket KL alone in validation, and levels "
+            "are bounds of the KL."
+        )
+    curves, best = curves_of(records), best_point(records.held_out)
+    if curves is None or best is None or best.kl is None or best.agreement is None:
+        return (
+            f"No forecast: fewer than {LEAST_POINTS} validation points after the start are too few "
+            "for a curve; train longer, or raise train.evaluations."
+        )
+    found = forecast(curves, measured, Closeness(best.kl, best.agreement))
+    assert found is not None, "there is a level above"
+    return forecast_words(found, records.tokens_per_second)
+
+
+def expected_words(records: Records, tokens: float) -> str | None:
+    """What a training over so many tokens may give, by the curve of a finished run like it;
+    ``None`` where that has none."""
+    curves, best = curves_of(records), best_point(records.held_out)
+    if records.results is None or curves is None or not records.knows_tail or best is None:
+        return None
+    found = records.results.evaluation
+    score = found.exported
+    if None in (score.kl, score.agreement, best.kl, best.agreement):
+        return None
+    if found.kl_over != WHOLE_VOCABULARY:
+        return None
+    measured = Closeness(score.kl, score.agreement)  # type: ignore[arg-type]
+    validated = Closeness(best.kl, best.agreement)  # type: ignore[arg-type]
+    wanted, low, high = expected(curves, measured, validated, tokens)
+    return (
+        f"{wanted.level.name} is expected: KL {number(wanted.kl)} (95 % interval {number(low)}–"
+        f"{number(high)}), same top token {wanted.agreement:.1%} after {human_count(tokens)} tokens"
+    )
+
+
+def curves_of(records: Records) -> tuple[Curve, Curve] | None:
+    """The curves of KL and of disagreement over tokens; ``None`` where points are too few."""
+    seen = {step_of(line): line.get("tokens_seen") or 0.0 for line in records.train}
+    known = [one for one in records.held_out if one.kl is not None and one.agreement is not None]
+    tokens = [seen.get(one.step, 0.0) for one in known]
+    kl = fit_curve(tokens, [one.kl or 0.0 for one in known])
+    apart = fit_curve(tokens, [1.0 - (one.agreement or 0.0) for one in known])
+    return None if kl is None or apart is None else (kl, apart)
+
+
+def forecast_words(found: Forecast, rate: float | None) -> str:
+    """One sentence on a forecast; ``rate``: tokens per second of training."""
+    name, most = found.level.name.capitalize(), FARTHEST * found.trained
+    value, low, high = found.floor
+    floor = f"by the validation curve the KL flattens at {number(value)} ({number(low)}–"
+    floor += f"{number(high)}) and the same top token at {found.ceiling:.1%}"
+    if found.low == math.inf:
+        return f"{name} is not reachable by more training at this size: {floor}."
+    if found.low > most:
+        return (
+            f"{name} would take more than {FARTHEST:g} times the {human_count(found.trained)} "
+            f"tokens trained on: too far to forecast; {floor}."
+        )
+    end = "no upper end" if found.high > most else human_count(found.high)
+    if found.tokens > most:
+        return (
+            f"{name} may not be reachable by more training at this size: it would take at least "
+            f"{human_count(found.low)} more tokens (95 % interval: {human_count(found.low)} to "
+            f"{end}); {floor}."
+        )
+    words = f"{name} would take about {human_count(found.tokens)} more tokens (95 % interval: "
+    words += f"{human_count(found.low)} to {end})"
+    if rate:
+        words += f", {human_time(found.tokens / rate)} of training on this machine ("
+        words += f"{human_time(found.low / rate)} to "
+        words += "no upper end)" if found.high > most else f"{human_time(found.high / rate)})"
+    return f"{words}; by the validation curve, {floor.partition('curve ')[2]}."

@@ -1,0 +1,53 @@
+"""What ``distill plan`` says beforehand against what a run then leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distill.config.loading import load_config
+from distill.pipeline.plan import plan_run
+from distill.pipeline.run import run
+from distill.runs.folder import RunPaths
+from distill.runtime.progress import Console
+from teachers import example_teacher
+from tests.support.real import real_teacher
+from tests.support.teachers import shared_file
+
+pytestmark = pytest.mark.usefixtures("llama_here")
+
+QUICK = ["train.epochs=1", "safety.labels=none", "train.evaluations=2", "student.init=random"]
+
+
+def written(folder: Path) -> int:
+    """Bytes of all files under a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["example", *(pytest.param(one, marks=pytest.mark.slow) for one in ("wikiphi", "gemma3"))],
+)
+def test_disk(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that lies there afterwards, soft targets and what the store keeps of its teacher apart,
+    is within 10 %: text of the teacher's own, or given text and a large vocabulary."""
+    monkeypatch.chdir(tmp_path)
+    settings = {"teacher.path": str(example_teacher()), "student.size": "64x2", "data.samples": 96}
+    if name != "example":
+        shared = name == "wikiphi"
+        path = shared_file("teachers/wikiphi-q8_0.gguf") if shared else real_teacher(name)
+        (tmp_path / "data.txt").write_text("The harbour wakes before the town does. " * 300)
+        settings |= {"teacher.path": str(path), "data.path": "data.txt", "data.samples": 24}
+    config = load_config(None, settings, [*QUICK, "data.max_length=128"])
+    plan = plan_run(config, Console())
+    assert {path.name for path in tmp_path.iterdir()} <= {"data.txt"}
+    folder = run(config, RunPaths(out=tmp_path / "made" / "run"), Console())
+    stores = written(tmp_path / "made" / "stores")
+    for what, planned, found in (
+        ("store", plan.disk.targets + plan.disk.teacher, stores),
+        ("run", plan.disk.total - plan.disk.targets - plan.disk.teacher, written(folder.path)),
+        ("all", plan.disk.total, written(tmp_path / "made")),
+    ):
+        assert planned == pytest.approx(found, rel=0.1), (what, planned, found)
+    assert plan.store_bytes <= plan.store_limit
