@@ -8,7 +8,7 @@ import torch
 from distill.base_models.base_model import Base
 from distill.base_models.memory_advice import how_to_fit
 from distill.base_models.memory_estimate import memory_of
-from distill.config.schema import RunConfig
+from distill.config.schema import USUAL_LENGTH, RunConfig
 from distill.errors import UserError
 from distill.runtime.device import training_device
 from distill.runtime.format import human_bytes, human_count
@@ -29,10 +29,11 @@ def describe_base(base: Base, config: RunConfig, vocab_size: int, console: Conso
     console.note(f"vocabulary: {base.match.describe()}")
     if base.no_tokenizer is not None:
         console.warn(f"the merged transformers folder will have no tokenizer: {base.no_tokenizer}")
-    if base.context_length < config.data.max_length:
+    longest = config.data.max_length or USUAL_LENGTH
+    if base.context_length < longest:
         console.warn(
             f"the exported file will be exact up to {base.context_length} tokens; sequences have "
-            f"up to {config.data.max_length} (data.max_length)"
+            f"up to {longest} (data.max_length)"
         )
 
 

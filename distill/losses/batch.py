@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.losses.divergences import IGNORE_INDEX
 from teachers.targets.stored_arrays import Targets
@@ -17,7 +17,7 @@ from teachers.targets.stored_arrays import Targets
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from students.model.interface import Outputs, SO8TOutput, Student
+    from students.model.interface import Outputs, SO8TOutput
 
 
 def padded(rows: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
@@ -136,7 +136,7 @@ class Batch:
         """Number of positions that are computed for nothing."""
         return self.tokens.numel() - int(self.lengths.sum())
 
-    def run(self, student: Student, **outputs: Unpack[Outputs]) -> SO8TOutput:
+    def run(self, student: nn.Module, **outputs: Unpack[Outputs]) -> SO8TOutput:
         """A student's forward pass over the sequences."""
         if self.rooms is not None:
             outputs["lengths"] = self.rooms

@@ -56,7 +56,9 @@ def _sums(student: Student, batch: Batch) -> Tensor:
     device = batch.tokens.device.type
     # Accelerate puts autocast around the module's forward pass.
     with torch.autocast(device, enabled=False):
-        states = batch.run(student, with_logits=False).last_hidden_state[batch.valid]
+        hidden = batch.run(student, with_logits=False).last_hidden_state
+        assert hidden is not None
+        states = hidden[batch.valid]
         labels, sums = batch.labels, []
         together = chunk_size(student.output_matrix().shape[0])
         for start in range(0, len(states), together):

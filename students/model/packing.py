@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from students.model.so8 import full_precision
@@ -42,21 +42,21 @@ def attend_packed(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> 
 
     On a CPU in float32, whatever the inputs.
     """
-    parts = [part[0].transpose(0, 1) for part in (query, key, value)]  # [N, heads, W]
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [N, heads, W]
     attend = _attend_in_turn if query.device.type == "cpu" else attend_side_by_side
-    mixed = attend(*parts, row)
+    mixed = attend(q, k, v, row)
     return mixed.to(query.dtype).transpose(0, 1)[None]
 
 
 def attend_side_by_side(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
     """All sequences padded to the longest for one call of PyTorch's kernel, which a GPU does in
     less time than several: ``[N, H, W]`` over ``[N, K, W]``."""
-    padded = [
-        torch.nn.utils.rnn.pad_sequence(part.split(row.lengths), batch_first=True).transpose(1, 2)
+    q, k, v = (
+        nn.utils.rnn.pad_sequence(part.split(row.lengths), batch_first=True).transpose(1, 2)
         for part in (query, key, value)
-    ]
+    )
     grouped = query.shape[1] != key.shape[1]
-    mixed = F.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=grouped)
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     rows = zip(mixed.transpose(1, 2).unbind(), row.lengths, strict=True)
     return torch.cat([one[:length] for one, length in rows])
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tools.bench import step
+from tools.bench import packing, step
 from tools.bench.headline import DONE, ENDED, Job, Timing, sequences_of_text, stages_and_gaps
 from tools.bench.live_distillation import LiveJob, LlamaShape, live_loss, make_teacher, run
 from tools.bench.step import StepJob, Trainee, make_material
@@ -114,6 +114,16 @@ def test_parts_add_up_to_the_whole() -> None:
     whole = sum(value for name, value in parts.items() if name not in (DONE, ENDED))
     assert whole == pytest.approx(11.0)
     assert parts[DONE] == 9.5 and parts[ENDED] == 11.0
+
+
+def test_packed_and_padded_learn_the_same() -> None:
+    """Every loss and the last score; batches of tokens pad no more, random ones much more."""
+    job = packing.PackingJob("16x1", vocab_size=100, sequences=24, batch=4, precision="fp32")
+    found = packing.compare(job, packing.SIDES, rounds=1)
+    assert found["packed"]["largest_loss_difference"] < 1e-5
+    assert found["packed"]["last_kl"] == pytest.approx(found["padded"]["last_kl"], rel=1e-5)
+    shares = [found[side]["padding"] for side in ("packed", "padded", "in random order")]
+    assert shares == sorted(shares) and found["by tokens"]["padding"] < shares[1]
 
 
 def test_peak_memory_sees_what_a_block_needs() -> None:

@@ -51,7 +51,7 @@ def gradients(
         share = batch.count() / total
         loss, parts = objective(student, batch, total=total, share=share, fraction=0.5)
         loss.backward()
-        for name, value in {"loss": loss, **parts}.items():
+        for name, value in {"loss": loss.detach(), **parts}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
     named = module.named_parameters()
     return sums, {name: one.grad.clone() for name, one in named if one.grad is not None}
