@@ -72,7 +72,8 @@ def test_without_a_template_texts_follow_each_other(
 ) -> None:
     """Messages on lines of their own; a completion goes on where its prompt ends."""
     info = replace(tiny_teacher.info, chat_template=None, add_bos=False)
-    plain = cast(GGUFTeacher, SimpleNamespace(info=info, tokenize=tiny_teacher.tokenize))
+    same = {"tokenize": tiny_teacher.tokenize, "detokenize": tiny_teacher.detokenize}
+    plain = cast(GGUFTeacher, SimpleNamespace(info=info, **same))
     pair = {"prompt": "The desk is", "completion": " open."}
     built = corpus(plain, write_lines(tmp_path / "p.jsonl", pair, {"messages": TURNS}))
     texts = [text_of(tiny_teacher, item.segments[0]) for item in built.items]
