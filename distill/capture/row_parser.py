@@ -168,7 +168,7 @@ def _turn(value: Any, column: str, role: str, where: str) -> list[Message]:
 
 def _messages(value: Any, column: str, where: str) -> list[Message]:
     value = _unpacked(value, f"{where}: {column}")
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not value:
         raise UserError(
             f"{where}: {column!r} must be a list of messages"
             f"{'' if column in CONVERSATION else ' or text'}, got {_shown(value)}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -52,6 +53,32 @@ def test_finished_conversations_stay(tiny_teacher: GGUFTeacher, tmp_path: Path) 
     built = corpus(tiny_teacher, path)
     assert [item.speaks for item in built.items] == [False, True]
     assert "Hello<|end|>" in text_of(tiny_teacher, built.items[0].segments[0])
+
+
+def test_what_the_template_does_not_show(tiny_teacher: GGUFTeacher, tmp_path: Path) -> None:
+    """Tools and documents that it has no place for are noted, tool calls refused with the line."""
+    given = {"messages": TURNS, "tools": [{"name": "find"}], "documents": [{"text": "a"}]}
+    built = corpus(tiny_teacher, write_lines(tmp_path / "m.jsonl", given, given, {"prompt": "a"}))
+    assert len(built) == 3
+    for name in ("tools", "documents"):
+        assert any(f"{name} of 2 conversations" in note for note in built.notes), built.notes
+    calls = [HI, {"role": "assistant", "tool_calls": [{"name": "find", "arguments": {}}]}]
+    path = write_lines(tmp_path / "c.jsonl", {"messages": TURNS}, {"messages": calls})
+    with pytest.raises(UserError, match=r"c\.jsonl, line 2.*tool calls"):
+        corpus(tiny_teacher, path)
+
+
+def test_without_a_template_texts_follow_each_other(
+    tiny_teacher: GGUFTeacher, tmp_path: Path
+) -> None:
+    """Messages on lines of their own; a completion goes on where its prompt ends."""
+    info = replace(tiny_teacher.info, chat_template=None, add_bos=False)
+    same = {"tokenize": tiny_teacher.tokenize, "detokenize": tiny_teacher.detokenize}
+    plain = cast(GGUFTeacher, SimpleNamespace(info=info, **same))
+    pair = {"prompt": "The desk is", "completion": " open."}
+    built = corpus(plain, write_lines(tmp_path / "p.jsonl", pair, {"messages": TURNS}))
+    texts = [text_of(tiny_teacher, item.segments[0]) for item in built.items]
+    assert texts == ["The desk is open.", "Hi\nHello"]
 
 
 def test_plain_text_becomes_windows(tiny_teacher: GGUFTeacher, tmp_path: Path) -> None:

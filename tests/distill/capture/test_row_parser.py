@@ -104,6 +104,7 @@ REFUSED: list[tuple[Any, tuple[str, ...]]] = [
     ({"prompt": "x", "completion": 7}, ("'completion'", "7")),
     ({"text": "\ud800"}, ("surrogate",)),
     ({"messages": "hello"}, ("JSON",)),
+    ({"messages": "[]"}, ("'messages'", "[]")),
     ({"messages": ["hello"]}, ("messages, number 1", "role", "hello")),
     ({"messages": [ASK, {"role": "critic", "content": "x"}]}, ("number 2", "critic", "human")),
     ({"messages": [{"content": "x"}]}, ("role None",)),
