@@ -49,7 +49,7 @@ class Text:
     @property
     def keep(self) -> list[Keep] | None:
         """Which predictions of ``sequences`` count; ``None``: all."""
-        corpus = Corpus(self.items, self.sampling, self.notes)
+        corpus = Corpus(self.items, self.sampling, self.notes, [])
         return corpus.keep(0, len(corpus))
 
 
