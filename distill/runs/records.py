@@ -55,13 +55,15 @@ class StudentPart:
 
 @dataclass(frozen=True)
 class StorePart:
-    """The soft targets that the student learnt from."""
+    """The soft targets that the student learnt from, at ``positions`` of the tokens (older runs:
+    all)."""
 
     folder: str
     sequences: int
     tokens: int
     bytes: int
     reused: bool
+    positions: int | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     corpus_sha256: str | None = None
 

@@ -126,6 +126,8 @@ def _store_words(store: StorePart) -> str:
         f"{store.sequences:,} sequences, {human_count(store.tokens)} tokens, "
         f"{human_bytes(store.bytes)}"
     ]
+    if store.positions is not None:
+        words.append(f"{human_count(store.positions)} tokens trained on")
     kind = store.recipe.get("kind")
     if kind is not None:
         topk = f" (top {store.recipe.get('num_topk')})" if kind == "compact" else ""
