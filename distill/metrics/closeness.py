@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 WHOLE_VOCABULARY = "whole vocabulary"
 LEAST_POINTS = 6  # of a curve with three parameters, below which nothing is said
 FARTHEST = 10.0  # times the tokens trained on: what lies beyond is not a number to rely on
-EXPONENTS = np.geomspace(0.05, 3.0, 200)
+EXPONENTS = np.geomspace(0.05, 3.0, 400)
 RESAMPLES, SEED = 1000, 20_200_123  # fixed: the same curve always has the same forecast
 
 Floats = NDArray[np.float64]

@@ -27,6 +27,8 @@ from teachers.store.teacher_record import (
 BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
 SMALL_BITS = 6.5
 ID_BYTES = 6.0  # a token's id in JSON
+# Of tokenizer.json, measured: a token beside its text, a merge, merges for each token.
+TOKEN_BYTES, MERGE_BYTES, DERIVED_MERGES = 16, 50, 1.8
 STEP_BYTES = 1050  # a step in metrics.jsonl and the report's curves, measured
 RECORD_BYTES = 250_000  # tables of the report, card, results, logs of evaluations, measured
 
@@ -130,6 +132,9 @@ def _gguf_bytes(fields: Mapping[str, Field]) -> int:
 
 
 def _json_bytes(fields: Mapping[str, Field]) -> int:
-    """About what ``tokenizer.json`` takes."""
-    tokens = fields["tokenizer.ggml.tokens"].value if fields else []
-    return sum(len(json.dumps(one, ensure_ascii=False)) + 16 for one in tokens)
+    """About what ``tokenizer.json`` takes; SentencePiece's merges are derived from its tokens."""
+    if not fields:
+        return 0
+    tokens, merges = fields["tokenizer.ggml.tokens"].value, fields.get("tokenizer.ggml.merges")
+    count = len(tokens) * DERIVED_MERGES if merges is None else len(merges.value)
+    return round(sum(len(one) + TOKEN_BYTES for one in tokens) + count * MERGE_BYTES)

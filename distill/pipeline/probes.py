@@ -3,6 +3,7 @@ however slow they are."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from dataclasses import dataclass, replace
@@ -29,7 +30,8 @@ from teachers.targets.stored_arrays import typed
 
 TEACHER_SECONDS, STUDENT_SECONDS = 12.0, 12.0  # that one pass of a probe may take, about
 FIRST_TOKENS = 8  # by which a teacher's speed is guessed
-SHORTEST = 32  # tokens that sequences are cut to at most, so that there may be more of them
+FIRST_GROUP = 4  # sequences that a teacher writes first, so that it is seen how fast it is
+SHORTEST = 32  # tokens that sequences are cut to where that many would take too long
 FIT_WORK = 2e12  # multiplications of a metric V·D² that take too long for a probe
 DIRECTIONS = 1.5  # of a sketch, for each of its bytes, where it is not fitted
 FULL_STEPS = 2
@@ -59,31 +61,24 @@ def probe_teacher(teacher: Teacher, corpus: Corpus, recipe: Recipe, stage: Stage
     """Capture a few sequences as the run would, and time it: as many, and as much of each, as
     ``TEACHER_SECONDS`` are enough for."""
     info, longest = teacher.info, corpus.sampling.max_length
-    count, room = _affordable(teacher, corpus, recipe, stage)
-    chosen, keep = corpus.items[:count], corpus.keep(0, count)
-    request = None
-    if all(item.speaks for item in chosen):
-        sampling = replace(corpus.sampling, max_length=room)
-        prompts = [[part[: room - 1] for part in item.segments] for item in chosen]
-        request = GenerationRequest(prompts, sampling, keep=keep)
-        sequences = teacher.generate(request, lambda done: _tell(stage, done / count / 3))
-    else:
-        taken = corpus.take(teacher, 0, count, lambda done: _tell(stage, done / count / 3))
-        sequences = [tokens[:room] for tokens in taken]
+    some, sequences = _sequences(teacher, corpus, recipe, stage)
+    room, count = some.sampling.max_length, len(sequences)
+    request = some.generation_request(0, count)
+    keep = some.keep(0, count)
     codec, fitted = SharedCodec({}, None), recipe
     if recipe.has_sketch and info.vocab_size * info.width**2 > FIT_WORK:
         fitted = replace(recipe, sketch_bytes=0)
     if fitted.needs_states or fitted.layers:
-        stage.update(1, "fitting what is kept of hidden states")
+        stage.update(50, "fitting what is kept of hidden states")
         codec = fit_shared_codec(teacher, sequences, fitted, keep, limit=FIT_LEAST)
     start, total = time.perf_counter(), sum(len(tokens) for tokens in sequences)
     if request is not None:
         sequences, arrays = teacher.generate_and_score(
-            request, fitted, codec.bases, lambda done: _tell(stage, (2 + done / count) / 3)
+            request, fitted, codec.bases, lambda done: _tell(stage, (1 + done / count) / 2)
         )
     else:
         arrays = teacher.score(
-            sequences, fitted, codec.bases, lambda done: _tell(stage, (2 + done / total) / 3), keep
+            sequences, fitted, codec.bases, lambda done: _tell(stage, (1 + done / total) / 2), keep
         )
     seconds = time.perf_counter() - start
     targets = typed(arrays, fitted, info.vocab_size, codec.bases.get("final"), codec.head)
@@ -122,31 +117,58 @@ def _sketch_bytes(recipe: Recipe, vocab_size: int, width: int) -> int:
     return vocab_size * (2 * directions + 4) + 8 * width * directions
 
 
-def _affordable(teacher: Teacher, corpus: Corpus, recipe: Recipe, stage: Stage) -> tuple[int, int]:
-    """How many sequences, and how many tokens of each at most, the time is enough for."""
+def _sequences(
+    teacher: Teacher, corpus: Corpus, recipe: Recipe, stage: Stage
+) -> tuple[Corpus, list[Tokens]]:
+    """The corpus cut to what the time is enough for, and its sequences. What the teacher writes is
+    written in growing groups, each as long as those before allow."""
+    tokens = int(TEACHER_SECONDS / _first_speed(teacher, corpus, stage))
+    longest = corpus.sampling.max_length
+    most = store_manifest(teacher, corpus, recipe).sequences_per_shard
+    items = corpus.items[:most]
+    room = longest
+    if tokens < FIRST_GROUP * longest:
+        room = min(longest, max(SHORTEST, tokens // FIRST_GROUP), max(FIRST_TOKENS, tokens))
+        cut = [tuple(part[: room - 1] for part in one.segments) for one in items]
+        items = [replace(one, segments=parts) for one, parts in zip(items, cut, strict=True)]
+    some = copy.copy(corpus)
+    some.items, some.sampling = items, replace(corpus.sampling, max_length=room)
+    if not some.spoken:
+        lengths = np.cumsum([len(one.segments[0]) for one in items])
+        count = max(1, int((lengths <= tokens).sum()))
+        return some, some.take(teacher, 0, count, lambda done: None)
+    sequences: list[Tokens] = []
+    start, size = time.perf_counter(), max(1, min(FIRST_GROUP, tokens // room, len(items)))
+
+    def used() -> float:
+        return (time.perf_counter() - start) / TEACHER_SECONDS
+
+    while size > 0:
+        first = len(sequences)
+        sequences += some.take(
+            teacher, first, first + size, lambda done: _tell(stage, min(0.5, used() / 2))
+        )
+        count = len(sequences)
+        size = min(len(items) - count, 2 * count, int(count / used()) - count)
+    return some, sequences
+
+
+def _first_speed(teacher: Teacher, corpus: Corpus, stage: Stage) -> float:
+    """Seconds of a token, by a first few of them."""
     item, longest = corpus.items[0], corpus.sampling.max_length
     first = item.segments[0][: min(FIRST_TOKENS, longest - 1)]
-    seconds = 0.0
     for _ in range(2):  # the first time a context is set up
-        stage.update(1, "the first few tokens")
+        stage.update(0, "the first few tokens")
         start = time.perf_counter()
         if item.speaks:
             few = replace(corpus.sampling, max_length=min(longest, len(first) + FIRST_TOKENS))
-            said = teacher.generate(GenerationRequest([[first]], few))[0]
-            count = len(said) - len(first)
+            count = len(teacher.generate(GenerationRequest([[first]], few))[0]) - len(first)
         else:
-            teacher.logits([item.segments[0][: FIRST_TOKENS + 1]])
-            count = min(FIRST_TOKENS, len(item.segments[0]) - 1)
+            some = item.segments[0][: FIRST_TOKENS + 1]
+            teacher.logits([some])
+            count = len(some) - 1
         seconds = (time.perf_counter() - start) / max(1, count)
-    tokens = int(TEACHER_SECONDS / seconds)
-    most = store_manifest(teacher, corpus, recipe).sequences_per_shard
-    lengths = [longest if one.speaks else len(one.segments[0]) for one in corpus.items[:most]]
-    sums = np.cumsum(lengths)
-    if sums[-1] <= tokens:
-        return len(lengths), longest
-    room = max(min(SHORTEST, longest), int(np.mean(lengths)) if corpus.spoken == 0 else 0)
-    room = min(room, max(2, tokens))
-    return min(len(lengths), max(1, tokens // room)), room
+    return seconds
 
 
 def step_seconds(student: Student, probe: TeacherProbe, config: RunConfig) -> float:

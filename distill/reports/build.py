@@ -23,6 +23,7 @@ from distill.runs.folder import RunFolder
 from distill.runtime.printable import printable_line
 from distill.runtime.progress import Console
 
+HEALTH = "How training went, which says nothing about use"
 Content = Report | Comparison | WeightsReport | WeightsComparison
 
 
@@ -30,7 +31,7 @@ def document_of(content: Content) -> Document:
     """What is shown of it."""
     if isinstance(content, Report):
         lead = "What the run says, from its own records."
-        verdicts = [(f"Verdict: {content.level}", content.verdict), ("Training", content.health)]
+        verdicts = [(f"Verdict: {content.level}", content.verdict), (HEALTH, content.health)]
         return Document(content.name, lead, verdicts, sections(content), charts(content))
     if isinstance(content, WeightsReport):
         lead = "What the weights say by themselves; no model was run."

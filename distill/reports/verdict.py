@@ -167,26 +167,27 @@ def forecast_words(found: Forecast, rate: float | None) -> str:
     """One sentence on a forecast; ``rate``: tokens per second of training."""
     name, most = found.level.name.capitalize(), FARTHEST * found.trained
     value, low, high = found.floor
-    floor = f"by the validation curve the KL flattens at {number(value)} ({number(low)}–"
-    floor += f"{number(high)}) and the same top token at {found.ceiling:.1%}"
+    end = (
+        f"by the validation curve the KL tends to {number(value)} ({number(low)}–{number(high)}), "
+    )
+    end += f"the same top token to {found.ceiling:.1%}"
     if found.low == math.inf:
-        return f"{name} is not reachable by more training at this size: {floor}."
+        return f"{name} is not reachable by more training at this size: {end}."
     if found.low > most:
         return (
             f"{name} would take more than {FARTHEST:g} times the {human_count(found.trained)} "
-            f"tokens trained on: too far to forecast; {floor}."
+            f"tokens trained on, if more training reaches it at all: {end}."
         )
-    end = "no upper end" if found.high > most else human_count(found.high)
+    words = f"{name} would take about {human_count(found.tokens)} more tokens"
     if found.tokens > most:
-        return (
-            f"{name} may not be reachable by more training at this size: it would take at least "
-            f"{human_count(found.low)} more tokens (95 % interval: {human_count(found.low)} to "
-            f"{end}); {floor}."
-        )
-    words = f"{name} would take about {human_count(found.tokens)} more tokens (95 % interval: "
-    words += f"{human_count(found.low)} to {end})"
+        words = f"{name} may not be reachable by more training at this size: too many tokens"
+    upper = "no upper end" if found.high > most else human_count(found.high)
+    words += f" (95 % interval: {human_count(found.low)} to {upper})"
     if rate:
-        words += f", {human_time(found.tokens / rate)} of training on this machine ("
-        words += f"{human_time(found.low / rate)} to "
-        words += "no upper end)" if found.high > most else f"{human_time(found.high / rate)})"
-    return f"{words}; by the validation curve, {floor.partition('curve ')[2]}."
+        times = [
+            "no upper end" if tokens > most else human_time(tokens / rate)
+            for tokens in (found.tokens, found.low, found.high)
+        ]
+        about = "" if found.tokens > most else f"about {times[0]}, "
+        words += f", {about}{times[1]} to {times[2]}, of training on this machine"
+    return f"{words}; {end}."

@@ -66,6 +66,76 @@ def test_verdict_of_a_healthy_run(run: Path) -> None:
     )
 
 
+def test_verdict_of_use(tmp_path: Path) -> None:
+    """By the exported file's figures; what the next level takes, by a curve a + b·tokens^−c."""
+    kl, agreement = "evaluation.exported.kl", "evaluation.exported.agreement"
+    for a, b, changes, rows in (
+        # 0.1 + 0.3·(6000/t) is 0.25 at t = 12,000; 6,000 tokens took 12.5 s
+        (
+            0.1,
+            0.3,
+            {},
+            [
+                ("warning", "not usable yet: KL 0.400", "80.0%"),
+                ("plain", "0.25"),
+                (
+                    "plain",
+                    "Close would take about 6.",
+                    "of training",
+                    "tends to 0.10",
+                ),
+            ],
+        ),
+        (
+            0.3,
+            0.3,
+            {},
+            [
+                ("warning", "not usable yet"),
+                ("plain", "75%"),
+                ("plain", "Close is not reachable by more training at this size", "0.300"),
+            ],
+        ),
+        (
+            0.1,
+            0.3,
+            {agreement: 0.024},
+            [("warning", "not usable yet", "2.4%"), ("plain", "90%"), ("plain", "Close")],
+        ),
+        (0.0, 0.04, {agreement: 0.95}, [("good", "very close: KL 0.040"), ("plain", "0.05")]),
+        (
+            0.1,
+            0.1,
+            {"evaluation.kl_over": "16 top tokens and the rest"},
+            [
+                ("plain", "at best close: bucket KL 0.200"),
+                ("plain", "0.05"),
+                ("plain", "No forecast", "bucket KL"),
+            ],
+        ),
+        (
+            0.1,
+            0.3,
+            {"soft_targets.recipe.sketch_bytes": 0},
+            [
+                ("warning", "not usable yet"),
+                ("plain", "0.25"),
+                ("plain", "No forecast", "bucket KL"),
+            ],
+        ),
+    ):
+        lines: list[dict[str, Any]] = [held_out_line(0, 6.0)]
+        for step in range(1, 61):
+            lines.append(train_line(step))
+            if step % 5 == 0:
+                point = held_out_line(step, a + b * 60 / step)
+                lines.append(point | {"agreement": 0.8 - 0.2 * (60 / step - 1)})
+        path = make_run(tmp_path / f"{len(list(tmp_path.iterdir()))}", lines=lines)
+        for name, value in {kl: a + b, agreement: 0.8, **changes}.items():
+            put(path / "results.json", name, value)
+        check_facts(read_report(path).verdict, *rows)
+
+
 def test_verdict_finds_what_went_wrong(tmp_path: Path) -> None:
     """A best step before the last, a null, a rising loss, a growing gradient, no rotations."""
     lines: list[dict[str, Any]] = [held_out_line(0, 6.0), held_out_line(10, 2.0)]
