@@ -78,17 +78,22 @@ class HuggingFaceTeacher(Teacher):
             self._loaded: LoadedModel | None = LoadedModel(model)
         except ValueError as error:
             raise TeacherFileError(f"{self.folder.path}: {error}") from None
-        self._tokenizer: Any = load_tokenizer(self.folder, self._model.vocab_size)
+        self._tokenizer: Any = load_tokenizer(self.folder, self.model.vocab_size)
         self.info = self._info()
 
     @property
-    def _model(self) -> LoadedModel:
+    def model(self) -> LoadedModel:
+        """The checkpoint in memory.
+
+        Raises:
+            TeacherError: the teacher was closed.
+        """
         if self._loaded is None:
             raise TeacherError(f"{self.folder.path}: this teacher was closed")
         return self._loaded
 
     def _info(self) -> TeacherInfo:
-        model, config, tokenizer = self._model.model, self._model.config, self._tokenizer
+        model, config, tokenizer = self.model.model, self.model.config, self._tokenizer
         bos, eos, end_tokens = self._special_tokens()
         template = tokenizer.chat_template
         if isinstance(template, dict):  # several, by purpose
@@ -103,7 +108,7 @@ class HuggingFaceTeacher(Teacher):
             architecture=model.config.model_type,
             parameters=model.num_parameters(),
             file_bytes=self.folder.weight_bytes,
-            vocab_size=self._model.vocab_size,
+            vocab_size=self.model.vocab_size,
             width=config.hidden_size,
             layers=config.num_hidden_layers,
             context_length=getattr(config, "max_position_embeddings", None) or UNLIMITED,
@@ -119,17 +124,17 @@ class HuggingFaceTeacher(Teacher):
 
     def _special_tokens(self) -> tuple[int | None, int | None, tuple[int, ...]]:
         """BOS, EOS, all tokens that end a turn: by the tokenizer, then generation_config.json."""
-        generation, tokenizer = self._model.model.generation_config, self._tokenizer
+        generation, tokenizer = self.model.model.generation_config, self._tokenizer
         stops = generation.eos_token_id
         ends: list[int] = [] if stops is None else (stops if isinstance(stops, list) else [stops])
         bos = generation.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         eos = next(iter(ends), None) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         end_tokens = tuple(sorted({*ends, *([] if eos is None else [eos])}))
         for token in (*end_tokens, *([] if bos is None else [bos])):
-            if not 0 <= token < self._model.vocab_size:
+            if not 0 <= token < self.model.vocab_size:
                 raise TeacherFileError(
                     f"{self.folder.path}: special token {token} is outside the vocabulary of "
-                    f"{self._model.vocab_size}; correct generation_config.json or "
+                    f"{self.model.vocab_size}; correct generation_config.json or "
                     "tokenizer_config.json"
                 )
         return bos, eos, end_tokens
@@ -164,7 +169,7 @@ class HuggingFaceTeacher(Teacher):
         self, request: GenerationRequest, progress: Progress = no_progress
     ) -> list[Tokens]:
         try:
-            return generate(self._model.model, request, self.info.end_tokens, progress)
+            return generate(self.model.model, request, self.info.end_tokens, progress)
         except GenerationError as error:
             raise TeacherError(f"{self.folder.path}: {error}") from None
 
@@ -190,7 +195,7 @@ class HuggingFaceTeacher(Teacher):
     ) -> Arrays:
 
         def arrays(batch: list[Tokens]) -> Arrays:
-            answer = self._model.answer(
+            answer = self.model.answer(
                 batch, logits=recipe.needs_logits, states=recipe.needs_states, layers=recipe.layers
             )
             return reduce(answer, recipe, bases)
@@ -202,7 +207,7 @@ class HuggingFaceTeacher(Teacher):
     ) -> Mapping[str, Floats]:
 
         def arrays(batch: list[Tokens]) -> Arrays:
-            answer = self._model.answer(batch, logits=False, states=True, layers=layers)
+            answer = self.model.answer(batch, logits=False, states=True, layers=layers)
             assert answer.states is not None and answer.layers is not None
             named = {f"layer{layer}": answer.layers[layer] for layer in layers}
             named["final"] = answer.states
@@ -214,7 +219,7 @@ class HuggingFaceTeacher(Teacher):
         """See ``Teacher.logits``; they are always as exact as this model computes."""
 
         def arrays(batch: list[Tokens]) -> Arrays:
-            answer = self._model.answer(batch, logits=True, states=False)
+            answer = self.model.answer(batch, logits=True, states=False)
             assert answer.logits is not None
             return {"logits": require_finite(answer.logits, excluded=True).numpy()}
 
@@ -222,7 +227,7 @@ class HuggingFaceTeacher(Teacher):
 
     def output_rows(self, start: int, stop: int) -> Floats:
         try:
-            return self._model.output_rows(start, stop)
+            return self.model.output_rows(start, stop)
         except ValueError as error:
             raise RequestRefused(str(self.folder.path), str(error)) from None
 
@@ -239,7 +244,7 @@ class HuggingFaceTeacher(Teacher):
         starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
         result: dict[str, Any] = {}
         done = 0
-        room = min(BATCH_TOKENS, LOGITS_BYTES // (4 * self._model.vocab_size))
+        room = min(BATCH_TOKENS, LOGITS_BYTES // (4 * self.model.vocab_size))
         for batch in batches(lengths, room):
             try:
                 arrays = work([sequences[index] for index in batch])
@@ -273,7 +278,7 @@ class HuggingFaceTeacher(Teacher):
             )
 
     def speed(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
-        model, first = self._model.model, 0 if self.info.bos is None else self.info.bos
+        model, first = self.model.model, 0 if self.info.bos is None else self.info.bos
         prompt = torch.full((1, prompt_tokens), first, dtype=torch.int64)
         one = torch.ones(1, 1, dtype=torch.int64)
         Decoder(model).feed(prompt[:, :1], one)  # allocates; not timed

@@ -152,7 +152,7 @@ def test_all_kinds_of_targets_say_what_the_logits_say(teacher: HuggingFaceTeache
 def test_hidden_targets_skip_the_output_layer(teacher: HuggingFaceTeacher) -> None:
     """Nothing calls the output layer where the recipe needs no logits."""
     calls: list[int] = []
-    handle = teacher._model.head.register_forward_hook(lambda *_: calls.append(1))
+    handle = teacher.model.head.register_forward_hook(lambda *_: calls.append(1))
     teacher.score(texts(3), Recipe("hidden"), {})
     teacher.states(texts(3))
     assert not calls
@@ -211,7 +211,7 @@ def test_output_that_is_no_matrix_is_refused(folder: Path) -> None:
     }
     for words, change in harm.items():
         teacher = HuggingFaceTeacher(folder)
-        change(teacher._model)
+        change(teacher.model)
         with pytest.raises(ValueError, match=words):
             teacher.output_rows(0, 2)
             pytest.fail(f"not refused: {words}")

@@ -27,7 +27,6 @@ from tests.support.report_runs import (
     MAX_BYTES,
     check_facts,
     command,
-    drawn_in_a_browser,
     figures_take,
     held_out_line,
     in_a_browser,
@@ -41,6 +40,8 @@ from tests.support.report_runs import (
     said,
     sound_page,
     train_line,
+    undrawn,
+    unlike,
 )
 
 
@@ -51,8 +52,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_verdict_of_a_healthy_run(run: Path) -> None:
     """Finished, KL fell, nothing broken; only the safety head and its cost are warnings."""
-    check_facts(
-        read_report(run).verdict,
+    rows = [
         ("good", "Finished", "60 steps", "6.0 k tokens"),
         ("good", "KL", "from 6.000 to 1.500"),
         ("good", "finite"),
@@ -63,7 +63,8 @@ def test_verdict_of_a_healthy_run(run: Path) -> None:
         ("warning", "afety head", "of 4 prompts to allow it allowed 1"),
         ("good", "AUROC 0.800", "95% agreement", "80% of the tokens"),
         ("good", "exported", "3.0e-05", "90", "99.0%"),
-    )
+    ]
+    assert unlike(read_report(run).verdict, *rows) == []
 
 
 def test_verdict_finds_what_went_wrong(tmp_path: Path) -> None:
@@ -284,7 +285,7 @@ def test_in_a_browser(run: Path, tmp_path: Path) -> None:
     """A page is drawn in full; a foreign image and a foreign script are refused."""
     out = tmp_path / "report.html"
     write_page(document_of(read_report(run)), out)
-    drawn_in_a_browser(out, 12)
+    assert undrawn(out, 12) == []
     foreign = (
         '<img src="https://example.org/x.png"><script>document.title = "taken"</script></main>'
     )

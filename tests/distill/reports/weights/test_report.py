@@ -29,7 +29,6 @@ from tests.support.report_runs import (
     about,
     check_facts,
     command,
-    drawn_in_a_browser,
     figures_take,
     make_run,
     needs_browser,
@@ -37,6 +36,7 @@ from tests.support.report_runs import (
     printed,
     refusal,
     sound_page,
+    undrawn,
     weights_of_a_student,
 )
 
@@ -387,4 +387,4 @@ def test_thousands_of_matrices_stay_small(tmp_path: Path) -> None:
 def test_in_a_browser(tmp_path: Path) -> None:
     """Both charts of the example teacher are drawn, and the console stays empty."""
     write_page(document_of(one(example_teacher())), tmp_path / "report.html")
-    drawn_in_a_browser(tmp_path / "report.html", 2)
+    assert undrawn(tmp_path / "report.html", 2) == []
