@@ -33,6 +33,7 @@ from tests.conftest import command
 from tests.support.runs import SMALL, interrupted
 from tests.support.tiny_models import make_base
 
+pytestmark = pytest.mark.usefixtures("llama_here")
 SETTINGS = [one for one in SMALL if not one.startswith("student.init")]
 SETTINGS.append("train.learning_rate=0.01")
 

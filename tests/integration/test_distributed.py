@@ -53,8 +53,6 @@ RUNS = {
 }
 UNTIED = RUN | {"untied": True}  # where rows of the embedding are left out
 CUT = UNTIED | {"stop_at": 5}
-LAUNCH = "accelerate.commands.launch --num_processes 2 --main_process_port 0"
-LAUNCH += " --use_fsdp --fsdp_version 2 -m tests.support.children.train_child"
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +90,7 @@ def launched(store: Path, one: Path) -> Path:
     settings.write_text(json.dumps(RUNS | {"cut": CUT, "continued": UNTIED}))
     arguments = map(str, (store, guarded_store, folder, settings))
     launch = subprocess.Popen(
-        [sys.executable, "-m", *LAUNCH.split(), *arguments],
+        [sys.executable, "-m", train_child.__name__, *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -95,15 +95,6 @@ def weights_of(out: Path) -> bytes:
     return (out / "student" / "model.safetensors").read_bytes()
 
 
-def test_the_same_seed_gives_the_same_bytes(
-    finished: RunFolder, tiny_teacher_path: Path, tmp_path: Path
-) -> None:
-    """With nothing to reuse: the capture is reproducible too."""
-    again = run(small_config(tiny_teacher_path), RunPaths(out=tmp_path / "run"), Console())
-    assert again.read_results()["soft_targets"]["reused"] is False
-    assert weights_of(again.path) == weights_of(finished.path)
-
-
 def test_a_run_that_is_stopped_everywhere_ends_at_the_same_bytes(
     finished: RunFolder, tiny_teacher_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,6 +34,7 @@ from teachers.gguf.file import file_sha256, read_gguf
 from teachers.llama_cpp.teacher import GGUFTeacher
 from tests.support.runs import SMALL
 
+pytestmark = pytest.mark.usefixtures("llama_here")
 Elsewhere = tuple[Path, dict[str, ExportedFile]]
 
 

@@ -27,6 +27,7 @@ from teachers.tokenizer.conversation import conversation_tokens
 from tests.support.command_line import CommandLine, export, student_with_heads
 from tests.support.teachers import certainty_of
 
+pytestmark = pytest.mark.usefixtures("llama_here")
 THRESHOLDS, TRUST = (0.4, 0.55), 0.75
 PROMPTS = [prompt.text for prompt in built_in_prompts()[::90]]
 PROMPTS += ["Hi", "[/bold] [red]not markup[/] \\[x]"]

@@ -41,8 +41,10 @@ def examined(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     """The exit code of the command, and what it says of each thing by name."""
 
     def examine(*, pytorch: bool = False) -> tuple[int, dict[str, Any]]:
-        if not pytorch:  # takes seconds
+        if not pytorch:  # takes seconds, and so does measuring speed
             monkeypatch.setattr(doctor, "pytorch_findings", lambda: iter(()))
+            monkeypatch.setattr(doctor, "SPEED_PROMPT", 16)
+            monkeypatch.setattr(doctor, "SPEED_NEW", 2)
         code, out, _ = CommandLine(monkeypatch, capsys)("doctor", "--json")
         content = json.loads(out)
         assert content["main_job"] == (code == 0)

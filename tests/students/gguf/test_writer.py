@@ -30,6 +30,7 @@ from teachers.gguf.file import read_gguf
 from teachers.llama_cpp.teacher import GGUFTeacher
 from tests.support.students import make_student
 
+pytestmark = pytest.mark.usefixtures("llama_here")
 NAMES = ExportNames("tested student", {"teacher_name": "example"})
 TOKENIZER = tokenizer_entries(read_gguf(example_teacher()))
 VOCAB = len(TOKENIZER["tokenizer.ggml.tokens"][0])
