@@ -21,7 +21,7 @@ from torch import Tensor
 
 from stability.clipping import Floats, MovingAverage, MovingAverages
 from stability.measures.probe import ProbeReading
-from stability.measures.step import local
+from stability.measures.tensors import local
 
 # Signals, as logs name them. An older name of the probe text is the fixed text.
 LOSS, LEARNING_RATE, NON_FINITE = "loss", "learning rate", "non-finite"

@@ -13,7 +13,7 @@ from torch import Tensor
 from stability.consensus import BATCH
 from stability.detectors import NON_FINITE, Action, Anomaly, WeightJump
 from stability.measures.monitor import GradientReading, Monitor
-from stability.measures.step import local
+from stability.measures.tensors import local
 
 Inputs = Callable[[], Mapping[str, Tensor]]
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from stability.measures.random_state import random_state, restore_random_state
-from stability.measures.step import local
+from stability.measures.tensors import local
+from stability.random_state import random_state, restore_random_state
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from distill.errors import UserError
 from distill.runtime.device import training_device
 from students.adapter.adapter import AdaptedStudent, adapt
 from students.adapter.base_model import AdapterSettings
-from students.gguf.architectures import context_length, head_width, require_exportable
+from students.gguf.config_values import context_length, head_width, require_exportable
 from students.gguf.metadata import ExportError
 from students.model.shape import GROUP
 from teachers.gguf.file import Field, TeacherFileError

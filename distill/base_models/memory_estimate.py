@@ -16,7 +16,8 @@ from distill.config.schema import RunConfig
 from distill.losses.chunked_lm_head import chunk_size
 from distill.runtime.device import choose_precision
 from distill.runtime.format import human_bytes
-from students.gguf.architectures import architecture_of, head_width
+from students.gguf.architectures import architecture_of
+from students.gguf.config_values import head_width
 from students.model.head_decisions import DECISIONS
 from students.model.heads import VERIFICATION_UNITS
 from students.model.shape import GROUP, PARAMETERS_PER_BLOCK

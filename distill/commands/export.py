@@ -38,7 +38,7 @@ def export_gguf(
 ) -> None:
     """Export a run's student again, in any of llama.cpp's file types, each proved before it gets
     its name."""
-    from distill.config.loading import parse_quants
+    from distill.config.units import parse_quants
     from distill.runs.exports import check_export
     from distill.runs.folder import RunFolder
 

@@ -157,7 +157,8 @@ def plan(
     set_: Settings = None,
 ) -> None:
     """Measure on a short probe what a run will take: tokens, disk, time and memory."""
-    from distill.config.loading import load_config, parse_memory
+    from distill.config.loading import load_config
+    from distill.config.units import parse_memory
     from distill.errors import UserError
     from distill.pipeline.preflight import check_plan
 

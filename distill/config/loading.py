@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from distill.config.schema import Quant, RunConfig
+from distill.config.schema import RunConfig
 from distill.errors import UserError
 
 # Where settings start from. ``formula``: the loss with its own defaults, T = 3. ``recommended``:
 # what measured best (docs/benchmarks.md): the temperature the student will be used at.
 PRESETS: dict[str, dict[str, Any]] = {"recommended": {"loss.temperature": 1.0}, "formula": {}}
 RECOMMENDED = "recommended"
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
 
 def load_config(
@@ -107,40 +102,6 @@ def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"configuration key {dotted!r}: {section!r} is not a section")
     tree[key] = value
-
-
-def parse_quants(text: str) -> tuple[Quant, ...]:
-    """File types separated by commas, each once; ``all``: every one. ``UserError`` if unknown."""
-    known = get_args(Quant)
-    asked = [name.strip() for name in text.lower().split(",") if name.strip()]
-    names = tuple(
-        dict.fromkeys(one for name in asked for one in (known if name == "all" else (name,)))
-    )
-    if not names:
-        raise UserError(
-            f"--quant {text!r} names no file type; choose from {', '.join(known)}, or all"
-        )
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"--quant {name!r} is not a file type; choose from {', '.join(known)}, or all"
-            )
-    return cast(tuple[Quant, ...], names)
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of a size such as ``12GiB``, ``1.5 GB`` or ``800``; ``ValueError`` if it is none."""
-    match = re.fullmatch(
-        r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII
-    )
-    unit = None if match is None else _UNITS.get(match[2].lower())
-    size = 0 if match is None or unit is None else math.floor(float(match[1]) * unit)
-    if size < 1:
-        raise ValueError(
-            f"{text!r} is no amount of memory; write a number above 0 and a unit, such as 12GiB or "
-            "800MB (kB, MB, GB, TB; KiB, MiB, GiB, TiB)"
-        )
-    return size
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

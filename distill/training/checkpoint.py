@@ -29,7 +29,7 @@ from distill.losses.objective import Objective
 from distill.runs.folder import _complete
 from distill.training.validation import ValidationScore, best_step
 from stability.guard import Guard
-from stability.measures.random_state import random_state, restore_random_state
+from stability.random_state import random_state, restore_random_state
 from students.model.interface import Student
 from students.weights import Weights, full_tensor, laid_out_like, plain_weights, set_weights
 from teachers.atomic_files import write_whole

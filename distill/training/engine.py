@@ -46,7 +46,7 @@ from distill.training.validation import (
 )
 from stability import Event, GaveUp
 from stability.detectors import Action
-from stability.measures.step import gradient_norm, non_finite
+from stability.measures.tensors import gradient_norm, non_finite
 from students.model.decoder import SHORT_ON_CPU
 from students.model.interface import Student
 from students.weights import full_tensor, plain_weights, set_weights

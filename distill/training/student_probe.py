@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from distill.losses import divergences
 from distill.losses.batch import Batch
-from stability.measures.probe import ProbeReading, evaluating, hidden_rank
-from stability.measures.step import attention_entropy, dead_units, output_stats
+from stability.measures.activations import attention_entropy, dead_units, hidden_rank, output_stats
+from stability.measures.probe import ProbeReading, evaluating
 from students.model.decoder import DecoderLayer, SO8TForCausalLM, apply_rotary, rotary_tables
 from students.model.interface import Student
 

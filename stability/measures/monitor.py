@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from stability.measures.spectrum import effective_rank, fast_singular_values
-from stability.measures.step import UpdateSample, norms
+from stability.measures.tensors import norms
+from stability.measures.updates import UpdateSample
 
 NORM_INTERVAL = 4  # steps between two readings of the same weight's norm
 EXACT = 1 << 18  # largest matrix, in elements, whose rank is computed in float64

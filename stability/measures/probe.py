@@ -13,17 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stability.measures.spectrum import effective_rank, fast_singular_values
-from stability.measures.step import dead_units, output_stats
+from stability.measures.activations import dead_units, hidden_rank, output_stats
 
 RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.Softplus, nn.Hardswish)
 ACTIVATIONS = (*RECTIFIERS, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh)
-
-
-def hidden_rank(states: Tensor) -> float:
-    """Effective rank of centred states ``[n, D]``: near 0 where all positions look alike."""
-    centred = states.float() - states.float().mean(dim=0)
-    return float(effective_rank(fast_singular_values(centred)))
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from students.gguf.architectures import (
-    EMBEDDING,
-    FOLDED,
-    OUTPUT,
-    Architecture,
-    architecture_of,
+from students.gguf.architectures import EMBEDDING, FOLDED, OUTPUT, Architecture, architecture_of
+from students.gguf.config_values import (
     context_length,
     head_width,
     require_exportable,

@@ -30,7 +30,7 @@ from stability import Extra, Guard, Hooks
 from stability.consensus import root_cause
 from stability.detectors import Action, Anomaly
 from stability.measures.monitor import NORM_INTERVAL
-from stability.measures.step import local
+from stability.measures.tensors import local
 from students.model.decoder import SO8TForCausalLM
 from students.weights import plain_weights
 from teachers.store.manifest import read_manifest

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from typer import Typer
 from typer.testing import CliRunner
 
-from students.gguf.architectures import require_exportable
+from students.gguf.config_values import require_exportable
 from teachers import example_teacher
 from teachers.gguf.file import TeacherFileError, read_gguf, tokenizer_fields
 from teachers.huggingface.checkpoint import load_model, load_tokenizer

@@ -25,7 +25,7 @@ from distill.runtime.cpu import keep_freed_memory, onednn_for_float32
 from distill.runtime.device import choose_precision
 from distill.training.distributed import TrainingModule
 from distill.training.optimizer import build_optimizer, parameter_groups
-from stability.measures.step import gradient_norm
+from stability.measures.tensors import gradient_norm
 from students.gguf.metadata import ExportNames, MetadataEntry
 from students.gguf.writer import write_gguf
 from students.model.build import build_student

@@ -27,8 +27,9 @@ from distill.base_models.memory_estimate import (
     memory_of,
     memory_rows,
 )
-from distill.config.loading import parse_config, parse_memory
+from distill.config.loading import parse_config
 from distill.config.schema import RunConfig
+from distill.config.units import parse_memory
 from distill.losses.chunked_lm_head import chunked_head_loss
 from stability.snapshots import Keeper
 from students.adapter.adapter import AdaptedStudent, adapt

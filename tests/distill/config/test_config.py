@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from distill.config.loading import load_config, parse_quants
+from distill.config.loading import load_config
 from distill.config.schema import RunConfig
+from distill.config.units import parse_quants
 from distill.errors import UserError
 from students.model.build import student_config
 from students.model.shape import StudentSize, default_size, parse_size

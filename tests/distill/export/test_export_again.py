@@ -17,8 +17,9 @@ import pytest
 import distill.export.export
 import distill.export.proof
 from distill.cli import main
-from distill.config.loading import load_config, parse_quants
+from distill.config.loading import load_config
 from distill.config.schema import Quant
+from distill.config.units import parse_quants
 from distill.errors import ProofFailed, UserError
 from distill.export.export_again import export_run
 from distill.pipeline.run import run

@@ -28,7 +28,7 @@ from distill.runtime.printable import json_line, printable
 from teachers.base import GenerationRequest, Sampling
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.conversation import conversation_tokens
-from tests.support.command_line import CommandLine, export, student_with_heads
+from tests.support.runs import CommandLine, export, student_with_heads
 from tests.support.teachers import shared_file
 
 TEMPLATE = (

@@ -24,7 +24,7 @@ from students.model.head_decisions import DECISIONS
 from students.model.heads import decide, head_values
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.conversation import conversation_tokens
-from tests.support.command_line import CommandLine, export, student_with_heads
+from tests.support.runs import CommandLine, export, student_with_heads
 from tests.support.teachers import certainty_of
 
 pytestmark = pytest.mark.usefixtures("llama_here")

@@ -25,8 +25,8 @@ from teachers.llama_cpp.library.check_record import (
     of_this_process,
     read_record,
 )
-from tests.support.command_line import CommandLine
 from tests.support.llama_double import Fault, llama_cpp_with
+from tests.support.runs import CommandLine
 
 pytestmark = pytest.mark.needs_gguf
 ROOT = Path(__file__).parents[3]

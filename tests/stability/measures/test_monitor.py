@@ -11,15 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from stability.clipping import AdaptiveClip, MovingAverage, MovingAverages
+from stability.measures.activations import attention_entropy, dead_units, output_stats
 from stability.measures.monitor import NORM_INTERVAL, Monitor
-from stability.measures.step import (
-    SAMPLED,
-    UpdateSample,
-    attention_entropy,
-    dead_units,
-    norms,
-    output_stats,
-)
+from stability.measures.tensors import norms
+from stability.measures.updates import SAMPLED, UpdateSample
 
 
 def drawn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:

@@ -22,12 +22,8 @@ from transformers import MistralConfig, PreTrainedModel
 
 from distill.capture.tokenizer_only import tokenizer_entries
 from students.gguf import writer
-from students.gguf.architectures import (
-    ARCHITECTURES,
-    UnmappedTensor,
-    context_length,
-    require_exportable,
-)
+from students.gguf.architectures import ARCHITECTURES, UnmappedTensor
+from students.gguf.config_values import context_length, require_exportable
 from students.gguf.metadata import ExportError
 from students.gguf.rope_scaling import RopeScaling
 from students.model.heads import Heads, SafetyHead, VerificationHead, head_values, read_heads

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stability.measures.step import gradient_norm, non_finite
+from stability.measures.tensors import gradient_norm, non_finite
 
 
 def parameters_with(gradients: list[torch.Tensor | None]) -> list[torch.nn.Parameter]:
