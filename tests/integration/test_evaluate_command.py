@@ -45,7 +45,7 @@ from teachers.base import TokenizedLines, Tokens
 from teachers.gguf.file import file_sha256, read_gguf
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.conversation import request_tokens
-from tests.support.report_runs import command
+from tests.conftest import command, refuses
 from tests.support.students import make_student
 from tests.support.teachers import shared_file
 
@@ -394,12 +394,7 @@ def test_safety_counts_only_what_the_run_has_not_seen(
 # --- the command
 
 
-def test_json_page_and_tasks(
-    files: Files,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_json_page_and_tasks(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One object on standard output, even if the harness prints; the page; the example teacher."""
 
     def run_harness(model: GGUFTeacher, tasks: list[str], limit: int) -> dict[str, Any]:
@@ -420,10 +415,9 @@ def test_json_page_and_tasks(
     page = tmp_path / "page.html"
     given = ["--tasks", tasks, "--lm-eval", "one, two", "--lm-eval-limit", 3]
     given += ["--safety-prompts", safety, "--json", "--output", page, "--draft-length", 2]
-    assert command(monkeypatch, "evaluate", files.run.path, *given) == 0
-    out, err = capsys.readouterr()
-    found = json.loads(out)
-    assert out.count("\n") == 1 and "hello" in err and "KL" in err
+    ended = command("evaluate", files.run.path, *given)
+    out, err, found = ended.out, ended.complaint, json.loads(ended.out)
+    assert ended.code == 0 and out.count("\n") == 1 and "hello" in err and "KL" in err
     assert "differed from trial to trial" in " ".join(err.split())
     assert found["kind"] == "evaluation" and found["teacher"]["path"] == str(example_teacher())
     student = found["students"][0]
@@ -446,12 +440,7 @@ def test_tables_side_by_side(comparison: Comparison, capsys: pytest.CaptureFixtu
         assert text in flat, text
 
 
-def test_what_is_refused(
-    files: Files,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_is_refused(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is loaded: one line that says what to do, and exit code 2."""
     monkeypatch.setattr("distill.evaluation.compare.GGUFTeacher", None)
     run, copy, teacher = files.run.path, files.copy, ("--teacher", example_teacher())
@@ -474,14 +463,12 @@ def test_what_is_refused(
         ([run, "--tasks", "none.jsonl"], "none.jsonl"),
         ([run, "--safety-prompts", "none.jsonl"], "none.jsonl cannot be read"),
     ):
-        assert command(monkeypatch, "evaluate", *arguments) == 2, arguments
-        out, err = capsys.readouterr()
-        assert words in " ".join(err.split()), arguments
-        assert "Traceback" not in err and not out, arguments
+        ended = command("evaluate", *arguments)
+        assert ended.code == 2 and not ended.out, (arguments, ended)
+        assert words in " ".join(ended.complaint.split()), (arguments, ended)
     shutil.copy(files.run.config_file, empty / "config.json")
     shutil.copy(files.run.identity_file, empty / "identity.json")
-    assert command(monkeypatch, "evaluate", empty) == 2
-    assert "has no student.gguf yet" in capsys.readouterr().err
+    assert "has no student.gguf yet" in refuses("evaluate", empty)
 
 
 def test_other_vocabularies_and_teachers(

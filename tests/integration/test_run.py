@@ -29,7 +29,7 @@ from teachers.atomic_files import StoreError, exclusive
 from teachers.gguf.file import read_gguf, tokenizer_sha256
 from teachers.store.manifest import read_manifest
 from teachers.store.store import SoftTargetStore
-from tests.conftest import command
+from tests.conftest import command, not_refused
 from tests.support.runs import SMALL, interrupt, interrupted, small_config, times_in, until_training
 
 pytestmark = pytest.mark.usefixtures("llama_here")
@@ -289,7 +289,6 @@ def test_user_errors_are_one_line_and_exit_2(
     (tmp_path / "odd.json").write_text("{}")
     (tmp_path / "half.jsonl").write_text('{"text": "\\ud800"}\n')
     (tmp_path / "bad.yaml").write_text("train: {epoch: 3}")
-    teacher = ["run", "--teacher", str(tiny_teacher_path)]
     before = set(tmp_path.iterdir())
     own: list[tuple[list[str], list[str]]] = [
         (["--student-size", "60x2"], ["60", "divisible by 8"]),
@@ -322,10 +321,7 @@ def test_user_errors_are_one_line_and_exit_2(
         (["fly"], ["fly"]),
     ]
     teacher = ["run", "--teacher", str(tiny_teacher_path)]
-    for arguments, words in [*others, *(([*teacher, *more], words) for more, words in own)]:
-        ended = command(*arguments)
-        assert ended.code == 2 and "Traceback" not in ended.complaint, (arguments, ended)
-        assert all(word in ended.complaint for word in words), (arguments, ended)
+    assert not_refused([*others, *(([*teacher, *more], words) for more, words in own)]) == []
     assert set(tmp_path.iterdir()) == before
 
 

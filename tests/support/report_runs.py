@@ -12,7 +12,6 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -29,7 +28,6 @@ from markdown_it.token import Token
 from rich.console import Console as RichConsole
 from safetensors.torch import save_file
 
-from distill.cli import main
 from distill.config.loading import load_config
 from distill.reports.build import Content, document_of
 from distill.reports.document import Chart, Fact
@@ -269,24 +267,6 @@ def printed(told: Path | Content, width: int = 200) -> str:
     content = read_report(told) if isinstance(told, Path) else told
     print_report(document_of(content), RichConsole(file=file, width=width, highlight=False))
     return file.getvalue()
-
-
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """The exit code of ``distill`` with these arguments."""
-    monkeypatch.setattr(sys, "argv", ["distill", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return int(stop.value.code or 0)
-
-
-def refusal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
-) -> str:
-    """The one line in which ``distill report`` refuses, with exit code 2 and no other output."""
-    assert command(monkeypatch, "report", *arguments) == 2, arguments
-    out, err = capsys.readouterr()
-    assert err.count("\n") == 1 and not out, (arguments, out, err)
-    return err
 
 
 class Page(HTMLParser):

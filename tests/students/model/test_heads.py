@@ -42,6 +42,7 @@ from tests.support.references import case
 from tests.support.students import make_student
 from tests.support.teachers import certainty_of
 
+pytestmark = pytest.mark.usefixtures("llama_here")
 WIDTH = 64
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from distill.cli import main
 from distill.config.loading import load_config
 from distill.config.schema import RunConfig
 from distill.errors import UserError
@@ -28,6 +26,7 @@ from students.model.shape import (
 )
 from students.model.sizes import choose_size, decoder_parameters, layer_parameters
 from teachers.base import TeacherInfo, TeacherShape
+from tests.conftest import command
 from tests.support.references import case
 from tests.support.teachers import BigramTeacher
 
@@ -219,10 +218,7 @@ def test_chosen_heads_narrow_what_is_tried() -> None:
 
 
 def test_the_command_says_it_in_one_line(
-    tiny_teacher_path: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_teacher_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit code 2, one line, nothing written."""
     monkeypatch.chdir(tmp_path)
@@ -234,16 +230,12 @@ def test_the_command_says_it_in_one_line(
         ("64x1", "--set", "student.heads=3"): ["width 64", "2 or 4 heads would fit"],
         ("64x1", "--set", "student.kv_heads=3"): ["4 heads", "2 or 4 would fit"],
     }
-    for command, (size, message) in product(("run", "plan"), refused.items()):
-        options = ["--teacher", str(tiny_teacher_path), "--student-size", *size]
-        monkeypatch.setattr(sys, "argv", ["distill", command, *options])
-        with case(command, size):
-            with pytest.raises(SystemExit) as stopped:
-                main()
-            stderr = capsys.readouterr().err
-            assert stopped.value.code == 2
-            assert stderr.count("\n") == 1 and stderr.startswith("error:")
-            assert all(word in stderr for word in message), stderr
+    for name, (size, message) in product(("run", "plan"), refused.items()):
+        ended = command(name, "--teacher", tiny_teacher_path, "--student-size", *size)
+        with case(name, size, ended):
+            assert ended.code == 2 and ended.complaint.count("\n") == 1
+            assert ended.complaint.startswith("error:")
+            assert all(word in ended.complaint for word in message)
             assert not list(tmp_path.iterdir())
 
 

@@ -22,11 +22,11 @@ from distill.reports.run.report import CURVE_POINTS, compare, read_report, thinn
 from distill.runs.folder import RunFolder
 from distill.runtime.progress import Console
 from teachers.atomic_files import exclusive
+from tests.conftest import refuses, says
 from tests.support.report_runs import (
     HOSTILE,
     MAX_BYTES,
     check_facts,
-    command,
     figures_take,
     held_out_line,
     in_a_browser,
@@ -36,7 +36,6 @@ from tests.support.report_runs import (
     page,
     printed,
     put,
-    refusal,
     said,
     sound_page,
     train_line,
@@ -129,9 +128,7 @@ def test_a_run_of_nothing_but_nulls(tmp_path: Path) -> None:
     json.dumps(read_report(path).to_json(), allow_nan=False)
 
 
-def test_bad_input_is_one_line_and_exit_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_input_is_one_line_and_exit_2(tmp_path: Path) -> None:
     """Not a run, nothing logged, damaged files."""
     rows: list[tuple[str, Callable[[Path], Any] | str, str]] = [
         ("", shutil.rmtree, "no such folder"),
@@ -148,10 +145,10 @@ def test_bad_input_is_one_line_and_exit_2(
             (path / name).write_text(damage)
         else:
             damage(path / name)
-        assert words in refusal(monkeypatch, capsys, path), (name, damage)
+        assert words in refuses("report", path), (name, damage)
     path = make_run(tmp_path / "nothing", finished=False)
     (path / "metrics.jsonl").unlink()
-    assert "nothing is logged yet" in refusal(monkeypatch, capsys, path)
+    assert "nothing is logged yet" in refuses("report", path)
 
 
 def test_text_shows_the_figures_and_cannot_steer_the_terminal(tmp_path: Path) -> None:
@@ -172,13 +169,10 @@ def test_how_llama_cpp_ran_is_said(run: Path) -> None:
     assert "extra CPU buffers" in text and "died (signal SIGILL)" in text
 
 
-def test_json_is_the_same_for_machines(
-    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_json_is_the_same_for_machines(run: Path) -> None:
     """One object on standard output, and the page beside it where it is asked for."""
     out = run.parent / "page.html"
-    assert command(monkeypatch, "report", run, "--json", "--output", out) == 0
-    content = json.loads(capsys.readouterr().out)
+    content = json.loads(says("report", run, "--json", "--output", out))
     assert out.stat().st_size <= MAX_BYTES
     assert content["state"] == "finished" and content["best_step"] == 60
     assert content["results"]["heads"]["verification"]["auroc"] == 0.8
