@@ -100,12 +100,13 @@ def tree_of(name: str) -> ast.Module:
 
 def nodes_of(tree: ast.AST, at_once: bool) -> Iterator[ast.AST]:
     """Everything in a tree; ``at_once``: but what waits for a call or for a type checker."""
-    waits = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-    for node in ast.iter_child_nodes(tree):
+    waits, left = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda), [tree]
+    while left:
+        node = left.pop()
         typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         if not (at_once and (typing or isinstance(node, waits))):
             yield node
-            yield from nodes_of(node, at_once)
+            left += ast.iter_child_nodes(node)
 
 
 @cache

@@ -47,7 +47,6 @@ WIDTH = 64
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
-    """Seeded normal numbers."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 

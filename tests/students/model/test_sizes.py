@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from itertools import product
-from pathlib import Path
 
 import pytest
 
@@ -26,7 +24,6 @@ from students.model.shape import (
 )
 from students.model.sizes import choose_size, decoder_parameters, layer_parameters
 from teachers.base import TeacherInfo, TeacherShape
-from tests.conftest import command
 from tests.support.references import case
 from tests.support.teachers import BigramTeacher
 
@@ -215,28 +212,6 @@ def test_chosen_heads_narrow_what_is_tried() -> None:
     assert student_size(sized("25%", "student.heads=6"), SMALL).width % 12 == 0
     with pytest.raises(UserError, match=r"student size 25%: 4 heads .* 4095 .*; 4 would fit"):
         student_size(sized("25%", "student.kv_heads=4095"), SMALL)
-
-
-def test_the_command_says_it_in_one_line(
-    tiny_teacher_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Exit code 2, one line, nothing written."""
-    monkeypatch.chdir(tmp_path)
-    refused = {
-        ("0%",): ["0%", "for example 25%"],
-        ("-5M",): ["-5M", "25% or 50M"],
-        ("50MB",): ["50MB", "25% or 50M"],
-        ("2K",): ["2K", "smallest", "8x1"],
-        ("64x1", "--set", "student.heads=3"): ["width 64", "2 or 4 heads would fit"],
-        ("64x1", "--set", "student.kv_heads=3"): ["4 heads", "2 or 4 would fit"],
-    }
-    for name, (size, message) in product(("run", "plan"), refused.items()):
-        ended = command(name, "--teacher", tiny_teacher_path, "--student-size", *size)
-        with case(name, size, ended):
-            assert ended.code == 2 and ended.complaint.count("\n") == 1
-            assert ended.complaint.startswith("error:")
-            assert all(word in ended.complaint for word in message)
-            assert not list(tmp_path.iterdir())
 
 
 def test_odd_teachers() -> None:

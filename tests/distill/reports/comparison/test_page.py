@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.errors import UserError
 from distill.evaluation.pareto import front, quantizations, size_front, speed_front
 from distill.evaluation.records import Comparison, Fidelity, ModelEvaluation, TaskScore
 from distill.metrics.intervals import Figure, wilson
@@ -412,13 +411,6 @@ def test_page_keeps_hostile_names_as_text(tmp_path: Path) -> None:
             shown = shown.replace(ours, "")
         assert "<" not in shown
     assert escape(students[0].name[:8], quote=False) in json.dumps(figures["agreement"])
-
-
-def test_page_goes_only_where_a_page_belongs(tmp_path: Path) -> None:
-    """No other file is overwritten, and a missing folder is named."""
-    for name, words in (("a.json", "must end in .html"), ("no/a.html", "there is no folder")):
-        with pytest.raises(UserError, match=words):
-            write_page(document_of(one_student()), tmp_path / name)
 
 
 def test_title_names_who_is_compared() -> None:

@@ -37,7 +37,6 @@ from tests.support.report_runs import (
     undrawn,
     unlike,
     weights_line,
-    weights_of_a_student,
     write_lines,
 )
 
@@ -351,9 +350,3 @@ def test_in_a_browser(guarded: Report, tmp_path: Path) -> None:
     """All charts are drawn and the console stays empty."""
     write_page(document_of(guarded), tmp_path / "report.html")
     assert undrawn(tmp_path / "report.html", sum(map(len, charts(guarded).values()))) == []
-
-
-def test_helpers_agree() -> None:
-    """The names that a run logs are those of its weights."""
-    logged = {key[5:] for key in weights_line(0, 2) if key.startswith("norm:")}
-    assert logged == weights_of_a_student(2, 16).keys()
