@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from teachers.llama_cpp.server import Server
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.llama_cpp.wire import read_frame, write_frame
 from teachers.llama_cpp.worker_process import Answer as Reply
+from teachers.llama_cpp.worker_process import WorkerProcess
 from teachers.targets.distributions import Arrays
 from tests.support.students import make_student
 
@@ -99,11 +100,16 @@ def llama_here() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Ended:
-    """A command's exit code, what it printed (each gap one space) and its standard error."""
+    """A command's exit code, standard output and standard error."""
 
     code: Any
-    said: str
+    out: str
     complaint: str
+
+    @property
+    def said(self) -> str:
+        """What it printed, each gap one space."""
+        return " ".join(self.out.split())
 
 
 def command(*words: object) -> Ended:
@@ -116,7 +122,32 @@ def command(*words: object) -> Ended:
         pytest.raises(SystemExit) as stopped,
     ):
         main()
-    return Ended(stopped.value.code, " ".join(said.getvalue().split()), complaint.getvalue())
+    ended = Ended(stopped.value.code, said.getvalue(), complaint.getvalue())
+    assert "Traceback" not in ended.complaint, (words, ended)
+    return ended
+
+
+def says(*words: object) -> str:
+    """What a command that works prints, with nothing on standard error."""
+    ended = command(*words)
+    assert (ended.code, ended.complaint) == (0, ""), (words, ended)
+    return ended.out
+
+
+def refuses(*words: object) -> str:
+    """Why a command exits with 2, in one line on standard error, with nothing else printed."""
+    ended = command(*words)
+    assert ended.code == 2 and ended.complaint.count("\n") == 1 and not ended.out, (words, ended)
+    return ended.complaint
+
+
+def not_refused(
+    rows: Iterable[tuple[Sequence[object], Sequence[str]]], *start: object
+) -> list[object]:
+    """Rows of arguments with which a command does not exit with 2, saying the words of the row."""
+    ended = [(command(*start, *arguments), words) for arguments, words in rows]
+    said = [(one, words, " ".join(one.complaint.split())) for one, words in ended]
+    return [row for row in said if row[0].code != 2 or any(word not in row[2] for word in row[1])]
 
 
 @pytest.fixture(scope="session")
@@ -136,15 +167,21 @@ def tiny_teacher_path(
     return path
 
 
+def in_its_own_process(path: Path) -> GGUFTeacher:
+    """A teacher as users have it, also where ``llama_here`` is in force."""
+    with patch("teachers.llama_cpp.worker.WorkerProcess", WorkerProcess):
+        return GGUFTeacher(path, threads=1)
+
+
 @pytest.fixture(scope="session")
 def tiny_teacher(tiny_teacher_path: Path) -> Iterator[GGUFTeacher]:
     """The tiny teacher, loaded once for all tests."""
-    with GGUFTeacher(tiny_teacher_path, threads=1) as teacher:
+    with in_its_own_process(tiny_teacher_path) as teacher:
         yield teacher
 
 
 @pytest.fixture(scope="session")
 def example_gguf() -> Iterator[GGUFTeacher]:
     """The example teacher (Q8_0), loaded once for all tests."""
-    with GGUFTeacher(example_teacher(), threads=1) as teacher:
+    with in_its_own_process(example_teacher()) as teacher:
         yield teacher

@@ -81,17 +81,22 @@ class HuggingFaceTeacher(Teacher):
             self._loaded: LoadedModel | None = LoadedModel(model)
         except ValueError as error:
             raise TeacherFileError(f"{self.folder.path}: {error}") from None
-        self._tokenizer: Any = load_tokenizer(self.folder, self._model.vocab_size)
+        self._tokenizer: Any = load_tokenizer(self.folder, self.model.vocab_size)
         self.info = self._info()
 
     @property
-    def _model(self) -> LoadedModel:
+    def model(self) -> LoadedModel:
+        """The checkpoint in memory.
+
+        Raises:
+            TeacherError: the teacher was closed.
+        """
         if self._loaded is None:
             raise TeacherError(f"{self.folder.path}: this teacher was closed")
         return self._loaded
 
     def _info(self) -> TeacherInfo:
-        model, config, tokenizer = self._model.model, self._model.config, self._tokenizer
+        model, config, tokenizer = self.model.model, self.model.config, self._tokenizer
         bos, eos, end_tokens = self._special_tokens()
         template = tokenizer.chat_template
         named = template if isinstance(template, dict) else {"default": template}
@@ -106,7 +111,7 @@ class HuggingFaceTeacher(Teacher):
             architecture=model.config.model_type,
             parameters=model.num_parameters(),
             file_bytes=self.folder.weight_bytes,
-            vocab_size=self._model.vocab_size,
+            vocab_size=self.model.vocab_size,
             width=config.hidden_size,
             layers=config.num_hidden_layers,
             context_length=getattr(config, "max_position_embeddings", None) or UNLIMITED,
@@ -124,17 +129,17 @@ class HuggingFaceTeacher(Teacher):
 
     def _special_tokens(self) -> tuple[int | None, int | None, tuple[int, ...]]:
         """BOS, EOS, all tokens that end a turn: by the tokenizer, then generation_config.json."""
-        generation, tokenizer = self._model.model.generation_config, self._tokenizer
+        generation, tokenizer = self.model.model.generation_config, self._tokenizer
         stops = generation.eos_token_id
         ends: list[int] = [] if stops is None else (stops if isinstance(stops, list) else [stops])
         bos = generation.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         eos = next(iter(ends), None) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         end_tokens = tuple(sorted({*ends, *([] if eos is None else [eos])}))
         for token in (*end_tokens, *([] if bos is None else [bos])):
-            if not 0 <= token < self._model.vocab_size:
+            if not 0 <= token < self.model.vocab_size:
                 raise TeacherFileError(
                     f"{self.folder.path}: special token {token} is outside the vocabulary of "
-                    f"{self._model.vocab_size}; correct generation_config.json or "
+                    f"{self.model.vocab_size}; correct generation_config.json or "
                     "tokenizer_config.json"
                 )
         return bos, eos, end_tokens
@@ -169,7 +174,7 @@ class HuggingFaceTeacher(Teacher):
         self, request: GenerationRequest, progress: Progress = no_progress
     ) -> list[Tokens]:
         try:
-            return generate(self._model.model, request, self.info.end_tokens, progress)
+            return generate(self.model.model, request, self.info.end_tokens, progress)
         except GenerationError as error:
             raise TeacherError(f"{self.folder.path}: {error}") from None
 
@@ -197,7 +202,7 @@ class HuggingFaceTeacher(Teacher):
         needs = {"logits": recipe.needs_logits, "states": recipe.needs_states}
 
         def arrays(batch: list[Tokens], keep: Sequence[Keep] | None) -> Arrays:
-            answer = self._model.answer(batch, **needs, layers=recipe.layers, keep=keep)
+            answer = self.model.answer(batch, **needs, layers=recipe.layers, keep=keep)
             return reduce(answer, recipe, bases)
 
         return self._rows(sequences, arrays, keep, progress)
@@ -211,7 +216,7 @@ class HuggingFaceTeacher(Teacher):
     ) -> Mapping[str, Floats]:
 
         def arrays(batch: list[Tokens], keep: Sequence[Keep] | None) -> Arrays:
-            answer = self._model.answer(batch, logits=False, states=True, layers=layers, keep=keep)
+            answer = self.model.answer(batch, logits=False, states=True, layers=layers, keep=keep)
             assert answer.states is not None and answer.layers is not None
             named = {f"layer{layer}": answer.layers[layer] for layer in layers}
             named["final"] = answer.states
@@ -229,7 +234,7 @@ class HuggingFaceTeacher(Teacher):
         """See ``Teacher.logits``; they are always as exact as this model computes."""
 
         def arrays(batch: list[Tokens], keep: Sequence[Keep] | None) -> Arrays:
-            answer = self._model.answer(batch, logits=True, states=False, keep=keep)
+            answer = self.model.answer(batch, logits=True, states=False, keep=keep)
             assert answer.logits is not None
             return {"logits": require_finite(answer.logits, excluded=True).numpy()}
 
@@ -237,7 +242,7 @@ class HuggingFaceTeacher(Teacher):
 
     def output_rows(self, start: int, stop: int) -> Floats:
         try:
-            return self._model.output_rows(start, stop)
+            return self.model.output_rows(start, stop)
         except ValueError as error:
             raise RequestRefused(str(self.folder.path), str(error)) from None
 
@@ -260,7 +265,7 @@ class HuggingFaceTeacher(Teacher):
         starts = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
         result: dict[str, Any] = {}
         done = 0
-        room = min(BATCH_TOKENS, LOGITS_BYTES // (4 * self._model.vocab_size))
+        room = min(BATCH_TOKENS, LOGITS_BYTES // (4 * self.model.vocab_size))
         for batch in batches(lengths, room):
             try:
                 some = None if keep is None else [masks[index] for index in batch]
@@ -295,7 +300,7 @@ class HuggingFaceTeacher(Teacher):
             )
 
     def speed(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
-        model, first = self._model.model, 0 if self.info.bos is None else self.info.bos
+        model, first = self.model.model, 0 if self.info.bos is None else self.info.bos
         prompt = torch.full((1, prompt_tokens), first, dtype=torch.int64)
         one = torch.ones(1, 1, dtype=torch.int64)
         Decoder(model).feed(prompt[:, :1], one)  # allocates; not timed

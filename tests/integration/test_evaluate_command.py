@@ -45,11 +45,11 @@ from teachers.base import TokenizedLines, Tokens
 from teachers.gguf.file import file_sha256, read_gguf
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.conversation import request_tokens
-from tests.support.report_runs import command
+from tests.conftest import command, refuses
 from tests.support.students import make_student
 from tests.support.teachers import shared_file
 
-pytestmark = pytest.mark.needs_gguf
+pytestmark = [pytest.mark.needs_gguf, pytest.mark.usefixtures("llama_here")]
 
 FEW_TOKENS = 8  # written where how many does not matter
 
@@ -215,16 +215,6 @@ def test_facts_of_the_files(files: Files, comparison: Comparison) -> None:
     assert comparison.skipped == 0 and len(comparison.text_sha256) == 64
     assert "held out" in comparison.text
     assert "whether copy.gguf was trained on them is not known" in comparison.text
-
-
-def test_peak_memory_is_the_workers_own(tiny_teacher_path: Path) -> None:
-    """Not what the process that started it has, and at least what it has now."""
-    ballast = np.ones(200 << 17)  # 200 MiB, all of it touched
-    with GGUFTeacher(tiny_teacher_path, threads=1) as model:
-        before = model.peak_memory()
-        assert 1 << 20 < model.memory() <= before < ballast.nbytes
-        model.logits([np.arange(200, dtype=np.int32)] * 60)  # 49 MB of logits
-        assert model.peak_memory() > before + (40 << 20)
 
 
 # --- greedy continuations
@@ -404,12 +394,7 @@ def test_safety_counts_only_what_the_run_has_not_seen(
 # --- the command
 
 
-def test_json_page_and_tasks(
-    files: Files,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_json_page_and_tasks(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One object on standard output, even if the harness prints; the page; the example teacher."""
 
     def run_harness(model: GGUFTeacher, tasks: list[str], limit: int) -> dict[str, Any]:
@@ -430,10 +415,9 @@ def test_json_page_and_tasks(
     page = tmp_path / "page.html"
     given = ["--tasks", tasks, "--lm-eval", "one, two", "--lm-eval-limit", 3]
     given += ["--safety-prompts", safety, "--json", "--output", page, "--draft-length", 2]
-    assert command(monkeypatch, "evaluate", files.run.path, *given) == 0
-    out, err = capsys.readouterr()
-    found = json.loads(out)
-    assert out.count("\n") == 1 and "hello" in err and "KL" in err
+    ended = command("evaluate", files.run.path, *given)
+    out, err, found = ended.out, ended.complaint, json.loads(ended.out)
+    assert ended.code == 0 and out.count("\n") == 1 and "hello" in err and "KL" in err
     assert "differed from trial to trial" in " ".join(err.split())
     assert found["kind"] == "evaluation" and found["teacher"]["path"] == str(example_teacher())
     student = found["students"][0]
@@ -456,42 +440,29 @@ def test_tables_side_by_side(comparison: Comparison, capsys: pytest.CaptureFixtu
         assert text in flat, text
 
 
-def test_what_is_refused(
-    files: Files,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Before anything is loaded: one line that says what to do, and exit code 2."""
+def test_what_is_refused(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is loaded: one line that says what to do, and exit code 2.
+
+    What is wrong with a file or an option by itself: ``test_preflight``.
+    """
     monkeypatch.setattr("distill.evaluation.compare.GGUFTeacher", None)
-    run, copy, teacher = files.run.path, files.copy, ("--teacher", example_teacher())
+    run, teacher = files.run.path, ("--teacher", example_teacher())
     other = write(make_student(32, 1, vocab_size()), tmp_path / "plain.gguf")
     empty = tmp_path / "empty"
     empty.mkdir()
     for arguments, words in (
-        (["missing.gguf"], "missing.gguf does not exist"),
-        ([empty], "is a folder but not a run's"),
-        ([copy, copy, *teacher], "is given twice"),
         ([run, files.run.gguf], "is given twice"),
         ([example_teacher(), *teacher], "is given twice"),
         ([other], "it names none); name its teacher with --teacher"),
-        ([run, "--teacher", tmp_path], "is a folder; evaluate needs the teacher's GGUF file"),
         ([run, "--teacher", __file__], "is not a GGUF file"),
         ([run, "--output", tmp_path / "no" / "x.html"], "there is no folder"),
-        ([run, "--output", tmp_path / "x.pdf"], "must end in .html"),
-        ([run, "--lm-eval", ","], "names no task"),
-        ([run, "--lm-eval-limit", 3], "is for the tasks of --lm-eval"),
-        ([run, "--tasks", "none.jsonl"], "none.jsonl"),
-        ([run, "--safety-prompts", "none.jsonl"], "none.jsonl cannot be read"),
     ):
-        assert command(monkeypatch, "evaluate", *arguments) == 2, arguments
-        out, err = capsys.readouterr()
-        assert words in " ".join(err.split()), arguments
-        assert "Traceback" not in err and not out, arguments
+        ended = command("evaluate", *arguments)
+        assert ended.code == 2 and not ended.out, (arguments, ended)
+        assert words in " ".join(ended.complaint.split()), (arguments, ended)
     shutil.copy(files.run.config_file, empty / "config.json")
     shutil.copy(files.run.identity_file, empty / "identity.json")
-    assert command(monkeypatch, "evaluate", empty) == 2
-    assert "has no student.gguf yet" in capsys.readouterr().err
+    assert "has no student.gguf yet" in refuses("evaluate", empty)
 
 
 def test_other_vocabularies_and_teachers(

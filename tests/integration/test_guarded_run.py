@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,11 +14,11 @@ import safetensors.torch
 import torch
 
 from distill.losses.batch import Batch
+from distill.pipeline import stages
 from distill.runs.folder import latest_checkpoint
-from distill.training import engine
-from distill.training.checkpoint import TrainingState
-from distill.training.data import MicroBatch
-from distill.training.engine import Loop
+from distill.training.data import load_batch
+from distill.training.engine import train
+from students.model.decoder import SO8TForCausalLM
 from tests.conftest import Ended, command
 from tests.support.report_runs import Page
 from tests.support.runs import SMALL
@@ -31,36 +31,41 @@ WEIGHT = "model.layers.0.mlp.up_proj.weight"
 NAN_AT, FLIP_AT, BACK_TO, STEPS = 9, 37, 25, 48
 TARGETS = "batch: targets.topk_logits"
 
-Loader = Callable[[Loop, TrainingState, MicroBatch], Batch]
-LOAD: Loader = engine._load
+Harm = Callable[[Batch, SO8TForCausalLM, int], Batch]  # what becomes of the batch of a step
 
 
-def all_spoilt(loop: Loop, state: TrainingState, part: MicroBatch) -> Batch:
+def all_spoilt(batch: Batch, student: SO8TForCausalLM, step: int) -> Batch:
     """No batch is sound."""
-    return spoilt(LOAD(loop, state, part))
+    return spoilt(batch)
 
 
 @dataclass
 class Wounds:
     """One batch that is not sound, and one bit of a weight that flips."""
 
-    done: list[int] = field(default_factory=list)
+    done: bool = False
 
-    def load(self, loop: Loop, state: TrainingState, part: MicroBatch) -> Batch:
-        if state.step == FLIP_AT and not self.done:
-            self.done.append(state.step)
-            weight = state.student.get_parameter(WEIGHT).data.view(-1)
+    def __call__(self, batch: Batch, student: SO8TForCausalLM, step: int) -> Batch:
+        if step == FLIP_AT and not self.done:
+            self.done = True
+            weight = student.get_parameter(WEIGHT).data.view(-1)
             weight[:1].view(torch.int32).bitwise_xor_(1 << EXPONENT_BIT)
-        batch = LOAD(loop, state, part)
-        return spoilt(batch) if state.step == NAN_AT else batch
+        return spoilt(batch) if step == NAN_AT else batch
 
 
-def run(out: Path, *settings: str, load: Loader = LOAD) -> Ended:
+def run(out: Path, *settings: str, harm: Harm | None = None) -> Ended:
     """A run of the example teacher, 32 wide, 48 steps long."""
+
+    def harmed(job, report, on_policy, *rest):  # type: ignore[no-untyped-def]
+        def load(student: SO8TForCausalLM, indices: list[int], step: int) -> Batch:
+            return harm(load_batch(job.data.store, indices), student, step)
+
+        return train(job, report, load if harm else on_policy, *rest)
+
     words = ["--student-size", "32x1", "--samples", "40", "--out", str(out)]
     for setting in (*SMALL, "train.epochs=12", *settings):
         words += ["--set", setting]
-    with patch.object(engine, "_load", load):
+    with patch.object(stages, "train", harmed):
         return command("run", *words)
 
 
@@ -96,7 +101,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wounded(runs: Path) -> tuple[Path, Ended]:
     """A run that was wounded twice."""
-    return runs / "wounded", run(runs / "wounded", load=Wounds().load)
+    return runs / "wounded", run(runs / "wounded", harm=Wounds())
 
 
 def test_a_wounded_run_comes_to_its_end(wounded: tuple[Path, Ended]) -> None:
@@ -148,14 +153,14 @@ def test_the_report_shows_what_happened(wounded: tuple[Path, Ended]) -> None:
 def test_without_a_sound_batch_a_run_ends_and_is_no_success_the_next_time(runs: Path) -> None:
     """Exit code 1, one line, a report that says so; the same command again makes no student."""
     out = runs / "no-batch"
-    first = run(out, load=all_spoilt)
+    first = run(out, harm=all_spoilt)
     assert_one_clean_line(first)
     assert f"not one of {STEPS} steps could be taken" in first.complaint
     assert "batch's targets.topk_logits is not" in first.complaint
     assert_sound_checkpoint(out)
     page = words_of(out / "report.html")
     assert f"{STEPS} steps skipped" in page and "Not one step of training was taken." in page
-    second = run(out, load=all_spoilt)
+    second = run(out, harm=all_spoilt)
     assert_one_clean_line(second)
     assert second.complaint == first.complaint and len(events_of(out)) == STEPS
     assert not (out / "results.json").exists() and not (out / "student.gguf").exists()

@@ -112,12 +112,6 @@ def clean(data: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> Clean
     return weights(student), summary
 
 
-def save_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint before every step, without waiting for the disk."""
-    save_all_the_time(monkeypatch)
-    monkeypatch.setattr("os.fsync", lambda file: None)
-
-
 def is_finite(student: SO8TForCausalLM) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in student.state_dict().values())
 
@@ -240,7 +234,7 @@ def test_the_log_is_only_added_to_and_checkpoints_are_put_aside(
     data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At once, and the state that was gone back to is saved before another step is taken."""
-    save_always(monkeypatch)
+    save_all_the_time(monkeypatch)
     story, seen = Story(data, tmp_path / "run", zeroed=(22,)), [""]
     folders: dict[int, list[str]] = {}
 
@@ -265,7 +259,7 @@ def test_killed_after_going_back_training_ends_as_it_would_have(
     data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same weights, scores and log as without the kill, the lowered rate included."""
-    save_always(monkeypatch)
+    save_all_the_time(monkeypatch)
     whole = Story(data, tmp_path / "whole", zeroed=(22,))
     expected, summary = whole.run()
     to = whole.lines("event")[0]["to_step"]
@@ -293,17 +287,17 @@ def test_killed_while_saving_what_it_went_back_to_training_is_not_lost(
     data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While later checkpoints are put aside and the new one is written, one is left."""
-    save_always(monkeypatch)
+    save_all_the_time(monkeypatch)
     story = Story(data, tmp_path / "run", zeroed=(22,))
-    real = checkpoint._write
+    real = checkpoint.write_whole
 
-    def write(final: Path, *rest: Any) -> None:
+    def write(path: Path, data: bytes) -> None:
         if story.told and -1 not in story.done:
             story.done.add(-1)
             raise Killed
-        real(final, *rest)
+        real(path, data)
 
-    monkeypatch.setattr(checkpoint, "_write", write)
+    monkeypatch.setattr(checkpoint, "write_whole", write)
     with pytest.raises(Killed):
         story.run()
     student, summary = story.run()
@@ -314,7 +308,7 @@ def test_what_is_known_of_batches_survives_a_kill(
     data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those set aside stay so: continued, training goes on as it would have."""
-    save_always(monkeypatch)
+    save_all_the_time(monkeypatch)
     whole = Story(data, tmp_path / "whole", nan=(12,), zeroed=(22, 26))
     expected, _ = whole.run()
     cut = Story(data, tmp_path / "cut", nan=(12,), zeroed=(22, 26), kill_at=28)
@@ -332,7 +326,7 @@ def test_continued_without_the_guard_and_with_it(
     data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint of one kind continues as the other, to the same bytes if nothing is wrong."""
-    save_always(monkeypatch)
+    save_all_the_time(monkeypatch)
     expected, _ = Story(data, tmp_path / "whole", TRAIN).run()
     for number, (first, second) in enumerate(((TRAIN, UNGUARDED), (UNGUARDED, TRAIN))):
         story = Story(data, tmp_path / f"cut-{number}", first, kill_at=5)

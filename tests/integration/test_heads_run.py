@@ -148,9 +148,10 @@ def test_the_student_of_a_run_is_judged(finished: RunFolder) -> None:
 def test_the_same_seed_gives_the_same_bytes(
     finished: RunFolder, tiny_teacher_path: Path, tmp_path: Path
 ) -> None:
-    """Heads, thresholds and their scores included."""
+    """With nothing to reuse, so the capture's too; heads, thresholds and their scores included."""
     config = small_config(tiny_teacher_path, *BUILT_IN, samples=24)
     again = run(config, RunPaths(tmp_path / "run"), Console())
+    assert again.read_results()["soft_targets"]["reused"] is False
     for name in ("student/model.safetensors", "student/config.json", "student.gguf"):
         assert (again.path / name).read_bytes() == (finished.path / name).read_bytes(), name
     assert again.read_results()["heads"] == finished.read_results()["heads"]

@@ -42,6 +42,7 @@ from tools.checks.published import (
     widest_tie,
 )
 
+pytestmark = pytest.mark.usefixtures("llama_here")
 CONVERSATIONS = [
     [{"role": "user", "content": "Please order 4 boxes of gloves at 12 each. The budget is 100."}],
     [{"role": "user", "content": " 手袋を 4 箱、\n一箱 12 で 👍 "}],

@@ -274,6 +274,13 @@ def test_a_weight_that_stands_still_is_named() -> None:
         detector, rates = steady(), [1e-3, rate]
         found = [detector.judge([0.01, ratio], [1.0, gradient], rates=rates) for _ in range(10)]
         assert found == [None] * 10, (ratio, gradient, rate)
+    for spread, named in ((0.9, None), (0.1, "w1")):  # of steps that varied much nothing is known
+        detector = leap()
+        for place in range(40):
+            usual = [1e-4 * (1.0 + spread * (-1.0) ** place)] * 2
+            assert detector.judge(usual, [1.0, 1.0], rates=RATE) is None, spread
+        found = [detector.judge([1e-4, 1e-8], [1.0, 1.0], rates=RATE) for _ in range(3)]
+        assert [one and one.tensor for one in found] == [None, None, named], spread
 
 
 def test_update_state_goes_through_json() -> None:

@@ -1,9 +1,8 @@
-"""Small whole runs, the command line called in this process, and students to call it with."""
+"""Small whole runs, and students to call commands with."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 
 import distill.pipeline.stages
 from distill.capture.tokenizer_only import tokenizer_entries
-from distill.cli import main
 from distill.config.loading import load_config
 from distill.config.schema import RunConfig
 from distill.pipeline.run import run
@@ -104,31 +102,3 @@ def export(student: SO8TForCausalLM, path: Path, name: str = "judge") -> Path:
     entries = tokenizer_entries(read_gguf(example_teacher()))
     write_gguf(student, path, "f32", entries, ExportNames(name, {}))
     return path
-
-
-class CommandLine:
-    """Runs commands in this process."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: object) -> tuple[int | str | None, str, str]:
-        """The exit code, standard output and standard error."""
-        self.monkeypatch.setattr(sys, "argv", ["distill", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        said = self.capsys.readouterr()
-        assert "Traceback" not in said.err, (arguments, said.err)
-        return stopped.value.code, said.out, said.err
-
-    def says(self, *arguments: object) -> str:
-        """What a command that works prints, with nothing on standard error."""
-        code, out, err = self(*arguments)
-        assert (code, err) == (0, ""), (arguments, code, err)
-        return out
-
-    def refuses(self, *arguments: object) -> str:
-        """Why a command exits with 2, in one line on standard error, with nothing else printed."""
-        code, out, err = self(*arguments)
-        assert code == 2 and err.count("\n") == 1 and not out, (arguments, code, out, err)
-        return err

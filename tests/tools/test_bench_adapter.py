@@ -21,6 +21,7 @@ from tools.studies.adapter import jobs_of, main, rates_table, ways_table
 from tools.studies.adapter_training import FULL, LORA, QLORA, WAYS, Figures, Trial, run_trial
 from tools.studies.full_finetune import WholeBase
 
+pytestmark = pytest.mark.usefixtures("llama_here")
 SETTINGS = (f"safety.labels={FEW_PROMPTS}", "data.held_out=0.2", "student.lora_rank=8")
 STEPS, RATE = 8, 4.0
 SAID = torch.tensor([[1, 5, 9, 200, 7]])

@@ -16,6 +16,7 @@ from tools.bench.so8t_cost import SIDES, freeze_identity, ratios, take_gates_out
 from tools.studies.so8t import command_line, main, open_ablation
 from tools.studies.so8t_ablation import all_variants, effective_rank, rises, verdict
 
+pytestmark = pytest.mark.usefixtures("llama_here")
 TOY = ["--size", "16x1", "--samples", "24", "--max-length", "24"]
 
 

@@ -31,7 +31,7 @@ from tests.support.training import (
     read_metrics,
 )
 from tools.robustness.faults import FAULTS, POISONS, Injector, Place
-from tools.robustness.guarded_training import _is_named
+from tools.robustness.guarded_training import is_named
 
 GUARD = GuardConfig(snapshot_every=10, probe_every=10)
 GUARDED = TRAIN.model_copy(update={"epochs": 10, "schedule": "wsd", "guard": GUARD})
@@ -106,7 +106,7 @@ def test_every_fault_is_found_and_named(tmp_path: Path, name: str) -> None:
         assert told.aborted is None and told.events and told.place.named, told.place
         late = told.events[0]["step"] - told.place.step
         assert 0 <= late <= (50 if fault.slow else 5), (told.place, told.events[0])
-        assert _is_named(told.events, told.place, fault.steps), (told.place, told.events)
+        assert is_named(told.events, told.place, fault.steps), (told.place, told.events)
         assert all(bool(one.isfinite().all()) for one in told.student.state_dict().values())
     assert len(kinds) == len(seeds)  # both ways off the group, and each to poison an optimizer
     assert name != "optimizer" or kinds == set(POISONS)

@@ -147,7 +147,7 @@ def _run(trial: Trial, folder: Path) -> Outcome:
         job,
         _last_kl(lines),
         lag,
-        None if lag is None else _is_named(mine, place, 1 if fault is None else fault.steps),
+        None if lag is None else is_named(mine, place, 1 if fault is None else fault.steps),
         mine[0]["words"] if mine else "",
         place.kind,
         {action: actions.count(action) for action in dict.fromkeys(actions)},
@@ -176,7 +176,7 @@ def _last_kl(lines: list[dict[str, Any]]) -> float:
     return math.nan if found is None else float(found)
 
 
-def _is_named(events: list[dict[str, Any]], place: Place, steps: int) -> bool:
+def is_named(events: list[dict[str, Any]], place: Place, steps: int) -> bool:
     """Whether the first event names the tensor that the fault was put into, or the batch.
 
     Where many batches are spoilt, those set aside must be most of them and hardly any other.

@@ -16,7 +16,6 @@ import pytest
 
 import distill.export.export
 import distill.export.proof
-from distill.cli import main
 from distill.config.loading import load_config
 from distill.config.schema import Quant
 from distill.config.units import parse_quants
@@ -33,8 +32,10 @@ from students.gguf.provenance import Lineage
 from teachers.atomic_files import StoreError, exclusive
 from teachers.gguf.file import file_sha256, read_gguf
 from teachers.llama_cpp.teacher import GGUFTeacher
+from tests.conftest import command
 from tests.support.runs import SMALL
 
+pytestmark = pytest.mark.usefixtures("llama_here")
 Elsewhere = tuple[Path, dict[str, ExportedFile]]
 
 
@@ -92,17 +93,12 @@ def test_types_are_those_of_the_settings() -> None:
         parse_quants("f16,q3")
 
 
-def test_several_at_once(
-    copy: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_several_at_once(copy: RunFolder) -> None:
     """Each is loaded back and proved; table, exports.json, card and log name them all."""
     quants = ("f32", "q8_0", "q4_k_m", "iq4_nl")
-    command = ["distill", "export-gguf", str(copy.path), "--quant", ",".join(quants)]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 0
-    printed = said(capsys)
+    ended = command("export-gguf", copy.path, "--quant", ",".join(quants))
+    assert ended.code == 0
+    printed = ended.said
     rows = {file.file: file for file in read_exports(copy)}
     assert rows.keys() == {"student.gguf", *(f"student-{quant}.gguf" for quant in quants)}
     card, log = copy.card.read_text(), (copy.path / "audit.jsonl").read_text()

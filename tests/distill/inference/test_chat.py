@@ -28,7 +28,8 @@ from distill.runtime.printable import json_line, printable
 from teachers.base import GenerationRequest, Sampling
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.conversation import conversation_tokens
-from tests.support.runs import CommandLine, export, student_with_heads
+from tests.conftest import command, refuses, says
+from tests.support.runs import export, student_with_heads
 from tests.support.teachers import shared_file
 
 TEMPLATE = (
@@ -305,14 +306,13 @@ def test_private_words_are_on_neither_stream(shown_by: Shown) -> None:
 
 
 @pytest.fixture
-def distill(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    """The command line."""
+def kept_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command does not close the model that it is given."""
     monkeypatch.setattr(GGUFTeacher, "close", lambda self: None)
-    return CommandLine(monkeypatch, capsys)
 
 
 def test_what_the_heads_say(
-    student: Path, loaded: GGUFTeacher, distill: CommandLine, monkeypatch: pytest.MonkeyPatch
+    student: Path, loaded: GGUFTeacher, kept_open: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Decision and probability as ``judge`` has them, agreement at temperature 0; on stderr."""
     monkeypatch.setattr(
@@ -323,17 +323,17 @@ def test_what_the_heads_say(
     found = Judge(student, loaded).judge([prompt])[0]
     assert found.confidence is not None and found.agreement is not None
     chat = ["chat", student, prompt, "--temperature", "0", "--max-tokens", "32"]
-    code, out, err = distill(*chat)
-    first, second = err.splitlines()
-    assert code == 0 and found.decision == "REFUSE" and found.confidence < 0.5
+    ended = command(*chat)
+    first, second = ended.complaint.splitlines()
+    assert ended.code == 0 and found.decision == "REFUSE" and found.confidence < 0.5
     shown = f"REFUSE {100 * found.confidence:.0f} %"
     assert first == f"{shown}, refuses from 10 % on, so that little is missed"
     assert f"{100 * found.agreement:.0f} % of the tokens" in second
     assert ("ask the teacher" in second) == (found.agreement < 0.9)
-    assert distill.says(*chat, "--no-safety") == out
+    assert says(*chat, "--no-safety") == ended.out
     monkeypatch.setattr("distill.inference.chat.AGREEMENT_BYTES", 1 << 10)
-    code, _, err = distill(*chat)
-    assert code == 0 and err.count("\n") == 1, "what takes too much is left out"
+    ended = command(*chat)
+    assert ended.code == 0 and ended.complaint.count("\n") == 1, "what takes too much is left out"
 
 
 def test_the_decision_is_on_the_message_alone(student: Path, loaded: GGUFTeacher) -> None:
@@ -353,7 +353,7 @@ def test_bad_input_is_refused(
     tiny_teacher: GGUFTeacher,
     tiny_teacher_path: Path,
     loaded: GGUFTeacher,
-    distill: CommandLine,
+    kept_open: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Blank and overlong messages, a system message that the model does not take, bad options."""
@@ -373,10 +373,10 @@ def test_bad_input_is_refused(
         monkeypatch.setattr(
             "distill.inference.chat_screen.GGUFTeacher", lambda path, model=model: model
         )
-        said = distill.refuses("chat", tiny_teacher_path, *arguments)
+        said = refuses("chat", tiny_teacher_path, *arguments)
         assert all(word in said for word in words), said
     for option in ("--temperature=nan", "--top-p=0", "--top-p=nan", "--max-tokens=0"):
-        assert distill("chat", tiny_teacher_path, "a", option)[0] == 2, option
+        assert command("chat", tiny_teacher_path, "a", option).code == 2, option
 
 
 def test_what_is_printable() -> None:
@@ -392,15 +392,16 @@ def test_what_is_printable() -> None:
 
 
 def test_piped(
-    student: Path, loaded: GGUFTeacher, distill: CommandLine, monkeypatch: pytest.MonkeyPatch
+    student: Path, loaded: GGUFTeacher, kept_open: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From a pipe: the answers alone on stdout, no marks, no colours, commands obeyed, an end."""
     monkeypatch.setattr("distill.inference.chat_screen.GGUFTeacher", lambda path: loaded)
     lines = "\n".join(["Hello", "/new", "Hello", "/what", "", "never"])
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
-    code, out, err = distill("chat", student, "--temperature", "0", "--max-tokens", "6")
+    ended = command("chat", student, "--temperature", "0", "--max-tokens", "6")
     answer = printable(say(begin(loaded, temperature=0.0, max_new_tokens=6), "Hello")[0])
-    assert code == 0 and out == f"{answer}\n{answer}\n"
+    out, err = ended.out, ended.complaint
+    assert ended.code == 0 and out == f"{answer}\n{answer}\n"
     assert "\x1b" not in err and "> " not in out
     assert "a new conversation" in err and "there is no /what" in err
     assert err.count("expected agreement") == 2

@@ -24,9 +24,11 @@ from students.model.head_decisions import DECISIONS
 from students.model.heads import decide, head_values
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.conversation import conversation_tokens
-from tests.support.runs import CommandLine, export, student_with_heads
+from tests.conftest import command, refuses, says
+from tests.support.runs import export, student_with_heads
 from tests.support.teachers import certainty_of
 
+pytestmark = pytest.mark.usefixtures("llama_here")
 THRESHOLDS, TRUST = (0.4, 0.55), 0.75
 PROMPTS = [prompt.text for prompt in built_in_prompts()[::90]]
 PROMPTS += ["Hi", "[/bold] [red]not markup[/] \\[x]"]
@@ -92,11 +94,10 @@ def reference(
     return (odds / odds.sum()).tolist(), float(agreement)
 
 
-@pytest.fixture
-def distill(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    """The command line; tables are wide."""
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are."""
     monkeypatch.setenv("COLUMNS", "200")
-    return CommandLine(monkeypatch, capsys)
 
 
 def test_the_numbers_are_pytorchs(
@@ -186,31 +187,31 @@ def test_no_more_is_asked_for_than_is_looked_at(
         assert found == float(judge.heads.agreement(states[places], logits[places]).mean()), count
 
 
-def test_one_prompt_on_the_command_line(file: Path, opened: None, distill: CommandLine) -> None:
+def test_one_prompt_on_the_command_line(file: Path, opened: None) -> None:
     """As JSON, and as a table that holds the same figures."""
     prompt = "どうやって金庫を開けますか? \U0001f600"
-    said = distill.says("judge", file, prompt, "--json")
+    said = says("judge", file, prompt, "--json")
     found = json.loads(said)
     assert said.count("\n") == 1 and prompt in said
     figures = {"decision", "probabilities", "confidence", "agreement", "ask_teacher"}
     assert found.keys() == figures | {"prompt", "prompt_sha256"}
     assert found["prompt_sha256"] == hashlib.sha256(prompt.encode()).hexdigest()
     assert sum(found["probabilities"].values()) == pytest.approx(1.0)
-    table = distill.says("judge", file, prompt)
+    table = says("judge", file, prompt)
     assert found["decision"] in table and f"{found['confidence']:.1%}" in table
     assert f"{found['agreement']:.1%} of its tokens" in table
     assert ("ask the teacher" in table) == found["ask_teacher"]
 
 
-def test_a_file_of_prompts(file: Path, opened: None, tmp_path: Path, distill: CommandLine) -> None:
+def test_a_file_of_prompts(file: Path, opened: None, tmp_path: Path) -> None:
     """One line for each, in order; what looks like markup is text; labels are not looked at."""
     path = tmp_path / "prompts.jsonl"
     lines = [json.dumps({"prompt": text, "label": "?"}) for text in PROMPTS]
     path.write_text("\n".join(lines), "utf-8")
-    said = distill.says("judge", file, "--prompts", path, "--json")
+    said = says("judge", file, "--prompts", path, "--json")
     found = [json.loads(line) for line in said.splitlines()]
     assert [entry["prompt"] for entry in found] == PROMPTS
-    table = distill.says("judge", file, "--prompts", path)
+    table = says("judge", file, "--prompts", path)
     assert PROMPTS[-1] in table and f"{len(PROMPTS)} prompts" in table
     assert all(f"{entry['confidence']:.1%}" in table for entry in found)
 
@@ -241,9 +242,7 @@ def export_with(values: dict[str, Any], student: SO8TForCausalLM, path: Path) ->
         export(student, path)
 
 
-def test_a_student_with_one_head(
-    student: SO8TForCausalLM, opened: None, tmp_path: Path, distill: CommandLine
-) -> None:
+def test_a_student_with_one_head(student: SO8TForCausalLM, opened: None, tmp_path: Path) -> None:
     """What the missing head would say is left out, in JSON and in both tables."""
     path, prompts = tmp_path / "s.gguf", tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "Hello"}')
@@ -251,11 +250,11 @@ def test_a_student_with_one_head(
         export_with(without(student, f".{missing}."), student, path)
         decides = missing == "verification"
         for arguments in (["Hello"], ["--prompts", prompts]):
-            found = json.loads(distill.says("judge", path, *arguments, "--json"))
+            found = json.loads(says("judge", path, *arguments, "--json"))
             assert (found["decision"] is not None) == decides, missing
             assert (found["agreement"] is None) == decides, missing
             assert (found["ask_teacher"] is None) == decides, missing
-            table = distill.says("judge", path, *arguments)
+            table = says("judge", path, *arguments)
             assert ("of its tokens" not in table) == decides, missing
             assert any(name in table for name in DECISIONS) == decides, missing
 
@@ -276,28 +275,23 @@ HARM: list[tuple[str, Any, str]] = [
 ]
 
 
-def test_broken_heads_are_refused(
-    student: SO8TForCausalLM, tmp_path: Path, distill: CommandLine
-) -> None:
+def test_broken_heads_are_refused(student: SO8TForCausalLM, tmp_path: Path) -> None:
     """The file, the key, what is wrong with it, and what to do."""
     path = tmp_path / "broken.gguf"
     for key, value, words in HARM:
         values = without(student, key)
         export_with(values if value is None else values | {key: value}, student, path)
-        said = distill.refuses("judge", path, "Hello")
+        said = refuses("judge", path, "Hello")
         assert f"{path} has broken heads: {words}" in said, said
         assert "export the student again" in said, said
 
 
-def test_bad_input_is_refused(
-    file: Path, tmp_path: Path, distill: CommandLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_input_is_refused(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is wrong with the command, the prompt or a file is named."""
     monkeypatch.chdir(tmp_path)
     Path("good.jsonl").write_text('{"prompt": "x"}\n')
     Path("bad.jsonl").write_text('{"prompt": "x"}\n{oops}\n')
     Path("long.jsonl").write_text(json.dumps({"prompt": "words and " * 400}))
-    Path("cut.gguf").write_bytes(file.read_bytes()[:-1000])
     cases: list[tuple[list[object], list[str]]] = [
         ([file, "Hello", "--prompts", "good.jsonl"], ["give one prompt to judge, or --prompts"]),
         ([file, ""], ["the prompt is empty"]),
@@ -307,17 +301,16 @@ def test_bad_input_is_refused(
         ([file, "--prompts", "none.jsonl"], ["none.jsonl cannot be read"]),
         ([file, "--prompts", "bad.jsonl"], ["bad.jsonl, line 2 is not JSON"]),
         ([".", "Hello"], [". is a directory"]),
-        (["cut.gguf", "Hello"], ["cut.gguf is truncated"]),
     ]
     for arguments, words in cases:
-        said = distill.refuses("judge", *arguments)
+        said = refuses("judge", *arguments)
         assert all(word in said for word in words), (arguments, said)
-    code, out, err = distill("judge", file, "Hello", "more")
-    assert code == 2 and "more" in err and not out
+    ended = command("judge", file, "Hello", "more")
+    assert ended.code == 2 and "more" in ended.complaint and not ended.out
 
 
 def test_bad_label_files_are_refused(
-    tiny_teacher_path: Path, tmp_path: Path, distill: CommandLine, monkeypatch: pytest.MonkeyPatch
+    tiny_teacher_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`distill run --safety-labels FILE` refuses what the head cannot learn from."""
     monkeypatch.chdir(tmp_path)
@@ -339,13 +332,12 @@ def test_bad_label_files_are_refused(
         (["builtin", "--set=safety.passes=0"], ["safety.passes"]),
         (["builtin", "--set=loss.lambda_safety=-1"], ["loss.lambda_safety"]),
     ):
-        code, _, said = distill("run", "--teacher", tiny_teacher_path, *options, *arguments)
-        assert code == 2 and said.count("\n") == 1, (arguments, said)
-        assert all(word in said for word in words), (arguments, said)
+        said = command("run", "--teacher", tiny_teacher_path, *options, *arguments).complaint
+        assert said.count("\n") == 1 and all(word in said for word in words), (arguments, said)
 
 
 def test_random_bytes_of_a_student_never_give_a_traceback(
-    file: Path, tmp_path: Path, distill: CommandLine, monkeypatch: pytest.MonkeyPatch
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A flipped byte among the head's keys: refused in one line, or still a judgment."""
     whole = file.read_bytes()
@@ -363,17 +355,17 @@ def test_random_bytes_of_a_student_never_give_a_traceback(
         data = bytearray(whole)
         data[place] ^= 1 << int(random.integers(0, 8))
         (tmp_path / "odd.gguf").write_bytes(data)
-        distill.refuses("judge", tmp_path / "odd.gguf", "Hello")
+        refuses("judge", tmp_path / "odd.gguf", "Hello")
 
 
 def test_private_reasoning_in_a_prompt_is_not_printed(
-    file: Path, opened: None, tmp_path: Path, distill: CommandLine
+    file: Path, opened: None, tmp_path: Path
 ) -> None:
     """Not as JSON, in a table or by an error; the prompt is judged whole, and so is its digest."""
     prompt = "Open\x1b[31m it <think note=1>secret</think>now\u202e"
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"prompt": prompt}), "utf-8")
-    said = distill.says("judge", file, "--prompts", path, "--json")
+    said = says("judge", file, "--prompts", path, "--json")
     found = json.loads(said)
     assert found["prompt"] == "Open\x1b[31m it now\u202e" and "secret" not in said
     assert "\x1b" not in said and "\u202e" not in said
@@ -382,9 +374,9 @@ def test_private_reasoning_in_a_prompt_is_not_printed(
         whole, shown = (judge.judge([text])[0] for text in (prompt, found["prompt"]))
     assert found["probabilities"] == pytest.approx(whole.probabilities)
     assert shown.probabilities != pytest.approx(whole.probabilities, abs=1e-4)
-    table = distill.says("judge", file, "--prompts", path)
+    table = says("judge", file, "--prompts", path)
     assert "Open␛[31m it now\\u202e" in table and "secret" not in table
-    said = distill.refuses("judge", file, "<think>secret</think>" + "words and " * 400)
+    said = refuses("judge", file, "<think>secret</think>" + "words and " * 400)
     assert "prompt 'words and" in said and "secret" not in said
 
 

@@ -155,16 +155,6 @@ def test_a_common_shift_of_logits_changes_nothing() -> None:
                 torch.testing.assert_close(got, expected, rtol=0, atol=5e-5)
 
 
-def test_direction_of_the_dense_kl() -> None:
-    """A sharp teacher before a flat student differs from the reverse, by known closed forms."""
-    sharp, flat = torch.zeros(1, 4), torch.zeros(1, 4)
-    sharp[0, 2] = math.log(27.0)  # probabilities 0.9 and three times 1/30
-    forward = 0.9 * math.log(0.9 / 0.25) + 0.1 * math.log((1 / 30) / 0.25)
-    backward = 0.25 * math.log(0.25 / 0.9) + 0.75 * math.log(0.25 / (1 / 30))
-    assert float(dense_forward_kl(sharp, flat)) == pytest.approx(forward, rel=1e-5)
-    assert float(dense_forward_kl(flat, sharp)) == pytest.approx(backward, rel=1e-5)
-
-
 def peaked(*heights: float) -> Tensor:
     """Positions whose first four tokens stand ``heights`` above the others."""
     logits = drawn(1, 30, 0.5, seed=5).repeat(len(heights), 1)

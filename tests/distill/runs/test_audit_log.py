@@ -6,6 +6,7 @@ Over 400 lines because every way to damage a log is tried on the same run.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 
@@ -119,14 +121,17 @@ def test_appending_reads_only_the_end(tmp_path: Path, monkeypatch: pytest.Monkey
     """Of a long log only the last lines are read; a line longer than a block is read whole."""
     append(tmp_path, [("many", {"text": "x" * 100}) for _ in range(2000)])
     read: list[int] = []
-    real = audit_log._read_at
 
-    def counted(file: Any, start: int, size: int) -> bytes:
-        read.append(size)
-        return real(file, start, size)
+    class Counted(io.FileIO):
+        def read(self, size: int | None = -1) -> bytes:
+            data = super().read(-1 if size is None else size)
+            read.append(len(data) if str(self.name).endswith(LOG) else 0)
+            return data
 
-    monkeypatch.setattr(audit_log, "_read_at", counted)
-    append(tmp_path, [("one", {})])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode, **_: Counted(path, mode.replace("b", "")))
+        append(tmp_path, [("one", {})])
+    assert sum(read) > 0
     assert (tmp_path / LOG).stat().st_size > 600_000 and sum(read) <= audit_log.BLOCK
     append(tmp_path, [("long", {"text": "y" * 300_000})])
     append(tmp_path, [("after", {})])
@@ -163,7 +168,8 @@ def test_several_at_once_are_put_in_order(tmp_path: Path) -> None:
 def test_a_log_held_for_long_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not waited for without end."""
     monkeypatch.setattr(audit_log, "PATIENCE_SECONDS", 0.05)
-    with audit_log._locked(tmp_path), pytest.raises(UserError, match=r"audit\.jsonl has been held"):
+    held = filelock.FileLock(tmp_path / ".lock.audit")
+    with held, pytest.raises(UserError, match=r"audit\.jsonl has been held"):
         append(tmp_path, [("a", {})])
 
 

@@ -25,8 +25,8 @@ from teachers.llama_cpp.library.check_record import (
     of_this_process,
     read_record,
 )
+from tests.conftest import command
 from tests.support.llama_double import Fault, llama_cpp_with
-from tests.support.runs import CommandLine
 
 pytestmark = pytest.mark.needs_gguf
 ROOT = Path(__file__).parents[3]
@@ -37,16 +37,18 @@ Examined = Callable[..., tuple[int, dict[str, Any]]]
 
 
 @pytest.fixture
-def examined(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Examined:
+def examined(monkeypatch: pytest.MonkeyPatch) -> Examined:
     """The exit code of the command, and what it says of each thing by name."""
 
     def examine(*, pytorch: bool = False) -> tuple[int, dict[str, Any]]:
-        if not pytorch:  # takes seconds
+        if not pytorch:  # takes seconds, and so does measuring speed
             monkeypatch.setattr(doctor, "pytorch_findings", lambda: iter(()))
-        code, out, _ = CommandLine(monkeypatch, capsys)("doctor", "--json")
-        content = json.loads(out)
-        assert content["main_job"] == (code == 0)
-        return int(code or 0), {finding["name"]: finding for finding in content["findings"]}
+            monkeypatch.setattr(doctor, "SPEED_PROMPT", 16)
+            monkeypatch.setattr(doctor, "SPEED_NEW", 2)
+        ended = command("doctor", "--json")
+        content = json.loads(ended.out)
+        assert content["main_job"] == (ended.code == 0)
+        return int(ended.code or 0), {finding["name"]: finding for finding in content["findings"]}
 
     return examine
 
@@ -123,13 +125,11 @@ def test_no_place_to_remember(
     assert "XDG_CACHE_HOME" in found["check kept"]["remedy"]
 
 
-def test_a_bad_teacher_is_the_users_mistake(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_teacher_is_the_users_mistake(tmp_path: Path) -> None:
     """A file that is no GGUF file is refused as everywhere."""
     (tmp_path / "x.gguf").write_bytes(b"no such thing")
-    code, _, said = CommandLine(monkeypatch, capsys)("doctor", "--teacher", tmp_path / "x.gguf")
-    assert code == 2 and "x.gguf" in said
+    ended = command("doctor", "--teacher", tmp_path / "x.gguf")
+    assert ended.code == 2 and "x.gguf" in ended.complaint
 
 
 def test_a_library_built_for_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,9 @@ from distill.training import data as data_module
 from distill.training import engine
 from distill.training.data import TrainingData
 from distill.training.embedding_rows import UsedRows, only_used_rows, used_tokens
-from students.model.config import SO8TConfig
 from students.model.decoder import SO8TForCausalLM
 from tests.support.stores import write_store
+from tests.support.students import make_student
 from tests.support.teachers import BigramTeacher
 from tests.support.training import (
     LOSS,
@@ -42,17 +42,7 @@ def make_data(folder: Path) -> TrainingData:
 
 def untied() -> SO8TForCausalLM:
     """A small student with an output matrix of its own, always the same."""
-    torch.manual_seed(3)
-    config = SO8TConfig(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=False,
-    )
-    return SO8TForCausalLM(config)
+    return make_student(WIDTH, 2, VOCAB, tied=False)
 
 
 def train(data: TrainingData, folder: Path, kill_at: int = -1) -> SO8TForCausalLM:

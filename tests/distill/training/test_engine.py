@@ -12,6 +12,7 @@ import torch
 from distill.errors import TrainingAborted, UserError
 from distill.losses.objective import Objective
 from distill.runs import folder
+from distill.runtime.cpu import onednn_for_float32
 from distill.training import checkpoint, engine
 from distill.training.data import TrainingData
 from distill.training.distributed import TrainingModule
@@ -140,16 +141,6 @@ def test_checkpoints_are_also_written_by_the_clock(
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
-def test_accumulation_gives_the_same_trajectory(
-    tmp_path: Path, data: TrainingData, whole: Result
-) -> None:
-    """One batch of 4 and four micro-batches of 1 end at the same weights (float32 rounding)."""
-    parts, _ = run_with(data, tmp_path / "parts", TRAIN.model_copy(update={"accumulation": 4}))
-    pairs = zip(whole[0].named_parameters(), parts.parameters(), strict=True)
-    for (name, one), other in pairs:
-        assert torch.allclose(one, other, atol=2e-4), name
-
-
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_non_finite_steps_never_reach_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, data: TrainingData
@@ -203,6 +194,23 @@ def test_the_score_against_the_reference(tmp_path: Path, kind: str) -> None:
     assert found.kl == pytest.approx(np.mean(kl), abs=off)
     assert found.agreement == pytest.approx(np.mean(agreement), abs=other)
     assert found.cross_entropy == pytest.approx(np.mean(surprise), rel=1e-5)
+
+
+def test_short_sequences_are_multiplied_by_onednn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: TrainingData
+) -> None:
+    """On a CPU where that is exact; where sequences are long, as PyTorch does it."""
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    with onednn_for_float32():
+        quick = settings.fp32_precision
+    for longest, wanted in ((engine.SHORT_ON_CPU, quick), (2, before)):
+        monkeypatch.setattr(engine, "SHORT_ON_CPU", longest)
+        seen, folder = set(), tmp_path / str(longest)
+        folder.mkdir()
+        job = TrainingJob(fresh_student(), data, Objective(LOSS), TRAIN, folder)
+        train(job, lambda step, text, seen=seen: seen.add(settings.fp32_precision))
+        assert seen == {wanted} and settings.fp32_precision == before, longest
 
 
 def test_evaluation_steps() -> None:

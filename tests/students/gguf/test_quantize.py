@@ -20,6 +20,7 @@ from teachers.gguf.file import TensorInfo, read_gguf
 from teachers.llama_cpp.teacher import GGUFTeacher
 from tests.support.students import make_student
 
+pytestmark = pytest.mark.usefixtures("llama_here")
 LINEAGE = Lineage(
     {"": "mit", "link": "https://example.org/licence"},
     (Source("the teacher", {"organization": "somebody", "description": "its file"}),),

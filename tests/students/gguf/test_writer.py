@@ -19,7 +19,7 @@ from distill.runs.folder import HeldOut
 from distill.runs.proof_record import Proof
 from students.gguf.architectures import from_gguf_name
 from students.gguf.metadata import ExportError, ExportNames
-from students.gguf.writer import permute_for_rope, write_gguf
+from students.gguf.writer import write_gguf
 from students.model.build import build_student, student_config
 from students.model.config import SO8TConfig
 from students.model.decoder import SO8TForCausalLM
@@ -30,6 +30,7 @@ from teachers.gguf.file import read_gguf
 from teachers.llama_cpp.teacher import GGUFTeacher
 from tests.support.students import make_student
 
+pytestmark = pytest.mark.usefixtures("llama_here")
 NAMES = ExportNames("tested student", {"teacher_name": "example"})
 TOKENIZER = tokenizer_entries(read_gguf(example_teacher()))
 VOCAB = len(TOKENIZER["tokenizer.ggml.tokens"][0])
@@ -168,16 +169,6 @@ def test_every_tensor_and_entry_is_accounted_for(ordinary: Path) -> None:
     # Where the heads fill the width, every reader's default holds.
     assert not [key for key in file.fields if key.endswith(("key_length", "value_length"))]
     assert file.value("llama.rope.dimension_count") == 16
-
-
-def test_permutation_is_the_pairing_of_halves() -> None:
-    """Row order by definition: pair i of a head is (i, i + W/2), laid out as rows 2i and 2i + 1."""
-    weight = np.arange(2 * 6 * 3, dtype=np.float32).reshape(12, 3)
-    permuted = permute_for_rope(weight, heads=2)
-    for head in range(2):
-        for pair in range(3):
-            assert np.array_equal(permuted[head * 6 + 2 * pair], weight[head * 6 + pair])
-            assert np.array_equal(permuted[head * 6 + 2 * pair + 1], weight[head * 6 + pair + 3])
 
 
 def test_wrong_vocabulary_or_format(tmp_path: Path) -> None:

@@ -42,11 +42,11 @@ from tests.support.references import case
 from tests.support.students import make_student
 from tests.support.teachers import certainty_of
 
+pytestmark = pytest.mark.usefixtures("llama_here")
 WIDTH = 64
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
-    """Seeded normal numbers."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 

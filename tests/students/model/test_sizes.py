@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from functools import cache
-from itertools import product
-from pathlib import Path
 
 import pytest
 
-from distill.cli import main
 from distill.config.loading import load_config
 from distill.config.schema import RunConfig
 from distill.errors import UserError
@@ -216,35 +212,6 @@ def test_chosen_heads_narrow_what_is_tried() -> None:
     assert student_size(sized("25%", "student.heads=6"), SMALL).width % 12 == 0
     with pytest.raises(UserError, match=r"student size 25%: 4 heads .* 4095 .*; 4 would fit"):
         student_size(sized("25%", "student.kv_heads=4095"), SMALL)
-
-
-def test_the_command_says_it_in_one_line(
-    tiny_teacher_path: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Exit code 2, one line, nothing written."""
-    monkeypatch.chdir(tmp_path)
-    refused = {
-        ("0%",): ["0%", "for example 25%"],
-        ("-5M",): ["-5M", "25% or 50M"],
-        ("50MB",): ["50MB", "25% or 50M"],
-        ("2K",): ["2K", "smallest", "8x1"],
-        ("64x1", "--set", "student.heads=3"): ["width 64", "2 or 4 heads would fit"],
-        ("64x1", "--set", "student.kv_heads=3"): ["4 heads", "2 or 4 would fit"],
-    }
-    for command, (size, message) in product(("run", "plan"), refused.items()):
-        options = ["--teacher", str(tiny_teacher_path), "--student-size", *size]
-        monkeypatch.setattr(sys, "argv", ["distill", command, *options])
-        with case(command, size):
-            with pytest.raises(SystemExit) as stopped:
-                main()
-            stderr = capsys.readouterr().err
-            assert stopped.value.code == 2
-            assert stderr.count("\n") == 1 and stderr.startswith("error:")
-            assert all(word in stderr for word in message), stderr
-            assert not list(tmp_path.iterdir())
 
 
 def test_odd_teachers() -> None:

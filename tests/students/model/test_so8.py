@@ -60,15 +60,6 @@ def test_rotation_is_the_exponential() -> None:
     torch.testing.assert_close(identity, torch.eye(8).expand(3, 8, 8), rtol=0, atol=0)
 
 
-def test_one_plane_turns_counter_to_its_sign() -> None:
-    """An angle a in plane (0, 1) gives [[cos a, sin a], [-sin a, cos a]] there and I elsewhere."""
-    parameters = torch.zeros(28, dtype=torch.float64)
-    parameters[0] = 0.3
-    expected = np.eye(8)
-    expected[:2, :2] = [[np.cos(0.3), np.sin(0.3)], [-np.sin(0.3), np.cos(0.3)]]
-    np.testing.assert_allclose(so8.rotation(parameters).numpy(), expected, atol=1e-15)
-
-
 def test_rotations_are_orthogonal_with_determinant_one() -> None:
     """‖RᵀR − I‖ ≤ 1e-5 and |det R − 1| ≤ 1e-5 in float32 for every angle; float64 is exact."""
     for scale in (0.05, 0.3, 1.0, 3.0, 10.0, 100.0):

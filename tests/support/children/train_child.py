@@ -1,12 +1,12 @@
 """What ``tests/integration/test_distributed.py`` starts in several processes: trainings on stores
 that exist.
 
-accelerate launch --use_fsdp … -m tests.support.children.train_child STORE GUARDED_STORE FOLDER
-SETTINGS.json
+python -m tests.support.children.train_child STORE GUARDED_STORE FOLDER SETTINGS.json
 
 SETTINGS.json holds the settings of each run on STORE by name; then come the trainings of
 ``tests/integration/test_guard_distributed.py`` on GUARDED_STORE. All of them are done twice: in
-FOLDER/ddp as under ``torchrun``, which sets none of accelerate's variables, and in FOLDER/fsdp.
+FOLDER/ddp with the variables of ``torchrun`` alone, and in FOLDER/fsdp with those that
+``accelerate launch --use_fsdp`` adds. The processes are forks, so that PyTorch is imported once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from unittest.mock import patch
 import numpy as np
 import safetensors.torch
 from accelerate import PartialState
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from distill.config.schema import LossConfig, TrainConfig
 from distill.heads.prompt_set import PromptSet
@@ -40,6 +43,8 @@ from tests.support.students import make_student
 LOSS = LossConfig(temperature=2.0, gamma=1.0)
 OURS = ("stop_at", "untied", "heads")  # settings that are not those of a training
 PATIENCE = 60  # seconds that one process waits for the other before it says so
+LAUNCH = "--num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no "
+LAUNCH += "--dynamo_backend no --use_fsdp --fsdp_version 2"
 
 
 class Stopped(Exception):
@@ -90,23 +95,42 @@ def run(store_folder: Path, folder: Path, settings: dict[str, Any]) -> None:
         (folder / "summary.json").write_text(json.dumps(content))
 
 
-def main() -> None:
+def train_all(place: Path, store: Path, guarded_store: Path, settings: Path) -> None:
     """All trainings, one after another."""
+    for name, values in json.loads(settings.read_text()).items():
+        run(store, place / name, values)
+    for name, faults in training.TRAININGS.items():
+        guarded.run(guarded_store, place / name, faults)
+    guarded.leave_out(place)
+
+
+def main() -> None:
+    """Fork a process for each rank, and end the other one where one fails."""
     store, guarded_store, folder, settings = (Path(argument) for argument in sys.argv[1:])
-
-    def train_all(place: Path) -> None:
-        for name, values in json.loads(settings.read_text()).items():
-            run(store, place / name, values)
-        for name, faults in training.TRAININGS.items():
-            guarded.run(guarded_store, place / name, faults)
-        guarded.leave_out(place)
-
-    with patch.dict(os.environ):
-        for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
-            del os.environ[name]
-        PartialState(cpu=True, timeout=timedelta(seconds=PATIENCE))
-        train_all(folder / "ddp")
-    train_all(folder / "fsdp")
+    launch = launch_command_parser().parse_args([*LAUNCH.split(), "script"])
+    variables = prepare_multi_gpu_env(launch)
+    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": launch.master_port}
+    children = []
+    for rank in ("0", "1"):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        status = 1
+        try:
+            os.environ |= ranks | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
+            PartialState(cpu=True, timeout=timedelta(seconds=PATIENCE))
+            train_all(folder / "ddp", store, guarded_store, settings)
+            os.environ |= variables | ranks
+            train_all(folder / "fsdp", store, guarded_store, settings)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    ends = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in children]
+    sys.exit(max(map(abs, ends)))
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def test_4_bit(sound: Path) -> None:
     from bitsandbytes.nn import Linear4bit
 
     exact, rounded = HuggingFaceTeacher(sound), HuggingFaceTeacher(sound, load_in_4bit=True)
-    for layer in rounded._model.layers:
+    for layer in rounded.model.layers:
         for module in (layer.self_attn.q_proj, layer.mlp.down_proj):
             assert isinstance(module, Linear4bit) and module.weight.quant_type == "nf4"
     sequences = texts(6)
@@ -167,8 +167,8 @@ def test_4_bit(sound: Path) -> None:
     # Random weights amplify every layer's rounding.
     assert np.corrcoef(one.ravel(), two.ravel())[0, 1] > 0.9
     assert np.abs(one - two).max() > 1e-3, "nothing was rounded"
-    floats = dict(exact._model.model.named_modules())
-    for name, module in rounded._model.model.named_modules():
+    floats = dict(exact.model.model.named_modules())
+    for name, module in rounded.model.model.named_modules():
         if isinstance(module, Linear4bit):
             weight = floats[name].weight
             weight.copy_(dequantize_4bit(*quantize_4bit(weight, quant_type="nf4")))

@@ -54,7 +54,7 @@ def test_greedy_generation_with_forced_segments_equals_argmax(teacher: HuggingFa
     """
     requests = [[start(BOS, 5), start(7, 8, 9), start(11)], [start(BOS, 5, 6, 7, 9), start(12)]]
     request = GenerationRequest(requests, Sampling(temperature=0, max_length=40))
-    spoken = generation.generate(teacher._model.model, request, range(VOCAB), no_progress)
+    spoken = generation.generate(teacher.model.model, request, range(VOCAB), no_progress)
     for request, tokens in zip(requests, spoken, strict=True):
         forced = np.concatenate(request)
         assert np.array_equal(tokens[:-1], forced)

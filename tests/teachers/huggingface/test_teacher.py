@@ -153,7 +153,7 @@ def test_all_kinds_of_targets_say_what_the_logits_say(teacher: HuggingFaceTeache
 def test_hidden_targets_skip_the_output_layer(teacher: HuggingFaceTeacher) -> None:
     """Nothing calls the output layer where the recipe needs no logits."""
     calls: list[int] = []
-    handle = teacher._model.head.register_forward_hook(lambda *_: calls.append(1))
+    handle = teacher.model.head.register_forward_hook(lambda *_: calls.append(1))
     teacher.score(texts(3), Recipe("hidden"), {})
     teacher.states(texts(3))
     assert not calls
@@ -208,8 +208,8 @@ def test_output_that_is_no_matrix_is_refused(folder: Path) -> None:
     }
     for name, (settings, change) in cases.items():
         teacher = HuggingFaceTeacher(folder)
-        vars(teacher._model.config).update(settings)
-        teacher._model.head.register_forward_hook(
+        vars(teacher.model.config).update(settings)
+        teacher.model.head.register_forward_hook(
             lambda module, given, output, change=change: change(output)
         )
         if settings:
@@ -218,7 +218,7 @@ def test_output_that_is_no_matrix_is_refused(folder: Path) -> None:
         with pytest.raises(CaptureError, match=r"by 1\d%"):
             logit_rule(teacher, text)
     teacher = HuggingFaceTeacher(folder)
-    teacher._model.head.bias = bias
+    teacher.model.head.bias = bias
     with pytest.raises(ValueError, match=r"bias: True.*sketch_bytes=0"):
         teacher.output_rows(0, 2)
 

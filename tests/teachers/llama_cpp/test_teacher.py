@@ -191,3 +191,13 @@ def test_nonsense_in_a_store_is_damage(kept: SoftTargetStore) -> None:
         assert find_teacher_record(kept) is None, shape
     rewrite(kept, whole.arrays(), sound)
     assert require_teacher_record(kept).info == whole.info
+
+
+def test_peak_memory_is_the_workers_own(tiny_teacher_path: Path) -> None:
+    """Not what the process that started it has, and at least what it has now."""
+    ballast = np.ones(200 << 17)  # 200 MiB, all of it touched
+    with GGUFTeacher(tiny_teacher_path, threads=1) as model:
+        before = model.peak_memory()
+        assert 1 << 20 < model.memory() <= before < ballast.nbytes
+        model.logits([np.arange(200, dtype=np.int32)] * 60)  # 49 MB of logits
+        assert model.peak_memory() > before + (40 << 20)

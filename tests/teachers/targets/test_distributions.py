@@ -150,10 +150,11 @@ def test_probabilities_between_the_nodes() -> None:
         targets = CompactTargets.from_logits(logits, 16)
         for temperature in BETWEEN:
             true, row = Reference(logits, targets, temperature), (name, temperature)
-            near(targets.tail_logsumexp(temperature), true.tail, tail_error, row)
-            near(true.mass, np.exp(true.log_mass), mass_error, row)
-            near(true.stored, true.inside, tail_error, row)
-            near(true.bucket_kl(), 0.0, kl_error, row)
+            tail = targets.tail_logsumexp(temperature).numpy()
+            assert np.abs(tail - true.tail).max() <= tail_error, row
+            assert np.abs(true.mass - np.exp(true.log_mass)).max() <= mass_error, row
+            assert np.abs(true.stored - true.inside).max() <= tail_error, row
+            assert np.abs(true.bucket_kl()).max() <= kl_error, row
 
 
 def test_probabilities_sum_to_one() -> None:

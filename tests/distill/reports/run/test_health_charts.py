@@ -21,7 +21,6 @@ from tests.support.report_runs import (
     about,
     add_student,
     check_facts,
-    drawn_in_a_browser,
     event_line,
     figures_take,
     guarded_lines,
@@ -35,8 +34,9 @@ from tests.support.report_runs import (
     said,
     sound_page,
     train_line,
+    undrawn,
+    unlike,
     weights_line,
-    weights_of_a_student,
     write_lines,
 )
 
@@ -163,7 +163,7 @@ def test_verdict_of_the_guard(tmp_path: Path) -> None:
         ),
     ):
         path = make_run(tmp_path / name, lines=lines, finished=finished)
-        check_facts(about(read_report(path).health, "guard"), row)
+        assert unlike(about(read_report(path).health, "guard"), row) == [], name
 
 
 def test_a_run_from_before_there_was_a_guard(tmp_path: Path) -> None:
@@ -184,7 +184,8 @@ def test_verdict_of_the_students_inside(tmp_path: Path) -> None:
         about(read_report(path).health, "fixed text"),
         ("warning", "fell", "to 0.100 nats", "at most 3.000"),
     )
-    check_facts(about(read_report(path).health, "ffective rank"), ("warning", f"{name} (8% left)"))
+    ranks = about(read_report(path).health, "ffective rank")
+    assert unlike(ranks, ("warning", f"{name} (8% left)")) == []
 
 
 def test_share_of_clipped_steps_by_their_own_limits(tmp_path: Path) -> None:
@@ -346,10 +347,4 @@ def test_log_in_the_terminal_is_the_newest(tmp_path: Path) -> None:
 def test_in_a_browser(guarded: Report, tmp_path: Path) -> None:
     """All charts are drawn and the console stays empty."""
     write_page(document_of(guarded), tmp_path / "report.html")
-    drawn_in_a_browser(tmp_path / "report.html", sum(map(len, charts(guarded).values())))
-
-
-def test_helpers_agree() -> None:
-    """The names that a run logs are those of its weights."""
-    logged = {key[5:] for key in weights_line(0, 2) if key.startswith("norm:")}
-    assert logged == weights_of_a_student(2, 16).keys()
+    assert undrawn(tmp_path / "report.html", sum(map(len, charts(guarded).values()))) == []

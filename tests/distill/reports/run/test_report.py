@@ -22,12 +22,11 @@ from distill.reports.run.report import CURVE_POINTS, compare, read_report, thinn
 from distill.runs.folder import RunFolder
 from distill.runtime.progress import Console
 from teachers.atomic_files import exclusive
+from tests.conftest import refuses, says
 from tests.support.report_runs import (
     HOSTILE,
     MAX_BYTES,
     check_facts,
-    command,
-    drawn_in_a_browser,
     figures_take,
     held_out_line,
     in_a_browser,
@@ -37,10 +36,11 @@ from tests.support.report_runs import (
     page,
     printed,
     put,
-    refusal,
     said,
     sound_page,
     train_line,
+    undrawn,
+    unlike,
 )
 
 
@@ -51,8 +51,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_verdict_of_a_healthy_run(run: Path) -> None:
     """Finished, KL fell, nothing broken; only the safety head and its cost are warnings."""
-    check_facts(
-        read_report(run).health,
+    rows = [
         ("good", "Finished", "60 steps", "6.0 k tokens"),
         ("good", "KL", "from 6.000 to 1.500"),
         ("good", "finite"),
@@ -63,7 +62,8 @@ def test_verdict_of_a_healthy_run(run: Path) -> None:
         ("warning", "afety head", "of 4 prompts to allow it allowed 1"),
         ("good", "AUROC 0.800", "95% agreement", "80% of the tokens"),
         ("good", "exported", "3.0e-05", "90", "99.0%"),
-    )
+    ]
+    assert unlike(read_report(run).health, *rows) == []
 
 
 def test_verdict_of_use(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_verdict_of_use(tmp_path: Path) -> None:
         path = make_run(tmp_path / f"{len(list(tmp_path.iterdir()))}", lines=lines)
         for name, value in {kl: a + b, agreement: 0.8, **changes}.items():
             put(path / "results.json", name, value)
-        check_facts(read_report(path).verdict, *rows)
+        assert unlike(read_report(path).verdict, *rows) == [], rows
 
 
 def test_verdict_finds_what_went_wrong(tmp_path: Path) -> None:
@@ -198,9 +198,7 @@ def test_a_run_of_nothing_but_nulls(tmp_path: Path) -> None:
     json.dumps(read_report(path).to_json(), allow_nan=False)
 
 
-def test_bad_input_is_one_line_and_exit_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_input_is_one_line_and_exit_2(tmp_path: Path) -> None:
     """Not a run, nothing logged, damaged files."""
     rows: list[tuple[str, Callable[[Path], Any] | str, str]] = [
         ("", shutil.rmtree, "no such folder"),
@@ -217,10 +215,10 @@ def test_bad_input_is_one_line_and_exit_2(
             (path / name).write_text(damage)
         else:
             damage(path / name)
-        assert words in refusal(monkeypatch, capsys, path), (name, damage)
+        assert words in refuses("report", path), (name, damage)
     path = make_run(tmp_path / "nothing", finished=False)
     (path / "metrics.jsonl").unlink()
-    assert "nothing is logged yet" in refusal(monkeypatch, capsys, path)
+    assert "nothing is logged yet" in refuses("report", path)
 
 
 def test_text_shows_the_figures_and_cannot_steer_the_terminal(tmp_path: Path) -> None:
@@ -241,13 +239,10 @@ def test_how_llama_cpp_ran_is_said(run: Path) -> None:
     assert "extra CPU buffers" in text and "died (signal SIGILL)" in text
 
 
-def test_json_is_the_same_for_machines(
-    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_json_is_the_same_for_machines(run: Path) -> None:
     """One object on standard output, and the page beside it where it is asked for."""
     out = run.parent / "page.html"
-    assert command(monkeypatch, "report", run, "--json", "--output", out) == 0
-    content = json.loads(capsys.readouterr().out)
+    content = json.loads(says("report", run, "--json", "--output", out))
     assert out.stat().st_size <= MAX_BYTES
     assert content["state"] == "finished" and content["best_step"] == 60
     assert content["results"]["heads"]["verification"]["auroc"] == 0.8
@@ -354,7 +349,7 @@ def test_in_a_browser(run: Path, tmp_path: Path) -> None:
     """A page is drawn in full; a foreign image and a foreign script are refused."""
     out = tmp_path / "report.html"
     write_page(document_of(read_report(run)), out)
-    drawn_in_a_browser(out, 12)
+    assert undrawn(out, 12) == []
     foreign = (
         '<img src="https://example.org/x.png"><script>document.title = "taken"</script></main>'
     )

@@ -23,20 +23,19 @@ from distill.reports.weights.layers import Place, places_of
 from distill.reports.weights.report import WeightsReport
 from distill.runtime.progress import Console
 from teachers import example_teacher
+from tests.conftest import refuses, says
 from tests.support.report_runs import (
     HOSTILE,
     MAX_BYTES,
     about,
     check_facts,
-    command,
-    drawn_in_a_browser,
     figures_take,
     make_run,
     needs_browser,
     page,
     printed,
-    refusal,
     sound_page,
+    undrawn,
     weights_of_a_student,
 )
 
@@ -243,14 +242,11 @@ def test_a_student_and_its_gguf_are_matched_by_the_table_of_names(tmp_path: Path
         assert about(both.verdict, "table of names") and page(both), pair.name
 
 
-def test_json_and_page_by_the_command_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_json_and_page_by_the_command_line(tmp_path: Path) -> None:
     """One object on standard output and nothing else, and the page beside it."""
     path = write_safetensors(tmp_path / "w.safetensors", weights_of_a_student(1, 32))
     out = tmp_path / "page.html"
-    assert command(monkeypatch, "report", path, "--json", "--output", out) == 0
-    content = json.loads(capsys.readouterr().out)
+    content = json.loads(says("report", path, "--json", "--output", out))
     assert content["kind"] == "weights"
     assert content["parameters"] == 128 * 32 + 4 * 32**2 + 3 * 64 * 32 + 2 * 32
     up = next(each for each in content["tensors"] if "up_proj" in each["figures"]["name"])
@@ -306,9 +302,7 @@ def index_elsewhere(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(index)
 
 
-def test_bad_input_is_one_line_and_exit_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_input_is_one_line_and_exit_2(tmp_path: Path) -> None:
     """What is wrong, and nothing on standard output."""
     text, damaged = b"This is a text.\nIt has a name.\n", "damaged or no safetensors file"
     rows: list[tuple[str, bytes | Callable[[Path], object], str]] = [
@@ -339,12 +333,10 @@ def test_bad_input_is_one_line_and_exit_2(
             path.write_bytes(content)
         else:
             content(path)
-        assert words in refusal(monkeypatch, capsys, path), (number, name)
+        assert words in refuses("report", path), (number, name)
 
 
-def test_what_cannot_be_compared_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     """A run with weights, files without a common tensor, and three of anything."""
     run = make_run(tmp_path / "run")
     first = write_safetensors(tmp_path / "a.safetensors", {"x": torch.ones(3)})
@@ -353,7 +345,7 @@ def test_what_cannot_be_compared_is_refused(
     rows = {(run, first): alone, (first, run): alone, (first, second): shared}
     rows |= {(first, second, run): "3 paths are too many"}
     for arguments, words in rows.items():
-        assert words in refusal(monkeypatch, capsys, *arguments), arguments
+        assert words in refuses("report", *arguments), arguments
 
 
 def test_places_of_names() -> None:
@@ -387,4 +379,4 @@ def test_thousands_of_matrices_stay_small(tmp_path: Path) -> None:
 def test_in_a_browser(tmp_path: Path) -> None:
     """Both charts of the example teacher are drawn, and the console stays empty."""
     write_page(document_of(one(example_teacher())), tmp_path / "report.html")
-    drawn_in_a_browser(tmp_path / "report.html", 2)
+    assert undrawn(tmp_path / "report.html", 2) == []
