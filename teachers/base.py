@@ -124,8 +124,8 @@ class TeacherInfo:
     tokenizer_sha256: str
     shape: TeacherShape = TeacherShape()
     tool_template: str | None = None
-    template_variables: Mapping[str, Any] = field(default_factory=dict)
-    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    template_variables: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    special_tokens: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,7 @@ class HuggingFaceTeacher(Teacher):
             raise RequestRefused(str(self.folder.path), str(error)) from None
 
     def logit_rules(self) -> Sequence[LogitRule]:
-        return self._model.logit_rules()
+        return self.model.logit_rules()
 
     def _rows(
         self,

@@ -13,7 +13,6 @@ from distill.runs.folder import RunPaths
 from distill.runtime.progress import Console
 from teachers import example_teacher
 from tests.support.real import real_teacher
-from tests.support.teachers import shared_file
 
 pytestmark = pytest.mark.usefixtures("llama_here")
 
@@ -27,7 +26,7 @@ def written(folder: Path) -> int:
 
 @pytest.mark.parametrize(
     "name",
-    ["example", *(pytest.param(one, marks=pytest.mark.slow) for one in ("wikiphi", "gemma3"))],
+    ["example", pytest.param("gemma3", marks=pytest.mark.slow)],
 )
 def test_disk(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that lies there afterwards, soft targets and what the store keeps of its teacher apart,
@@ -35,10 +34,12 @@ def test_disk(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     settings = {"teacher.path": str(example_teacher()), "student.size": "64x2", "data.samples": 96}
     if name != "example":
-        shared = name == "wikiphi"
-        path = shared_file("teachers/wikiphi-q8_0.gguf") if shared else real_teacher(name)
         (tmp_path / "data.txt").write_text("The harbour wakes before the town does. " * 300)
-        settings |= {"teacher.path": str(path), "data.path": "data.txt", "data.samples": 24}
+        settings |= {
+            "teacher.path": str(real_teacher(name)),
+            "data.path": "data.txt",
+            "data.samples": 24,
+        }
     config = load_config(None, settings, [*QUICK, "data.max_length=128"])
     plan = plan_run(config, Console())
     assert {path.name for path in tmp_path.iterdir()} <= {"data.txt"}
