@@ -222,9 +222,9 @@ def _tokens(ids: Any, vocab_size: int) -> Tokens:
 def _first_difference(existing: RunConfig, wanted: RunConfig) -> str:
     """The first setting that differs, as a message; empty where all are equal."""
     there, here = (flatten(config.model_dump(mode="json")) for config in (existing, wanted))
-    for key, value in here.items():
-        if there.get(key) != value:
-            return f"{key} is {there.get(key)!r} there, {value!r} here"
+    for key in {**here, **there}:
+        if there.get(key) != here.get(key):
+            return f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
     return ""
 
 

@@ -136,9 +136,8 @@ def render_chats(
     bos, eos = teacher.detokenize([np.array(tokens, dtype=np.int32) for tokens in ends])
     rendered = []
     for chat in chats:
-        template = info.chat_template
-        if chat.tools is not None and info.tool_template is not None:
-            template = info.tool_template
+        with_tools = chat.tools is not None or "tools" in info.template_variables
+        template = (info.tool_template if with_tools else None) or info.chat_template
         if template is None:
             raise ChatTemplateError(
                 "the teacher has no chat template for conversations without tools"
@@ -173,6 +172,6 @@ def _require_words(messages: Sequence[Message], text: str) -> None:
 def _texts(message: Message) -> list[str]:
     """What a message says: its content, or the text of each part."""
     content = message.get("content")
-    if isinstance(content, list):
-        return [part["text"] for part in content if isinstance(part.get("text"), str)]
-    return [content] if isinstance(content, str) else []
+    parts = content if isinstance(content, list) else [content]
+    texts = (part.get("text") if isinstance(part, dict) else part for part in parts)
+    return [text for text in texts if isinstance(text, str)]

@@ -119,3 +119,16 @@ def test_quant_names() -> None:
         parse_quants("f16,q2_k")
     with pytest.raises(UserError, match="names no file type"):
         parse_quants(" ,")
+
+
+def test_variables_of_the_chat_template() -> None:
+    """Any JSON value by name, a date as its text; what the conversation gives is refused."""
+    key = "teacher.template_variables"
+    settings = [f"{key}.enable_thinking=false", f"{key}.date_string=2024-07-26"]
+    found = load_config(None, {}, [*settings, f"{key}.tools=[{{name: f, n: null}}]"])
+    values = {"enable_thinking": False, "date_string": "2024-07-26"}
+    values |= {"tools": [{"name": "f", "n": None}]}
+    assert found.teacher.template_variables == values
+    for name in ("messages", "eos_token", "a-b", "ä", "x %}"):
+        with pytest.raises(UserError, match="no variable that can be set"):
+            load_config(None, {key: {name: 1}}, [])
