@@ -180,7 +180,7 @@ def _combine(
         seconds *= steps * batch_size * tokens / len(corpus) / measured
     targets = round(tokens * (probe.position_bytes + 4))
     exports, records = run_files(config, files, student.numbers, steps, tokens)
-    checkpoints = checkpoint_bytes(student.numbers, seconds)
+    checkpoints = checkpoint_bytes(config, student.numbers, steps, seconds)
     return Plan(
         tokens=round(tokens),
         trained_tokens=config.train.epochs * (tokens - len(corpus)) * (1 - config.data.held_out),
