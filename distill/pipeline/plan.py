@@ -199,7 +199,7 @@ def _combine(
 def _closeness(config: RunConfig, info: TeacherInfo, plan: Plan, console: Console) -> list[str]:
     """How close the student may come, by the newest finished run of this teacher and size here; and
     the levels' bounds."""
-    bounds = f"{BOUNDS} (docs/verdict.md)"
+    bounds = f"levels: {BOUNDS} (docs/verdict.md)"
     for path in sorted(RUNS.glob("*/results.json"), key=lambda one: -one.stat().st_mtime):
         try:
             records = read_records(path.parent)
@@ -213,9 +213,11 @@ def _closeness(config: RunConfig, info: TeacherInfo, plan: Plan, console: Consol
             else None
         )
         if words is not None:
-            return [f"{words} (by the curve of {path.parent})", bounds]
+            return [f"closeness: {words} (by the curve of {path.parent})", bounds]
     size = config.student.label
-    unknown = f"not known: no finished run of this teacher and {size} with a curve in {RUNS}/"
+    unknown = (
+        f"closeness: not known, no finished run of this teacher and {size} with a curve in {RUNS}/"
+    )
     return [unknown, bounds]
 
 
