@@ -206,19 +206,14 @@ def _closeness(config: RunConfig, info: TeacherInfo, plan: Plan, console: Consol
         except UserError as error:
             console.note(f"{error}; not looked at for a forecast")
             continue
-        same = records.identity.get("teacher_sha256") == info.sha256
-        words = (
-            expected_words(records, plan.trained_tokens)
-            if same and records.config.get("student", {}).get("size") == config.student.size
-            else None
-        )
-        if words is not None:
+        chosen, theirs = config.student, records.config.get("student", {})
+        same = (theirs.get("size"), theirs.get("base")) == (chosen.size, chosen.base)
+        if records.identity.get("teacher_sha256") != info.sha256 or not same:
+            continue
+        if (words := expected_words(records, plan.trained_tokens)) is not None:
             return [f"closeness: {words} (by the curve of {path.parent})", bounds]
-    size = config.student.label
-    unknown = (
-        f"closeness: not known, no finished run of this teacher and {size} with a curve in {RUNS}/"
-    )
-    return [unknown, bounds]
+    none = f"no finished run of this teacher and {config.student.label} with a curve in {RUNS}/"
+    return [f"closeness: not known, {none}", bounds]
 
 
 def _print(
