@@ -104,11 +104,14 @@ def run_files(
     return round(exports), round(_page_bytes() + RECORD_BYTES + steps * STEP_BYTES + held_out)
 
 
-def checkpoint_bytes(student: StudentNumbers, seconds: float | None) -> int:
+def checkpoint_bytes(
+    config: RunConfig, student: StudentNumbers, steps: int, seconds: float | None
+) -> int:
     """The last checkpoint, of weights alone; in a longer training also the one before it, with the
-    optimizer's two moments and the best weights."""
+    optimizer's two moments and, where it lies between two validations, the best weights."""
+    before = 3 + (steps > config.train.evaluations)
     longer = seconds is None or seconds > CHECKPOINT_SECONDS
-    return 4 * student.trained * (1 + (4 if longer else 0))
+    return 4 * student.trained * (1 + before * longer)
 
 
 def _page_bytes() -> int:

@@ -187,7 +187,7 @@ def _combine(
         seconds *= steps * batch_size * tokens / len(corpus) / measured
     targets = round(tokens * (probe.kept_share * probe.position_bytes + 4))
     exports, records = run_files(config, files, student.numbers, steps, tokens)
-    checkpoints = checkpoint_bytes(student.numbers, seconds)
+    checkpoints = checkpoint_bytes(config, student.numbers, steps, seconds)
     return Plan(
         tokens=round(tokens),
         trained_tokens=config.train.epochs
@@ -209,24 +209,21 @@ def _combine(
 def _closeness(config: RunConfig, info: TeacherInfo, plan: Plan, console: Console) -> list[str]:
     """How close the student may come, by the newest finished run of this teacher and size here; and
     the levels' bounds."""
-    bounds = f"{BOUNDS} (docs/verdict.md)"
+    bounds = f"levels: {BOUNDS} (docs/verdict.md)"
     for path in sorted(RUNS.glob("*/results.json"), key=lambda one: -one.stat().st_mtime):
         try:
             records = read_records(path.parent)
         except UserError as error:
             console.note(f"{error}; not looked at for a forecast")
             continue
-        same = records.identity.get("teacher_sha256") == info.sha256
-        words = (
-            expected_words(records, plan.trained_tokens)
-            if same and records.config.get("student", {}).get("size") == config.student.size
-            else None
-        )
-        if words is not None:
-            return [f"{words} (by the curve of {path.parent})", bounds]
-    size = config.student.label
-    unknown = f"not known: no finished run of this teacher and {size} with a curve in {RUNS}/"
-    return [unknown, bounds]
+        chosen, theirs = config.student, records.config.get("student", {})
+        same = (theirs.get("size"), theirs.get("base")) == (chosen.size, chosen.base)
+        if records.identity.get("teacher_sha256") != info.sha256 or not same:
+            continue
+        if (words := expected_words(records, plan.trained_tokens)) is not None:
+            return [f"closeness: {words} (by the curve of {path.parent})", bounds]
+    none = f"no finished run of this teacher and {config.student.label} with a curve in {RUNS}/"
+    return [f"closeness: not known, {none}", bounds]
 
 
 def _print(
