@@ -118,14 +118,15 @@ def test_settings_are_those_of_the_run(run: RunFolder, tmp_path: Path) -> None:
         ("train.epochs", "17"),
         ("train.on_policy", "0.25"),
         ("data.held_out", "0.125"),
-        ("data.max_length", "96"),
     ):
         other = RunFolder(make_run(tmp_path / key, settings=(f"{key}={value}",)))
         before, after = (row(card, escaped(key))[1] for card in (plain, build_card(other)))
         assert before != escaped(value) and after == escaped(value), key
-    named = RunFolder(make_run(tmp_path / "named", settings=("data.path=corpus.txt", "seed=77")))
+    settings = ("data.path=corpus.txt", "seed=77", "data.max_length=96")
+    named = RunFolder(make_run(tmp_path / "named", settings=settings))
     card = build_card(named)
     assert "corpus.txt" in row(card, "text")[1] and row(card, "seed")[1] == "77"
+    assert row(card, escaped("data.max_length"))[1] == "96"
 
 
 def test_an_interval_is_claimed_only_where_one_is_recorded(run: RunFolder) -> None:
