@@ -14,7 +14,9 @@ the same batches, guard and heads as a run:
 - by tokens: packed, ``train.batch_tokens`` at the mean number of tokens of the other batches.
 - in random order: padded, batches drawn without regard to length, as is usual elsewhere.
 
-Speed is the median ratio to padded over the rounds, each of real tokens (not padding) per second.
+Speed is real tokens (not padding) per second of the process's own time over all steps but the
+first, without the evaluations before and after them; the ratio to padded is the median over the
+rounds.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import argparse
 import json
 import statistics
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,10 +123,17 @@ class RandomOrder(TrainingData):
         return plan
 
 
-def train_once(
-    side: str, job: PackingJob, store: SoftTargetStore, folder: Path
-) -> tuple[TrainingSummary, list[float]]:
-    """A new student's training, and the loss of every step."""
+@dataclass(frozen=True)
+class Training:
+    """One training: its summary, real tokens per second of its steps, and the loss of each."""
+
+    summary: TrainingSummary
+    speed: float
+    losses: list[float]
+
+
+def train_once(side: str, job: PackingJob, store: SoftTargetStore, folder: Path) -> Training:
+    """A new student's training."""
     config = student_config(parse_size(job.size), vocab_size=job.vocab_size, context_length=LONGEST)
     config.verification_head = True
     student = build_student(config, job.seed)
@@ -142,16 +152,20 @@ def train_once(
     )
     folder.mkdir()
     objective = Objective(LossConfig(temperature=1.0))
+    times: list[float] = []
     summary = train(
-        TrainingJob(student, data, objective, settings, folder), lambda step, text: None
+        TrainingJob(student, data, objective, settings, folder),
+        lambda step, text: times.append(time.process_time()),
     )
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return summary, [line["loss"] for line in lines if line["kind"] == "train"]
+    steps = [line for line in lines if line["kind"] == "train"]
+    speed = (steps[-1]["tokens_seen"] - steps[0]["tokens_seen"]) / (times[-1] - times[0])
+    return Training(summary, speed, [line["loss"] for line in steps])
 
 
 def compare(job: PackingJob, sides: Sequence[str], rounds: int) -> dict[str, dict[str, float]]:
     """Every side's figures, the first the one that the others are compared with."""
-    found: dict[str, list[tuple[TrainingSummary, list[float]]]] = {side: [] for side in sides}
+    found: dict[str, list[Training]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as place:
         store = make_store(job, Path(place) / "store")
         for turn in range(rounds + 1):  # the first one warms up
@@ -160,14 +174,12 @@ def compare(job: PackingJob, sides: Sequence[str], rounds: int) -> dict[str, dic
                 found[side] += [result] if turn else []
     first, figures = found[sides[0]], {}
     for side, results in found.items():
-        speeds = [one.tokens_seen / one.seconds for one, _ in results]
-        pairs = zip(speeds, (one.tokens_seen / one.seconds for one, _ in first), strict=True)
-        ratios = sorted(mine / theirs for mine, theirs in pairs)
-        summary, losses = results[0]
-        same = len(losses) == len(first[0][1])
-        apart = [abs(a - b) / abs(b) for a, b in zip(losses, first[0][1], strict=False)]
+        ratios = sorted(a.speed / b.speed for a, b in zip(results, first, strict=True))
+        summary, losses, others = results[0].summary, results[0].losses, first[0].losses
+        same = len(losses) == len(others)
+        apart = [abs(a - b) / abs(b) for a, b in zip(losses, others, strict=False)]
         figures[side] = {
-            "tokens_per_second": statistics.median(speeds),
+            "tokens_per_second": statistics.median(one.speed for one in results),
             "ratio": statistics.median(ratios),
             "least_ratio": ratios[0],
             "greatest_ratio": ratios[-1],

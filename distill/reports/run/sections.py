@@ -396,7 +396,7 @@ def cascade_words(found: VerificationPart) -> str:
 
 def environment_section(results: Results, seed: int | None) -> Section:
     """Versions, seed and time."""
-    found = results.environment
+    found, padding = results.environment, results.training.padding
     rows = [
         ["seed", MISSING if seed is None else str(seed)],
         ["Python", found.python],
@@ -406,7 +406,7 @@ def environment_section(results: Results, seed: int | None) -> Section:
             f"thread{'s' if found.threads != 1 else ''}",
         ],
         ["precision of training", results.training.precision],
-        ["padding in training", share(results.training.padding)],
+        *([["padding in training", share(padding)]] if padding is not None else []),
         *([name, version] for name, version in found.packages.items()),
         *([["llama.cpp ran", results.llama_cpp.text]] if results.llama_cpp.text else []),
     ]

@@ -129,11 +129,8 @@ def test_settings_are_those_of_the_run(run: RunFolder, tmp_path: Path) -> None:
         other = RunFolder(make_run(tmp_path / key, settings=(f"{key}={value}",)))
         before, after = (row(card, escaped(key))[1] for card in (plain, build_card(other)))
         assert before != escaped(value) and after == escaped(value), key
-    named = RunFolder(
-        make_run(
-            tmp_path / "named", settings=("data.path=corpus.txt", "seed=77", "data.max_length=96")
-        )
-    )
+    settings = ("data.path=corpus.txt", "seed=77", "data.max_length=96")
+    named = RunFolder(make_run(tmp_path / "named", settings=settings))
     card = build_card(named)
     assert "corpus.txt" in row(card, "text")[1] and row(card, "seed")[1] == "77"
     assert row(card, escaped("data.max_length"))[1] == "96"
