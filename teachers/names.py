@@ -23,4 +23,4 @@ def _shown(code: int) -> str:
 
 def ordinary_name(name: str) -> str:
     """The name without what changes how llama.cpp reads a tokenizer."""
-    return _TREATED.sub(lambda found: " ".join(filter(None, found.groups())), name)
+    return _TREATED.sub(lambda result: " ".join(filter(None, result.groups())), name)

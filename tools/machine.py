@@ -42,17 +42,17 @@ def machine(threads: int) -> dict[str, Any]:
         else None,
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": {name: result for name in PACKAGES if (result := _version(name))},
     }
 
 
-def machine_line(found: dict[str, Any]) -> str:
+def machine_line(result: dict[str, Any]) -> str:
     """``machine`` in one line."""
-    packages = ", ".join(f"{name} {number}" for name, number in found["packages"].items())
+    packages = ", ".join(f"{name} {number}" for name, number in result["packages"].items())
     return (
-        f"{found['gpu'] or found['cpu']} ({found['capability']}), {found['cores']} cores, "
-        f"{found['threads']} threads, "
-        f"{found['memory_bytes'] / 2**30:.0f} GiB, Python {found['python']}, {packages}"
+        f"{result['gpu'] or result['cpu']} ({result['capability']}), {result['cores']} cores, "
+        f"{result['threads']} threads, "
+        f"{result['memory_bytes'] / 2**30:.0f} GiB, Python {result['python']}, {packages}"
     )
 
 

@@ -197,22 +197,22 @@ def read_rows(config: DataConfig) -> DataRows | None:
         return None
     parser = RowParser(config.columns)
     files, notes = find_files(Path(config.path), config.split)
-    found: list[Row] = []
+    result: list[Row] = []
     for file in files:
         count = 0
         if suffix_of(file) in TEXT_SUFFIXES:
             text = read_text(file, "data file")
             count = len(text.strip())
-            found.append(Document(text, str(file)))
+            result.append(Document(text, str(file)))
         else:
             unread, split = parser.count_unused, config.split
             for where, value in rows(file, parser.known.keys(), split=split, unread=unread):
                 count += 1
                 if (row := parser.parse(value, where)) is not None:
-                    found.append(row)
+                    result.append(row)
         if not count:
             raise UserError(f"data file {file} is empty; remove it or fill it")
-    return DataRows(found, notes + parser.finish(bool(found), f"data {config.path}"))
+    return DataRows(result, notes + parser.finish(bool(result), f"data {config.path}"))
 
 
 def _not_shown(data: list[Row], info: TeacherInfo) -> list[str]:

@@ -82,8 +82,8 @@ class RowParser:
         """Remember columns that nothing was made of."""
         self._unused.update(dict.fromkeys(names, rows))
 
-    def finish(self, found: bool, source: str) -> list[str]:
-        """What was left out, in lines; ``found``: whether anything was used.
+    def finish(self, used: bool, source: str) -> list[str]:
+        """What was left out, in lines; ``used``: whether anything was used.
 
         Raises:
             UserError: nothing, or a column of ``data.columns`` was in no row.
@@ -92,7 +92,7 @@ class RowParser:
             raise UserError(
                 f"data.columns.{ours} = {name!r}: no row has this column; {self._columns()}"
             )
-        if not found:
+        if not used:
             raise UserError(f"{source}: every row is blank; {self._columns()}")
         notes = [
             f"{len(places)} rows are left out, as they are {why} (the first: {places[0]})"
@@ -243,10 +243,10 @@ def _objects(value: Any, column: str, where: str) -> tuple[dict[str, Any], ...] 
     value = _unpacked(value, f"{where}: {column}")
     if _is_blank(value):
         return None
-    found = [_unpacked(one, f"{where}: {column}") for one in value] if _is_list(value) else [value]
-    if wrong := [one for one in found if not isinstance(one, dict)]:
+    result = [_unpacked(one, f"{where}: {column}") for one in value] if _is_list(value) else [value]
+    if wrong := [one for one in result if not isinstance(one, dict)]:
         raise UserError(f"{where}: {column!r} must be a list of objects, got {_shown(wrong[0])}")
-    return tuple(found)
+    return tuple(result)
 
 
 def _unpacked(value: Any, where: str) -> Any:

@@ -73,8 +73,8 @@ def read_prompts(path: Path, *, labelled: bool = True, divided: bool = True) -> 
         decision.
     """
     require_size(path, "safety prompts", MAX_FILE_BYTES)
-    found = rows(path, COLUMNS, "safety prompts")
-    prompts = [_prompt(entry, where, labelled=labelled) for where, entry in found]
+    result = rows(path, COLUMNS, "safety prompts")
+    prompts = [_prompt(entry, where, labelled=labelled) for where, entry in result]
     if not prompts:
         raise UserError(f"safety prompts {path}: the file is empty")
     if labelled and divided:

@@ -27,9 +27,9 @@ def print_results(folder: RunFolder, console: Console) -> None:
     records = read_records(folder.path)
     assert records.results is not None, "a finished run has results"
     print_section(result_section(records.results), console.rich)
-    found, sentence = run_verdict(records), health_sentence(health(records))
-    console.rich.print(f"\n[bold]Verdict: {found.level}[/]")
-    print_facts([*found.facts, Fact("plain", sentence)], console.rich)
+    verdict, sentence = run_verdict(records), health_sentence(health(records))
+    console.rich.print(f"\n[bold]Verdict: {verdict.level}[/]")
+    print_facts([*verdict.facts, Fact("plain", sentence)], console.rich)
     console.rich.print()
     _print_files(folder, console)
 

@@ -119,12 +119,12 @@ def _require_file(path: Path) -> None:
     """Refuse what is not a plain file with something in it: a FIFO would make a reader wait for
     ever."""
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; check the path") from None
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path} is not a regular file; give a .safetensors or .gguf file")
-    if found.st_size == 0:
+    if status.st_size == 0:
         raise UserError(f"{path} is empty; copy it again")
     if path.suffix.lower() in PICKLES:
         raise UserError(

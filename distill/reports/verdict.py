@@ -88,8 +88,8 @@ def run_verdict(records: Records) -> Verdict:
     """The verdict on a run's student: of the exported file, or as far as training has come."""
     best = best_point(records.held_out)
     if records.results is not None:
-        found = records.results.evaluation
-        score, over = found.exported, found.kl_over
+        evaluation = records.results.evaluation
+        score, over = evaluation.exported, evaluation.kl_over
     elif best is not None:
         score = ModelScore(best.kl, best.agreement, best.cross_entropy, None)
         over = records.validation_over
@@ -127,9 +127,9 @@ def _next_level(records: Records, measured: Closeness, over: str) -> str:
             f"No forecast: fewer than {LEAST_POINTS} validation points after the start are too few "
             "for a curve; train longer, or raise train.evaluations."
         )
-    found = forecast(curves, measured, Closeness(best.kl, best.agreement))
-    assert found is not None, "there is a level above"
-    return forecast_words(found, records.tokens_per_second)
+    result = forecast(curves, measured, Closeness(best.kl, best.agreement))
+    assert result is not None, "there is a level above"
+    return forecast_words(result, records.tokens_per_second)
 
 
 def expected_words(records: Records, tokens: float) -> str | None:
@@ -138,11 +138,11 @@ def expected_words(records: Records, tokens: float) -> str | None:
     curves, best = curves_of(records), best_point(records.held_out)
     if records.results is None or curves is None or not records.knows_tail or best is None:
         return None
-    found = records.results.evaluation
-    score = found.exported
+    evaluation = records.results.evaluation
+    score = evaluation.exported
     if None in (score.kl, score.agreement, best.kl, best.agreement):
         return None
-    if found.kl_over != WHOLE_VOCABULARY:
+    if evaluation.kl_over != WHOLE_VOCABULARY:
         return None
     measured = Closeness(score.kl, score.agreement)  # type: ignore[arg-type]
     validated = Closeness(best.kl, best.agreement)  # type: ignore[arg-type]
@@ -163,31 +163,31 @@ def curves_of(records: Records) -> tuple[Curve, Curve] | None:
     return None if kl is None or apart is None else (kl, apart)
 
 
-def forecast_words(found: Forecast, rate: float | None) -> str:
+def forecast_words(result: Forecast, rate: float | None) -> str:
     """One sentence on a forecast; ``rate``: tokens per second of training."""
-    name, most = found.level.name.capitalize(), FARTHEST * found.trained
-    value, low, high = found.floor
+    name, most = result.level.name.capitalize(), FARTHEST * result.trained
+    value, low, high = result.floor
     end = (
         f"by the validation curve the KL tends to {number(value)} ({number(low)}–{number(high)}), "
     )
-    end += f"the same top token to {found.ceiling:.1%}"
-    if found.low == math.inf:
+    end += f"the same top token to {result.ceiling:.1%}"
+    if result.low == math.inf:
         return f"{name} is not reachable by more training at this size: {end}."
-    if found.low > most:
+    if result.low > most:
         return (
-            f"{name} would take more than {FARTHEST:g} times the {human_count(found.trained)} "
+            f"{name} would take more than {FARTHEST:g} times the {human_count(result.trained)} "
             f"tokens trained on, if more training reaches it at all: {end}."
         )
-    words = f"{name} would take about {human_count(found.tokens)} more tokens"
-    if found.tokens > most:
+    words = f"{name} would take about {human_count(result.tokens)} more tokens"
+    if result.tokens > most:
         words = f"{name} may not be reachable by more training at this size: too many tokens"
-    upper = "no upper end" if found.high > most else human_count(found.high)
-    words += f" (95 % interval: {human_count(found.low)} to {upper})"
+    upper = "no upper end" if result.high > most else human_count(result.high)
+    words += f" (95 % interval: {human_count(result.low)} to {upper})"
     if rate:
         times = [
             "no upper end" if tokens > most else human_time(tokens / rate)
-            for tokens in (found.tokens, found.low, found.high)
+            for tokens in (result.tokens, result.low, result.high)
         ]
-        about = "" if found.tokens > most else f"about {times[0]}, "
+        about = "" if result.tokens > most else f"about {times[0]}, "
         words += f", {about}{times[1]} to {times[2]}, of training on this machine"
     return f"{words}; {end}."

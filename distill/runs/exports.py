@@ -100,10 +100,10 @@ def read_exports(folder: RunFolder) -> list[ExportedFile]:
     if not folder.exports.exists():
         return []
     try:
-        found = TypeAdapter(list[ExportedFile]).validate_python(
+        result = TypeAdapter(list[ExportedFile]).validate_python(
             folder.read_json(folder.exports).get("files")
         )
-        if strange := [file.file for file in found if Path(file.file).name != file.file]:
+        if strange := [file.file for file in result if Path(file.file).name != file.file]:
             raise ValueError(f"{strange[0]!r} is not the name of a file")
     except ValidationError as error:
         first = error.errors()[0]
@@ -111,7 +111,7 @@ def read_exports(folder: RunFolder) -> list[ExportedFile]:
         raise _damaged(folder, f"{where or 'files'}: {first['msg']}") from None
     except ValueError as error:
         raise _damaged(folder, str(error)) from None
-    return [file for file in found if (folder.path / file.file).is_file()]
+    return [file for file in result if (folder.path / file.file).is_file()]
 
 
 def record_files(folder: RunFolder, files: Sequence[ExportedFile]) -> None:

@@ -102,8 +102,8 @@ class _BlockAttention(torch.autograd.Function):
             change = torch._softmax_backward_data(change, weights, -1, torch.float32)
             of_value[:, : span.stop].baddbmm_(weights.mT, block)
             of_key[:, : span.stop].baddbmm_(change.mT, some, alpha=scale)
-            found = (change @ keys[:, : span.stop]).mul_(scale)
-            of_query[:, :, span] = found.view_as(queries[:, :, span])
+            result = (change @ keys[:, : span.stop]).mul_(scale)
+            of_query[:, :, span] = result.view_as(queries[:, :, span])
         heads = (part.unflatten(0, (count, -1)) for part in (of_key, of_value))
         return of_query.view(ctx.shape), *heads
 

@@ -43,9 +43,9 @@ class AssistantMask:
             spans = tuple((start, self._end(text, start, stop, stop)) for start, stop in spans)
         else:
             numbers = [n for n, one in enumerate(chat.messages) if one["role"] == "assistant"]
-            found = [self._find(chat, number, text, answer=answer) for number in numbers]
-            spans = tuple(span for span in found if span is not None)
-            unknown = len(found) - len(spans)
+            result = [self._find(chat, number, text, answer=answer) for number in numbers]
+            spans = tuple(span for span in result if span is not None)
+            unknown = len(result) - len(spans)
         (tokens,) = self._tokenize([text])
         mask = self._mask(text, tokens, spans)
         whole = with_bos(self.teacher, tokens)

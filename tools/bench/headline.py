@@ -119,9 +119,9 @@ def sequences_of_text(teacher: Teacher, count: int, length: int) -> tuple[list[s
         for begin in range(1, len(text), CHARACTERS_AT_ONCE):
             ends = range(begin, min(begin + CHARACTERS_AT_ONCE, len(text)))
             prefixes = [text[:end] for end in ends if text[end - 1] != " "]
-            found = teacher.tokenize(prefixes, add_special=False, parse_special=False)
+            result = teacher.tokenize(prefixes, add_special=False, parse_special=False)
             fitting = {
-                text: ids for text, ids in zip(prefixes, found, strict=True) if len(ids) == wanted
+                text: ids for text, ids in zip(prefixes, result, strict=True) if len(ids) == wanted
             }
             if fitting:
                 chosen, ids = next(iter(fitting.items()))
@@ -129,7 +129,7 @@ def sequences_of_text(teacher: Teacher, count: int, length: int) -> tuple[list[s
                     np.int32
                 )
                 break
-            if min(map(len, found)) > wanted:
+            if min(map(len, result)) > wanted:
                 break
     return list(texts), list(texts.values())
 
@@ -306,9 +306,9 @@ def measure_ours(job: Job, material: Material, folder: Path) -> Measured:
         "tokens_seen": job.epochs * job.samples * (job.length - 1),
         "continued_from_step": 0,
     }
-    found = {key: training[key] for key in expected}
-    if found != expected or targets["reused"] or targets["sequences"] != job.samples + HELD_OUT:
-        raise RuntimeError(f"another job than wanted was done: {found}, not {expected}; {targets}")
+    result = {key: training[key] for key in expected}
+    if result != expected or targets["reused"] or targets["sequences"] != job.samples + HELD_OUT:
+        raise RuntimeError(f"another job than wanted was done: {result}, not {expected}; {targets}")
     parts = stages_and_gaps(results["stage_seconds"], timing)
     facts = {
         "precision": training["precision"],
@@ -386,16 +386,16 @@ def medians(runs: list[Measured]) -> dict[str, float]:
 
 def summary(runs: dict[str, list[Measured]]) -> dict[str, Any]:
     """Medians of every part, and ours as a share of live where both were measured."""
-    found: dict[str, Any] = {side: medians(measured) for side, measured in runs.items()}
+    result: dict[str, Any] = {side: medians(measured) for side, measured in runs.items()}
     if len(runs) == len(SIDES):
-        found["ours / live"] = {
-            name: found["ours"][name] / found["live"][name] for name in (DONE, ENDED)
+        result["ours / live"] = {
+            name: result["ours"][name] / result["live"][name] for name in (DONE, ENDED)
         }
-    return found
+    return result
 
 
 def show(
-    job: Job, runs: dict[str, list[Measured]], found: dict[str, Any], console: Console
+    job: Job, runs: dict[str, list[Measured]], result: dict[str, Any], console: Console
 ) -> None:
     """Print the tables."""
     repeats = len(next(iter(runs.values())))
@@ -409,7 +409,7 @@ def show(
         table.add_column("part")
         table.add_column("median, s", justify="right")
         table.add_column("from – to", justify="right")
-        for name, seconds in found[side].items():
+        for name, seconds in result[side].items():
             every = [run.parts[name] for run in measured]
             style = "bold" if name in (DONE, ENDED) else ""
             table.add_row(
@@ -421,7 +421,7 @@ def show(
         f"{job.batch_size}; "
         f"{repeats} runs of each side"
     )
-    for name, ratio in found.get("ours / live", {}).items():
+    for name, ratio in result.get("ours / live", {}).items():
         console.print(f"[bold]ours / live, {name}: {ratio:.3f}[/] ({1 / ratio:.2f} times as fast)")
 
 
@@ -478,13 +478,13 @@ def main(arguments: list[str] | None = None) -> None:
         )
         sides = [chosen.only] if chosen.only else list(SIDES)
         runs = compare(job, prepare(job, folder), sides, chosen.repeats)
-    found = summary(runs)
-    show(job, runs, found, console)
+    result = summary(runs)
+    show(job, runs, result, console)
     if chosen.json:
         content = {
             "machine": found_machine,
             "job": vars(job) | {"teacher": str(teacher)},
-            "medians": found,
+            "medians": result,
             "runs": {side: [vars(run) for run in measured] for side, measured in runs.items()},
         }
         write_json(chosen.json, content)

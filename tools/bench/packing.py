@@ -165,15 +165,15 @@ def train_once(side: str, job: PackingJob, store: SoftTargetStore, folder: Path)
 
 def compare(job: PackingJob, sides: Sequence[str], rounds: int) -> dict[str, dict[str, float]]:
     """Every side's figures, the first the one that the others are compared with."""
-    found: dict[str, list[Training]] = {side: [] for side in sides}
+    values: dict[str, list[Training]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as place:
         store = make_store(job, Path(place) / "store")
         for turn in range(rounds + 1):  # the first one warms up
             for side in sides if turn % 2 else reversed(sides):
                 result = train_once(side, job, store, Path(place) / f"{side} {turn}")
-                found[side] += [result] if turn else []
-    first, figures = found[sides[0]], {}
-    for side, results in found.items():
+                values[side] += [result] if turn else []
+    first, figures = values[sides[0]], {}
+    for side, results in values.items():
         ratios = sorted(a.speed / b.speed for a, b in zip(results, first, strict=True))
         summary, losses, others = results[0].summary, results[0].losses, first[0].losses
         same = len(losses) == len(others)

@@ -199,8 +199,8 @@ def measure_steps(job: CostJob, rounds: int, warmup: int) -> dict[str, Any]:
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
     """Median and quartiles of the ratios round by round."""
-    found = [one / other for one, other in zip(above, below, strict=True)]
-    low, middle, high = statistics.quantiles(found, n=4) if len(found) > 1 else found * 3
+    result = [one / other for one, other in zip(above, below, strict=True)]
+    low, middle, high = statistics.quantiles(result, n=4) if len(result) > 1 else result * 3
     return {"median": middle, "low": low, "high": high}
 
 
@@ -286,39 +286,39 @@ def told(ratio: dict[str, float]) -> str:
     return f"{ratio['median']:.3f} ({ratio['low']:.3f}–{ratio['high']:.3f})"
 
 
-def steps_table(found: dict[str, Any]) -> Table:
+def steps_table(result: dict[str, Any]) -> Table:
     """Milliseconds of a step and its phases, and how many times those of the plain one."""
     table = Table(
-        title=f"training step, {found['title']}, {found['precision']}", title_justify="left"
+        title=f"training step, {result['title']}, {result['precision']}", title_justify="left"
     )
     for column in ("student", "parameters", *PHASES, "step, ms", "of plain's, quartiles"):
         table.add_column(column, justify="left" if column == "student" else "right")
-    for name, medians in found["median_seconds"].items():
-        ratio = found["ratio_to_plain"].get(name)
+    for name, medians in result["median_seconds"].items():
+        ratio = result["ratio_to_plain"].get(name)
         table.add_row(
             name,
-            f"{found['parameters'][name]:,}",
+            f"{result['parameters'][name]:,}",
             *(f"{1e3 * medians[part]:.1f}" for part in (*PHASES, "step")),
             told(ratio) if ratio else "1",
         )
     return table
 
 
-def files_table(found: dict[str, Any]) -> Table:
+def files_table(result: dict[str, Any]) -> Table:
     """Tokens per second of both files."""
-    same = "the same tensors" if found["same_tensors"] else "OTHER TENSORS"
-    title = f"exported files, {found['title']}, {found['quant']}, {same}; tokens/s"
+    same = "the same tensors" if result["same_tensors"] else "OTHER TENSORS"
+    title = f"exported files, {result['title']}, {result['quant']}, {same}; tokens/s"
     table = Table(title=title, title_justify="left")
     for column in ("", *FILES, "of plain's, quartiles"):
         table.add_column(column, justify="left" if not column else "right")
-    for kind, speeds in found["tokens_per_second"].items():
+    for kind, speeds in result["tokens_per_second"].items():
         cells = [f"{statistics.median(speeds[name]):,.0f}" for name in FILES]
-        table.add_row(kind, *cells, told(found["ratio_to_plain"][kind]))
-    table.add_row("bytes", *(f"{found['bytes'][name]:,}" for name in FILES), "")
+        table.add_row(kind, *cells, told(result["ratio_to_plain"][kind]))
+    table.add_row("bytes", *(f"{result['bytes'][name]:,}" for name in FILES), "")
     return table
 
 
-def cost_tables(found: dict[str, Any]) -> Iterator[Table]:
+def cost_tables(result: dict[str, Any]) -> Iterator[Table]:
     """Everything that was measured."""
-    yield from map(steps_table, found["steps"])
-    yield from map(files_table, found["files"])
+    yield from map(steps_table, result["steps"])
+    yield from map(files_table, result["files"])

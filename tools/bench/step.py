@@ -253,16 +253,16 @@ def write_batch(batch: Batch, targets: CompactTargets, path: Path) -> None:
 
 def read_batch(path: Path, vocab_size: int) -> Batch:
     """The inverse of ``write_batch``."""
-    found = load_file(path)
+    result = load_file(path)
     targets = CompactTargets(
-        found["topk_ids"],
-        found["topk_logits"],
-        found["tail"],
+        result["topk_ids"],
+        result["topk_logits"],
+        result["tail"],
         vocab_size,
-        coordinates=found["coordinates"],
-        head=OutputHead(found["matrix"], found["bias"]),
+        coordinates=result["coordinates"],
+        head=OutputHead(result["matrix"], result["bias"]),
     )
-    return Batch(found["tokens"], found["lengths"], targets)
+    return Batch(result["tokens"], result["lengths"], targets)
 
 
 def trainee(side: str, job: StepJob, files: Path) -> Trainee:
@@ -365,8 +365,8 @@ class Child:
 def measure_memory_apart(side: str, job: StepJob, files: Path) -> dict[str, float]:
     """``measure_memory`` in a process of its own."""
     with Child("memory", side, job, files) as child:
-        found: dict[str, float] = json.loads(child.hear())
-    return found
+        result: dict[str, float] = json.loads(child.hear())
+    return result
 
 
 def measure_speed(job: StepJob, files: Path, steps: int, warmup: int) -> dict[str, Any]:
@@ -406,7 +406,7 @@ def compare(job: StepJob, steps: int, warmup: int) -> dict[str, Any]:
     }
 
 
-def show(found: dict[str, Any], console: Console) -> None:
+def show(result: dict[str, Any], console: Console) -> None:
     """Print the table."""
     table = Table()
     for column in ("", *SIDES, "ratio"):
@@ -415,13 +415,15 @@ def show(found: dict[str, Any], console: Console) -> None:
     def both(name: str, values: dict[str, str], ratio: str = "") -> None:
         table.add_row(name, *(values[side] for side in SIDES), ratio)
 
-    seconds, memory, targets = found["seconds"], found["memory"], found["targets_bytes"]
+    seconds, memory, targets = result["seconds"], result["memory"], result["targets_bytes"]
     both(
         "tokens/s",
-        {side: f"{found['tokens_per_second'][side]:,.0f}" for side in SIDES},
-        f"{found['speed_ratio']:.2f} times as fast",
+        {side: f"{result['tokens_per_second'][side]:,.0f}" for side in SIDES},
+        f"{result['speed_ratio']:.2f} times as fast",
     )
-    both("seconds a step, median", {side: f"{found['median_seconds'][side]:.4f}" for side in SIDES})
+    both(
+        "seconds a step, median", {side: f"{result['median_seconds'][side]:.4f}" for side in SIDES}
+    )
     both(
         "fastest – slowest",
         {side: f"{min(seconds[side]):.4f} – {max(seconds[side]):.4f}" for side in SIDES},
@@ -429,7 +431,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     both(
         "extra peak memory, MB",
         {side: f"{memory[side]['extra'] / 1e6:,.0f}" for side in SIDES},
-        f"{found['extra_memory_ratio']:.2f} times less",
+        f"{result['extra_memory_ratio']:.2f} times less",
     )
     both(
         "  of it gradients, MB", {side: f"{memory[side]['gradients'] / 1e6:,.0f}" for side in SIDES}
@@ -440,7 +442,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         {side: f"{targets[side]['positions'] / 1e6:,.2f}" for side in SIDES},
         f"and {targets['ours']['head'] / 1e6:,.1f} for all (head)",
     )
-    both("loss of the first step", {side: f"{found['first_loss'][side]:.4f}" for side in SIDES})
+    both("loss of the first step", {side: f"{result['first_loss'][side]:.4f}" for side in SIDES})
     console.print(table)
 
 
@@ -520,10 +522,10 @@ def main(arguments: list[str] | None = None) -> None:
         "memory is kept by: "
         f"{job.keep_memory if job.device == 'cpu' else 'both'}"
     )
-    found = compare(job, chosen.steps, chosen.warmup)
-    show(found, console)
+    result = compare(job, chosen.steps, chosen.warmup)
+    show(result, console)
     if chosen.json:
-        write_json(chosen.json, {"machine": about, **found})
+        write_json(chosen.json, {"machine": about, **result})
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ def main(students: list[Path], prompts: Annotated[Path, typer.Option()] = PROMPT
     )
     for path in students:
         with Judge(path) as judge:
-            found = judge.judge([prompt.text for prompt in labelled])
-        decisions = torch.tensor([DECISIONS.index(one.decision or "") for one in found])
+            result = judge.judge([prompt.text for prompt in labelled])
+        decisions = torch.tensor([DECISIONS.index(one.decision or "") for one in result])
         for language in LANGUAGES:
             mine = torch.tensor([language in ("all", prompt.language) for prompt in labelled])
             counts = confusion_matrix(labels[mine], decisions[mine]).tolist()

@@ -189,7 +189,7 @@ def make_environment(folder: Path, *packages: str) -> Path:
     return python
 
 
-def require_foreign(found: Any) -> None:
+def require_foreign(result: Any) -> None:
     """See that nothing of this project was in a process.
 
     Raises:
@@ -197,11 +197,11 @@ def require_foreign(found: Any) -> None:
     """
     wrong = [
         name
-        for name, file in found["modules"].items()
+        for name, file in result["modules"].items()
         if name in OURS or (file and ROOT.resolve() in Path(file).resolve().parents)
     ]
     wrong += [
-        name for name in found["packages"] if name.replace("_", "-").lower() == "so8t-distill"
+        name for name in result["packages"] if name.replace("_", "-").lower() == "so8t-distill"
     ]
     if wrong:
         raise RuntimeError(f"the environment is not a stranger's: {', '.join(wrong)}")
@@ -252,11 +252,11 @@ def theirs(
 ) -> Answers:
     """What a stranger's environment makes of a published file."""
     cwd = path.parent if path.is_file() else path.parent.parent
-    found = isolated(python, script, [json.dumps([str(path), asked, NEW_TOKENS])], cwd)
-    require_foreign(found)
-    names = ", ".join(f"{name} {version}" for name, version in sorted(found["packages"].items()))
+    result = isolated(python, script, [json.dumps([str(path), asked, NEW_TOKENS])], cwd)
+    require_foreign(result)
+    names = ", ".join(f"{name} {version}" for name, version in sorted(result["packages"].items()))
     console.print(f"{who}: {names}; no module of this project was loaded", soft_wrap=True)
-    answers = found["answers"]
+    answers = result["answers"]
     prompts, said, texts = ([one[key] for one in answers] for key in ("prompt", "tokens", "text"))
     return Answers(who, prompts, said, texts)
 

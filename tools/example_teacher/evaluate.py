@@ -74,12 +74,12 @@ def open_teacher(path: Path) -> llama_cpp.Llama:
 
 def held_out_examples(seed: int, count: int) -> list[Example]:
     """``count`` different requests of which no key occurs in training."""
-    found: dict[str, Example] = {}
+    result: dict[str, Example] = {}
     for example in examples(seed + 1, 20 * count, held_out=True):
-        found.setdefault(example.prompt, example)
-        if len(found) == count:
-            return list(found.values())
-    raise ValueError(f"only {len(found)} different held-out requests, not {count}")
+        result.setdefault(example.prompt, example)
+        if len(result) == count:
+            return list(result.values())
+    raise ValueError(f"only {len(result)} different held-out requests, not {count}")
 
 
 def request_ids(teacher: llama_cpp.Llama, prompt: str) -> list[int]:

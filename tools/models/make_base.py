@@ -105,11 +105,11 @@ def make_base(
                 ):  # which transformers begins at 0: nobody would see that one is left out
                     parameter.normal_(std=SPREAD)
         if steps:
-            found = train(
+            result = train(
                 model, _documents(fields, text, seed), replace(SETTINGS, seed=seed, steps=steps)
             )
             if losses is not None:
-                losses += found
+                losses += result
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     write_tokenizer_folder(fields, folder)
@@ -336,8 +336,8 @@ def make_large(
         empty = AutoModelForCausalLM.from_config(config)
     groups: dict[str, dict[str, torch.Size]] = {}
     for name, parameter in empty.named_parameters():
-        found = re.match(r"model\.layers\.\d+\.", name)
-        groups.setdefault(found[0] if found else "", {})[name] = parameter.shape
+        result = re.match(r"model\.layers\.\d+\.", name)
+        groups.setdefault(result[0] if result else "", {})[name] = parameter.shape
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     places: dict[str, str] = {}

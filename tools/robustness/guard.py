@@ -219,9 +219,9 @@ def cost(
                 times[guard].append(seconds)
     console.print(f"{size}, {steps} steps of {batch} sequences, {rounds} rounds")
     for kind, name in (("wall", "by the clock"), ("processor", "processor time")):
-        found = {guard: [getattr(one, kind) for one in many] for guard, many in times.items()}
-        ratios = sorted(on / off for on, off in zip(found[True], found[False], strict=True))
-        middle = {guard: statistics.median(many) / steps * 1000 for guard, many in found.items()}
+        result = {guard: [getattr(one, kind) for one in many] for guard, many in times.items()}
+        ratios = sorted(on / off for on, off in zip(result[True], result[False], strict=True))
+        middle = {guard: statistics.median(many) / steps * 1000 for guard, many in result.items()}
         console.print(
             f"  {name}: {middle[False]:.1f} ms a step without the guard, {middle[True]:.1f} ms "
             "with it; "

@@ -172,8 +172,8 @@ def _quiet(step: int, words: str) -> None:
 
 def _last_kl(lines: list[dict[str, Any]]) -> float:
     """Held-out KL of the last evaluation; not a number where it was none."""
-    found = [line["kl"] for line in lines if line["kind"] == "held_out"][-1]
-    return math.nan if found is None else float(found)
+    result = [line["kl"] for line in lines if line["kind"] == "held_out"][-1]
+    return math.nan if result is None else float(result)
 
 
 def is_named(events: list[dict[str, Any]], place: Place, steps: int) -> bool:

@@ -66,10 +66,10 @@ def main() -> None:
                     continue
                 assert code == 0, f"exit code {code}"
                 break
-            found = contents(folder)
-            left = [name for name in found if name not in expected]
+            result = contents(folder)
+            left = [name for name in result if name not in expected]
             assert all(name.startswith(".") for name in left), left
-            assert {name: found[name] for name in expected} == expected, "a store differs"
+            assert {name: result[name] for name in expected} == expected, "a store differs"
             stores += 1
             print(f"{kills} kills, {stores} stores, all equal to the undisturbed one", flush=True)
 

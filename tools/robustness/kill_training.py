@@ -90,13 +90,13 @@ def frequent_command(arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-c", FREQUENT, *arguments]
 
 
-def differences(reference: Path, found: Path) -> list[str]:
+def differences(reference: Path, result: Path) -> list[str]:
     """Which of the compared files are missing or not equal to the byte."""
     return [
         name
         for name in COMPARED
-        if not (found / name).exists()
-        or (found / name).read_bytes() != (reference / name).read_bytes()
+        if not (result / name).exists()
+        or (result / name).read_bytes() != (reference / name).read_bytes()
     ]
 
 
@@ -272,10 +272,10 @@ def kill_and_compare(root: Path, job: Job, options: argparse.Namespace, console:
         moments = draw_moments(chance, options.kills_per_run, steps, seconds / steps)
         made = disturbed(run, frequent_command(job.arguments(store, out)), out, job, moments)
         kills += made
-        found = judge(run, made, reference, out)
-        wrong += found
+        result = judge(run, made, reference, out)
+        wrong += result
         hit = ", ".join(f"{kill.step}→{kill.checkpoint}{'*' * kill.while_saving}" for kill in made)
-        verdict = f"[bold red]{'; '.join(found)}[/]" if found else "equal"
+        verdict = f"[bold red]{'; '.join(result)}[/]" if result else "equal"
         console.print(f"run {run}: killed at {hit or 'no step'}; {verdict}")
         if not made and run >= options.kills:
             raise RuntimeError(

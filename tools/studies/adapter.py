@@ -64,7 +64,7 @@ def prepare_base(folder: Path, kind: Kind) -> Path:
 # -- tables ---------------------------------------------------------------------------------------
 
 
-def ways_table(found: Sequence[Figures]) -> Table:
+def ways_table(result: Sequence[Figures]) -> Table:
     """A row for every kind and way; memory as ``Figures`` has it."""
     table = Table("kind", "way")
     for name in (
@@ -79,7 +79,7 @@ def ways_table(found: Sequence[Figures]) -> Table:
         table.add_column(name, justify="right")
     for name in ("state", "peak", "of it beyond", "F32 file off by", "checkpoint"):
         table.add_column(name, justify="right")
-    for one in found:
+    for one in result:
         exported = ("", "")
         if one.logit_difference is not None and one.checkpoint_bytes is not None:
             exported = (f"{one.logit_difference:.1e}", human_bytes(one.checkpoint_bytes))
@@ -100,13 +100,13 @@ def ways_table(found: Sequence[Figures]) -> Table:
     return table
 
 
-def rates_table(found: Sequence[Figures], rates: Sequence[float]) -> Table:
+def rates_table(result: Sequence[Figures], rates: Sequence[float]) -> Table:
     """A row for every kind and way: the KL after training at each of the ``rates``, where it
     came to its end."""
     rates = sorted(rates)
     table = Table("kind", "way", *(f"× {rate:g}" for rate in rates), "best")
-    for kind, way in dict.fromkeys((one.job.kind, one.job.way) for one in found):
-        mine = {one.job.rate: one for one in found if (one.job.kind, one.job.way) == (kind, way)}
+    for kind, way in dict.fromkeys((one.job.kind, one.job.way) for one in result):
+        mine = {one.job.rate: one for one in result if (one.job.kind, one.job.way) == (kind, way)}
         best = min(mine, key=lambda rate: mine[rate].kl_after)
         cells = [f"{mine[rate].kl_after:.4f}" if rate in mine else "aborted" for rate in rates]
         table.add_row(kind, way, *cells, f"× {best:g} ({mine[best].learning_rate:.2g})")
@@ -187,7 +187,7 @@ def main(
     about = machine(threads)
     console.print(machine_line(about))
     same = {"steps": steps, "batch": batch, "seed": seed, "threads": threads}
-    found: list[Figures] = []
+    result: list[Figures] = []
     with tempfile.TemporaryDirectory(prefix="bench-adapter-") as name:
         try:
             _check_store(store)
@@ -201,7 +201,7 @@ def main(
                 except TrainingAborted as error:  # such a rate is a result too
                     console.print(f"{job.kind} {job.way} × {job.rate:g}: {error}")
                     continue
-                found.append(one)
+                result.append(one)
                 console.print(
                     f"{job.kind} {job.way} × {job.rate:g}: KL {one.kl_before:.4f} → "
                     f"{one.kl_after:.4f}"
@@ -209,10 +209,10 @@ def main(
         except (UserError, StoreError) as error:
             raise typer.BadParameter(str(error)) from None
     if multiples:
-        console.print(rates_table(found, multiples))
-    console.print(ways_table(found))
+        console.print(rates_table(result, multiples))
+    console.print(ways_table(result))
     if output is not None:
-        write_json(output, {"machine": about, "figures": [one.to_json() for one in found]})
+        write_json(output, {"machine": about, "figures": [one.to_json() for one in result]})
 
 
 if __name__ == "__main__":

@@ -155,11 +155,11 @@ class Trial:
         prompts = labelled_prompts(
             self.config, read_safety_prompts(self.config), None, self.store, Console(quiet=True)
         )
-        found = safety_data(self.config, prompts, self.kept.tokenizer, self.kept.info)
-        if found is not None:
+        result = safety_data(self.config, prompts, self.kept.tokenizer, self.kept.info)
+        if result is not None:
             every, together = self.config.safety.rhythm(len(self.plan))
             self.data = replace(
-                self.data, prompts=found.train, prompts_every=every, prompts_together=together
+                self.data, prompts=result.train, prompts_every=every, prompts_together=together
             )
 
     def held_out(self) -> HeldOut:

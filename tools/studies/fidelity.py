@@ -112,10 +112,10 @@ def errors(
             rows = slice(start, start + ROWS)
             own = (student[rows] @ matrix.T / temperature).softmax(dim=-1)
             dense = own - (logits[rows] / temperature).softmax(dim=-1)
-            found = own - ways(rows, temperature, own)
+            values = own - ways(rows, temperature, own)
             exact += dense.T @ student[rows]
-            weight += found.T @ student[rows]
-            off += float((((found - dense) @ matrix) ** 2).sum())
+            weight += values.T @ student[rows]
+            off += float((((values - dense) @ matrix) ** 2).sum())
             size += float(((dense @ matrix) ** 2).sum())
         result.append((float((weight - exact).norm() / exact.norm()), (off / size) ** 0.5))
     return result
@@ -214,8 +214,8 @@ def measure(path: Path, text: Path | None, student: Path | None, width: int) -> 
         ways.append(("top-32, renormalised", 32 * 4, truncated(logits, 32)))
     table = Table("stored", "bytes/token", *(f"T={t:g} weight · hidden" for t in TEMPERATURES))
     for name, size, way in ways:
-        found = errors(hidden[:POSITIONS], matrix, logits, way)
-        table.add_row(name, str(size), *(f"{weight:.3f} · {state:.3f}" for weight, state in found))
+        result = errors(hidden[:POSITIONS], matrix, logits, way)
+        table.add_row(name, str(size), *(f"{weight:.3f} · {state:.3f}" for weight, state in result))
     console = Console(width=120)
     console.print(
         f"{info.name}, {len(logits)} positions, {kind} student of width {matrix.shape[1]}"

@@ -404,8 +404,8 @@ def run_missing(
     if len(missing) < len(wanted):
         say(f"{len(wanted) - len(missing)} of {len(wanted)} results are there already")
     for number, (seed, row) in enumerate(missing, 1):
-        found = results.add(row, seed, bench.measure(row, seed))
-        told = found.get("failed") or f"KL {found['kl']:.4f}, {found['seconds']:.1f} s"
+        result = results.add(row, seed, bench.measure(row, seed))
+        told = result.get("failed") or f"KL {result['kl']:.4f}, {result['seconds']:.1f} s"
         say(f"{number}/{len(missing)}  seed {seed}  {row.name}: {told}")
 
 

@@ -174,20 +174,20 @@ def cost(options: argparse.Namespace, console: RichConsole) -> None:
     """Time both sizes' steps and files, show and write everything."""
     here = machine(torch.get_num_threads())
     jobs = cost_jobs(options, open_material(options))
-    found: dict[str, Any] = {"steps": [], "files": []}
+    result: dict[str, Any] = {"steps": [], "files": []}
     for job in jobs:
-        found["steps"].append(measure_steps(job, options.rounds, options.warmup))
+        result["steps"].append(measure_steps(job, options.rounds, options.warmup))
     for job in jobs:
         with tempfile.TemporaryDirectory(prefix="bench-so8t-") as name:
-            found["files"].append(
+            result["files"].append(
                 measure_files(job.title, job.shape, Path(name), options.quant, options.speed_rounds)
             )
-    for table in cost_tables(found):
+    for table in cost_tables(result):
         console.print(table)
     if options.json:
         write_json(
             options.json,
-            {"machine": here, "settings": jobs[0].run.model_dump(mode="json"), **found},
+            {"machine": here, "settings": jobs[0].run.model_dump(mode="json"), **result},
         )
 
 

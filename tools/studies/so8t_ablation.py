@@ -272,10 +272,10 @@ def held_out_figures(
     student: SO8TForCausalLM, store: SoftTargetStore, held_out: list[int]
 ) -> dict[str, float]:
     """What the final hidden states of held-out sequences look like."""
-    found = finals(student, store, held_out)
+    result = finals(student, store, held_out)
     return {
-        "effective_rank": effective_rank(found.states),
-        "second_difference": found.bend / len(found.states),
+        "effective_rank": effective_rank(result.states),
+        "second_difference": result.bend / len(result.states),
     }
 
 
@@ -293,9 +293,9 @@ def head_figures(
         names = ("refuse_recall", "escalate_precision", "allow_precision", "accuracy")
         content |= {name: getattr(decided, name) for name in names}
     if heads.verification is not None:
-        found = finals(student, store, for_scores)
-        assert found.expected is not None
-        score = score_verification(found.expected, found.agreed, heads.trust)
+        result = finals(student, store, for_scores)
+        assert result.expected is not None
+        score = score_verification(result.expected, result.agreed, heads.trust)
         content |= {"auroc": score.auroc, "calibration_error": score.calibration_error}
     return content
 
@@ -303,12 +303,12 @@ def head_figures(
 @torch.no_grad()
 def last_states(student: SO8TForCausalLM, prompts: PromptSet) -> Tensor:
     """The final hidden state of each prompt's last token, ``[P, D]``."""
-    found = []
+    result = []
     for start in range(0, len(prompts), TOGETHER):
         tokens, lengths = padded(prompts.tokens[start : start + TOGETHER])
         states = student(tokens.to(student.device), with_logits=False).last_hidden_state
-        found.append(states[torch.arange(len(lengths)), lengths - 1])
-    return torch.cat(found)
+        result.append(states[torch.arange(len(lengths)), lengths - 1])
+    return torch.cat(result)
 
 
 # -- tables ---------------------------------------------------------------------------------------
@@ -382,8 +382,8 @@ def ablation_tables(
     }
     good = {name: [line for line in lines if "failed" not in line] for name, lines in made.items()}
     kls = {name: {line["seed"]: line["kl"] for line in lines} for name, lines in good.items()}
-    found = [results.find(full, seed) for seed in seeds]
-    of_full = {line["seed"]: line["kl"] for line in found if line and "failed" not in line}
+    result = [results.find(full, seed) for seed in seeds]
+    of_full = {line["seed"]: line["kl"] for line in result if line and "failed" not in line}
     for title, columns in TABLES.items():
         table = Table(
             "variant", *(column[0] for column in columns), title=title, title_justify="left"

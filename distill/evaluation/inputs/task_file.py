@@ -60,8 +60,8 @@ def read_tasks(path: Path) -> list[Task]:
         UserError: unreadable, empty, or a malformed line, which it names.
     """
     require_size(path, "tasks", MAX_FILE_BYTES)
-    found = rows(path, COLUMNS, "tasks")
-    tasks = [_task(entry, where) for where, entry in found]
+    result = rows(path, COLUMNS, "tasks")
+    tasks = [_task(entry, where) for where, entry in result]
     if not tasks:
         raise UserError(f"tasks {path}: the file is empty")
     return tasks

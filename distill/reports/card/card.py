@@ -159,33 +159,37 @@ def front_matter(facts: CardFacts) -> ModelCardData:
     )
 
 
-def _hub_license(found: License | None) -> tuple[str, str | None, str | None]:
+def _hub_license(stated: License | None) -> tuple[str, str | None, str | None]:
     """Identifier, name and link as the Hub takes them."""
-    if found is None:
+    if stated is None:
         return "unknown", None, None
-    if found.identifier.lower() in HUB_LICENSES:
-        return found.identifier.lower(), None, None
-    name = found.name or found.identifier
-    link = found.link if found.link and found.link.startswith("https://") else None
+    if stated.identifier.lower() in HUB_LICENSES:
+        return stated.identifier.lower(), None, None
+    name = stated.name or stated.identifier
+    link = stated.link if stated.link and stated.link.startswith("https://") else None
     return "other", one_line(name), None if link is None else one_line(link)
 
 
 def _eval_results(facts: CardFacts) -> list[EvalResult]:
     """The exported file's scores as the Hub's ``model-index`` has them; figures that are not
     finite are left out."""
-    found = facts.results.evaluation
-    kl = kl_name(found.kl_over)
+    evaluation = facts.results.evaluation
+    kl = kl_name(evaluation.kl_over)
     scores = (
-        ("kl_divergence", f"{kl} to the {found.against} (nats per token)", found.exported.kl),
-        ("accuracy", f"same top token as the {found.against}", found.exported.agreement),
-        ("perplexity", "perplexity", found.exported.perplexity),
+        (
+            "kl_divergence",
+            f"{kl} to the {evaluation.against} (nats per token)",
+            evaluation.exported.kl,
+        ),
+        ("accuracy", f"same top token as the {evaluation.against}", evaluation.exported.agreement),
+        ("perplexity", "perplexity", evaluation.exported.perplexity),
     )
     return [
         EvalResult(
             task_type="text-generation",
             dataset_type="held-out",
             dataset_name=f"{data_name(facts)}, the part kept out of training",
-            dataset_args={"positions": found.positions},
+            dataset_args={"positions": evaluation.positions},
             metric_type=kind,
             metric_name=name,
             metric_value=float(f"{value:.6g}"),

@@ -33,7 +33,7 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True)
 class License:
-    """The licence as the exported file carries it: ``general.license``, its name, and a link to
+    """The stated as the exported file carries it: ``general.license``, its name, and a link to
     its text."""
 
     identifier: str
@@ -135,7 +135,7 @@ def _health(records: Records) -> list[Fact]:
 
 
 def _metadata(file: GGUFFile) -> Metadata:
-    """What the keys of the GGUF specification say of licence, origin and languages."""
+    """What the keys of the GGUF specification say of stated, origin and languages."""
 
     def text(key: str) -> str | None:
         value = file.value(key)
@@ -143,13 +143,13 @@ def _metadata(file: GGUFFile) -> Metadata:
 
     identifier, name = text("general.license"), text("general.license.name")
     address = text("general.license.link")
-    found = identifier or name
+    result = identifier or name
     links = [text(f"general.base_model.{number}.repo_url") or "" for number in range(MOST_MODELS)]
     models = dict.fromkeys(known[1] for link in links if (known := _HUB_MODEL.fullmatch(link)))
     languages = file.value("general.languages")
     spoken = languages if isinstance(languages, list) else []
     return Metadata(
-        None if found is None else License(found, name, address),
+        None if result is None else License(result, name, address),
         list(models),
         [one for one in spoken if isinstance(one, str) and _LANGUAGE.fullmatch(one)],
     )

@@ -46,19 +46,19 @@ def student_name(facts: CardFacts) -> str:
 
 def summary(facts: CardFacts) -> str:
     """What the model is, in two sentences."""
-    student, found = facts.results.student, facts.results.evaluation
+    student, evaluation = facts.results.student, facts.results.evaluation
     known = [f"{human_count(student.parameters)} parameters"] if student.parameters else []
     known += [f"{human_bytes(student.file_bytes)} as {student.quant}"] if student.file_bytes else []
     size = f" ({', '.join(known)})" if known else ""
     text = f"A small language model{size}, distilled from “{teacher_name(facts)}”."
-    if found.exported.agreement is None:
+    if evaluation.exported.agreement is None:
         return text
-    low, high = found.exported.intervals.get("agreement", (None, None))
+    low, high = evaluation.exported.intervals.get("agreement", (None, None))
     interval = "" if low is None or high is None else f" (95 % interval {100 * low:.1f}–{high:.1%})"
     return (
         f"{text} Its most probable next token is the teacher's at "
-        f"{share(found.exported.agreement)} of "
-        f"{found.positions:,} positions in text outside its training{interval}."
+        f"{share(evaluation.exported.agreement)} of "
+        f"{evaluation.positions:,} positions in text outside its training{interval}."
     )
 
 
@@ -180,24 +180,26 @@ def checksums(files: list[ExportedFile]) -> str:
 
 def limits(facts: CardFacts) -> list[str]:
     """What the figures do not say, as far as the records tell."""
-    results, found = facts.results, facts.results.evaluation
+    results, evaluation = facts.results, facts.results.evaluation
     flattered = " The best step was chosen on it too." if len(results.training.held_out) > 1 else ""
     result = [
         "The measurements say how near the model is to its teacher, not whether what it generates "
         "is true, "
         "useful or safe. It learns the teacher's mistakes too.",
-        f"They cover {found.positions:,} tokens of the same source as the training text, and no "
+        f"They cover {evaluation.positions:,} tokens of the same source as the training text, and "
+        "no "
         "other texts, "
         f"tasks or languages.{flattered}",
         "This is one training run: another seed would give somewhat other figures.",
     ]
-    if found.against == STORED_TARGETS:
+    if evaluation.against == STORED_TARGETS:
         result.append(
             "The teacher was not there: the student was compared with its stored targets."
         )
-    if found.exported.agreement is not None:
+    if evaluation.exported.agreement is not None:
         result.append(
-            f"At {1 - found.exported.agreement:.1%} of these tokens it differs from the teacher."
+            f"At {1 - evaluation.exported.agreement:.1%} of these tokens it differs from the "
+            "teacher."
         )
     teacher = results.teacher
     bits = (
@@ -229,12 +231,12 @@ def limits(facts: CardFacts) -> list[str]:
 def license_text(facts: CardFacts) -> str:
     """The license that the exported file carries; none is made up."""
     base = "" if facts.results.student.base is None else " and that of the base model"
-    found = facts.metadata.license
+    result = facts.metadata.license
     check = f"Check the teacher's license{base} before you use or share this model."
-    if found is None:
+    if result is None:
         return f"Unknown: the records name none. {check}"
-    names = ", ".join(dict.fromkeys(one for one in (found.identifier, found.name) if one))
-    link = f" Its text: {found.link}." if found.link else ""
+    names = ", ".join(dict.fromkeys(one for one in (result.identifier, result.name) if one))
+    link = f" Its text: {result.link}." if result.link else ""
     return f"{names}, as student.gguf says (general.license).{link} {check}"
 
 

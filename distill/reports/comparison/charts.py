@@ -33,18 +33,18 @@ TEACHER_LINE = {"color": "@grey", "dash": "dash", "width": 2}
 def charts(comparison: Comparison) -> dict[str, list[document.Chart]]:
     """The charts of each section; those without data are left out."""
     everyone = [comparison.teacher, *comparison.students]
-    found = {
+    result = {
         "trade": [_size(comparison), _speed(comparison)],
         "fidelity": [_agreement(comparison.students), _divergence(comparison.students)],
         "text": [_perplexity(comparison)],
     }
     if any(model.task for model in everyone):
-        found["tasks"] = [_tasks(everyone)]
+        result["tasks"] = [_tasks(everyone)]
     if any(model.safety for model in everyone):
-        found["safety"] = [_confusion(everyone)]
+        result["safety"] = [_confusion(everyone)]
     if any(model.harness for model in everyone):
-        found["harness"] = [_harness(everyone)]
-    return {key: [chart for chart in some if chart.figure["data"]] for key, some in found.items()}
+        result["harness"] = [_harness(everyone)]
+    return {key: [chart for chart in some if chart.figure["data"]] for key, some in result.items()}
 
 
 def labels(models: Sequence[ModelEvaluation]) -> list[str]:
@@ -53,13 +53,13 @@ def labels(models: Sequence[ModelEvaluation]) -> list[str]:
     types = [model.file_type for model in models]
     if len(models) > 1 and "" not in types and len(set(types)) == len(types):
         return types
-    found: list[str] = []
+    result: list[str] = []
     for model in models:
         label, number = _short(model.name), 2
-        while label in found:
+        while label in result:
             label, number = f"{_short(model.name)} ({number})", number + 1
-        found.append(label)
-    return found
+        result.append(label)
+    return result
 
 
 def _plain(names: Sequence[str]) -> list[str]:
@@ -164,7 +164,7 @@ def _pareto(
     ):
         if places:
             some = [students[place] for place in places]
-            found = {
+            result = {
                 "x": [_digits(cost(student)) for student in some],
                 "y": [_digits(kl_of(student)) for student in some],
                 "text": [names[place] if sides[place] else "" for place in places],
@@ -183,7 +183,7 @@ def _pareto(
                     "type": "scatter",
                     "mode": "markers+text",
                     "name": name,
-                    **found,
+                    **result,
                     "textfont": {"size": 12},
                     "marker": style,
                     "cliponaxis": False,
@@ -201,7 +201,7 @@ def label_sides(points: Sequence[tuple[float, float]], names: Sequence[str]) -> 
     """On which side of each point (in shares of the chart's width and height) its label covers no
     other label and no point, in Plotly's words; empty where there is no such side."""
     taken = [(x - LETTER, y - LINE / 3, x + LETTER, y + LINE / 3) for x, y in points]
-    found = []
+    result = []
     for (x, y), name in zip(points, names, strict=True):
         length = LETTER * (len(name) + 1)
         for side, left, low in (
@@ -214,11 +214,11 @@ def label_sides(points: Sequence[tuple[float, float]], names: Sequence[str]) -> 
             inside = left >= 0 and left + length <= 1
             if inside and not any(_meet(box, other) for other in taken if not _about(x, y, other)):
                 taken.append(box)
-                found.append(side)
+                result.append(side)
                 break
         else:
-            found.append("")
-    return found
+            result.append("")
+    return result
 
 
 def _about(x: float, y: float, box: tuple[float, float, float, float]) -> bool:
@@ -283,11 +283,11 @@ def _upright(x: float, name: str) -> dict[str, Any]:
 
 def _agreement(students: Sequence[ModelEvaluation]) -> document.Chart:
     """Three shares of every student."""
-    found = [fidelity_of(student) for student in students]
+    result = [fidelity_of(student) for student in students]
     groups = [
-        ("same top token", [one.top1 for one in found], "@blue"),
-        ("top 5", [one.top5 for one in found], "@green"),
-        ("acceptance", [one.acceptance for one in found], "@orange"),
+        ("same top token", [one.top1 for one in result], "@blue"),
+        ("top 5", [one.top5 for one in result], "@green"),
+        ("acceptance", [one.acceptance for one in result], "@orange"),
     ]
     figure = _bars(labels(students), groups, {"tickformat": ".0%", "range": [0, 1.02]})
     words = "Shares of positions, of top-5 tokens, and of drafted tokens that the teacher takes. "
@@ -299,10 +299,10 @@ def _agreement(students: Sequence[ModelEvaluation]) -> document.Chart:
 
 def _divergence(students: Sequence[ModelEvaluation]) -> document.Chart:
     """KL in both directions."""
-    found = [fidelity_of(student) for student in students]
+    result = [fidelity_of(student) for student in students]
     groups = [
-        ("KL(teacher ‖ student)", [one.kl for one in found], "@blue"),
-        ("KL(student ‖ teacher)", [one.reverse_kl for one in found], "@purple"),
+        ("KL(teacher ‖ student)", [one.kl for one in result], "@blue"),
+        ("KL(student ‖ teacher)", [one.reverse_kl for one in result], "@purple"),
     ]
     figure = _bars(
         labels(students), groups, {"title": {"text": "nats per token"}, "rangemode": "tozero"}
@@ -362,10 +362,10 @@ def _harness(everyone: Sequence[ModelEvaluation]) -> document.Chart:
     tasks = [_short(f"{task}: {metric}") for task, metric in chosen.items()]
     groups = []
     for place, (name, model) in enumerate(zip(_named(everyone), everyone, strict=True)):
-        found = [harness_figure(model, task, metric) for task, metric in chosen.items()]
-        if any(found):
+        result = [harness_figure(model, task, metric) for task, metric in chosen.items()]
+        if any(result):
             colour = "@grey" if place == 0 else draw.COLORS[(place - 1) % 7]
-            groups.append((name, found, colour))
+            groups.append((name, result, colour))
     figure = _bars(tasks, groups if tasks else [], {"range": [0, 1.02]})
     words = (
         "The first metric of each task that lies between 0 and 1; 95 % intervals. The table "

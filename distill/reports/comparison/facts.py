@@ -31,20 +31,20 @@ def trade_facts(comparison: Comparison) -> list[Fact]:
 
 def level_name(student: ModelEvaluation) -> str:
     """The level of a student's closeness."""
-    found = fidelity_of(student)
-    return level_of(found.kl.value, found.top1.value).name
+    fidelity = fidelity_of(student)
+    return level_of(fidelity.kl.value, fidelity.top1.value).name
 
 
 def verdict_of(students: Sequence[ModelEvaluation]) -> Verdict:
     """The verdict on the nearest student; which others share its level."""
     order = sorted(students, key=kl_of)
     best = order[0]
-    found = fidelity_of(best)
-    level, fact = level_fact(found.kl, found.top1, WHOLE_VOCABULARY, best.name)
+    fidelity = fidelity_of(best)
+    level, fact = level_fact(fidelity.kl, fidelity.top1, WHOLE_VOCABULARY, best.name)
     facts = [fact, Fact("plain", f"Bounds: {BOUNDS} (reasons: docs/verdict.md).")]
     if len(order) > 1:
         words = f"It is the nearest of {len(order)} students"
-        rivals = [other.name for other in order[1:] if _overlap(found.kl, fidelity_of(other).kl)]
+        rivals = [other.name for other in order[1:] if _overlap(fidelity.kl, fidelity_of(other).kl)]
         if rivals:
             words += f". Its interval overlaps that of {_some(rivals)}"
         for name, some in groupby(order, level_name):
@@ -134,13 +134,13 @@ def _perplexity(teacher: ModelEvaluation, students: Sequence[ModelEvaluation]) -
 
 def _draft(students: Sequence[ModelEvaluation]) -> Fact:
     best = max(students, key=lambda student: fidelity_of(student).tokens_per_pass)
-    found = fidelity_of(best)
+    fidelity = fidelity_of(best)
     return Fact(
         "plain",
-        f"As a draft for the teacher, {best.name} would have {share_spread(found.acceptance)} of "
-        "its tokens taken: "
-        f"{found.tokens_per_pass:.2f} tokens per pass of the teacher when it drafts "
-        f"{found.draft_length}.",
+        f"As a draft for the teacher, {best.name} would have {share_spread(fidelity.acceptance)} "
+        "of its tokens taken: "
+        f"{fidelity.tokens_per_pass:.2f} tokens per pass of the teacher when it drafts "
+        f"{fidelity.draft_length}.",
     )
 
 

@@ -17,6 +17,6 @@ def document_of(comparison: Comparison) -> Document:
         f"{names[0]} and {teacher}" if len(names) == 1 else f"{len(names)} students of {teacher}"
     )
     lead = "How near a student comes to its teacher, and what it takes; all on the same text."
-    found = verdict_of(comparison.students)
-    verdicts = [(f"Verdict: {found.level}", found.facts), ("Cost", trade_facts(comparison))]
+    verdict = verdict_of(comparison.students)
+    verdicts = [(f"Verdict: {verdict.level}", verdict.facts), ("Cost", trade_facts(comparison))]
     return Document(title, lead, verdicts, sections(comparison), charts(comparison))

@@ -17,28 +17,28 @@ from students.model.head_decisions import DECISIONS
 
 def sections(comparison: Comparison) -> list[Section]:
     """The parts of the page; those of which nothing is known are left out."""
-    found = [_trade(comparison), _fidelity(comparison), _text(comparison)]
+    result = [_trade(comparison), _fidelity(comparison), _text(comparison)]
     everyone = [comparison.teacher, *comparison.students]
     if any(model.task for model in everyone):
-        found.append(_tasks(everyone))
+        result.append(_tasks(everyone))
     if any(model.safety for model in everyone):
-        found.append(_safety(everyone))
+        result.append(_safety(everyone))
     if any(model.harness for model in everyone):
-        found.append(_harness(everyone))
-    return [*found, _source(comparison), _environment(comparison)]
+        result.append(_harness(everyone))
+    return [*result, _source(comparison), _environment(comparison)]
 
 
 def harness_rows(models: Sequence[ModelEvaluation]) -> list[tuple[str, str]]:
     """All tasks and metrics of lm-evaluation-harness that any model has, without their standard
     errors."""
-    found = dict.fromkeys(
+    result = dict.fromkeys(
         (task, metric)
         for model in models
         for task, metrics in model.harness.items()
         for metric in metrics
         if "_stderr" not in metric
     )
-    return list(found)
+    return list(result)
 
 
 def harness_figure(model: ModelEvaluation, task: str, metric: str) -> Figure | None:
@@ -287,7 +287,7 @@ def _environment(comparison: Comparison) -> Section:
 
 
 def _flat(tree: dict[str, Any]) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
+    result: list[tuple[str, str]] = []
     for name, value in tree.items():
-        found += _flat(value) if isinstance(value, dict) else [(name, str(value))]
-    return found
+        result += _flat(value) if isinstance(value, dict) else [(name, str(value))]
+    return result

@@ -43,7 +43,7 @@ def without_folders(text: object) -> str:
     for part in one_line(text, longest=2000).split(" + "):
         if _ABSOLUTE.match(part):
             part = last_part(part)
-        parts.append(_ABSOLUTE_WORD.sub(lambda found: last_part(found[0]), part))
+        parts.append(_ABSOLUTE_WORD.sub(lambda result: last_part(result[0]), part))
     return " + ".join(parts)
 
 

@@ -36,7 +36,7 @@ RUN_STYLES = (("@blue", "solid"), ("@red", "dash"))
 
 def charts(report: Report) -> dict[str, list[document.Chart]]:
     """The charts of each section; those without data are left out."""
-    found = {
+    result = {
         "training": [
             _loss(report),
             *_held_out(report),
@@ -48,15 +48,15 @@ def charts(report: Report) -> dict[str, list[document.Chart]]:
         "rotations": _rotations(report),
     }
     if report.final_weights is not None and report.final_weights.report is not None:
-        found |= weight_charts(report.final_weights.report)
+        result |= weight_charts(report.final_weights.report)
     if report.results is not None and (safety := report.results.heads.safety) is not None:
-        found["safety"] = [_confusion({"all": safety.test, **safety.languages})]
+        result["safety"] = [_confusion({"all": safety.test, **safety.languages})]
     if (
         report.results is not None
         and (verification := report.results.heads.verification) is not None
     ):
-        found["verification"] = [_reliability(verification), _cascade(verification)]
-    return {key: [chart for chart in some if chart.figure["data"]] for key, some in found.items()}
+        result["verification"] = [_reliability(verification), _cascade(verification)]
+    return {key: [chart for chart in some if chart.figure["data"]] for key, some in result.items()}
 
 
 def comparison_charts(comparison: Comparison) -> dict[str, list[document.Chart]]:
@@ -65,7 +65,7 @@ def comparison_charts(comparison: Comparison) -> dict[str, list[document.Chart]]
     names = [
         escape(f"{letter}: {report.name}", quote=False) for letter, report in runs
     ]  # Plotly reads some markup
-    found = []
+    result = []
     for name, title in (
         ("kl", " / ".join(dict.fromkeys(_title(report) for _, report in runs))),
         ("agreement", "Same top token"),
@@ -78,7 +78,7 @@ def comparison_charts(comparison: Comparison) -> dict[str, list[document.Chart]]
         axis: dict[str, Any] = {"title": {"text": "nats per token"}}
         if name == "agreement":
             axis = {"title": {"text": "share of tokens"}, "tickformat": ".0%"}
-        found.append(
+        result.append(
             document.Chart(
                 f"both-{name}",
                 title,
@@ -101,7 +101,7 @@ def comparison_charts(comparison: Comparison) -> dict[str, list[document.Chart]]
         figure = draw.figure(
             traces, draw.log_axis(traces, "nats per token" if name == "loss" else "")
         )
-        found.append(document.Chart(f"both-{name}", title, words, figure, wide=name == "loss"))
+        result.append(document.Chart(f"both-{name}", title, words, figure, wide=name == "loss"))
     told = [
         draw.line(curve, names[place], *RUN_STYLES[place])
         for place, (_, report) in enumerate(runs)
@@ -112,8 +112,8 @@ def comparison_charts(comparison: Comparison) -> dict[str, list[document.Chart]]
         "same everywhere."
     )
     figure = draw.figure(told, {"title": {"text": "nats"}, "rangemode": "tozero"})
-    found.append(document.Chart("both-information", "Information", words, figure))
-    return {"curves": [chart for chart in found if chart.figure["data"]]}
+    result.append(document.Chart("both-information", "Information", words, figure))
+    return {"curves": [chart for chart in result if chart.figure["data"]]}
 
 
 def _loss(report: Report) -> document.Chart:
@@ -326,9 +326,9 @@ def _confusion(scores: dict[str, SafetyScore]) -> document.Chart:
     return document.Chart("confusion", "Labels and decisions", words, figure)
 
 
-def _reliability(found: VerificationPart) -> document.Chart:
+def _reliability(result: VerificationPart) -> document.Chart:
     """What the head says against what comes true, with how many tokens say so."""
-    bins = found.reliability
+    bins = result.reliability
     said, true = [one.mean_probability for one in bins], [one.share_true for one in bins]
     counts = [one.count for one in bins]
     largest = max(counts, default=1)
@@ -367,24 +367,24 @@ def _reliability(found: VerificationPart) -> document.Chart:
     return document.Chart("reliability", "Reliability", words, figure)
 
 
-def _cascade(found: VerificationPart) -> document.Chart:
+def _cascade(result: VerificationPart) -> document.Chart:
     """Agreement of student and teacher together against what the teacher is asked."""
     asked, agree = (
-        [one.escalated for one in found.cascade],
-        [one.agreement for one in found.cascade],
+        [one.escalated for one in result.cascade],
+        [one.agreement for one in result.cascade],
     )
     hover = (
         "teacher answers %{x:.1%}, %{y:.1%} agree<br>asks below a probability of "
         "%{customdata:.3f}<extra></extra>"
     )
-    below = [one.threshold for one in found.cascade]
+    below = [one.threshold for one in result.cascade]
     traces = [
         draw.plain_line(asked, agree, "least certain tokens", "@blue")
         | {"customdata": below, "hovertemplate": hover},
-        draw.plain_line([0, 1], [found.agreement, 1], "picked blindly", "@grey", "dash")
+        draw.plain_line([0, 1], [result.agreement, 1], "picked blindly", "@grey", "dash")
         | {"hoverinfo": "skip"},
     ]
-    if (goal := cascade_goal(found)) is not None:
+    if (goal := cascade_goal(result)) is not None:
         words = f"{CASCADE_GOAL:.0%}: teacher answers {goal.escalated:.0%}"
         traces.append(
             draw.mark(goal.escalated, goal.agreement, words)
@@ -392,7 +392,7 @@ def _cascade(found: VerificationPart) -> document.Chart:
         )
     share = {"tickformat": ".0%", "range": [-0.02, 1.03]}
     axis = {"title": {"text": "agreement with the teacher"}, "tickformat": ".0%"}
-    figure = draw.figure(traces if found.cascade else [], axis)
+    figure = draw.figure(traces if result.cascade else [], axis)
     figure["layout"]["xaxis"] = {"title": {"text": "share of tokens the teacher answers"}, **share}
     words = (
         "Solid: the teacher answers the student's least certain tokens. Dashed: as many, "

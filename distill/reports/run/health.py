@@ -221,10 +221,10 @@ def _rotations(records: Records) -> list[Fact]:
     return [Fact("good", f"The rotations stayed rotations and none came to commute: {words}.")]
 
 
-def _safety(found: SafetyPart) -> list[Fact]:
+def _safety(result: SafetyPart) -> list[Fact]:
     """The three figures that the safety head is tuned for, against what it is tuned to reach;
     and what they cost."""
-    test, confusion = found.test, found.test.confusion
+    test, confusion = result.test, result.test.confusion
     refused, escalated, allowed = (
         sum(row[place] for row in confusion) for place in (REFUSE, ESCALATE, ALLOW)
     )
@@ -272,23 +272,23 @@ def _safety(found: SafetyPart) -> list[Fact]:
     return facts
 
 
-def _verification(found: VerificationPart) -> Fact:
+def _verification(result: VerificationPart) -> Fact:
     """Whether the verification head knows anything, and what that saves."""
-    if found.auroc is None:
+    if result.auroc is None:
         return Fact(
             "plain",
             "Verification head: all held-out tokens are alike, so nothing can be said about it.",
         )
     words = (
-        f"Verification head: AUROC {found.auroc:.3f}, calibration error "
-        f"{found.calibration_error:.3f}"
+        f"Verification head: AUROC {result.auroc:.3f}, calibration error "
+        f"{result.calibration_error:.3f}"
     )
-    if (goal := cascade_goal(found)) is not None:
+    if (goal := cascade_goal(result)) is not None:
         words += (
             f"; {CASCADE_GOAL:.0%} agreement with the teacher answering {goal.escalated:.0%} "
             "of the tokens"
         )
-    if found.auroc < GUESSING:
+    if result.auroc < GUESSING:
         return Fact(
             "warning", f"{words}. It hardly knows where the student agrees with the teacher."
         )
@@ -317,8 +317,8 @@ def _known(values: Sequence[float | None]) -> list[float]:
 
 def health_sentence(facts: Sequence[Fact]) -> str:
     """One sentence on all of them."""
-    found = sum(fact.level == "warning" for fact in facts)
-    if not found:
+    result = sum(fact.level == "warning" for fact in facts)
+    if not result:
         return "Training was healthy; that says nothing about use."
-    things = "thing is" if found == 1 else "things are"
-    return f"Training: {found} {things} worth a look in the report; that says nothing about use."
+    things = "thing is" if result == 1 else "things are"
+    return f"Training: {result} {things} worth a look in the report; that says nothing about use."

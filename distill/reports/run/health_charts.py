@@ -46,8 +46,8 @@ def health_charts(
     weights: Sequence[Line], probe: Sequence[Line], full_ranks: Mapping[str, int]
 ) -> list[document.Chart]:
     """Everything that is known of the student's inside over steps."""
-    found = [weights_over_time(weights, full_ranks), _information(probe), _inside(probe)]
-    return [chart for chart in found if chart.figure["data"]]
+    result = [weights_over_time(weights, full_ranks), _information(probe), _inside(probe)]
+    return [chart for chart in result if chart.figure["data"]]
 
 
 def weights_over_time(lines: Sequence[Line], full_ranks: Mapping[str, int]) -> document.Chart:
@@ -228,9 +228,9 @@ def _inside(lines: Sequence[Line]) -> document.Chart:
         if not names:
             continue
         z = [[draw.short(line.get(f"{prefix}:{name}"), 3) for line in lines] for name in names]
-        found = places_of(names)
+        result = places_of(names)
         labels = [
-            escape(name, quote=False) if found[name].layer is None else str(found[name].layer)
+            escape(name, quote=False) if result[name].layer is None else str(result[name].layer)
             for name in names
         ]
         if len(set(labels)) < len(labels):

@@ -56,7 +56,7 @@ def _over_names(
 ) -> list[float | None]:
     """Of each line the smallest or largest over all names; over what is given as whole, where
     that is."""
-    found: list[float | None] = []
+    result: list[float | None] = []
     names = names_of(lines, prefix)
     for line in lines:
         values = [
@@ -64,8 +64,8 @@ def _over_names(
             for name in names
             if (value := line.get(prefix + name)) is not None and (whole is None or whole.get(name))
         ]
-        found.append(choose(values) if values else None)
-    return found
+        result.append(choose(values) if values else None)
+    return result
 
 
 def _first(lines: Sequence[Line], name: str) -> float:

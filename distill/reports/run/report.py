@@ -133,15 +133,15 @@ def build_report(records: Records, progress: Console | None = None) -> Report:
     best = best_point(records.held_out)
     state = "finished" if results is not None else "running" if records.held else "stopped"
     metrics, final = records.metrics, final_weights(records, progress)
-    found = run_verdict(records)
+    result = run_verdict(records)
     first, *facts = health(records)
     facts = [first, *guard_facts(metrics, state == "finished"), *facts, *health_facts(metrics)]
     return Report(
         name=records.folder.resolve().name,
         folder=str(records.folder),
         state=state,
-        level=found.level,
-        verdict=found.facts,
+        level=result.level,
+        verdict=result.facts,
         health=[*facts, *final_facts(final)],
         teacher=teacher if results is None else results.teacher,
         student=StudentPart(None if size is None else str(size))
@@ -259,11 +259,11 @@ def _safety_ratios(results: Results | None) -> dict[str, list[Ratio]]:
     }
 
 
-def _differences(found: dict[str, Any], defaults: dict[str, Any]) -> list[Setting]:
+def _differences(result: dict[str, Any], defaults: dict[str, Any]) -> list[Setting]:
     """What is not as it would be without any flag."""
     return [
         Setting(key, value, defaults.get(key))
-        for key, value in found.items()
+        for key, value in result.items()
         if key not in defaults or value != defaults[key]
     ]
 
@@ -273,8 +273,8 @@ def _held_out_share(settings: dict[str, Setting]) -> Any:
 
 
 def _entry(config: dict[str, Any], section: str, key: str) -> Any:
-    found = config.get(section)
-    return found.get(key) if isinstance(found, dict) else None
+    result = config.get(section)
+    return result.get(key) if isinstance(result, dict) else None
 
 
 def _number(value: Any) -> float | None:

@@ -39,21 +39,21 @@ LANGUAGES = {"all": "all languages", "en": "English", "ja": "Japanese"}
 
 def sections(report: Report) -> list[Section]:
     """The parts of the report on one run; those of which nothing is known are left out."""
-    found = [_source(report)]
+    result = [_source(report)]
     results = report.results
     if results is not None:
-        found.append(result_section(results))
-    found.append(_training(report))
-    found += guard_sections(report.events, report.undone, report.guarded)
-    found += health_sections(report.weights, report.probe, report.full_ranks)
-    found += [_rotations(report), *_final_weights(report)]
+        result.append(result_section(results))
+    result.append(_training(report))
+    result += guard_sections(report.events, report.undone, report.guarded)
+    result += health_sections(report.weights, report.probe, report.full_ranks)
+    result += [_rotations(report), *_final_weights(report)]
     if results is not None and results.heads.safety is not None:
-        found.append(safety_section(results.heads.safety))
+        result.append(safety_section(results.heads.safety))
     if results is not None and results.heads.verification is not None:
-        found.append(verification_section(results.heads.verification))
+        result.append(verification_section(results.heads.verification))
     if results is not None:
-        found.append(environment_section(results, report.seed))
-    return found
+        result.append(environment_section(results, report.seed))
+    return result
 
 
 def comparison_sections(comparison: Comparison) -> list[Section]:
@@ -138,36 +138,36 @@ def _store_words(store: StorePart) -> str:
 
 def result_section(results: Results) -> Section:
     """Teacher, student and exported file at a glance, and the proof."""
-    found = results.evaluation
+    result = results.evaluation
     note = (
-        f"Over {found.positions:,} validation tokens at temperature 1, against the "
-        f"{found.against}; "
-        f"{kl_name(found.kl_over)} over the {found.kl_over}."
+        f"Over {result.positions:,} validation tokens at temperature 1, against the "
+        f"{result.against}; "
+        f"{kl_name(result.kl_over)} over the {result.kl_over}."
     )
-    if found.against == STORED_TARGETS:
+    if result.against == STORED_TARGETS:
         note += " The teacher was not there: its perplexity is what its stored targets give."
     head = ["", "teacher", "before training", "trained", "exported file", ""]
     glance = Table(
         "",
         head,
-        [*_score_rows(found), *_size_rows(results), *_head_rows(results)],
+        [*_score_rows(result), *_size_rows(results), *_head_rows(results)],
         note,
         spare=(3,),
     )
     return Section("result", "Teacher, student and exported file", [], [glance, _proof(results)])
 
 
-def _score_rows(found: EvaluationPart) -> list[list[str]]:
-    known, about = found.teacher, "≈ " if found.against == STORED_TARGETS else ""
+def _score_rows(result: EvaluationPart) -> list[list[str]]:
+    known, about = result.teacher, "≈ " if result.against == STORED_TARGETS else ""
     own = MISSING if known is None or known.perplexity is None else about + number(known.perplexity)
     rows = []
     for title, key, teacher in (
-        (f"{kl_name(found.kl_over)} (nats/token)", "kl", "0"),
+        (f"{kl_name(result.kl_over)} (nats/token)", "kl", "0"),
         ("same top token", "agreement", "100%"),
         ("perplexity", "perplexity", own),
     ):
-        scores = [_score(score, key) for score in (found.before, found.after, found.exported)]
-        low, high = found.exported.intervals.get(key, (None, None))
+        scores = [_score(score, key) for score in (result.before, result.after, result.exported)]
+        low, high = result.exported.intervals.get(key, (None, None))
         interval = ""
         if low is not None and high is not None and low <= high:
             ends = (share(low), share(high)) if key == "agreement" else (figure(low), figure(high))
@@ -203,9 +203,9 @@ def _head_rows(results: Results) -> list[list[str]]:
         shares = " · ".join(share(ratio.value) for ratio in ratios(heads.safety.test)[:3])
         words = "refuse recall · escalate, allow precision"
         rows.append(["safety head", *[MISSING] * 3, shares, words])
-    if (found := heads.verification) is not None:
-        known = "" if found.auroc is None else f"AUROC {found.auroc:.3f}"
-        error = f"calibration error {found.calibration_error:.3f}"
+    if (result := heads.verification) is not None:
+        known = "" if result.auroc is None else f"AUROC {result.auroc:.3f}"
+        error = f"calibration error {result.calibration_error:.3f}"
         rows.append(["verification head", *[MISSING] * 3, known or MISSING, error])
     return rows
 
@@ -324,9 +324,9 @@ def safety_section(safety: SafetyPart) -> Section:
         Table(
             f"Held-out prompts, {LANGUAGES.get(language, language)}",
             ["", "share", "cases", "95 % interval"],
-            [_ratio_row(ratio) for ratio in found],
+            [_ratio_row(ratio) for ratio in result],
         )
-        for language, found in by_language.items()
+        for language, result in by_language.items()
     ]
     score = {"all": safety.test, **safety.languages}
     rows = [
@@ -356,34 +356,34 @@ def _ratio_row(ratio: Ratio) -> list[str]:
     return [ratio.name, f"{ratio.value:.1%}", f"{ratio.right} of {ratio.cases}", interval]
 
 
-def verification_section(found: VerificationPart) -> Section:
+def verification_section(result: VerificationPart) -> Section:
     """Whether the student knows where it agrees with the teacher, and what that is good for."""
     words = [
         "For every token it writes, the student says how probably the teacher would write the "
         "same one. Here over "
-        f"{found.positions:,} held-out tokens, of which {found.agreement:.1%} agree."
+        f"{result.positions:,} held-out tokens, of which {result.agreement:.1%} agree."
     ]
     rows = [
         [
             "AUROC (0.5: guessing, 1: knows)",
-            MISSING if found.auroc is None else f"{found.auroc:.3f}",
+            MISSING if result.auroc is None else f"{result.auroc:.3f}",
         ],
-        ["calibration error", f"{found.calibration_error:.3f}"],
-        ["the student alone agrees", f"{found.agreement:.1%}"],
-        ["asks the teacher below a probability of", f"{found.trust:.3f}"],
+        ["calibration error", f"{result.calibration_error:.3f}"],
+        ["the student alone agrees", f"{result.agreement:.1%}"],
+        ["asks the teacher below a probability of", f"{result.trust:.3f}"],
     ]
-    if (there := found.at_trust) is not None:
+    if (there := result.at_trust) is not None:
         rows.append(["teacher then answers", f"{there.escalated:.1%}"])
         rows.append(["and of all tokens agree", f"{there.agreement:.1%}"])
-    if (goal := cascade_goal(found)) is not None:
-        words.append(cascade_words(found))
+    if (goal := cascade_goal(result)) is not None:
+        words.append(cascade_words(result))
         rows.append([f"teacher answers, for {CASCADE_GOAL:.0%} agreement", f"{goal.escalated:.1%}"])
     return Section("verification", "Verification head", words, [Table("", ["", ""], rows)])
 
 
-def cascade_words(found: VerificationPart) -> str:
+def cascade_words(result: VerificationPart) -> str:
     """One sentence on the cascade's goal."""
-    goal = cascade_goal(found)
+    goal = cascade_goal(result)
     if goal is None:
         return f"No share of tokens answered by the teacher reaches {CASCADE_GOAL:.0%} agreement."
     return (
@@ -396,18 +396,18 @@ def cascade_words(found: VerificationPart) -> str:
 
 def environment_section(results: Results, seed: int | None) -> Section:
     """Versions, seed and time."""
-    found, padding = results.environment, results.training.padding
+    result, padding = results.environment, results.training.padding
     rows = [
         ["seed", MISSING if seed is None else str(seed)],
-        ["Python", found.python],
+        ["Python", result.python],
         [
             "processor",
-            f"{found.machine}, {found.cpu}, {found.threads} "
-            f"thread{'s' if found.threads != 1 else ''}",
+            f"{result.machine}, {result.cpu}, {result.threads} "
+            f"thread{'s' if result.threads != 1 else ''}",
         ],
         ["precision of training", results.training.precision],
         *([["padding in training", share(padding)]] if padding is not None else []),
-        *([name, version] for name, version in found.packages.items()),
+        *([name, version] for name, version in result.packages.items()),
         *([["llama.cpp ran", results.llama_cpp.text]] if results.llama_cpp.text else []),
     ]
     stages = [[name, f"{seconds:,.1f} s"] for name, seconds in results.stage_seconds.items()]
@@ -460,9 +460,9 @@ def _summary(report: Report) -> Iterable[tuple[str, str]]:
         yield f"exported file, {name}", MISSING if one is None else figure(one.kl)
     for name in ("agreement", "perplexity"):
         yield f"exported file, {name}", MISSING if exported is None else _score(exported, name)
-    found = report.safety_ratios.get("all", [])
+    result = report.safety_ratios.get("all", [])
     for place, name in enumerate(("refuse recall", "escalate precision", "allow precision")):
-        yield f"safety, {name}", share(found[place].value) if found else MISSING
+        yield f"safety, {name}", share(result[place].value) if result else MISSING
     head = None if results is None else results.heads.verification
     goal = None if head is None else cascade_goal(head)
     yield "verification, AUROC", MISSING if head is None else figure(head.auroc)

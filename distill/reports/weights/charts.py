@@ -62,8 +62,8 @@ MEASURES = (
 
 def weight_charts(report: WeightsReport) -> dict[str, list[document.Chart]]:
     """The charts of a file of weights."""
-    found = [spectra("spectra", report.tensors), by_layer("by-layer", report.tensors)]
-    return {"weights": [chart for chart in found if chart.figure["data"]]}
+    result = [spectra("spectra", report.tensors), by_layer("by-layer", report.tensors)]
+    return {"weights": [chart for chart in result if chart.figure["data"]]}
 
 
 def weight_comparison_charts(comparison: WeightsComparison) -> dict[str, list[document.Chart]]:
@@ -192,13 +192,13 @@ def _cells(measure: Measure, rows: list[list[float | None]]) -> dict[str, Any]:
 
 def _over_medians(rows: list[list[float | None]]) -> list[list[float | None]]:
     """Each value over the median of its column; a column around 0 has no ratios."""
-    found = [
+    result = [
         median([value for value in column if value is not None] or [0.0])
         for column in zip(*rows, strict=True)
     ]
     return [
         [
-            value / found[place] if value is not None and found[place] else None
+            value / result[place] if value is not None and result[place] else None
             for place, value in enumerate(row)
         ]
         for row in rows

@@ -118,8 +118,8 @@ def _matched(ours: WeightFile, theirs: WeightFile) -> tuple[dict[str, str], bool
     if same or ours.format == theirs.format:
         return same, False
     there = {_translated(name, theirs.format): name for name in its}
-    found = {name: there[key] for name in mine if (key := _translated(name, ours.format)) in there}
-    return found, True
+    result = {name: there[key] for name in mine if (key := _translated(name, ours.format)) in there}
+    return result, True
 
 
 def _translated(name: str, kind: str) -> str:

@@ -90,17 +90,17 @@ def _open_gguf(path: Path) -> WeightFile:
     file = read_gguf(path, model=False)
     if not file.tensors:
         raise UserError(f"{path} has no tensor in it (a tokenizer alone?); give a model's file")
-    found = []
+    result = []
     for name, info in file.tensors.items():
         if info.parameters == 0:
             raise UserError(f"{path} is damaged: tensor {name!r} has the shape {info.shape}")
         read = partial(_dequantised, file.tensor, name)
-        found.append(
+        result.append(
             Stored(_plain(name), info.shape, info.type.name, info.type in WHOLE_GGUF, read)
         )
     architecture = file.value("general.architecture")
     return WeightFile(
-        path, GGUF, file.size, architecture if isinstance(architecture, str) else None, found
+        path, GGUF, file.size, architecture if isinstance(architecture, str) else None, result
     )
 
 

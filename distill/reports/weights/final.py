@@ -32,10 +32,10 @@ class FinalWeights:
 
 def final_weights(records: Records, console: Console | None = None) -> FinalWeights | None:
     """What the run's weights look like now; nothing where there are none yet."""
-    found = _newest(records)
-    if found is None:
+    result = _newest(records)
+    if result is None:
         return None
-    source, path = found
+    source, path = result
     try:
         with open_weights(path) as file:
             return FinalWeights(source, _weigh(file, console))

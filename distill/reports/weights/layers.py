@@ -22,19 +22,19 @@ class Place:
 
 def places_of(names: Iterable[str]) -> dict[str, Place]:
     """The place of each name; a kind is as short as it can be and still be told from the others."""
-    found: dict[str, tuple[int | None, str]] = {}
+    result: dict[str, tuple[int | None, str]] = {}
     for name in names:
         match = LAYER.search(name)
         rest = name if match is None else name[match.end() :]
-        found[name] = (
+        result[name] = (
             None if match is None else int(match[1]),
             rest.removesuffix(".weight") or name,
         )
-    whole = {kind for layer, kind in found.values() if layer is not None}
+    whole = {kind for layer, kind in result.values() if layer is not None}
     last = Counter(_last(kind) for kind in whole)
     return {
         name: Place(layer, _last(kind) if layer is not None and last[_last(kind)] == 1 else kind)
-        for name, (layer, kind) in found.items()
+        for name, (layer, kind) in result.items()
     }
 
 

@@ -52,16 +52,16 @@ class MeasuredTensor:
     @property
     def rank_share(self) -> float | None:
         """Effective rank as a share of the full one, where that says something."""
-        found = self.figures.spectrum
-        if found is None or found.full_rank < SMALLEST_SIDE or self.figures.zero_share == 1.0:
+        spectrum = self.figures.spectrum
+        if spectrum is None or spectrum.full_rank < SMALLEST_SIDE or self.figures.zero_share == 1.0:
             return None
-        return found.rank_share
+        return spectrum.rank_share
 
     @property
     def alpha(self) -> float | None:
         """The heavy tail's exponent."""
-        found = self.figures.spectrum
-        return None if found is None or found.tail is None else found.tail.alpha
+        spectrum = self.figures.spectrum
+        return None if spectrum is None or spectrum.tail is None else spectrum.tail.alpha
 
     @property
     def collapsed(self) -> bool:

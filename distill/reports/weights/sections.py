@@ -138,22 +138,22 @@ def _row(one: MeasuredTensor) -> list[str]:
 
 def _remarks(one: MeasuredTensor) -> list[str]:
     """What is to be said of a tensor beyond its figures."""
-    figures, found = one.figures, []
+    figures, result = one.figures, []
     if figures.not_finite:
-        found.append(f"{figures.not_finite:,} not finite")
+        result.append(f"{figures.not_finite:,} not finite")
     if figures.zero_share == 1.0:
-        found.append("all zeros")
+        result.append("all zeros")
     elif one.dead:
-        found.append(
+        result.append(
             f"{figures.dead_rows or 0:,} dead rows, {figures.dead_columns or 0:,} dead columns"
         )
     if one.collapsed:
-        found.append("collapsed")
+        result.append("collapsed")
     if one.odd_tail:
-        found.append("odd tail")
+        result.append("odd tail")
     if figures.spectrum is not None and figures.spectrum.route == GRAM:
-        found.append("by Gram matrix")
-    return found
+        result.append("by Gram matrix")
+    return result
 
 
 def _rank(one: MeasuredTensor) -> str:

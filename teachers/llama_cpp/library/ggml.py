@@ -44,7 +44,7 @@ def devices() -> list[dict[str, Any]]:
         "ggml",
         {"ggml_backend_dev_count": (_SIZE, []), "ggml_backend_dev_get": (_POINTER, [_SIZE])},
     )
-    found = []
+    result = []
     for number in range(registry.ggml_backend_dev_count()):
         device = registry.ggml_backend_dev_get(number)
         if ggml_base.ggml_backend_dev_type(device) not in (GPU, INTEGRATED_GPU):
@@ -52,8 +52,8 @@ def devices() -> list[dict[str, Any]]:
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         ggml_base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
         name = ggml_base.ggml_backend_dev_description(device).decode("utf-8", errors="replace")
-        found.append({"name": name, "free_bytes": free.value, "total_bytes": total.value})
-    return found
+        result.append({"name": name, "free_bytes": free.value, "total_bytes": total.value})
+    return result
 
 
 def describe_library() -> dict[str, Any]:
