@@ -13,7 +13,7 @@ from distill.errors import TrainingAborted, UserError
 from distill.losses.objective import Objective
 from distill.runs import folder
 from distill.runtime.cpu import onednn_for_float32
-from distill.training import checkpoint, engine
+from distill.training import checkpoint, distributed, engine
 from distill.training.data import TrainingData
 from distill.training.distributed import TrainingModule
 from distill.training.engine import TrainingJob, train
@@ -199,18 +199,23 @@ def test_the_score_against_the_reference(tmp_path: Path, kind: str) -> None:
 def test_short_sequences_are_multiplied_by_onednn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: TrainingData
 ) -> None:
-    """On a CPU where that is exact; where sequences are long, as PyTorch does it."""
+    """On a CPU where that is exact, and for packed rows; long padded ones as PyTorch does it."""
     settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision
     with onednn_for_float32():
         quick = settings.fp32_precision
-    for longest, wanted in ((engine.SHORT_ON_CPU, quick), (2, before)):
-        monkeypatch.setattr(engine, "SHORT_ON_CPU", longest)
-        seen, folder = set(), tmp_path / str(longest)
+    for longest, packs, wanted in (
+        (distributed.SHORT_ON_CPU, False, quick),
+        (2, False, before),
+        (2, True, quick),
+    ):
+        monkeypatch.setattr(distributed, "SHORT_ON_CPU", longest)
+        monkeypatch.setattr(SO8TForCausalLM, "packs", packs)
+        seen, folder = set(), tmp_path / f"{longest}-{packs}"
         folder.mkdir()
         job = TrainingJob(fresh_student(), data, Objective(LOSS), TRAIN, folder)
         train(job, lambda step, text, seen=seen: seen.add(settings.fp32_precision))
-        assert seen == {wanted} and settings.fp32_precision == before, longest
+        assert seen == {wanted} and settings.fp32_precision == before, (longest, packs)
 
 
 def test_evaluation_steps() -> None:
