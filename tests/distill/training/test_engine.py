@@ -20,6 +20,7 @@ from distill.training.engine import TrainingJob, train
 from distill.training.optimizer import build_optimizer, build_schedule
 from distill.training.validation import evaluation_steps, validation_score
 from students.model import so8
+from students.model.decoder import SO8TForCausalLM
 from tests.support.references import reference_bucket_kl
 from tests.support.teachers import BigramTeacher
 from tests.support.training import (
