@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from distill.metrics.safety import SafetyScore
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -42,20 +40,3 @@ def wilson(right: int, cases: int) -> tuple[float, float]:
         / (1 + square / cases)
     )
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def ratios(score: SafetyScore) -> list[Ratio]:
-    """Recall and precision of each decision; first those that the head is tuned for."""
-    confusion, names = score.confusion, ("Allow", "Escalate", "Refuse")
-    all_ratios = {}
-    for index, name in enumerate(names):
-        right = confusion[index][index]
-        for kind, cases in (
-            ("Recall", sum(confusion[index])),
-            ("Precision", sum(row[index] for row in confusion)),
-        ):
-            low, high = wilson(right, cases) if cases else (None, None)
-            share = right / cases if cases else None
-            all_ratios[f"{name} {kind}"] = Ratio(f"{name} {kind}", right, cases, share, low, high)
-    first = ("Refuse Recall", "Escalate Precision", "Allow Precision")
-    return [all_ratios[name] for name in dict.fromkeys((*first, *all_ratios))]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distill.metrics.calibration import expected_calibration_error
+from distill.metrics.intervals import Ratio, wilson
 from students.model.head_decisions import ALLOW, DECISIONS, ESCALATE, REFUSE
 from students.model.heads import decide
 
@@ -116,3 +117,20 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 def _ratio(part: Tensor, whole: Tensor) -> float | None:
     return float(part) / float(whole) if float(whole) else None
+
+
+def ratios(score: SafetyScore) -> list[Ratio]:
+    """Recall and precision of each decision; first those that the head is tuned for."""
+    confusion, names = score.confusion, ("Allow", "Escalate", "Refuse")
+    all_ratios = {}
+    for index, name in enumerate(names):
+        right = confusion[index][index]
+        for kind, cases in (
+            ("Recall", sum(confusion[index])),
+            ("Precision", sum(row[index] for row in confusion)),
+        ):
+            low, high = wilson(right, cases) if cases else (None, None)
+            share = right / cases if cases else None
+            all_ratios[f"{name} {kind}"] = Ratio(f"{name} {kind}", right, cases, share, low, high)
+    first = ("Refuse Recall", "Escalate Precision", "Allow Precision")
+    return [all_ratios[name] for name in dict.fromkeys((*first, *all_ratios))]

@@ -7,7 +7,8 @@ from typing import Any
 
 from distill.evaluation.pareto import fidelity_of, size_front, speed_front
 from distill.evaluation.records import Comparison, ModelEvaluation
-from distill.metrics.intervals import Z95, Figure, ratios
+from distill.metrics.intervals import Z95, Figure
+from distill.metrics.safety import ratios
 from distill.reports.comparison.facts import counted, level_name
 from distill.reports.document import Section, Table
 from distill.reports.verdict import share_spread, spread

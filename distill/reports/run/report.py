@@ -9,7 +9,8 @@ from typing import Any
 
 from distill.config.loading import flatten, load_config
 from distill.metrics.closeness import kl_name
-from distill.metrics.intervals import Ratio, ratios
+from distill.metrics.intervals import Ratio
+from distill.metrics.safety import ratios
 from distill.reports.document import Curve, Fact
 from distill.reports.run.guard_log import guard_facts, health_facts
 from distill.reports.run.health import health

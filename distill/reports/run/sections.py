@@ -15,7 +15,8 @@ from typing import Any
 from distill.evaluation.scorers import STORED_TARGETS
 from distill.heads.prompts import BUILT_IN, TEACHER
 from distill.metrics.closeness import kl_name
-from distill.metrics.intervals import Ratio, ratios
+from distill.metrics.intervals import Ratio
+from distill.metrics.safety import ratios
 from distill.metrics.verification import CASCADE_GOAL, VerificationPart, cascade_goal
 from distill.reports.document import Section, Table
 from distill.reports.run.guard_log import counted, guard_sections
