@@ -16,6 +16,7 @@ Each class also says how it is stored: ``arrays``, ``reduce`` and ``from_arrays`
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
@@ -266,14 +267,14 @@ class CompactTargets(_Rows):
         return cls(ids, logits, tail, vocab_size, code, None if code is None else head)
 
 
-class _AllLogits(_Rows):
+class _AllLogits(_Rows, ABC):
     """Targets that give every logit."""
 
     has_tail_shape = True
 
+    @abstractmethod
     def _logits(self, out: Tensor | None = None) -> Tensor:
         """A copy of all logits ``[..., V]``, into ``out`` where it is given."""
-        raise NotImplementedError
 
     def head_logits(self, out: Tensor) -> Tensor | None:
         """All logits, into ``out [N, V]``."""

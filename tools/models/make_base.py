@@ -1,5 +1,5 @@
 """Writes a checkpoint folder such as an existing smaller model comes in, with a teacher's
-vocabulary.
+vocabulary. Over 400 lines because both kinds of base share their settings and writing.
 
     python -m tools.models.make_base OUT --kind llama       a few million parameters
     python -m tools.models.make_base OUT --kind qwen2 --teacher x.gguf --text some.txt
@@ -8,8 +8,6 @@ vocabulary.
 The small one knows half of the kinds of request that the example teacher answers, so that
 distillation has something to gain. The large one is what memory and speed are measured on; it is
 written layer by layer, so that main memory holds one layer at a time.
-
-Over 400 lines because both kinds of base share their settings and writing.
 """
 
 from __future__ import annotations
