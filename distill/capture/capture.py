@@ -7,6 +7,7 @@ from pathlib import Path
 from distill.capture.corpus import Corpus, DataRows, build_corpus
 from distill.capture.teachers import open_teacher
 from distill.config.schema import RunConfig
+from distill.errors import UserError
 from distill.runtime.format import human_bytes, human_count
 from distill.runtime.progress import Console
 from teachers.base import SINGLE_PROCESS, ProcessRank, Teacher, TeacherInfo
@@ -34,9 +35,21 @@ def load_teacher(config: RunConfig, console: Console) -> Teacher:
 def read_data(
     config: RunConfig, teacher: Teacher, console: Console, data: DataRows | None = None
 ) -> Corpus:
-    """Read the data, unless given, and report it; raises as ``build_corpus``."""
-    with console.stage("Read data") as stage:
-        corpus = build_corpus(config.data, teacher, config.seed, data)
+    """Read the data, unless given, and report it.
+
+    Raises:
+        UserError: as ``build_corpus``; and where nothing is generated, and all sequences are the
+            same, so that none could be held out.
+    """
+    with console.stage("Read data", total=100) as stage:
+        corpus = build_corpus(
+            config.data, teacher, config.seed, data, lambda share: stage.update(int(100 * share))
+        )
+        if not corpus.spoken and len({item.segments[0].tobytes() for item in corpus.items}) < 2:
+            raise UserError(
+                f"data {config.data.path}: all {len(corpus)} sequences are the same; at least 2 "
+                "different ones are needed (1 is held out)"
+            )
         spoken = f", the teacher writes in {corpus.spoken}" if corpus.spoken else ""
         stage.finish(f"{len(corpus)} sequences{spoken}")
     for note in corpus.notes:

@@ -21,7 +21,16 @@ from distill.capture.lengths import ANSWER_ROOM, cap, describe_cut, most_tokens
 from distill.capture.row_parser import RowParser
 from distill.config.schema import DataConfig
 from distill.errors import UserError
-from teachers.base import GenerationRequest, Keep, Progress, Sampling, Teacher, TeacherInfo, Tokens
+from teachers.base import (
+    GenerationRequest,
+    Keep,
+    Progress,
+    Sampling,
+    Teacher,
+    TeacherInfo,
+    Tokens,
+    no_progress,
+)
 from teachers.tokenizer.assistant_mask import AssistantMask
 from teachers.tokenizer.chat_template import ChatTemplateError
 from teachers.tokenizer.conversation import conversation_tokens, opening_segments
@@ -55,12 +64,14 @@ class Item:
 @dataclass(frozen=True)
 class Draft:
     """A piece of data before it is cut. ``windows``: into several sequences, so that nothing is
-    lost; ``answers``: the teacher writes after it; ``keep``: see ``Item``."""
+    lost; ``answers``: the teacher writes after it; ``keep``: see ``Item``; ``lost``: how many
+    answers in it are not found."""
 
     tokens: Tokens
     windows: bool = False
     answers: bool = False
     keep: Keep | None = None
+    lost: int = 0
 
 
 class Corpus:
@@ -125,51 +136,78 @@ class Corpus:
 
 
 def build_corpus(
-    config: DataConfig, teacher: Teacher, seed: int, data: DataRows | None = None
+    config: DataConfig,
+    teacher: Teacher,
+    seed: int,
+    data: DataRows | None = None,
+    progress: Progress = no_progress,
 ) -> Corpus:
-    """Read the data, unless given, or plan the teacher's text; tokenize it.
+    """Read the data, unless given, or plan the teacher's text; tokenize it. ``progress``: the share
+    of that which is done.
 
     Raises:
         UserError: missing, empty or malformed data; names file and line.
     """
+    info, samples = teacher.info, config.samples
     if data is None:
         data = read_rows(config)
-    notes = [] if data is None else [*data.notes, *_not_shown(data.rows, teacher.info)]
-    drafts = [] if data is None else _tokenize(data.rows, teacher, config, notes)
-    whole = [draft for draft in drafts if not draft.windows]
-    wanted = [len(draft.tokens) + ANSWER_ROOM * draft.answers for draft in whole]
-    max_length = most_tokens(config, teacher.info, wanted)
-    sampling = Sampling(config.sampling_temperature, config.top_p, max_length, seed)
-    if max_length < (config.max_length or 0):
-        notes.append(f"sequences are cut to the teacher's context of {max_length} tokens")
-    if data is None or any(isinstance(row, Conversation) for row in data.rows):
-        notes += _of_the_date(teacher.info.chat_template or "")
     if data is None:
         opening = opening_segments(teacher)
         if opening is None:
-            raise UserError(f"teacher {teacher.info.name} has no token to start from; give --data")
-        return Corpus(
-            [Item(opening, True)] * (config.samples or DEFAULT_SPOKEN_SAMPLES), sampling, notes, []
-        )
-    lengths = [len(draft.tokens) + draft.answers for draft in whole]
-    cut, much = describe_cut(lengths, max_length, teacher.info.context_length)
+            raise UserError(f"teacher {info.name} has no token to start from; give --data")
+        max_length = most_tokens(config, info, ())
+        items = [Item(opening, True)] * (samples or DEFAULT_SPOKEN_SAMPLES)
+        notes = _of_the_context(config, max_length) + _of_the_date(info.chat_template or "")
+        return Corpus(items, _sampling(config, max_length, seed), notes, [])
+    notes = [*data.notes, *_not_shown(data.rows, info)]
+    drafts, max_length = _drafts(data.rows, teacher, config, seed, progress)
+    notes += _of_the_context(config, max_length)
+    if any(isinstance(row, Conversation) for row in data.rows):
+        notes += _of_the_date(info.chat_template or "")
+    pairs = [(draft, item) for draft in drafts for item in _cut(draft, info, max_length)]
+    if samples is not None and samples < len(pairs):
+        kept = np.random.default_rng(seed).permutation(len(pairs))[:samples]
+        pairs = [pairs[index] for index in sorted(kept.tolist())]
+    lengths = [len(draft.tokens) + draft.answers for draft, _ in pairs if not draft.windows]
+    cut, much = describe_cut(lengths, max_length, info.context_length)
     notes += [cut] if cut and not much else []
-    parts = [(draft, _cut(draft, teacher.info, max_length)) for draft in drafts]
-    items = [item for _, part in parts for item in part]
-    if silent := sum(not part and not draft.windows for draft, part in parts):
-        notes.append(
-            f"{silent} of {len(whole)} conversations are left out: there is no answer to learn in "
-            f"their first {max_length:,} tokens"
-        )
-    if config.samples is not None and config.samples < len(items):
-        kept = np.random.default_rng(seed).permutation(len(items))[: config.samples]
-        items = [items[index] for index in sorted(kept.tolist())]
-    if len(items) < 2:
+    notes += _of_answers(drafts, info, max_length)
+    if len(pairs) < 2:
         raise UserError(
-            f"data {config.path}: only {len(items)} sequence; at least 2 are needed (1 is held out)"
-            + "".join(f"; {note}" for note in notes)
+            f"data {config.path}: {'only 1 sequence' if pairs else 'no sequence'}; at least 2 are "
+            "needed (1 is held out)" + "".join(f"; {note}" for note in notes)
         )
-    return Corpus(items, sampling, notes, [cut] if much else [])
+    items = [item for _, item in pairs]
+    return Corpus(items, _sampling(config, max_length, seed), notes, [cut] if much else [])
+
+
+def _sampling(config: DataConfig, max_length: int, seed: int) -> Sampling:
+    return Sampling(config.sampling_temperature, config.top_p, max_length, seed)
+
+
+def _of_the_context(config: DataConfig, max_length: int) -> list[str]:
+    if max_length >= (config.max_length or 0):
+        return []
+    return [f"sequences are cut to the teacher's context of {max_length} tokens"]
+
+
+def _of_answers(drafts: list[Draft], info: TeacherInfo, max_length: int) -> list[str]:
+    """Notes on answers that are not learnt, and conversations left out for that."""
+    notes = []
+    if lost := sum(draft.lost for draft in drafts):
+        notes.append(
+            f"{lost} answers are not trained on: the chat template rewrites them, and shows not "
+            "where they are"
+        )
+    whole = [draft for draft in drafts if not draft.windows]
+    if silent := [draft for draft in whole if not _cut(draft, info, max_length)]:
+        longer = max_length < min(info.context_length, max(len(one.tokens) for one in silent))
+        notes.append(
+            f"{len(silent)} of {len(whole)} conversations are left out: there is no answer to "
+            f"learn in their first {max_length:,} tokens; to learn from them, "
+            f"{'raise data.max_length or ' if longer else ''}set data.train_on=all"
+        )
+    return notes
 
 
 def _of_the_date(template: str) -> list[str]:
@@ -242,38 +280,62 @@ def _not_shown(data: list[Row], info: TeacherInfo) -> list[str]:
     ]
 
 
-def _tokenize(
-    data: list[Row], teacher: Teacher, config: DataConfig, notes: list[str]
-) -> list[Draft]:
+def _drafts(
+    data: list[Row], teacher: Teacher, config: DataConfig, seed: int, progress: Progress
+) -> tuple[list[Draft], int]:
+    """The data tokenized, in its order, and how many tokens a sequence has at most.
+
+    A conversation is one sequence or none, so that where there is nothing else only so many of
+    them are tokenized, chosen at random, that ``config.samples`` sequences come of them.
+    """
     masks = None
     if config.train_on == "assistant":
         masks = AssistantMask(teacher, cap(config, teacher.info))
+    samples, order, count = config.samples or len(data), list(range(len(data))), len(data)
+    if samples < count and not any(isinstance(row, Document) for row in data):
+        order, count = np.random.default_rng(seed).permutation(count).tolist(), samples
     drafts: list[Draft] = []
-    lost = 0
-    for row in data:
-        if isinstance(row, Document):
-            # Control tokens spelled out in a text stay text: data must not imitate the template.
-            parts = [
-                teacher.tokenize([piece], add_special=False, parse_special=False)[0]
-                for piece in _pieces(row.text)
-            ]
-            drafts.append(Draft(np.concatenate(parts), windows=True))
-            continue
-        try:
-            if masks is None:
-                tokens, keep = conversation_tokens(teacher, row, answer=row.waits), None
-            else:
-                tokens, learnt, unknown = masks.tokens(row, answer=row.waits)
-                keep, lost = learnt[1:], lost + unknown
-        except ChatTemplateError as error:
-            raise UserError(f"{row.where}: {error}") from None
-        drafts.append(Draft(tokens, answers=row.waits, keep=keep))
-    if lost:
-        notes.append(
-            f"{lost} answers are not trained on: the chat template rewrites them, and shows not "
-            "where they are"
-        )
-    return drafts
+    while True:
+        for done in range(len(drafts), count):
+            step = _part_of(progress, done, count)
+            drafts.append(_tokenize(data[order[done]], teacher, masks, step))
+        whole = [draft for draft in drafts if not draft.windows]
+        wanted = [len(draft.tokens) + ANSWER_ROOM * draft.answers for draft in whole]
+        max_length = most_tokens(config, teacher.info, wanted)
+        if count == len(data):
+            break
+        made = np.cumsum([len(_cut(draft, teacher.info, max_length)) for draft in drafts])
+        if made[-1] >= samples:
+            count = int(np.searchsorted(made, samples)) + 1  # what was read beyond is not needed
+            break
+        count = min(len(data), count + max(samples - int(made[-1]), count // 4))
+    return [drafts[place] for place in np.argsort(order[:count])], max_length
+
+
+def _part_of(progress: Progress, done: int, count: int) -> Progress:
+    """Progress of the next one of ``count``, ``done`` of which are."""
+    return lambda share: progress((done + share) / count)
+
+
+def _tokenize(row: Row, teacher: Teacher, masks: AssistantMask | None, progress: Progress) -> Draft:
+    """One row tokenized; ``masks``: if only the assistant's words are learnt."""
+    if isinstance(row, Document):
+        # Control tokens spelled out in a text stay text: data must not imitate the template.
+        pieces, parts = _pieces(row.text), []
+        for number, piece in enumerate(pieces, 1):
+            parts += teacher.tokenize([piece], add_special=False, parse_special=False)
+            progress(number / len(pieces))
+        return Draft(np.concatenate(parts), windows=True)
+    try:
+        if masks is None:
+            tokens, keep, lost = conversation_tokens(teacher, row, answer=row.waits), None, 0
+        else:
+            tokens, learnt, lost = masks.tokens(row, answer=row.waits)
+            keep = learnt[1:]
+    except ChatTemplateError as error:
+        raise UserError(f"{row.where}: {error}") from None
+    progress(1.0)
+    return Draft(tokens, answers=row.waits, keep=keep, lost=lost)
 
 
 def _cut(draft: Draft, info: TeacherInfo, max_length: int) -> list[Item]:

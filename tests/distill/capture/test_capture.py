@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,19 @@ def test_the_default_recipe(example_gguf: GGUFTeacher, capsys: pytest.CaptureFix
     assert recipe_for(dense, bent, source, Console()).layers == (0, 3)
     with pytest.raises(UserError, match=r"targets\.layers = 6.*layers 0 to 5"):
         recipe_for(TargetsConfig(layers=(0, 6)), example_gguf, source, Console())
+
+
+def test_data_without_variety_is_refused_at_once(tiny_teacher: GGUFTeacher, tmp_path: Path) -> None:
+    """Named, before anything is captured; what the teacher writes may still differ."""
+    for name, row in (("same", {"text": "The same line."}), ("asked", {"prompt": "Hi"})):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(f"{json.dumps(row)}\n" * 3)
+        config = load_config(None, {"teacher.path": "t.gguf", "data.path": str(path)}, [])
+        if name == "asked":
+            assert len(capture.read_data(config, tiny_teacher, Console(quiet=True))) == 3
+            continue
+        with pytest.raises(UserError, match=r"same\.jsonl.*all 3 sequences"):
+            capture.read_data(config, tiny_teacher, Console(quiet=True))
 
 
 def test_the_launcher_gives_each_process_its_share(monkeypatch: pytest.MonkeyPatch) -> None:

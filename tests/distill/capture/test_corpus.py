@@ -158,6 +158,59 @@ def test_samples_are_a_seeded_subset(tiny_teacher: GGUFTeacher, tmp_path: Path) 
     assert first.digest() != corpus(tiny_teacher, path, samples=5, top_p=0.9).digest()
 
 
+def test_samples_limit_the_work(tiny_teacher: GGUFTeacher, tmp_path: Path) -> None:
+    """No more conversations are tokenized than are wanted, but as many as it takes where some have
+    nothing to learn; what is said is about those."""
+    long = {"prompt": "word " * 200}
+    many = [{"prompt": f"number {i}", "completion": f"is {i}"} for i in range(300)]
+    calls: list[int] = []
+
+    def tokenize(texts: list[str], **settings: bool) -> Any:
+        calls[-1] += len(texts)
+        return tiny_teacher.tokenize(texts, **settings)
+
+    same = {"info": tiny_teacher.info, "detokenize": tiny_teacher.detokenize}
+    counted = cast(GGUFTeacher, SimpleNamespace(tokenize=tokenize, **same))
+    for rows, least, most in ((many, 6, 6), ([*many, *[long] * 300], 7, 40), ([long] * 300, 0, 0)):
+        path = write_lines(tmp_path / "p.jsonl", *rows)
+        calls.append(0)
+        told: list[float] = []
+        config = DataConfig(path=str(path), samples=6, max_length=64)
+        if not least:
+            with pytest.raises(UserError, match="no sequence"):
+                build_corpus(config, counted, 0)
+            assert calls[-1] == 300
+            continue
+        built = build_corpus(config, counted, 0, progress=told.append)
+        assert len(built) == 6 and least <= calls[-1] <= most, calls
+        assert told[-1] == 1.0 and min(told) >= 0 and max(told) <= 1.0 and not built.warnings
+        texts = [text_of(tiny_teacher, item.segments[0]) for item in built.items]
+        numbers = [int(text.split("number ")[1].split("<")[0]) for text in texts]
+        assert numbers == sorted(set(numbers)), "their order is that of the data"
+        left = [note.split(" conversations")[0] for note in built.notes if "left out" in note]
+        if len(rows) == 300:
+            chosen = np.random.default_rng(0).permutation(300)[:6]
+            assert numbers == sorted(chosen.tolist()) and not left
+        else:
+            silent, of = map(int, left[0].split(" of "))
+            assert of - silent == 6 and of <= calls[-1]
+
+
+def test_what_is_left_out_is_not_cut(tiny_teacher: GGUFTeacher, tmp_path: Path) -> None:
+    """A conversation whose answer lies beyond counts once; the refusal says what to do."""
+    long = {"messages": [{"role": "user", "content": "word " * 200}, TURNS[1]]}
+    short = [{"prompt": f"{i}", "completion": "yes"} for i in range(3)]
+    built = corpus(tiny_teacher, write_lines(tmp_path / "a.jsonl", *short, long), max_length=64)
+    said = [*built.notes, *built.warnings]
+    assert len(built) == 3 and any("1 of 4" in one for one in said), said
+    assert not any("cut" in one for one in said), said
+    for rows, words in (([long, long], "no sequence"), ([long, short[0]], "only 1 sequence")):
+        with pytest.raises(UserError, match=words) as caught:
+            corpus(tiny_teacher, write_lines(tmp_path / "b.jsonl", *rows), max_length=64)
+        for remedy in ("raise data.max_length", "data.train_on=all"):
+            assert remedy in str(caught.value), words
+
+
 def test_long_prompts_are_cut_and_said(tiny_teacher: GGUFTeacher, tmp_path: Path) -> None:
     """A prompt that leaves no room for an answer is cut, not answered, and mentioned."""
     prompts = [{"prompt": "word " * 200}, {"prompt": "short"}, {"prompt": "brief"}]

@@ -73,11 +73,12 @@ def test_a_plan_says_what_a_run_takes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Counts that can be known are exact; what is measured is positive; nothing is written."""
-    text, data = "order four boxes of gloves " * 3, tmp_path / "data.jsonl"
-    data.write_text("\n".join([json.dumps({"text": text})] * 70), encoding="utf-8")
+    data = tmp_path / "data.jsonl"
+    texts = ["order four boxes of gloves " * 3 + str(number) for number in range(70)]
+    data.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
     before = sorted(tmp_path.iterdir())
-    tokens = tiny_teacher.tokenize([text], add_special=False, parse_special=False)
-    each = len(tokens[0]) + int(tiny_teacher.info.add_bos)
+    tokens = tiny_teacher.tokenize(texts, add_special=False, parse_special=False)
+    total = sum(map(len, tokens)) + 70 * int(tiny_teacher.info.add_bos)
     overrides: dict[str, object] = {
         "teacher.path": str(tiny_teacher.file.path),
         "student.size": "32x2",
@@ -90,7 +91,7 @@ def test_a_plan_says_what_a_run_takes(
         ("dense", 4 * 1024 + 4),
     ):
         plan = plan_run(load_config(None, overrides | {"targets.kind": kind}, []), Console())
-        assert plan.tokens == 70 * each, kind
+        assert plan.tokens == total, kind
         assert plan.steps == 3 * -(-68 // 16), kind
         assert plan.store_bytes == plan.store_limit == plan.tokens * per_token, kind
         assert plan.train_seconds is not None and plan.train_seconds > 0, kind
