@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from numbers import Number
 from typing import Any
 
 from distill.capture.data_files import parse_json, require_unicode
@@ -61,7 +62,11 @@ class RowParser:
         self._there = tuple(row)
         known = {self.known[name]: value for name, value in row.items() if name in self.known}
         self._missing = {name: ours for name, ours in self._missing.items() if name not in row}
-        left = {name: value for name, value in known.items() if not _is_blank(value)}
+        left = {
+            name: str(value) if isinstance(value, Number) else value  # as a CSV file has it
+            for name, value in known.items()
+            if not _is_blank(value)
+        }
         try:
             value = _value(left, where)
             if value is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -86,6 +87,13 @@ ROWS: list[tuple[dict[str, Any], Row | None]] = [
     ({"query": SAID, "response": REPLY}, PAIR),
     ({"input": SAID, "output": REPLY}, PAIR),
     ({"instruction": SAID, "output": "  "}, talk(ASK)),
+    # Cells that are no text, as a CSV file has them
+    *(({"question": SAID, "answer": cell}, talk(ASK, TELL | {"content": text}))
+      for cell, text in ((7, "7"), (0, "0"), (-1.5, "-1.5"), (True, "True"), (False, "False"),
+                         (Decimal("3.50"), "3.50"))),
+    ({"input": 7, "context": 8, "output": 9},
+     talk(ASK | {"content": "7\n\n8"}, TELL | {"content": "9"})),
+    ({"text": 3}, Document("3", "here")),
     # Text, and nothing
     ({"text": "As it stands.\n"}, Document("As it stands.\n", "here")),
     ({"content": "As it stands.", "messages": None}, Document("As it stands.", "here")),
@@ -98,10 +106,11 @@ REFUSED: list[tuple[Any, tuple[str, ...]]] = [
     ({"ask": "x", "reply": "y\x1b"}, ("ask, reply", "messages", "instruction", "data.columns")),
     ({f"c{n}": 1 for n in range(30)}, ("c0, c1", "18 more")),
     ({"output": "x"}, ("output",)),
-    ({"text": 3}, ("'text'", "3")),
+    ({"text": [3]}, ("'text'", "[3]")),
     ({"text": b"x"}, ("'text'", "b'x'")),
     ({"prompt": {"a": 1}}, ("'prompt'",)),
-    ({"prompt": "x", "completion": 7}, ("'completion'", "7")),
+    ({"prompt": "x", "completion": {"a": 1}}, ("'completion'", "{'a': 1}")),
+    ({"messages": 3}, ("'messages'", "got 3")),
     ({"text": "\ud800"}, ("surrogate",)),
     ({"messages": "hello"}, ("JSON",)),
     ({"messages": "[]"}, ("'messages'", "[]")),
