@@ -47,14 +47,6 @@ def choose_split(names: Collection[str], split: str | None) -> str | None:
     return found[0] if split is None and len(found) == 1 else None
 
 
-def note_of_split(source: str, chosen: str, others: Iterable[str]) -> str:
-    """What is read of data that is divided, and what is not."""
-    return (
-        f"{source}: split {printable_line(chosen)}; not read: "
-        f"{', '.join(map(printable_line, others))} (data.split chooses)"
-    )
-
-
 def rows(
     file: Path,
     columns: Collection[str],
@@ -236,7 +228,9 @@ def _json_rows(
                 f"{source} has the lists {names}; choose one with --set data.split=NAME"
             )
         if others := [name for name in value if name != wanted and name in (*lists, *columns)]:
-            note(note_of_split(source, wanted, others))
+            names = ", ".join(map(printable_line, others))
+            chooses = " (data.split chooses)" if len(lists) > 1 else ""
+            note(f"{source}: list {printable_line(wanted)}; not read: {names}{chooses}")
         value = lists[wanted]
     elif split is not None:
         raise UserError(f"data.split = {split!r}: {source} has no such lists; leave it out")
@@ -260,7 +254,11 @@ def lists_of_rows(value: Any, columns: Collection[str]) -> dict[str, list[Any]]:
             and one[0].keys() & set(columns)
             and not one[0].keys() & {"role", "from"}
         }
-    tables = {n: one for n, one in lists.items() if all(isinstance(row, dict) for row in one)}
+    tables = {
+        name: one
+        for name, one in lists.items()
+        if all(isinstance(row, dict) for row in one) and (one or SPLIT.match(name))
+    }
     return tables if any(tables.values()) else lists
 
 

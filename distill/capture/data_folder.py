@@ -14,7 +14,6 @@ from distill.capture.data_files import (
     TRAIN,
     choose_split,
     lists_of_rows,
-    note_of_split,
     parse_json,
     read_text,
     suffix_of,
@@ -77,12 +76,12 @@ def find_files(
     texts = [file for file in readable if suffix_of(file) not in TABLE_SUFFIXES]
     readable = tables or texts or readable
     chosen, notes = _of_split(path, readable, split)
-    unread = [file for file in files if file not in set(readable)]
-    if unread:
+    if unread := sorted(present.difference(readable)):
         unread.sort(key=lambda file: suffix_of(file) not in SUFFIXES)  # what could be data first
         names = ", ".join(printable_line(str(file.relative_to(path))) for file in unread[:3])
         names += ", …" * (len(unread) > 3)
-        notes.append(f"not read in {path}: {len(unread)} other files ({names})")
+        noun = "file" if len(unread) == 1 else "files"
+        notes.append(f"not read in {path}: {len(unread)} other {noun} ({names})")
     return chosen, notes
 
 
@@ -131,8 +130,9 @@ def _of_split(folder: Path, files: list[Path], split: str | None) -> tuple[list[
     chosen = [file for file in files if name_of(file) == wanted]
     if saved:
         chosen = _saved_dataset(folder / wanted)
-    others = [name for name in names if name != wanted]
-    return chosen, [note_of_split("data", wanted, others)] if others else []
+    others = ", ".join(printable_line(name) for name in names if name != wanted)
+    note = f"data: split {printable_line(wanted)}; not read: {others} (data.split chooses)"
+    return chosen, [note] if others else []
 
 
 def _saved_dataset(folder: Path) -> list[Path]:

@@ -196,7 +196,7 @@ def test_lists_of_rows_in_an_object(tmp_path: Path) -> None:
         ({"train_sft": rows, "test_sft": rows}, [("a",)], ("test_sft",)),
         ({"system": "Be brief.", "data": rows}, [("a",)], ("data", "system")),
         ({"train": rows, "prompt": "x"}, [("a",)], ("prompt",)),
-        ({"license": ["mit"], "data": rows}, [("a",)], ()),
+        ({"license": ["mit"], "data": rows, "errors": []}, [("a",)], ()),
         ({"messages": turns, "votes": [{"id": 1}]}, [("user", "b")], ("votes",)),
         ({"prompt": "b", "history": turns}, [("user", "b")], ("history",)),
     ]
