@@ -133,7 +133,8 @@ def _has_seen(student: Candidate, data: Path, split: str | None) -> bool | None:
         return None
     config = student.run.read_json(student.run.config_file)
     section = config.get("data")
-    given = section.get("path") if isinstance(section, dict) else None
+    section = section if isinstance(section, dict) else {}
+    given = section.get("path")
     if config.get("store") is not None:
         return None  # what is in the store was decided where it was captured
     if given is None:
