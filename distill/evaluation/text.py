@@ -141,7 +141,8 @@ def _has_seen(student: Candidate, data: Path, split: str | None) -> bool | None:
         return False  # the teacher spoke
     theirs, ours = Path(str(given)).resolve(), data.resolve()
     same = theirs == ours or theirs in ours.parents or ours in theirs.parents
-    return None if same and section.get("split") != split else same
+    other = (section.get("split") or "train") != (split or "train")  # as where none is named
+    return None if same and other else same
 
 
 def _shared_held_out(

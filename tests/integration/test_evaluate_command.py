@@ -346,6 +346,7 @@ def test_data_that_a_run_was_trained_on(
     own = make_run(tmp_path / "own", files.run.gguf, some_sequences(), **{"data.path": str(splits)})
     for chosen_split, count, words in (
         (None, 3, "was given the same data"),
+        ("train", 3, "was given the same data"),
         ("test", 2, "whether the students were trained on it is not known"),
     ):
         wanted = TextRequest(splits, split=chosen_split, columns={"text": "body"})
