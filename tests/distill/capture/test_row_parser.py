@@ -160,7 +160,8 @@ def test_what_cannot_be_used_is_refused() -> None:
 
 
 def test_what_is_left_out_is_counted() -> None:
-    """Blank rows, answers without a request, columns that are not used, keys for the template."""
+    """Blank rows, answers without a request or said to be bad, columns that are not used, keys for
+    the template, weights."""
     parser = RowParser({})
     rows: list[dict[str, Any]] = [
         {"prompt": "a", "id": 1, "text": "b", "note": None},
@@ -168,19 +169,30 @@ def test_what_is_left_out_is_counted() -> None:
         {"text": " "},
         {"prompt": None},
         {"prompt": "", "completion": "c"},
+        {"prompt": "a", "completion": "c", "label": False},
+        {"prompt": [ASK], "completion": [TELL], "label": "False"},
+        {"prompt": "a", "completion": "c", "label": True},
+        {"text": "a", "label": False},
+        {"messages": [ASK, TELL | {"weight": 0}, ASK, TELL | {"weight": 1}]},
     ]
-    assert sum(parser.parse(row, f"row {n}") is not None for n, row in enumerate(rows, 1)) == 2
+    assert sum(parser.parse(row, f"row {n}") is not None for n, row in enumerate(rows, 1)) == 5
     parser.count_unused(["image"], 7)
     notes = parser.finish(True, "data")
     for words in (
         ("2 rows", "row 3"),
         ("1 rows", "answer", "row 5"),
         ("image (7", "id (2", "text (1"),
-        ("weight (1",),
+        ("2 rows", "label", "row 6"),
+        ("weight (3",),
+        ("weight 0", "1 such"),
     ):
         assert any(all(word in note for word in words) for note in notes), (words, notes)
     assert not any("note" in note or "name" in note for note in notes), notes
     assert RowParser({}).finish(True, "data") == []
+    parser = RowParser({})
+    parser.parse(rows[5], "row 1")
+    with pytest.raises(UserError, match="label is false"):
+        parser.finish(False, "data")
 
 
 def test_columns_can_be_named() -> None:
