@@ -18,7 +18,7 @@ import numpy as np
 
 from distill.capture.data_files import TEXT_SUFFIXES, read_text, rows, suffix_of
 from distill.capture.data_folder import find_files
-from distill.capture.lengths import ANSWER_ROOM, describe_cut, most_tokens
+from distill.capture.lengths import ANSWER_ROOM, cap, describe_cut, most_tokens
 from distill.capture.row_parser import RowParser
 from distill.config.schema import DataConfig
 from distill.errors import UserError
@@ -250,8 +250,7 @@ def _tokenize(
 ) -> list[Draft]:
     masks = None
     if config.train_on == "assistant":
-        context = teacher.info.context_length
-        masks = AssistantMask(teacher, min(config.max_length or context, context))
+        masks = AssistantMask(teacher, cap(config, teacher.info))
     drafts: list[Draft] = []
     lost = 0
     for row in data:

@@ -18,20 +18,28 @@ MUCH = 0.05  # of the tokens cut off is worth a warning
 TOGETHER, MEMORY_SHARE, TOKEN_BYTES = 16, 0.25, 25
 
 
-def most_tokens(config: DataConfig, info: TeacherInfo, wanted: Sequence[int]) -> int:
-    """Tokens of a sequence at most: as configured, or so many that 99.5 % of what is ``wanted``
-    stay whole, as far as the memory for training allows (but 256 always); within the teacher's
-    context. ``wanted``: tokens of each conversation, with room for an answer.
-    """
+def cap(config: DataConfig, info: TeacherInfo) -> int:
+    """Tokens of a sequence at most, whatever the data: as configured, or as far as the memory for
+    training allows (but 256 always); within the teacher's context."""
     chosen = config.max_length
     if chosen is None:
         free = MEMORY_SHARE * psutil.virtual_memory().total
         fitting = free / (TOGETHER * TOKEN_BYTES * max(1, info.width * info.layers))
         # A power of two, so that machines of about the same memory agree.
-        limit = 1 << max(0, int(fitting).bit_length() - 1)
-        whole = int(np.quantile(wanted, WHOLE, method="higher")) if len(wanted) else 0
-        chosen = max(USUAL_LENGTH, min(whole, limit))
+        chosen = max(USUAL_LENGTH, 1 << max(0, int(fitting).bit_length() - 1))
     return min(chosen, info.context_length)
+
+
+def most_tokens(config: DataConfig, info: TeacherInfo, wanted: Sequence[int]) -> int:
+    """Tokens of a sequence at most: as configured, or so many that 99.5 % of what is ``wanted``
+    stay whole (but 256 always); within the ``cap``. ``wanted``: tokens of each conversation, with
+    room for an answer.
+    """
+    most = cap(config, info)
+    if config.max_length is not None:
+        return most
+    whole = int(np.quantile(wanted, WHOLE, method="higher")) if len(wanted) else 0
+    return min(most, max(USUAL_LENGTH, whole))
 
 
 def describe_cut(lengths: Sequence[int], most: int, context: int) -> tuple[str, bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,10 @@ from teachers.tokenizer.conversation import chat_texts, with_bos
 from teachers.tokenizer.rows import Conversation, Message
 
 _ANSWER = "\u2063assistant says\u2063"  # invisible separators: no template contains it
+_PARTIAL = "\ufffd"  # stands for bytes that are no whole character
 
 Span = tuple[int, int]
+Places = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 class AssistantMask:
@@ -26,28 +29,29 @@ class AssistantMask:
         ids = [np.array([token], dtype=np.int32) for token in teacher.info.end_tokens]
         # Longest first: one may begin with another.
         self.ends = sorted(filter(None, teacher.detokenize(ids)), key=len, reverse=True)
+        self._pieces: dict[int, str] = {}  # of the tokens met so far
 
     def tokens(self, chat: Conversation, *, answer: bool) -> tuple[Tokens, NDArray[np.bool_], int]:
         """``conversation_tokens``, which of these are the assistant's (both ``[n]``), and how many
         of its answers were not found.
 
         They are what the chat template marks with ``{% generation %}``, as in transformers, or else
-        what stands behind the generation prompt; each with the token that ends the turn.
+        what stands behind the generation prompt; each with the token that ends the turn. Those that
+        begin behind the limit are not looked for.
 
         Raises:
             ChatTemplateError: the template is broken or refuses the messages.
         """
         (rendered,) = chat_texts(self.teacher, [chat], answer=answer)
-        text, unknown, spans = rendered.text, 0, rendered.generated
-        if spans is not None:
-            spans = tuple((start, self._end(text, start, stop, stop)) for start, stop in spans)
-        else:
-            numbers = [n for n, one in enumerate(chat.messages) if one["role"] == "assistant"]
-            result = [self._find(chat, number, text, answer=answer) for number in numbers]
-            spans = tuple(span for span in result if span is not None)
-            unknown = len(result) - len(spans)
+        text, unknown = rendered.text, 0
         (tokens,) = self._tokenize([text])
-        mask = self._mask(text, tokens, spans)
+        places = self._places(text, tokens)
+        if rendered.generated is not None:
+            marked = rendered.generated
+            spans = [(start, self._end(text, start, stop, stop)) for start, stop in marked]
+        else:
+            spans, unknown = self._spans(chat, text, places, answer=answer)
+        mask = self._mask(text, tokens, spans, places)
         whole = with_bos(self.teacher, tokens)
         return whole, np.concatenate((np.zeros(len(whole) - len(tokens), np.bool_), mask)), unknown
 
@@ -55,19 +59,76 @@ class AssistantMask:
         templated = self.teacher.info.chat_template is not None
         return self.teacher.tokenize(texts, add_special=False, parse_special=templated)
 
-    def _mask(self, text: str, tokens: Tokens, spans: Sequence[Span]) -> NDArray[np.bool_]:
+    def _places(self, text: str, tokens: Tokens) -> Places | None:
+        """Where in ``text`` each token begins and ends; ``None`` if its pieces do not make it up.
+
+        Tokens that are characters only together share a place.
+        """
+        ids = tokens.tolist()
+        if new := list(set(ids) - self._pieces.keys()):
+            rows = [np.array([token], dtype=np.int32) for token in new]
+            self._pieces.update(zip(new, self.teacher.detokenize(rows), strict=True))
+        pieces = (self._pieces[token] for token in ids)
+        groups = [
+            (partial, list(group))
+            for partial, group in groupby(pieces, key=lambda piece: _PARTIAL in piece)
+        ]
+        runs, at = [], 0
+        for partial, group in groups:
+            runs += [tokens[at : at + len(group)]] if partial else []
+            at += len(group)
+        together = iter(self.teacher.detokenize(runs) if runs else ())
+        begins, ends, at = [], [], 0
+        for partial, group in groups:
+            for piece in [next(together)] if partial else group:
+                found = _next_place(text, at, piece)
+                if found is None:
+                    return None
+                count, at = len(group) if partial else 1, found[1]
+                begins += [found[0]] * count
+                ends += [at] * count
+        return None if text[at:].strip() else (np.array(begins, int), np.array(ends, int))
+
+    def _mask(
+        self, text: str, tokens: Tokens, spans: Sequence[Span], places: Places | None
+    ) -> NDArray[np.bool_]:
         """The tokens that are in some span at least in part."""
         mask = np.zeros(len(tokens), dtype=np.bool_)
         for start, stop in spans:
-            if stop > start:
-                before, within = self._tokenize([text[:start], text[:stop]])
+            if stop <= start:
+                continue
+            within = None if places is None else _between(places, start, stop)
+            if within is None:
+                before, after = self._tokenize([text[:start], text[:stop]])
                 # A token across the border is none of those before it, and the first that differs.
                 shared = min(len(before), len(tokens))
                 differing = np.flatnonzero(before[:shared] != tokens[:shared])
-                mask[int(differing[0]) if len(differing) else shared : len(within)] = True
-                if len(within) >= self.limit:
-                    break
+                within = int(differing[0]) if len(differing) else shared, len(after)
+            mask[slice(*within)] = True
+            if within[1] >= self.limit:
+                break
         return mask
+
+    def _spans(
+        self, chat: Conversation, text: str, places: Places | None, *, answer: bool
+    ) -> tuple[list[Span], int]:
+        """Where the answers are that begin within the limit, and how many of them are not found."""
+        reach = len(text)
+        if places is not None and len(places[0]) > self.limit:
+            reach = int(places[0][self.limit])
+        spans: list[Span] = []
+        unknown = 0
+        for number, message in enumerate(chat.messages):
+            if message["role"] != "assistant":
+                continue
+            span = self._find(chat, number, text, answer=answer)
+            if span is None:
+                unknown += 1
+            elif span[0] > reach:
+                break
+            else:
+                spans.append(span)
+        return spans, unknown
 
     def _find(self, chat: Conversation, number: int, text: str, *, answer: bool) -> Span | None:
         """Where in ``text`` the assistant's message of this number is.
@@ -116,3 +177,27 @@ class AssistantMask:
         after = text[stop:].lstrip()
         ended = next((one for one in self.ends if after.startswith(one)), None)
         return stop if ended is None else len(text) - len(after) + len(ended)
+
+
+def _between(places: Places, start: int, stop: int) -> Span | None:
+    """The tokens that have some part between two characters; ``None`` if one of these is within a
+    place that tokens share."""
+    begins, ends = places
+    for border in (start, stop):
+        token = int(np.searchsorted(ends, border, "right"))
+        last = token + 1 >= len(begins)
+        if not last and begins[token] == begins[token + 1] and begins[token] < border:
+            return None
+    return int(np.searchsorted(ends, start, "right")), int(np.searchsorted(begins, stop))
+
+
+def _next_place(text: str, at: int, piece: str) -> Span | None:
+    """Where a token's text stands next. Some tokenizers write a space before a word that has none,
+    or drop the white space behind a control token."""
+    if text.startswith(piece, at):
+        return at, at + len(piece)
+    if piece.startswith(" ") and text.startswith(piece[1:], at):
+        return at, at + len(piece) - 1
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return (at, at + len(piece)) if text.startswith(piece, at) else None

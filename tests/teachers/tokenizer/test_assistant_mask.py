@@ -48,6 +48,8 @@ TEMPLATES = {
     "brackets": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %} "
     + "{{ m.content }}{{ eos_token }}{% endgeneration %}{% else %}[INST] {{ m.content }} "
     + "[/INST]{% endif %}{% endfor %}",
+    "nothing in between": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+    + "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}",
 }
 SAID = (
     ("Hello", "May I come in?"),
@@ -121,6 +123,41 @@ def test_masks_are_those_of_transformers(example_gguf: GGUFTeacher, tmp_path: Pa
         for used in (template, TAGS.sub("", template)):
             wrong = disagreements(example_gguf, tokenizer, template, used)
             assert not wrong, (name, used, len(wrong), wrong[0])
+
+
+class Counted(Templated):
+    """Counts the characters that are tokenized, and the calls of ``detokenize``: some for each
+    time that the template renders, and some for the tokens."""
+
+    characters = calls = 0
+
+    def tokenize(self, texts: list[str], **settings: bool) -> list[Any]:
+        self.characters += sum(map(len, texts))
+        return self.teacher.tokenize(texts, **settings)
+
+    def detokenize(self, sequences: list[Any]) -> list[str]:
+        self.calls += 1
+        return self.teacher.detokenize(sequences)
+
+
+def test_time_is_in_proportion_to_the_text(example_gguf: GGUFTeacher) -> None:
+    """A text is tokenized once, however many turns it has; answers behind the limit cost nothing,
+    and those before it are found as without one."""
+    limit = 100
+    for template in (TAGS.sub("", TEMPLATES["plain"]), TEMPLATES["plain"]):
+        calls = set()
+        for turns in (20, 40, 80):
+            messages = conversations()[3][1:] * (turns // 4)
+            teachers = [Counted(example_gguf, template) for _ in range(2)]
+            whole, cut = (
+                AssistantMask(one, most).tokens(Conversation(messages), answer=False)  # type: ignore[arg-type]
+                for one, most in zip(teachers, (1 << 16, limit), strict=True)
+            )
+            length = len(teachers[0].teacher.detokenize([whole[0]])[0])
+            assert all(one.characters <= length for one in teachers), (turns, length)
+            assert (whole[1] == cut[1])[:limit].all() and whole[1][limit:].any(), turns
+            calls.add(teachers[1].calls)
+        assert len(calls) == 1, (template, calls)
 
 
 def test_the_real_template_of_smollm2(tmp_path: Path) -> None:
