@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.capture.data_files import TEXT_SUFFIXES, find_files, read_text, rows, suffix_of
+from distill.capture.data_files import TEXT_SUFFIXES, read_text, rows, suffix_of
+from distill.capture.data_folder import find_files
 from distill.capture.lengths import ANSWER_ROOM, cap, describe_cut, most_tokens
 from distill.capture.row_parser import RowParser
 from distill.config.schema import DataConfig
@@ -234,7 +235,9 @@ def read_rows(config: DataConfig) -> DataRows | None:
             )
         return None
     parser = RowParser(config.columns)
-    files, notes = find_files(Path(config.path), config.split)
+    path = Path(config.path)
+    files, notes = find_files(path, config.split, parser.known.keys())
+    split = config.split if path.is_file() else None  # in a folder the files are the splits
     result: list[Row] = []
     for file in files:
         count = 0
@@ -243,8 +246,8 @@ def read_rows(config: DataConfig) -> DataRows | None:
             count = len(text.strip())
             result.append(Document(text, str(file)))
         else:
-            unread, split = parser.count_unused, config.split
-            for where, value in rows(file, parser.known.keys(), split=split, unread=unread):
+            known, unread = parser.known.keys(), parser.count_unused
+            for where, value in rows(file, known, split=split, unread=unread, note=notes.append):
                 count += 1
                 if (row := parser.parse(value, where)) is not None:
                     result.append(row)

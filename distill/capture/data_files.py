@@ -25,9 +25,10 @@ MAX_LINE_BYTES = 64 << 20
 # What is packed may unpack to this many bytes, and to this many times the size of its file.
 FREE_BYTES, MAX_RATIO = 256 << 20, 200
 ROWS_AT_ONCE = 256
+GZIP_MAGIC = b"\x1f\x8b"
 TRAIN = "train"
-_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-_SHARD = re.compile(r"-\d+-of-\d+$")
+# The name of a split, alone or with something behind it, as in train_sft.
+SPLIT = re.compile(r"(?:partial-)?(train|test|validation|valid|val|dev|eval)(?![^\W_])")
 
 TellUnread = Callable[[list[str], int], None]
 
@@ -37,90 +38,13 @@ def suffix_of(file: Path) -> str:
     return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
-def find_files(path: Path, split: str | None = None) -> tuple[list[Path], list[str]]:
-    """The files of ``path``, itself one or a folder, in order; and notes on what is left out.
-
-    Of a folder saved by ``datasets``, and of one with files such as ``train-00000-of-00002``, only
-    the files of ``split`` (none: the only one, or ``train``).
-
-    Raises:
-        UserError: nothing that can be read is there, or no such split.
-    """
-    single = path.is_file() and suffix_of(path) != ".json"
-    if split is not None and (single or (path / "state.json").is_file()):
-        raise UserError(f"data.split = {split!r}: {path} is not divided into splits; leave it out")
-    if path.is_file():
-        if suffix_of(path) not in SUFFIXES:
-            raise UserError(
-                f"data file {path} is none of {', '.join(SUFFIXES)}; rename or convert it"
-            )
-        return [path], []
-    if not path.is_dir():
-        reason = "is not a regular file or folder" if path.exists() else "does not exist"
-        raise UserError(f"data {path} {reason}; give a file of rows or text, or a folder of them")
-    if (path / "state.json").is_file():
-        return _saved_dataset(path), []
-    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-    files = [
-        file
-        for file in files
-        if file.name not in _DESCRIPTIONS
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
-    readable = [file for file in files if suffix_of(file) in SUFFIXES]
-    if any(suffix_of(file) in TABLE_SUFFIXES for file in readable):  # then it describes them
-        readable = [file for file in readable if file.stem.upper() not in ("README", "LICENSE")]
-    if not readable:
-        raise UserError(f"data folder {path} has no {', '.join(SUFFIXES)} file")
-    chosen, notes = _of_split(path, readable, split)
-    if others := [file.name for file in files if file not in set(readable)]:
-        names = ", ".join(map(printable_line, others[:3])) + ", …" * (len(others) > 3)
-        notes.append(f"not read in {path}: {len(others)} other files ({names})")
-    return chosen, notes
-
-
-def _of_split(folder: Path, files: list[Path], split: str | None) -> tuple[list[Path], list[str]]:
-    """The files of one split, where their names or folders tell splits apart."""
-    saved = (folder / "dataset_dict.json").is_file()
-
-    def name_of(file: Path) -> str:
-        name = file.relative_to(folder).parts[0] if saved else file.name.partition(".")[0]
-        return _SHARD.sub("", name)
-
-    names = list(dict.fromkeys(map(name_of, files)))
-    divided = saved or all(_SHARD.search(file.name.partition(".")[0]) for file in files)
-    if split is None and not (divided and len(names) > 1):
-        return files, []
-    wanted = split or TRAIN
-    if wanted not in names:
-        raise UserError(
-            f"data folder {folder} has no split {wanted!r}; name one of "
-            f"{', '.join(map(printable_line, names))} with --set data.split=NAME"
-        )
-    chosen = [file for file in files if name_of(file) == wanted]
-    if saved:
-        chosen = _saved_dataset(folder / wanted)
-    others = [printable_line(name) for name in names if name != wanted]
-    note = f"data: split {wanted}; not read: {', '.join(others)} (data.split chooses)"
-    return chosen, [note] if others else []
-
-
-def _saved_dataset(folder: Path) -> list[Path]:
-    """The Arrow files of a folder that ``Dataset.save_to_disk`` wrote, in their order."""
-    state = parse_json(read_text(folder / "state.json", "data file"), str(folder / "state.json"))
-    listed = state.get("_data_files") if isinstance(state, dict) else None
-    try:
-        names = [Path(one["filename"]).name for one in cast(Any, listed)]
-    except (TypeError, KeyError):
-        names = []
-    if not names:
-        raise UserError(f"data file {folder / 'state.json'} names no data files; save it again")
-    if state.get("_indices_data_files"):
-        raise UserError(
-            f"data folder {folder} has an index of its rows, which is not read; save it again "
-            "after flatten_indices()"
-        )
-    return [folder / name for name in names]
+def choose_split(names: Collection[str], split: str | None) -> str | None:
+    """``split`` or, without it, the only name, ``train``, or the only kind of ``train``; ``None``
+    where there is no such name."""
+    if (split or TRAIN) in names:
+        return split or TRAIN
+    found = list(names) if len(names) == 1 else [one for one in names if one.startswith(TRAIN)]
+    return found[0] if split is None and len(found) == 1 else None
 
 
 def rows(
@@ -130,18 +54,20 @@ def rows(
     *,
     split: str | None = None,
     unread: TellUnread = lambda names, count: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[tuple[str, Any]]:
     """Each row's place, such as ``data file x.jsonl, line 3``, and its value.
 
     ``columns``: those understood; of Parquet and Arrow only these are read, and ``unread`` gets the
-    names of the others and the number of rows. ``split``: of a ``.json`` file of several lists.
+    names of the others and the number of rows. ``split``: of a ``.json`` file of several lists;
+    ``note`` is told which are not read.
 
     Raises:
         UserError: unreadable, damaged or malformed; names file and line or row.
     """
     suffix = suffix_of(file)
     if suffix == ".json":
-        yield from _json_rows(file, what, split, columns)
+        yield from _json_rows(file, what, split, columns, note)
     elif suffix in (".csv", ".tsv"):
         yield from _csv_rows(file, what, "\t" if suffix == ".tsv" else ",")
     elif suffix in (".parquet", ".arrow"):
@@ -165,9 +91,15 @@ def parse_json(text: str, where: str, hint: str = "") -> Any:
 
 def json_lines(lines: Iterable[str], source: str) -> Iterator[tuple[str, Any]]:
     """Each line's place and value but for blank lines; ``UserError`` names ``source`` and line."""
+    empty = True
     for number, line in enumerate(lines, 1):
         if line.strip():
             where = f"{source}, line {number}"
+            if empty and line.lstrip().startswith("["):
+                raise UserError(
+                    f"{where}: a JSON list; name the file .json, or write one row a line"
+                )
+            empty = False
             yield where, parse_json(line, where, "; each line must be one JSON object")
 
 
@@ -201,11 +133,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def _opened(file: Path, what: str, place: Callable[[], str] = str) -> Iterator[BinaryIO]:
-    """The file's bytes, unpacked; reading errors become ``UserError`` with the ``place`` then."""
-    packed = file.name.lower().endswith(".gz")
+    """The file's bytes, unpacked if they are gzip; reading errors become ``UserError`` with the
+    ``place`` then."""
     try:
-        with gzip.open(file) if packed else file.open("rb") as stream:
-            yield cast(BinaryIO, stream)
+        with file.open("rb") as raw:
+            packed = file.name.lower().endswith(".gz") or raw.peek(2).startswith(GZIP_MAGIC)
+            yield cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if packed else raw
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(
             f"{what} {file}{place()} is damaged or cut off: {error}; get it again"
@@ -263,10 +196,16 @@ def _decoded(raw: bytes, file: Path, what: str, lines: int = 0, start: int = 0) 
 
 
 def _json_rows(
-    file: Path, what: str, split: str | None, columns: Collection[str]
+    file: Path,
+    what: str,
+    split: str | None,
+    columns: Collection[str],
+    note: Callable[[str], None],
 ) -> Iterator[tuple[str, Any]]:
     """Of a list of rows, an object with such a list, one row, or one row per line."""
     source, text = f"{what} {file}", read_text(file, what)
+    if not text.strip():
+        return
     try:
         value = parse_json(text, source)
     except UserError:
@@ -280,19 +219,47 @@ def _json_rows(
             raise
         yield from json_lines(lines, source)
         return
-    if isinstance(value, dict) and not value.keys() & set(columns):
-        lists = {name: one for name, one in value.items() if isinstance(one, list)}
-        wanted = split or (TRAIN if len(lists) > 1 else next(iter(lists), None))
-        if lists and wanted not in lists:
+    lists = lists_of_rows(value, columns)
+    if lists:
+        wanted = choose_split(lists, split)
+        if wanted is None:
             names = ", ".join(map(printable_line, lists))
             raise UserError(
                 f"{source} has the lists {names}; choose one with --set data.split=NAME"
             )
-        value = lists.get(wanted, value) if wanted else value
+        if others := [name for name in value if name != wanted and name in (*lists, *columns)]:
+            names = ", ".join(map(printable_line, others))
+            chooses = " (data.split chooses)" if len(lists) > 1 else ""
+            note(f"{source}: list {printable_line(wanted)}; not read: {names}{chooses}")
+        value = lists[wanted]
     elif split is not None:
         raise UserError(f"data.split = {split!r}: {source} has no such lists; leave it out")
     for number, row in enumerate(value if isinstance(value, list) else [value], 1):
         yield f"{source}, row {number}", row
+
+
+def lists_of_rows(value: Any, columns: Collection[str]) -> dict[str, list[Any]]:
+    """The lists of rows in a JSON object; none where it is a row itself: beside columns that are
+    understood only what has such columns, and is no list of messages, is a list of rows."""
+    if not isinstance(value, dict):
+        return {}
+    lists = {name: one for name, one in value.items() if isinstance(one, list)}
+    if value.keys() & set(columns):
+        return {
+            name: one
+            for name, one in lists.items()
+            if name not in columns
+            and one
+            and isinstance(one[0], dict)
+            and one[0].keys() & set(columns)
+            and not one[0].keys() & {"role", "from"}
+        }
+    tables = {
+        name: one
+        for name, one in lists.items()
+        if all(isinstance(row, dict) for row in one) and (one or SPLIT.match(name))
+    }
+    return tables if any(tables.values()) else lists
 
 
 def _csv_rows(file: Path, what: str, delimiter: str) -> Iterator[tuple[str, Any]]:

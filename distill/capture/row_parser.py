@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from numbers import Number
 from typing import Any
 
 from distill.capture.data_files import parse_json, require_unicode
@@ -47,7 +48,9 @@ class RowParser:
         self.known = {name: name for name in COLUMNS if name not in columns} | self._missing
         self._unused: Counter[str] = Counter()
         self._keys: Counter[str] = Counter()
+        self._ignored_weights = 0
         self._left_out: dict[str, list[str]] = {"blank": [], "an answer and no request": []}
+        self._left_out["an answer whose label is false"] = []  # as in data for KTO
         self._there: Sequence[str] = ()
 
     def parse(self, row: Any, where: str) -> Row | None:
@@ -61,7 +64,11 @@ class RowParser:
         self._there = tuple(row)
         known = {self.known[name]: value for name, value in row.items() if name in self.known}
         self._missing = {name: ours for name, ours in self._missing.items() if name not in row}
-        left = {name: value for name, value in known.items() if not _is_blank(value)}
+        left = {
+            name: str(value) if isinstance(value, Number) else value  # as a CSV file has it
+            for name, value in known.items()
+            if not _is_blank(value)
+        }
         try:
             value = _value(left, where)
             if value is None:
@@ -70,12 +77,17 @@ class RowParser:
             require_unicode(vars(value), where)
         except RecursionError:
             raise UserError(f"{where}: nested too deeply; make it flatter") from None
+        if known.keys() >= {"prompt", "completion"} and _is_false(row.get("label")):
+            self._left_out["an answer whose label is false"].append(where)
+            return None
         theirs = {ours: name for name, ours in self.known.items()}
         self._unused.update(theirs[name] for name in left)
         self.count_unused([n for n in row if n not in self.known and not _is_blank(row[n])], 1)
         if isinstance(value, Conversation):
             for message in value.messages:
                 self._keys.update(message.keys() - TEMPLATE_KEYS)
+                if message["role"] == "assistant" and message.get("weight") == 0:
+                    self._ignored_weights += 1
         return value
 
     def count_unused(self, names: Sequence[str], rows: int) -> None:
@@ -93,7 +105,8 @@ class RowParser:
                 f"data.columns.{ours} = {name!r}: no row has this column; {self._columns()}"
             )
         if not used:
-            raise UserError(f"{source}: every row is blank; {self._columns()}")
+            why = " or ".join(reason for reason, places in self._left_out.items() if places)
+            raise UserError(f"{source}: every row is {why or 'blank'}; {self._columns()}")
         notes = [
             f"{len(places)} rows are left out, as they are {why} (the first: {places[0]})"
             if why == "blank"
@@ -107,6 +120,11 @@ class RowParser:
             notes.append(
                 "keys of messages that are only handed to the chat template: "
                 f"{_counted(self._keys, 'messages')}"
+            )
+        if self._ignored_weights:
+            notes.append(
+                f"weight 0 is ignored: {self._ignored_weights:,} such messages of the assistant "
+                "are learnt as any others"
             )
         return notes
 
@@ -262,6 +280,11 @@ def _text(value: Any, column: str, where: str) -> str:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
+
+
+def _is_false(value: Any) -> bool:
+    """Whether a label says no: false, or the same as text, as CSV has it."""
+    return str(value).strip().lower() == "false"
 
 
 def _is_blank(value: Any) -> bool:

@@ -26,8 +26,16 @@ Teacher = Annotated[
 Data = Annotated[
     Path | None,
     typer.Option(
-        help="JSONL (prompt, messages or text), plain text, or a folder of them. Default: what the "
-        "students' run held out, or else the teacher generates it."
+        help="Rows (JSON, Parquet, CSV) of conversations, prompts or text; plain text; or a folder "
+        "of them. Default: what the students' run held out, or else the teacher generates it."
+    ),
+]
+DataSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="data.KEY=VALUE",
+        help="How --data is read: data.split=test, data.columns.text=NAME. Repeatable.",
     ),
 ]
 MaxLength = Annotated[
@@ -68,6 +76,7 @@ def evaluate(
     students: Students,
     teacher: Teacher = None,
     data: Data = None,
+    settings: DataSettings = None,
     samples: Annotated[int, typer.Option(min=2, help="Sequences at most.")] = 256,
     max_length: MaxLength = None,
     seed: Annotated[
@@ -89,15 +98,18 @@ def evaluate(
     """Compare students with their teacher: predictions, tasks, speed, size."""
     import json
 
+    from distill.config.loading import load_config
     from distill.evaluation.inputs.check import check_evaluation
     from distill.evaluation.inputs.request import Request, TextRequest
 
     names = [name.strip() for name in (lm_eval or "").split(",") if name.strip()]
     _check(lm_eval, names, lm_eval_limit, output)
+    _check_settings(settings or [], data)
+    rows = load_config(None, {}, settings or []).data
     request = Request(
         students=students,
         teacher=teacher,
-        text=TextRequest(data, samples, max_length, seed),
+        text=TextRequest(data, samples, max_length, seed, rows.split, rows.columns),
         draft_length=draft_length,
         safety_prompts=safety_prompts,
         tasks=tasks,
@@ -140,3 +152,16 @@ def _check(lm_eval: str | None, names: list[str], limit: int | None, output: Pat
         if output.is_dir():
             raise UserError(f"--output {output} is a folder; name a file")
         require_page_path(output)
+
+
+def _check_settings(settings: list[str], data: Path | None) -> None:
+    """Refuse settings of what an evaluation does not do."""
+    from distill.errors import UserError
+
+    for setting in settings:
+        if data is None or not setting.startswith(
+            ("data.split=", "data.columns=", "data.columns.")
+        ):
+            raise UserError(
+                f"--set {setting!r}: evaluate takes data.split and data.columns, of --data"
+            )

@@ -66,6 +66,11 @@ class TeacherConfig(Section):
                     f"{name!r} is no variable that can be set; {', '.join(GIVEN)} come from the "
                     "conversation and the tokenizer"
                 )
+        for name in ("tools", "documents"):
+            value = variables.get(name)
+            objects = isinstance(value, list) and all(isinstance(one, dict) for one in value)
+            if value is not None and not objects:
+                raise ValueError(f"{name} = {value!r} is no list of objects; write [{{…}}]")
         return variables
 
 

@@ -109,7 +109,7 @@ def _corpus_text(wanted: TextRequest, students: Sequence[Candidate], corpus: Cor
             f", {corpus.spoken} of them with the teacher's answers (temperature 1, seed "
             f"{wanted.seed})"
         )
-    seen = [_has_seen(student, data) for student in students]
+    seen = [_has_seen(student, data, wanted.split) for student in students]
     warnings = []
     if trained := [student.name for student, has in zip(students, seen, strict=True) if has]:
         description += f"; the run of {', '.join(trained)} was given the same data to train on"
@@ -126,19 +126,23 @@ def _corpus_text(wanted: TextRequest, students: Sequence[Candidate], corpus: Cor
     return Text(description, corpus.items, corpus.sampling, notes=corpus.notes, warnings=warnings)
 
 
-def _has_seen(student: Candidate, data: Path) -> bool | None:
-    """Whether a student's run trained on ``data`` or a part of it; ``None``: not known."""
+def _has_seen(student: Candidate, data: Path, split: str | None) -> bool | None:
+    """Whether a student's run trained on ``data`` or a part of it; ``None``: not known, as where it
+    took another split of it."""
     if student.run is None:
         return None
     config = student.run.read_json(student.run.config_file)
     section = config.get("data")
-    given = section.get("path") if isinstance(section, dict) else None
+    section = section if isinstance(section, dict) else {}
+    given = section.get("path")
     if config.get("store") is not None:
         return None  # what is in the store was decided where it was captured
     if given is None:
         return False  # the teacher spoke
     theirs, ours = Path(str(given)).resolve(), data.resolve()
-    return theirs == ours or theirs in ours.parents or ours in theirs.parents
+    same = theirs == ours or theirs in ours.parents or ours in theirs.parents
+    other = (section.get("split") or "train") != (split or "train")  # as where none is named
+    return None if same and other else same
 
 
 def _shared_held_out(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,15 +64,18 @@ class Proofs:
     files: dict[Quant, Proof]
     failed: dict[Quant, str]
 
-    def need(self, quant: Quant) -> Proof:
-        """The proof of a file.
+    def require(self, folder: Path) -> None:
+        """See that each type asked for was written.
 
         Raises:
-            ProofFailed: it failed.
+            ProofFailed: one was not; says how the run in ``folder`` gets a more exact one.
         """
-        if quant in self.failed:
-            raise ProofFailed(self.failed[quant])
-        return self.files[quant]
+        if self.failed:
+            others = "f32" if "f16" in self.failed else "f16 (or f32)"
+            raise ProofFailed(
+                f"{'; '.join(self.failed.values())}. The F32 file passed: take a more exact type "
+                f"with distill export-gguf {shlex.quote(str(folder))} --quant {others}"
+            )
 
 
 def origin_of(identity: Mapping[str, str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from distill.capture.tokenizer_only import tokenizer_entries
 from distill.config.schema import Quant
-from distill.errors import ProofFailed, UserError
+from distill.errors import UserError
 from distill.evaluation.cost import UNSTEADY
 from distill.export.export import Export, Proofs, export_proved, origin_of
 from distill.export.student_folder import load_student
@@ -113,8 +113,7 @@ def _export_run(
     order = list(proofs.files)
     files.sort(key=lambda file: order.index(file.quant))
     console.rich.print(_table(name, proofs, files))
-    if proofs.failed:
-        raise ProofFailed("; ".join(proofs.failed.values()))
+    proofs.require(folder.path)
     return files
 
 

@@ -82,7 +82,8 @@ def publish(publication: Publication, folder: RunFolder, console: Console) -> Pr
     export = Export(student, tokenizer, names, publication.held_out, merged, importance)
     with console.stage("Export and prove") as stage:
         proofs = export_proved(export, {config.export.quant: folder.gguf})
-        proof = proofs.need(config.export.quant)
+        proofs.require(folder.path)
+        proof = proofs.files[config.export.quant]
         stage.finish(_describe(proof, proofs.original, folder))
     file = read_gguf(folder.gguf)
     context = int(file.value(f"{file.architecture}.context_length"))

@@ -78,11 +78,13 @@ class TrainingProbe:
 class Plan:
     """What a run will take; times in seconds, sizes in bytes; parameters as exported.
 
-    ``trained_tokens``: over all epochs. ``disk``: what it leaves, of which ``store_bytes`` soft
-    targets, ``store_limit`` at most. ``train_seconds``: see ``TrainingProbe.step_seconds``.
+    ``trained_share``: of the tokens; ``trained_tokens``: over all epochs. ``disk``: what it leaves,
+    of which ``store_bytes`` soft targets, ``store_limit`` at most. ``train_seconds``: see
+    ``TrainingProbe.step_seconds``.
     """
 
     tokens: int
+    trained_share: float
     trained_tokens: float
     store_bytes: int
     store_limit: int
@@ -125,7 +127,7 @@ def plan_run(
     student = _probe_student(resolved, info, probe, console)
     plan = _combine(config, corpus, probe, files, student)
     title = f"{info.name} → {config.student.label} SO8T: what a run takes"
-    targets = f"{recipe.kind}, {probe.position_bytes} bytes a token"
+    targets = f"{recipe.kind}, {probe.position_bytes} bytes a token trained on"
     _print(plan, title, targets, student.rows, console)
     for words in _closeness(config, info, plan, console):
         console.note(words)
@@ -178,6 +180,7 @@ def _combine(
 ) -> Plan:
     """Scale the probes up to the whole run."""
     tokens = sum(probe.length if item.speaks else len(item.segments[0]) for item in corpus.items)
+    learnt = probe.kept_share * (tokens - len(corpus))  # no sequence's first token
     batch_size = sequences_together(config, probe)
     validation = round(config.data.held_out * len(corpus))
     steps = config.train.epochs * -(-(len(corpus) - validation) // batch_size)
@@ -190,10 +193,8 @@ def _combine(
     checkpoints = checkpoint_bytes(config, student.numbers, steps, seconds)
     return Plan(
         tokens=round(tokens),
-        trained_tokens=config.train.epochs
-        * probe.kept_share
-        * (tokens - len(corpus))
-        * (1 - config.data.held_out),
+        trained_share=learnt / tokens,
+        trained_tokens=config.train.epochs * learnt * (1 - config.data.held_out),
         store_bytes=targets,
         store_limit=probe.store_limit,
         disk=Disk(targets, files.kept, checkpoints, exports, records),
@@ -234,7 +235,7 @@ def _print(
     if plan.train_seconds is not None:
         training = f"about {human_time(plan.train_seconds)}"
     for name, value in (
-        ("tokens", f"about {human_count(plan.tokens)}"),
+        ("tokens", f"about {human_count(plan.tokens)}, {plan.trained_share:.0%} trained on"),
         ("soft targets", targets),
         ("disk", f"about {human_bytes(plan.disk.total)}, of that:"),
         (

@@ -13,6 +13,7 @@ ENCODER = "is an encoder, whose answer to a token depends on later ones"
 DIFFUSION = "is a diffusion language model, whose answer to a token depends on later ones"
 SPEECH = "is a part of a speech model"
 DRAFT = "is a draft head, which needs another model's hidden states"
+IMAGES = "is an image or video model"
 ARCHITECTURES = {
     **dict.fromkeys(("bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert"), ENCODER),
     **dict.fromkeys(("jina-bert-v2", "jina-bert-v3", "eurobert", "t5encoder"), ENCODER),
@@ -21,7 +22,10 @@ ARCHITECTURES = {
     "t5": "is an encoder-decoder, which answers a text that it has read as a whole",
     **dict.fromkeys(("wavtokenizer-dec", "qwen3tts", "pockettts"), SPEECH),
     **dict.fromkeys(("eagle3", "dflash", "gemma4-assistant"), DRAFT),
+    **dict.fromkeys(("flux", "sd1", "sd2", "sd3", "sdxl", "aura", "hidream", "lumina2"), IMAGES),
+    **dict.fromkeys(("qwen_image", "cosmos", "hyvid", "ltxv", "wan"), IMAGES),
     "clip": TYPES["mmproj"],
+    "controlvector": "is a control vector; give the model that it was made for",
 }
 
 
@@ -51,6 +55,8 @@ def why_no_teacher(
 
 def _other_kind(values: Mapping[str, object]) -> str | None:
     kind, name = values.get("general.type"), values.get("general.architecture")
+    if "adapter.type" in values:  # older files say no general.type
+        kind = "adapter"
     if isinstance(kind, str) and kind in TYPES:
         return TYPES[kind]
     if not isinstance(name, str):

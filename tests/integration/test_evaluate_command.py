@@ -338,6 +338,20 @@ def test_data_that_a_run_was_trained_on(
         text = choose_text(TextRequest(data=given), chosen(run.path), example_gguf)
         assert "the run of student.gguf was given the same data" in text.description
         assert "is what the run of student.gguf was trained on" in text.warnings[0]
+    splits = tmp_path / "splits"
+    splits.mkdir()
+    for split, count in (("train", 3), ("test", 2)):
+        rows = [json.dumps({"body": f"Order {n} boxes."}) for n in range(count)]
+        (splits / f"{split}-00000-of-00001.jsonl").write_text("\n".join(rows))
+    own = make_run(tmp_path / "own", files.run.gguf, some_sequences(), **{"data.path": str(splits)})
+    for chosen_split, count, words in (
+        (None, 3, "was given the same data"),
+        ("train", 3, "was given the same data"),
+        ("test", 2, "whether the students were trained on it is not known"),
+    ):
+        wanted = TextRequest(splits, split=chosen_split, columns={"text": "body"})
+        text = choose_text(wanted, chosen(own.path), example_gguf)
+        assert len(text.items) == count and words in text.description, chosen_split
     text = choose_text(TextRequest(data=new), chosen(run.path), example_gguf)
     assert "3 of them with the teacher's answers" in text.description and not text.warnings
     assert "were given other data" in text.description

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,17 +16,25 @@ DRAFT_LENGTH = 4
 @dataclass(frozen=True)
 class TextRequest:
     """What text the user asked for: ``data`` or none, at most ``samples`` sequences, of at most
-    ``max_length`` tokens (none: ``DEFAULT_LENGTH``)."""
+    ``max_length`` tokens (none: ``DEFAULT_LENGTH``); ``split``, ``columns``: see ``DataConfig``."""
 
     data: Path | None = None
     samples: int = DEFAULT_SAMPLES
     max_length: int | None = None
     seed: int = 0
+    split: str | None = None
+    columns: Mapping[str, str | None] = field(default_factory=dict)
 
     def settings(self, max_length: int = DEFAULT_LENGTH) -> DataConfig:
         """The same as a run says it; ``max_length``: tokens of a sequence at most."""
         path = None if self.data is None else str(self.data)
-        return DataConfig(path=path, samples=self.samples, max_length=max_length)
+        return DataConfig(
+            path=path,
+            split=self.split,
+            columns=dict(self.columns),
+            samples=self.samples,
+            max_length=max_length,
+        )
 
 
 @dataclass(frozen=True)

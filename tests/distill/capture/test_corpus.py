@@ -103,10 +103,10 @@ def test_control_tokens_in_data_stay_text(tiny_teacher: GGUFTeacher, tmp_path: P
 
 
 def test_folders_are_read_in_order(tiny_teacher: GGUFTeacher, tmp_path: Path) -> None:
-    """All text and JSONL files below a folder, by name; other files are left alone."""
+    """All JSONL files below a folder, by name; other files are left alone."""
     (tmp_path / "sub").mkdir()
     write_lines(tmp_path / "a.jsonl", {"text": "first entry"})
-    (tmp_path / "sub" / "b.txt").write_text("second entry")
+    write_lines(tmp_path / "sub" / "b.jsonl", {"text": "second entry"})
     (tmp_path / "c.bin").write_bytes(b"\xff")
     built = corpus(tiny_teacher, tmp_path)
     texts = [text_of(tiny_teacher, item.segments[0][1:]) for item in built.items]
@@ -120,7 +120,7 @@ def test_malformed_jsonl_names_file_and_line(tiny_teacher: GGUFTeacher, tmp_path
         ('{"prompt": "ok"}\n{"prompt": ', "line 2", "JSON"),
         ('{"prompt": "ok"}\n\n[1]', "line 3", "[1]"),
         ('{"ask": "x", "to": 1}', "line 1", "there are ask, to;", "messages", "data.columns"),
-        ('{"prompt": 3}', "line 1", "'prompt'", "3"),
+        ('{"prompt": {"a": 3}}', "line 1", "'prompt'", "3"),
         ('{"prompt": "  "}\n{"prompt": null}', "every row is blank", "there are prompt"),
         ("", "empty"),
         (" \n\n", "empty"),

@@ -99,6 +99,9 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
         for path, written in ((name, raw), (f"{name}.GZ", gzip.compress(raw))):
             (tmp_path / path).write_bytes(written)
             assert content(read(tmp_path / path)) == EXPECTED, path
+        if not name.endswith((".parquet", ".arrow")):  # gzip by another name
+            (tmp_path / name).write_bytes(gzip.compress(raw))
+            assert content(read(tmp_path / name)) == EXPECTED, name
     for name, delimiter in (("rows.csv", ","), ("rows.tsv", "\t")):
         assert content(read(csv_text(ROWS, tmp_path / name, delimiter))) == EXPECTED, name
     (tmp_path / "one.json").write_text(json.dumps(ROWS[0]))
@@ -144,6 +147,92 @@ def test_splits(tmp_path: Path) -> None:
         read(tmp_path / "saved" / "train", "data.split=test")
 
 
+def test_files_that_are_named_by_split(tmp_path: Path) -> None:
+    """What is read of each folder, and what its notes say is not."""
+    cases: list[tuple[str, tuple[str, ...], str, tuple[str, ...] | None, tuple[str, ...]]] = [
+        ("train.jsonl test.jsonl validation.jsonl", (), "train", None, ("test", "validation")),
+        ("train.txt val.txt", (), "train", None, ("val",)),
+        ("train_1.jsonl train_2.jsonl dev.jsonl", (), "train_1 train_2", None, ("dev",)),
+        ("train_sft.jsonl test_sft.jsonl", (), "train_sft", None, ("test_sft",)),
+        ("train_sft.jsonl test_sft.jsonl", ("test_sft",), "test_sft", None, ("train_sft",)),
+        ("default/train/0000.jsonl default/train/0001.jsonl default/test/0000.jsonl", (),
+         "default/train/0000 default/train/0001", None, ("test",)),
+        ("train-00000-of-00001-a1b2.jsonl test-00000-of-00001-c3d4.jsonl", (),
+         "train-00000-of-00001-a1b2", None, ("test",)),
+        ("train.json test.json", ("test",), "test", None, ("train",)),
+        ("valid.jsonl test.jsonl", (), "", ("'train'", "valid", "test", "data.split"), ()),
+        ("train_a.jsonl train_b.jsonl test.jsonl", (), "", ("train_a", "train_b"), ()),
+        # Not splits: a folder of files
+        ("a.jsonl b.jsonl", (), "a b", None, ()),
+        ("test.jsonl", (), "test", None, ()),
+        ("trains.jsonl testimony.jsonl", (), "testimony trains", None, ()),
+        ("train_de.jsonl train_en.jsonl", (), "train_de train_en", None, ()),
+    ]  # fmt: skip
+    for number, (names, split, read_names, error, unread) in enumerate(cases):
+        folder = tmp_path / str(number)
+        for name in names.split():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            text = name.rpartition(".")[0]
+            row = text if name.endswith(".txt") else json.dumps({"text": text})
+            (folder / name).write_text(row)
+        settings = [f"data.split={one}" for one in split]
+        if error is not None:
+            with pytest.raises(UserError) as caught:
+                read(folder, *settings)
+                pytest.fail(f"{names} is accepted")
+            assert all(word in str(caught.value) for word in error), (names, str(caught.value))
+            continue
+        data = read(folder, *settings)
+        assert content(data) == [(one,) for one in read_names.split()], names
+        assert len(data.notes) == bool(unread), (names, data.notes)
+        assert all(one in note.partition("not read")[2] for note in data.notes for one in unread)
+
+
+def test_lists_of_rows_in_an_object(tmp_path: Path) -> None:
+    """The list of rows is found beside other keys; what is not read is said."""
+    rows, turns = [{"text": "a"}], [{"role": "user", "content": "b"}]
+    cases: list[tuple[dict[str, Any], list[tuple[str, ...]], tuple[str, ...]]] = [
+        ({"train": rows, "test": [{"text": "c"}]}, [("a",)], ("train", "test")),
+        ({"train_sft": rows, "test_sft": rows}, [("a",)], ("test_sft",)),
+        ({"system": "Be brief.", "data": rows}, [("a",)], ("data", "system")),
+        ({"train": rows, "prompt": "x"}, [("a",)], ("prompt",)),
+        ({"license": ["mit"], "data": rows, "errors": []}, [("a",)], ()),
+        ({"messages": turns, "votes": [{"id": 1}]}, [("user", "b")], ("votes",)),
+        ({"prompt": "b", "history": turns}, [("user", "b")], ("history",)),
+    ]
+    for value, expected, words in cases:
+        (tmp_path / "a.json").write_text(json.dumps(value))
+        data = read(tmp_path / "a.json")
+        assert content(data) == expected, value
+        assert len(data.notes) == bool(words), (value, data.notes)
+        assert all(word in note for note in data.notes for word in words), (value, data.notes)
+
+
+def test_what_lies_beside_tables_is_not_data(tmp_path: Path) -> None:
+    """Text, a description, a packed copy are named in a note; alone they are read or refused."""
+    beside = {
+        "requirements.txt": "numpy",
+        "CITATION.md": "@misc{}",
+        "config.json": '{"layers": 2, "names": ["x"]}',
+        "a.jsonl.gz": gzip.compress(b'{"text": "a"}'),
+    }
+    for name, given in beside.items():
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / "a.jsonl").write_text('{"text": "a"}')
+        (folder / name).write_bytes(given if isinstance(given, bytes) else given.encode())
+        data = read(folder)
+        assert content(data) == [("a",)], name
+        assert len(data.notes) == 1 and name in data.notes[0], (name, data.notes)
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "config.json").write_text(str(beside["config.json"]))
+    with pytest.raises(UserError, match=r"config\.json"):
+        read(notes)
+    (notes / "b.md").write_text("Text.")
+    assert content(read(notes)) == [("Text.",)]
+
+
 def test_columns_that_are_not_used_are_not_read(tmp_path: Path) -> None:
     """They are counted; where none is understood the error lists those that are there."""
     rows = [{"text": "a", "image": b"\xff\xfe"}, {"text": "", "image": None}]
@@ -182,6 +271,9 @@ def test_damaged_and_hostile_files_are_refused(
         ("a.json", b'[{"text": "a"},\n {"text": }]', ("JSON", "line 2")),
         ("a.json", b'{"text": "a"}\n{"text": }', ("line 2", "JSON")),
         ("a.json", b"[]", ("empty",)),
+        ("a.json", b" \n", ("is empty",)),
+        ("a.jsonl", b'\n[{"text": "a"}]', ("line 2", ".json,")),
+        ("a.jsonl", b'[\n{"text": "a"}\n]', ("line 1", ".json,")),
         ("a.json", b"7", ("row 1", "7")),
         ("a.csv", b'text\n"a\nb"\nc,d\n', ("line 4", "more cells")),
         ("a.csv", b"text,text\na,b\n", ("line 1", "twice")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -86,6 +87,13 @@ ROWS: list[tuple[dict[str, Any], Row | None]] = [
     ({"query": SAID, "response": REPLY}, PAIR),
     ({"input": SAID, "output": REPLY}, PAIR),
     ({"instruction": SAID, "output": "  "}, talk(ASK)),
+    # Cells that are no text, as a CSV file has them
+    *(({"question": SAID, "answer": cell}, talk(ASK, TELL | {"content": text}))
+      for cell, text in ((7, "7"), (0, "0"), (-1.5, "-1.5"), (True, "True"), (False, "False"),
+                         (Decimal("3.50"), "3.50"))),
+    ({"input": 7, "context": 8, "output": 9},
+     talk(ASK | {"content": "7\n\n8"}, TELL | {"content": "9"})),
+    ({"text": 3}, Document("3", "here")),
     # Text, and nothing
     ({"text": "As it stands.\n"}, Document("As it stands.\n", "here")),
     ({"content": "As it stands.", "messages": None}, Document("As it stands.", "here")),
@@ -98,10 +106,11 @@ REFUSED: list[tuple[Any, tuple[str, ...]]] = [
     ({"ask": "x", "reply": "y\x1b"}, ("ask, reply", "messages", "instruction", "data.columns")),
     ({f"c{n}": 1 for n in range(30)}, ("c0, c1", "18 more")),
     ({"output": "x"}, ("output",)),
-    ({"text": 3}, ("'text'", "3")),
+    ({"text": [3]}, ("'text'", "[3]")),
     ({"text": b"x"}, ("'text'", "b'x'")),
     ({"prompt": {"a": 1}}, ("'prompt'",)),
-    ({"prompt": "x", "completion": 7}, ("'completion'", "7")),
+    ({"prompt": "x", "completion": {"a": 1}}, ("'completion'", "{'a': 1}")),
+    ({"messages": 3}, ("'messages'", "got 3")),
     ({"text": "\ud800"}, ("surrogate",)),
     ({"messages": "hello"}, ("JSON",)),
     ({"messages": "[]"}, ("'messages'", "[]")),
@@ -151,7 +160,8 @@ def test_what_cannot_be_used_is_refused() -> None:
 
 
 def test_what_is_left_out_is_counted() -> None:
-    """Blank rows, answers without a request, columns that are not used, keys for the template."""
+    """Blank rows, answers without a request or said to be bad, columns that are not used, keys for
+    the template, weights."""
     parser = RowParser({})
     rows: list[dict[str, Any]] = [
         {"prompt": "a", "id": 1, "text": "b", "note": None},
@@ -159,19 +169,30 @@ def test_what_is_left_out_is_counted() -> None:
         {"text": " "},
         {"prompt": None},
         {"prompt": "", "completion": "c"},
+        {"prompt": "a", "completion": "c", "label": False},
+        {"prompt": [ASK], "completion": [TELL], "label": "False"},
+        {"prompt": "a", "completion": "c", "label": True},
+        {"text": "a", "label": False},
+        {"messages": [ASK, TELL | {"weight": 0}, ASK, TELL | {"weight": 1}]},
     ]
-    assert sum(parser.parse(row, f"row {n}") is not None for n, row in enumerate(rows, 1)) == 2
+    assert sum(parser.parse(row, f"row {n}") is not None for n, row in enumerate(rows, 1)) == 5
     parser.count_unused(["image"], 7)
     notes = parser.finish(True, "data")
     for words in (
         ("2 rows", "row 3"),
         ("1 rows", "answer", "row 5"),
         ("image (7", "id (2", "text (1"),
-        ("weight (1",),
+        ("2 rows", "label", "row 6"),
+        ("weight (3",),
+        ("weight 0", "1 such"),
     ):
         assert any(all(word in note for word in words) for note in notes), (words, notes)
     assert not any("note" in note or "name" in note for note in notes), notes
     assert RowParser({}).finish(True, "data") == []
+    parser = RowParser({})
+    parser.parse(rows[5], "row 1")
+    with pytest.raises(UserError, match="label is false"):
+        parser.finish(False, "data")
 
 
 def test_columns_can_be_named() -> None:

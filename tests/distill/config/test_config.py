@@ -133,3 +133,10 @@ def test_variables_of_the_chat_template() -> None:
     for name in ("messages", "eos_token", "a-b", "ä", "x %}"):
         with pytest.raises(UserError, match="no variable that can be set"):
             load_config(None, {key: {name: 1}}, [])
+    for name in ("tools", "documents"):
+        for value in ("text", "{}", "[1]", "5", "[{}, [a]]"):
+            with pytest.raises(UserError, match=f"{name} = .* is no list of objects"):
+                load_config(None, {}, [f"{key}.{name}={value}"])
+                pytest.fail(f"{name}={value} is accepted")
+        for kept in ("null", "[]", "[{a: 1}]"):
+            load_config(None, {}, [f"{key}.{name}={kept}"])

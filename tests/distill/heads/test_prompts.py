@@ -172,9 +172,9 @@ def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
 BAD: list[tuple[str, str]] = [
     ('{"prompt": "x", "label": "ALLOW"', r"p\.jsonl, line 1 is not JSON"),
     ('{"prompt": "x", "label": "ALLOW"}\n\n{oops}', r"p\.jsonl, line 3 is not JSON"),
-    ("[" * 100_000, r"line 1 is not JSON"),
+    ('{"prompt": ' + "[" * 100_000, r"line 1 is not JSON"),
     ('{"prompt": "x", "label": ' + "9" * 5000 + "}", r"line 1 is not JSON"),
-    ("[1, 2]", r"line 1 is not an object"),
+    ("[1, 2]", r"line 1: a JSON list.*\.json"),
     ('"text"', r"line 1 is not an object"),
     ('{"label": "ALLOW"}', r"line 1 has no text under 'prompt'"),
     ('{"prompt": "  ", "label": "ALLOW"}', r"no text under 'prompt'"),

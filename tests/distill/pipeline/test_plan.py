@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from distill.capture.corpus import build_corpus
+from distill.capture.teachers import open_teacher
 from distill.config.loading import load_config
 from distill.pipeline.plan import plan_run
 from distill.pipeline.run import run
@@ -52,3 +55,21 @@ def test_disk(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         assert planned == pytest.approx(found, rel=0.1), (what, planned, found)
     assert plan.store_bytes <= plan.store_limit
+
+
+def test_share_that_is_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of conversations: the answers' tokens, as the store then holds them."""
+    monkeypatch.chdir(tmp_path)
+    row = json.dumps({"prompt": "Please order four boxes. " * 3, "completion": "Ordered."})
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n" * 8)
+    settings = {"teacher.path": str(example_teacher()), "student.size": "32x1"}
+    config = load_config(None, settings | {"data.path": "rows.jsonl"}, QUICK)
+    plan = plan_run(config, Console())
+    with open_teacher(config.teacher) as teacher:
+        corpus = build_corpus(config.data, teacher, 0)
+    learnt = sum(int(item.keep.sum()) for item in corpus.items if item.keep is not None)
+    share = learnt / sum(len(item.segments[0]) for item in corpus.items)
+    assert 0.0 < share < 0.5 and plan.trained_share == pytest.approx(share)
+    assert f"{share:.0%} trained on" in capsys.readouterr().out

@@ -153,6 +153,10 @@ CASES: list[tuple[str, int, str]] = [
     ("evaluate {teacher} --output {page.pdf}", 2, "must end in .html"),
     ("evaluate {copy} --teacher {teacher} --tasks {missing}", 2, "cannot be read"),
     ("evaluate {copy} --teacher {teacher} --data {missing}", 2, "does not exist"),
+    ("evaluate {copy} --set data.split=test", 2, "data.split and data.columns, of --data"),
+    ("evaluate {copy} --data {odd.jsonl} --set seed=1", 2, "takes data.split and data.columns"),
+    ("evaluate {copy} --data {odd.jsonl} --set data.split=test", 2, "is not divided into splits"),
+    ("evaluate {copy} --data {odd.jsonl} --set data.columns.body=x", 2, "data.columns.body"),
     ("evaluate {copy} --teacher {teacher} --safety-prompts {missing}", 2, "cannot be read"),
 ]
 

@@ -70,7 +70,8 @@ def proved(
     proofs: Proofs = export_proved(Export(student, TOKENIZER, NAMES, held), wanted)
     original = proofs.original
     assert original.max_logit_difference <= 1e-3 and original.against == "PyTorch"
-    return {quant: proofs.need(quant) for quant in quants}
+    proofs.require(folder)
+    return {quant: proofs.files[quant] for quant in quants}
 
 
 def difference_in_transformers(student: SO8TForCausalLM, path: Path, held: HeldOut) -> float:

@@ -197,6 +197,9 @@ def test_only_causal_language_models_are_teachers(tmp_path: Path) -> None:
     embedding, path = np.ones((2, 32), np.float32), tmp_path / "m.gguf"
     refused: list[tuple[str, dict[str, Any]]] = [
         ("LoRA adapter", {"general.type": "adapter"}),
+        ("LoRA adapter", {"adapter.type": "lora"}),
+        ("control vector", {"general.architecture": "controlvector"}),
+        *[("image or video", {"general.architecture": name}) for name in ("flux", "sdxl", "wan")],
         ("importance matrix", {"general.type": "imatrix"}),
         ("image or audio part", {"general.type": "mmproj"}),
         ("image or audio part", {"general.architecture": "clip"}),
