@@ -62,8 +62,8 @@ def test_share_that_is_trained_on(
 ) -> None:
     """Of conversations: the answers' tokens, as the store then holds them."""
     monkeypatch.chdir(tmp_path)
-    row = json.dumps({"prompt": "Please order four boxes. " * 3, "completion": "Ordered."})
-    (tmp_path / "rows.jsonl").write_text(f"{row}\n" * 8)
+    rows = [{"prompt": f"Please order {n} boxes. " * 3, "completion": "Ordered."} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = {"teacher.path": str(example_teacher()), "student.size": "32x1"}
     config = load_config(None, settings | {"data.path": "rows.jsonl"}, QUICK)
     plan = plan_run(config, Console())
