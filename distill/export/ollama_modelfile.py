@@ -128,7 +128,9 @@ def chat_renderer(fields: Mapping[str, Field], template: str) -> Render:
 
     def render(messages: Sequence[Message], answer: bool) -> str | None:
         try:
-            text = render_chat(template, messages, add_generation_prompt=answer, bos=bos, eos=eos)
+            text = render_chat(
+                template, messages, add_generation_prompt=answer, bos=bos, eos=eos
+            ).text
         except ChatTemplateError:
             return None
         return text.removeprefix(surplus)

@@ -45,7 +45,7 @@ def _starting_with(bos: str, eos: str, template: str) -> str:
     front."""
     messages = [{"role": "user", "content": "words"}]
     try:
-        text = render_chat(template, messages, add_generation_prompt=True, bos=bos, eos=eos)
+        text = render_chat(template, messages, add_generation_prompt=True, bos=bos, eos=eos).text
     except ChatTemplateError:
         return template
     if not bos or text.startswith(bos):

@@ -177,4 +177,4 @@ class Conversation:
 
     @staticmethod
     def _render(template: str, messages: list[Message]) -> str:
-        return render_chat(template, messages, add_generation_prompt=True)
+        return render_chat(template, messages, add_generation_prompt=True).text

@@ -129,26 +129,6 @@ def render_chat(
     bos: str = "",
     eos: str = "",
     variables: Mapping[str, Any] | None = None,
-) -> str:
-    """Render ``messages`` as the model's training text; see ``render_marked``."""
-    return render_marked(
-        template,
-        messages,
-        add_generation_prompt=add_generation_prompt,
-        bos=bos,
-        eos=eos,
-        variables=variables,
-    ).text
-
-
-def render_marked(
-    template: str,
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool,
-    bos: str = "",
-    eos: str = "",
-    variables: Mapping[str, Any] | None = None,
 ) -> RenderedChat:
     """Render ``messages`` as the model's training text, with the places of generated text.
 

@@ -10,7 +10,7 @@ from teachers.base import Teacher, Tokens
 from teachers.tokenizer.chat_template import (
     ChatTemplateError,
     RenderedChat,
-    render_marked,
+    render_chat,
 )
 from teachers.tokenizer.rows import Conversation, Message
 
@@ -142,7 +142,7 @@ def render_chats(
             raise ChatTemplateError(
                 "the teacher has no chat template for conversations without tools"
             )
-        text = render_marked(
+        text = render_chat(
             template,
             chat.messages,
             add_generation_prompt=answer,

@@ -109,7 +109,7 @@ def made(fields: Mapping[str, Field], **options: Any) -> tuple[dict[str, Any], l
 def expected(template: str, messages: Messages, end: str, *, add_bos: bool) -> str | None:
     """What the chat template gives, without the BOS that the runtime puts in front."""
     try:
-        text = render_chat(template, messages, add_generation_prompt=True, bos=BOS, eos=end)
+        text = render_chat(template, messages, add_generation_prompt=True, bos=BOS, eos=end).text
     except ChatTemplateError:
         return None
     return text[len(BOS) :] if add_bos and text.startswith(BOS) else text
@@ -185,7 +185,7 @@ def test_stops_end_a_turn_and_nothing_else() -> None:
         kinds = [3, 3, 3, 1, 1, 1, 1]
         given = {"add_bos": True, "tokens": tokens, "token_type": kinds}
         found, _ = made(fields_of(text, end, **given), ends=[END_ID, 6])
-        shown = render_chat(text, messages, add_generation_prompt=True, bos=start, eos=end)
+        shown = render_chat(text, messages, add_generation_prompt=True, bos=start, eos=end).text
         assert fill_in(found["template"], messages) == shown.removeprefix(start), name
         between = shown.partition("Yes, on.")[2].partition("And then?")[0]
         turns = [stop for stop in found["stop"] if stop != end or end in shown]  # alpaca has none
@@ -360,7 +360,7 @@ def test_downloaded_teachers() -> None:
         if name == "smollm2":
             messages = talk(("user", "assistant", "user"), ("東京?", "<b>Yes</b>", "And?"))
             text = fields["tokenizer.chat_template"].value
-            shown = render_chat(text, messages, add_generation_prompt=True)
+            shown = render_chat(text, messages, add_generation_prompt=True).text
             assert fill_in(found["template"], messages) == shown
 
 

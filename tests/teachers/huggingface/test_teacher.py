@@ -318,7 +318,10 @@ def test_conversations_work(teacher: HuggingFaceTeacher) -> None:
     assert segments is not None
     assert teacher.detokenize(segments) == ["<s>[user] ", "<|end|>[assistant] "]
     assert teacher.info.chat_template is not None
-    assert render_chat(teacher.info.chat_template, [], add_generation_prompt=True) == "[assistant] "
+    assert (
+        render_chat(teacher.info.chat_template, [], add_generation_prompt=True).text
+        == "[assistant] "
+    )
 
 
 def test_close_twice(folder: Path) -> None:

@@ -145,7 +145,7 @@ def test_chat_templates_are_sandboxed() -> None:
     """Rendering works; Python's insides, and templates that refuse, end in our error."""
     template = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m.content }}{% endfor %}"
     said = [{"role": "user", "content": "hi"}]
-    assert render_chat(template, said, add_generation_prompt=True, bos="B") == "B<user>hi"
+    assert render_chat(template, said, add_generation_prompt=True, bos="B").text == "B<user>hi"
     for bad in (
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ raise_exception('only system') }}",

@@ -12,7 +12,6 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from teachers.tokenizer.chat_template import (
     ChatTemplateError,
     render_chat,
-    render_marked,
     with_variables,
 )
 from tests.support.chat_templates import FAMILIES, family
@@ -92,12 +91,12 @@ def test_the_text_and_the_generated_places_are_transformers() -> None:
                         render_chat(family(name), messages, **given, variables=variables)
                     continue
                 accepted[name] += 1
-                mine = render_marked(family(name), messages, **given, variables=variables)
+                mine = render_chat(family(name), messages, **given, variables=variables)
                 assert (mine.text, mine.generated) == wanted, where
                 own = with_variables(family(name), values)  # the same from the template itself
-                assert render_chat(own, messages, **given) == mine.text, where
+                assert render_chat(own, messages, **given).text == mine.text, where
     assert len(FAMILIES) >= 12 and min(accepted.values()) >= 10, accepted
-    few = render_marked(family("phi4"), [USER, ANSWER], add_generation_prompt=False)
+    few = render_chat(family("phi4"), [USER, ANSWER], add_generation_prompt=False)
     assert few.generated is not None
     assert [few.text[slice(*span)] for span in few.generated] == [ANSWER["content"] + "<|im_end|>"]
 
@@ -112,7 +111,7 @@ def test_the_template_may_not_tell_where_generated_text_is() -> None:
         (f"{{% set x %}}words {tag}{{% endset %}}{{{{ x }}}}", None),
         ("{{ messages[-1].content }}", None),
     ):
-        said = render_marked(
+        said = render_chat(
             template, [{"role": "assistant", "content": "hi"}], add_generation_prompt=False
         )
         assert said.generated == places, template
@@ -132,7 +131,7 @@ def test_whatever_a_template_does_wrong_is_one_error() -> None:
         "{{ strftime_now(1) }}", "{{ namespace().f() }}", "{{ range(10 ** 9) }}",
     ):  # fmt: skip
         try:
-            said = render_chat(bad, [USER], add_generation_prompt=False)
+            said = render_chat(bad, [USER], add_generation_prompt=False).text
         except ChatTemplateError as error:
             assert str(error).startswith("the teacher's chat template"), bad
         else:
@@ -143,4 +142,4 @@ def test_the_date_can_be_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the variable that reproducible builds use, so that another day gives the same text."""
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1721952000")
     template = "{{ strftime_now('%d %b %Y') }}"
-    assert render_chat(template, [USER], add_generation_prompt=False) == "26 Jul 2024"
+    assert render_chat(template, [USER], add_generation_prompt=False).text == "26 Jul 2024"

@@ -114,10 +114,10 @@ def test_which_template_a_file_is_read_with(tmp_path: Path, tiny_student: SO8TFo
     values = {"x": ["y", None, "\u2028'\"{%"], "tools": [{"name": "f"}]}
     config = TeacherConfig(path=str(tmp_path / "one.gguf"), template_variables=values)
     given = {"add_generation_prompt": True}
-    wanted = render_chat(texts["one"][0], user, **given, variables=values)
+    wanted = render_chat(texts["one"][0], user, **given, variables=values).text
     with open_teacher(config) as teacher:
         assert render_chats(teacher, [Conversation(user)], answer=True)[0].text == wanted
         record = make_teacher_record(teacher, read_gguf(tmp_path / "one.gguf"), [])
     for fields in (record.tokenizer, tokenizer_of(config)):
-        assert render_chat(fields[key].value, user, **given) == wanted
-        assert render_chat(fields[key].value, user, **given, variables={"x": 5}) == "\nu5"
+        assert render_chat(fields[key].value, user, **given).text == wanted
+        assert render_chat(fields[key].value, user, **given, variables={"x": 5}).text == "\nu5"

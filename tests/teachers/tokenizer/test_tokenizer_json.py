@@ -229,7 +229,7 @@ def test_roles_and_chat_template(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": " hello\r\n"}, {"role": "assistant", "content": "hi"}]
     template = fields["tokenizer.chat_template"].value
     said = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert said == render_chat(template, messages, add_generation_prompt=True)
+    assert said == render_chat(template, messages, add_generation_prompt=True).text
     load(edited(fields, chat_template=None), tmp_path)
     assert not (tmp_path / "chat_template.jinja").exists()
 
