@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, ClassVar, TypeVar
 from unittest.mock import patch
 from weakref import WeakValueDictionary
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+Module = TypeVar("Module", bound=nn.Module)
 NAME = "pretended"
 ROOT = Path(__file__).parents[3]
 PRODUCT = tuple(f"{ROOT / part}/" for part in ("distill", "stability", "students", "teachers"))
@@ -100,7 +102,7 @@ _under_way: list[tuple[Tensor, Tensor]] = []  # copies to main memory that nobod
 class _Storage:
     """One storage on the device, for as long as a tensor has it."""
 
-    known: WeakValueDictionary[int, _Storage] = WeakValueDictionary()
+    known: ClassVar[WeakValueDictionary[int, _Storage]] = WeakValueDictionary()
 
     def __init__(self, size: int) -> None:
         self.size, self.watched = size, list(_watched)
@@ -129,7 +131,7 @@ class _OnGPU(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> _OnGPU:
-        made: _OnGPU = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: _OnGPU = torch.Tensor._make_wrapper_subclass(
             cls,
             held.size(),
             strides=held.stride(),
@@ -150,7 +152,9 @@ class _OnGPU(torch.Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
-    def new_tensor(self, data: Any, dtype: Any = None, **others: Any) -> Tensor:
+    def new_tensor(  # type: ignore[override]
+        self, data: Any, dtype: Any = None, **others: Any
+    ) -> Tensor:
         return torch.tensor(data, dtype=dtype or self.dtype, device=DEVICE, **others)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -161,7 +165,7 @@ class _OnGPU(torch.Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return _run(operation, *args, **(kwargs or {}))
@@ -290,7 +294,8 @@ def _waited(how: str, times: int = 1) -> None:
 def _place() -> str:
     """The innermost line of the product on the stack, else of its tests, else of the backward pass
     (which runs in a thread of PyTorch's)."""
-    frame, of_tests = sys._getframe(1), ""
+    frame: FrameType | None = sys._getframe(1)
+    of_tests = ""
     while frame is not None:
         path = frame.f_code.co_filename
         if path != __file__ and path.startswith(str(ROOT)):
@@ -298,14 +303,14 @@ def _place() -> str:
             if path.startswith(PRODUCT):
                 return place
             of_tests = of_tests or place
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return of_tests or "backward"
 
 
 _backend = torch.library.Library("_", "IMPL")
 _backend.fallback(_run, "PrivateUse1")
-# ``torch.tensor`` keeps Python's dispatch out, and ``arange`` is made of an empty tensor that grows:
-# a fallback does not do for these.
+# A fallback does not do for these: ``torch.tensor`` keeps Python's dispatch out, and ``arange`` is
+# made of an empty tensor that grows.
 _direct = torch.library.Library("aten", "IMPL")
 for _operation in (
     aten.copy_.default,
@@ -362,7 +367,7 @@ def on_gpu(tensor: Tensor) -> Tensor:
     return _OnGPU(tensor.detach().clone())
 
 
-def to_gpu(module: nn.Module) -> nn.Module:
+def to_gpu(module: Module) -> Module:
     """Move a module to the device, in place; what is tied stays tied."""
     moved: dict[int, Tensor] = {}
     for one in module.modules():
