@@ -25,6 +25,8 @@ from weakref import WeakValueDictionary
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.optim import optimizer
+from torch.utils import _foreach_utils
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -148,6 +150,9 @@ class _OnGPU(torch.Tensor):
 
     def data_ptr(self) -> int:
         return self.held.data_ptr()
+
+    def untyped_storage(self) -> Any:
+        return self.held.untyped_storage()
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -307,9 +312,12 @@ def _place() -> str:
     return of_tests or "backward"
 
 
+# Lists of its tensors are operated on together, as CUDA's are.
+for _types in (_foreach_utils._foreach_supported_types, optimizer._foreach_supported_types):
+    _types.append(_OnGPU)
 _backend = torch.library.Library("_", "IMPL")
 _backend.fallback(_run, "PrivateUse1")
-# A fallback does not do for these: ``torch.tensor`` keeps Python's dispatch out, and ``arange`` is
+# A fallback does not do for these: ``torch.tensor`` keeps Python's dispatch out, and others are
 # made of an empty tensor that grows.
 _direct = torch.library.Library("aten", "IMPL")
 for _operation in (
@@ -318,6 +326,8 @@ for _operation in (
     aten.arange.default,
     aten.arange.start,
     aten.arange.start_step,
+    aten.eye.default,
+    aten.eye.m,
 ):
     _direct.impl(_operation, partial(_run, _operation), "PrivateUse1")
 
