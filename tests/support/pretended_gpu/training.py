@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from distill.heads.prompts import SafetyPrompt
 from distill.losses.objective import Objective
 from distill.training.data import TrainingData, split
 from distill.training.engine import TrainingJob, train
-from students.model.decoder import SO8TForCausalLM
 from teachers.store.manifest import Manifest
 from teachers.store.shared import SharedCodec
 from teachers.store.store import SoftTargetStore
@@ -34,7 +34,8 @@ from tests.support.pretended_gpu import Watched, training_on_gpu
 from tests.support.students import make_student
 
 VOCABULARIES = (512, 32_000, 262_144)
-TOKENS, BATCH, RANK, LAYERS = 128, 8, 16, 4
+LENGTHS = (128, 112, 96, 80)  # of the sequences, in turn
+BATCH, RANK, LAYERS = 8, 16, 4
 CONFIG = TrainConfig(epochs=1, batch_size=BATCH, evaluations=2, learning_rate=0.01)
 LOSS = LossConfig(temperature=1.0)
 
@@ -64,7 +65,7 @@ def random_store(folder: Path, vocab: int, lengths: Sequence[int]) -> SoftTarget
     return store
 
 
-def job(folder: Path, vocab: int, steps: int, lengths: Sequence[int] = (TOKENS,)) -> TrainingJob:
+def job(folder: Path, vocab: int, steps: int, lengths: Sequence[int] = LENGTHS) -> TrainingJob:
     """A student of width 16 with both heads; ``lengths`` of its sequences, in turn."""
     count = BATCH * steps + 4
     sizes = [lengths[number % len(lengths)] for number in range(count)]
@@ -104,8 +105,7 @@ def counted(one: TrainingJob) -> list[StepCounts]:
     with training_on_gpu() as seen:
         sums = []
         train(one, lambda step, note: sums.append(StepCounts.until_now(seen)))
-    pairs = list(zip(sums, sums[1:], strict=False))
-    return [later.since(before) for before, later in pairs][:-1]
+    return [later.since(before) for before, later in pairwise(sums)][:-1]
 
 
 def main() -> None:
