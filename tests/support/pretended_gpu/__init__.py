@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any, ClassVar, TypeVar
 from unittest.mock import patch
 from weakref import WeakValueDictionary
@@ -32,6 +32,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 Module = TypeVar("Module", bound=nn.Module)
 NAME = "pretended"
+MEMORY = 12 << 30  # bytes that it pretends to have
 ROOT = Path(__file__).parents[3]
 PRODUCT = tuple(f"{ROOT / part}/" for part in ("distill", "stability", "students", "teachers"))
 
@@ -55,6 +56,7 @@ class _Module:
     device_count = staticmethod(lambda: 1)
     current_device = staticmethod(lambda: 0)
     manual_seed_all = staticmethod(lambda seed: None)
+    get_device_properties = staticmethod(lambda device: SimpleNamespace(total_memory=MEMORY))
     get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16, torch.float16])
     synchronize = staticmethod(lambda device=None: _waited("synchronize"))
 
@@ -268,7 +270,7 @@ def _record_copies(packet: Any, args: Any, kwargs: Any, result: Any) -> None:
         if isinstance(target, _OnGPU) == isinstance(source, _OnGPU):
             continue
         host = source if isinstance(target, _OnGPU) else target
-        waited = blocking or _key(host) not in _pinned
+        waited = blocking or _key(host) not in _pinned or not host.is_contiguous()
         how = "to the GPU" if isinstance(target, _OnGPU) else "to main memory"
         _crossed(source, waited=waited, how=f"copy {how}")
         if not waited and host is target:
