@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from distill.config.schema import LossConfig, TrainConfig
 from distill.heads.prompt_set import PromptSet
 from distill.heads.prompts import SafetyPrompt
 from distill.losses.objective import Objective
+from distill.training import checkpoint_timer
 from distill.training.data import TrainingData, split
 from distill.training.engine import TrainingJob, train
 from teachers.store.manifest import Manifest
@@ -102,8 +105,9 @@ class StepCounts:
 
 def counted(one: TrainingJob) -> list[StepCounts]:
     """Train, and count each step but the first and the last, which do other things too."""
-    with training_on_gpu() as seen:
-        sums = []
+    never = patch.object(checkpoint_timer, "CHECKPOINT_SECONDS", math.inf)
+    with never, training_on_gpu() as seen:
+        sums: list[StepCounts] = []
         train(one, lambda step, note: sums.append(StepCounts.until_now(seen)))
     return [later.since(before) for before, later in pairwise(sums)][:-1]
 
