@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 LOGITS_BYTES = 32 << 20  # one chunk's float32 logits; measured in docs/benchmarks.md
+WIDENING = {"cuda"} if hasattr(torch.ops.aten.mm, "dtype") else set()  # see ``head_logits``
 
 ChunkGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """Float32 logits ``[C, V]`` of some positions, and which they are → sum of their losses (a scalar)
@@ -22,6 +23,17 @@ and its gradient in the logits ``[C, V]``. It may overwrite the logits."""
 def chunk_size(vocab_size: int) -> int:
     """Positions per chunk, so that a chunk's logits stay below ``LOGITS_BYTES``."""
     return max(16, LOGITS_BYTES // (4 * vocab_size))
+
+
+def head_logits(states: Tensor, matrix: Tensor) -> Tensor:
+    """Float32 logits ``[C, V]`` of ``states [C, D]`` under the output matrix ``[V, D]``.
+
+    Of bfloat16 factors too, where the device can add up their products in float32 and keep that;
+    elsewhere they are rounded on the way: a logit of 20 to eighths.
+    """
+    if states.device.type in WIDENING and states.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(states, matrix.T, out_dtype=torch.float32)
+    return (states @ matrix.T).float()
 
 
 def chunked_head_loss(
@@ -56,7 +68,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden), chunk):
                 span = slice(start, min(start + chunk, len(hidden)))
-                loss, grad = chunk_gradient((states[span] @ matrix.T).float(), span)
+                loss, grad = chunk_gradient(head_logits(states[span], matrix), span)
                 total += loss
                 narrow_grad = grad.to(narrow)
                 grad_hidden[span] = narrow_grad @ matrix

@@ -45,6 +45,7 @@ from distill.training.validation import (
     validation_kl,
     validation_score,
 )
+from numerics.precision import ieee_float32
 from stability import Event, GaveUp
 from stability.detectors import Action
 from stability.measures.tensors import gradient_norm, non_finite
@@ -110,6 +111,7 @@ class Loop:
             record_checkpoint(folder, path, state.step)
 
 
+@ieee_float32()
 def train(
     job: TrainingJob,
     report: Report,

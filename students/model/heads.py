@@ -23,7 +23,7 @@ from students.model.head_decisions import (
     SAFETY_KEYS,
     VERIFICATION_KEYS,
 )
-from students.model.so8 import full_precision
+from numerics.precision import full_precision
 
 VERIFICATION_UNITS = 64
 DEFAULT_THRESHOLDS = (0.5, 0.5)
