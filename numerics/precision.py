@@ -25,7 +25,7 @@ def ieee_float32() -> Iterator[None]:
     if not _rounds():
         yield
         return
-    switches = _switches()
+    switches = float32_switches()
     before = [switch.fp32_precision for switch in switches]
     for switch in switches:
         switch.fp32_precision = "ieee"
@@ -58,7 +58,7 @@ def _exact(plain: torch.autocast) -> Iterator[None]:
         yield
 
 
-def _switches() -> list[Any]:
+def float32_switches() -> list[Any]:
     """PyTorch's switches for products of float32 matrices on NVIDIA's and AMD's GPUs and in oneDNN;
     none before PyTorch 2.9, which has the older one alone."""
     found = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
@@ -67,7 +67,7 @@ def _switches() -> list[Any]:
 
 def _rounds() -> bool:
     """Whether float32 factors may be rounded as things stand."""
-    if not (switches := _switches()):
+    if not (switches := float32_switches()):
         return torch.get_float32_matmul_precision() != "highest"
     gpu, onednn = (switch.fp32_precision in ROUNDED for switch in switches)
     return gpu or (onednn and not onednn_is_exact())
@@ -77,9 +77,9 @@ def _rounds() -> bool:
 def onednn_is_exact() -> bool:
     """Whether oneDNN multiplies float32 matrices in float32 where it is allowed to use bfloat16:
     processors that would use it (those with AMX) are found by trying."""
-    if not _switches() or not torch.backends.mkldnn.is_available():
+    if not float32_switches() or not torch.backends.mkldnn.is_available():
         return False
-    switch = torch.backends.mkldnn.matmul
+    _, switch = float32_switches()
     before, switch.fp32_precision = switch.fp32_precision, "bf16"
     try:
         generator = torch.Generator().manual_seed(0)
@@ -109,10 +109,10 @@ def float64(tensor: Tensor) -> Tensor:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 by itself: older GPUs (T4, V100) only imitate it,
-    several times slower than float32."""
-    if device.type == "cuda":
+    """Whether the device computes in bfloat16 by itself: NVIDIA's before Ampere (T4, V100) only
+    imitate it. One that is not in this machine is taken for a newer one."""
+    if device.type == "cuda" and torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "xpu":
+    if device.type == "xpu" and torch.xpu.is_available():
         return bool(torch.xpu.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu"
+    return device.type != "mps"

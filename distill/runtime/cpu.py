@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from numerics.precision import onednn_is_exact
+from numerics.precision import float32_switches, onednn_is_exact
 
 # Parameters of mallopt(3).
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
@@ -44,7 +44,7 @@ def onednn_for_float32() -> Iterator[bool]:
     if not onednn_is_exact():
         yield False
         return
-    settings = torch.backends.mkldnn.matmul
+    _, settings = float32_switches()
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
     try:
         yield True

@@ -28,7 +28,7 @@ from distill.training.distributed import (
     TrainingModule,
     build_accelerator,
     exchange_gradients,
-    fast_products,
+    float32_products,
     is_sharded,
     sum_over_processes,
     wrap,
@@ -45,7 +45,6 @@ from distill.training.validation import (
     validation_kl,
     validation_score,
 )
-from numerics.precision import ieee_float32
 from stability import Event, GaveUp
 from stability.detectors import Action
 from stability.measures.tensors import gradient_norm, non_finite
@@ -111,7 +110,6 @@ class Loop:
             record_checkpoint(folder, path, state.step)
 
 
-@ieee_float32()
 def train(
     job: TrainingJob,
     report: Report,
@@ -150,7 +148,7 @@ def train(
         path = folder / "metrics.jsonl" if accelerator.is_main_process else None
         with (
             MetricsFile(path, state.step if newest else None, state.lines_logged) as metrics,
-            fast_products(data.store.lengths(), student, accelerator.device),
+            float32_products(data.store.lengths(), student, accelerator.device),
         ):
             loop = Loop(job, accelerator, model, plan, on_policy, metrics, warn)
             if newest is not None and accelerator.is_main_process:

@@ -259,7 +259,7 @@ def test_data_files_are_installed() -> None:
             files = set(folder.glob(pattern))
             assert files, f"{package}: no file is {pattern}"
             named |= files
-    folders = [ROOT / package for package in ("distill", "teachers", "students", "stability")]
+    folders = [ROOT / package for package in PACKAGES[:5]]
     files = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
     data = {path for path in files if path.suffix not in (".py", ".pyc")}
     assert data <= named, f"not installed: {sorted(data - named)}"

@@ -106,7 +106,7 @@ def plain(request: pytest.FixtureRequest, plains: dict[str, Published]) -> Publi
 
 def elsewhere(script: str, *arguments: str, cwd: Path) -> Any:
     """What a script prints in an isolated process that cannot have this project's packages."""
-    blocked = ("distill", "students", "teachers", "stability", "tools", "tests", "gguf")
+    blocked = (*OURS, "gguf")
     hook = (
         "import sys\n"
         "class Block:\n"
