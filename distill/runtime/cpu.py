@@ -7,8 +7,6 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from numerics.precision import float32_switches, onednn_is_exact
 
 # Parameters of mallopt(3).

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from numerics.precision import full_precision
-from students.model import so8
 from students.model.gate import SO8Gate
 from students.model.shape import GROUP
 

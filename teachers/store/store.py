@@ -15,12 +15,15 @@ itself and writers need no common state.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -49,7 +52,8 @@ class SoftTargetStore:
         self.folder = folder
         self.manifest = manifest
         self._recipe = manifest.recipe
-        self._codec: tuple[SharedCodec, str] | None = None  # with its digest
+        self._codec: SharedCodec | None = None
+        self._codec_digest = ""
         self._open_shards: dict[int, Any] = {}
         self._starts: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
@@ -115,7 +119,8 @@ class SoftTargetStore:
         self._open_shards.pop(shard, None)
         codec = None
         if self.needs_shared_codec and self.manifest.names_codec:
-            codec = self._need_codec()[1]
+            self._need_codec()
+            codec = self._codec_digest
         self.write_file(self.shard_path(shard).name, arrays, codec)
 
     def write_file(self, name: str, arrays: Arrays, codec: str | None = None) -> None:
@@ -192,8 +197,9 @@ class SoftTargetStore:
         if self._codec is None and (self.folder / SHARED_CODEC).exists():
             arrays = self.read_file(SHARED_CODEC)
             if arrays is not None:
-                self._codec = SharedCodec.from_arrays(arrays, self._recipe), _digest(arrays)
-        return None if self._codec is None else self._codec[0]
+                self._codec_digest = _digest(arrays)  # before what is looked for
+                self._codec = SharedCodec.from_arrays(arrays, self._recipe)
+        return self._codec
 
     def _codec_of(self, path: Path) -> str | None:
         with safe_open(path, framework="numpy") as file:
@@ -201,9 +207,7 @@ class SoftTargetStore:
 
     def _require_codec(self, name: str, digest: str | None) -> None:
         """Raise ``StoreError`` if a file names another codec than the one that is there."""
-        if digest is None or self.shared_codec() is None:
-            return
-        if digest != self._need_codec()[1]:
+        if digest and self.shared_codec() is not None and digest != self._codec_digest:
             raise StoreError(
                 f"store {self.folder}: {name} was written with another {SHARED_CODEC} than the one "
                 "that is there; put the right one back from a copy, or capture into another "
@@ -227,8 +231,9 @@ class SoftTargetStore:
             if self.manifest.masked:
                 bits = np.unpackbits(file.get_tensor("keep"), count=int(rows[-1]))
                 rows = np.concatenate(([0], np.cumsum(bits, dtype=np.int64)))[rows]
-            self._open_shards[shard] = file
+            # Last what is looked for: another thread may read too.
             self._starts[shard] = (tokens, rows)
+            self._open_shards[shard] = file
         return self._open_shards[shard], *self._starts[shard]
 
     def tokens(self, index: int) -> Tokens:
@@ -266,7 +271,7 @@ class SoftTargetStore:
         """A teacher's answer, as arrays of this store's recipe ``[N, …]``, as typed targets."""
         basis = head = None
         if self._recipe.needs_states:
-            codec, _ = self._need_codec()
+            codec = self._need_codec()
             basis, head = codec.bases.get("final"), codec.head
         return typed(arrays, self._recipe, int(self.manifest.identity["vocab_size"]), basis, head)
 
@@ -274,13 +279,27 @@ class SoftTargetStore:
         """The layer states kept in such an answer, float32 ``[N, R]`` each."""
         states = {}
         for layer in self._recipe.layers:
-            name, basis = f"layer{layer}", self._need_codec()[0].bases[f"layer{layer}"]
+            name, basis = f"layer{layer}", self._need_codec().bases[f"layer{layer}"]
             states[layer] = basis.coordinates(arrays[name], arrays[f"{name}_scale"])  # type: ignore[arg-type]
         return states
 
-    def _need_codec(self) -> tuple[SharedCodec, str]:
-        """The shared codec and its digest."""
-        if self.shared_codec() is None or self._codec is None:
+    @contextmanager
+    def head_on(self, device: torch.device) -> Iterator[None]:
+        """Within, targets have the head that turns codes into logits on ``device``: it is large,
+        and common to all of them."""
+        codec = self.shared_codec()
+        if codec is None or codec.head is None:
+            yield
+            return
+        self._codec = replace(codec, head=codec.head.to(device))
+        try:
+            yield
+        finally:
+            self._codec = codec
+
+    def _need_codec(self) -> SharedCodec:
+        codec = self.shared_codec()
+        if codec is None:
             raise StoreError(
                 f"store {self.folder}: {SHARED_CODEC} is missing or damaged; run the capture again"
             )

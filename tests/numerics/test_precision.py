@@ -115,7 +115,8 @@ def test_onednn_stays_where_it_is_exact(switches: None, monkeypatch: pytest.Monk
 def test_the_environment_is_not_asked() -> None:
     """``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`` switches TF32 on before the first line runs."""
     script = (
-        "import torch; from numerics.precision import ieee_float32; gpu = torch.backends.cuda.matmul\n"
+        "import torch; from numerics.precision import ieee_float32\n"
+        "gpu = torch.backends.cuda.matmul\n"
         "print(gpu.fp32_precision)\n"
         "with ieee_float32(): print(gpu.fp32_precision)\n"
         "print(gpu.fp32_precision)"

@@ -20,12 +20,11 @@ from distill.heads.prompts import SafetyPrompt
 from distill.losses import chunked_lm_head
 from distill.losses.auxiliary_heads import (
     BODY_GRADIENT,
-    VERIFICATION_STRIDE,
     VerificationTargets,
     safety_loss,
     verification_loss,
 )
-from distill.losses.batch import Prompts
+from distill.losses.batch import VERIFICATION_STRIDE, Prompts
 from distill.losses.objective import Objective
 from distill.training.data import TrainingData, micro_batches
 from distill.training.engine import TrainingJob, train
@@ -138,7 +137,7 @@ def test_verification_against_a_dense_reference(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("distill.losses.objective.verification_loss", note)
     for kind, chunk in product(("buckets", "sketch", "hidden", "dense"), (99, 1, 3)):
         with case(kind, chunk), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(chunked_lm_head, "chunk_size", lambda vocab_size, chunk=chunk: chunk)
+            patch.setattr(chunked_lm_head, "chunk_size", lambda *_, chunk=chunk: chunk)
             batch = make_batch(rows, teacher, kind=kind)
             _, parts = evaluated(student, ready(student, HEADS), batch)
             assert noted[-1].agreed.tolist() == labels.tolist()

@@ -17,17 +17,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import FrameType, SimpleNamespace
+from typing import Any, ClassVar, TypeVar
 from unittest.mock import patch
 from weakref import WeakValueDictionary
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.optim import optimizer
+from torch.utils import _foreach_utils
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+Module = TypeVar("Module", bound=nn.Module)
 NAME = "pretended"
+MEMORY = 12 << 30  # bytes that it pretends to have
 ROOT = Path(__file__).parents[3]
 PRODUCT = tuple(f"{ROOT / part}/" for part in ("distill", "stability", "students", "teachers"))
 
@@ -51,6 +56,7 @@ class _Module:
     device_count = staticmethod(lambda: 1)
     current_device = staticmethod(lambda: 0)
     manual_seed_all = staticmethod(lambda seed: None)
+    get_device_properties = staticmethod(lambda device: SimpleNamespace(total_memory=MEMORY))
     get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16, torch.float16])
     synchronize = staticmethod(lambda device=None: _waited("synchronize"))
 
@@ -100,7 +106,7 @@ _under_way: list[tuple[Tensor, Tensor]] = []  # copies to main memory that nobod
 class _Storage:
     """One storage on the device, for as long as a tensor has it."""
 
-    known: WeakValueDictionary[int, _Storage] = WeakValueDictionary()
+    known: ClassVar[WeakValueDictionary[int, _Storage]] = WeakValueDictionary()
 
     def __init__(self, size: int) -> None:
         self.size, self.watched = size, list(_watched)
@@ -129,7 +135,7 @@ class _OnGPU(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> _OnGPU:
-        made: _OnGPU = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: _OnGPU = torch.Tensor._make_wrapper_subclass(
             cls,
             held.size(),
             strides=held.stride(),
@@ -147,10 +153,15 @@ class _OnGPU(torch.Tensor):
     def data_ptr(self) -> int:
         return self.held.data_ptr()
 
+    def untyped_storage(self) -> Any:
+        return self.held.untyped_storage()
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
-    def new_tensor(self, data: Any, dtype: Any = None, **others: Any) -> Tensor:
+    def new_tensor(  # type: ignore[override]
+        self, data: Any, dtype: Any = None, **others: Any
+    ) -> Tensor:
         return torch.tensor(data, dtype=dtype or self.dtype, device=DEVICE, **others)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -161,7 +172,7 @@ class _OnGPU(torch.Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return _run(operation, *args, **(kwargs or {}))
@@ -259,7 +270,7 @@ def _record_copies(packet: Any, args: Any, kwargs: Any, result: Any) -> None:
         if isinstance(target, _OnGPU) == isinstance(source, _OnGPU):
             continue
         host = source if isinstance(target, _OnGPU) else target
-        waited = blocking or _key(host) not in _pinned
+        waited = blocking or _key(host) not in _pinned or not host.is_contiguous()
         how = "to the GPU" if isinstance(target, _OnGPU) else "to main memory"
         _crossed(source, waited=waited, how=f"copy {how}")
         if not waited and host is target:
@@ -290,7 +301,8 @@ def _waited(how: str, times: int = 1) -> None:
 def _place() -> str:
     """The innermost line of the product on the stack, else of its tests, else of the backward pass
     (which runs in a thread of PyTorch's)."""
-    frame, of_tests = sys._getframe(1), ""
+    frame: FrameType | None = sys._getframe(1)
+    of_tests = ""
     while frame is not None:
         path = frame.f_code.co_filename
         if path != __file__ and path.startswith(str(ROOT)):
@@ -298,14 +310,17 @@ def _place() -> str:
             if path.startswith(PRODUCT):
                 return place
             of_tests = of_tests or place
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return of_tests or "backward"
 
 
+# Lists of its tensors are operated on together, as CUDA's are.
+for _types in (_foreach_utils._foreach_supported_types, optimizer._foreach_supported_types):
+    _types.append(_OnGPU)
 _backend = torch.library.Library("_", "IMPL")
 _backend.fallback(_run, "PrivateUse1")
-# ``torch.tensor`` keeps Python's dispatch out, and ``arange`` is made of an empty tensor that grows:
-# a fallback does not do for these.
+# A fallback does not do for these: ``torch.tensor`` keeps Python's dispatch out, and others are
+# made of an empty tensor that grows.
 _direct = torch.library.Library("aten", "IMPL")
 for _operation in (
     aten.copy_.default,
@@ -313,6 +328,8 @@ for _operation in (
     aten.arange.default,
     aten.arange.start,
     aten.arange.start_step,
+    aten.eye.default,
+    aten.eye.m,
 ):
     _direct.impl(_operation, partial(_run, _operation), "PrivateUse1")
 
@@ -362,7 +379,7 @@ def on_gpu(tensor: Tensor) -> Tensor:
     return _OnGPU(tensor.detach().clone())
 
 
-def to_gpu(module: nn.Module) -> nn.Module:
+def to_gpu(module: Module) -> Module:
     """Move a module to the device, in place; what is tied stays tied."""
     moved: dict[int, Tensor] = {}
     for one in module.modules():
