@@ -33,6 +33,7 @@ from tests.support.students import make_student
 from tests.support.teachers import LINES, SHARED, different, edited, example_fields, shared_file
 from tools.checks.published import (
     LLAMA_CPP,
+    OURS,
     TRANSFORMERS,
     Answers,
     compare,

@@ -17,9 +17,8 @@ from distill.runtime.cpu import onednn_for_float32
 from distill.runtime.device import base_dtype, choose_precision, why_float32
 from numerics import precision
 from numerics.precision import full_precision, has_bfloat16, has_float64, ieee_float32
+from tests.support.pretended_gpu.arithmetic import GPU, ONEDNN, as_pytorch_starts
 
-GPU: Any = torch.backends.cuda.matmul
-ONEDNN: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 ALL: Any = torch.backends
 
 
@@ -39,14 +38,9 @@ def state() -> tuple[str, str, str, str]:
 @pytest.fixture
 def switches() -> Iterator[None]:
     """PyTorch's own state, before and after."""
-
-    def reset() -> None:
-        torch.set_float32_matmul_precision("highest")
-        ALL.fp32_precision = GPU.fp32_precision = ONEDNN.fp32_precision = "none"
-
-    reset()
+    as_pytorch_starts()
     yield
-    reset()
+    as_pytorch_starts()
 
 
 WAYS = {
@@ -77,8 +71,7 @@ def test_switches_are_off_within_and_as_they_were_after(
             assert older() == "highest False" or before == state(), way
             raise KeyError
         assert state() == before, way
-        torch.set_float32_matmul_precision("highest")
-        ALL.fp32_precision = GPU.fp32_precision = ONEDNN.fp32_precision = "none"
+        as_pytorch_starts()
     # What was switched on above a switch is still switched off there.
     ALL.fp32_precision = "tf32"
     with ieee_float32():
