@@ -58,6 +58,7 @@ def _exact(plain: torch.autocast) -> Iterator[None]:
         yield
 
 
+@cache
 def float32_switches() -> list[Any]:
     """PyTorch's switches for products of float32 matrices on NVIDIA's and AMD's GPUs and in oneDNN;
     none before PyTorch 2.9, which has the older one alone."""
