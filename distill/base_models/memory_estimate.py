@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 from distill.config.schema import USUAL_LENGTH, RunConfig
 from distill.losses.chunked_lm_head import LOGITS_BYTES, chunk_size, logits_bytes
-from distill.runtime.device import choose_precision
+from distill.runtime.device import base_dtype, choose_precision
 from distill.runtime.format import human_bytes
 from students.gguf.architectures import architecture_of
 from students.gguf.config_values import head_width
@@ -344,7 +344,8 @@ def memory_of(
     device = device or processes.device
     on_cpu = device.type in ("cpu", "mps")  # nothing is trained on Metal
     train, student = config.train, config.student
-    precision = choose_precision(train, base.hidden_size, torch.device("cpu") if on_cpu else device)
+    device = torch.device("cpu") if on_cpu else device
+    precision = choose_precision(train, base.hidden_size, device)
     parts = train.accumulation * processes.num_processes
     prompts = -(-config.safety.together // parts) if config.safety_head else 0
     length = config.data.max_length or USUAL_LENGTH
@@ -358,7 +359,7 @@ def memory_of(
             rank=student.lora_rank,
             dropout=student.lora_dropout,
             load_in_4bit=student.load_in_4bit,
-            load_dtype=torch.float32 if on_cpu and not student.load_in_4bit else torch.bfloat16,
+            load_dtype=base_dtype(device, load_in_4bit=student.load_in_4bit),
             autocast=torch.bfloat16 if precision == "bf16" else None,
             sequences=-(-together // parts),
             length=length,

@@ -18,6 +18,7 @@ from torch import Tensor
 from distill.losses import divergences
 from distill.metrics.closeness import WHOLE_VOCABULARY, kl_over
 from distill.metrics.distributions import by_sequence, intervals
+from numerics.precision import ieee_float32
 from students.model.interface import Student
 from students.weights import set_weights
 from teachers.base import Keep, Teacher, Tokens, budget_slices, whole_masks
@@ -77,6 +78,7 @@ def perplexity(cross_entropy: float) -> float:
 def student_scorer(student: Student) -> Scorer:
     """Score with PyTorch in float32, one sequence at a time."""
 
+    @ieee_float32()
     @torch.no_grad()
     def score(sequences: Sequence[Tokens]) -> Tensor:
         student.eval()
