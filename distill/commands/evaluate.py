@@ -27,7 +27,8 @@ Data = Annotated[
     Path | None,
     typer.Option(
         help="Rows (JSON, Parquet, CSV) of conversations, prompts or text; plain text; or a folder "
-        "of them. Default: what the students' run held out, or else the teacher generates it."
+        "of them. Default: the validation sequences of the students' run, or else the teacher "
+        "generates it."
     ),
 ]
 DataSettings = Annotated[
@@ -101,6 +102,7 @@ def evaluate(
     from distill.config.loading import load_config
     from distill.evaluation.inputs.check import check_evaluation
     from distill.evaluation.inputs.request import Request, TextRequest
+    from distill.runtime.progress import Console
 
     names = [name.strip() for name in (lm_eval or "").split(",") if name.strip()]
     _check(lm_eval, names, lm_eval_limit, output)
@@ -117,15 +119,15 @@ def evaluate(
         harness_limit=lm_eval_limit,
         gpu_layers=gpu_layers,
     )
-    inputs = check_evaluation(request)
+    console = Console(stderr=as_json)
+    with console.stage_if_slow("Read files") as progress:
+        inputs = check_evaluation(request, progress)
 
     from distill.evaluation.compare import evaluate_files
     from distill.reports.comparison.report import document_of
     from distill.reports.render.html import write_page
     from distill.reports.render.terminal import print_report
-    from distill.runtime.progress import Console
 
-    console = Console(stderr=as_json)
     comparison = evaluate_files(request, console, inputs)
     document = document_of(comparison)
     if output is not None:
