@@ -16,7 +16,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 def parse_json(text: str, where: str, hint: str = "") -> Any:
     """A JSON value, whose objects have every key once; ``UserError`` names ``where``."""
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:  # also a number with too many digits
         raise UserError(f"{where} is not JSON ({error}){hint}") from None
 
@@ -99,7 +99,7 @@ class Values:
             except ValueError as error:  # also a number with too many digits
                 cut = isinstance(error, json.JSONDecodeError)
                 had = len(self._text) - self._at
-                if cut and had > (most or file_text.MAX_LINE_BYTES):
+                if cut and had >= (most or file_text.MAX_LINE_BYTES):
                     where = f"{self._source}, line {self.line()}"
                     raise file_text.too_long(where, most or file_text.MAX_LINE_BYTES) from None
                 if not cut or not self._read(had):
@@ -116,6 +116,7 @@ class Values:
             more += part
             if len(more) >= least:
                 break
-        self._lines += self._text.count("\n", 0, self._at)
-        self._text, self._at = self._text[self._at :] + more, 0
+        if more:
+            self._lines += self._text.count("\n", 0, self._at)
+            self._text, self._at = self._text[self._at :] + more, 0
         return bool(more)

@@ -103,7 +103,7 @@ class RowParser:
 
     def _as_text(self, value: Any, where: str) -> Any:
         """A number or truth value as text, as a CSV file and a chat template have it."""
-        if not isinstance(value, Number):
+        if isinstance(value, str) or not isinstance(value, Number):
             return value
         self._numbers.append(where)
         return str(value)

@@ -142,8 +142,8 @@ def test_files_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert content(read(tmp_path / "text.txt")) == [("naïve\r\n☕\ufeff" * 8 + "naïve\r\n☕",)]
     where = [row.where for row in read(tmp_path / "shown.json").rows]
     assert where[:2] == [f"data file {tmp_path}/shown.json, line {n}" for n in (13, 25)]
-    monkeypatch.setattr(file_text, "MAX_LINE_BYTES", 1 << 10)
-    monkeypatch.setattr(data_files, "MAX_OBJECT", 1 << 10)
+    monkeypatch.setattr(file_text, "MAX_LINE_BYTES", 1 << 9)
+    monkeypatch.setattr(data_files, "MAX_OBJECT", 1 << 9)
     monkeypatch.setattr(file_text, "AT_ONCE", 64)
     for name in ("short.json", "list.json", "lines.json"):
         assert content(read(tmp_path / name)) == expected, name
