@@ -61,6 +61,11 @@ CASES: list[tuple[str, int, str]] = [
     ("run --teacher {garbage.gguf}", 2, "is not a GGUF file"),
     ("run --teacher {truncated.gguf}", 2, "truncated"),
     ("run --teacher {encoder.gguf}", 2, "is an encoder"),
+    *(
+        (f"{one} --teacher {{unloadable.gguf}}", 2, "llama.cpp refuses it")
+        for one in ("run", "capture", "plan")
+    ),
+    ("run --set teacher.mix_with=[{unloadable.gguf}]", 2, "'output_norm.weight' not found"),
     ("run --set teacher.mix_with=[{missing}]", 2, "does not exist"),
     ("run --set teacher.mix_with=[{empty}]", 2, "has no config.json"),
     ("run --set teacher.weights=[1]", 2, "teacher.weights is for several teachers"),
@@ -171,6 +176,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "unknown.json": '{"train": {"speed": 1}}',
         "garbage.gguf": "nothing of the kind",
         "truncated.gguf": teacher[:400],
+        "unloadable.gguf": teacher.replace(b"output_norm.weight", b"output_Norm.weight"),
         "encoder.gguf": b"GGUF" + struct.pack("<IQQQ20sIQ4s", *ENCODER),
         "nothing.jsonl": "",
         "data.pdf": "%PDF-1.7 and more",
