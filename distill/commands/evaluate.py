@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from distill.commands.options import AsJson, Page
+from distill.commands.options import AsJson, Page, Settings
 
 commands = typer.Typer()
 
@@ -29,14 +29,6 @@ Data = Annotated[
         help="Rows (JSON, Parquet, CSV) of conversations, prompts or text; plain text; or a folder "
         "of them. Default: the validation sequences of the students' run, or else the teacher "
         "generates it."
-    ),
-]
-DataSettings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="data.KEY=VALUE",
-        help="How --data is read: data.split=test, data.columns.text=NAME. Repeatable.",
     ),
 ]
 MaxLength = Annotated[
@@ -77,7 +69,7 @@ def evaluate(
     students: Students,
     teacher: Teacher = None,
     data: Data = None,
-    settings: DataSettings = None,
+    settings: Settings = None,
     samples: Annotated[int, typer.Option(min=2, help="Sequences at most.")] = 256,
     max_length: MaxLength = None,
     seed: Annotated[

@@ -15,13 +15,14 @@ from types import FrameType
 from typing import Any
 
 EXIT_INTERRUPTED = 130
+AGAIN_SECONDS = 0.05
 _seen = False
 
 
 def watch() -> None:
     """Remember Ctrl-C from now on (in the main thread, where Python handles signals).
 
-    Where Python would print it and go on, it is raised again just behind that place.
+    Where Python would print it and go on, it is raised again a little later.
     """
     if threading.current_thread() is not threading.main_thread() or not _is_pythons_own():
         return
@@ -30,7 +31,7 @@ def watch() -> None:
 
     def raise_again(found: Any) -> None:
         if isinstance(found.exc_value, KeyboardInterrupt):
-            _thread.interrupt_main()
+            threading.Timer(AGAIN_SECONDS, _thread.interrupt_main).start()
         else:
             before(found)
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 SWALLOWED = """
-import os, signal
+import os, signal, time
 from distill.runtime import interrupts
 from distill.runtime.progress import Console
 
@@ -20,8 +20,7 @@ class Swallows:
 
 try:
     Swallows()
-    for _ in range(1000):
-        pass
+    time.sleep(60)
     print("not reached")
 except KeyboardInterrupt:
     print("raised again")
