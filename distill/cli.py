@@ -1,91 +1,25 @@
-"""The command line: parses, calls one function, maps errors to exit codes (0 done, 2 the user's
-input, 1 ours)."""
+"""The command line's outermost part: Ctrl-C is looked after before what takes long to import."""
 
 from __future__ import annotations
 
-import io
-import os
 import sys
-from typing import Annotated, NoReturn
 
-import typer
-from rich.console import Console as RichConsole
-
-from distill import __version__
-from distill.commands import audit, chat, doctor, evaluate, export, judge, report, run
-from distill.commands.exit_codes import EXIT_INTERRUPTED, exit_code, one_line
-from distill.runtime.interrupts import watch
-from distill.runtime.printable import markup, show_warnings
-
-# Set before torch and transformers are imported: no telemetry, no look-ups on the network, no
-# progress bars of theirs between ours.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-# Threads that wait for each other give way after a few microseconds instead of milliseconds:
-# nothing lost on a quiet machine, and on a busy one a training step is several times as fast
-# (docs/benchmarks.md).
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    help="Distil a quantized GGUF teacher into a small SO8T student that stock llama.cpp and "
-    "Ollama load.",
-)
+from distill.runtime import interrupts
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"distill {__version__}")
-        raise typer.Exit()
-
-
-@app.callback()
-def _main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    pass
-
-
-for module in (run, evaluate, report, export, judge, chat, audit, doctor):
-    app.add_typer(module.commands)
-
-
-def main() -> NoReturn:
+def main() -> None:
     """Run the command line and exit with 0 (done), 2 (the user's input), 1 (ours) or 130
     (interrupted)."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # a redirected Windows console cannot write every sign
-            stream.reconfigure(errors="replace")
-    watch()
-    # In a launch of several processes the first one speaks.
-    show_warnings(quiet=os.environ.get("RANK", "0") != "0")
+    interrupts.watch()
     try:
-        app()
-    except SystemExit as stop:
-        if stop.code == EXIT_INTERRUPTED:  # typer's own answer to Ctrl-C, without a word
-            _complain(
-                "interrupted; everything saved is kept, and the same command goes on from what is "
-                "there"
-            )
-        raise
-    except Exception as error:
-        code = exit_code(error)
-        if code is None:
-            raise  # a defect of ours: the traceback is what a report needs (Python exits with 1)
-        _complain(one_line(error))
-        sys.exit(code)
-    sys.exit(0)
+        from distill.commands.app import run_command
 
-
-def _complain(message: str) -> None:
-    RichConsole(stderr=True, highlight=False).print(
-        f"[bold red]error:[/] {markup(message)}", soft_wrap=True
-    )
+        run_command()
+    except KeyboardInterrupt:
+        interrupts.ignore()
+        print(
+            "error: interrupted; everything saved is kept, and the same command goes on from what "
+            "is there",
+            file=sys.stderr,
+        )
+        sys.exit(interrupts.EXIT_INTERRUPTED)

@@ -39,7 +39,7 @@ def read_data(
 
     Raises:
         UserError: as ``build_corpus``; and where nothing is generated, and all sequences are the
-            same, so that none could be held out.
+            same, so that none is left for validation.
     """
     with console.stage("Read data", total=100) as stage:
         corpus = build_corpus(
@@ -48,7 +48,7 @@ def read_data(
         if not corpus.spoken and len({item.segments[0].tobytes() for item in corpus.items}) < 2:
             raise UserError(
                 f"data {config.data.path}: all {len(corpus)} sequences are the same; at least 2 "
-                "different ones are needed (1 is held out)"
+                "different ones are needed (1 is for validation)"
             )
         spoken = f", the teacher writes in {corpus.spoken}" if corpus.spoken else ""
         stage.finish(f"{len(corpus)} sequences{spoken}")

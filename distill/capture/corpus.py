@@ -11,13 +11,15 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from distill.capture.data_files import TEXT_SUFFIXES, read_text, rows, suffix_of
+from distill.capture.data_files import TEXT_SUFFIXES, Listener, rows, suffix_of
 from distill.capture.data_folder import find_files
+from distill.capture.file_text import TextFile
 from distill.capture.lengths import ANSWER_ROOM, cap, describe_cut, most_tokens
 from distill.capture.row_parser import RowParser
 from distill.config.schema import DataConfig
@@ -176,7 +178,7 @@ def build_corpus(
     if len(pairs) < 2:
         raise UserError(
             f"data {config.path}: {'only 1 sequence' if pairs else 'no sequence'}; at least 2 are "
-            "needed (1 is held out)" + "".join(f"; {note}" for note in notes)
+            "needed (1 is for validation)" + "".join(f"; {note}" for note in notes)
         )
     items = [item for _, item in pairs]
     return Corpus(items, _sampling(config, max_length, seed), notes, [cut] if much else [])
@@ -221,8 +223,9 @@ def _of_the_date(template: str) -> list[str]:
     ]
 
 
-def read_rows(config: DataConfig) -> DataRows | None:
-    """The data in its files; ``None`` if the teacher generates it.
+def read_rows(config: DataConfig, progress: Progress = no_progress) -> DataRows | None:
+    """The data in its files; ``None`` if the teacher generates it. ``progress``: the share of their
+    bytes that is read.
 
     Raises:
         UserError: unusable data, with file and line; or a teacher that generates one text only.
@@ -239,21 +242,32 @@ def read_rows(config: DataConfig) -> DataRows | None:
     files, notes = find_files(path, config.split, parser.known.keys())
     split = config.split if path.is_file() else None  # in a folder the files are the splits
     result: list[Row] = []
-    for file in files:
-        count = 0
+    sizes = [file.stat().st_size if file.is_file() else 0 for file in files]
+    for number, file in enumerate(files):
+        before, size, whole = sum(sizes[:number]), sizes[number], max(1, sum(sizes))
+        tell = _part_of(progress, before / whole, size / whole)
         if suffix_of(file) in TEXT_SUFFIXES:
-            text = read_text(file, "data file")
-            count = len(text.strip())
+            text = TextFile(file, "data file")
+            filled = False
+            for part in text.read(tell):  # to its end, for what is wrong anywhere
+                filled = filled or bool(part.strip())
             result.append(Document(text, str(file)))
         else:
-            known, unread = parser.known.keys(), parser.count_unused
-            for where, value in rows(file, known, split=split, unread=unread, note=notes.append):
-                count += 1
+            filled, listener = False, Listener(parser.count_unused, notes.append, tell)
+            for where, value in rows(file, parser.known.keys(), split=split, listener=listener):
+                filled = True
                 if (row := parser.parse(value, where)) is not None:
                     result.append(row)
-        if not count:
+        if not filled:
             raise UserError(f"data file {file} is empty; remove it or fill it")
-    return DataRows(result, notes + parser.finish(bool(result), f"data {config.path}"))
+    notes += parser.finish(bool(result), f"data {config.path}")
+    if parser.unlearnt:
+        anyhow = "learnt all the same, as data.train_on = 'all'"
+        notes.append(
+            f"{parser.unlearnt:,} messages of the assistant whose weight is 0, or train, training "
+            f"or loss false, are {anyhow if config.train_on == 'all' else 'not learnt'}"
+        )
+    return DataRows(result, notes)
 
 
 def _not_shown(data: list[Row], info: TeacherInfo) -> list[str]:
@@ -300,7 +314,7 @@ def _drafts(
     drafts: list[Draft] = []
     while True:
         for done in range(len(drafts), count):
-            step = _part_of(progress, done, count)
+            step = _part_of(progress, done / count, 1 / count)
             drafts.append(_tokenize(data[order[done]], teacher, masks, step))
         whole = [draft for draft in drafts if not draft.windows]
         wanted = [len(draft.tokens) + ANSWER_ROOM * draft.answers for draft in whole]
@@ -315,19 +329,19 @@ def _drafts(
     return [drafts[place] for place in np.argsort(order[:count])], max_length
 
 
-def _part_of(progress: Progress, done: int, count: int) -> Progress:
-    """Progress of the next one of ``count``, ``done`` of which are."""
-    return lambda share: progress((done + share) / count)
+def _part_of(progress: Progress, before: float, part: float) -> Progress:
+    """Progress of a ``part`` of the work, behind that which comes ``before``."""
+    return lambda share: progress(before + share * part)
 
 
 def _tokenize(row: Row, teacher: Teacher, masks: AssistantMask | None, progress: Progress) -> Draft:
     """One row tokenized; ``masks``: if only the assistant's words are learnt."""
     if isinstance(row, Document):
         # Control tokens spelled out in a text stay text: data must not imitate the template.
-        pieces, parts = _pieces(row.text), []
-        for number, piece in enumerate(pieces, 1):
+        parts, done, length = [], 0, max(1, len(row.text))
+        for piece in _pieces([row.text] if isinstance(row.text, str) else row.text):
             parts += teacher.tokenize([piece], add_special=False, parse_special=False)
-            progress(number / len(pieces))
+            progress(min(1.0, (done := done + len(piece)) / length))
         return Draft(np.concatenate(parts), windows=True)
     try:
         if masks is None:
@@ -359,13 +373,15 @@ def _cut(draft: Draft, info: TeacherInfo, max_length: int) -> list[Item]:
     return [Item((window.astype(np.int32),), False) for window in windows if len(window) > 1]
 
 
-def _pieces(text: str) -> list[str]:
+def _pieces(parts: Iterable[str]) -> Iterator[str]:
     """Cut long text at line ends, into pieces of about ``MAX_TOKENIZED_AT_ONCE`` at most."""
-    pieces: list[str] = []
-    start = 0
-    while len(text) - start > MAX_TOKENIZED_AT_ONCE:
-        end = text.rfind("\n", start, start + MAX_TOKENIZED_AT_ONCE)
-        end = start + MAX_TOKENIZED_AT_ONCE if end <= start else end
-        pieces.append(text[start:end])
-        start = end
-    return [*pieces, text[start:]]
+    text = ""
+    for part in parts:
+        text, start = text + part, 0
+        while len(text) - start > MAX_TOKENIZED_AT_ONCE:
+            end = text.rfind("\n", start, start + MAX_TOKENIZED_AT_ONCE)
+            end = start + MAX_TOKENIZED_AT_ONCE if end <= start else end
+            yield text[start:end]
+            start = end
+        text = text[start:]
+    yield text

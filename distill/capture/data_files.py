@@ -6,31 +6,41 @@ Parquet and Arrow are read by pyarrow, which is imported where it is needed.
 from __future__ import annotations
 
 import csv
-import gzip
-import json
 import re
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
+from distill.capture import file_text
+from distill.capture.file_text import bomb, most_unpacked, text_lines, text_parts, unpacked
+from distill.capture.json_values import Values, json_lines
 from distill.errors import UserError
 from distill.runtime.printable import printable_line
+from teachers.base import Progress, no_progress
 
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 SUFFIXES = TABLE_SUFFIXES + TEXT_SUFFIXES  # each also with .gz behind it
-MAX_LINE_BYTES = 64 << 20
-# What is packed may unpack to this many bytes, and to this many times the size of its file.
-FREE_BYTES, MAX_RATIO = 256 << 20, 200
+MAX_OBJECT = 256 << 20  # characters of a JSON object with lists of rows, which is read as a whole
 ROWS_AT_ONCE = 256
-GZIP_MAGIC = b"\x1f\x8b"
 TRAIN = "train"
 # The name of a split, alone or with something behind it, as in train_sft.
-SPLIT = re.compile(r"(?:partial-)?(train|test|validation|valid|val|dev|eval)(?![^\W_])")
+SPLIT_WORDS = "train(?:ing)?|test(?:ing)?|validation|valid|val|dev|eval(?:uation)?"
+SPLIT = re.compile(rf"(?:partial-)?({SPLIT_WORDS})(?![^\W_])")
 
-TellUnread = Callable[[list[str], int], None]
+
+@dataclass(frozen=True)
+class Listener:
+    """Who is told while a file is read: the names of columns ``unread`` and the number of rows, a
+    ``note`` on what else is not read, and the ``share`` of the file that is."""
+
+    unread: Callable[[list[str], int], None] = lambda names, count: None
+    note: Callable[[str], None] = lambda text: None
+    share: Progress = no_progress
+
+
+NOBODY = Listener()
 
 
 def suffix_of(file: Path) -> str:
@@ -53,172 +63,68 @@ def rows(
     what: str = "data file",
     *,
     split: str | None = None,
-    unread: TellUnread = lambda names, count: None,
-    note: Callable[[str], None] = lambda text: None,
+    listener: Listener = NOBODY,
 ) -> Iterator[tuple[str, Any]]:
     """Each row's place, such as ``data file x.jsonl, line 3``, and its value.
 
-    ``columns``: those understood; of Parquet and Arrow only these are read, and ``unread`` gets the
-    names of the others and the number of rows. ``split``: of a ``.json`` file of several lists;
-    ``note`` is told which are not read.
+    ``columns``: those understood; of Parquet and Arrow only these are read. ``split``: of a
+    ``.json`` file of several lists.
 
     Raises:
         UserError: unreadable, damaged or malformed; names file and line or row.
     """
     suffix = suffix_of(file)
     if suffix == ".json":
-        yield from _json_rows(file, what, split, columns, note)
+        yield from _json_rows(file, what, split, columns, listener)
     elif suffix in (".csv", ".tsv"):
-        yield from _csv_rows(file, what, "\t" if suffix == ".tsv" else ",")
+        lines = text_lines(file, what, listener.share)
+        yield from _csv_rows(lines, f"{what} {file}", "\t" if suffix == ".tsv" else ",")
     elif suffix in (".parquet", ".arrow"):
-        yield from _arrow_rows(file, what, columns, unread)
+        yield from _arrow_rows(file, what, columns, listener)
     else:
-        yield from json_lines(_lines(file, what), f"{what} {file}")
-
-
-def read_text(file: Path, what: str) -> str:
-    """The whole of a text file, without a byte order mark; raises ``UserError`` as ``rows``."""
-    return _decoded(_whole(file, what), file, what)
-
-
-def parse_json(text: str, where: str, hint: str = "") -> Any:
-    """A JSON value, whose objects have every key once; ``UserError`` names ``where``."""
-    try:
-        return json.loads(text, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:  # also a number with too many digits
-        raise UserError(f"{where} is not JSON ({error}){hint}") from None
-
-
-def json_lines(lines: Iterable[str], source: str) -> Iterator[tuple[str, Any]]:
-    """Each line's place and value but for blank lines; ``UserError`` names ``source`` and line."""
-    empty = True
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{source}, line {number}"
-            if empty and line.lstrip().startswith("["):
-                raise UserError(
-                    f"{where}: a JSON list; name the file .json, or write one row a line"
-                )
-            empty = False
-            yield where, parse_json(line, where, "; each line must be one JSON object")
-
-
-def require_size(path: Path, what: str, max_bytes: int) -> None:
-    """Raise ``UserError`` for a file that is larger, or is not there."""
-    with _opened(path, what):
-        pass
-    if path.stat().st_size > max_bytes:
-        raise UserError(f"{what} {path}: larger than {max_bytes >> 20} MiB; give a smaller file")
-
-
-def require_unicode(value: Any, where: str) -> None:
-    """Raise ``UserError`` for text that UTF-8 cannot encode: JSON may spell half a surrogate
-    pair."""
-    try:
-        json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{where}: has a lone surrogate (\\ud800 to \\udfff), which is not text; remove it"
-        ) from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} is there twice")
-    return result
-
-
-@contextmanager
-def _opened(file: Path, what: str, place: Callable[[], str] = str) -> Iterator[BinaryIO]:
-    """The file's bytes, unpacked if they are gzip; reading errors become ``UserError`` with the
-    ``place`` then."""
-    try:
-        with file.open("rb") as raw:
-            packed = file.name.lower().endswith(".gz") or raw.peek(2).startswith(GZIP_MAGIC)
-            yield cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if packed else raw
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(
-            f"{what} {file}{place()} is damaged or cut off: {error}; get it again"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{what} {file} cannot be read: {error.strerror or error}") from None
-
-
-def _most_unpacked(file: Path) -> int:
-    return FREE_BYTES + MAX_RATIO * file.stat().st_size if file.exists() else 0
-
-
-def _bomb(file: Path, what: str) -> UserError:
-    return UserError(
-        f"{what} {file} unpacks to more than {MAX_RATIO} times its size; unpack it yourself if it "
-        "can be trusted"
-    )
-
-
-def _whole(file: Path, what: str) -> bytes:
-    parts, left = [], _most_unpacked(file)
-    with _opened(file, what) as stream:
-        while part := stream.read(1 << 20):
-            parts.append(part)
-            if (left := left - len(part)) < 0:
-                raise _bomb(file, what)
-    return b"".join(parts)
-
-
-def _lines(file: Path, what: str) -> Iterator[str]:
-    """The lines of a file with their ends; those longer than ``MAX_LINE_BYTES`` are refused."""
-    start, number, most = 0, 0, _most_unpacked(file)
-    with _opened(file, what, lambda: f", line {number + 1}") as stream:
-        while raw := stream.readline(MAX_LINE_BYTES):
-            if start + len(raw) > most:
-                raise _bomb(file, what)
-            if len(raw) == MAX_LINE_BYTES:
-                raise UserError(
-                    f"{what} {file}, line {number + 1}: longer than {MAX_LINE_BYTES >> 20} MiB; "
-                    "divide it"
-                )
-            yield _decoded(raw, file, what, number, start)
-            number, start = number + 1, start + len(raw)
-
-
-def _decoded(raw: bytes, file: Path, what: str, lines: int = 0, start: int = 0) -> str:
-    """Bytes that stand behind ``lines`` lines and ``start`` bytes, as text."""
-    try:
-        return raw.decode("utf-8" if start else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = lines + error.object[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{what} {file}, line {line}: not UTF-8 (byte {start + error.start}); convert it"
-        ) from None
+        yield from json_lines(text_lines(file, what, listener.share), f"{what} {file}")
 
 
 def _json_rows(
-    file: Path,
-    what: str,
-    split: str | None,
-    columns: Collection[str],
-    note: Callable[[str], None],
+    file: Path, what: str, split: str | None, columns: Collection[str], listener: Listener
 ) -> Iterator[tuple[str, Any]]:
-    """Of a list of rows, an object with such a list, one row, or one row per line."""
-    source, text = f"{what} {file}", read_text(file, what)
-    if not text.strip():
+    """Of a list of rows, an object with such a list, one row, or one row after another."""
+    source = f"{what} {file}"
+    values = Values(text_parts(file, what, listener.share), source)
+    listed = values.take("[")
+    if listed and split is not None:
+        raise _no_lists(source, split)
+    if not values.next() or (listed and values.take("]")):
         return
-    try:
-        value = parse_json(text, source)
-    except UserError:
-        lines = text.split("\n")
-        first = next((line for line in lines if line.strip()), "")
-        try:
-            single = isinstance(parse_json(first, source), dict)
-        except UserError:
-            single = False
-        if not single:
-            raise
-        yield from json_lines(lines, source)
-        return
+    line, first = values.line(), values.value(most=None if listed else MAX_OBJECT)
+    if listed:
+        yield f"{source}, row 1", first
+        del first
+        number = 1
+        while values.take(","):
+            number += 1
+            yield f"{source}, row {number}", values.value()
+        if not values.take("]") or values.next():
+            raise UserError(f"{source}, line {values.line()} is not JSON (the list of rows ends)")
+    elif values.next():
+        if split is not None:
+            raise _no_lists(source, split)
+        yield f"{source}, line {line}", first
+        while values.next():
+            line = values.line()
+            yield f"{source}, line {line}", values.value("; each line must be one JSON object")
+    else:
+        yield from _rows_of(first, source, split, columns, listener)
+
+
+def _no_lists(source: str, split: str) -> UserError:
+    return UserError(f"data.split = {split!r}: {source} has no such lists; leave it out")
+
+
+def _rows_of(
+    value: Any, source: str, split: str | None, columns: Collection[str], listener: Listener
+) -> Iterator[tuple[str, Any]]:
+    """The rows of one of the lists in a JSON object, or the object itself as a row."""
     lists = lists_of_rows(value, columns)
     if lists:
         wanted = choose_split(lists, split)
@@ -230,10 +136,10 @@ def _json_rows(
         if others := [name for name in value if name != wanted and name in (*lists, *columns)]:
             names = ", ".join(map(printable_line, others))
             chooses = " (data.split chooses)" if len(lists) > 1 else ""
-            note(f"{source}: list {printable_line(wanted)}; not read: {names}{chooses}")
+            listener.note(f"{source}: list {printable_line(wanted)}; not read: {names}{chooses}")
         value = lists[wanted]
     elif split is not None:
-        raise UserError(f"data.split = {split!r}: {source} has no such lists; leave it out")
+        raise _no_lists(source, split)
     for number, row in enumerate(value if isinstance(value, list) else [value], 1):
         yield f"{source}, row {number}", row
 
@@ -262,46 +168,48 @@ def lists_of_rows(value: Any, columns: Collection[str]) -> dict[str, list[Any]]:
     return tables if any(tables.values()) else lists
 
 
-def _csv_rows(file: Path, what: str, delimiter: str) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(MAX_LINE_BYTES)
-    reader = csv.DictReader(_lines(file, what), delimiter=delimiter, strict=True)
+def _csv_rows(lines: Iterator[str], source: str, delimiter: str) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(file_text.MAX_LINE_BYTES)
+    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
         names = list(reader.fieldnames or [])
         if len(set(names)) < len(names):
-            raise UserError(f"{what} {file}, line 1: a column is named twice; rename one")
+            raise UserError(f"{source}, line 1: a column is named twice; rename one")
         for row in reader:
-            where = f"{what} {file}, line {reader.line_num}"
+            where = f"{source}, line {reader.line_num}"
             if None in row:
                 raise UserError(f"{where}: more cells than the header has columns; quote commas")
             yield where, row
     except csv.Error as error:
-        raise UserError(f"{what} {file}, line {reader.reader.line_num}: {error}") from None
+        raise UserError(f"{source}, line {reader.reader.line_num}: {error}") from None
 
 
 def _arrow_rows(
-    file: Path, what: str, columns: Collection[str], unread: TellUnread
+    file: Path, what: str, columns: Collection[str], listener: Listener
 ) -> Iterator[tuple[str, Any]]:
     """Rows of a Parquet or Arrow file; of nested objects without the nulls that stand for what
     other rows have."""
     import pyarrow
 
-    source, number, left = f"{what} {file}", 0, _most_unpacked(file)
+    source, number, left = f"{what} {file}", 0, most_unpacked(file)
     packed = file.name.lower().endswith(".gz")
-    raw = _whole(file, what) if packed else None
+    raw = b"".join(unpacked(file, what)) if packed else None
     try:
         with pyarrow.OSFile(str(file)) if raw is None else pyarrow.BufferReader(raw) as opened:
-            names, taken, batches = _arrow_batches(opened, suffix_of(file), columns)
+            names, taken, batches, share = _arrow_batches(opened, suffix_of(file), columns)
             if len(set(names)) < len(names):
                 raise UserError(f"{source}: a column is named twice; rename one")
             for batch in batches:
                 if (left := left - batch.nbytes) < 0:
-                    raise _bomb(file, what)
+                    raise bomb(file, what)
                 for at in range(batch.num_rows):
                     (row,) = batch.slice(at, 1).to_pylist()
                     number += 1
                     where = f"{source}, row {number}"
                     yield where, {name: _without_nulls(value) for name, value in row.items()}
-            unread([name for name in names if name not in taken], number)
+                listener.share(share(number))
+            listener.share(1.0)
+            listener.unread([name for name in names if name not in taken], number)
     except UserError:
         raise
     except UnicodeDecodeError:
@@ -315,8 +223,9 @@ def _arrow_rows(
 
 def _arrow_batches(
     opened: Any, suffix: str, columns: Collection[str]
-) -> tuple[list[str], list[str], Iterator[Any]]:
-    """Names of all columns; those taken (all, if none is understood); record batches of these."""
+) -> tuple[list[str], list[str], Iterator[Any], Callable[[int], float]]:
+    """Names of all columns; those taken (all, if none is understood); record batches of these; what
+    share of the file so many rows are."""
     from pyarrow import ipc, parquet
 
     reader: Any
@@ -330,7 +239,9 @@ def _arrow_batches(
         schema = reader.schema
     taken = [name for name in schema.names if name in columns] or schema.names
     if suffix == ".parquet":
-        return schema.names, taken, reader.iter_batches(batch_size=ROWS_AT_ONCE, columns=taken)
+        batches = reader.iter_batches(batch_size=ROWS_AT_ONCE, columns=taken)
+        total = max(1, reader.metadata.num_rows)
+        return schema.names, taken, batches, lambda number: min(1.0, number / total)
 
     def checked() -> Iterator[Any]:
         count = getattr(reader, "num_record_batches", None)
@@ -338,7 +249,7 @@ def _arrow_batches(
             batch.validate(full=True)  # what the file says of its own layout is not trusted
             yield batch.select(taken)
 
-    return schema.names, taken, checked()
+    return schema.names, taken, checked(), lambda number: opened.tell() / max(1, opened.size())
 
 
 def _without_nulls(value: Any) -> Any:

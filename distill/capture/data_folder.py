@@ -9,21 +9,24 @@ from typing import Any, cast
 
 from distill.capture.data_files import (
     SPLIT,
+    SPLIT_WORDS,
     SUFFIXES,
     TABLE_SUFFIXES,
     TRAIN,
     choose_split,
     lists_of_rows,
-    parse_json,
-    read_text,
     suffix_of,
 )
+from distill.capture.file_text import read_text
+from distill.capture.json_values import parse_json
 from distill.errors import UserError
 from distill.runtime.printable import printable_line
 
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _SHARD = re.compile(r"-\d+-of-\d+(?:-[0-9a-f]+)?$")
 _NUMBER = re.compile(r"[-_]?\d+$")
+# The word for a split between other words of a file's name, as in alpaca_train and my-test-set.
+_SPLIT_WORD = re.compile(rf"(?<![a-z])(?:{SPLIT_WORDS})(?![a-z])")
 MOST_DESCRIBED = 1 << 20  # bytes; a larger .json file is taken for data unread
 
 
@@ -34,8 +37,9 @@ def find_files(
 
     Of a folder saved by ``datasets``, and of one whose files or folders are named by split (such as
     ``train.jsonl``, ``train-00000-of-00002``, ``default/train/0000``), only the files of ``split``
-    (none: the only one, or ``train``). Where there are tables, text beside them is not data, nor is
-    a JSON object without rows; ``columns``: those understood.
+    (none: the only one, or ``train``); ``alpaca_train.jsonl`` is of ``train``. Where there are
+    tables, text beside them is not data, nor is a JSON object without rows; ``columns``: those
+    understood.
 
     Raises:
         UserError: nothing that can be read is there, or no such split.
@@ -114,7 +118,8 @@ def _of_split(folder: Path, files: list[Path], split: str | None) -> tuple[list[
         for part in (own, *reversed(parents)):
             if SPLIT.match(bare := _NUMBER.sub("", part)):
                 return bare
-        return own
+        words = set(_SPLIT_WORD.findall(name.lower()))
+        return words.pop() if len(words) == 1 else own
 
     names = list(dict.fromkeys(map(name_of, files)))
     kinds = {found[1] for name in names if (found := SPLIT.match(name))}

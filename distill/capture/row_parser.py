@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from numbers import Number
 from typing import Any
 
-from distill.capture.data_files import parse_json, require_unicode
+from distill.capture.json_values import parse_json, require_unicode
 from distill.errors import UserError
 from distill.runtime.printable import printable_line
-from teachers.tokenizer.rows import Conversation, Document, Message, Row
+from teachers.tokenizer.rows import LEARN_KEYS, Conversation, Document, Message, Row, is_learnt
 
 CONVERSATION = ("messages", "conversations", "conversation")
 REQUEST = ("prompt", "instruction", "question", "query", "input")
@@ -48,7 +48,9 @@ class RowParser:
         self.known = {name: name for name in COLUMNS if name not in columns} | self._missing
         self._unused: Counter[str] = Counter()
         self._keys: Counter[str] = Counter()
-        self._ignored_weights = 0
+        self._numbers: list[str] = []  # places
+        self._weights = 0  # of the assistant's messages, neither 0 nor 1
+        self.unlearnt = 0  # messages of the assistant that are not to be learnt
         self._left_out: dict[str, list[str]] = {"blank": [], "an answer and no request": []}
         self._left_out["an answer whose label is false"] = []  # as in data for KTO
         self._there: Sequence[str] = ()
@@ -65,7 +67,7 @@ class RowParser:
         known = {self.known[name]: value for name, value in row.items() if name in self.known}
         self._missing = {name: ours for name, ours in self._missing.items() if name not in row}
         left = {
-            name: str(value) if isinstance(value, Number) else value  # as a CSV file has it
+            name: self._as_text(value, where)
             for name, value in known.items()
             if not _is_blank(value)
         }
@@ -85,10 +87,26 @@ class RowParser:
         self.count_unused([n for n in row if n not in self.known and not _is_blank(row[n])], 1)
         if isinstance(value, Conversation):
             for message in value.messages:
-                self._keys.update(message.keys() - TEMPLATE_KEYS)
-                if message["role"] == "assistant" and message.get("weight") == 0:
-                    self._ignored_weights += 1
+                self._count(message, where)
         return value
+
+    def _count(self, message: Message, where: str) -> None:
+        """Take note of a message's keys; its content becomes text."""
+        message["content"] = self._as_text(message["content"], where)
+        keys = message.keys() - TEMPLATE_KEYS
+        if message["role"] == "assistant":
+            keys -= set(LEARN_KEYS)
+            self.unlearnt += not is_learnt(message)
+            weight = str(message.get("weight", 1)).strip().lower()
+            self._weights += weight not in ("0", "0.0", "false", "1", "1.0", "true")
+        self._keys.update(keys)
+
+    def _as_text(self, value: Any, where: str) -> Any:
+        """A number or truth value as text, as a CSV file and a chat template have it."""
+        if isinstance(value, str) or not isinstance(value, Number):
+            return value
+        self._numbers.append(where)
+        return str(value)
 
     def count_unused(self, names: Sequence[str], rows: int) -> None:
         """Remember columns that nothing was made of."""
@@ -121,10 +139,15 @@ class RowParser:
                 "keys of messages that are only handed to the chat template: "
                 f"{_counted(self._keys, 'messages')}"
             )
-        if self._ignored_weights:
+        if self._numbers:
             notes.append(
-                f"weight 0 is ignored: {self._ignored_weights:,} such messages of the assistant "
-                "are learnt as any others"
+                f"{len(self._numbers):,} numbers or truth values are read as text (the first: "
+                f"{self._numbers[0]})"
+            )
+        if self._weights:
+            notes.append(
+                f"{self._weights:,} messages of the assistant have a weight other than 0 and 1, "
+                "which counts as 1"
             )
         return notes
 
@@ -197,7 +220,7 @@ def _messages(value: Any, column: str, where: str) -> list[Message]:
 def _message(given: Any, where: str) -> Message:
     if not isinstance(given, dict):
         raise UserError(f"{where} must be an object with role and content, got {_shown(given)}")
-    rest = {key: value for key, value in given.items() if value is not None}
+    rest = {key: value for key, value in given.items() if value is not None and value == value}
     named = rest.pop("from", None) if "role" not in rest else rest.pop("role")
     role = named.strip().lower() if isinstance(named, str) else ""
     if role not in ROLES:
@@ -220,9 +243,9 @@ def _message(given: Any, where: str) -> Message:
     return message
 
 
-def _content(value: Any, where: str) -> str:
-    """A message's text: as it is, or in parts that follow each other."""
-    if isinstance(value, str):
+def _content(value: Any, where: str) -> str | Number:
+    """A message's text: as it is, or in parts that follow each other; numbers are told later."""
+    if isinstance(value, str | Number):
         return value
     if not isinstance(value, list):
         raise UserError(f"{where} must be text or a list of text parts, got {_shown(value)}")

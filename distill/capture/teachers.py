@@ -17,6 +17,7 @@ from teachers.gguf.file import Field, read_gguf, tokenizer_fields
 from teachers.gguf.split import model_stem
 from teachers.huggingface.folder import check_folder
 from teachers.llama_cpp.teacher import GGUFTeacher
+from teachers.llama_cpp.worker import require_loadable
 from teachers.tokenizer.chat_template import with_variables
 from teachers.tokenizer.gguf_metadata import with_template_variables
 
@@ -62,17 +63,20 @@ def require_gguf(config: TeacherConfig) -> None:
 
 
 def require_teachers(config: TeacherConfig) -> None:
-    """Check every teacher's header or folder, and that the settings fit.
+    """Check every teacher's header or folder, that llama.cpp loads it, and that the settings fit.
 
     Raises:
-        UserError, TeacherFileError: one cannot be used, or only with other settings.
+        UserError, TeacherFileError, TeacherError: one cannot be used, or only with other settings.
+        LibraryError: llama.cpp does not work.
     """
     _require_fitting(config)
     for path in teacher_paths(config):
         if path.is_dir():
             check_folder(path)
-        else:
-            read_gguf(path)
+            continue
+        file = read_gguf(path)
+        if path != example_teacher():
+            require_loadable(file.path)
 
 
 def _require_fitting(config: TeacherConfig) -> None:

@@ -8,9 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from students.gguf.metadata import ExportNames, MetadataEntry
-from students.gguf.writer import write_gguf
-from students.model.build import build_student
-from students.model.config import SO8TConfig
 from teachers.gguf.file import Field, GGUFFile, tokenizer_fields
 from teachers.llama_cpp.teacher import GGUFTeacher
 
@@ -26,6 +23,11 @@ def tokenizer_alone(
     ``name``: the teacher's, on which it may depend how llama.cpp reads its tokenizer.
     llama.cpp reads a tokenizer only from a whole model, so it gets a single narrow layer.
     """
+    # These import transformers, which takes seconds.
+    from students.gguf.writer import write_gguf
+    from students.model.build import build_student
+    from students.model.config import SO8TConfig
+
     config = SO8TConfig(
         vocab_size=vocab_size,
         hidden_size=WIDTH,

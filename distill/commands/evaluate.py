@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from distill.commands.options import AsJson, Page
+from distill.commands.options import AsJson, Page, Settings
 
 commands = typer.Typer()
 
@@ -27,15 +27,8 @@ Data = Annotated[
     Path | None,
     typer.Option(
         help="Rows (JSON, Parquet, CSV) of conversations, prompts or text; plain text; or a folder "
-        "of them. Default: what the students' run held out, or else the teacher generates it."
-    ),
-]
-DataSettings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="data.KEY=VALUE",
-        help="How --data is read: data.split=test, data.columns.text=NAME. Repeatable.",
+        "of them. Default: the validation sequences of the students' run, or else the teacher "
+        "generates it."
     ),
 ]
 MaxLength = Annotated[
@@ -76,7 +69,7 @@ def evaluate(
     students: Students,
     teacher: Teacher = None,
     data: Data = None,
-    settings: DataSettings = None,
+    settings: Settings = None,
     samples: Annotated[int, typer.Option(min=2, help="Sequences at most.")] = 256,
     max_length: MaxLength = None,
     seed: Annotated[
@@ -101,6 +94,7 @@ def evaluate(
     from distill.config.loading import load_config
     from distill.evaluation.inputs.check import check_evaluation
     from distill.evaluation.inputs.request import Request, TextRequest
+    from distill.runtime.progress import Console
 
     names = [name.strip() for name in (lm_eval or "").split(",") if name.strip()]
     _check(lm_eval, names, lm_eval_limit, output)
@@ -117,15 +111,15 @@ def evaluate(
         harness_limit=lm_eval_limit,
         gpu_layers=gpu_layers,
     )
-    inputs = check_evaluation(request)
+    console = Console(stderr=as_json)
+    with console.stage_if_slow("Read files") as progress:
+        inputs = check_evaluation(request, progress)
 
     from distill.evaluation.compare import evaluate_files
     from distill.reports.comparison.report import document_of
     from distill.reports.render.html import write_page
     from distill.reports.render.terminal import print_report
-    from distill.runtime.progress import Console
 
-    console = Console(stderr=as_json)
     comparison = evaluate_files(request, console, inputs)
     document = document_of(comparison)
     if output is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 
-EXIT_OURS, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_OURS, EXIT_USER = 1, 2
 
 # What the operating system refuses because of something the user can change.
 REMEDIES = {

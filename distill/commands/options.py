@@ -114,7 +114,8 @@ Settings = Annotated[
     typer.Option(
         "--set",
         metavar="SECTION.KEY=VALUE",
-        help="Any other setting, for example train.batch_size=32. Repeatable.",
+        help="Any other setting, for example train.batch_size=32; `evaluate` takes data.split and "
+        "data.columns.NAME, of --data. Repeatable.",
     ),
 ]
 StorePath = Annotated[

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +35,7 @@ from distill.commands.options import (
 
 if TYPE_CHECKING:
     from distill.runtime.progress import Console
+    from teachers.base import Progress
 
 
 commands = typer.Typer()
@@ -68,11 +71,12 @@ def run(
     overrides |= _base_settings(student_base, lora_r, load_in_4bit, config)
     overrides |= _student_settings(student_size, init, epochs, quant, safety_labels)
     settings, places = load_config(config, overrides, set_ or [], preset), RunPaths(out, store)
-    inputs = check_run(settings, places)
+    with _checking() as (console, progress):
+        inputs = check_run(settings, places, progress)
 
     from distill.pipeline.run import run as run_pipeline
 
-    run_pipeline(settings, places, _console(), inputs)
+    run_pipeline(settings, places, console, inputs)
 
 
 @commands.command()
@@ -97,11 +101,12 @@ def capture(
     overrides = _capture_settings(teacher, data, samples, targets, seed)
     overrides["safety.labels"] = safety_labels
     settings = load_config(config, overrides, set_ or [])
-    inputs = check_capture(settings, store)
+    with _checking(every_process=True) as (console, progress):
+        inputs = check_capture(settings, store, progress)
 
     from distill.pipeline.capture import capture_only
 
-    capture_only(settings, store, _console(every_process=True), inputs)
+    capture_only(settings, store, console, inputs)
 
 
 @commands.command()
@@ -131,11 +136,12 @@ def train(
     overrides |= _base_settings(student_base, lora_r, load_in_4bit, config)
     overrides |= _student_settings(student_size, init, epochs, quant, safety_labels)
     settings = load_config(config, overrides, set_ or [], preset)
-    inputs = check_train(settings, out)
+    with _checking() as (console, _):
+        inputs = check_train(settings, out)
 
     from distill.pipeline.run import train_from_store
 
-    train_from_store(settings, out, _console(), inputs)
+    train_from_store(settings, out, console, inputs)
 
 
 @commands.command()
@@ -170,23 +176,27 @@ def plan(
     except ValueError as error:
         raise UserError(f"--memory {error}") from None
     settings = load_config(config, overrides, set_ or [], preset)
-    inputs = check_plan(settings)
+    with _checking() as (console, progress):
+        inputs = check_plan(settings, progress)
 
     from distill.pipeline.plan import plan_run
 
-    plan_run(settings, _console(), limit, inputs)
+    plan_run(settings, console, limit, inputs)
 
 
-def _console(*, every_process: bool = False) -> Console:
-    """Where a command prints, first warnings of the machine; in a launch of several processes only
-    the first one, unless ``every_process`` does."""
+@contextmanager
+def _checking(*, every_process: bool = False) -> Iterator[tuple[Console, Progress]]:
+    """Where a command prints, and what is told how much of its input is read while that is checked;
+    warnings of the machine follow. In a launch of several processes only the first one prints,
+    unless ``every_process`` does."""
     from distill.runtime.launch_environment import process_rank
     from distill.runtime.machine_checks import warn_of_machine
     from distill.runtime.progress import Console
 
     console = Console(quiet=process_rank().rank > 0 and not every_process)
+    with console.stage_if_slow("Read files") as progress:
+        yield console, progress
     warn_of_machine(console)
-    return console
 
 
 def _base_settings(

@@ -267,7 +267,7 @@ class GuardConfig(Section):
     ``snapshot_every``: steps between snapshots in memory, the newest ``snapshots`` of which are
     kept. ``rollbacks``: how often in a row before giving up; each multiplies the learning rate by
     ``lower``, which is reached again over ``rewarm`` steps and recovers over ``recover`` steps.
-    ``probe_every``: steps between probes on held-out text.
+    ``probe_every``: steps between probes on validation text.
     """
 
     enabled: bool = True
@@ -290,8 +290,8 @@ class TrainConfig(Section):
     wsd (constant until the last ``decay`` of the steps, then a cosine down); ``warmup``: share of
     the steps; ``min_lr``: share of the peak it ends at; ``max_grad_norm``; ``weight_decay``: of
     matrices only; ``precision``: ``bf16`` autocast, ``fp32``, or ``auto``; ``evaluations``: how
-    often held-out KL is measured, first and last step included; ``patience``: stop after so many of
-    them without a better one (none: never).
+    often validation KL is measured, first and last step included; ``patience``: stop after so many
+    of them without a better one (none: never).
 
     ``gradient_checkpointing``: compute layers again in the backward pass instead of keeping what
     they computed (none: only for a student made of a base); ``compile``: torch.compile.

@@ -1,4 +1,4 @@
-"""Students against their teacher on held-out text: KL, top-1 agreement, perplexity.
+"""Students against their teacher on validation text: KL, top-1 agreement, perplexity.
 
 At temperature 1, per token, on the same positions: against the teacher over the whole vocabulary,
 or against its stored soft targets over what these know.
@@ -56,7 +56,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of several models on the same held-out positions.
+    """Scores of several models on the same validation positions.
 
     ``against``: ``TEACHER`` or its ``STORED_TARGETS``. ``teacher``: its own cross-entropy in nats
     per token; ``None`` if unknown, ``approximate`` if from hidden states rounded for the store.

@@ -1,4 +1,4 @@
-"""The text to compare on: given data, a run's held-out sequences, or text by the teacher."""
+"""The text to compare on: given data, a run's validation sequences, or text by the teacher."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Text:
 def choose_text(
     wanted: TextRequest, models: Candidates, teacher: Teacher, data: DataRows | None = None
 ) -> Text:
-    """Read the data, take the runs' held-out sequences, or plan what the teacher generates.
+    """Read the data, take the runs' validation sequences, or plan what the teacher generates.
 
     Raises:
         UserError: the data cannot be used, or no sequence fits the models' contexts.
@@ -115,7 +115,7 @@ def _corpus_text(wanted: TextRequest, students: Sequence[Candidate], corpus: Cor
         description += f"; the run of {', '.join(trained)} was given the same data to train on"
         warnings.append(
             f"{data} is what the run of {', '.join(trained)} was trained on: its figures here are "
-            "better than on new text; leave --data out to take the run's held-out sequences"
+            "better than on new text; leave --data out to take the run's validation sequences"
         )
     elif any(has is None for has in seen):
         description += "; whether the students were trained on it is not known"
@@ -148,7 +148,7 @@ def _has_seen(student: Candidate, data: Path, split: str | None) -> bool | None:
 def _shared_held_out(
     students: Sequence[Candidate], vocab_size: int
 ) -> tuple[HeldOut, list[RunFolder]] | None:
-    """The held-out sequences of the students' runs if all have the same, and those runs."""
+    """The validation sequences of the students' runs if all have the same, and those runs."""
     runs = {
         student.run.path.resolve(): student.run for student in students if student.run is not None
     }
@@ -181,10 +181,11 @@ def _held_out(
     ]
     if not fitting:
         raise UserError(
-            f"every held-out sequence is longer than a model's context of {room} tokens; give "
+            f"every validation sequence is longer than a model's context of {room} tokens; give "
             f"--max-length {room} to cut them"
             if wanted.max_length is None
-            else f"--max-length {length}: no token of the held-out sequences that counts lies there"
+            else f"--max-length {length}: no token of the validation sequences that counts lies "
+            "there"
         )
     chosen = fitting
     if wanted.samples < len(fitting):
@@ -193,14 +194,14 @@ def _held_out(
     cut = sum(len(row) > length for row, _ in chosen)
     names = " and ".join(dict.fromkeys(str(run.path) for run in runs))
     description = (
-        f"{len(chosen)} of the {len(held_out.sequences)} sequences that {names} held out: nothing "
+        f"{len(chosen)} of the {len(held_out.sequences)} validation sequences of {names}: nothing "
         "was trained on them, but they chose its best weights"
     )
     description += f"; {cut} cut at {length} tokens" if cut else ""
     strangers = [student.name for student in students if student.run is None]
     warnings = [
-        f"{name} lies in no run's folder: whether it was trained on the held-out sequences is not "
-        "known"
+        f"{name} lies in no run's folder: whether it was trained on the validation sequences is "
+        "not known"
         for name in strangers
     ]
     if strangers:

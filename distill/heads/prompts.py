@@ -21,7 +21,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.capture.data_files import json_lines, require_size, require_unicode, rows
+from distill.capture.data_files import rows
+from distill.capture.file_text import require_size
+from distill.capture.json_values import json_lines, require_unicode
 from distill.config.schema import RunConfig
 from distill.errors import UserError
 from students.model.head_decisions import DECISIONS

@@ -1,7 +1,8 @@
 """What each command can refuse before PyTorch is imported, which takes seconds.
 
 A command calls its check as soon as it has its settings, and hands on what was read. Whoever calls
-what is behind a command without that gets the same check there. Nothing here may import PyTorch, or
+what is behind a command without that gets the same check there. ``progress``: of the data, the
+share that is read. Nothing here may import PyTorch, or
 what does (``tests/distill/pipeline/test_preflight.py``).
 """
 
@@ -18,6 +19,7 @@ from distill.errors import UserError
 from distill.heads.prompts import SafetyPrompt, read_safety_prompts
 from distill.runs.folder import RunFolder, RunPaths
 from distill.runtime.launch_environment import process_rank, require_trainable
+from teachers.base import Progress, no_progress
 from teachers.gguf.file import read_gguf
 from teachers.store.manifest import filled_manifest, require_store_folder
 
@@ -39,7 +41,7 @@ class Inputs:
         return taken
 
 
-def check_run(config: RunConfig, places: RunPaths) -> Inputs:
+def check_run(config: RunConfig, places: RunPaths, progress: Progress = no_progress) -> Inputs:
     """Refuse what ``distill run`` cannot do.
 
     Raises:
@@ -55,10 +57,12 @@ def check_run(config: RunConfig, places: RunPaths) -> Inputs:
         RunFolder(places.out).require_usable()
     if places.store is not None:
         require_store_folder(places.store)
-    return Inputs(read_safety_prompts(config), read_rows(config.data))
+    return Inputs(read_safety_prompts(config), read_rows(config.data, progress))
 
 
-def check_capture(config: RunConfig, store: Path | None) -> Inputs:
+def check_capture(
+    config: RunConfig, store: Path | None, progress: Progress = no_progress
+) -> Inputs:
     """Refuse what ``distill capture`` cannot do.
 
     Raises:
@@ -69,7 +73,7 @@ def check_capture(config: RunConfig, store: Path | None) -> Inputs:
     require_teachers(config.teacher)
     if store is not None:
         require_store_folder(store)
-    return Inputs(read_safety_prompts(config), read_rows(config.data))
+    return Inputs(read_safety_prompts(config), read_rows(config.data, progress))
 
 
 def check_train(config: RunConfig, out: Path | None) -> Inputs:
@@ -95,7 +99,7 @@ def check_train(config: RunConfig, out: Path | None) -> Inputs:
     return Inputs(read_safety_prompts(config))
 
 
-def check_plan(config: RunConfig) -> Inputs:
+def check_plan(config: RunConfig, progress: Progress = no_progress) -> Inputs:
     """Refuse what ``distill plan`` cannot do; it reads no prompts.
 
     Raises:
@@ -106,7 +110,7 @@ def check_plan(config: RunConfig) -> Inputs:
         require_gguf(config.teacher)
     require_teachers(config.teacher)
     _check_student(config)
-    return Inputs(data=read_rows(config.data))
+    return Inputs(data=read_rows(config.data, progress))
 
 
 def _require_no_store(config: RunConfig) -> None:

@@ -40,7 +40,7 @@ class RunPaths:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out sequences, and texts with the teacher's ids that check an exported tokenizer.
+    """Validation sequences, and texts with the teacher's ids that check an exported tokenizer.
 
     ``keep``: the predictions that count; ``None``: all.
     """
@@ -150,7 +150,7 @@ class RunFolder:
         return self.read_json(self.results_file)
 
     def write_held_out(self, held_out: HeldOut) -> None:
-        """Keep the held-out sequences, so that a later export can be proved without the store."""
+        """Keep the validation sequences, so that a later export can be proved without the store."""
         content = {
             "sequences": [tokens.tolist() for tokens in held_out.sequences],
             "texts": held_out.lines.texts,

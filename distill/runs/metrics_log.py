@@ -87,7 +87,7 @@ ROLLBACK, ABORT, CLIP = "rollback", "abort", "clip"
 
 @dataclass(frozen=True)
 class HeldOutPoint:
-    """Held-out scores after ``step`` steps (see
+    """Validation scores after ``step`` steps (see
     ``distill.training.validation.ValidationScore``)."""
 
     step: int
@@ -212,7 +212,7 @@ def names_of(lines: Iterable[Line], prefix: str) -> list[str]:
 
 
 def best_point(points: Iterable[HeldOutPoint]) -> HeldOutPoint | None:
-    """The point with the lowest held-out KL; the later one of equals."""
+    """The point with the lowest validation KL; the later one of equals."""
     known = [(point.kl, -point.step, point) for point in points if point.kl is not None]
     return min(known, key=lambda entry: entry[:2])[2] if known else None
 

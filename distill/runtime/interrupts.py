@@ -7,17 +7,40 @@ next reports progress.
 
 from __future__ import annotations
 
+import _thread
 import signal
+import sys
 import threading
 from types import FrameType
+from typing import Any
 
+EXIT_INTERRUPTED = 130
+AGAIN_SECONDS = 0.05
 _seen = False
 
 
 def watch() -> None:
-    """Remember Ctrl-C from now on (in the main thread, where Python handles signals)."""
-    if threading.current_thread() is threading.main_thread() and _is_pythons_own():
-        signal.signal(signal.SIGINT, _remember)
+    """Remember Ctrl-C from now on (in the main thread, where Python handles signals).
+
+    Where Python would print it and go on, it is raised again a little later.
+    """
+    if threading.current_thread() is not threading.main_thread() or not _is_pythons_own():
+        return
+    signal.signal(signal.SIGINT, _remember)
+    before = sys.unraisablehook
+
+    def raise_again(found: Any) -> None:
+        if isinstance(found.exc_value, KeyboardInterrupt):
+            threading.Timer(AGAIN_SECONDS, _thread.interrupt_main).start()
+        else:
+            before(found)
+
+    sys.unraisablehook = raise_again
+
+
+def ignore() -> None:
+    """Take no further Ctrl-C: the program ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def check() -> None:

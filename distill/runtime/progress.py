@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 from rich.console import Console as RichConsole
 from rich.progress import (
@@ -22,6 +22,7 @@ from distill.runtime import interrupts
 from distill.runtime.format import human_time
 from distill.runtime.printable import markup
 
+SLOW_SECONDS = 2.0  # after which what is usually quick is shown
 LINE_EVERY_SECONDS = 10.0  # between lines of progress where no terminal can draw a bar
 SEEN_SECONDS, SEEN_REPORTS = 5.0, 4  # of progress before anything is said about the time left
 
@@ -103,10 +104,13 @@ class Console:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, title: str, total: int | None = None) -> Iterator[Stage]:
-        """Show a stage while it runs and leave one line with its outcome and duration."""
+    def stage(
+        self, title: str, total: int | None = None, started: float | None = None
+    ) -> Iterator[Stage]:
+        """Show a stage while it runs and leave one line with its outcome and duration; ``started``:
+        by the monotonic clock, if not now."""
         interrupts.check()
-        started = time.monotonic()
+        started = time.monotonic() if started is None else started
         if self.rich.is_terminal:
             columns = (
                 SpinnerColumn(),
@@ -126,6 +130,22 @@ class Console:
         self.rich.print(
             f"[green]✓[/] {title:<16} [dim]{duration:6.1f} s[/]  {markup(stage.outcome)}"
         )
+
+    @contextmanager
+    def stage_if_slow(self, title: str) -> Iterator[Callable[[float], None]]:
+        """A stage that is shown once it has taken ``SLOW_SECONDS``; gives what is told the share of
+        it that is done."""
+        started, shown = time.monotonic(), list[Stage]()
+        with ExitStack() as stack:
+
+            def tell(share: float) -> None:
+                interrupts.check()
+                if not shown and time.monotonic() - started > SLOW_SECONDS:
+                    shown.append(stack.enter_context(self.stage(title, 100, started)))
+                for stage in shown:
+                    stage.update(int(100 * share), share=share)
+
+            yield tell
 
     def note(self, text: str) -> None:
         """A remark that is good to know."""

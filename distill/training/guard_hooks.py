@@ -43,7 +43,7 @@ def build_guard(
     config: TrainConfig,
     probe_text: Batch,
 ) -> Guard:
-    """The guard of a training. ``probe_text``: held-out text, on the model's device."""
+    """The guard of a training. ``probe_text``: validation text, on the model's device."""
     launch = Launch(ProcessRank(accelerator.process_index, accelerator.num_processes))
     probe = StudentProbe(model, probe_text, inside=not config.compile)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,8 @@ class Worker:
             if isinstance(process, WorkerProcess):
                 return process
             failure = process
+        if failure.refused:
+            require_loadable(self.path)
         other = self._plain_options()
         if not self._options.extra_buffers or isinstance(process := self._tried(other), Failure):
             raise self._verdict(failure)
@@ -285,6 +288,25 @@ class Worker:
             )
         for line in self._process.warnings:
             warn_once(f"llama.cpp, loading {self.path.name}: {line}", line)
+
+
+def require_loadable(path: Path) -> None:
+    """Refuse a file, within a second, that llama.cpp refuses to load whatever the options; what
+    else can go wrong is for ``Worker`` to find.
+
+    Raises:
+        TeacherError: it refuses this file, and not the example teacher.
+        LibraryError: llama.cpp itself cannot be loaded.
+    """
+    try:
+        WorkerProcess(path, REFERENCE, threads=1).close()
+    except WorkerDied:
+        pass
+    except RequestRefused as error:
+        failure = Failure.of(error)
+        with suppress(RequestRefused, WorkerDied):
+            WorkerProcess(example_teacher(), REFERENCE, threads=1).close()
+            raise TeacherError(f"{path}: llama.cpp {failure.text}{failure.log}") from None
 
 
 def why_without_extra_buffers() -> str:

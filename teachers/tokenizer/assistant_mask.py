@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from teachers.base import Teacher, Tokens
 from teachers.tokenizer.chat_template import ChatTemplateError
 from teachers.tokenizer.conversation import chat_texts, with_bos
-from teachers.tokenizer.rows import Conversation, Message
+from teachers.tokenizer.rows import Conversation, Message, is_learnt
 
 _ANSWER = "\u2063assistant says\u2063"  # invisible separators: no template contains it
 _PARTIAL = "\ufffd"  # stands for bytes that are no whole character
@@ -37,7 +37,7 @@ class AssistantMask:
 
         They are what the chat template marks with ``{% generation %}``, as in transformers, or else
         what stands behind the generation prompt; each with the token that ends the turn. Those that
-        begin behind the limit are not looked for.
+        begin behind the limit are not looked for; messages that are not to be learnt are left out.
 
         Raises:
             ChatTemplateError: the template is broken or refuses the messages.
@@ -47,7 +47,14 @@ class AssistantMask:
         (tokens,) = self._tokenize([text])
         places = self._places(text, tokens)
         if rendered.generated is not None:
-            marked = rendered.generated
+            marked: Sequence[Span] = rendered.generated
+            if any(one["role"] == "assistant" and not is_learnt(one) for one in chat.messages):
+                found, unknown = self._spans(chat, text, places, answer=answer)
+                marked = [
+                    (start, stop)
+                    for start, stop in marked
+                    if any(start < end and begin < stop for begin, end in found)
+                ]
             spans = [(start, self._end(text, start, stop, stop)) for start, stop in marked]
         else:
             spans, unknown = self._spans(chat, text, places, answer=answer)
@@ -112,14 +119,15 @@ class AssistantMask:
     def _spans(
         self, chat: Conversation, text: str, places: Places | None, *, answer: bool
     ) -> tuple[list[Span], int]:
-        """Where the answers are that begin within the limit, and how many of them are not found."""
+        """Where the answers are that are learnt and begin within the limit, and how many of them
+        are not found."""
         reach = len(text)
         if places is not None and len(places[0]) > self.limit:
             reach = int(places[0][self.limit])
         spans: list[Span] = []
         unknown = 0
         for number, message in enumerate(chat.messages):
-            if message["role"] != "assistant":
+            if not is_learnt(message):
                 continue
             span = self._find(chat, number, text, answer=answer)
             if span is None:

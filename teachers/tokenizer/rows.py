@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 Message = dict[str, Any]
+
+# Keys of the assistant's messages that say 0 or false of those nobody is to learn: OpenAI's and
+# Mistral's files have weight, axolotl's train or training, ms-swift's loss.
+LEARN_KEYS = ("weight", "train", "training", "loss")
+
+
+def is_learnt(message: Message) -> bool:
+    """Whether a message is the assistant's, and nothing in it says that it is not to be learnt."""
+    told = (str(message[key]).strip().lower() for key in LEARN_KEYS if key in message)
+    return message["role"] == "assistant" and not any(one in ("0", "0.0", "false") for one in told)
 
 
 @dataclass(frozen=True)
@@ -34,11 +44,22 @@ class Conversation:
         return bool(self.messages[-1]["role"] != "assistant")
 
 
+class Parts(Protocol):
+    """A text in parts; its length is in characters."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+
 @dataclass(frozen=True)
 class Document:
-    """Text that is used as it stands, whose control tokens stay text; ``where``: file and line."""
+    """Text that is used as it stands, whose control tokens stay text; ``where``: file and line.
 
-    text: str
+    ``text``: one string, or its parts, which are read anew each time; its length is of both.
+    """
+
+    text: str | Parts
     where: str = ""
 
 

@@ -232,7 +232,7 @@ def test_only_the_workers_modules_touch_llama_cpp() -> None:
 
 def test_parent_process_does_not_load_llama_cpp() -> None:
     """Importing the parent's side must not pull the native library in, however indirectly."""
-    waiting = ["distill.pipeline.run", "distill.pipeline.plan", "distill.cli"]
+    waiting = ["distill.pipeline.run", "distill.pipeline.plan", "distill.commands.app"]
     waiting += ["teachers.huggingface.teacher", "teachers.ensemble"]
     reached: dict[str, str] = dict.fromkeys(waiting, "asked for")
     while waiting:

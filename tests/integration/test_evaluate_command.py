@@ -213,7 +213,7 @@ def test_facts_of_the_files(files: Files, comparison: Comparison) -> None:
         assert model.prompt_speed > 0 and model.generation_speed > 0, model.name
         assert model.peak_memory > model.file_bytes, model.name
     assert comparison.skipped == 0 and len(comparison.text_sha256) == 64
-    assert "held out" in comparison.text
+    assert "validation sequences of" in comparison.text
     assert "whether copy.gguf was trained on them is not known" in comparison.text
 
 
@@ -290,7 +290,7 @@ def test_held_out_sequences_are_cut_or_left_out(
     text = choose_text(TextRequest(), chosen(short), example_gguf)
     assert lengths(text) == [7, 12] and text.skipped == 3
     long = chosen(make_run(tmp_path / "long", short, sequences[2:]).gguf)
-    with pytest.raises(UserError, match=r"every held-out sequence is longer .* --max-length 16"):
+    with pytest.raises(UserError, match=r"every validation sequence is longer .* --max-length 16"):
         choose_text(TextRequest(), long, example_gguf)
     text = choose_text(TextRequest(max_length=20), long, example_gguf)
     assert "16 tokens" in text.notes[0] and set(lengths(text)) == {16}

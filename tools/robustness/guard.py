@@ -77,7 +77,7 @@ def faults(
     outcomes = run_all(jobs, workers, console)
     clean = {one.job.seed: one.kl for one in outcomes if one.job.fault is None}
     least, most, mean = min(clean.values()), max(clean.values()), statistics.fmean(clean.values())
-    console.print(f"clean: held-out KL {mean:.3f} ({least:.3f} to {most:.3f})")
+    console.print(f"clean: validation KL {mean:.3f} ({least:.3f} to {most:.3f})")
     console.print(_fault_table(chosen, outcomes, clean))
     if output is not None:
         write_json(
@@ -157,7 +157,7 @@ def healthy(
         "store",
         "learning rate",
         "runs",
-        "held-out KL",
+        "validation KL",
         "rollbacks",
         "skipped",
         "clipped",

@@ -63,7 +63,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a training. ``kl``: held-out, of the last step; ``lag``: steps from fault to
+    """What came of a training. ``kl``: of validation, at the end; ``lag``: steps from fault to
     first event; ``named``: whether events name what was wrong; ``events``: how many of each action;
     ``weights``: hash of the student's.
     """
@@ -171,7 +171,7 @@ def _quiet(step: int, words: str) -> None:
 
 
 def _last_kl(lines: list[dict[str, Any]]) -> float:
-    """Held-out KL of the last evaluation; not a number where it was none."""
+    """Validation KL of the last evaluation; not a number where it was none."""
     result = [line["kl"] for line in lines if line["kind"] == "held_out"][-1]
     return math.nan if result is None else float(result)
 

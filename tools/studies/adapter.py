@@ -14,7 +14,7 @@ of its own, the same data, batches and seed, and computes layers again in the ba
 - full: all weights in float32, by the same loss of soft targets and labels, without gates, heads
   and guard.
 
-KL is held-out, against the stored targets. Tokens per second: median of the steps. Memory: the
+KL is of validation, against the stored targets. Tokens per second: median of the steps. Memory: the
 process's peak beyond what it had before the model was loaded, when a tiny model had been trained
 already, so that code is not counted.
 """
@@ -72,7 +72,7 @@ def ways_table(result: Sequence[Figures]) -> Table:
         "parameters",
         "trained",
         "share",
-        "held-out KL",
+        "validation KL",
         "fall",
         "tokens/s",
     ):

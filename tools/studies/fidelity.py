@@ -5,7 +5,7 @@
 
 Without a text the teacher speaks; without a teacher it is the example teacher.
 
-Every way of storing gets the same 2,048 positions of held-out text and the same student; what is
+Every way of storing gets the same 2,048 positions of validation text and the same student; what is
 compared is ‖g − g_dense‖ / ‖g_dense‖ for the gradient of the KL in the output matrix (weight) and
 in the student's hidden states (hidden). The student is the one a run would begin with, or a trained
 one.

@@ -128,7 +128,7 @@ def train_whole(
     divergence of the soft targets and cross-entropy, AdamW, clipping.
 
     Returns:
-        The held-out KL before and after, in nats per token.
+        The validation KL before and after, in nats per token.
 
     Raises:
         TrainingAborted: a gradient is not finite.

@@ -6,10 +6,10 @@ embeddings, a head start.
     1,0.5,0.25]
 
 Every row trains the same shape on the same batches with the same schedule, drawn out over exactly
-as many tokens; held out are the same sequences. ``random``: all weights random; ``embeddings``:
+as many tokens, with the same validation sequences. ``random``: all weights random; ``embeddings``:
 random but for the token embeddings; ``teacher``: ``distill.initialization.from_teacher``, at each
 of ``--rates`` times the usual peak learning rate, the others at the usual. KL is per token on the
-held-out sequences at T = 1, before training and after each part of it.
+validation sequences at T = 1, before training and after each part of it.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ Over 400 lines because every objective of the table is a few lines here.
     'top32-*,T3-then-T1']
 
 Every row trains the same student: for a seed the initial weights and the order of the data are the
-same, and so are schedule, tokens and our regularisers; the held-out sequences are the same for all
-seeds. The rows:
+same, and so are schedule, tokens and our regularisers; the validation sequences are the same for
+all seeds. The rows:
 
 - ``ce``: cross-entropy alone, of the text in the store;
 - ``top32-…-T``: KL truncated to the 32 top tokens, as public toolkits have it; only here, in no
@@ -20,7 +20,7 @@ seeds. The rows:
   ``…+hidden``: with the hidden-state loss too, where the store holds layers (``--set
   targets.layers=[1,3]``).
 
-KL, agreement and cross-entropy are of the last step's weights on the held-out sequences at T = 1.
+KL, agreement and cross-entropy are of the last step's weights on the validation sequences at T = 1.
 "over all" is the KL over the whole vocabulary as far as the stored targets know the tail's shape.
 Seconds contain two evaluations and the checkpoints. Each result is a line of the JSON file as soon
 as it is there; a rerun does only what is missing.
@@ -520,7 +520,7 @@ def main() -> None:
     held_out = int((bench.data.store.lengths()[bench.data.split.held_out] - 1).sum())
     console.print(machine_line(here))
     console.print(
-        f"{options.size}, {options.epochs} epochs, seeds {options.seeds}, {held_out:,} held-out "
+        f"{options.size}, {options.epochs} epochs, seeds {options.seeds}, {held_out:,} validation "
         "positions"
     )
     console.print(results_table(rows, seeds, results))

@@ -7,7 +7,7 @@
 **ablation** trains the same student again and again on one store of the example teacher (which
 speaks; captured once), with one thing changed. It begins at random weights with the teacher's token
 embeddings. For equal seed all variants have the same initial weights and order of data; all seeds
-have the same held-out sequences. ``no-gates``: both rotations of every gate are exactly the
+have the same validation sequences. ``no-gates``: both rotations of every gate are exactly the
 identity and stay so (their parameters are zeroed and frozen), without the terms of the group
 structure; what the gates alone do is its difference from ``no-terms`` (λ_so8t = 0, gates trained).
 ``10x-…``: does a term do anything when it is strong?
@@ -17,8 +17,8 @@ warm-up: ``largest rise`` and ``spikes`` (steps more than 3 robust deviations ab
 the 32 steps before) are of kd + ce, which all variants have in common (those of the whole loss are
 in the file); the gradient norm is the student's before clipping, without the heads', its spread the
 standard deviation over the mean. Effective rank (Roy & Vetterli 2007) and second difference are of
-the final hidden states of held-out sequences. Heads are calibrated and scored in PyTorch as a run
-does: on safety prompts of other scenarios, on halves of the held-out sequences. Verdict: mean
+the final hidden states of validation sequences. Heads are calibrated and scored in PyTorch as a run
+does: on safety prompts of other scenarios, on halves of the validation sequences. Verdict: mean
 difference in KL from ``full`` seed by seed, in standard deviations of KL over seeds (pooled over
 the two variants). Each result is a line of the file as soon as it is there; a rerun does only what
 is missing.
@@ -123,7 +123,7 @@ def ablation(options: argparse.Namespace, console: RichConsole) -> None:
     lengths, held_out = bench.data.store.lengths(), bench.data.split.held_out
     console.print(
         f"{options.size}, {bench.config.epochs} epochs, seeds {options.seeds}, "
-        f"{int((lengths[held_out] - 1).sum()):,} positions of {len(held_out)} held-out sequences"
+        f"{int((lengths[held_out] - 1).sum()):,} positions of {len(held_out)} validation sequences"
     )
     for table in ablation_tables(every[0], variants, seeds, results):
         console.print(table)

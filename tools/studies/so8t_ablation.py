@@ -272,7 +272,7 @@ def effective_rank(states: Tensor) -> float:
 def held_out_figures(
     student: SO8TForCausalLM, store: SoftTargetStore, held_out: list[int]
 ) -> dict[str, float]:
-    """What the final hidden states of held-out sequences look like."""
+    """What the final hidden states of validation sequences look like."""
     result = finals(student, store, held_out)
     return {
         "effective_rank": effective_rank(result.states),

@@ -12,6 +12,7 @@ from distill.evaluation.inputs.files import Files, find_files
 from distill.evaluation.inputs.request import Request
 from distill.evaluation.inputs.task_file import Task, read_tasks
 from distill.heads.prompts import SafetyPrompt, read_given_prompts
+from teachers.base import Progress, no_progress
 
 
 def require_harness() -> None:
@@ -33,12 +34,16 @@ class EvaluationInputs:
     data: DataRows | None
 
 
-def check_evaluation(request: Request) -> EvaluationInputs:
-    """Read the inputs; raises ``UserError`` or ``TeacherFileError`` if one cannot be used."""
+def check_evaluation(request: Request, progress: Progress = no_progress) -> EvaluationInputs:
+    """Read the inputs; raises ``UserError`` or ``TeacherFileError`` if one cannot be used.
+
+    ``progress``: of the data, the share that is read.
+    """
     if request.harness:
         require_harness()
     tasks = [] if request.tasks is None else read_tasks(request.tasks)
-    data = None if request.text.data is None else read_rows(request.text.settings())
+    given = request.text.data is not None
+    data = read_rows(request.text.settings(), progress) if given else None
     prompts = read_given_prompts(request.safety_prompts)
     files = find_files(request.students, request.teacher)  # last: it may hash a large teacher
     return EvaluationInputs(files, tasks, prompts, data)

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.capture.data_files import require_size, require_unicode, rows
+from distill.capture.data_files import rows
+from distill.capture.file_text import require_size
+from distill.capture.json_values import require_unicode
 from distill.errors import UserError
 
 MATCHES = ("exact", "prefix", "contains")

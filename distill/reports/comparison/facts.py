@@ -22,7 +22,7 @@ FEW_SEQUENCES = 30  # with fewer, the intervals are themselves rough
 def trade_facts(comparison: Comparison) -> list[Fact]:
     """What else there is to say, the most important first."""
     teacher, students = comparison.teacher, comparison.students
-    facts = [_smallest(teacher, students), _fastest(teacher, students)]
+    facts = _extremes(teacher, students)
     facts += [_quantisation(group) for group in quantizations(students)]
     facts += [*_beaten(students), _perplexity(teacher, students), _draft(students)]
     facts += [*_task(comparison), *_safety(students), *_doubts(comparison)]
@@ -53,28 +53,22 @@ def verdict_of(students: Sequence[ModelEvaluation]) -> Verdict:
     return Verdict(level, facts)
 
 
-def _smallest(teacher: ModelEvaluation, students: Sequence[ModelEvaluation]) -> Fact:
-    best = min(students, key=lambda student: student.file_bytes)
-    ratio = best.file_bytes / teacher.file_bytes
-    begin = "Smallest: " if len(students) > 1 else ""
-    verb = "," if begin else " takes"
-    words = (
-        f"{begin}{best.name}{verb} {human_bytes(best.file_bytes)}, {_part(ratio)} of the "
-        "teacher's file"
-    )
-    return Fact("good" if ratio < 1 else "warning", words + ".")
-
-
-def _fastest(teacher: ModelEvaluation, students: Sequence[ModelEvaluation]) -> Fact:
-    best = max(students, key=lambda student: student.generation_speed)
-    ratio = best.generation_speed / teacher.generation_speed
-    begin = "Fastest: " if len(students) > 1 else ""
-    verb = "," if begin else " writes"
-    words = (
-        f"{begin}{best.name}{verb} {best.generation_speed:,.0f} tokens per second, "
-        f"{_times(ratio)} the teacher's"
-    )
-    return Fact("good" if ratio > 1 else "warning", words + ".")
+def _extremes(teacher: ModelEvaluation, students: Sequence[ModelEvaluation]) -> list[Fact]:
+    """The smallest and the fastest student against the teacher."""
+    small = min(students, key=lambda student: student.file_bytes)
+    fast = max(students, key=lambda student: student.generation_speed)
+    part = small.file_bytes / teacher.file_bytes
+    times = fast.generation_speed / teacher.generation_speed
+    size = f"{human_bytes(small.file_bytes)}, {_part(part)} of the teacher's file."
+    speed = f"{fast.generation_speed:,.0f} tokens per second, {_times(times)} the teacher's."
+    if len(students) > 1:
+        words = [f"Smallest: {small.name}, {size}", f"Fastest: {fast.name}, {speed}"]
+    else:
+        words = [f"{small.name} takes {size}", f"{fast.name} writes {speed}"]
+    better = [part < 1, times > 1]
+    return [
+        Fact("good" if is_so else "warning", one) for one, is_so in zip(words, better, strict=True)
+    ]
 
 
 def _quantisation(group: Sequence[ModelEvaluation]) -> Fact:

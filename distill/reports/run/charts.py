@@ -183,7 +183,7 @@ def _held_out(report: Report) -> list[document.Chart]:
         shares.append(draw.mark(best.step, best.agreement, f"best step {best.step:,}"))
     return [
         document.Chart(
-            "held-out",
+            "validation",
             f"{_title(report)} and cross-entropy",
             "Lower is better; the student keeps the weights of the step with the lowest "
             f"{report.validation_kl}.",

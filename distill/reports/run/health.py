@@ -277,7 +277,7 @@ def _verification(result: VerificationPart) -> Fact:
     if result.auroc is None:
         return Fact(
             "plain",
-            "Verification head: all held-out tokens are alike, so nothing can be said about it.",
+            "Verification head: all validation tokens are alike, so nothing can be said about it.",
         )
     words = (
         f"Verification head: AUROC {result.auroc:.3f}, calibration error "

@@ -362,7 +362,7 @@ def verification_section(result: VerificationPart) -> Section:
     words = [
         "For every token it writes, the student says how probably the teacher would write the "
         "same one. Here over "
-        f"{result.positions:,} held-out tokens, of which {result.agreement:.1%} agree."
+        f"{result.positions:,} validation tokens, of which {result.agreement:.1%} agree."
     ]
     rows = [
         [

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import ipc, parquet
 
-from distill.capture import data_files
+from distill.capture import data_files, file_text
 from distill.capture.corpus import DataRows, read_rows
 from distill.config.loading import load_config
 from distill.errors import UserError
@@ -39,7 +39,7 @@ def content(data: DataRows) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for row in data.rows:
         if isinstance(row, Document):
-            found.append((row.text,))
+            found.append(("".join(row.text),))
         else:
             found.append(tuple(one[key] for one in row.messages for key in ("role", "content")))
     return found
@@ -111,6 +111,46 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     assert [text.rpartition(", ")[2] for text in where] == ["line 1", "line 2"]
 
 
+def test_files_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the parts end there are the same rows, and the share that is read goes up to all; a
+    list may be larger than what a row or an object may be."""
+    said = 'é☕ \\ " ] }} {{ [ '
+    rows = [{"text": said * n, "n": n * 10**n, "x": [{"a": n}, {"b": None}]} for n in range(9)]
+    expected = [(one["text"],) for one in rows if one["text"]]
+    lists = {"train": rows, "version": 1.5}
+    files: dict[str, str] = {
+        "list.json": json.dumps(rows, ensure_ascii=False, indent=1),
+        "short.json": json.dumps(rows),
+        "object.json": "\ufeff" + json.dumps(lists, ensure_ascii=False),
+        "lines.json": "\n\n".join(map(json.dumps, rows)),
+        "shown.json": "\n".join(json.dumps(one, indent=2) for one in rows),
+        "rows.jsonl": "\r\n".join(map(json.dumps, rows)),
+    }
+    (tmp_path / "text.txt").write_text("\ufeffnaïve\r\n☕" * 9, "utf-8", newline="")
+    (tmp_path / "rows.parquet").write_bytes(parquet_bytes(rows))
+    (tmp_path / "rows.arrow").write_bytes(arrow_bytes(rows))
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, "utf-8", newline="")
+    for size in (1, 2, 3, 5, 64, 1 << 20):
+        monkeypatch.setattr(file_text, "AT_ONCE", size)
+        for name in (*files, "rows.parquet", "rows.arrow"):
+            told: list[float] = []
+            config = load_config(None, {"data.path": str(tmp_path / name)}, []).data
+            data = read_rows(config, told.append)
+            assert data is not None and content(data) == expected, (name, size)
+            assert told == sorted(told) and told[-1] == 1.0, (name, size, told)
+        assert content(read(tmp_path / "text.txt")) == [("naïve\r\n☕\ufeff" * 8 + "naïve\r\n☕",)]
+    where = [row.where for row in read(tmp_path / "shown.json").rows]
+    assert where[:2] == [f"data file {tmp_path}/shown.json, line {n}" for n in (13, 25)]
+    monkeypatch.setattr(file_text, "MAX_LINE_BYTES", 1 << 9)
+    monkeypatch.setattr(data_files, "MAX_OBJECT", 1 << 9)
+    monkeypatch.setattr(file_text, "AT_ONCE", 64)
+    for name in ("short.json", "list.json", "lines.json"):
+        assert content(read(tmp_path / name)) == expected, name
+    with pytest.raises(UserError, match=r"object\.json.*JSONL"):
+        read(tmp_path / "object.json")
+
+
 def test_nulls_of_a_table_are_absent(tmp_path: Path) -> None:
     """Arrow gives every object the keys of all: those that only others have are not there."""
     calls = [[{"function": {"name": name, "arguments": {key: 1}}}] for name, key in ("fx", "gy")]
@@ -160,12 +200,18 @@ def test_files_that_are_named_by_split(tmp_path: Path) -> None:
         ("train-00000-of-00001-a1b2.jsonl test-00000-of-00001-c3d4.jsonl", (),
          "train-00000-of-00001-a1b2", None, ("test",)),
         ("train.json test.json", ("test",), "test", None, ("train",)),
+        ("training.jsonl validation.jsonl", (), "training", None, ("validation",)),
+        ("my_train.jsonl my-test-set.jsonl my.val.jsonl", (), "my_train", None, ("test", "val")),
+        ("a_train.jsonl b-train2.jsonl Eval_b.jsonl", (), "a_train b-train2", None, ("eval",)),
+        ("a_train.jsonl b_test.jsonl", ("test",), "b_test", None, ("train",)),
         ("valid.jsonl test.jsonl", (), "", ("'train'", "valid", "test", "data.split"), ()),
         ("train_a.jsonl train_b.jsonl test.jsonl", (), "", ("train_a", "train_b"), ()),
         # Not splits: a folder of files
         ("a.jsonl b.jsonl", (), "a b", None, ()),
         ("test.jsonl", (), "test", None, ()),
         ("trains.jsonl testimony.jsonl", (), "testimony trains", None, ()),
+        ("constraint.jsonl latest.jsonl", (), "constraint latest", None, ()),
+        ("a_train_test.jsonl b_train.jsonl", (), "a_train_test b_train", None, ()),
         ("train_de.jsonl train_en.jsonl", (), "train_de train_en", None, ()),
     ]  # fmt: skip
     for number, (names, split, read_names, error, unread) in enumerate(cases):
@@ -252,8 +298,8 @@ def test_damaged_and_hostile_files_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One error with the file and the line or row; nothing unpacks without bounds."""
-    monkeypatch.setattr(data_files, "FREE_BYTES", 1 << 12)
-    monkeypatch.setattr(data_files, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(file_text, "FREE_BYTES", 1 << 12)
+    monkeypatch.setattr(file_text, "MAX_LINE_BYTES", 1 << 20)
     packed, table = gzip.compress(LINES.encode() * 99), parquet_bytes(ROWS)
     latin = parquet_bytes(
         pa.table({"text": pa.array([b"fine", b"caf\xe9"]).cast(pa.binary()).view(pa.string())})
@@ -271,6 +317,12 @@ def test_damaged_and_hostile_files_are_refused(
         ("a.json", b'[{"text": "a"},\n {"text": }]', ("JSON", "line 2")),
         ("a.json", b'{"text": "a"}\n{"text": }', ("line 2", "JSON")),
         ("a.json", b"[]", ("empty",)),
+        ("a.json", b'[{"text": "a"}\n {"text": "b"}]', ("line 2", "JSON")),
+        ("a.json", b'[{"text": "a"},\n', ("line 2", "JSON")),
+        ("a.json", b'[{"text": "a"}]\n{"text": "b"}', ("line 2", "JSON")),
+        ("a.json", b'[{"text": "' + b"x" * (2 << 20), ("line 1", "longer")),
+        ("a.json", b"[" * 100_000, ("line 1", "deep")),
+        ("a.json", '[{"text": "a"}]'.encode("utf-16"), ("line 1", "UTF-16")),
         ("a.json", b" \n", ("is empty",)),
         ("a.jsonl", b'\n[{"text": "a"}]', ("line 2", ".json,")),
         ("a.jsonl", b'[\n{"text": "a"}\n]', ("line 1", ".json,")),

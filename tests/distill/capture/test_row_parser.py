@@ -94,6 +94,10 @@ ROWS: list[tuple[dict[str, Any], Row | None]] = [
     ({"input": 7, "context": 8, "output": 9},
      talk(ASK | {"content": "7\n\n8"}, TELL | {"content": "9"})),
     ({"text": 3}, Document("3", "here")),
+    ({"messages": [ASK | {"content": 7}, TELL | {"content": -1.5}]},
+     talk(ASK | {"content": "7"}, TELL | {"content": "-1.5"})),
+    ({"conversations": shared(("human", True), ("gpt", 0))},
+     talk(ASK | {"content": "True"}, TELL | {"content": "0"})),
     # Text, and nothing
     ({"text": "As it stands.\n"}, Document("As it stands.\n", "here")),
     ({"content": "As it stands.", "messages": None}, Document("As it stands.", "here")),
@@ -120,8 +124,8 @@ REFUSED: list[tuple[Any, tuple[str, ...]]] = [
     ({"messages": [{"role": ["user"], "content": "x"}]}, ("role ['user']",)),
     ({"messages": [{"role": "user"}]}, ("number 1", "no content")),
     ({"messages": [{"role": "assistant", "content": None}]}, ("no content", "tool_calls")),
-    ({"messages": [{"role": "user", "content": 3}]}, ("content", "3")),
-    ({"messages": [{"role": "user", "content": NAN}]}, ("content", "nan")),
+    ({"messages": [{"role": "user", "content": {"a": 3}}]}, ("content", "{'a': 3}")),
+    ({"messages": [{"role": "user", "content": NAN}]}, ("no content",)),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
      ("image_url", "not text")),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, ("'text'",)),
@@ -174,8 +178,12 @@ def test_what_is_left_out_is_counted() -> None:
         {"prompt": "a", "completion": "c", "label": True},
         {"text": "a", "label": False},
         {"messages": [ASK, TELL | {"weight": 0}, ASK, TELL | {"weight": 1}]},
+        {"messages": [ASK, TELL | {"weight": 0.5}, ASK, TELL | {"train": False, "loss": True}]},
+        {"prompt": 1, "completion": True},
+        {"messages": [ASK | {"content": 3}]},
     ]
-    assert sum(parser.parse(row, f"row {n}") is not None for n, row in enumerate(rows, 1)) == 5
+    assert sum(parser.parse(row, f"row {n}") is not None for n, row in enumerate(rows, 1)) == 8
+    assert parser.unlearnt == 2
     parser.count_unused(["image"], 7)
     notes = parser.finish(True, "data")
     for words in (
@@ -183,11 +191,12 @@ def test_what_is_left_out_is_counted() -> None:
         ("1 rows", "answer", "row 5"),
         ("image (7", "id (2", "text (1"),
         ("2 rows", "label", "row 6"),
-        ("weight (3",),
-        ("weight 0", "1 such"),
+        ("weight (1 ",),
+        ("weight", "other than 0 and 1", "1 messages"),
+        ("3 numbers", "text", "row 12"),
     ):
         assert any(all(word in note for word in words) for note in notes), (words, notes)
-    assert not any("note" in note or "name" in note for note in notes), notes
+    assert not any(word in note for note in notes for word in ("note", "name", "train", "loss"))
     assert RowParser({}).finish(True, "data") == []
     parser = RowParser({})
     parser.parse(rows[5], "row 1")

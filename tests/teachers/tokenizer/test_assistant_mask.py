@@ -75,7 +75,7 @@ def loaded(fields: Any, folder: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def conversations() -> list[list[dict[str, str]]]:
+def conversations() -> list[list[dict[str, Any]]]:
     """Of one to four turns, from every answer on, some with a system's message, some waiting."""
     found = []
     for start in range(len(SAID)):
@@ -88,13 +88,17 @@ def conversations() -> list[list[dict[str, str]]]:
 
 
 def disagreements(
-    teacher: GGUFTeacher, tokenizer: PreTrainedTokenizerFast, tagged: str, used: str
+    teacher: GGUFTeacher,
+    tokenizer: PreTrainedTokenizerFast,
+    tagged: str,
+    used: str,
+    chats: list[list[dict[str, Any]]],
 ) -> list[Any]:
     """Conversations whose tokens or mask with the template ``used`` are not those of transformers
     with a tagged one."""
     mine = Templated(teacher, used)
     masks, wrong = AssistantMask(mine, 1 << 16), []  # type: ignore[arg-type]
-    for messages in conversations():
+    for messages in chats:
         waits = messages[-1]["role"] != "assistant"
         tokens, mask, unknown = masks.tokens(Conversation(messages), answer=waits)
         theirs = tokenizer.apply_chat_template(
@@ -121,8 +125,33 @@ def test_masks_are_those_of_transformers(example_gguf: GGUFTeacher, tmp_path: Pa
     tokenizer = loaded(example_fields(), tmp_path)
     for name, template in TEMPLATES.items():
         for used in (template, TAGS.sub("", template)):
-            wrong = disagreements(example_gguf, tokenizer, template, used)
+            wrong = disagreements(example_gguf, tokenizer, template, used, conversations())
             assert not wrong, (name, used, len(wrong), wrong[0])
+
+
+def test_messages_that_are_not_to_be_learnt(example_gguf: GGUFTeacher, tmp_path: Path) -> None:
+    """Against transformers with tags around the others alone."""
+    tokenizer = loaded(example_fields(), tmp_path)
+    flags: list[dict[str, Any]] = [
+        {"weight": 0}, {"weight": 1}, {"train": False}, {"training": "False"}, {"loss": True}
+    ]  # fmt: skip
+    unlearnt = "(m.weight, m.train, m.training, m.loss) | select('in', [0, 'False']) | list"
+    for name, template in TEMPLATES.items():
+        tag = re.search(r"{% generation %}(.*){% endgeneration %}", template)
+        assert tag is not None
+        plain = f"{{% if {unlearnt} %}}{tag[1]}{{% else %}}{tag[0]}{{% endif %}}"
+        for used in (template, TAGS.sub("", template)):
+            for first in range(len(flags)):
+                chats = [
+                    [
+                        one | flags[(first + place) % 5] if one["role"] == "assistant" else one
+                        for place, one in enumerate(messages)
+                    ]
+                    for messages in conversations()
+                ]
+                tagged = template.replace(tag[0], plain)
+                wrong = disagreements(example_gguf, tokenizer, tagged, used, chats)
+                assert not wrong, (name, used, len(wrong), wrong[0])
 
 
 class Counted(Templated):
@@ -171,5 +200,5 @@ def test_the_real_template_of_smollm2(tmp_path: Path) -> None:
         said += "{{ '\\n' }}{% else %}"
         tagged = plain.replace(turn, said + turn).replace("{% endfor %}", "{% endif %}{% endfor %}")
         fields = tokenizer_fields(read_gguf(path))
-        wrong = disagreements(teacher, loaded(fields, tmp_path), tagged, plain)
+        wrong = disagreements(teacher, loaded(fields, tmp_path), tagged, plain, conversations())
         assert not wrong, (len(wrong), wrong[0])

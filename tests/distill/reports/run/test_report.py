@@ -255,7 +255,7 @@ def test_page_is_one_file_that_plotly_takes(run: Path) -> None:
     """It parses, is small, and has no address; Plotly's own schema takes every chart."""
     report = read_report(run)
     _, figures = sound_page(page(report))
-    keys = "loss,held-out,gradient,rate,confusion,reliability,cascade"
+    keys = "loss,validation,gradient,rate,confusion,reliability,cascade"
     assert figures.keys() >= set(keys.split(","))
     figures_take(charts(report).values())
     figures_take(comparison_charts(compare(report, report)).values())
