@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from numerics.precision import float64
 from stability.consensus import BATCH
 from stability.detectors import NON_FINITE, Action, Anomaly, WeightJump
 from stability.measures.monitor import GradientReading, Monitor
 from stability.measures.tensors import local
+from stability.precision import float64
 
 Inputs = Callable[[], Mapping[str, Tensor]]
 

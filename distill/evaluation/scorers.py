@@ -18,7 +18,7 @@ from torch import Tensor
 from distill.losses import divergences
 from distill.metrics.closeness import WHOLE_VOCABULARY, kl_over
 from distill.metrics.distributions import by_sequence, intervals
-from numerics.precision import ieee_float32
+from stability.precision import ieee_float32
 from students.model.interface import Student
 from students.weights import set_weights
 from teachers.base import Keep, Teacher, Tokens, budget_slices, whole_masks

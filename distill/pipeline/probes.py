@@ -19,7 +19,7 @@ from distill.losses.objective import Objective
 from distill.runtime.device import choose_precision
 from distill.runtime.progress import Stage
 from distill.training.optimizer import build_optimizer
-from numerics.precision import ieee_float32
+from stability.precision import ieee_float32
 from students.model.interface import Student
 from teachers.base import GenerationRequest, Teacher, Tokens, whole_masks
 from teachers.store.capture import fit_shared_codec

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from numerics.precision import float32_switches, onednn_is_exact
+from stability.precision import float32_switches, onednn_is_exact
 
 # Parameters of mallopt(3).
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8

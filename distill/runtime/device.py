@@ -6,7 +6,7 @@ import torch
 from accelerate import PartialState
 
 from distill.config.schema import TrainConfig
-from numerics.precision import has_bfloat16
+from stability.precision import has_bfloat16
 
 BF16_WIDTH_ON_CPU = 256  # below this width, converting to bfloat16 costs a CPU more than it saves
 

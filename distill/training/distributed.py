@@ -24,7 +24,7 @@ from distill.losses.objective import Objective
 from distill.runtime.cpu import keep_freed_memory, onednn_for_float32
 from distill.runtime.device import choose_precision, training_device
 from distill.runtime.launch_environment import fsdp_is_asked_for
-from numerics.precision import ieee_float32
+from stability.precision import ieee_float32
 from students.model.decoder import SHORT_ON_CPU
 from students.model.interface import Student
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from distill.losses import divergences
 from distill.losses.batch import Batch
 from distill.losses.chunked_lm_head import head_logits
-from numerics.precision import float64
 from stability.measures.activations import attention_entropy, dead_units, hidden_rank, output_stats
 from stability.measures.probe import ProbeReading, evaluating
+from stability.precision import float64
 from students.model.decoder import DecoderLayer, SO8TForCausalLM, apply_rotary, rotary_tables
 from students.model.interface import Student
 

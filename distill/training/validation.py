@@ -13,7 +13,7 @@ from distill.losses import divergences
 from distill.losses.batch import Batch
 from distill.losses.chunked_lm_head import chunk_size, head_logits, logits_bytes
 from distill.metrics.closeness import kl_name, kl_over
-from numerics.precision import float64
+from stability.precision import float64
 from students.model.interface import Student
 from teachers.targets.recipe import Recipe
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from numerics.precision import float64
 from stability.measures.spectrum import effective_rank, fast_singular_values
+from stability.precision import float64
 
 
 def output_stats(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from numerics.precision import float64
 from stability.measures.spectrum import effective_rank, fast_singular_values
 from stability.measures.tensors import norms
 from stability.measures.updates import UpdateSample
+from stability.precision import float64
 
 NORM_INTERVAL = 4  # steps between two readings of the same weight's norm
 EXACT = 1 << 18  # largest matrix, in elements, whose rank is computed in float64

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from numerics.precision import float64, ieee_float32, where_float64
+from stability.precision import float64, ieee_float32, where_float64
 
 MIN_EIGENVALUES = 20  # needed for a fit
 MIN_TAIL = 10  # eigenvalues in a fitted tail

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from numerics.precision import float64
 from stability.measures.spectrum import (
     TailFit,
     effective_rank,
@@ -19,6 +18,7 @@ from stability.measures.spectrum import (
     singular_values,
     stable_rank,
 )
+from stability.precision import float64
 
 # The decomposition of a matrix with a longer smaller side, or of more values, takes minutes.
 EXACT_SIDE, EXACT_CELLS = 2048, 1 << 24

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from numerics.precision import full_precision
+from stability.precision import full_precision
 from students.model.gate import SO8Gate
 from students.model.shape import GROUP
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from numerics.precision import float64
+from stability.precision import float64
 from students.gguf.architectures import EMBEDDING, OUTPUT
 from students.gguf.metadata import small_gguf
 

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from numerics.precision import full_precision
+from stability.precision import full_precision
 from students.model import so8
 from students.model.config import SO8TConfig
 from students.model.gate import SO8Gate

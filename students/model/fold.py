@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from numerics.precision import float64
+from stability.precision import float64
 from students.model import so8
 from students.model.config import SO8TConfig
 from students.model.decoder import SO8TForCausalLM

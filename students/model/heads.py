@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from numerics.precision import full_precision
+from stability.precision import full_precision
 from students.model.head_decisions import (
     ALLOW,
     DECISIONS,

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from numerics.precision import float64, full_precision
+from stability.precision import float64, full_precision
 from students.model.shape import GROUP, PARAMETERS_PER_BLOCK
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from numerics.precision import ieee_float32
+from stability.precision import ieee_float32
 from teachers.base import Floats, Keep, LogitRule, Tokens
 from teachers.targets.stored_arrays import Answer
 

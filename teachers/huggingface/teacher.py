@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import torch
 
-from numerics.precision import has_bfloat16
+from stability.precision import has_bfloat16
 from teachers.base import (
     Floats,
     GenerationRequest,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from numerics.precision import ieee_float32
+from stability.precision import ieee_float32
 from teachers.atomic_files import is_held
 from teachers.base import (
     SINGLE_PROCESS,

@@ -47,6 +47,6 @@ def without_float64() -> Iterator[None]:
 
     with (
         patch.object(pretended_gpu._OnGPU, "__new__", refusing),
-        patch("numerics.precision.has_float64", lambda device: device.type != pretended_gpu.NAME),
+        patch("stability.precision.has_float64", lambda device: device.type != pretended_gpu.NAME),
     ):
         yield

@@ -15,8 +15,8 @@ import torch
 from distill.config.schema import TrainConfig
 from distill.runtime.cpu import onednn_for_float32
 from distill.runtime.device import base_dtype, choose_precision, why_float32
-from numerics import precision
-from numerics.precision import full_precision, has_bfloat16, has_float64, ieee_float32
+from stability import precision
+from stability.precision import full_precision, has_bfloat16, has_float64, ieee_float32
 from tests.support.pretended_gpu.arithmetic import GPU, ONEDNN, as_pytorch_starts
 
 ALL: Any = torch.backends
@@ -95,7 +95,7 @@ def test_products_are_exact(switches: None) -> None:
 def test_onednn_stays_where_it_is_exact(switches: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a processor without AMX it is faster and as exact; on one with it, it is left alone."""
     for exact in (True, False):
-        for module in ("numerics.precision", "distill.runtime.cpu"):
+        for module in ("stability.precision", "distill.runtime.cpu"):
             monkeypatch.setattr(f"{module}.onednn_is_exact", lambda exact=exact: exact)
         with onednn_for_float32() as used:
             before = state()
@@ -108,7 +108,7 @@ def test_onednn_stays_where_it_is_exact(switches: None, monkeypatch: pytest.Monk
 def test_the_environment_is_not_asked() -> None:
     """``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`` switches TF32 on before the first line runs."""
     script = (
-        "import torch; from numerics.precision import ieee_float32\n"
+        "import torch; from stability.precision import ieee_float32\n"
         "gpu = torch.backends.cuda.matmul\n"
         "print(gpu.fp32_precision)\n"
         "with ieee_float32(): print(gpu.fp32_precision)\n"

@@ -1,1 +1,0 @@
-"""How exactly a device computes, for all other packages."""
