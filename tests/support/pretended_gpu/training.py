@@ -68,19 +68,21 @@ def random_store(folder: Path, vocab: int, lengths: Sequence[int]) -> SoftTarget
     return store
 
 
+def make_prompts() -> PromptSet:
+    """Eight prompts, to be allowed and to be refused."""
+    labels = ((1.0, 0.0, 0.0), (0.0, 0.0, 1.0))
+    prompts = [SafetyPrompt(str(n), str(n), "", labels[n % 2]) for n in range(8)]
+    return PromptSet(prompts, [np.arange(1, 6 + n, dtype=np.int32) for n in range(8)], 0)
+
+
 def job(folder: Path, vocab: int, steps: int, lengths: Sequence[int] = LENGTHS) -> TrainingJob:
     """A student of width 16 with both heads; ``lengths`` of its sequences, in turn."""
     count = BATCH * steps + 4
     sizes = [lengths[number % len(lengths)] for number in range(count)]
     store = random_store(folder / "store", vocab, sizes)
-    labels = ((1.0, 0.0, 0.0), (0.0, 0.0, 1.0))
-    prompts = [SafetyPrompt(str(n), str(n), "", labels[n % 2]) for n in range(8)]
-    rows = [np.arange(1, 6 + n, dtype=np.int32) for n in range(8)]
     parts = split(store, 4 / count, 0)
-    data = TrainingData(
-        store, parts, 0, PromptSet(prompts, rows, 0), prompts_every=2, prompts_together=4
-    )
-    (folder / "run").mkdir(exist_ok=True)
+    data = TrainingData(store, parts, 0, make_prompts(), prompts_every=2, prompts_together=4)
+    (folder / "run").mkdir(parents=True, exist_ok=True)
     student = make_student(16, LAYERS, vocab, heads=True)
     return TrainingJob(student, data, Objective(LOSS), CONFIG, folder / "run")
 
