@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -22,6 +25,7 @@ def laid_out_like(whole: Tensor, tensor: Tensor) -> Tensor:
 
 
 Weights = dict[str, Tensor]
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def plain_weights(student: Student) -> Weights:
@@ -49,3 +53,21 @@ def set_weights(student: Student, weights: Weights) -> None:
             )
     for name, tensor in own.items():
         tensor.copy_(laid_out_like(weights[name], tensor))
+
+
+def as_safetensors(weights: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[bytes]:
+    """A safetensors file of the weights in ``dtype``, piece by piece: the bytes that
+    ``safetensors.torch.save`` gives, with one tensor in memory twice instead of all of them."""
+    name_of_dtype = SAFETENSORS_DTYPES[dtype]
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(weights):
+        start, end = end, end + weights[name].numel() * dtype.itemsize
+        shape = list(weights[name].shape)
+        header[name] = {"dtype": name_of_dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in sorted(weights):
+        values = weights[name].detach().to("cpu", dtype).contiguous()
+        yield memoryview(values.flatten().view(torch.uint8).numpy())

@@ -14,7 +14,8 @@ from distill.capture.tokenizer_only import tokenizer_entries
 from distill.config.schema import Quant
 from distill.errors import ProofFailed
 from distill.export.export import Export, Proofs, export_proved
-from distill.export.proof import prove
+from distill.evaluation.scorers import student_scorer
+from distill.export.proof import answers, proof_sequences, prove
 from distill.runs.folder import HeldOut
 from distill.runs.proof_record import Proof
 from students.gguf.architectures import from_gguf_name
@@ -133,8 +134,11 @@ def test_another_model_fails_the_proof(tmp_path: Path) -> None:
     write_gguf(student, path, "f32", TOKENIZER, NAMES)
     with torch.no_grad():
         student.gates()[1].safety += 0.05
-    with pytest.raises(ProofFailed, match="differ from PyTorch"):
-        prove(path, student, HeldOut(held_out().sequences, TokenizedLines([], [])))
+    sequences = held_out().sequences
+    with MappedTensors(tmp_path) as kept:
+        expected = answers(student_scorer(student), proof_sequences(sequences, VOCAB), kept)
+        with pytest.raises(ProofFailed, match="differ from PyTorch"):
+            prove(path, expected, HeldOut(sequences, TokenizedLines([], [])), kept)
 
 
 def test_a_failed_proof_leaves_the_old_file(
