@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 
 from distill.config.schema import USUAL_LENGTH, RunConfig
-from distill.losses.chunked_lm_head import chunk_size
+from distill.losses.chunked_lm_head import LOGITS_BYTES, chunk_size, logits_bytes
 from distill.runtime.device import choose_precision
 from distill.runtime.format import human_bytes
 from students.gguf.architectures import architecture_of
@@ -52,7 +52,8 @@ class AdapterTraining:
     ``load_dtype``: of the base's embeddings, norms and biases, and of its matrices unless
     ``load_in_4bit``. ``autocast``: the narrow dtype, or none. ``sequences`` of at most ``length``
     tokens make a micro-batch; ``prompt_tokens`` are the safety head's beside them. ``vocab_size``:
-    the teacher's. ``on_cpu``: main memory is all there is.
+    the teacher's. ``on_cpu``: main memory is all there is. ``logits_bytes``: of a chunk of logits
+    at most.
     """
 
     vocab_size: int
@@ -70,6 +71,7 @@ class AdapterTraining:
     safety_head: bool = False
     verification_head: bool = False
     on_cpu: bool = True
+    logits_bytes: int = LOGITS_BYTES
 
     @property
     def tokens(self) -> int:
@@ -322,7 +324,9 @@ def _temporary(shape: _Shape, training: AdapterTraining) -> int:
 def _loss(shape: _Shape, training: AdapterTraining) -> int:
     tokens, vocab = training.tokens, training.vocab_size
     wide, narrow = training.load_bytes, training.base_bytes
-    chunk = min(tokens, chunk_size(vocab)) * vocab * (4 * LOGITS_COPIES + narrow)
+    chunk = (
+        min(tokens, chunk_size(vocab, training.logits_bytes)) * vocab * (4 * LOGITS_COPIES + narrow)
+    )
     narrowed = narrow if narrow != wide else 0
     return chunk + (2 * wide + narrowed) * tokens * shape.width + narrowed * vocab * shape.width
 
@@ -364,6 +368,7 @@ def memory_of(
             safety_head=config.safety_head,
             verification_head=config.verification_head,
             on_cpu=on_cpu,
+            logits_bytes=logits_bytes(torch.device("cpu") if on_cpu else device),
         ),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from distill.losses.batch import Batch, Prompts
 
 
-# The verification head learns from every 16th position: its inputs cost passes over the logits.
-VERIFICATION_STRIDE = 16
 # The share of the safety loss's gradient that reaches the layers. It is that of a few prompts, so
 # noisy that at full strength Adam's steps for everything else shrink (docs/decisions.md).
 BODY_GRADIENT = 0.5
@@ -28,27 +27,27 @@ BODY_GRADIENT = 0.5
 class VerificationTargets:
     """Where among a micro-batch's n valid positions the verification head is trained, and on what.
 
-    ``rows [m]``: those positions, ascending; ``certain [m, 2]``: the student's certainty there (see
-    ``students.model.heads.certainty``); ``agreed [m]``: 1 where student and teacher have the same
-    top token.
+    ``rows [m]``: those positions, ascending, as ``numbers`` too; ``certain [m, 2]``: the student's
+    certainty there (see ``students.model.heads.certainty``); ``agreed [m]``: 1 where student and
+    teacher have the same top token.
     """
 
     rows: Tensor
+    numbers: list[int]
     certain: Tensor
     agreed: Tensor
 
     @classmethod
     def of(cls, batch: Batch) -> VerificationTargets:
-        """Every 16th position of each sequence, counted from its end, whatever the micro-batch."""
-        chosen = (batch.steps + batch.of_each(batch.lengths)) % VERIFICATION_STRIDE == 0
-        rows = chosen[batch.valid].nonzero().squeeze(-1)
-        zeros = torch.zeros(len(rows), 3, device=batch.tokens.device)
-        return cls(rows, zeros[:, :2], zeros[:, 2])
+        """Nothing filled in yet, for the positions that the batch's layout says."""
+        rows = batch.layout.verified
+        zeros = torch.zeros(len(rows), 3, device=rows.device)
+        return cls(rows, batch.layout.verified_numbers, zeros[:, :2], zeros[:, 2])
 
     def fill(self, logits: Tensor, targets: Targets, span: slice) -> None:
         """Fill in the positions within ``span`` from their logits ``[C, V]``; ``targets``: of the
         whole micro-batch."""
-        inside = (self.rows >= span.start) & (self.rows < span.stop)
+        inside = slice(*(bisect_left(self.numbers, at) for at in (span.start, span.stop)))
         rows = self.rows[inside]
         if len(rows):
             chosen = logits[rows - span.start]

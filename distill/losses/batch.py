@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distill.losses.divergences import IGNORE_INDEX
+from teachers.targets.distributions import each_tensor
 from teachers.targets.stored_arrays import Targets
 
 if TYPE_CHECKING:
@@ -72,9 +74,45 @@ class Prompts:
     labels: Tensor
     weights: Tensor
 
-    def to(self, device: torch.device) -> Prompts:
-        """The same prompts on another device."""
-        return Prompts(*(part.to(device) for part in vars(self).values()))
+    def each(self, change: Callable[[Tensor], Tensor]) -> Prompts:
+        """The same with every tensor changed."""
+        return each_tensor(self, change)
+
+
+VERIFICATION_STRIDE = 16  # the verification head's inputs cost passes over the logits
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the positions of a batch are.
+
+    Worked out in main memory: how many there are, a device would have to be waited for.
+
+    Attributes:
+        steps: the position of every token in its sequence, broadcastable to ``[B, T]``.
+        valid: ``[B, T]``: the positions that count: that predict a token of their own sequence, and
+            are kept.
+        rows: ``[n]``: the same as numbers among all B · T.
+        labels: ``[n]``: the token that follows each, or ``IGNORE_INDEX`` if the student generated
+            it.
+        bends: ``[B, T]``: the tokens with two others before them in their sequence, the middle one
+            of which counts.
+        verified: ``[m]``: what the verification head learns from, as rows of the n, ascending:
+            every 16th position of a sequence, counted from its end, whatever the batch.
+        verified_numbers: the same as a list.
+    """
+
+    steps: Tensor
+    valid: Tensor
+    rows: Tensor
+    labels: Tensor
+    bends: Tensor
+    verified: Tensor
+    verified_numbers: list[int]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Layout:
+        """The same with every tensor changed."""
+        return each_tensor(self, change)
 
 
 @dataclass(frozen=True)
@@ -97,6 +135,8 @@ class Batch:
             padded.
         keep: which positions that predict a token count, over all sequences in order; ``None``:
             all of them.
+
+    ``lengths``, ``given``, ``rooms`` and ``keep`` always lie in main memory.
     """
 
     tokens: Tensor
@@ -108,28 +148,49 @@ class Batch:
     rooms: Tensor | None = None
     keep: Tensor | None = None
 
-    def of_each(self, values: Tensor) -> Tensor:
+    @cached_property
+    def layout(self) -> Layout:
+        """Where its positions are."""
+        steps = torch.arange(self.tokens.shape[1])[None]
+        if self.rooms is not None:
+            steps = steps - self._of_each(self.rooms.cumsum(0) - self.rooms)
+        lengths = self._of_each(self.lengths)
+        valid = steps < lengths - 1
+        if self.keep is not None:
+            valid = valid.masked_scatter(valid, self.keep)
+        rows = valid.flatten().nonzero().squeeze(-1)
+        following = self.tokens.roll(-1, dims=1)
+        if self.given is not None:
+            following = following.masked_fill(steps + 1 >= self._of_each(self.given), IGNORE_INDEX)
+        chosen = (steps + lengths) % VERIFICATION_STRIDE == 0
+        verified = chosen.flatten()[rows].nonzero().squeeze(-1)
+        return Layout(
+            steps,
+            valid,
+            rows,
+            labels=following.flatten()[rows],
+            bends=(steps >= 2) & (steps < lengths) & valid.roll(1, dims=1),
+            verified=verified,
+            verified_numbers=verified.tolist(),
+        )
+
+    def _of_each(self, values: Tensor) -> Tensor:
         """One value of each sequence, ``[S]``, for every token: broadcastable to ``[B, T]``."""
         return values[:, None] if self.rooms is None else values.repeat_interleave(self.rooms)[None]
 
     @property
-    def steps(self) -> Tensor:
-        """The position of every token in its sequence, broadcastable to ``[B, T]``."""
-        steps = torch.arange(self.tokens.shape[1], device=self.tokens.device)[None]
-        return (
-            steps if self.rooms is None else steps - self.of_each(self.rooms.cumsum(0) - self.rooms)
-        )
+    def valid(self) -> Tensor:
+        """``[B, T]``: the positions that count."""
+        return self.layout.valid
 
     @property
-    def valid(self) -> Tensor:
-        """``[B, T]``: the positions that count: that predict a token of their own sequence, and are
-        kept."""
-        predict = self.steps < self.of_each(self.lengths - 1)
-        return predict if self.keep is None else predict.masked_scatter(predict, self.keep)
+    def labels(self) -> Tensor:
+        """The token that follows each valid position, or ``IGNORE_INDEX``, ``[n]``."""
+        return self.layout.labels
 
-    def inside(self, start: int) -> Tensor:
-        """``[B, T]``: the tokens of each sequence from number ``start`` on."""
-        return (self.steps >= start) & (self.steps < self.of_each(self.lengths))
+    def at_valid(self, states: Tensor) -> Tensor:
+        """``states [B, T, D]`` at the valid positions, ``[n, D]``."""
+        return states.flatten(0, 1)[self.layout.rows]
 
     @property
     def padding(self) -> int:
@@ -138,35 +199,33 @@ class Batch:
 
     def run(self, student: nn.Module, **outputs: Unpack[Outputs]) -> SO8TOutput:
         """A student's forward pass over the sequences."""
+        packed: dict[str, Tensor] = {}
         if self.rooms is not None:
-            outputs["lengths"] = self.rooms
-        output: SO8TOutput = student(self.tokens, **outputs)
+            packed = {"lengths": self.rooms, "position_ids": self.layout.steps}
+        output: SO8TOutput = student(self.tokens, **outputs, **packed)
         return output
-
-    @property
-    def labels(self) -> Tensor:
-        """The token that follows each valid position, or ``IGNORE_INDEX`` if the student
-        generated it, ``[n]``."""
-        following = self.tokens.roll(-1, dims=1)
-        if self.given is not None:
-            generated = self.steps + 1 >= self.of_each(self.given)
-            following = following.masked_fill(generated, IGNORE_INDEX)
-        return following[self.valid]
 
     def count(self) -> int:
         """Number of valid positions."""
-        return int((self.lengths - 1).sum() if self.keep is None else self.keep.sum())
+        return len(self.layout.rows)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
-        return replace(
+        """The same batch on another device; nothing waits for what is pinned."""
+        waits = device.type == "cpu"
+        targets = self.targets.to(device)
+        return self._each(lambda one: one.to(device, non_blocking=not waits), targets)
+
+    def pinned(self) -> Batch:
+        """The same batch in memory that a GPU reads by itself."""
+        return self._each(Tensor.pin_memory, self.targets.each(Tensor.pin_memory))
+
+    def _each(self, change: Callable[[Tensor], Tensor], targets: Targets) -> Batch:
+        changed = replace(
             self,
-            tokens=self.tokens.to(device),
-            lengths=self.lengths.to(device),
-            targets=self.targets.to(device),
-            given=None if self.given is None else self.given.to(device),
-            layers={layer: states.to(device) for layer, states in self.layers.items()},
-            prompts=None if self.prompts is None else self.prompts.to(device),
-            rooms=None if self.rooms is None else self.rooms.to(device),
-            keep=None if self.keep is None else self.keep.to(device),
+            tokens=change(self.tokens),
+            targets=targets,
+            layers={layer: change(states) for layer, states in self.layers.items()},
+            prompts=None if self.prompts is None else self.prompts.each(change),
         )
+        vars(changed)["layout"] = self.layout.each(change)
+        return changed

@@ -12,16 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOGITS_BYTES = 32 << 20  # one chunk's float32 logits; measured in docs/benchmarks.md
+LOGITS_BYTES = 32 << 20  # one chunk's float32 logits on a CPU; measured in docs/benchmarks.md
+# On a GPU, whose kernels want more rows: this share of its memory, up to so many bytes. Beside them
+# lie up to five more such buffers.
+LOGITS_SHARE, MOST_LOGITS_BYTES = 1 / 64, 512 << 20
 
 ChunkGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """Float32 logits ``[C, V]`` of some positions, and which they are → sum of their losses (a scalar)
 and its gradient in the logits ``[C, V]``. It may overwrite the logits."""
 
 
-def chunk_size(vocab_size: int) -> int:
-    """Positions per chunk, so that a chunk's logits stay below ``LOGITS_BYTES``."""
-    return max(16, LOGITS_BYTES // (4 * vocab_size))
+def chunk_size(vocab_size: int, room: int) -> int:
+    """Positions per chunk, so that its float32 logits stay below ``room`` bytes (see
+    ``logits_bytes``)."""
+    return max(16, room // (4 * vocab_size))
+
+
+def logits_bytes(device: torch.device) -> int:
+    """How large one chunk's float32 logits may be on a device."""
+    module = None if device.type == "cpu" else torch.get_device_module(device)
+    if module is None or not module.is_available():
+        return LOGITS_BYTES
+    memory = module.get_device_properties(device).total_memory
+    return max(LOGITS_BYTES, min(MOST_LOGITS_BYTES, int(LOGITS_SHARE * memory)))
 
 
 def chunked_head_loss(
@@ -34,7 +47,7 @@ def chunked_head_loss(
     as the loss is a sum over positions. Gradients are computed with the loss, chunk by chunk, so
     the logits are needed only once. Matrix products follow autocast; the loss is float32.
     """
-    chunk = chunk or chunk_size(weight.shape[0])
+    chunk = chunk or chunk_size(weight.shape[0], logits_bytes(weight.device))
     result: Tensor = _ChunkedHeadLoss.apply(hidden, weight, chunk_gradient, chunk)
     return result
 

@@ -99,13 +99,13 @@ class ChunkRows:
 
     def teacher_to_mixture_(self, log_p: float, log_q: float) -> Tensor:
         """log(p / m) in ``room``, given the logarithms of both shares in the mixture m."""
-        torch.sub(self.ratio.new_tensor(log_q), self.ratio, out=self.room)
-        return torch.logaddexp(self.room, self.ratio.new_tensor(log_p), out=self.room).neg_()
+        torch.sub(self.ratio.new_full((), log_q), self.ratio, out=self.room)
+        return torch.logaddexp(self.room, self.ratio.new_full((), log_p), out=self.room).neg_()
 
     def student_to_mixture_(self, log_p: float, log_q: float) -> Tensor:
         """log(q / m) in ``room``."""
         torch.add(self.ratio, log_p, out=self.room)
-        return torch.logaddexp(self.room, self.ratio.new_tensor(log_q), out=self.room).neg_()
+        return torch.logaddexp(self.room, self.ratio.new_full((), log_q), out=self.room).neg_()
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,14 @@ def _logs(share: float) -> tuple[float, float]:
 def _teacher_to_mixture(teacher: Tensor, student: Tensor, log_p: float, log_q: float) -> Tensor:
     """KL(p ‖ m), given the logarithms of both shares in the mixture m."""
     ratio = teacher - student
-    log_m = torch.logaddexp(ratio.new_tensor(log_q) - ratio, ratio.new_tensor(log_p))
+    log_m = torch.logaddexp(ratio.new_full((), log_q) - ratio, ratio.new_full((), log_p))
     return -(teacher.exp() * log_m).sum(dim=-1)
 
 
 def _student_to_mixture(teacher: Tensor, student: Tensor, log_p: float, log_q: float) -> Tensor:
     """KL(q ‖ m)."""
     ratio = teacher - student
-    log_m = torch.logaddexp(ratio + ratio.new_tensor(log_p), ratio.new_tensor(log_q))
+    log_m = torch.logaddexp(ratio + ratio.new_full((), log_p), ratio.new_full((), log_q))
     return -(student.exp() * log_m).sum(dim=-1)
 
 

@@ -8,13 +8,8 @@ from torch import Tensor, nn
 
 from distill.config.schema import LossConfig
 from distill.losses import so8t_regularizers
-from distill.losses.auxiliary_heads import (
-    VERIFICATION_STRIDE,
-    VerificationTargets,
-    safety_loss,
-    verification_loss,
-)
-from distill.losses.batch import Batch
+from distill.losses.auxiliary_heads import VerificationTargets, safety_loss, verification_loss
+from distill.losses.batch import VERIFICATION_STRIDE, Batch
 from distill.losses.chunked_lm_head import chunked_head_loss
 from distill.losses.divergences import Divergence
 from distill.losses.fused import Scratch, Weights, divergence_and_cross_entropy
@@ -64,7 +59,7 @@ class Objective(nn.Module):
         output: SO8TOutput = batch.run(student, with_logits=False, layers_to_keep=kept)
         assert output.last_hidden_state is not None and output.rotations is not None
         assert isinstance(student, Student)
-        states = output.last_hidden_state[batch.valid]  # [n, D]
+        states = batch.at_valid(output.last_hidden_state)  # [n, D]
         verified = None
         if config.lambda_verification and student.config.verification_head:
             verified = VerificationTargets.of(batch)
@@ -74,7 +69,7 @@ class Objective(nn.Module):
         others: dict[str, Tensor] = {}
         if self.hidden is not None:
             assert output.layer_states is not None
-            layers = {layer: states[batch.valid] for layer, states in output.layer_states.items()}
+            layers = {layer: batch.at_valid(one) for layer, one in output.layer_states.items()}
             others["hidden"] = config.gamma * self.hidden(layers, batch.layers) / total
         if config.lambda_so8t:
             terms, unweighted = self._so8t(output, batch, total, share, fraction)
@@ -135,8 +130,7 @@ class Objective(nn.Module):
         if any(config.pet):
             weight = so8t_regularizers.pet_weight(config.pet, fraction)
             with torch.set_grad_enabled(weight > 0):
-                inside = batch.inside(2) & batch.valid.roll(1, dims=1)  # the middle token counts
-                bend = so8t_regularizers.second_difference(hidden, inside) / total
+                bend = so8t_regularizers.second_difference(hidden, batch.layout.bends) / total
             unweighted["second_difference"] = bend.detach()
             terms["pet"] = weight * bend
         if config.inertia and self.average is not None:
@@ -154,11 +148,13 @@ class Objective(nn.Module):
         assert self._rotations is not None
         rotations = self._rotations
         commutators = so8.commutator_norm(rotations[:, 1], rotations[:, 0])
-        drift = 0.0 if self.average is None else so8t_regularizers.inertia(rotations, self.average)
+        drift = rotations.new_zeros(())
+        if self.average is not None:
+            drift = so8t_regularizers.inertia(rotations, self.average)
         error = so8.orthogonality_error(rotations).max()
-        values = torch.stack([error, commutators.min(), commutators.mean()]).tolist()
-        names = ("rotation_error", "min_commutator", "mean_commutator")
-        return dict(zip(names, values, strict=True)) | {"rotation_drift": float(drift)}
+        values = torch.stack([error, commutators.min(), commutators.mean(), drift]).tolist()
+        names = ("rotation_error", "min_commutator", "mean_commutator", "rotation_drift")
+        return dict(zip(names, values, strict=True))
 
     @torch.no_grad()
     def worst_rotation(self) -> str | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from distill.heads.prompt_set import PromptSet
 from distill.losses.batch import Batch, arrange, places
 from distill.training.embedding_rows import used_tokens
 from distill.training.student_probe import SEQUENCES
-from teachers.base import budget_slices
+from teachers.base import ProcessRank, budget_slices
 from teachers.store.store import SoftTargetStore
 from teachers.targets.stored_arrays import join
 
@@ -175,3 +177,57 @@ class TrainingData:
         indices = self.split.held_out
         for start in range(0, len(indices), batch_size):
             yield load_batch(self.store, indices[start : start + batch_size], pack).to(device)
+
+
+class StepLoader(AbstractContextManager["StepLoader"]):
+    """Loads one process's micro-batches of one optimizer step after another into main memory.
+
+    ``read``: makes the batch of some sequences for the step after so many others. ``on_gpu``: a GPU
+    trains, and reads the batches from memory by itself; ``ahead``: if so, a thread loads those of
+    the step that is expected next. ``read`` then depends on nothing but its arguments.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        read: Callable[[list[int], int], Batch],
+        *,
+        accumulation: int,
+        process: ProcessRank,
+        on_gpu: bool,
+        ahead: bool,
+    ) -> None:
+        self.data, self.read, self.accumulation, self.process = data, read, accumulation, process
+        self.on_gpu = on_gpu
+        self._thread = ThreadPoolExecutor(1, "loader") if on_gpu and ahead else None
+        self._expected: tuple[int, list[int]] | None = None
+        self._loading: Future[list[tuple[MicroBatch, Batch]]] | None = None
+
+    def load(self, step: int, sequences: list[int]) -> list[tuple[MicroBatch, Batch]]:
+        """The micro-batches of the step after ``step`` others, made of some sequences."""
+        parts = micro_batches(sequences, self.accumulation, self.process.rank, self.process.world)
+        return [(part, self._load(part, step)) for part in parts]
+
+    def take(self, step: int, sequences: list[int]) -> list[tuple[MicroBatch, Batch]]:
+        """The same, if possible as the thread has loaded it; what went wrong there is raised."""
+        if self._loading is not None and self._expected == (step, sequences):
+            return self._loading.result()
+        return self.load(step, sequences)
+
+    def expect(self, step: int, sequences: list[int]) -> None:
+        """Tell which step probably comes next."""
+        if self._thread is not None:
+            self._expected = step, sequences
+            self._loading = self._thread.submit(self.load, step, sequences)
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+    def _load(self, part: MicroBatch, step: int) -> Batch:
+        batch, data = self.read(part.indices, step), self.data
+        turn, off = divmod(step, data.prompts_every)
+        if data.prompts is not None and not off:
+            prompts = data.prompts.batch(turn, data.prompts_together, part.number, part.count)
+            batch = replace(batch, prompts=prompts)
+        return batch.pinned() if self.on_gpu else batch

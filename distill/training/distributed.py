@@ -111,6 +111,24 @@ def wrap(accelerator: Accelerator, module: TrainingModule) -> nn.Module:
     return module
 
 
+def prepared(accelerator: Accelerator, module: TrainingModule, config: TrainConfig) -> nn.Module:
+    """The module as it is trained: activations computed twice or layers compiled as configured,
+    wrapped for this launch."""
+    if config.gradient_checkpointing:
+        module.student.checkpoint_activations(True)
+    if config.compile:
+        for layer in module.student.layers():
+            layer.compile()
+    return wrap(accelerator, module)
+
+
+def plain_again(student: Student) -> None:
+    """Undo what only training needed."""
+    student.checkpoint_activations(False)
+    for layer in student.layers():
+        layer._compiled_call_impl = None
+
+
 def fast_products(
     lengths: NDArray[np.int64], student: Student, device: torch.device
 ) -> AbstractContextManager[object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +23,16 @@ from distill.runs.metrics_log import MetricsFile
 from distill.runtime.launch_environment import require_trainable
 from distill.training.checkpoint import TrainingState, load_newest, save_checkpoint
 from distill.training.checkpoint_timer import CheckpointTimer
-from distill.training.data import MicroBatch, TrainingData, load_batch, micro_batches
+from distill.training.data import StepLoader, TrainingData, load_batch
 from distill.training.distributed import (
     TrainingModule,
     build_accelerator,
     exchange_gradients,
     fast_products,
     is_sharded,
+    plain_again,
+    prepared,
     sum_over_processes,
-    wrap,
 )
 from distill.training.embedding_rows import only_used_rows
 from distill.training.guard_hooks import build_guard, event_line, tensors_of, write_events
@@ -50,6 +51,7 @@ from stability.detectors import Action
 from stability.measures.tensors import gradient_norm, non_finite
 from students.model.interface import Student
 from students.weights import full_tensor, plain_weights, set_weights
+from teachers.base import ProcessRank
 
 REPLACEMENT = 8  # stream of random numbers that chooses batches in place of quarantined ones
 
@@ -80,7 +82,7 @@ class Loop:
     accelerator: Accelerator
     model: nn.Module
     plan: list[list[int]]
-    on_policy: OnPolicyLoader | None
+    loader: StepLoader
     metrics: MetricsFile
     warn: Callable[[str], None]
 
@@ -132,10 +134,10 @@ def train(
     accelerator = build_accelerator(config, width, folder)
     # Text that the student generates may contain any token.
     lean = nullcontext() if on_policy is not None else only_used_rows(student, data.used_tokens())
-    with lean:
+    with lean, data.store.head_on(accelerator.device):
         # FSDP shards a module for good, so it gets a copy; the student gets the weights at the end.
         trained = copy.deepcopy(student) if is_sharded(accelerator) else student
-        model = _prepared(trained, job.objective, config, accelerator)
+        model = prepared(accelerator, TrainingModule(trained, job.objective), config)
         plan = data.batches(config.epochs, config.batch_size)
         optimizer = build_optimizer(model, config, width)
         schedule = build_schedule(optimizer, config, len(plan))
@@ -149,8 +151,9 @@ def train(
         with (
             MetricsFile(path, state.step if newest else None, state.lines_logged) as metrics,
             fast_products(data.store.lengths(), student, accelerator.device),
+            _loader(job, trained, accelerator, on_policy) as loader,
         ):
-            loop = Loop(job, accelerator, model, plan, on_policy, metrics, warn)
+            loop = Loop(job, accelerator, model, plan, loader, metrics, warn)
             if newest is not None and accelerator.is_main_process:
                 record_resumed(folder, newest, state.step)
             for damaged, reason in refused:
@@ -161,7 +164,7 @@ def train(
                 for tracker in accelerator.trackers:
                     tracker.finish()
         final = state.best or plain_weights(trained)
-        _plain_again(student)
+        plain_again(student)
         set_weights(student, final)
     return TrainingSummary(
         steps=state.step,
@@ -219,25 +222,6 @@ def _require_trained(state: TrainingState) -> None:
         raise TrainingAborted(f"not one of {state.step} steps could be taken; {event.message}")
 
 
-def _prepared(
-    student: Student, objective: Objective, config: TrainConfig, accelerator: Accelerator
-) -> nn.Module:
-    """Student and objective as one module, wrapped for this launch."""
-    if config.gradient_checkpointing:
-        student.checkpoint_activations(True)
-    if config.compile:
-        for layer in student.layers():
-            layer.compile()
-    return wrap(accelerator, TrainingModule(student, objective))
-
-
-def _plain_again(student: Student) -> None:
-    """Undo what only training needed."""
-    student.checkpoint_activations(False)
-    for layer in student.layers():
-        layer._compiled_call_impl = None
-
-
 def _evaluate(loop: Loop, state: TrainingState) -> ValidationScore:
     """Score the validation sequences, and keep a copy of the weights if they are the best yet."""
     device = loop.accelerator.device
@@ -256,7 +240,7 @@ def _evaluate(loop: Loop, state: TrainingState) -> ValidationScore:
 
 def _step(loop: Loop, state: TrainingState) -> dict[str, float] | None:
     """One optimizer step; returns the values to log, or nothing where the guard rejected it."""
-    logged, total = _gradients(loop, state)
+    logged, total, padding = _gradients(loop, state)
     rotations = state.objective.rotation_stats()
     update = _plain_update if state.guard is None else _guarded_update
     measured = update(loop, state, logged, rotations)
@@ -267,7 +251,8 @@ def _step(loop: Loop, state: TrainingState) -> dict[str, float] | None:
     state.objective.after_step()
     state.step += 1
     state.tokens_seen += total
-    values = {name: float(value) for name, value in logged.items()}
+    values = dict(zip(logged, torch.stack(list(logged.values())).tolist(), strict=True))
+    values["padding"] = float(np.float32(padding))
     return values | measured | rotations | {"tokens_seen": state.tokens_seen}
 
 
@@ -287,37 +272,52 @@ def _sequences(loop: Loop, state: TrainingState) -> list[int]:
     return loop.plan[draw.choice(earlier or others)]
 
 
-def _parts(loop: Loop, state: TrainingState) -> list[MicroBatch]:
-    """This process's micro-batches of the next step."""
-    rank, world = loop.accelerator.process_index, loop.accelerator.num_processes
-    return micro_batches(_sequences(loop, state), loop.job.config.accumulation, rank, world)
+def _loader(
+    job: TrainingJob, student: Student, accelerator: Accelerator, on_policy: OnPolicyLoader | None
+) -> StepLoader:
+    """What loads this process's batches: ahead where nothing of them depends on the student."""
+
+    def read(indices: list[int], step: int) -> Batch:
+        if on_policy is not None:
+            return on_policy(student, indices, step)
+        return load_batch(job.data.store, indices, student.packs)
+
+    return StepLoader(
+        job.data,
+        read,
+        accumulation=job.config.accumulation,
+        process=ProcessRank(accelerator.process_index, accelerator.num_processes),
+        on_gpu=accelerator.device.type != "cpu",
+        ahead=on_policy is None,
+    )
 
 
-def _gradients(loop: Loop, state: TrainingState) -> tuple[dict[str, Tensor], int]:
-    """Forward and backward of one step; the loss and its parts over all processes with the share of
-    padding, and the step's number of tokens."""
+def _gradients(loop: Loop, state: TrainingState) -> tuple[dict[str, Tensor], int, float]:
+    """Forward and backward of one step; the loss and its parts over all processes, the step's
+    number of tokens, and the share of padding."""
     loop.model.train()
-    accelerator, parts = loop.accelerator, _parts(loop, state)
-    batches = [_load(loop, state, part) for part in parts]
+    accelerator = loop.accelerator
+    batches = loop.loader.take(state.step, _sequences(loop, state))
+    if state.step + 1 < len(loop.plan):
+        loop.loader.expect(state.step + 1, loop.plan[state.step + 1])
     counts = torch.tensor(
         [
             (batch.count() * part.counts, batch.padding, batch.tokens.numel())
-            for batch, part in zip(batches, parts, strict=True)
+            for part, batch in batches
         ]
     )
     total, padding, computed = sum_over_processes(accelerator, counts.sum(dim=0)).tolist()
     sums: dict[str, Tensor] = {}
-    for number, (batch, part) in enumerate(zip(batches, parts, strict=True), 1):
+    for number, (part, batch) in enumerate(batches, 1):
         # Gradients are exchanged once per step, after the last micro-batch.
-        exchange = exchange_gradients(accelerator, loop.model, now=number == len(parts))
+        exchange = exchange_gradients(accelerator, loop.model, now=number == len(batches))
         with exchange, accelerator.autocast():
             on_device = batch.to(accelerator.device)  # one at a time: targets may be large
             values = _backward(loop, on_device, part.counts, total, state.step / len(loop.plan))
         for name, value in values.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value
     reduced = sum_over_processes(accelerator, torch.stack(list(sums.values())))
-    logged = dict(zip(sums, reduced, strict=True))
-    return logged | {"padding": torch.tensor(padding / computed)}, total
+    return dict(zip(sums, reduced, strict=True)), total, padding / computed
 
 
 def _plain_update(
@@ -356,7 +356,8 @@ def _guarded_update(
     loss = logged["loss"] - sum(heads)
 
     def inputs() -> Mapping[str, Tensor]:
-        return tensors_of(_load(loop, state, part) for part in _parts(loop, state))
+        batches = loop.loader.load(state.step, _sequences(loop, state))
+        return tensors_of(batch for _, batch in batches)
 
     verdict = state.guard.step(loss, _sequences(loop, state), inputs=inputs, stats=rotations)
     if verdict.action == Action.SKIP:
@@ -371,20 +372,6 @@ def _guarded_update(
     }
     limit = verdict.limits["student's"]
     return measured | ({"clip_limit": limit} if limit < loop.job.config.max_grad_norm else {})
-
-
-def _load(loop: Loop, state: TrainingState, part: MicroBatch) -> Batch:
-    """A micro-batch in main memory, with the step's prompts if it has any."""
-    data = loop.job.data
-    if loop.on_policy is None:
-        batch = load_batch(data.store, part.indices, state.student.packs)
-    else:
-        batch = loop.on_policy(state.student, part.indices, state.step)
-    turn, off = divmod(state.step, data.prompts_every)
-    if data.prompts is None or off:
-        return batch
-    prompts = data.prompts.batch(turn, data.prompts_together, part.number, part.count)
-    return replace(batch, prompts=prompts)
 
 
 def _backward(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill.losses import divergences
 from distill.losses.batch import Batch
-from distill.losses.chunked_lm_head import chunk_size
+from distill.losses.chunked_lm_head import chunk_size, logits_bytes
 from distill.metrics.closeness import kl_name, kl_over
 from students.model.interface import Student
 from teachers.targets.recipe import Recipe
@@ -58,9 +58,9 @@ def _sums(student: Student, batch: Batch) -> Tensor:
     with torch.autocast(device, enabled=False):
         hidden = batch.run(student, with_logits=False).last_hidden_state
         assert hidden is not None
-        states = hidden[batch.valid]
+        states = batch.at_valid(hidden)
         labels, sums = batch.labels, []
-        together = chunk_size(student.output_matrix().shape[0])
+        together = chunk_size(student.output_matrix().shape[0], logits_bytes(states.device))
         for start in range(0, len(states), together):
             span = slice(start, start + together)
             logits = (states[span] @ student.output_matrix().T).float()

@@ -32,12 +32,10 @@ def norms(tensors: Sequence[Tensor | None]) -> Tensor:
     if not present:
         return torch.zeros(len(tensors))
     values = torch._foreach_norm([_dense(t) for t in tensors if t is not None], 2, torch.float32)
-    known = torch.stack([value.float().to(values[0].device) for value in values])
-    if len(present) == len(tensors):
-        return known
-    result = known.new_zeros(len(tensors))
-    result[torch.tensor(present, device=known.device)] = known
-    return result
+    device = values[0].device
+    known = dict(zip(present, (value.float().to(device) for value in values), strict=True))
+    absent = torch.zeros((), device=device)
+    return torch.stack([known.get(index, absent) for index in range(len(tensors))])
 
 
 def _dense(tensor: Tensor) -> Tensor:

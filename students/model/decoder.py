@@ -239,7 +239,8 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin, Student):
         mask: Mask = None
         if (lengths := outputs.get("lengths")) is not None:
             mask = PackedRow(lengths)
-            position_ids = mask.positions
+            if position_ids is None:
+                position_ids = mask.positions().to(x.device)
         elif position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
         if attention_mask is not None or (past and x.shape[1] > 1):

@@ -47,7 +47,7 @@ class Outputs(TypedDict, total=False):
     ``with_logits`` (default true): without, the caller applies ``Student.output_matrix`` itself, as
     the training loss does. ``layers_to_keep``: layers, from 0, whose output before the final norm
     is returned too. ``lengths [S]``, where ``Student.packs``: ``input_ids [1, N]`` are S sequences
-    one after another, none of which sees another.
+    one after another, none of which sees another; in main memory.
     """
 
     with_logits: bool

@@ -21,19 +21,17 @@ BLOCK = 128
 
 
 class PackedRow:
-    """Where the sequences of a row lie.
-
-    Attributes:
-        positions: ``[1, N]``, of each token in its own sequence.
-        groups: (b, t) of neighbours of the same length, in order.
-    """
+    """Where the sequences of a row lie; ``groups``: (b, t) of neighbours of the same length, in
+    order."""
 
     def __init__(self, lengths: Tensor) -> None:
-        """``lengths [S]``: of the sequences, in order."""
+        """``lengths [S]``: of the sequences, in order, in main memory."""
         self.lengths = lengths.tolist()
         self.groups = [(len(list(same)), length) for length, same in groupby(self.lengths)]
-        steps = [torch.arange(length) for length in self.lengths]
-        self.positions = torch.cat(steps)[None].to(lengths.device)
+
+    def positions(self) -> Tensor:
+        """``[1, N]``, of each token in its own sequence."""
+        return torch.cat([torch.arange(length) for length in self.lengths])[None]
 
 
 @torch.compiler.disable

@@ -15,12 +15,15 @@ no common state.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -181,8 +184,9 @@ class SoftTargetStore:
             if self.manifest.masked:
                 bits = np.unpackbits(file.get_tensor("keep"), count=int(rows[-1]))
                 rows = np.concatenate(([0], np.cumsum(bits, dtype=np.int64)))[rows]
-            self._open_shards[shard] = file
+            # Last what is looked for: another thread may read too.
             self._starts[shard] = (tokens, rows)
+            self._open_shards[shard] = file
         return self._open_shards[shard], *self._starts[shard]
 
     def tokens(self, index: int) -> Tokens:
@@ -231,6 +235,20 @@ class SoftTargetStore:
             name, basis = f"layer{layer}", self._need_codec().bases[f"layer{layer}"]
             states[layer] = basis.coordinates(arrays[name], arrays[f"{name}_scale"])  # type: ignore[arg-type]
         return states
+
+    @contextmanager
+    def head_on(self, device: torch.device) -> Iterator[None]:
+        """Within, targets have the head that turns codes into logits on ``device``: it is large,
+        and common to all of them."""
+        codec = self.shared_codec()
+        if codec is None or codec.head is None:
+            yield
+            return
+        self._codec = replace(codec, head=codec.head.to(device))
+        try:
+            yield
+        finally:
+            self._codec = codec
 
     def _need_codec(self) -> SharedCodec:
         codec = self.shared_codec()

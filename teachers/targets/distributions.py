@@ -17,8 +17,9 @@ Each class also says how it is stored: ``arrays``, ``reduce`` and ``from_arrays`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -82,6 +83,20 @@ def soft_capped(logits: Tensor, cap: float) -> Tensor:
     return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
 
+def tensors_of(record: Any) -> dict[str, Tensor]:
+    """The fields of a dataclass that are tensors."""
+    return {name: value for name, value in vars(record).items() if isinstance(value, Tensor)}
+
+
+Record = TypeVar("Record")
+
+
+def each_tensor(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
+    """A dataclass with every field that is a tensor changed."""
+    changed = {name: change(value) for name, value in tensors_of(record).items()}
+    return replace(record, **changed)  # type: ignore[type-var]
+
+
 Self = TypeVar("Self", bound="_Rows")
 
 
@@ -94,27 +109,26 @@ class _Rows:
     kind: ClassVar[str]
     arrays: ClassVar[tuple[str, ...]]  # stored, one row per position
 
-    def _tensors(self) -> dict[str, Tensor]:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    def each(self: Self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The targets with every tensor of theirs changed; the head is common to others."""
+        return each_tensor(self, change)
 
     def select(self: Self, index: Tensor | slice) -> Self:
         """The targets at ``index`` of the leading dimension."""
-        return replace(self, **{name: value[index] for name, value in self._tensors().items()})  # type: ignore[type-var]
+        return self.each(lambda values: values[index])
 
     def to(self: Self, device: torch.device) -> Self:
-        """The same targets on another device."""
-        moved: dict[str, Any] = {name: value.to(device) for name, value in self._tensors().items()}
+        """The same targets on another device; nothing waits for what is pinned."""
+        waits = device.type == "cpu"
+        moved = self.each(lambda values: values.to(device, non_blocking=not waits))
         head = getattr(self, "head", None)
-        if head is not None:
-            moved["head"] = head.to(device)
-        return replace(self, **moved)  # type: ignore[type-var]
+        return moved if head is None else replace(moved, head=head.to(device))  # type: ignore[type-var]
 
     @classmethod
     def join(cls: type[Self], parts: list[Self]) -> Self:
         """The rows of several records of one kind, in order."""
-        names = parts[0]._tensors()
-        joined = {name: torch.cat([part._tensors()[name] for part in parts]) for name in names}
+        rows = [tensors_of(part) for part in parts]
+        joined = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         return replace(parts[0], **joined)  # type: ignore[type-var]
 
 
@@ -160,9 +174,8 @@ class CompactTargets(_Rows):
         if self.topk_ids.shape[-1] == self.vocab_size:
             return self.tail[..., 0]
         at_zero = float(np.log(self.vocab_size - self.topk_ids.shape[-1]))
-        weights = lagrange((0.0, *NODES), 1.0 / temperature)
-        stored = torch.tensor(weights[1:], dtype=self.tail.dtype, device=self.tail.device)
-        return weights[0] * at_zero + self.tail @ stored
+        first, others = _node_weights(temperature, self.tail.dtype, self.tail.device)
+        return first * at_zero + self.tail @ others
 
     def log_partition(self, temperature: float) -> Tensor:
         """log Σ_v exp((z_v − z_first) / T) over all tokens, ``[...]``, in nats."""
@@ -265,6 +278,16 @@ class CompactTargets(_Rows):
         ids = torch.from_numpy(arrays["topk_ids"].astype(np.int64))
         logits, tail = floats(arrays["topk_logits"]), floats(arrays["tail"])
         return cls(ids, logits, tail, vocab_size, code, None if code is None else head)
+
+
+@lru_cache(maxsize=64)
+def _node_weights(
+    temperature: float, dtype: torch.dtype, device: torch.device
+) -> tuple[float, Tensor]:
+    """Weights of the tail's mass at 1/T = 0 and at the nodes, at one temperature; made once, as a
+    device would have to be waited for every time."""
+    weights = lagrange((0.0, *NODES), 1.0 / temperature)
+    return weights[0], torch.tensor(weights[1:], dtype=dtype, device=device)
 
 
 class _AllLogits(_Rows, ABC):

@@ -50,7 +50,7 @@ from distill.errors import TrainingAborted, UserError
 from distill.initialization.shape import likeness, new_student
 from distill.losses.auxiliary_heads import VerificationTargets
 from distill.losses.batch import Batch
-from distill.losses.chunked_lm_head import chunk_size, chunked_head_loss
+from distill.losses.chunked_lm_head import chunk_size, chunked_head_loss, logits_bytes
 from distill.losses.divergences import bucket_log_probs, cross_entropy, divergence
 from distill.losses.objective import Objective, build_objective, temperature_at
 from distill.runs.folder import latest_checkpoint
@@ -328,7 +328,7 @@ def whole_vocabulary_kl(student: SO8TForCausalLM, batches: Iterable[Batch]) -> f
             return None
         states = student(batch.tokens, with_logits=False).last_hidden_state[batch.valid]
         matrix = student.lm_head.weight
-        together = chunk_size(len(matrix))
+        together = chunk_size(len(matrix), logits_bytes(matrix.device))
         for start in range(0, len(states), together):
             span = slice(start, start + together)
             logits = (states[span] @ matrix.T).float()

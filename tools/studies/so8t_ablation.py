@@ -28,7 +28,7 @@ from distill.heads.safety_data import SafetyData
 from distill.initialization.shape import student_shape
 from distill.initialization.start import begin
 from distill.losses.batch import padded
-from distill.losses.chunked_lm_head import chunk_size
+from distill.losses.chunked_lm_head import chunk_size, logits_bytes
 from distill.losses.objective import build_objective
 from distill.losses.so8t_regularizers import second_difference
 from distill.metrics.safety import score_decisions
@@ -240,12 +240,13 @@ class Finals:
 def finals(student: SO8TForCausalLM, store: SoftTargetStore, indices: Sequence[int]) -> Finals:
     """Run the student over stored sequences."""
     states, agreed, expected, bend = [], [], [], 0.0
-    heads, together = student.heads(), chunk_size(student.config.vocab_size)
+    heads = student.heads()
+    together = chunk_size(student.config.vocab_size, logits_bytes(student.device))
     student.eval()
     for start in range(0, len(indices), TOGETHER):
         batch = load_batch(store, indices[start : start + TOGETHER]).to(student.device)
         output = student(batch.tokens, with_logits=False)
-        bend += float(second_difference(output.last_hidden_state, batch.inside(2)))
+        bend += float(second_difference(output.last_hidden_state, batch.layout.bends))
         states.append(output.last_hidden_state[batch.valid])
         best = batch.targets.best()
         for some, wanted in zip(states[-1].split(together), best.split(together), strict=True):

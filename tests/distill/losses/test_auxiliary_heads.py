@@ -138,7 +138,7 @@ def test_verification_against_a_dense_reference(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("distill.losses.objective.verification_loss", note)
     for kind, chunk in product(("buckets", "sketch", "hidden", "dense"), (99, 1, 3)):
         with case(kind, chunk), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(chunked_lm_head, "chunk_size", lambda vocab_size, chunk=chunk: chunk)
+            patch.setattr(chunked_lm_head, "chunk_size", lambda *_, chunk=chunk: chunk)
             batch = make_batch(rows, teacher, kind=kind)
             _, parts = evaluated(student, ready(student, HEADS), batch)
             assert noted[-1].agreed.tolist() == labels.tolist()

@@ -124,5 +124,5 @@ def test_no_positions_give_zero() -> None:
 def test_chunks_are_bounded_by_the_vocabulary() -> None:
     """No chunk's logits exceed the limit; every vocabulary makes progress."""
     for vocab_size in (1, 512, 32064, 262144, 10**9):
-        assert chunk_size(vocab_size) >= 16
-    assert chunk_size(32064) * 32064 * 4 <= LOGITS_BYTES
+        assert chunk_size(vocab_size, LOGITS_BYTES) >= 16
+    assert chunk_size(32064, LOGITS_BYTES) * 32064 * 4 <= LOGITS_BYTES

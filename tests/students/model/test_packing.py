@@ -32,7 +32,7 @@ def test_attention_is_that_of_each_sequence() -> None:
     for lengths in layouts:
         row = PackedRow(torch.tensor(lengths))
         steps = np.concatenate([np.arange(length) for length in lengths])
-        assert row.positions[0].tolist() == steps.tolist(), lengths
+        assert row.positions()[0].tolist() == steps.tolist(), lengths
         for heads, others in ((4, 4), (4, 2), (3, 1)):
             parts = [
                 torch.randn(sum(lengths), count, 8, requires_grad=True)
