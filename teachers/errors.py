@@ -17,6 +17,11 @@ class RequestRefused(TeacherError):
         super().__init__(f"{path}: {message}{log}")
 
 
+class SettingRefused(TeacherError):
+    """A setting that this machine or this model cannot follow: no other way to run the file is
+    tried."""
+
+
 class WorkerDied(TeacherError):
     """The process that runs llama.cpp ended, or hung and was stopped, during a request.
 

@@ -21,7 +21,11 @@ from teachers.targets.recipe import Recipe
 
 # What of these sections a run from a store still looks at; everything else in them was decided by
 # the capture.
-LOOKED_AT = {"teacher": {"gpu_layers", "path"}, "data": {"held_out"}, "targets": set[str]()}
+LOOKED_AT = {
+    "teacher": {"gpu_layers", "main_gpu", "path"},
+    "data": {"held_out"},
+    "targets": set[str](),
+}
 
 
 def without_capture(config: RunConfig, recipe: Recipe, console: Console) -> RunConfig:

@@ -16,6 +16,7 @@ from teachers.base import Teacher, TeacherInfo
 from teachers.gguf.file import Field, read_gguf, tokenizer_fields
 from teachers.gguf.split import model_stem
 from teachers.huggingface.folder import check_folder
+from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.chat_template import with_variables
 from teachers.tokenizer.gguf_metadata import with_template_variables
@@ -87,6 +88,12 @@ def _require_fitting(config: TeacherConfig) -> None:
                 f"teacher.load_in_4bit is for transformers folders; {path} is already as it is "
                 "quantised"
             )
+        for name in ("tensor_split", "cache_type"):
+            if path.is_dir() and getattr(config, name):
+                raise UserError(
+                    f"teacher.{name} is for GGUF files, which llama.cpp runs; {path} is a folder, "
+                    "so leave it out"
+                )
 
 
 def open_teacher(config: TeacherConfig) -> Teacher:
@@ -116,8 +123,22 @@ def _open_one(path: Path, config: TeacherConfig) -> Teacher:
     if path.is_dir():
         from teachers.huggingface.teacher import HuggingFaceTeacher
 
-        return HuggingFaceTeacher(path, load_in_4bit=config.load_in_4bit)
-    return GGUFTeacher(path, gpu_layers=config.gpu_layers)
+        return HuggingFaceTeacher(
+            path,
+            load_in_4bit=config.load_in_4bit,
+            main_gpu=config.main_gpu,
+            batch_tokens=config.batch_tokens,
+            sequences=config.sequences,
+        )
+    options = LoadOptions(
+        gpu_layers=config.gpu_layers,
+        main_gpu=config.main_gpu,
+        tensor_split=config.tensor_split,
+        cache_type=config.cache_type,
+        batch_tokens=config.batch_tokens,
+        sequences=config.sequences,
+    )
+    return GGUFTeacher(path, options)
 
 
 def _with_variables(info: TeacherInfo, variables: Mapping[str, JsonValue]) -> TeacherInfo:

@@ -37,15 +37,26 @@ class TeacherConfig(Section):
     """The teacher.
 
     ``path``: a GGUF file, or a transformers folder to capture from; none: the example teacher.
-    ``gpu_layers``: layers on a GPU where llama.cpp has one, −1 for all. ``mix_with``: further
-    teachers with the same vocabulary; ``weights``: of all in the mixture, the first included (none:
-    equal). ``load_in_4bit``: NF4 for folders, through bitsandbytes. ``template_variables``: values
-    that its chat template uses where a conversation has none of its own, such as
-    ``enable_thinking: false``, ``tools`` or ``documents``; the student's chat template keeps them.
+    ``mix_with``: further teachers with the same vocabulary; ``weights``: of all in the mixture, the
+    first included (none: equal). ``load_in_4bit``: NF4 for folders, through bitsandbytes.
+    ``template_variables``: values that its chat template uses where a conversation has none of its
+    own, such as ``enable_thinking: false``, ``tools`` or ``documents``; the student's chat template
+    keeps them.
+
+    ``gpu_layers``: layers on a GPU where llama.cpp has one, −1 for all. ``main_gpu``: the one GPU
+    to use, from 0 (none: each process of a launch its own; one alone all of them, by their free
+    memory), or ``tensor_split``: the share of the layers for each. ``cache_type``: of the numbers
+    in the KV cache. ``batch_tokens``: computed at once; ``sequences``: decoded together, at most
+    (both none: by the memory).
     """
 
     path: str | None = None
-    gpu_layers: int = -1
+    gpu_layers: Annotated[int, Field(ge=-1)] = -1
+    main_gpu: Annotated[int, Field(ge=0)] | None = None
+    tensor_split: tuple[NonNegative, ...] = ()
+    cache_type: Literal["f32", "f16", "bf16", "q8_0"] | None = None
+    batch_tokens: Annotated[int, Field(ge=32, le=1 << 16)] | None = None
+    sequences: Count | None = None
     mix_with: tuple[str, ...] = ()
     weights: tuple[Positive, ...] = ()
     load_in_4bit: bool = False
@@ -72,6 +83,26 @@ class TeacherConfig(Section):
             if value is not None and not objects:
                 raise ValueError(f"{name} = {value!r} is no list of objects; write [{{…}}]")
         return variables
+
+    @model_validator(mode="after")
+    def _one_place(self) -> TeacherConfig:
+        """Refuse GPUs that are named twice, or in vain."""
+        if self.tensor_split and not any(self.tensor_split):
+            raise ValueError(
+                f"tensor_split = {list(self.tensor_split)} gives no GPU a share; give one, or set "
+                "gpu_layers = 0 to compute on the processor"
+            )
+        if self.tensor_split and self.main_gpu is not None:
+            raise ValueError(
+                f"main_gpu = {self.main_gpu} is one GPU, tensor_split = {list(self.tensor_split)} "
+                "several; give the one or the other"
+            )
+        if self.gpu_layers == 0 and (self.tensor_split or self.main_gpu is not None):
+            raise ValueError(
+                "main_gpu and tensor_split say which GPU, but gpu_layers = 0 means none; leave one "
+                "of them out"
+            )
+        return self
 
 
 class StudentConfig(Section):

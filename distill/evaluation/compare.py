@@ -27,6 +27,7 @@ from distill.runtime.environment import environment, llama_cpp_environment
 from distill.runtime.format import human_bytes, human_count
 from distill.runtime.progress import Console
 from teachers.base import Keep, Tokens, whole_masks
+from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.teacher import GGUFTeacher
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class Measurement:
         )
 
     def _load(self, candidate: Candidate) -> GGUFTeacher:
-        model = GGUFTeacher(candidate.file.path, gpu_layers=self.request.gpu_layers)
+        model = GGUFTeacher(candidate.file.path, LoadOptions(self.request.gpu_layers))
         self.models[candidate.name] = self.stack.enter_context(model)
         return model
 

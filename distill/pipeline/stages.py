@@ -52,6 +52,7 @@ from students.adapter.adapter import AdaptedStudent
 from students.model.interface import Student
 from students.weights import plain_weights
 from teachers.base import SINGLE_PROCESS, Teacher, TeacherInfo
+from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.store import SoftTargetStore
 from teachers.store.teacher_record import TeacherRecord
@@ -306,7 +307,10 @@ def evaluate_student(published: Published, work: Workspace) -> Evaluated:
 
 
 def _exported(source: Source, work: Workspace) -> GGUFTeacher:
-    return GGUFTeacher(work.folder.gguf, gpu_layers=source.config.teacher.gpu_layers)
+    """The exported student where the teacher runs, beside whose its speed stands."""
+    teacher = source.config.teacher
+    options = LoadOptions(gpu_layers=teacher.gpu_layers, main_gpu=teacher.main_gpu)
+    return GGUFTeacher(work.folder.gguf, options)
 
 
 def _score_heads(published: Published, work: Workspace) -> dict[str, Any]:
@@ -314,7 +318,7 @@ def _score_heads(published: Published, work: Workspace) -> dict[str, Any]:
     source, heads = published.trained.prepared.source, published.trained.prepared.student.heads()
     if heads.safety is None and heads.verification is None:
         return {}
-    with work.console.stage("Score heads") as stage, _exported(source, work) as file:
+    with work.console.stage("Score heads") as stage, GGUFTeacher(work.folder.gguf) as file:
         scores = score_heads(file, heads, source.safety, source.store, published.head_sequences)
         stage.finish(describe_scores(scores))
     return heads_results(scores, heads, source.safety)

@@ -156,6 +156,7 @@ def self_check_findings(teacher: Path, gpu_layers: int) -> Iterator[Finding]:
 
     from teachers.gguf.file import read_gguf
     from teachers.llama_cpp.library.check_record import change_record, read_record, record_path
+    from teachers.llama_cpp.library.kernels import LoadOptions
     from teachers.llama_cpp.worker import Worker
 
     before = read_record()
@@ -163,7 +164,8 @@ def self_check_findings(teacher: Path, gpu_layers: int) -> Iterator[Finding]:
     file = read_gguf(teacher)
     types = frozenset(tensor.type.name for tensor in file.tensors.values())
     try:
-        worker = Worker(file.path, threads=threads, gpu_layers=gpu_layers, types=types, anew=True)
+        options = LoadOptions(gpu_layers)
+        worker = Worker(file.path, threads=threads, options=options, file=file, anew=True)
         try:
             extra_buffers = worker.options().extra_buffers
             message = {"prompt_tokens": SPEED_PROMPT, "new_tokens": SPEED_NEW}

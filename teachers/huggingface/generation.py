@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teachers.base import GenerationRequest, Progress, Sampling, Tokens
+from teachers.huggingface.device import cache_room, free_bytes
 from teachers.huggingface.model import PADDING, padded
 from teachers.sampling import PartialSequence, choose, started
 
 PARALLEL_SEQUENCES = 128
-CACHE_BYTES = 2 << 30  # the KV cache stays below this (one sequence always fits)
 
 
 class GenerationError(ValueError):
@@ -75,9 +75,14 @@ class Decoder:
 
 
 def generate(
-    model: Any, request: GenerationRequest, end_tokens: Collection[int], progress: Progress
+    model: Any,
+    request: GenerationRequest,
+    end_tokens: Collection[int],
+    progress: Progress,
+    most: int | None = None,
 ) -> list[Tokens]:
-    """Write the sequences of a request; ``progress``: see ``Teacher.generate``.
+    """Write the sequences of a request, at most ``most`` together; ``progress``: see
+    ``Teacher.generate``.
 
     Raises:
         GenerationError: the model keeps no key-value cache, or its logits are not finite.
@@ -85,7 +90,7 @@ def generate(
     """
     partials = started(request)
     longest = request.sampling.max_length
-    together = _parallel(model, longest)
+    together = min(_parallel(model, longest), most or PARALLEL_SEQUENCES)
     for start in range(0, len(partials), together):
         group = partials[start : start + together]
         going = [partial for partial in group if not partial.finished]
@@ -132,4 +137,5 @@ def _parallel(model: Any, max_length: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
-    return max(1, min(PARALLEL_SEQUENCES, CACHE_BYTES // (token_bytes * max_length)))
+    fitting = cache_room(free_bytes(model.device)) // (token_bytes * max_length)
+    return max(1, min(PARALLEL_SEQUENCES, fitting))

@@ -87,7 +87,7 @@ class LoadedModel:
         keep: Sequence[Keep] | None = None,
     ) -> Answer:
         """The model's answer about every position of ``batch`` (each of at least two tokens), or
-        those that the masks ``keep`` want.
+        those that the masks ``keep`` want, on the model's device.
 
         Without ``logits`` the output layer is not computed.
 
@@ -113,7 +113,7 @@ class LoadedModel:
         def rows(name: str) -> Tensor:
             values = outputs[name]
             alone = name == "logits" and only is not None
-            return (values[0] if alone else values[wanted]).float().cpu()  # [N, …] without padding
+            return (values[0] if alone else values[wanted]).float()  # [N, …] without padding
 
         return Answer(
             logits=rows("logits") if logits else None,

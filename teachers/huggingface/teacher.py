@@ -33,6 +33,7 @@ from teachers.base import (
 from teachers.errors import RequestRefused, TeacherError
 from teachers.gguf.file import TeacherFileError
 from teachers.huggingface.checkpoint import load_model, load_tokenizer
+from teachers.huggingface.device import batch_room, free_bytes, teacher_device
 from teachers.huggingface.folder import TOKENIZER, ModelFolder, check_folder
 from teachers.huggingface.generation import Decoder, GenerationError, generate
 from teachers.huggingface.model import LoadedModel, batches, require_finite
@@ -42,8 +43,6 @@ from teachers.targets.recipe import Recipe
 from teachers.targets.state_codec import Basis
 from teachers.targets.stored_arrays import reduce
 
-BATCH_TOKENS = 2048  # of one forward pass, padding included
-LOGITS_BYTES = 256 << 20  # one pass's logits stay below this (one sequence always fits)
 UNLIMITED = 1 << 20  # context length of a model that states none
 _ANCHOR = "a"
 
@@ -66,15 +65,28 @@ def _shape(config: Any) -> TeacherShape:
 class HuggingFaceTeacher(Teacher):
     """Runs a local transformers checkpoint. Use as a context manager."""
 
-    def __init__(self, path: Path, *, load_in_4bit: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        load_in_4bit: bool = False,
+        main_gpu: int | None = None,
+        batch_tokens: int | None = None,
+        sequences: int | None = None,
+    ) -> None:
         """Check the folder's files, then load them; ``load_in_4bit``: in NF4 (bitsandbytes).
+
+        ``main_gpu``: none: the process's own. ``batch_tokens`` of a forward pass, ``sequences``
+        written together, at most; none: by the memory.
 
         Raises:
             TeacherFileError: the folder cannot be used; the message says why and what to do.
+            SettingRefused: there is no such GPU.
         """
         self.folder: ModelFolder = check_folder(path)
         self.load_in_4bit = load_in_4bit
-        device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        self.batch_tokens, self.sequences = batch_tokens, sequences
+        device = teacher_device(main_gpu)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = load_model(self.folder, device, dtype, load_in_4bit=load_in_4bit)
         try:
@@ -174,15 +186,18 @@ class HuggingFaceTeacher(Teacher):
         self, request: GenerationRequest, progress: Progress = no_progress
     ) -> list[Tokens]:
         try:
-            return generate(self.model.model, request, self.info.end_tokens, progress)
+            return generate(
+                self.model.model, request, self.info.end_tokens, progress, self.sequences
+            )
         except GenerationError as error:
             raise TeacherError(f"{self.folder.path}: {error}") from None
 
     @property
     def runtime(self) -> str:
+        device, kind = self.model.model.device.type, self.model.model.dtype
         return (
             f"transformers {version('transformers')}, torch {version('torch')}, "
-            f"{torch.get_num_threads()} threads"
+            f"{torch.get_num_threads()} threads" + (f", {kind} on {device}" * (device != "cpu"))
         )
 
     def memory(self) -> int:
@@ -199,6 +214,7 @@ class HuggingFaceTeacher(Teacher):
         progress: Progress = no_progress,
         keep: Sequence[Keep] | None = None,
     ) -> Arrays:
+        bases = {name: basis.to(self.model.model.device) for name, basis in bases.items()}
         needs = {"logits": recipe.needs_logits, "states": recipe.needs_states}
 
         def arrays(batch: list[Tokens], keep: Sequence[Keep] | None) -> Arrays:
@@ -220,7 +236,7 @@ class HuggingFaceTeacher(Teacher):
             assert answer.states is not None and answer.layers is not None
             named = {f"layer{layer}": answer.layers[layer] for layer in layers}
             named["final"] = answer.states
-            return {name: require_finite(values).numpy() for name, values in named.items()}
+            return {name: require_finite(values).cpu().numpy() for name, values in named.items()}
 
         return self._rows(sequences, arrays, keep)
 
@@ -236,7 +252,7 @@ class HuggingFaceTeacher(Teacher):
         def arrays(batch: list[Tokens], keep: Sequence[Keep] | None) -> Arrays:
             answer = self.model.answer(batch, logits=True, states=False, keep=keep)
             assert answer.logits is not None
-            return {"logits": require_finite(answer.logits, excluded=True).numpy()}
+            return {"logits": require_finite(answer.logits, excluded=True).cpu().numpy()}
 
         return self._rows(sequences, arrays, keep)["logits"]
 
@@ -265,7 +281,10 @@ class HuggingFaceTeacher(Teacher):
         starts = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
         result: dict[str, Any] = {}
         done = 0
-        room = min(BATCH_TOKENS, LOGITS_BYTES // (4 * self.model.vocab_size))
+        model = self.model
+        free = free_bytes(model.model.device)
+        room = batch_room(model.config, model.vocab_size, max(lengths, default=1), free)
+        room = self.batch_tokens or room
         for batch in batches(lengths, room):
             try:
                 some = None if keep is None else [masks[index] for index in batch]

@@ -20,22 +20,20 @@ import psutil
 from numpy.typing import NDArray
 
 from teachers.gguf.split import model_bytes
-from teachers.llama_cpp.library.ggml import built_with, devices
+from teachers.launch import local_place
+from teachers.llama_cpp.library.ggml import built_with
 from teachers.llama_cpp.library.kernels import LoadOptions
+from teachers.llama_cpp.placement import place
+from teachers.llama_cpp.sizes import CACHE_STEP, processor_sizes
 from teachers.llama_cpp.tensor_taps import FINAL_STATE, TensorTaps, layer_output
 
-LOGITS_BYTES = 64 << 20  # one batch's logits stay near this, whatever the vocabulary
-MAX_BATCH_TOKENS = 512  # llama.cpp computes no more at once: no batch is divided and reordered
-MIN_BATCH_TOKENS = 128
 CONTEXTS_BYTES = 1 << 30  # for the logits of all contexts, in llama.cpp's two buffers
 # Up to this size, threads that share one batch wait for each other longer than they compute: each
 # core then runs a context of its own on its share of the sequences.
 SMALL_MODEL_PARAMETERS = 50_000_000
 FLASH_HEAD_WIDTH = 32
-CACHE_BYTES = 512 << 20  # the KV caches stay below this (one sequence of each context always fits)
 MAPPED_SHARE = 0.5  # of the memory: a larger file is mapped, so that it need not fit
 TOKEN_STRIDE = 7919  # a prime: the tokens of a first decode lie all over the vocabulary
-CACHE_STEP = 256  # llama.cpp rounds each sequence's share of the cache up to this many tokens
 MAX_LOG_LEVEL_IGNORED = 2  # ggml: 1 debug, 2 info, 3 warning, 4 error, 5 continues the line before
 
 Tokens = NDArray[np.int32]
@@ -49,15 +47,15 @@ class LlamaError(RuntimeError):
 class ContextShape:
     """What a llama.cpp context is built for: parallel sequences, tokens each, and precision.
 
-    ``exact`` selects a float32 KV cache without flash attention (4e-5 from PyTorch), which is also
-    what a CPU computes fastest for small heads; otherwise llama.cpp's own defaults (float16 cache,
-    flash attention). ``logits``, ``states`` and ``layers`` are what is wanted of each token;
+    ``cache``: the type of the KV cache; empty: the model's own. f32 comes without flash attention
+    (4e-5 from PyTorch), which is also what a CPU computes fastest for small heads; f16 with it is
+    llama.cpp's own default. ``logits``, ``states`` and ``layers`` are what is wanted of each token;
     without logits the output layer is not computed. ``masked``: not every token may be wanted.
     """
 
     sequences: int
     tokens: int
-    exact: bool = False
+    cache: str = "f16"
     logits: bool = True
     states: bool = False
     layers: tuple[int, ...] = ()
@@ -108,17 +106,18 @@ class LlamaModel:
         native.llama_log_set(_forward_log, ctypes.c_void_p(0))
         native.llama_backend_init()
         parameters = native.llama_model_default_params()
-        parameters.n_gpu_layers = options.gpu_layers
+        self.placement, sizes = place(options)
+        self.gpus = self.placement.gpus
+        parameters.n_gpu_layers = options.gpu_layers if self.gpus else 0
         parameters.use_extra_bufts = options.extra_buffers
-        no_devices = (ctypes.c_void_p * 1)(None)  # llama.cpp's list ends with a null pointer
-        if options.processor_only:
-            parameters.devices = ctypes.addressof(no_devices)
+        alive = self.placement.apply(parameters)
         small_file = model_bytes(Path(path)) < MAPPED_SHARE * psutil.virtual_memory().total
         if small_file and not options.mapped:
             # llama.cpp keeps a rearranged copy of some quantizations: mapped too, a file would take
             # its size twice.
             parameters.load_mode = native.LLAMA_LOAD_MODE_NONE
         self.model = native.llama_model_load_from_file(os.fsencode(path), parameters)
+        del alive
         if not self.model:
             raise LlamaError("llama.cpp cannot load the file")
         self.vocab = native.llama_model_get_vocab(self.model)
@@ -126,26 +125,26 @@ class LlamaModel:
         # The tokens with which the model ends its turn (end of text, end of turn, …).
         ends = (native.llama_vocab_is_eog(self.vocab, token) for token in range(self.vocab_size))
         self.end_tokens = frozenset(token for token, is_end in enumerate(ends) if is_end)
-        self.threads = threads
-        self.processor_only = options.processor_only
-        no_gpu = options.processor_only or not native.llama_supports_gpu_offload()
-        on_cpu = options.gpu_layers == 0 or no_gpu
         self.width = int(native.llama_model_n_embd(self.model))
         self.layers = int(native.llama_model_n_layer(self.model))
         self.head_width = self.width // max(1, int(native.llama_model_n_head(self.model)))
         # llama.cpp's own default, a float16 cache with flash attention, is how people run the
         # model; but it slows a CPU down where the heads are narrow.
-        self.prefers_exact = on_cpu and self.head_width < FLASH_HEAD_WIDTH
-        fitting = LOGITS_BYTES // (4 * self.vocab_size)
-        self.batch_tokens = max(MIN_BATCH_TOKENS, min(MAX_BATCH_TOKENS, fitting))
+        narrow = not self.gpus and self.head_width < FLASH_HEAD_WIDTH
+        self.cache = options.cache_type or ("f32" if narrow else "f16")
+        values = 2 * self.head_width * int(native.llama_model_n_head_kv(self.model)) * self.layers
+        self.sizes = sizes or processor_sizes(self.vocab_size, values, options.batch_tokens)
+        self.batch_tokens = self.sizes.batch_tokens
+        self.most_sequences = options.sequences
+        self.threads = max(threads, _own_cores()) if self.gpus else threads
         # Several contexts work side by side, each with its share of the threads and the sequences.
         # Scoring computes whole batches, so a core of its own for each context is best whatever the
         # model; what is done to one context's logits then overlaps the other's decode. Generation
         # reads all weights at every step, which only a small model can afford once per context.
         small = int(native.llama_model_n_params(self.model)) <= SMALL_MODEL_PARAMETERS
         affordable = max(1, CONTEXTS_BYTES // (8 * self.batch_tokens * self.vocab_size))
-        self.scoring_contexts = min(threads, affordable) if on_cpu else 1
-        self.generation_contexts = threads if small and on_cpu else 1
+        self.scoring_contexts = 1 if self.gpus else min(threads, affordable)
+        self.generation_contexts = threads if small and not self.gpus else 1
 
     def describe(self) -> dict[str, Any]:
         """What only llama.cpp knows of the vocabulary and the model; a missing token is -1."""
@@ -158,7 +157,7 @@ class LlamaModel:
             "context_length": int(native.llama_model_n_ctx_train(self.model)),
             "layers": self.layers,
             "width": self.width,
-            "gpus": [] if self.processor_only else [gpu["name"] for gpu in devices()],
+            "gpus": [gpu.name for gpu in self.gpus],
             "built_with": built_with(),
         }
 
@@ -225,11 +224,12 @@ class LlamaContext:
         parameters.n_ubatch = self.batch_tokens
         parameters.n_outputs_max_per_seq = 0  # no limit: every position's logits are wanted
         parameters.n_threads = parameters.n_threads_batch = self.threads
-        if shape.exact:
-            parameters.type_k = parameters.type_v = native.GGML_TYPE_F32
+        cache_type = getattr(native, f"GGML_TYPE_{shape.cache.upper()}")
+        parameters.type_k = parameters.type_v = cache_type
+        if shape.cache == "f32":
             parameters.flash_attn_type = native.LLAMA_FLASH_ATTN_TYPE_DISABLED
         # By default a GPU computes large products of weights in main memory.
-        if self.model.processor_only:
+        if not self.model.gpus:
             parameters.op_offload = parameters.offload_kqv = False
         parameters.embeddings = shape.embeddings
         self._taps = self._taps_for(shape)
@@ -239,7 +239,7 @@ class LlamaContext:
         if not context:
             raise LlamaError(
                 f"llama.cpp cannot make a context of {shape.sequences} sequences × {shape.tokens} "
-                "tokens"
+                f"tokens with a {shape.cache} cache"
             )
         self._context, self._shape = context, shape
         if not native.llama_get_memory(context):
@@ -316,14 +316,19 @@ class LlamaContext:
                 )
         return Outputs(logits, states, layers)
 
-    def parallel(self, wanted: int, tokens: int, *, exact: bool) -> int:
-        """How many sequences of ``tokens`` tokens to hold: ``wanted``, or what the cache allows."""
-        model = self.model
-        width = model.head_width * int(native.llama_model_n_head_kv(model.model))
-        token_bytes = 2 * (4 if exact else 2) * width * model.layers
-        rounded = -(-tokens // CACHE_STEP) * CACHE_STEP
-        fitting = CACHE_BYTES // self.contexts // max(1, token_bytes * rounded)
-        return max(1, min(wanted, self.batch_tokens, fitting))
+    def parallel(self, wanted: int, tokens: int, cache: str, *, shared: bool) -> int:
+        """How many sequences of ``tokens`` tokens to decode together: ``wanted``, or what the cache
+        allows; with ``shared``, besides a slot that keeps what they begin with.
+
+        Raises:
+            SettingRefused: a GPU has no room for one.
+        """
+        sizes = self.model.sizes
+        if self.model.gpus:  # others may have come since the model was loaded, a student too
+            sizes = sizes.within(self.model.placement.now())
+        fitting = sizes.sequences(tokens, cache, self.contexts) - shared
+        most = min(wanted, self.batch_tokens - shared, self.model.most_sequences or wanted)
+        return max(1, min(most, fitting))
 
     def start(self, slot: int, like: int | None = None) -> None:
         """Have a slot hold nothing, or what slot ``like`` holds, for a new sequence."""
@@ -338,7 +343,7 @@ class LlamaContext:
         Fewer where the model's context is shorter.
         """
         count = max(1, min(count, int(native.llama_model_n_ctx_train(self.model.model))))
-        self.prepare(ContextShape(1, count, exact))
+        self.prepare(ContextShape(1, count, "f32" if exact else "f16"))
         spread = np.arange(1, count + 1, dtype=np.int64) * TOKEN_STRIDE % self.vocab_size
         positions, slots = np.arange(count, dtype=np.int32), np.zeros(count, dtype=np.int32)
         outputs = self.decode(spread.astype(np.int32), positions, slots, np.ones(count, np.bool_))
@@ -347,7 +352,7 @@ class LlamaContext:
 
     def speed(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
         """Measure prompt processing and generation of one sequence, both in tokens per second."""
-        self.prepare(ContextShape(1, prompt_tokens + new_tokens + 1, self.model.prefers_exact))
+        self.prepare(ContextShape(1, prompt_tokens + new_tokens + 1, self.model.cache))
         bos = max(0, int(native.llama_vocab_bos(self.model.vocab)))
         prompt = np.full(prompt_tokens, bos, dtype=np.int32)
         last = np.zeros(prompt_tokens, dtype=np.bool_)
@@ -380,6 +385,12 @@ class LlamaContext:
         if self._context is not None:
             native.llama_free(self._context)
             self._context = self._shape = self._taps = None
+
+
+def _own_cores() -> int:
+    """Cores for what the processor does beside a GPU: launchers give each process one thread."""
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(own, psutil.cpu_count(logical=False) or own) // local_place().world)
 
 
 def _view(pointer: object, shape: tuple[int, int]) -> NDArray[np.float32]:

@@ -25,7 +25,7 @@ LONG, SHORT = 33, 2
 # off, kernels that skip a few rows at least 50 times (docs/benchmarks.md).
 LEAST_ALLOWED_KL = 0.01
 ALLOWED_NOISE = 5.0
-REFERENCE = LoadOptions(processor_only=True, extra_buffers=False, mapped=True)
+REFERENCE = LoadOptions(extra_buffers=False, mapped=True)
 
 _log = logging.getLogger(__name__)
 

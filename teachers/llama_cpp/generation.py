@@ -82,13 +82,13 @@ class SequenceGenerator:
     def _steps(self) -> Iterator[int]:
         """Write all sequences to their ends; yields after each step how many it has finished."""
         context, partials, longest = self.context, self.partials, self.sampling.max_length
-        exact = context.model.prefers_exact
+        cache = context.model.cache
         prompts = [np.array(partial.tokens, dtype=np.int32) for partial in partials]
         shared = common_prefix(prompts)
-        extra = int(shared > 0)  # the slot that keeps the shared prefix
-        wanted = min(PARALLEL_SEQUENCES, len(partials)) + extra
-        parallel = max(1, context.parallel(wanted, longest, exact=exact) - extra)
-        context.prepare(ContextShape(parallel + extra, longest, exact, states=self.wanted.states))
+        wanted = min(PARALLEL_SEQUENCES, len(partials))
+        parallel = context.parallel(wanted, longest, cache, shared=shared > 0)
+        slots_needed = parallel + (shared > 0)  # one keeps the shared prefix
+        context.prepare(ContextShape(slots_needed, longest, cache, states=self.wanted.states))
         for _, outputs in decode_prefix(context, prompts[0][:shared], parallel):
             if self.wanted.reduce is not None:
                 self._prefix.append(self.wanted.reduce(as_answer(outputs)))

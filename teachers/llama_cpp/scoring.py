@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachers.base import Keep, whole_masks
-from teachers.llama_cpp.context import CACHE_STEP, ContextShape, LlamaContext, Outputs
+from teachers.llama_cpp.context import ContextShape, LlamaContext, Outputs
+from teachers.llama_cpp.sizes import CACHE_STEP
 from teachers.llama_cpp.wire import Arrays
 
 if TYPE_CHECKING:
@@ -167,13 +168,14 @@ class Scorer:
         own = self.lengths - self.prefix
         longest = int(self.lengths.max())
         unlimited = groups_of_like_length(own, context.batch_tokens, len(own))
-        exact = self.shape.exact or context.model.prefers_exact
-        extra = int(self.prefix > 0)  # the slot that keeps the shared prefix
-        wanted = max(len(group) for group in unlimited) + extra
-        parallel = max(1, context.parallel(wanted, longest, exact=exact) - extra)
+        cache = self.shape.cache or context.model.cache
+        shared = self.prefix > 0
+        wanted = max(len(group) for group in unlimited)
+        parallel = context.parallel(wanted, longest, cache, shared=shared)
         groups = groups_of_like_length(own, context.batch_tokens, parallel)
         tokens = -(-longest // CACHE_STEP) * CACHE_STEP
-        return replace(self.shape, sequences=parallel + extra, tokens=tokens, exact=exact), groups
+        shape = replace(self.shape, sequences=parallel + shared, tokens=tokens, cache=cache)
+        return shape, groups
 
     def _decoded(self, context: LlamaContext, group: list[int]) -> Iterator[tuple[int, Outputs]]:
         """Decode a group; yields rows and the position in its sequences at which they start."""

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from teachers.errors import SettingRefused
 from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.wire import Arrays, pack_ragged, read_frame, unpack_ragged, write_frame
 
@@ -81,7 +82,7 @@ class Server:
         try:
             from teachers.llama_cpp.context import LlamaModel
 
-            options = LoadOptions(**request["options"])
+            options = LoadOptions.from_json(request["options"])
             self.model = LlamaModel(request["path"], options, threads=request["threads"])
             return self.model.describe(), {}
         except AttributeError as error:
@@ -137,6 +138,9 @@ class Server:
 
         with ThreadPoolExecutor(len(contexts)) as pool:
             parts = list(pool.map(work, contexts, edges, edges[1:]))
+        if self.model.gpus:  # what comes next, training too, may need the cache's memory
+            for context in contexts:
+                context.release()
         sequences = [tokens for some, _ in parts for tokens in some]
         kept = {name: np.concatenate([rows[name] for _, rows in parts]) for name in parts[0][1]}
         return {}, pack_ragged(sequences, "tokens") | kept
@@ -170,7 +174,7 @@ class Server:
 
         recipe, bases = _recipe(request, arrays)
         shape = ContextShape(
-            1, 1, logits=recipe.needs_logits, states=recipe.needs_states, layers=recipe.layers
+            1, 1, "", logits=recipe.needs_logits, states=recipe.needs_states, layers=recipe.layers
         )
         threads = max(1, self.model.threads // self.model.scoring_contexts)
 
@@ -184,14 +188,14 @@ class Server:
     def states(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         from teachers.llama_cpp.context import ContextShape
 
-        exact, layers = request["exact"], tuple(request["layers"])
-        shape = ContextShape(1, 1, exact=exact, logits=False, states=True, layers=layers)
+        cache, layers = "f32" if request["exact"] else "", tuple(request["layers"])
+        shape = ContextShape(1, 1, cache, logits=False, states=True, layers=layers)
         return self._rows(shape, request, arrays)
 
     def logits(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         from teachers.llama_cpp.context import ContextShape
 
-        return self._rows(ContextShape(1, 1, exact=request["exact"]), request, arrays)
+        return self._rows(ContextShape(1, 1, "f32" if request["exact"] else ""), request, arrays)
 
     def _rows(self, shape: ContextShape, request: dict[str, Any], arrays: Arrays) -> Answer:
         from teachers.llama_cpp.scoring import Scorer, as_arrays
@@ -222,7 +226,9 @@ class Server:
                 operation = getattr(self, request.pop("operation"))
                 answer, answer_arrays = operation(request, arrays)
             except (RuntimeError, ValueError, MemoryError, OSError) as error:
-                write_frame(self.output, {"error": str(error) or type(error).__name__})
+                setting = isinstance(error, SettingRefused)
+                text = str(error) or type(error).__name__
+                write_frame(self.output, {"error": text, "setting": setting})
                 continue
             write_frame(self.output, answer, answer_arrays)
 

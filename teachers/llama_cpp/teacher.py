@@ -32,6 +32,7 @@ from teachers.gguf.file import GGUFFile, read_gguf, tokenizer_sha256
 from teachers.gguf.output import logit_rules, output_name, rounded_states
 from teachers.gguf.split import model_stem
 from teachers.llama_cpp.interrupts import uninterrupted
+from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.wire import Arrays, pack_ragged, unpack_ragged
 from teachers.llama_cpp.worker import Worker
 from teachers.names import one_line_name, ordinary_name
@@ -76,8 +77,11 @@ def _usual_threads() -> int:
 class GGUFTeacher(Teacher):
     """Runs a GGUF file through llama.cpp in a process of its own. Use as a context manager."""
 
-    def __init__(self, path: Path, *, gpu_layers: int = 0, threads: int | None = None) -> None:
-        """Check the file's header, then load it.
+    def __init__(
+        self, path: Path, options: LoadOptions | None = None, *, threads: int | None = None
+    ) -> None:
+        """Check the file's header, then load it; without ``options`` on the processor alone, as
+        whatever is to be exact needs it.
 
         Raises:
             TeacherFileError: the header is missing, damaged or not a language model's.
@@ -86,10 +90,9 @@ class GGUFTeacher(Teacher):
         """
         self.file: GGUFFile = read_gguf(path)
         self.threads = threads or _usual_threads()
-        self.gpu_layers = gpu_layers
-        types = {tensor.type.name for tensor in self.file.tensors.values()}
+        self.options = options or LoadOptions()
         path = self.file.path  # a split model's first part, which llama.cpp wants
-        self.worker = Worker(path, threads=self.threads, gpu_layers=gpu_layers, types=types)
+        self.worker = Worker(path, threads=self.threads, options=self.options, file=self.file)
         self.info = self._info()
 
     def _info(self) -> TeacherInfo:
@@ -120,9 +123,12 @@ class GGUFTeacher(Teacher):
 
     @property
     def runtime(self) -> str:
+        # Not which GPU or how large a batch, which move the last bits at most: processes of one
+        # launch differ in that.
+        cache = self.options.cache_type
         return (
             f"llama-cpp-python {version('llama-cpp-python')}, {self.threads} threads, "
-            f"gpu_layers {self.gpu_layers}"
+            f"gpu_layers {self.options.gpu_layers}" + (f", {cache} cache" if cache else "")
         )
 
     def memory(self) -> int:

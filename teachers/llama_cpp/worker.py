@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from teachers import example_teacher
 from teachers.errors import LibraryError, RequestRefused, TeacherError, WorkerDied
+from teachers.gguf.file import GGUFFile
 from teachers.gguf.split import model_bytes
 from teachers.llama_cpp.first_decode import REFERENCE, Failure, compare, try_first_decode, works
 from teachers.llama_cpp.library.build import unused_features
 from teachers.llama_cpp.library.check_record import CheckRecord, change_record, read_record
 from teachers.llama_cpp.library.kernels import LoadOptions
+from teachers.llama_cpp.sizes import shape_of
 from teachers.llama_cpp.wire import Arrays
 from teachers.llama_cpp.worker_process import HUNG_SECONDS, Answer, WorkerProcess
 
@@ -50,30 +52,35 @@ class Worker:
         path: Path,
         *,
         threads: int,
-        gpu_layers: int = 0,
-        types: Collection[str] = (),
+        options: LoadOptions | None = None,
+        file: GGUFFile | None = None,
         hung_seconds: float = HUNG_SECONDS,
         anew: bool = False,
     ) -> None:
         """Start llama.cpp and load the file.
 
-        ``types``: names of the file's tensor types, whose kernels are compared once.
-        ``hung_seconds``: see ``WorkerProcess``. ``anew``: check as if nothing was remembered.
+        ``file``: its header, by which the kernels of its tensor types are compared once, and
+        without which no GPU can be asked for. ``hung_seconds``: see ``WorkerProcess``. ``anew``:
+        check as if nothing was remembered.
 
         Raises:
-            TeacherError: llama.cpp cannot load it, or dies on it.
+            TeacherError: llama.cpp cannot load it, or dies on it; or it does not fit on the GPU.
             LibraryError: llama.cpp does not work on this machine.
         """
         self.path = path
         self.threads = threads
         self.hung_seconds = hung_seconds
-        self._types = frozenset(types)
+        tensors = file.tensors.values() if file else ()
+        self._types = frozenset(tensor.type.name for tensor in tensors)
         self._anew = anew
         self._known = CheckRecord() if anew else read_record()
         self._bytes = model_bytes(path)
-        self._options = LoadOptions(gpu_layers)
+        self._options = options or LoadOptions()
+        if self._options.gpu_layers:
+            assert file is not None
+            self._options = replace(self._options, shape=shape_of(file))
         if not self._known.allows_extra_buffers(self._bytes) or os.environ.get(PLAIN) == "1":
-            self._options = self._plain_options()
+            self._options = replace(self._options, extra_buffers=False)
         self._checked = False
         self._failed: TeacherError | LibraryError | None = None  # once nothing works
         self._process = self._first_process()
@@ -170,7 +177,7 @@ class Worker:
             if isinstance(process, WorkerProcess):
                 return process
             failure = process
-        other = self._plain_options()
+        other = replace(self._options, extra_buffers=False)
         if not self._options.extra_buffers or isinstance(process := self._tried(other), Failure):
             raise self._verdict(failure)
         self._options = other
@@ -185,12 +192,6 @@ class Worker:
         ):
             remember(lambda record: self._with_failure(record, failure))
         return process
-
-    def _plain_options(self) -> LoadOptions:
-        """Without extra buffers, nor a GPU that was not asked for, which can be at fault too."""
-        return replace(
-            self._options, extra_buffers=False, processor_only=self._options.gpu_layers == 0
-        )
 
     def _with_failure(self, record: CheckRecord, failure: Failure) -> CheckRecord:
         """The record with ``failure``; a possible want of memory concerns only files this large."""
@@ -218,7 +219,7 @@ class Worker:
 
     def _trial(self, process: WorkerProcess, options: LoadOptions) -> Failure | None:
         """Decode a few tokens, and compare new tensor types: why ``options`` cannot be used."""
-        gpus = process.description["gpus"] if options.gpu_layers else []
+        gpus = process.description["gpus"]
         device = f"{', '.join(gpus)}, {options.gpu_layers} layers: " if gpus else ""
         new = {device + name for name in self._types}
         if not self._anew:
@@ -277,7 +278,13 @@ class Worker:
         )
 
     def _pass_on_warnings(self) -> None:
-        """Log what llama.cpp warned of while it loaded the file, and what it was built without."""
+        """Log what llama.cpp warned of while it loaded the file, what it was built without, and
+        that it has no GPU, where one was asked for."""
+        if self._options.gpu_layers > 0 and not self.description["gpus"]:
+            warn_once(
+                f"gpu_layers = {self._options.gpu_layers} has no effect: llama.cpp sees no GPU "
+                "here, and computes on the processor. docs/gpu.md says how to build it for one"
+            )
         if unused := unused_features(self.description["built_with"]):
             warn_once(
                 f"llama.cpp was built without {', '.join(unused)}, which this processor has: "

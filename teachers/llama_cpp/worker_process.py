@@ -25,7 +25,14 @@ from typing import Any, BinaryIO, cast
 
 import psutil
 
-from teachers.errors import LibraryError, RequestRefused, WorkerDefect, WorkerDied, ending
+from teachers.errors import (
+    LibraryError,
+    RequestRefused,
+    SettingRefused,
+    WorkerDefect,
+    WorkerDied,
+    ending,
+)
 from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.wire import Arrays, read_frame, write_frame
 
@@ -128,6 +135,8 @@ class WorkerProcess:
                 "says how"
             )
         if "error" in message:
+            if message["setting"]:
+                raise SettingRefused(f"{self.path}: {message['error']}")
             raise RequestRefused(str(self.path), message["error"], self._last_words())
         return message, answer
 

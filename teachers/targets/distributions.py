@@ -41,7 +41,8 @@ class Answer:
     """A teacher's answer about N positions, as far as the recipe needs it.
 
     ``logits [N, V]``, ``states [N, D]`` (final hidden, after the last norm), ``layers``: output of
-    each chosen layer, ``[N, D]``; all float32.
+    each chosen layer, ``[N, D]``; all float32, where the teacher computed them: what is kept of
+    them is computed there too.
     """
 
     logits: Tensor | None = None
@@ -265,9 +266,9 @@ class CompactTargets(_Rows):
         targets = cls.from_logits(answer.logits, recipe.num_topk)
         ids = np.uint16 if targets.vocab_size <= TINY_VOCABULARY else np.int32
         return {
-            "topk_ids": targets.topk_ids.numpy().astype(ids),
-            "topk_logits": targets.topk_logits.clamp(min=-FLOAT16_MAX).half().numpy(),
-            "tail": targets.tail.numpy(),
+            "topk_ids": targets.topk_ids.cpu().numpy().astype(ids),
+            "topk_logits": targets.topk_logits.clamp(min=-FLOAT16_MAX).half().cpu().numpy(),
+            "tail": targets.tail.cpu().numpy(),
         }
 
     @classmethod
@@ -339,7 +340,7 @@ class HiddenTargets(_AllLogits):
         require_finite(answer.states)
         scale = (answer.states.abs().amax(dim=-1) / 127.0).clamp(min=1e-30)
         codes = (answer.states / scale[:, None]).round().to(torch.int8)
-        return {"hidden": codes.numpy(), "hidden_scale": scale.numpy()}
+        return {"hidden": codes.cpu().numpy(), "hidden_scale": scale.cpu().numpy()}
 
     @classmethod
     def from_arrays(
@@ -367,7 +368,7 @@ class DenseTargets(_AllLogits):
         """All logits, as they are stored."""
         assert answer.logits is not None
         require_finite(answer.logits)
-        return {"logits": answer.logits.numpy().copy()}
+        return {"logits": answer.logits.cpu().numpy().copy()}
 
     @classmethod
     def from_arrays(

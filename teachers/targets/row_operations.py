@@ -31,7 +31,7 @@ def tail_sums(logits: Tensor, origin: Tensor, ids: Tensor) -> Tensor:
     """
     scale = NODES[0] / math.log(2.0)
     sums = logits.new_empty(len(logits), len(NODES))
-    together = max(1, LOGITS_TOGETHER // logits.shape[-1])
+    together = _rows_together(logits)
     space = logits.new_empty(3, min(together, len(logits)), logits.shape[-1])
     for start in range(0, len(logits), together):
         rows = slice(start, start + together)
@@ -57,13 +57,13 @@ def topk(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     size = logits.shape[-1]
     columns = math.isqrt(size * count)  # as many maxima to choose from as there will be candidates
     depth = size // max(1, columns)
-    if depth < 2 or columns <= count:
+    if depth < 2 or columns <= count or logits.device.type != "cpu":
         values, ids = torch.topk(logits, count, dim=-1)
         return values, ids
     steps = torch.arange(depth, device=logits.device) * columns
     rest = torch.arange(depth * columns, size, device=logits.device)
     parts = []
-    together = max(1, LOGITS_TOGETHER // size)
+    together = _rows_together(logits)
     for start in range(0, len(logits), together):
         rows = logits[start : start + together]
         maxima = rows[:, : depth * columns].view(len(rows), depth, columns).amax(dim=1)
@@ -75,6 +75,12 @@ def topk(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if not parts:
         return logits.new_empty(0, count), logits.new_empty(0, count, dtype=torch.int64)
     return torch.cat([values for values, _ in parts]), torch.cat([ids for _, ids in parts])
+
+
+def _rows_together(logits: Tensor) -> int:
+    """How many rows of ``[N, V]`` to work on together: on a GPU, which has room for them, all."""
+    few = LOGITS_TOGETHER // logits.shape[-1] if logits.device.type == "cpu" else len(logits)
+    return max(1, few)
 
 
 def lagrange(points: tuple[float, ...], at: float) -> list[float]:

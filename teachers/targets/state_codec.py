@@ -63,6 +63,11 @@ class Basis:
         """Bytes of one encoded state, its scale not counted."""
         return self.wide + (len(self.ranges) - self.wide) // 2
 
+    def to(self, device: torch.device) -> Basis:
+        """The same basis on another device, where states are to be encoded."""
+        moved = (part.to(device) for part in (self.mean, self.encode, self.decode, self.ranges))
+        return Basis(*moved, self.wide)
+
     def arrays(self, name: str) -> Arrays:
         """The basis as named arrays, for a store or the worker."""
         return {
@@ -88,7 +93,7 @@ class Basis:
         The scale is 1 unless a strong coordinate is out of range, and at most ``MAX_SCALE``.
         """
         relative = (states - self.mean) @ self.encode / self.ranges
-        largest = torch.zeros(len(states))
+        largest = relative.new_zeros(len(states))
         if self.wide:
             largest = relative[:, : self.wide].abs().amax(dim=-1)
         # Slightly more where it is needed, so that float16 never rounds it below.
@@ -97,7 +102,8 @@ class Basis:
         wide = (relative[:, : self.wide] * 127.0).round().clamp(-127, 127).to(torch.int8)
         narrow = (relative[:, self.wide :] * 8.0).floor().clamp(-8, 7).to(torch.int16) + 8
         packed = (narrow[:, 0::2] * 16 + narrow[:, 1::2]).to(torch.uint8)
-        return torch.cat((wide.view(torch.uint8), packed), dim=-1).numpy(), scales.numpy()
+        codes = torch.cat((wide.view(torch.uint8), packed), dim=-1)
+        return codes.cpu().numpy(), scales.cpu().numpy()
 
     def coordinates(self, codes: NDArray[np.uint8], scales: NDArray[np.float16]) -> Tensor:
         """The rounded coordinates of encoded states, float32 ``[N, R]``."""

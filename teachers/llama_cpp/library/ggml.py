@@ -32,37 +32,55 @@ ggml_base = _load(
         "ggml_nbytes": (_SIZE, [_POINTER]),
         "ggml_backend_tensor_get": (None, [_POINTER, _POINTER, _SIZE, _SIZE]),
         "ggml_backend_dev_type": (ctypes.c_int, [_POINTER]),
+        "ggml_backend_dev_backend_reg": (_POINTER, [_POINTER]),
         "ggml_backend_dev_description": (ctypes.c_char_p, [_POINTER]),
         "ggml_backend_dev_memory": (None, [_POINTER, ctypes.POINTER(_SIZE), ctypes.POINTER(_SIZE)]),
     },
 )
 
 
-def devices() -> list[dict[str, Any]]:
-    """The GPUs that llama.cpp sees: their description, and free and total memory in bytes."""
+def gpu_devices() -> list[tuple[int, str]]:
+    """The GPUs that llama.cpp may use, as ggml's handle and description, in the order in which
+    settings number them; none is opened.
+
+    Those of one backend: another may see the same cards once more. Integrated ones only where there
+    are no others.
+    """
     registry = _load(
         "ggml",
         {"ggml_backend_dev_count": (_SIZE, []), "ggml_backend_dev_get": (_POINTER, [_SIZE])},
     )
-    result = []
-    for number in range(registry.ggml_backend_dev_count()):
-        device = registry.ggml_backend_dev_get(number)
-        if ggml_base.ggml_backend_dev_type(device) not in (GPU, INTEGRATED_GPU):
-            continue
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        ggml_base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-        name = ggml_base.ggml_backend_dev_description(device).decode("utf-8", errors="replace")
-        result.append({"name": name, "free_bytes": free.value, "total_bytes": total.value})
-    return result
+    found = [registry.ggml_backend_dev_get(n) for n in range(registry.ggml_backend_dev_count())]
+    kinds = {device: ggml_base.ggml_backend_dev_type(device) for device in found}
+    kind = GPU if GPU in kinds.values() else INTEGRATED_GPU
+    gpus = [device for device in found if kinds[device] == kind]
+    backends = [ggml_base.ggml_backend_dev_backend_reg(device) for device in gpus]
+    descriptions = [ggml_base.ggml_backend_dev_description(device) for device in gpus]
+    return [
+        (device, name.decode("utf-8", errors="replace"))
+        for device, backend, name in zip(gpus, backends, descriptions, strict=True)
+        if backend == backends[0]
+    ]
+
+
+def device_memory(device: int) -> tuple[int, int]:
+    """A GPU's free and total memory in bytes, 0 where it does not say; CUDA opens it for that."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    ggml_base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+    return free.value, total.value
 
 
 def describe_library() -> dict[str, Any]:
     """What the library was built with (``AVX2``, …) and the GPUs that it sees."""
     native.llama_backend_init()
+    devices = []
+    for device, name in gpu_devices():
+        free, total = device_memory(device)
+        devices.append({"name": name, "free_bytes": free, "total_bytes": total})
     return {
         "built_with": built_with(),
         "gpu": bool(native.llama_supports_gpu_offload()),
-        "devices": devices(),
+        "devices": devices,
     }
 
 
