@@ -22,6 +22,7 @@ from students.mapped_tensors import MappedTensors
 from teachers.base import Tokens
 from teachers.errors import TeacherError, WorkerDied
 from teachers.gguf.file import TeacherFileError
+from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.teacher_record import first_sequences
 
@@ -96,7 +97,7 @@ def _prove(
     lines, sums = held_out.lines, _Sums()
     try:
         # F32 weights are computed with as they lie in the file.
-        with GGUFTeacher(path, mapped=quant == "f32") as exported:
+        with GGUFTeacher(path, LoadOptions(mapped=quant == "f32")) as exported:
             scorer = llama_scorer(exported, exact=True)
             chosen = proof_sequences(held_out.sequences, exported.info.vocab_size)
             for tokens, reference in zip(chosen, expected, strict=True):
