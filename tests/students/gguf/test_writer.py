@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from distill.capture.tokenizer_only import tokenizer_entries
 from distill.config.schema import Quant
 from distill.errors import ProofFailed
-from distill.export.export import Export, Proofs, export_proved
 from distill.evaluation.scorers import student_scorer
+from distill.export.export import Export, Proofs, export_proved
 from distill.export.proof import answers, proof_sequences, prove
 from distill.runs.folder import HeldOut
 from distill.runs.proof_record import Proof
