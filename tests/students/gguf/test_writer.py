@@ -21,6 +21,7 @@ from distill.runs.proof_record import Proof
 from students.gguf.architectures import from_gguf_name
 from students.gguf.metadata import ExportError, ExportNames
 from students.gguf.writer import write_gguf
+from students.mapped_tensors import MappedTensors
 from students.model.build import build_student, student_config
 from students.model.config import SO8TConfig
 from students.model.decoder import SO8TForCausalLM
