@@ -43,14 +43,16 @@ class Snapshot:
     extra: Any
     information: float | None
     losses: dict[str, Any] | None
+    copied: Any  # the event after which a GPU has copied it; ``None`` on a CPU
 
 
 class Keeper:
     """Takes snapshots and keeps the newest ``count``.
 
     Each holds trained weights, buffers and optimizer state in main memory: with Adam three times
-    the weights. Each process keeps its part of what FSDP has sharded. An optimizer with parameters
-    that are not the model's is refused (``ValueError``).
+    the weights. A GPU copies them by itself while the processor goes on. Each process keeps its
+    part of what FSDP has sharded. An optimizer with parameters that are not the model's is refused
+    (``ValueError``).
     """
 
     def __init__(
@@ -103,15 +105,25 @@ class Keeper:
             None if self.extra is None else self.extra.save(),
             information,
             losses,
+            self._event(),
         )
         self.kept.append(snapshot)
+
+    def _event(self) -> Any:
+        """What to wait for until the copies just begun are there."""
+        device = self.weights[0].device if self.weights else torch.device("cpu")
+        if device.type == "cpu":
+            return None
+        event = torch.get_device_module(device).Event()
+        event.record()
+        return event
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
         """Restore a snapshot, and drop those taken after it."""
+        self.restore_buffers(snapshot)
         for weight, saved in zip(self.weights, snapshot.weights, strict=True):
             local(weight).copy_(saved)
-        self.restore_buffers(snapshot)
         for weight, moments in zip(self.weights, snapshot.moments, strict=True):
             self._restore_moments(weight, moments)
         for group, settings in zip(self.optimizer.param_groups, snapshot.groups, strict=True):
@@ -128,6 +140,8 @@ class Keeper:
     @torch.no_grad()
     def restore_buffers(self, snapshot: Snapshot) -> None:
         """Restore only the buffers (running averages, which a forward pass changes)."""
+        if snapshot.copied is not None:
+            snapshot.copied.synchronize()
         for buffer, saved in zip(self.model.buffers(), snapshot.buffers, strict=True):
             local(buffer).copy_(saved)
 
@@ -145,7 +159,11 @@ class Keeper:
 
 
 def _copied(value: Any) -> Any:
-    """A copy, in main memory; of a tensor only the local part."""
+    """A copy, in main memory; of a tensor only the local part.
+
+    From a GPU it is there after the event that is recorded next. PyTorch lets it have memory that
+    stays in place, which a GPU can write to by itself.
+    """
     if isinstance(value, Tensor):
-        return local(value.detach()).to("cpu", copy=True)
+        return local(value.detach()).to("cpu", copy=True, non_blocking=True)
     return copy.deepcopy(value)

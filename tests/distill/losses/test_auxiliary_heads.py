@@ -20,12 +20,11 @@ from distill.heads.prompts import SafetyPrompt
 from distill.losses import chunked_lm_head
 from distill.losses.auxiliary_heads import (
     BODY_GRADIENT,
-    VERIFICATION_STRIDE,
     VerificationTargets,
     safety_loss,
     verification_loss,
 )
-from distill.losses.batch import Prompts
+from distill.losses.batch import VERIFICATION_STRIDE, Prompts
 from distill.losses.objective import Objective
 from distill.training.data import TrainingData, micro_batches
 from distill.training.engine import TrainingJob, train
