@@ -50,7 +50,7 @@ def is_held(folder: Path) -> bool:
     return False
 
 
-def write_whole(path: Path, data: bytes | Iterable[bytes]) -> None:
+def write_whole(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
     """Write a file, in one piece or several, so that it appears complete or not at all, also when
     the machine stops."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -46,7 +46,7 @@ def _snapshots(config: RunConfig) -> int:
 
 
 @dataclass(frozen=True)
-class AdapterTraining:
+class TrainingSettings:
     """What the estimate depends on beside the base's own shape.
 
     ``load_dtype``: of the base's embeddings, norms and biases, and of its matrices unless
@@ -95,7 +95,7 @@ class AdapterTraining:
 
 
 @dataclass(frozen=True)
-class AdapterMemory:
+class TrainingMemory:
     """Bytes, by what they are for; see ``estimate``.
 
     ``snapshots`` lie in main memory. ``base_numbers`` and ``trained_numbers`` count parameters.
@@ -205,7 +205,7 @@ def _shape(base: Any, vocab_size: int) -> _Shape:
     )
 
 
-def estimate(base: Any, training: AdapterTraining) -> AdapterMemory:
+def estimate(base: Any, training: TrainingSettings) -> TrainingMemory:
     """Bytes that training an adapted student takes, from its base's ``transformers`` configuration.
 
     - base: matrices of layers at the load dtype, or in NF4 (half a byte, and a scale for 64
@@ -237,7 +237,7 @@ def estimate(base: Any, training: AdapterTraining) -> AdapterMemory:
         trained += VERIFICATION_UNITS * (shape.width + 2) + 1 + 2
     starts, frequencies = 4 * shape.gates, 4 * shape.head_width  # buffers
     kept = SNAPSHOT_COPIES * 4 * trained + starts + frequencies
-    return AdapterMemory(
+    return TrainingMemory(
         base=_base_bytes(shape, training),
         adapters=4 * trained + starts,
         gradients=4 * trained,
@@ -252,7 +252,7 @@ def estimate(base: Any, training: AdapterTraining) -> AdapterMemory:
     )
 
 
-def _base_bytes(shape: _Shape, training: AdapterTraining) -> int:
+def _base_bytes(shape: _Shape, training: TrainingSettings) -> int:
     if not training.load_in_4bit:
         return shape.numbers * training.load_bytes
     matrices = [rows * columns for rows, columns in shape.matrices]
@@ -268,7 +268,7 @@ def _nf4_bytes(numbers: int, double: bool) -> int:
     return -(-numbers // 2) + scales + NF4_TABLES
 
 
-def _activations(shape: _Shape, training: AdapterTraining) -> int:
+def _activations(shape: _Shape, training: TrainingSettings) -> int:
     tokens = training.tokens + training.prompt_tokens
     last = tokens * (4 * (shape.width + 1) + shape.width * training.load_bytes)
     around = last + shape.gates * (8 + 3 * 4)
@@ -282,7 +282,7 @@ def _activations(shape: _Shape, training: AdapterTraining) -> int:
     return around + _layer_activations(shape, training, largest)
 
 
-def _layer_activations(shape: _Shape, training: AdapterTraining, tokens: int) -> int:
+def _layer_activations(shape: _Shape, training: TrainingSettings, tokens: int) -> int:
     """What one layer keeps of its forward pass, in bytes.
 
     For each token: norms 2·(D + 1) float32 (and A + H + K·W + K where queries and keys have norms);
@@ -314,14 +314,14 @@ def _layer_activations(shape: _Shape, training: AdapterTraining, tokens: int) ->
     return tokens * each + narrowed
 
 
-def _temporary(shape: _Shape, training: AdapterTraining) -> int:
+def _temporary(shape: _Shape, training: TrainingSettings) -> int:
     gradients = training.tokens * (3 * shape.feed_forward + 2 * shape.width) * training.base_bytes
     if not training.load_in_4bit:
         return gradients
     return gradients + max(rows * columns for rows, columns in shape.matrices) * training.base_bytes
 
 
-def _loss(shape: _Shape, training: AdapterTraining) -> int:
+def _loss(shape: _Shape, training: TrainingSettings) -> int:
     tokens, vocab = training.tokens, training.vocab_size
     wide, narrow = training.load_bytes, training.base_bytes
     chunk = (
@@ -333,7 +333,7 @@ def _loss(shape: _Shape, training: AdapterTraining) -> int:
 
 def memory_of(
     base: Any, config: RunConfig, vocab_size: int, device: torch.device | None = None
-) -> AdapterMemory:
+) -> TrainingMemory:
     """The estimate for a run's settings; ``base``: the ``transformers`` configuration of
     ``config.student.base``.
 
@@ -353,7 +353,7 @@ def memory_of(
         together = max(1, train.batch_tokens // length)
     return estimate(
         base,
-        AdapterTraining(
+        TrainingSettings(
             vocab_size=vocab_size,
             rank=student.lora_rank,
             dropout=student.lora_dropout,
@@ -373,7 +373,7 @@ def memory_of(
     )
 
 
-def memory_rows(memory: AdapterMemory) -> list[tuple[str, str]]:
+def memory_rows(memory: TrainingMemory) -> list[tuple[str, str]]:
     """The estimate as rows of a table."""
     rows = [
         ("base weights", memory.base),

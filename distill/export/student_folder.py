@@ -7,7 +7,6 @@ from dataclasses import asdict, fields
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +26,7 @@ from teachers.gguf.file import read_gguf, tokenizer_fields
 
 ADAPTER = "adapter.json"
 WEIGHTS = "model.safetensors"
+WRITTEN_BY_PYTORCH = {"format": "pt"}  # transformers asks for it
 
 
 def save_student(
@@ -55,7 +55,8 @@ def save_student(
             if generation is not None:
                 generation.save_pretrained(temporary)
         # Not save_pretrained's own writer: its errors do not say that the disk is full.
-        write_whole(temporary / WEIGHTS, as_safetensors(plain_weights(student), torch.float32))
+        weights = as_safetensors(plain_weights(student), metadata=WRITTEN_BY_PYTORCH)
+        write_whole(temporary / WEIGHTS, weights)
         write_tokenizer(temporary / folder.tokenizer.name, tokenizer, name)
         content = json.dumps(lineage.to_json(), indent=2, ensure_ascii=False) + "\n"
         write_whole(temporary / LINEAGE, content.encode())

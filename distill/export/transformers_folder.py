@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import PreTrainedModel
 
-from distill.export.student_folder import WEIGHTS
+from distill.export.student_folder import WEIGHTS, WRITTEN_BY_PYTORCH
 from distill.export.transformers_tokenizer import write_plain_tokenizer
 from distill.runtime.files import whole_folder
 from students.model.decoder import SO8TForCausalLM
@@ -98,7 +98,7 @@ def save_plain(
         plan = split_torch_state_dict_into_shards(state, max_shard_size=SHARD_BYTES)
         for file, names in plan.filename_to_tensors.items():
             part = {key: state[key] for key in names}
-            write_whole(temporary / file, as_safetensors(part, dtype))
+            write_whole(temporary / file, as_safetensors(part, dtype, WRITTEN_BY_PYTORCH))
             size += (temporary / file).stat().st_size
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 
 from distill.config.schema import RunConfig
@@ -84,7 +83,7 @@ def begin(
             student = student_from_teacher(
                 shape, read_gguf(gguf), sequences, config.seed, stage.update
             )
-            write_whole(kept, as_safetensors(plain_weights(student), torch.float32))
+            write_whole(kept, as_safetensors(plain_weights(student)))
             stage.finish("the student begins at the teacher's weights")
     launch.wait()
     if not _restore(student, kept):

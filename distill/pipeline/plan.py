@@ -11,7 +11,7 @@ from distill.base_models.base_model import load_base_student
 from distill.base_models.memory_advice import how_to_fit, how_to_fit_new
 from distill.base_models.memory_check import available_memory, describe_base
 from distill.base_models.memory_estimate import (
-    AdapterMemory,
+    TrainingMemory,
     memory_of,
     memory_rows,
     snapshot_bytes,
@@ -273,7 +273,7 @@ def _rows_of_shape(shape: SO8TConfig, info: TeacherInfo) -> list[tuple[str, str]
     ]
 
 
-def _rows_of_base(resolved: Resolved, memory: AdapterMemory) -> list[tuple[str, str]]:
+def _rows_of_base(resolved: Resolved, memory: TrainingMemory) -> list[tuple[str, str]]:
     """The student that is made of a base, and its memory by purpose, as rows of a table."""
     base, config = resolved.base, resolved.config
     assert base is not None

@@ -21,8 +21,8 @@ from transformers import BitsAndBytesConfig
 from distill.base_models.memory_advice import NOTHING_FITS, how_to_fit
 from distill.base_models.memory_estimate import (
     LOGITS_COPIES,
-    AdapterMemory,
-    AdapterTraining,
+    TrainingMemory,
+    TrainingSettings,
     estimate,
     memory_of,
     memory_rows,
@@ -79,7 +79,7 @@ def student_of(config: Any, quant: str, folder: Path, dtype: torch.dtype) -> Ada
     return adapt(base, settings, VOCAB, seed=0, safety_head=True, verification_head=True).train()
 
 
-def training_of(quant: str, dtype: torch.dtype, **changes: Any) -> AdapterTraining:
+def training_of(quant: str, dtype: torch.dtype, **changes: Any) -> TrainingSettings:
     known = {
         "vocab_size": VOCAB,
         "rank": RANK,
@@ -89,7 +89,7 @@ def training_of(quant: str, dtype: torch.dtype, **changes: Any) -> AdapterTraini
         "safety_head": True,
         "verification_head": True,
     }
-    return AdapterTraining(**(known | changes))
+    return TrainingSettings(**(known | changes))
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
@@ -187,7 +187,7 @@ class Case(NamedTuple):
             return nullcontext()
         return torch.autocast("cpu", self.autocast)
 
-    def estimate(self, config: Any, tokens: Tensor, checkpointing: bool) -> AdapterMemory:
+    def estimate(self, config: Any, tokens: Tensor, checkpointing: bool) -> TrainingMemory:
         """Of a step with a batch of ``tokens``."""
         sequences, length = tokens.shape
         batch = {"sequences": sequences, "length": length, "checkpointing": checkpointing}
@@ -283,7 +283,7 @@ def test_dropout_keeps_more() -> None:
     assert with_it.base == without.base
 
 
-def phi(**changes: Any) -> AdapterMemory:
+def phi(**changes: Any) -> TrainingMemory:
     config = transformers.Phi3Config(**PHI_3_5_MINI)
     known: dict[str, Any] = {
         "vocab_size": 32064,
@@ -293,7 +293,7 @@ def phi(**changes: Any) -> AdapterMemory:
         "sequences": 16,
         "on_cpu": False,
     }
-    return estimate(config, AdapterTraining(**(known | changes)))
+    return estimate(config, TrainingSettings(**(known | changes)))
 
 
 def test_phi_3_5_mini_in_nf4_by_hand() -> None:
@@ -342,7 +342,7 @@ def run_config(**tree: Any) -> RunConfig:
 def test_a_runs_settings_are_taken() -> None:
     config = config_of("llama")
 
-    def memory(vocab_size: int = VOCAB, device: torch.device = CPU, **tree: Any) -> AdapterMemory:
+    def memory(vocab_size: int = VOCAB, device: torch.device = CPU, **tree: Any) -> TrainingMemory:
         return memory_of(config, run_config(**tree), vocab_size, device)
 
     first = memory()
