@@ -47,7 +47,7 @@ class MappedTensors:
         start = -(-self._file.seek(0, 2) // ALIGNMENT) * ALIGNMENT
         self._file.seek(start)
         try:
-            self._file.write(values.flatten().view(torch.uint8).numpy())
+            self._file.write(values.flatten().view(torch.uint8).numpy().data)
             self._file.flush()
         except OSError as error:
             error.filename = error.filename or str(self._folder)  # a failing write() does not say

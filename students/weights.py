@@ -94,4 +94,4 @@ def as_safetensors(
     yield len(text).to_bytes(8, "little") + text
     for name in names:
         values = weights[name].detach().to("cpu", stored(name)).contiguous()
-        yield memoryview(values.flatten().view(torch.uint8).numpy())
+        yield values.flatten().view(torch.uint8).numpy().data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+import psutil
 import torch
 from accelerate import PartialState
 
@@ -31,6 +32,23 @@ def choose_precision(config: TrainConfig, width: int, device: torch.device) -> s
         )
         return "bf16" if fast else "fp32"
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def device_memory(device: torch.device) -> tuple[int, str]:
+    """Bytes of memory that a device has, and its name; of the processor main memory."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().total, "this machine"
+    facts = torch.get_device_module(device).get_device_properties(device)
+    return facts.total_memory, getattr(facts, "name", str(device))
+
+
+def free_device_memory(device: torch.device) -> int:
+    """Bytes that a device has left for all processes; 0 where it does not say, and of the
+    processor."""
+    if device.type == "cpu":
+        return 0
+    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return 0 if ask is None else int(ask(device)[0])
 
 
 def release_memory(device: torch.device) -> None:
