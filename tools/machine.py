@@ -3,7 +3,6 @@ threads, peak memory."""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
@@ -11,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import psutil
 import torch
 
+from distill.runtime.cpu import return_freed_memory
 from teachers.llama_cpp.library.build import processor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,7 +118,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         torch.cuda.synchronize()
         peak.most = torch.cuda.max_memory_allocated()
         return
-    _return_freed_memory()
+    return_freed_memory()  # else a block could use it without being seen to
     peak.before = peak.most = psutil.Process().memory_info().rss
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -153,11 +153,3 @@ def _sampled(peak: Peak) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-
-
-def _return_freed_memory() -> None:
-    """Give back what the C library keeps of freed memory, else a block could use it without
-    being seen to."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)

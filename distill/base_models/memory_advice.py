@@ -5,42 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
-
-from distill.base_models.memory_estimate import memory_of, snapshot_bytes
 from distill.config.schema import USUAL_LENGTH, RunConfig
 from distill.runtime.format import human_bytes
 
 LEAST_RANK, LEAST_LENGTH = 4, 64
-NOTHING_FITS = "no change makes it fit; choose a smaller base"
 
 
-def how_to_fit(
-    limit: int, base: Any, config: RunConfig, vocab_size: int, device: torch.device | None = None
-) -> list[str]:
+def how_to_fit(limit: int, config: RunConfig, total: Callable[[RunConfig], int]) -> list[str]:
     """Changes of settings that together make training fit into ``limit`` bytes, those that harm
     least first; empty where it fits as it is.
 
-    Each says what it saves beside those before it. Where all of them do not suffice, the last line
-    says so. Arguments otherwise as for ``memory_of``.
+    ``total``: what training takes with some settings. Each line says what it saves beside those
+    before it. Where all of them do not suffice, the last line says so.
     """
     lines: list[str] = []
-    needed = memory_of(base, config, vocab_size, device).total
+    needed = total(config)
     for ways in _CHANGES:
         if needed <= limit:
             return lines
         least, setting, best = needed, "", config
         for text, changed in ways(config):
-            total = memory_of(base, changed, vocab_size, device).total
-            if total < least:
-                least, setting, best = total, text, changed
-            if total <= limit:
+            size = total(changed)
+            if size < least:
+                least, setting, best = size, text, changed
+            if size <= limit:
                 break
         if least < needed:
             saved = human_bytes(needed - least)
             lines.append(f"{setting} saves {saved} (then {human_bytes(least)})")
         needed, config = least, best
-    return lines if needed <= limit else [*lines, NOTHING_FITS]
+    if needed <= limit:
+        return lines
+    smaller = "base" if config.student.base is not None else "--student-size"
+    return [*lines, f"no change makes it fit; choose a smaller {smaller}"]
 
 
 Ways = Iterator[tuple[str, RunConfig]]
@@ -66,12 +63,12 @@ def _snapshots(config: RunConfig) -> Ways:
 
 
 def _four_bits(config: RunConfig) -> Ways:
-    if not config.student.load_in_4bit:
+    if config.student.base is not None and not config.student.load_in_4bit:
         yield _changed(config, "student", load_in_4bit=True)
 
 
 def _rank(config: RunConfig) -> Ways:
-    rank = config.student.lora_rank
+    rank = config.student.lora_rank if config.student.base is not None else LEAST_RANK
     while rank > LEAST_RANK:
         rank = max(rank // 2, LEAST_RANK)
         yield _changed(config, "student", lora_rank=rank)
@@ -101,19 +98,3 @@ def _changed(config: RunConfig, section: str, **values: Any) -> tuple[str, RunCo
     return text, config.model_copy(
         update={section: getattr(config, section).model_copy(update=values)}
     )
-
-
-def how_to_fit_new(config: RunConfig, parameters: int) -> list[str]:
-    """The same for a new student of so many parameters, without what is not measured."""
-    ways, guard = [], config.train.guard
-    saved = snapshot_bytes(config, parameters) * (guard.snapshots - 1) // guard.snapshots
-    if saved:
-        ways.append(f"train.guard.snapshots=1 saves {human_bytes(saved)}")
-    if not config.train.gradient_checkpointing:
-        ways.append(
-            "train.gradient_checkpointing=true keeps the input of each layer only, for a third "
-            "more time"
-        )
-    if config.train.accumulation < config.train.batch_size:
-        ways.append(f"train.accumulation={config.train.batch_size} computes one sequence at a time")
-    return [*ways, "a smaller --student-size"]

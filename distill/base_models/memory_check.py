@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import psutil
-import torch
 
 from distill.base_models.base_model import Base
 from distill.base_models.memory_advice import how_to_fit
-from distill.base_models.memory_estimate import memory_of
+from distill.base_models.memory_estimate import TrainingMemory, memory_of
 from distill.config.schema import USUAL_LENGTH, RunConfig
 from distill.errors import UserError
-from distill.runtime.device import training_device
+from distill.runtime.device import device_memory, training_device
 from distill.runtime.format import human_bytes, human_count
 from distill.runtime.progress import Console
 from students.gguf.architectures import architecture_of
@@ -37,20 +38,15 @@ def describe_base(base: Base, config: RunConfig, vocab_size: int, console: Conso
         )
 
 
-def judge_base(
-    base: Base, config: RunConfig, vocab_size: int, longest: int, console: Console
-) -> None:
+def judge_base(base: Base, config: RunConfig, vocab_size: int, console: Console) -> None:
     """Print how large the student is, before anything of that size is allocated, and see that
-    training fits into this machine, merging into main memory, and sequences into the base's
-    window. ``longest``: tokens of a sequence.
+    training fits into memory, and sequences of ``data.max_length`` into the base's window.
 
     Raises:
         UserError: one of them does not; names what would.
     """
-    data = config.data.model_copy(update={"max_length": longest})
-    config = config.model_copy(update={"data": data})
+    longest = config.data.max_length or USUAL_LENGTH
     describe_base(base, config, vocab_size, console)
-    memory = memory_of(base.config, config, vocab_size)
     window = getattr(base.config, "sliding_window", None)
     ignored = architecture_of(base.config).ignores_window
     if ignored and window is not None and window < longest:
@@ -59,24 +55,51 @@ def judge_base(
             f"not do for {base.config.model_type}; sequences have up to {longest}; set "
             f"data.max_length={window} or less"
         )
-    main = psutil.virtual_memory().total
-    if memory.at_the_end > main:
-        raise UserError(
-            f"merging {base.folder.path} at the end takes about {human_bytes(memory.at_the_end)} "
-            f"of main memory, this machine has {human_bytes(main)}; choose a smaller base"
-        )
-    limit, where = available_memory()
+    require_fit(
+        f"training {base.folder.path}",
+        config,
+        lambda settings: memory_of(base.config, settings, vocab_size),
+    )
+
+
+def require_fit(
+    what: str, config: RunConfig, memory_with: Callable[[RunConfig], TrainingMemory]
+) -> None:
+    """See that ``what`` fits where it trains, and beside that the guard's snapshots into main
+    memory. ``memory_with``: the estimate for some settings.
+
+    Raises:
+        UserError: it does not; names the device, and what would make it fit.
+    """
+    memory = memory_with(config)
+    limit, where = device_memory(training_device())
     if memory.total > limit:
-        ways = how_to_fit(limit, base.config, config, vocab_size)
+        ways = how_to_fit(limit, config, lambda settings: memory_with(settings).total)
         raise UserError(
-            f"training {base.folder.path} takes about {human_bytes(memory.total)}, {where} has "
-            f"{human_bytes(limit)}: {'; '.join(ways)}"
+            f"{what} takes about {human_bytes(memory.total)}, {where} has {human_bytes(limit)}: "
+            f"{'; '.join(ways)}"
+        )
+    main = psutil.virtual_memory().total
+    if not memory.on_cpu and memory.snapshots > main:
+        raise UserError(
+            f"{what} keeps {human_bytes(memory.snapshots)} of the guard's snapshots in main "
+            f"memory, this machine has {human_bytes(main)}; set train.guard.snapshots=1, or choose "
+            "a smaller student"
         )
 
 
-def available_memory() -> tuple[int, str]:
-    """Bytes of memory where this process trains, and what has them."""
-    device = training_device()
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory, "this GPU"
-    return psutil.virtual_memory().total, "this machine"
+def memory_rows(memory: TrainingMemory) -> list[tuple[str, str]]:
+    """The estimate as rows of a table."""
+    rows = [
+        ("base weights", memory.base),
+        ("LoRA, gates and heads" if memory.base else "weights", memory.trained),
+        ("gradients", memory.gradients),
+        ("optimizer's moments", memory.moments),
+        ("activations", memory.activations),
+        ("temporary", memory.temporary),
+        ("loss", memory.loss),
+    ]
+    kept = ("guard's snapshots (main memory)", memory.snapshots)
+    total = ("together", memory.total)
+    rows += [kept, total] if memory.on_cpu else [total, kept]
+    return [(name, human_bytes(size)) for name, size in rows if size]

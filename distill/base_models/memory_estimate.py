@@ -12,22 +12,25 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from distill.config.schema import USUAL_LENGTH, RunConfig
+from distill.config.schema import USUAL_LENGTH, RunConfig, TargetsConfig
 from distill.losses.chunked_lm_head import LOGITS_BYTES, chunk_size, logits_bytes
 from distill.runtime.device import base_dtype, choose_precision
-from distill.runtime.format import human_bytes
 from students.gguf.architectures import architecture_of
 from students.gguf.config_values import head_width
 from students.model.head_decisions import DECISIONS
 from students.model.heads import VERIFICATION_UNITS
 from students.model.shape import GROUP, PARAMETERS_PER_BLOCK
+from teachers.targets.recipe import default_sketch_bytes
 
 NF4_BLOCK = 64  # numbers that share a scale
 SCALE_BLOCK = 256  # scales that share a scale, with double quantization
 NF4_TABLES, SCALE_TABLES = 4 * 16, 4 * 256 + 4  # bytes for each matrix
+DIRECTIONS = 1.5  # of a sketch, for each of its bytes, where it is not fitted yet
 LOGITS_COPIES = 5  # float32 buffers of a chunk: logits, the teacher's, and those of the losses
 PROMPT_TOKENS = 64  # of one of the safety head's prompts, roughly
 SNAPSHOT_COPIES = 3  # weights and two moments
+# Of a number of a matrix that is merged: float64 twice, float32; of a table, which is only checked.
+MERGED_BYTES, TABLE_BYTES = 20, 9
 TRAINING_COPIES = 4  # float32 weights, gradients and two moments: the very least
 
 
@@ -46,14 +49,14 @@ def _snapshots(config: RunConfig) -> int:
 
 
 @dataclass(frozen=True)
-class AdapterTraining:
+class TrainingSettings:
     """What the estimate depends on beside the base's own shape.
 
     ``load_dtype``: of the base's embeddings, norms and biases, and of its matrices unless
     ``load_in_4bit``. ``autocast``: the narrow dtype, or none. ``sequences`` of at most ``length``
     tokens make a micro-batch; ``prompt_tokens`` are the safety head's beside them. ``vocab_size``:
     the teacher's. ``on_cpu``: main memory is all there is. ``logits_bytes``: of a chunk of logits
-    at most.
+    at most. ``head_columns``: of the matrix that makes logits of the sketches of compact targets.
     """
 
     vocab_size: int
@@ -72,6 +75,7 @@ class AdapterTraining:
     verification_head: bool = False
     on_cpu: bool = True
     logits_bytes: int = LOGITS_BYTES
+    head_columns: int = 0
 
     @property
     def tokens(self) -> int:
@@ -95,36 +99,34 @@ class AdapterTraining:
 
 
 @dataclass(frozen=True)
-class AdapterMemory:
-    """Bytes, by what they are for; see ``estimate``.
+class TrainingMemory:
+    """Bytes, by what they are for; see ``estimate``, and ``new_student_memory`` of a new student.
 
-    ``snapshots`` lie in main memory. ``base_numbers`` and ``trained_numbers`` count parameters.
+    ``snapshots`` lie in main memory. ``merging``: main memory of making one plain matrix, at the
+    end. ``base_numbers`` and ``trained_numbers`` count parameters, ``largest`` those of the largest
+    matrix.
     """
 
     base: int
-    adapters: int
+    trained: int
     gradients: int
     moments: int
     activations: int
     temporary: int
     loss: int
     snapshots: int
+    merging: int
     base_numbers: int
     trained_numbers: int
+    largest: int
     on_cpu: bool
-
-    @property
-    def at_the_end(self) -> int:
-        """Main memory when LoRA is merged: a float32 model, beside the base where that is in
-        main memory too."""
-        return 4 * self.base_numbers + (self.base if self.on_cpu else 0)
 
     @property
     def total(self) -> int:
         """All that has to fit where it trains: on a CPU with the guard's snapshots, elsewhere
         without."""
         computing = self.activations + self.temporary + self.loss
-        kept = self.base + self.adapters + self.gradients + self.moments
+        kept = self.base + self.trained + self.gradients + self.moments
         return kept + computing + (self.snapshots if self.on_cpu else 0)
 
 
@@ -205,7 +207,7 @@ def _shape(base: Any, vocab_size: int) -> _Shape:
     )
 
 
-def estimate(base: Any, training: AdapterTraining) -> AdapterMemory:
+def estimate(base: Any, training: TrainingSettings) -> TrainingMemory:
     """Bytes that training an adapted student takes, from its base's ``transformers`` configuration.
 
     - base: matrices of layers at the load dtype, or in NF4 (half a byte, and a scale for 64
@@ -222,7 +224,7 @@ def estimate(base: Any, training: AdapterTraining) -> AdapterMemory:
       part, 3·I + 2·D for each token, and the largest matrix as unpacked from NF4.
     - loss: a chunk of logits (``distill.losses.chunked_lm_head.chunk_size``) in ``LOGITS_COPIES``
       float32 buffers and once narrow; the last states and their gradient, n·D each; narrow copies
-      of states and matrix where they were not narrow.
+      of states and matrix where they were not narrow; the matrix of the teacher's sketches.
 
     Not in it: what CUDA and its libraries take for themselves, projectors of the hidden-state loss,
     keys and values while a student writes. Attention keeps no matrix of tokens × tokens (PyTorch's
@@ -231,28 +233,35 @@ def estimate(base: Any, training: AdapterTraining) -> AdapterMemory:
     shape = _shape(base, training.vocab_size)
     blocks = shape.layers * shape.attention // GROUP
     trained = shape.lora(training.rank) + 2 * blocks * PARAMETERS_PER_BLOCK
-    if training.safety_head:
-        trained += len(DECISIONS) * (shape.width + 1)
-    if training.verification_head:
-        trained += VERIFICATION_UNITS * (shape.width + 2) + 1 + 2
+    trained += head_numbers(shape.width, training)
     starts, frequencies = 4 * shape.gates, 4 * shape.head_width  # buffers
     kept = SNAPSHOT_COPIES * 4 * trained + starts + frequencies
-    return AdapterMemory(
+    largest = max(rows * columns for rows, columns in shape.matrices)
+    table = shape.rows * shape.width
+    return TrainingMemory(
         base=_base_bytes(shape, training),
-        adapters=4 * trained + starts,
+        trained=4 * trained + starts,
         gradients=4 * trained,
         moments=8 * trained,
         activations=_activations(shape, training),
         temporary=_temporary(shape, training),
-        loss=_loss(shape, training),
+        loss=loss_bytes(shape.width, training),
         snapshots=training.snapshots * kept,
+        merging=max(MERGED_BYTES * largest, TABLE_BYTES * table),
         base_numbers=shape.numbers,
         trained_numbers=trained,
+        largest=max(largest, table),
         on_cpu=training.on_cpu,
     )
 
 
-def _base_bytes(shape: _Shape, training: AdapterTraining) -> int:
+def head_numbers(width: int, training: TrainingSettings) -> int:
+    """Parameters of the heads of a student of ``width``."""
+    safety = len(DECISIONS) * (width + 1) if training.safety_head else 0
+    return safety + (VERIFICATION_UNITS * (width + 2) + 3 if training.verification_head else 0)
+
+
+def _base_bytes(shape: _Shape, training: TrainingSettings) -> int:
     if not training.load_in_4bit:
         return shape.numbers * training.load_bytes
     matrices = [rows * columns for rows, columns in shape.matrices]
@@ -268,7 +277,7 @@ def _nf4_bytes(numbers: int, double: bool) -> int:
     return -(-numbers // 2) + scales + NF4_TABLES
 
 
-def _activations(shape: _Shape, training: AdapterTraining) -> int:
+def _activations(shape: _Shape, training: TrainingSettings) -> int:
     tokens = training.tokens + training.prompt_tokens
     last = tokens * (4 * (shape.width + 1) + shape.width * training.load_bytes)
     around = last + shape.gates * (8 + 3 * 4)
@@ -282,7 +291,7 @@ def _activations(shape: _Shape, training: AdapterTraining) -> int:
     return around + _layer_activations(shape, training, largest)
 
 
-def _layer_activations(shape: _Shape, training: AdapterTraining, tokens: int) -> int:
+def _layer_activations(shape: _Shape, training: TrainingSettings, tokens: int) -> int:
     """What one layer keeps of its forward pass, in bytes.
 
     For each token: norms 2·(D + 1) float32 (and A + H + K·W + K where queries and keys have norms);
@@ -314,28 +323,37 @@ def _layer_activations(shape: _Shape, training: AdapterTraining, tokens: int) ->
     return tokens * each + narrowed
 
 
-def _temporary(shape: _Shape, training: AdapterTraining) -> int:
+def _temporary(shape: _Shape, training: TrainingSettings) -> int:
     gradients = training.tokens * (3 * shape.feed_forward + 2 * shape.width) * training.base_bytes
     if not training.load_in_4bit:
         return gradients
     return gradients + max(rows * columns for rows, columns in shape.matrices) * training.base_bytes
 
 
-def _loss(shape: _Shape, training: AdapterTraining) -> int:
+def loss_bytes(width: int, training: TrainingSettings) -> int:
+    """What the loss takes over a student of ``width``, see ``estimate``."""
     tokens, vocab = training.tokens, training.vocab_size
     wide, narrow = training.load_bytes, training.base_bytes
     chunk = (
         min(tokens, chunk_size(vocab, training.logits_bytes)) * vocab * (4 * LOGITS_COPIES + narrow)
     )
     narrowed = narrow if narrow != wide else 0
-    return chunk + (2 * wide + narrowed) * tokens * shape.width + narrowed * vocab * shape.width
+    chunk += 4 * vocab * training.head_columns
+    return chunk + (2 * wide + narrowed) * tokens * width + narrowed * vocab * width
 
 
 def memory_of(
     base: Any, config: RunConfig, vocab_size: int, device: torch.device | None = None
-) -> AdapterMemory:
+) -> TrainingMemory:
     """The estimate for a run's settings; ``base``: the ``transformers`` configuration of
-    ``config.student.base``.
+    ``config.student.base``. Other arguments: see ``settings_of``."""
+    return estimate(base, settings_of(config, base.hidden_size, vocab_size, device))
+
+
+def settings_of(
+    config: RunConfig, width: int, vocab_size: int, device: torch.device | None = None
+) -> TrainingSettings:
+    """What the estimate of a student of ``width`` takes from a run's settings.
 
     ``vocab_size``: the teacher's. ``device``: where it trains, else where this process would; each
     process of a launch takes as much.
@@ -345,48 +363,38 @@ def memory_of(
     on_cpu = device.type in ("cpu", "mps")  # nothing is trained on Metal
     train, student = config.train, config.student
     device = torch.device("cpu") if on_cpu else device
-    precision = choose_precision(train, base.hidden_size, device)
+    precision = choose_precision(train, width, device)
     parts = train.accumulation * processes.num_processes
     prompts = -(-config.safety.together // parts) if config.safety_head else 0
     length = config.data.max_length or USUAL_LENGTH
     together = train.batch_size
     if train.batch_tokens is not None:
         together = max(1, train.batch_tokens // length)
-    return estimate(
-        base,
-        AdapterTraining(
-            vocab_size=vocab_size,
-            rank=student.lora_rank,
-            dropout=student.lora_dropout,
-            load_in_4bit=student.load_in_4bit,
-            load_dtype=base_dtype(device, load_in_4bit=student.load_in_4bit),
-            autocast=torch.bfloat16 if precision == "bf16" else None,
-            sequences=-(-together // parts),
-            length=length,
-            prompt_tokens=prompts * PROMPT_TOKENS,
-            checkpointing=train.gradient_checkpointing is not False,
-            snapshots=_snapshots(config),
-            safety_head=config.safety_head,
-            verification_head=config.verification_head,
-            on_cpu=on_cpu,
-            logits_bytes=logits_bytes(torch.device("cpu") if on_cpu else device),
-        ),
+    load_dtype = torch.float32
+    if config.student.base is not None:
+        load_dtype = base_dtype(device, load_in_4bit=student.load_in_4bit)
+    return TrainingSettings(
+        vocab_size=vocab_size,
+        rank=student.lora_rank,
+        dropout=student.lora_dropout,
+        load_in_4bit=student.load_in_4bit,
+        load_dtype=load_dtype,
+        autocast=torch.bfloat16 if precision == "bf16" else None,
+        sequences=-(-together // parts),
+        length=length,
+        prompt_tokens=prompts * PROMPT_TOKENS,
+        checkpointing=train.gradient_checkpointing is not False,
+        snapshots=_snapshots(config),
+        safety_head=config.safety_head,
+        verification_head=config.verification_head,
+        on_cpu=on_cpu,
+        logits_bytes=logits_bytes(device),
+        head_columns=_head_columns(config.targets, vocab_size),
     )
 
 
-def memory_rows(memory: AdapterMemory) -> list[tuple[str, str]]:
-    """The estimate as rows of a table."""
-    rows = [
-        ("base weights", memory.base),
-        ("LoRA, gates and heads", memory.adapters),
-        ("gradients", memory.gradients),
-        ("optimizer's moments", memory.moments),
-        ("activations", memory.activations),
-        ("temporary", memory.temporary),
-        ("loss", memory.loss),
-    ]
-    kept = ("guard's snapshots (main memory)", memory.snapshots)
-    total = ("together", memory.total)
-    rows += [kept, total] if memory.on_cpu else [total, kept]
-    rows.append(("merging, at the end (main memory)", memory.at_the_end))
-    return [(name, human_bytes(size)) for name, size in rows if size]
+def _head_columns(targets: TargetsConfig, vocab_size: int) -> int:
+    if targets.kind != "compact":
+        return 0
+    usual = default_sketch_bytes(targets.num_topk, vocab_size, width=vocab_size)
+    return round(DIRECTIONS * (usual if targets.sketch_bytes is None else targets.sketch_bytes))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +20,7 @@ from distill.losses import divergences
 from distill.metrics.closeness import WHOLE_VOCABULARY, kl_over
 from distill.metrics.distributions import by_sequence, intervals
 from stability.precision import ieee_float32
+from students.mapped_tensors import MappedTensors
 from students.model.interface import Student
 from students.weights import set_weights
 from teachers.base import Keep, Teacher, Tokens, budget_slices, whole_masks
@@ -96,12 +98,38 @@ def scorer_with(student: Student, weights: dict[str, Tensor]) -> Scorer:
     scorer = student_scorer(student)
 
     def score(sequences: Sequence[Tokens]) -> Tensor:
-        now = {name: weight.clone() for name, weight in student.own_weights().items()}
-        set_weights(student, weights)
-        try:
+        with other_weights(student, weights):
             return scorer(sequences)
-        finally:
-            set_weights(student, now)
+
+    return score
+
+
+@contextmanager
+def other_weights(student: Student, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Give the student other weights of its own for a while."""
+    now = {name: weight.clone() for name, weight in student.own_weights().items()}
+    set_weights(student, weights)
+    try:
+        yield
+    finally:
+        set_weights(student, now)
+
+
+@torch.no_grad()
+def scored_ahead(student: Student, sequences: Sequence[Tokens], kept: MappedTensors) -> Scorer:
+    """Score these sequences on the processor by what the student's layers say now: the student is
+    not needed any more, only its output matrix, of which the scorer has a copy."""
+    student.eval()
+    matrix = student.output_matrix().detach().float().cpu()
+    states = {}
+    for tokens in sequences:
+        inputs = torch.from_numpy(tokens[:-1].astype(np.int64))[None].to(student.device)
+        states[tokens.tobytes()] = kept.keep(
+            student(inputs, with_logits=False).last_hidden_state[0]
+        )
+
+    def score(sequences: Sequence[Tokens]) -> Tensor:
+        return torch.cat([states[one.tobytes()].float() @ matrix.T for one in sequences])
 
     return score
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from distill.config.schema import Quant
 from distill.errors import ProofFailed, UserError
-from distill.evaluation.scorers import llama_scorer
-from distill.export.proof import prove, prove_quantized, remembering
+from distill.evaluation.scorers import student_scorer
+from distill.export.proof import answers, proof_sequences, prove, prove_quantized
 from distill.runs.folder import HeldOut
 from distill.runs.proof_record import Proof
 from students.adapter.adapter import AdaptedStudent
@@ -28,11 +28,11 @@ from students.gguf.file_types import FILE_TYPES
 from students.gguf.metadata import ExportNames, MetadataEntry
 from students.gguf.quantize import quantize_gguf
 from students.gguf.writer import rotation_stats, write_base_gguf, write_gguf
+from students.mapped_tensors import MappedTensors
 from students.model.decoder import SO8TForCausalLM
 from students.model.heads import head_values
 from students.model.interface import Student
 from teachers.gguf.file import read_gguf
-from teachers.llama_cpp.teacher import GGUFTeacher
 
 ORIGIN = ("teacher_name", "teacher_sha256", "base_name", "base_sha256")
 IMPORTANCE_DATASET = "training text of the run"
@@ -105,10 +105,15 @@ def export_proved(
     """
     failed: dict[Quant, str] = {}
     proofs: dict[Quant, Proof] = {}
-    with _temporary(next(iter(wanted.values())), "f32") as temporary:
+    first = next(iter(wanted.values()))
+    with MappedTensors(first.parent) as kept, _temporary(first, "f32") as temporary:
         progress("f32")
-        model = _write(export, temporary)
-        proof = prove(temporary, model, export.held_out, timed="f32" in wanted)
+        model = _write(export, temporary, kept)
+        chosen = proof_sequences(export.held_out.sequences, model.config.vocab_size)
+        expected = answers(student_scorer(model), chosen, kept)
+        del model
+        timed = "f32" in wanted
+        proof, reference = prove(temporary, expected, export.held_out, kept, timed=timed)
         original = temporary
         if "f32" in wanted:
             original, proofs["f32"] = wanted["f32"], proof
@@ -117,19 +122,17 @@ def export_proved(
         quantized = {quant: path for quant, path in wanted.items() if quant != "f32"}
         if quantized:
             _require_fit(export, original)
-            with GGUFTeacher(original) as loaded:
-                reference = remembering(llama_scorer(loaded, exact=True))
-                for quant, path in quantized.items():
-                    progress(quant)
-                    with _temporary(path, quant) as made:
-                        _quantize(original, made, quant, export)
-                        try:
-                            proofs[quant] = prove_quantized(made, quant, reference, export.held_out)
-                        except ProofFailed as failure:
-                            failed[quant] = str(failure)
-                            continue
-                        _replace(made, path)
-                    done(quant, path, proofs[quant])
+        for quant, path in quantized.items():
+            progress(quant)
+            with _temporary(path, quant) as made:
+                _quantize(original, made, quant, export)
+                try:
+                    proofs[quant] = prove_quantized(made, quant, reference, export.held_out)
+                except ProofFailed as failure:
+                    failed[quant] = str(failure)
+                    continue
+                _replace(made, path)
+            done(quant, path, proofs[quant])
     return Proofs(proof, {quant: proofs[quant] for quant in wanted if quant in proofs}, failed)
 
 
@@ -148,12 +151,13 @@ def _require_fit(export: Export, original: Path) -> None:
             )
 
 
-def _write(export: Export, path: Path) -> Any:
-    """Write the F32 file; returns the PyTorch model that it is to be compared with."""
+def _write(export: Export, path: Path, kept: MappedTensors) -> Any:
+    """Write the F32 file; returns the PyTorch model that it is to be compared with, merged into
+    ``kept`` where that is still to be done."""
     student = export.student
     with _naming(path):
         if isinstance(student, AdaptedStudent):
-            model = export.merged if export.merged is not None else merge(student)
+            model = export.merged if export.merged is not None else merge(student, kept.keep)
             rotations = {f"so8t.{key}": value for key, value in rotation_stats(student).items()}
             extras = {**head_values(student.heads()), **rotations}
             write_base_gguf(model, path, "f32", export.tokenizer, export.names, extras)

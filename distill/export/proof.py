@@ -6,7 +6,7 @@ The F32 file is compared with PyTorch; every other type with the F32 file that i
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,21 +14,21 @@ from torch import Tensor
 
 from distill.errors import ProofFailed
 from distill.evaluation.cost import SPEED_ROUNDS, measure_speed
-from distill.evaluation.scorers import Scorer, llama_scorer, student_scorer
+from distill.evaluation.scorers import Scorer, llama_scorer
 from distill.losses import divergences
 from distill.runs.folder import HeldOut
 from distill.runs.proof_record import Proof
-from students.model.interface import Student
+from students.mapped_tensors import MappedTensors
 from teachers.base import Tokens
 from teachers.errors import TeacherError, WorkerDied
 from teachers.gguf.file import TeacherFileError
+from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.teacher_record import first_sequences
 
 PROOF_SEQUENCES = 16
 PROOF_TOKENS = 4096
 PROOF_BYTES = 1 << 27  # of one sequence's logits in float32; several copies in float64 are compared
-REMEMBERED_BYTES = 1 << 30
 
 MAX_LOGIT_DIFFERENCE = {"f32": 1e-3}
 # What the type's own rounding explains, with room for small models, which suffer most.
@@ -45,64 +45,65 @@ MAX_MEAN_KL = {
 }
 
 
+def answers(scorer: Scorer, sequences: Sequence[Tokens], kept: MappedTensors) -> list[Tensor]:
+    """A model's logits on the sequences of a proof. They are computed before the model that is to
+    give the same is opened: the two are not in memory together."""
+    return [kept.keep(scorer([tokens])) for tokens in sequences]
+
+
 def prove(
     path: Path,
-    student: Student,
+    expected: Sequence[Tensor],
     held_out: HeldOut,
+    kept: MappedTensors,
     *,
     timed: bool = True,
-) -> Proof:
-    """Compare an F32 file with the student, with a float32 KV cache; ``timed``: its speed too.
+) -> tuple[Proof, list[Tensor]]:
+    """Compare an F32 file with PyTorch (``expected``: see ``answers``), with a float32 KV cache;
+    ``timed``: its speed too. Returns the file's own answers as well.
 
     Raises:
         ProofFailed: they differ by more than float32 explains, the tokenizers differ, or llama.cpp
         cannot run the file.
     """
+    found: list[Tensor] = []
     rounds = SPEED_ROUNDS if timed else 0
-    return _prove(path, "f32", student_scorer(student), "PyTorch", held_out, rounds)
+    proof = _prove(
+        path, "f32", expected, held_out, rounds, lambda one: found.append(kept.keep(one))
+    )
+    return proof, found
 
 
-def prove_quantized(path: Path, quant: str, original: Scorer, held_out: HeldOut) -> Proof:
-    """Compare a quantized file with the F32 file that it was made from (``original``: with a
-    float32 KV cache too).
+def prove_quantized(path: Path, quant: str, expected: Sequence[Tensor], held_out: HeldOut) -> Proof:
+    """Compare a quantized file with the F32 file that it was made from (``expected``: that file's
+    answers, with a float32 KV cache too).
 
     Raises:
         ProofFailed: they differ by more than the type explains, the tokenizers differ, or llama.cpp
         cannot run it.
     """
-    return _prove(path, quant, original, "the F32 file", held_out, SPEED_ROUNDS)
-
-
-def remembering(scorer: Scorer) -> Scorer:
-    """A scorer that keeps its answers, as far as they fit, for the next file that is compared
-    with it."""
-    kept: dict[bytes, Tensor] = {}
-
-    def score(sequences: Sequence[Tokens]) -> Tensor:
-        key = b"|".join(tokens.tobytes() for tokens in sequences)
-        if key not in kept:
-            logits = scorer(sequences)
-            if sum(one.nbytes for one in kept.values()) + logits.nbytes > REMEMBERED_BYTES:
-                return logits
-            kept[key] = logits
-        return kept[key]
-
-    return score
+    return _prove(path, quant, expected, held_out, SPEED_ROUNDS)
 
 
 def _prove(
     path: Path,
     quant: str,
-    reference: Scorer,
-    against: str,
+    expected: Sequence[Tensor],
     held_out: HeldOut,
     rounds: int,
+    keep: Callable[[Tensor], None] = lambda logits: None,
 ) -> Proof:
-    lines = held_out.lines
+    against = "PyTorch" if quant == "f32" else "the F32 file"
+    lines, sums = held_out.lines, _Sums()
     try:
-        with GGUFTeacher(path) as exported:
+        # F32 weights are computed with as they lie in the file.
+        with GGUFTeacher(path, LoadOptions(mapped=quant == "f32")) as exported:
+            scorer = llama_scorer(exported, exact=True)
             chosen = proof_sequences(held_out.sequences, exported.info.vocab_size)
-            sums = _compare(reference, llama_scorer(exported, exact=True), chosen)
+            for tokens, reference in zip(chosen, expected, strict=True):
+                logits = scorer([tokens])
+                sums.add(reference, logits)
+                keep(logits)
             speeds = [measure_speed(exported) for _ in range(rounds)] or [(0.0, 0.0)]
             again = exported.tokenize(lines.texts, add_special=True, parse_special=True)
     except WorkerDied:
@@ -139,19 +140,13 @@ class _Sums:
     kl: float = 0.0
     same: int = 0
 
-
-def _compare(reference: Scorer, llama: Scorer, sequences: Sequence[Tokens]) -> _Sums:
-    """Compare two models' logits one sequence at a time, so that no more than two of them are
-    held."""
-    sums = _Sums()
-    for tokens in sequences:
-        expected, exported = reference([tokens]), llama([tokens])
-        difference = float((expected - exported).abs().max())
-        sums.positions += len(expected)
-        sums.max_difference = max(sums.max_difference, difference)
-        sums.kl += float(divergences.dense_forward_kl(expected.double(), exported.double()).sum())
-        sums.same += int((expected.argmax(-1) == exported.argmax(-1)).sum())
-    return sums
+    def add(self, expected: Tensor, found: Tensor) -> None:
+        """Compare two models' logits ``[n, V]`` of a sequence."""
+        difference = float((expected - found).abs().max())
+        self.positions += len(expected)
+        self.max_difference = max(self.max_difference, difference)
+        self.kl += float(divergences.dense_forward_kl(expected.double(), found.double()).sum())
+        self.same += int((expected.argmax(-1) == found.argmax(-1)).sum())
 
 
 def proof_sequences(sequences: Sequence[Tokens], vocab_size: int) -> list[Tokens]:

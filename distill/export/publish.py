@@ -31,6 +31,7 @@ from students.adapter.merge import merge
 from students.gguf.architectures import architecture_of, to_gguf_name
 from students.gguf.imatrix import measure_importance, write_importance
 from students.gguf.metadata import ExportNames
+from students.mapped_tensors import MappedTensors
 from students.model.decoder import SO8TForCausalLM
 from students.model.fold import to_llama
 from students.model.interface import Student
@@ -76,27 +77,30 @@ def publish(publication: Publication, folder: RunFolder, console: Console) -> Pr
     base_name = publication.base.folder.path.resolve().name if publication.base else None
     lineage = lineage_of(publication.teacher_record, publication.store, base_name)
     save_student(student, folder, tokenizer, publication.name, lineage)
-    merged = merge(student) if isinstance(student, AdaptedStudent) else None
-    importance = _importance(publication, merged, folder, console)
     names = ExportNames(publication.name, origin_of(folder.read_identity()), lineage)
-    export = Export(student, tokenizer, names, publication.held_out, merged, importance)
-    with console.stage("Export and prove") as stage:
-        proofs = export_proved(export, {config.export.quant: folder.gguf})
-        proofs.require(folder.path)
-        proof = proofs.files[config.export.quant]
-        stage.finish(_describe(proof, proofs.original, folder))
-    file = read_gguf(folder.gguf)
-    context = int(file.value(f"{file.architecture}.context_length"))
-    ends = publication.teacher_record.info.end_tokens
-    warnings = write_modelfile(
-        folder.modelfile, folder.gguf, file.fields, end_tokens=ends, context_length=context
-    )
-    for warning in warnings:
-        console.warn(f"Modelfile: {warning}")
-    record_files(folder, [describe_file(folder.gguf, config.export.quant, proof, importance=True)])
-    written = [folder.gguf, folder.modelfile, folder.importance, folder.exports]
-    record_export(folder.path, written, proof.quant, proof.to_json())
-    _plain_folder(publication, merged, folder, console)
+    with MappedTensors(folder.path) as kept:
+        merged = merge(student, kept.keep) if isinstance(student, AdaptedStudent) else None
+        importance = _importance(publication, merged, folder, console)
+        export = Export(student, tokenizer, names, publication.held_out, merged, importance)
+        with console.stage("Export and prove") as stage:
+            proofs = export_proved(export, {config.export.quant: folder.gguf})
+            proofs.require(folder.path)
+            proof = proofs.files[config.export.quant]
+            stage.finish(_describe(proof, proofs.original, folder))
+        file = read_gguf(folder.gguf)
+        context = int(file.value(f"{file.architecture}.context_length"))
+        ends = publication.teacher_record.info.end_tokens
+        warnings = write_modelfile(
+            folder.modelfile, folder.gguf, file.fields, end_tokens=ends, context_length=context
+        )
+        for warning in warnings:
+            console.warn(f"Modelfile: {warning}")
+        record_files(
+            folder, [describe_file(folder.gguf, config.export.quant, proof, importance=True)]
+        )
+        written = [folder.gguf, folder.modelfile, folder.importance, folder.exports]
+        record_export(folder.path, written, proof.quant, proof.to_json())
+        _plain_folder(publication, merged, folder, console)
     return proofs
 
 

@@ -20,12 +20,13 @@ from students.gguf.metadata import MetadataEntry, write_tokenizer
 from students.gguf.provenance import Lineage
 from students.model.decoder import SO8TForCausalLM
 from students.model.interface import Student
-from students.weights import plain_weights, set_weights
+from students.weights import as_safetensors, plain_weights, set_weights
 from teachers.atomic_files import write_whole
 from teachers.gguf.file import read_gguf, tokenizer_fields
 
 ADAPTER = "adapter.json"
 WEIGHTS = "model.safetensors"
+WRITTEN_BY_PYTORCH = {"format": "pt"}  # transformers asks for it
 
 
 def save_student(
@@ -54,7 +55,7 @@ def save_student(
             if generation is not None:
                 generation.save_pretrained(temporary)
         # Not save_pretrained's own writer: its errors do not say that the disk is full.
-        weights = safetensors.torch.save(plain_weights(student), metadata={"format": "pt"})
+        weights = as_safetensors(plain_weights(student), metadata=WRITTEN_BY_PYTORCH)
         write_whole(temporary / WEIGHTS, weights)
         write_tokenizer(temporary / folder.tokenizer.name, tokenizer, name)
         content = json.dumps(lineage.to_json(), indent=2, ensure_ascii=False) + "\n"

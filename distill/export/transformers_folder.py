@@ -9,16 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import PreTrainedModel
 
-from distill.export.student_folder import WEIGHTS
+from distill.export.student_folder import WEIGHTS, WRITTEN_BY_PYTORCH
 from distill.export.transformers_tokenizer import write_plain_tokenizer
 from distill.runtime.files import whole_folder
 from students.model.decoder import SO8TForCausalLM
 from students.model.fold import to_llama
+from students.weights import as_safetensors
 from teachers.atomic_files import write_whole
 from teachers.gguf.file import Field
 from teachers.tokenizer.gguf_metadata import TokenizerConversionError, read_roles
@@ -97,10 +97,9 @@ def save_plain(
             state.pop("lm_head.weight", None)
         plan = split_torch_state_dict_into_shards(state, max_shard_size=SHARD_BYTES)
         for file, names in plan.filename_to_tensors.items():
-            part = {key: state[key].to(dtype).contiguous() for key in names}
-            content = safetensors.torch.save(part, metadata={"format": "pt"})
-            write_whole(temporary / file, content)
-            size += len(content)
+            part = {key: state[key] for key in names}
+            write_whole(temporary / file, as_safetensors(part, dtype, WRITTEN_BY_PYTORCH))
+            size += (temporary / file).stat().st_size
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             content = (json.dumps(index, indent=2) + "\n").encode()

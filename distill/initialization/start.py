@@ -18,7 +18,7 @@ from distill.runtime.progress import Console
 from students.model.build import build_student
 from students.model.config import SO8TConfig
 from students.model.decoder import SO8TForCausalLM
-from students.weights import plain_weights, set_weights
+from students.weights import as_safetensors, plain_weights, set_weights
 from teachers.atomic_files import write_whole
 from teachers.base import Tokens
 from teachers.gguf.file import TeacherFileError, read_gguf
@@ -83,7 +83,7 @@ def begin(
             student = student_from_teacher(
                 shape, read_gguf(gguf), sequences, config.seed, stage.update
             )
-            write_whole(kept, safetensors.torch.save(plain_weights(student)))
+            write_whole(kept, as_safetensors(plain_weights(student)))
             stage.finish("the student begins at the teacher's weights")
     launch.wait()
     if not _restore(student, kept):

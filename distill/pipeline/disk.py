@@ -93,15 +93,20 @@ def teacher_files(
     )
 
 
+def exported_bytes(quant: str, numbers: int) -> int:
+    """About the size of an exported file with so many numbers."""
+    return round(numbers * BITS.get(quant, SMALL_BITS) / 8)
+
+
 def run_files(
     config: RunConfig, teacher: TeacherFiles, student: StudentNumbers, steps: int, tokens: float
 ) -> tuple[int, int]:
     """Bytes of the exports, and of the records, of a run over so many tokens."""
-    bits = BITS.get(config.export.quant, SMALL_BITS)
-    exports = student.exported * (bits / 8 + student.plain_bytes) + 4 * student.trained
+    exports = exported_bytes(config.export.quant, student.exported)
+    exports += student.exported * student.plain_bytes + 4 * student.trained
     exports += 2 * teacher.gguf_tokenizer + teacher.json_tokenizer
     held_out = ID_BYTES * tokens * config.data.held_out + teacher.lines
-    return round(exports), round(_page_bytes() + RECORD_BYTES + steps * STEP_BYTES + held_out)
+    return exports, round(_page_bytes() + RECORD_BYTES + steps * STEP_BYTES + held_out)
 
 
 def checkpoint_bytes(

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
 from rich.table import Table
 
 from distill.base_models.base_model import load_base_student
-from distill.base_models.memory_advice import how_to_fit, how_to_fit_new
-from distill.base_models.memory_check import available_memory, describe_base
-from distill.base_models.memory_estimate import (
-    AdapterMemory,
-    memory_of,
-    memory_rows,
-    snapshot_bytes,
-)
+from distill.base_models.memory_advice import how_to_fit
+from distill.base_models.memory_check import describe_base, memory_rows
+from distill.base_models.memory_estimate import TrainingMemory, memory_of
+from distill.base_models.new_student_memory import memory_of_new
 from distill.capture.capture import load_teacher, read_data
 from distill.capture.corpus import Corpus
 from distill.capture.store_setup import recipe_for
@@ -32,6 +27,7 @@ from distill.pipeline.disk import (
     run_files,
     teacher_files,
 )
+from distill.pipeline.memory import TRAINING, WORKER_BYTES, Models, Peak, own_memory, stage_peaks
 from distill.pipeline.preflight import Inputs, check_plan
 from distill.pipeline.probes import (
     TeacherProbe,
@@ -43,13 +39,13 @@ from distill.pipeline.resolve import Resolved, resolve
 from distill.reports.verdict import expected_words
 from distill.runs.folder import RUNS
 from distill.runs.records import read_records
+from distill.runtime.device import device_memory, free_device_memory, training_device
 from distill.runtime.format import human_bytes, human_count, human_time
 from distill.runtime.printable import markup
 from distill.runtime.progress import Console
 from students.model.build import build_student
 from students.model.config import SO8TConfig
 from students.model.interface import Student
-from students.model.sizes import decoder_parameters
 from teachers.base import TeacherInfo
 
 INITIALIZATIONS = {
@@ -64,12 +60,12 @@ class TrainingProbe:
     """The student's numbers, the memory that training takes, seconds of an optimizer step on the
     first sequences of the teacher's probe.
 
-    ``step_seconds``: not known for a base that this machine has not the memory for. ``rows``: the
+    ``step_seconds``: not known of a student that does not fit where it would train. ``rows``: the
     student as rows of a table.
     """
 
     numbers: StudentNumbers
-    memory_bytes: int
+    memory: TrainingMemory
     step_seconds: float | None
     rows: list[tuple[str, str]]
 
@@ -79,8 +75,8 @@ class Plan:
     """What a run will take; times in seconds, sizes in bytes; parameters as exported.
 
     ``trained_share``: of the tokens; ``trained_tokens``: over all epochs. ``disk``: what it leaves,
-    of which ``store_bytes`` soft targets, ``store_limit`` at most. ``train_seconds``: see
-    ``TrainingProbe.step_seconds``.
+    of which ``store_bytes`` soft targets, ``store_limit`` at most. ``peaks``: memory by stage.
+    ``train_seconds``: see ``TrainingProbe.step_seconds``.
     """
 
     tokens: int
@@ -90,11 +86,10 @@ class Plan:
     store_limit: int
     disk: Disk
     capture_seconds: float
-    teacher_memory: int
+    peaks: dict[str, Peak]
     parameters: int
     steps: int
     train_seconds: float | None
-    train_memory: int
 
 
 def plan_run(
@@ -109,6 +104,8 @@ def plan_run(
         UserError, TeacherFileError, TeacherError, CaptureError: the input cannot be used.
     """
     inputs = inputs or check_plan(config)
+    device = training_device()
+    free = free_device_memory(device)
     with load_teacher(config, console) as teacher:
         info = teacher.info
         # What cannot be is refused before anything is measured.
@@ -124,8 +121,21 @@ def plan_run(
             probe = probe_teacher(teacher, corpus, recipe, stage)
             files = teacher_files(teacher, find_gguf(config.teacher), probe, len(corpus))
             stage.finish(f"{1 / probe.seconds_per_token:,.0f} tokens/s")
+        on_device = max(0, free - free_device_memory(device))
+    process = own_memory()
     student = _probe_student(resolved, info, probe, console)
-    plan = _combine(config, corpus, probe, files, student)
+    weights = 0 if on_device else info.file_bytes
+    models = Models(
+        process=process,
+        teacher=probe.memory_bytes,
+        on_device=on_device,
+        worker=max(WORKER_BYTES, probe.memory_bytes - weights),
+        training=student.memory,
+        exported=student.numbers.exported,
+        vocab_size=info.vocab_size,
+        longest=corpus.sampling.max_length,
+    )
+    plan = _combine(config, corpus, probe, files, student, stage_peaks(models, config))
     title = f"{info.name} → {config.student.label} SO8T: what a run takes"
     targets = f"{recipe.kind}, {probe.position_bytes} bytes a token trained on"
     _print(plan, title, targets, student.rows, console)
@@ -142,22 +152,25 @@ def _probe_student(
     config, base, shape = resolved.config, resolved.base, resolved.shape
     if base is None:
         assert shape is not None
-        student = build_student(shape, config.seed)
-        seconds = _time_steps(student, probe, config, console)
-        trained = student.parameter_count()
-        numbers = StudentNumbers(decoder_parameters(shape), trained)
-        memory = psutil.Process().memory_info().rss + snapshot_bytes(config, numbers.exported)
+        memory = memory_of_new(shape, config)
+        numbers = StudentNumbers(memory.base_numbers, memory.trained_numbers)
         rows = _rows_of_shape(shape, info)
         rows.append(("starts from", INITIALIZATIONS[config.student.init]))
-        return TrainingProbe(numbers, memory, seconds, rows)
-    needed = memory_of(base.config, config, info.vocab_size)
-    rows = _rows_of_base(resolved, needed)
-    numbers = StudentNumbers(needed.base_numbers, needed.trained_numbers, base.dtype.itemsize)
-    if needed.total > available_memory()[0]:
-        return TrainingProbe(numbers, needed.total, None, rows)
-    adapted = load_base_student(base, config, info.vocab_size)
-    seconds = _time_steps(adapted, probe, config, console)
-    return TrainingProbe(numbers, needed.total, seconds, rows)
+    else:
+        memory = memory_of(base.config, config, info.vocab_size)
+        numbers = StudentNumbers(memory.base_numbers, memory.trained_numbers, base.dtype.itemsize)
+        rows = _rows_of_base(resolved, memory)
+    rows += [(f"  {name}", size) for name, size in memory_rows(memory)]
+    device = training_device()
+    if memory.total > device_memory(device)[0]:
+        return TrainingProbe(numbers, memory, None, rows)
+    student: Student
+    if base is not None:
+        student = load_base_student(base, config, info.vocab_size)
+    else:
+        assert shape is not None
+        student = build_student(shape, config.seed).to(device)
+    return TrainingProbe(numbers, memory, _time_steps(student, probe, config, console), rows)
 
 
 def _time_steps(
@@ -177,6 +190,7 @@ def _combine(
     probe: TeacherProbe,
     files: TeacherFiles,
     student: TrainingProbe,
+    peaks: dict[str, Peak],
 ) -> Plan:
     """Scale the probes up to the whole run."""
     tokens = sum(probe.length if item.speaks else len(item.segments[0]) for item in corpus.items)
@@ -199,11 +213,10 @@ def _combine(
         store_limit=probe.store_limit,
         disk=Disk(targets, files.kept, checkpoints, exports, records),
         capture_seconds=tokens * probe.seconds_per_token,
-        teacher_memory=probe.memory_bytes,
+        peaks=peaks,
         parameters=student.numbers.exported,
         steps=steps,
         train_seconds=seconds,
-        train_memory=student.memory_bytes,
     )
 
 
@@ -249,10 +262,9 @@ def _print(
             f"{human_bytes(plan.disk.exports)}, report and logs {human_bytes(plan.disk.records)}",
         ),
         ("capture", f"about {human_time(plan.capture_seconds)}"),
-        ("teacher's memory", human_bytes(plan.teacher_memory)),
         *student,
         ("training", f"{plan.steps:,} steps, {training}"),
-        ("training's memory", human_bytes(plan.train_memory)),
+        *_memory_rows(plan.peaks),
     ):
         table.add_row(name, markup(value))
     console.rich.print(table)
@@ -273,7 +285,7 @@ def _rows_of_shape(shape: SO8TConfig, info: TeacherInfo) -> list[tuple[str, str]
     ]
 
 
-def _rows_of_base(resolved: Resolved, memory: AdapterMemory) -> list[tuple[str, str]]:
+def _rows_of_base(resolved: Resolved, memory: TrainingMemory) -> list[tuple[str, str]]:
     """The student that is made of a base, and its memory by purpose, as rows of a table."""
     base, config = resolved.base, resolved.config
     assert base is not None
@@ -283,24 +295,42 @@ def _rows_of_base(resolved: Resolved, memory: AdapterMemory) -> list[tuple[str, 
         ("base", f"{base.config.model_type}, {human_count(numbers)} parameters, {kind}"),
         ("trained", f"{human_count(memory.trained_numbers)} parameters, {share:.2%}"),
         ("layers checkpointed", "yes" if config.train.gradient_checkpointing else "no"),
-        *((f"  {name}", size) for name, size in memory_rows(memory)),
     ]
+
+
+def _memory_rows(peaks: dict[str, Peak]) -> list[tuple[str, str]]:
+    """The memory of each stage as rows of a table."""
+    rows = []
+    for name, peak in peaks.items():
+        text = human_bytes(peak.main)
+        if peak.device:
+            text = f"{human_bytes(peak.device)} on the device, {text} of main memory"
+        if peak.mapped:
+            text += f"; reads {human_bytes(peak.mapped)} of temporary files again and again"
+        rows.append((f"  {name}", text))
+    return [("memory at most", ""), *rows]
 
 
 def _judge_memory(
     plan: Plan, limit: int, resolved: Resolved, info: TeacherInfo, console: Console
 ) -> None:
-    """Print whether training fits into ``limit`` bytes, and if not, what would make it."""
-    if plan.train_memory <= limit:
+    """Print whether training fits into ``limit`` bytes where it computes, and if not, what would
+    make it."""
+    peak, base, shape = plan.peaks[TRAINING], resolved.base, resolved.shape
+    needed = peak.device or peak.main
+    if needed <= limit:
         console.note(f"training fits into {human_bytes(limit)}")
         return
     console.warn(
-        f"training takes {human_bytes(plan.train_memory)}, more than {human_bytes(limit)}; what "
-        "would help:"
+        f"training takes {human_bytes(needed)}, more than {human_bytes(limit)}; what would help:"
     )
-    if resolved.base is not None:
-        ways = how_to_fit(limit, resolved.base.config, resolved.config, info.vocab_size)
-    else:
-        ways = how_to_fit_new(resolved.config, plan.parameters)
-    for way in ways:
+
+    def total(config: RunConfig) -> int:
+        if base is not None:
+            return memory_of(base.config, config, info.vocab_size).total
+        assert shape is not None
+        return memory_of_new(shape, config).total
+
+    beside = needed - total(resolved.config)  # this process, a teacher that stays open
+    for way in how_to_fit(limit, resolved.config, lambda config: total(config) + beside):
         console.note(way)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from distill.base_models.memory_estimate import DIRECTIONS
 from distill.capture.corpus import Corpus
 from distill.capture.store_setup import largest_size, store_manifest
 from distill.config.schema import RunConfig
@@ -34,7 +35,6 @@ FIRST_TOKENS = 8  # by which a teacher's speed is guessed
 FIRST_GROUP = 4  # sequences that a teacher writes first, so that it is seen how fast it is
 SHORTEST = 32  # tokens that sequences are cut to where that many would take too long
 FIT_WORK = 2e12  # multiplications of a metric V·D² that take too long for a probe
-DIRECTIONS = 1.5  # of a sketch, for each of its bytes, where it is not fitted
 FULL_STEPS = 2
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import psutil
 
 from distill.base_models.base_model import Base, open_base
-from distill.base_models.memory_check import judge_base
+from distill.base_models.memory_check import judge_base, require_fit
 from distill.base_models.memory_estimate import least_memory, snapshot_bytes
+from distill.base_models.new_student_memory import memory_of_new
 from distill.config.schema import RunConfig
 from distill.errors import UserError
 from distill.initialization.shape import describe_parameters, student_shape, student_size
 from distill.initialization.start import resolve_initialization
+from distill.runtime.device import training_device
 from distill.runtime.format import human_bytes, human_count
 from distill.runtime.launch_environment import fsdp_is_asked_for
 from distill.runtime.progress import Console
@@ -79,11 +82,12 @@ def resolve(
 
 def require_memory(resolved: Resolved, info: TeacherInfo, longest: int, console: Console) -> None:
     """Print how large the student is, before anything of that size is allocated. ``longest``:
-    tokens of a sequence.
+    tokens of a sequence, 0 where that is not known.
 
     Raises:
         UserError: it cannot be trained on this machine.
     """
+    resolved = resolved.with_length(longest) if longest else resolved
     if resolved.base is None:
         _require_memory_of_new(resolved, info, console)
         return
@@ -92,7 +96,7 @@ def require_memory(resolved: Resolved, info: TeacherInfo, longest: int, console:
             "--student-base cannot be spread over processes by FSDP: its frozen weights are there "
             "whole in each; leave out --use_fsdp"
         )
-    judge_base(resolved.base, resolved.config, info.vocab_size, longest, console)
+    judge_base(resolved.base, resolved.config, info.vocab_size, console)
 
 
 def _require_memory_of_new(resolved: Resolved, info: TeacherInfo, console: Console) -> None:
@@ -100,13 +104,18 @@ def _require_memory_of_new(resolved: Resolved, info: TeacherInfo, console: Conso
     assert shape is not None
     parameters, trained = decoder_parameters(shape), decoder_parameters(shape, gates=True)
     console.note(f"student {config.student.size}: {describe_parameters(shape, info)}")
+    what = f"training student {config.student.size} ({human_count(trained)} parameters)"
+    on_cpu = training_device().type == "cpu"
+    if not on_cpu and not fsdp_is_asked_for():
+        require_fit(what, config, partial(memory_of_new, shape))
+    # Activations are less than estimated where sequences are shorter than the longest, and main
+    # memory may be swapped out: there only the very least is asked for.
     needed, memory = least_memory(config, trained), psutil.virtual_memory().total
-    if needed > memory:
+    if on_cpu and needed > memory:
         snapshots = human_bytes(snapshot_bytes(config, trained))
         guard = f", {snapshots} of that for the guard's snapshots (train.guard.snapshots)"
         raise UserError(
-            f"student {config.student.size} has {human_count(trained)} parameters; training it "
-            f"needs at least {human_bytes(needed)} of memory"
+            f"{what} takes at least {human_bytes(needed)} of memory"
             f"{guard if config.train.guard.enabled else ''}, this machine has "
             f"{human_bytes(memory)}; choose a smaller size"
         )

@@ -35,6 +35,7 @@ from distill.pipeline.stages import (
 )
 from distill.runs.audit_events import record_start
 from distill.runs.folder import RunFolder, RunPaths, choose_folder
+from distill.runtime.device import training_device
 from distill.runtime.environment import environment
 from distill.runtime.format import human_count
 from distill.runtime.launch import Launch
@@ -125,8 +126,9 @@ def train_from_store(
     )
     resolved = resolve(config, info, tokenizer, gguf, console)
     config = resolved.config
-    # Of a new student no length is needed; the store may yet prove damaged.
-    longest = int(store.lengths().max()) if resolved.base else 0
+    # Of a new student on the processor no length is needed; the store may yet prove damaged.
+    sized = resolved.base is not None or training_device().type != "cpu"
+    longest = int(store.lengths().max()) if sized else 0
     require_memory(resolved, info, longest, console)
     folder = _choose(out, config, store.folder.resolve().name, launch)
     if not folder.finished:

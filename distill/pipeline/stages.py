@@ -5,6 +5,7 @@ Each takes what the one before has made, and makes the next.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ from distill.errors import TrainingAborted
 from distill.evaluation.cost import measure_speed
 from distill.evaluation.scorers import (
     Evaluation,
+    Scorer,
     evaluate,
     evaluate_stored,
     llama_scorer,
+    other_weights,
+    scored_ahead,
     scorer_with,
     student_scorer,
 )
@@ -38,7 +42,7 @@ from distill.pipeline.resolve import Resolved
 from distill.reports.build import write_run_report
 from distill.runs.audit_events import record_capture, record_training
 from distill.runs.folder import HeldOut, RunFolder
-from distill.runtime.device import training_device, why_float32
+from distill.runtime.device import release_memory, training_device, why_float32
 from distill.runtime.format import human_count
 from distill.runtime.launch import Launch
 from distill.runtime.progress import Console
@@ -50,9 +54,10 @@ from distill.training.optimizer import initial_learning_rate
 from distill.training.summary import TrainingSummary
 from distill.training.validation import validation_kl
 from students.adapter.adapter import AdaptedStudent
+from students.mapped_tensors import MappedTensors
 from students.model.interface import Student
 from students.weights import plain_weights
-from teachers.base import SINGLE_PROCESS, Teacher, TeacherInfo
+from teachers.base import SINGLE_PROCESS, Teacher, TeacherInfo, Tokens
 from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.store import SoftTargetStore
@@ -157,7 +162,9 @@ def prepare(source: Source, work: Workspace) -> Prepared:
     student = _initialize(source, data, work)
     initial: dict[str, Tensor] = {}
     if source.resolved.base is not None:
-        initial = {name: weight.clone() for name, weight in plain_weights(student).items()}
+        initial = {
+            name: weight.to("cpu", copy=True) for name, weight in plain_weights(student).items()
+        }
     validation = data.held_out(config.train.batch_size, torch.device("cpu"), student.packs)
     rate = initial_learning_rate(config.train, student, config.student.init, validation)
     rate = work.launch.agreed(rate)
@@ -228,6 +235,7 @@ def train_student(prepared: Prepared, work: Workspace) -> Trained:
             write_run_report(work.folder, work.console)
             raise
         stage.finish(_describe(summary, validation_kl(data.store.manifest.recipe)))
+    release_memory(student.device)
     if source.teacher is not None:
         source.teacher.close()
     if summary.continued_from:
@@ -280,33 +288,54 @@ def evaluate_student(published: Published, work: Workspace) -> Evaluated:
     """Score the student before and after training and as exported, against the teacher, or where
     the run has none against its stored targets; time the files that are there."""
     prepared = published.trained.prepared
-    source, student, console = prepared.source, prepared.student, work.console
-    if source.resolved.base is not None:
-        before = scorer_with(student, prepared.initial)
-    else:
-        alone = replace(work, launch=Launch(SINGLE_PROCESS))
-        before = student_scorer(_initialize(source, prepared.data, alone))
-    models = {"before": before, "after": student_scorer(student)}
+    source, console = prepared.source, work.console
     indices = prepared.data.split.held_out.tolist()
-    positions = int(source.store.lengths()[indices].sum()) - len(indices)
-    with console.stage("Evaluate", total=positions) as stage, _exported(source, work) as file:
-        models["exported"] = llama_scorer(file)
-        speeds = {}
-        if source.config.store is None:
-            with open_teacher(source.config.teacher) as teacher:
-                sequences = [source.store.tokens(index) for index in indices]
-                keep = [source.store.keep(index) for index in indices]
-                evaluation = evaluate(teacher, sequences, models, stage.update, keep)
-                speeds["teacher"] = measure_speed(teacher)
-        else:
-            evaluation = evaluate_stored(source.store, indices, models, stage.update)
-        speeds["student"] = measure_speed(file)
-        score = evaluation.models["exported"]
-        stage.finish(
-            f"{kl_name(evaluation.kl_over)} {score.kl:.3f}, agreement {score.agreement:.1%} over "
-            f"{evaluation.positions} positions"
-        )
+    sequences = [source.store.tokens(index) for index in indices]
+    positions = sum(map(len, sequences)) - len(indices)
+    speeds = {}
+    with MappedTensors(work.folder.path) as kept:
+        models = _student_scorers(prepared, sequences, kept, work)
+        with console.stage("Evaluate", total=positions) as stage, _exported(source, work) as file:
+            models["exported"] = llama_scorer(file)
+            if source.config.store is None:
+                with open_teacher(source.config.teacher) as teacher:
+                    keep = [source.store.keep(index) for index in indices]
+                    evaluation = evaluate(teacher, sequences, models, stage.update, keep)
+                    speeds["teacher"] = measure_speed(teacher)
+            else:
+                evaluation = evaluate_stored(source.store, indices, models, stage.update)
+            speeds["student"] = measure_speed(file)
+            score = evaluation.models["exported"]
+            stage.finish(
+                f"{kl_name(evaluation.kl_over)} {score.kl:.3f}, agreement {score.agreement:.1%} "
+                f"over {evaluation.positions} positions"
+            )
     return Evaluated(published, evaluation, speeds, _score_heads(published, work))
+
+
+def _student_scorers(
+    prepared: Prepared, sequences: Sequence[Tokens], kept: MappedTensors, work: Workspace
+) -> dict[str, Scorer]:
+    """The student before and after training. On a GPU both compute all but their logits now, and
+    the student moves to main memory: the GPU is then llama.cpp's alone."""
+    source, student = prepared.source, prepared.student
+    device, has_base = student.device, source.resolved.base is not None
+    if not has_base:
+        alone = replace(work, launch=Launch(SINGLE_PROCESS))
+        first = _initialize(source, prepared.data, alone)
+    if device.type == "cpu":
+        before = scorer_with(student, prepared.initial) if has_base else student_scorer(first)
+        return {"before": before, "after": student_scorer(student)}
+    if has_base:
+        with other_weights(student, prepared.initial):
+            before = scored_ahead(student, sequences, kept)
+    else:
+        before = scored_ahead(first.to(device), sequences, kept)
+        del first
+    models = {"before": before, "after": scored_ahead(student, sequences, kept)}
+    student.to("cpu")
+    release_memory(device)
+    return models
 
 
 def _exported(source: Source, work: Workspace) -> GGUFTeacher:

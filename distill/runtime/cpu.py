@@ -31,6 +31,12 @@ def keep_freed_memory() -> bool:
     )
 
 
+def return_freed_memory() -> None:
+    """Give back to the system what the C library keeps of freed memory."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextmanager
 def onednn_for_float32() -> Iterator[bool]:
     """Let oneDNN multiply float32 matrices meanwhile, if it does so in float32; yields whether.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+
+import psutil
 import torch
 from accelerate import PartialState
 
 from distill.config.schema import TrainConfig
+from distill.runtime.cpu import return_freed_memory
 from stability.precision import has_bfloat16
 
 BF16_WIDTH_ON_CPU = 256  # below this width, converting to bfloat16 costs a CPU more than it saves
@@ -45,3 +49,29 @@ def why_float32(config: TrainConfig, device: torch.device) -> str | None:
         "this GPU has no bfloat16 of its own, so training computes in float32 "
         "(train.precision=bf16 would imitate it)"
     )
+
+
+def device_memory(device: torch.device) -> tuple[int, str]:
+    """Bytes of memory that a device has, and its name; of the processor main memory."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().total, "this machine"
+    facts = torch.get_device_module(device).get_device_properties(device)
+    return facts.total_memory, getattr(facts, "name", str(device))
+
+
+def free_device_memory(device: torch.device) -> int:
+    """Bytes that a device has left for all processes; 0 where it does not say, and of the
+    processor."""
+    if device.type == "cpu":
+        return 0
+    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return 0 if ask is None else int(ask(device)[0])
+
+
+def release_memory(device: torch.device) -> None:
+    """Give other processes what this one has freed, on the device and in main memory, and what
+    only circles of objects still hold (an optimizer's moments)."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
+    return_freed_memory()

@@ -31,7 +31,14 @@ from distill.training.validation import ValidationScore, best_step
 from stability.guard import Guard
 from stability.random_state import random_state, restore_random_state
 from students.model.interface import Student
-from students.weights import Weights, full_tensor, laid_out_like, plain_weights, set_weights
+from students.weights import (
+    Weights,
+    as_safetensors,
+    full_tensor,
+    laid_out_like,
+    plain_weights,
+    set_weights,
+)
 from teachers.atomic_files import write_whole
 
 KEEP = 2
@@ -119,7 +126,7 @@ def _write(final: Path, files: dict[str, Weights], content: dict[str, Any]) -> N
     temporary.mkdir()
     try:
         for name, tensors in files.items():
-            write_whole(temporary / f"{name}.safetensors", safetensors.torch.save(tensors))
+            write_whole(temporary / f"{name}.safetensors", as_safetensors(tensors))
         write_whole(temporary / "state.json", (json.dumps(content, indent=2) + "\n").encode())
         old = _renamed(final) if final.exists() else None
         temporary.replace(final)

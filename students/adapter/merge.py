@@ -7,6 +7,7 @@ other matrices likewise without the rotation. One weight after the other, to sav
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,10 +23,13 @@ from students.model.fold import MAX_ORTHOGONALITY_ERROR, FoldError
 
 
 @torch.no_grad()
-def merge(student: AdaptedStudent) -> PreTrainedModel:
+def merge(
+    student: AdaptedStudent, keep: Callable[[Tensor], Tensor] = lambda weight: weight
+) -> PreTrainedModel:
     """The student as a float32 model of its base's class on the CPU, with the teacher's vocabulary.
 
-    Nothing of peft, bitsandbytes, the gates or the heads is left in it.
+    Nothing of peft, bitsandbytes, the gates or the heads is left in it. ``keep`` says where each
+    weight lies as soon as it is computed (``students.mapped_tensors``).
 
     Raises:
         FoldError: a weight is not finite, or a turn is not a rotation.
@@ -43,7 +47,7 @@ def merge(student: AdaptedStudent) -> PreTrainedModel:
             weight = _merged(student, path, leaf, turns)
             if not bool(torch.isfinite(weight).all()):
                 raise FoldError(f"{path}.{leaf} has values that are not finite")
-            setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
+            setattr(module, leaf, nn.Parameter(keep(weight), requires_grad=False))
     plain.tie_weights()
     return plain.eval()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -27,7 +28,8 @@ class FoldError(ValueError):
 
 
 def fold(student: SO8TForCausalLM) -> dict[str, Tensor]:
-    """The student's weights as a plain Llama's, float32, without any gate.
+    """The student's weights as a plain Llama's, float32 on the CPU, without any gate; but for the
+    output projections they are the student's own where that is on the CPU.
 
     Names are those of transformers' Llama. With tied embeddings there is no ``lm_head.weight``.
 
@@ -43,14 +45,14 @@ def fold(student: SO8TForCausalLM) -> dict[str, Tensor]:
         if not bool(torch.isfinite(tensor).all()):
             raise FoldError(f"{name} has values that are not finite")
     state = {
-        name: tensor.detach().clone()
+        name: tensor.detach().cpu()
         for name, tensor in weights.items()
         if not _GATE.fullmatch(name) and not name.startswith(HEADS)
     }
     if student.config.tie_word_embeddings:
         del state["lm_head.weight"]
     for number, gate in enumerate(student.gates()):
-        rotations = so8.rotation(float64(torch.stack((gate.safety, gate.command)).detach()))
+        rotations = so8.rotation(float64(torch.stack((gate.safety, gate.command)).detach().cpu()))
         error = float(so8.orthogonality_error(rotations).max())
         if not error <= MAX_ORTHOGONALITY_ERROR:
             raise FoldError(
@@ -84,13 +86,16 @@ def llama_config(config: SO8TConfig) -> LlamaConfig:
 
 
 def to_llama(student: SO8TForCausalLM) -> LlamaForCausalLM:
-    """The folded student as transformers' own Llama.
+    """The folded student as transformers' own Llama, with the weights that ``fold`` gives.
 
     Raises:
         FoldError: see ``fold``.
     """
-    llama, state = LlamaForCausalLM(llama_config(student.config)), fold(student)
+    state = fold(student)
+    with init_empty_weights(include_buffers=False):
+        llama = LlamaForCausalLM(llama_config(student.config))
     if student.config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    llama.load_state_dict(state, strict=True)
+    llama.load_state_dict(state, strict=True, assign=True)
+    llama.tie_weights()
     return llama.eval()

@@ -240,8 +240,15 @@ class Timing:
     ended: float
 
 
-def timed(command: list[str], folder: Path, threads: int, wanted: Path) -> Timing:
-    """Run a command in ``folder`` and watch for its lines and for ``wanted``.
+def timed(
+    command: list[str],
+    folder: Path,
+    threads: int,
+    wanted: Path,
+    watch: Callable[[int], None] = lambda process: None,
+) -> Timing:
+    """Run a command in ``folder`` and watch for its lines and for ``wanted``; ``watch`` gets the
+    process's id again and again.
 
     Raises:
         RuntimeError: it failed; says what it printed last.
@@ -260,6 +267,7 @@ def timed(command: list[str], folder: Path, threads: int, wanted: Path) -> Timin
                     done = now
                 for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
                     lines.setdefault(line, now)
+                watch(process.pid)
                 time.sleep(WATCH_SECONDS)
         except BaseException:
             process.terminate()

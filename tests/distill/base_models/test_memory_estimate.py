@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,20 +10,18 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import BitsAndBytesConfig
 
-from distill.base_models.memory_advice import NOTHING_FITS, how_to_fit
+from distill.base_models.memory_advice import how_to_fit
+from distill.base_models.memory_check import memory_rows
 from distill.base_models.memory_estimate import (
     LOGITS_COPIES,
-    AdapterMemory,
-    AdapterTraining,
+    TrainingMemory,
+    TrainingSettings,
     estimate,
     memory_of,
-    memory_rows,
 )
 from distill.config.loading import parse_config
 from distill.config.schema import RunConfig
@@ -34,6 +30,7 @@ from distill.losses.chunked_lm_head import chunked_head_loss
 from stability.snapshots import Keeper
 from students.adapter.adapter import AdaptedStudent, adapt
 from students.adapter.base_model import AdapterSettings
+from tests.support.memory import Peak, saved_bytes, size_of, state_tensors
 from tests.support.students import KINDS, needs_nf4
 from tests.support.tiny_models import SHAPE
 
@@ -79,8 +76,8 @@ def student_of(config: Any, quant: str, folder: Path, dtype: torch.dtype) -> Ada
     return adapt(base, settings, VOCAB, seed=0, safety_head=True, verification_head=True).train()
 
 
-def training_of(quant: str, dtype: torch.dtype, **changes: Any) -> AdapterTraining:
-    known = {
+def training_of(quant: str, dtype: torch.dtype, **changes: Any) -> TrainingSettings:
+    known: dict[str, Any] = {
         "vocab_size": VOCAB,
         "rank": RANK,
         "load_in_4bit": quant != "plain",
@@ -89,29 +86,7 @@ def training_of(quant: str, dtype: torch.dtype, **changes: Any) -> AdapterTraini
         "safety_head": True,
         "verification_head": True,
     }
-    return AdapterTraining(**(known | changes))
-
-
-def size_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind some tensors, each counted once."""
-    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
-    return sum(storages.values())
-
-
-def state_tensors(module: nn.Module) -> list[Tensor]:
-    """What bitsandbytes keeps beside NF4 weights."""
-    found = []
-    for parameter in module.parameters():
-        if (state := getattr(parameter, "quant_state", None)) is not None:
-            found += [state.absmax, state.code]
-            if state.nested:
-                found += [state.state2.absmax, state.state2.code, state.offset]
-    return found
-
-
-def own_tensors(student: AdaptedStudent) -> list[Tensor]:
-    """All that is there before a step."""
-    return [*student.parameters(), *student.buffers(), *state_tensors(student)]
+    return TrainingSettings(**(known | changes))
 
 
 def one_step(student: AdaptedStudent) -> AdamW:
@@ -146,7 +121,7 @@ def test_weights_gradients_moments_and_snapshots_are_those_of_a_student(
         assert found.base_numbers == student.base_parameters(), kind
         assert found.trained_numbers == student.trainable_parameters(), kind
         assert found.base == size_of([*frozen, *state_tensors(student)]), kind
-        assert found.adapters == size_of([*trained, *starts]), kind
+        assert found.trained == size_of([*trained, *starts]), kind
         assert found.gradients == size_of(gradients), kind
         moments = [value for state in optimizer.state.values() for value in state.values()]
         assert found.moments == pytest.approx(size_of(moments), rel=0.01), kind
@@ -158,19 +133,6 @@ def test_weights_gradients_moments_and_snapshots_are_those_of_a_student(
             states = [value for state in taken.moments for value in state.values()]
             kept += [*taken.weights, *taken.buffers, *states]
         assert found.snapshots == pytest.approx(size_of(kept), rel=0.01), kind
-
-
-class Saved:
-    """Counts what a forward pass saves for its backward pass, beside what is the student's own."""
-
-    def __init__(self, student: AdaptedStudent) -> None:
-        self.own = {one.untyped_storage().data_ptr() for one in own_tensors(student)}
-        self.tensors: list[Tensor] = []
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in self.own:
-            self.tensors.append(tensor)  # kept, so that its place is not used again
-        return tensor
 
 
 class Case(NamedTuple):
@@ -187,21 +149,13 @@ class Case(NamedTuple):
             return nullcontext()
         return torch.autocast("cpu", self.autocast)
 
-    def estimate(self, config: Any, tokens: Tensor, checkpointing: bool) -> AdapterMemory:
+    def estimate(self, config: Any, tokens: Tensor, checkpointing: bool) -> TrainingMemory:
         """Of a step with a batch of ``tokens``."""
         sequences, length = tokens.shape
         batch = {"sequences": sequences, "length": length, "checkpointing": checkpointing}
         return estimate(
             config, training_of(self.quant, self.dtype, autocast=self.autocast, **batch)
         )
-
-    def saved_bytes(self, student: AdaptedStudent, tokens: Tensor) -> int:
-        """What a forward pass saves, and its result."""
-        saved = Saved(student)
-        with torch.autograd.graph.saved_tensors_hooks(saved, lambda one: one), self.narrow():
-            output = student(tokens, with_logits=False)
-        assert output.last_hidden_state is not None
-        return size_of([*saved.tensors, output.last_hidden_state])
 
 
 NARROW = torch.bfloat16
@@ -223,37 +177,13 @@ def test_activations_are_what_a_forward_pass_saves(case: Case, tmp_path: Path) -
         config = config_of(case.kind, **changes)
         student = student_of(config, case.quant, tmp_path / size, case.dtype)
         without, with_it = (case.estimate(config, tokens, on).activations for on in (False, True))
-        whole = case.saved_bytes(student, tokens)
+        whole = saved_bytes(student, tokens, case.narrow())
         assert without == pytest.approx(whole, rel=0.1), size
         student.checkpoint_activations(True)
-        inputs = case.saved_bytes(student, tokens)
+        inputs = saved_bytes(student, tokens, case.narrow())
         one_layer = (whole - inputs) / config.num_hidden_layers
         assert with_it == pytest.approx(inputs + one_layer, rel=0.2), size
         assert with_it < without, size
-
-
-class Peak(TorchDispatchMode):
-    """The most bytes that were alive at once, of what has been made since it was entered."""
-
-    def __init__(self, student: AdaptedStudent) -> None:
-        super().__init__()
-        self.known = {one.untyped_storage()._cdata for one in own_tensors(student)}
-        self.now = self.most = 0
-
-    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = call(*args, **(kwargs or {}))
-        for tensor in filter(torch.is_tensor, tree_leaves(result)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.known:
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-                self.most = max(self.most, self.now)
-        return result
-
-    def _gone(self, place: int, size: int) -> None:
-        self.known.discard(place)
-        self.now -= size
 
 
 @every_case
@@ -283,7 +213,7 @@ def test_dropout_keeps_more() -> None:
     assert with_it.base == without.base
 
 
-def phi(**changes: Any) -> AdapterMemory:
+def phi(**changes: Any) -> TrainingMemory:
     config = transformers.Phi3Config(**PHI_3_5_MINI)
     known: dict[str, Any] = {
         "vocab_size": 32064,
@@ -293,7 +223,7 @@ def phi(**changes: Any) -> AdapterMemory:
         "sequences": 16,
         "on_cpu": False,
     }
-    return estimate(config, AdapterTraining(**(known | changes)))
+    return estimate(config, TrainingSettings(**(known | changes)))
 
 
 def test_phi_3_5_mini_in_nf4_by_hand() -> None:
@@ -324,13 +254,9 @@ def test_snapshots_count_where_main_memory_is_all_there_is() -> None:
     on_gpu, on_cpu = phi(snapshots=2), phi(snapshots=2, on_cpu=True)
     assert on_gpu.snapshots > 0
     assert on_cpu.total >= on_gpu.total + on_gpu.snapshots
-    merging = "merging, at the end (main memory)"
-    last = ["together", "guard's snapshots (main memory)", merging]
-    assert [name for name, _ in memory_rows(on_gpu)][-3:] == last
-    assert [name for name, _ in memory_rows(on_cpu)][-2:] == ["together", merging]
-    # A float32 model; on a CPU the base in NF4 is in main memory too.
-    assert on_gpu.at_the_end == 4 * on_gpu.base_numbers
-    assert on_cpu.at_the_end == 4 * on_cpu.base_numbers + on_cpu.base
+    last = ["together", "guard's snapshots (main memory)"]
+    assert [name for name, _ in memory_rows(on_gpu)][-2:] == last
+    assert [name for name, _ in memory_rows(on_cpu)][-1] == "together"
     assert dict(memory_rows(on_gpu))["base weights"] == "2.26 GB"
     assert "guard's snapshots (main memory)" not in dict(memory_rows(phi()))
 
@@ -342,7 +268,7 @@ def run_config(**tree: Any) -> RunConfig:
 def test_a_runs_settings_are_taken() -> None:
     config = config_of("llama")
 
-    def memory(vocab_size: int = VOCAB, device: torch.device = CPU, **tree: Any) -> AdapterMemory:
+    def memory(vocab_size: int = VOCAB, device: torch.device = CPU, **tree: Any) -> TrainingMemory:
         return memory_of(config, run_config(**tree), vocab_size, device)
 
     first = memory()
@@ -362,25 +288,29 @@ def test_advice_makes_it_fit() -> None:
     config = transformers.Phi3Config(**PHI_3_5_MINI)
     run = run_config(train={"gradient_checkpointing": False})
     gpu = torch.device("cuda")
-    whole = memory_of(config, run, 32064, gpu).total
-    assert how_to_fit(whole, config, run, 32064, gpu) == []
-    (first,) = how_to_fit(whole - 1, config, run, 32064, gpu)
+
+    def total(settings: RunConfig) -> int:
+        return memory_of(config, settings, 32064, gpu).total
+
+    whole = total(run)
+    assert how_to_fit(whole, run, total) == []
+    (first,) = how_to_fit(whole - 1, run, total)
     assert first.startswith("train.gradient_checkpointing=true saves ")
-    lines = how_to_fit(parse_memory("6GiB"), config, run, 32064, gpu)
+    lines = how_to_fit(parse_memory("6GiB"), run, total)
     names = [line.split("=")[0] for line in lines]
     assert names == ["train.gradient_checkpointing", "train.accumulation", "student.load_in_4bit"]
     parts = int(lines[1].split("=")[1].split()[0])
     train = {"gradient_checkpointing": True, "accumulation": parts}
     settings = run_config(train=train, student={"base": "b", "load_in_4bit": True})
-    followed = memory_of(config, settings, 32064, gpu).total
+    followed = total(settings)
     assert followed <= 6 << 30
     assert lines[2].endswith(f"(then {followed / 1e9:.2f} GB)")
 
 
 def test_advice_where_nothing_helps() -> None:
     config = config_of("llama")
-    lines = how_to_fit(1000, config, run_config(), VOCAB, CPU)
-    assert lines[-1] == NOTHING_FITS
+    lines = how_to_fit(1000, run_config(), lambda one: memory_of(config, one, VOCAB, CPU).total)
+    assert lines[-1] == "no change makes it fit; choose a smaller base"
     names = [line.split("=")[0] for line in lines[:-1]]
     assert names[:2] == ["train.accumulation", "train.guard.snapshots"]
     assert names[2:] == ["student.load_in_4bit", "student.lora_rank", "data.max_length"]

@@ -13,13 +13,15 @@ from transformers import AutoModelForCausalLM
 from distill.capture.tokenizer_only import tokenizer_entries
 from distill.config.schema import Quant
 from distill.errors import ProofFailed
+from distill.evaluation.scorers import student_scorer
 from distill.export.export import Export, Proofs, export_proved
-from distill.export.proof import prove
+from distill.export.proof import answers, proof_sequences, prove
 from distill.runs.folder import HeldOut
 from distill.runs.proof_record import Proof
 from students.gguf.architectures import from_gguf_name
 from students.gguf.metadata import ExportError, ExportNames
 from students.gguf.writer import write_gguf
+from students.mapped_tensors import MappedTensors
 from students.model.build import build_student, student_config
 from students.model.config import SO8TConfig
 from students.model.decoder import SO8TForCausalLM
@@ -141,8 +143,11 @@ def test_another_model_fails_the_proof(tmp_path: Path) -> None:
     write_gguf(student, path, "f32", TOKENIZER, NAMES)
     with torch.no_grad():
         student.gates()[1].safety += 0.05
-    with pytest.raises(ProofFailed, match="differ from PyTorch"):
-        prove(path, student, HeldOut(held_out().sequences, TokenizedLines([], [])))
+    sequences = held_out().sequences
+    with MappedTensors(tmp_path) as kept:
+        expected = answers(student_scorer(student), proof_sequences(sequences, VOCAB), kept)
+        with pytest.raises(ProofFailed, match="differ from PyTorch"):
+            prove(path, expected, HeldOut(sequences, TokenizedLines([], [])), kept)
 
 
 def test_a_failed_proof_leaves_the_old_file(
