@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -103,6 +104,7 @@ CASES: list[tuple[str, int, str]] = [
     ("capture --store {others}", 2, "holds other files"),
     ("run RANK=2 WORLD_SIZE=2", 2, "do not fit together"),
     ("capture RANK=x", 2, "do not fit together"),
+    ("capture LOCAL_RANK=x", 2, "LOCAL_RANK='x' in the environment is no number"),
     ("train {store} RANK=1", 2, "do not fit together"),
     (f"run RANK=0 WORLD_SIZE=2 {ON_POLICY}", 2, "works in one process"),
     # From a store
@@ -217,7 +219,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def command_line(case: str, places: dict[str, str]) -> tuple[list[str], dict[str, str]]:
     """Arguments, and variables of the environment, which are written among them in capitals."""
     words = case.split()
-    variables = dict(word.split("=") for word in words if word.startswith(("RANK=", "WORLD_SIZE=")))
+    variables = dict(word.split("=") for word in words if re.match("[A-Z_]+=", word))
     arguments = [word for word in words if word.partition("=")[0] not in variables]
     for name, path in places.items():
         arguments = [word.replace(f"{{{name}}}", path) for word in arguments]

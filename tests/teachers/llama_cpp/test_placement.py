@@ -15,7 +15,7 @@ from teachers.llama_cpp import worker
 from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.teacher import GGUFTeacher
 from tests.conftest import in_its_own_process
-from tests.support.recorded_llama import MadeContext, recorded
+from tests.support.llama.recorded import MadeContext, recorded
 
 pytestmark = [pytest.mark.needs_gguf, pytest.mark.usefixtures("llama_here")]
 SEQUENCE = np.arange(5, 25, dtype=np.int32)

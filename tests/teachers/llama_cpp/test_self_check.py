@@ -33,7 +33,7 @@ from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.llama_cpp.worker import Worker
 from tests.support.children.capture_child import Source
-from tests.support.llama_double import Fault, llama_cpp_with
+from tests.support.llama.double import Fault, llama_cpp_with
 
 pytestmark = [
     pytest.mark.needs_gguf,

@@ -21,7 +21,7 @@ from distill.runs.folder import HeldOut
 from distill.runtime.progress import Console
 from students.model.decoder import SO8TForCausalLM
 from teachers.base import TokenizedLines
-from tests.support.recorded_llama import recorded
+from tests.support.llama.recorded import recorded
 from tests.support.runs import export, student_with_heads
 
 pytestmark = [pytest.mark.needs_gguf, pytest.mark.usefixtures("llama_here")]
