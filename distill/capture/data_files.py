@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,13 +169,17 @@ def lists_of_rows(value: Any, columns: Collection[str]) -> dict[str, list[Any]]:
     return tables if any(tables.values()) else lists
 
 
+def _require_different(names: list[str], where: str) -> None:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        name = printable_line(twice[0]) or "without a name"
+        raise UserError(f"{where}: a column ({name}) is there twice; rename one")
+
+
 def _csv_rows(lines: Iterator[str], source: str, delimiter: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(file_text.MAX_LINE_BYTES)
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
-        names = list(reader.fieldnames or [])
-        if len(set(names)) < len(names):
-            raise UserError(f"{source}, line 1: a column is named twice; rename one")
+        _require_different(list(reader.fieldnames or []), f"{source}, line 1")
         for row in reader:
             where = f"{source}, line {reader.line_num}"
             if None in row:
@@ -197,8 +202,7 @@ def _arrow_rows(
     try:
         with pyarrow.OSFile(str(file)) if raw is None else pyarrow.BufferReader(raw) as opened:
             names, taken, batches, share = _arrow_batches(opened, suffix_of(file), columns)
-            if len(set(names)) < len(names):
-                raise UserError(f"{source}: a column is named twice; rename one")
+            _require_different(names, source)
             for batch in batches:
                 if (left := left - batch.nbytes) < 0:
                     raise bomb(file, what)

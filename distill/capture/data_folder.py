@@ -61,7 +61,7 @@ def find_files(
     files = [
         file
         for file in sorted(path.rglob("*"))
-        if file.is_file()
+        if (file.is_file() or file.is_symlink())  # what a link does not lead to is missed below
         and file.name not in _DESCRIPTIONS
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
@@ -91,7 +91,8 @@ def find_files(
 
 def _is_description(file: Path, columns: Collection[str]) -> bool:
     """Whether a file is one JSON object that is no row and has none, such as ``config.json``."""
-    if suffix_of(file) != ".json" or file.stat().st_size > MOST_DESCRIBED:
+    known = suffix_of(file) == ".json" and file.is_file()
+    if not known or file.stat().st_size > MOST_DESCRIBED:
         return False
     try:
         value = parse_json(read_text(file, "data file"), str(file))

@@ -19,6 +19,7 @@ from teachers.base import Progress, no_progress
 MAX_LINE_BYTES = 64 << 20  # of a line, or of a row in a JSON list
 # What is packed may unpack to this many bytes, and to this many times the size of its file.
 FREE_BYTES, MAX_RATIO = 256 << 20, 200
+MOST_BLANK = 1 << 20  # lines, one after another
 AT_ONCE = 1 << 20  # bytes
 GZIP_MAGIC = b"\x1f\x8b"
 
@@ -127,23 +128,35 @@ def text_parts(file: Path, what: str, tell: Progress = no_progress) -> Iterator[
             text = decoder.decode(part, final=not part)
         except UnicodeDecodeError as error:
             raise _not_utf8(error, file, what, lines, fed - len(error.object)) from None
+        if "\0" in text:
+            line = lines + text.count("\n", 0, text.index("\0")) + 1
+            raise _nul(f"{what} {file}, line {line}")
         lines += text.count("\n")
         yield text
 
 
 def text_lines(file: Path, what: str, tell: Progress = no_progress) -> Iterator[str]:
-    """The lines of a file with their ends; those longer than ``MAX_LINE_BYTES`` are refused."""
-    start, number, most = 0, 0, most_unpacked(file)
+    """The lines of a file with their ends; those longer than ``MAX_LINE_BYTES`` are refused, and
+    more than ``MOST_BLANK`` blank ones."""
+    start, number, blank, most = 0, 0, 0, most_unpacked(file)
     with _opened(file, what, lambda: f", line {number + 1}", tell) as stream:
         while raw := stream.readline(MAX_LINE_BYTES):
             if start + len(raw) > most:
                 raise bomb(file, what)
             if len(raw) == MAX_LINE_BYTES:
                 raise too_long(f"{what} {file}, line {number + 1}", MAX_LINE_BYTES)
+            blank = blank + 1 if raw.isspace() else 0
+            if blank > MOST_BLANK:
+                raise UserError(
+                    f"{what} {file}, line {number + 1}: {blank:,} blank lines; take them out"
+                )
             try:
-                yield raw.decode("utf-8" if start else "utf-8-sig")
+                line = raw.decode("utf-8" if start else "utf-8-sig")
             except UnicodeDecodeError as error:
                 raise _not_utf8(error, file, what, number, start) from None
+            if "\0" in line:
+                raise _nul(f"{what} {file}, line {number + 1}")
+            yield line
             number, start = number + 1, start + len(raw)
 
 
@@ -152,6 +165,10 @@ def too_long(where: str, most: int) -> UserError:
     return UserError(
         f"{where}: longer than {most >> 20} MiB; divide it, or write its rows one a line (JSONL)"
     )
+
+
+def _nul(where: str) -> UserError:
+    return UserError(f"{where}: has a NUL, as UTF-16 and binary files have; convert it to UTF-8")
 
 
 def _not_utf8(

@@ -10,6 +10,7 @@ from typing import Any, cast
 from distill.capture import file_text
 from distill.errors import UserError
 
+TOO_DEEP = "nested too deeply"
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -17,7 +18,9 @@ def parse_json(text: str, where: str, hint: str = "") -> Any:
     """A JSON value, whose objects have every key once; ``UserError`` names ``where``."""
     try:
         return _DECODER.decode(text)
-    except (ValueError, RecursionError) as error:  # also a number with too many digits
+    except RecursionError:
+        raise UserError(f"{where} is not JSON ({TOO_DEEP}){hint}") from None
+    except ValueError as error:  # also a number with too many digits
         raise UserError(f"{where} is not JSON ({error}){hint}") from None
 
 
@@ -95,7 +98,8 @@ class Values:
                     self._at = end
                     return value
             except RecursionError:
-                raise UserError(f"{self._source}, line {self.line()}: nested too deeply") from None
+                where = f"{self._source}, line {self.line()}"
+                raise UserError(f"{where} is not JSON ({TOO_DEEP}){hint}") from None
             except ValueError as error:  # also a number with too many digits
                 cut = isinstance(error, json.JSONDecodeError)
                 had = len(self._text) - self._at

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 WHOLE_VOCABULARY = "whole vocabulary"
 LEAST_POINTS = 6  # of a curve with three parameters, below which nothing is said
+TELLING_POINTS = 10  # below which nothing is said of what cannot be reached (docs/verdict.md)
 FARTHEST = 10.0  # times the tokens trained on: what lies beyond is not a number to rely on
 EXPONENTS = np.geomspace(0.05, 3.0, 400)
 RESAMPLES, SEED = 1000, 20_200_123  # fixed: the same curve always has the same forecast
@@ -73,9 +74,10 @@ def kl_name(over: str) -> str:
 
 @dataclass(frozen=True)
 class Curve:
-    """Fitted power laws a + b·t^−c, ``[R]`` each, the first to the points themselves, the others to
-    resampled ones; t is a share of the ``tokens`` trained on."""
+    """Fitted power laws a + b·t^−c, ``[R]`` each, the first to the ``points`` themselves, the
+    others to resampled ones; t is a share of the ``tokens`` trained on."""
 
+    points: int
     tokens: float
     a: Floats
     b: Floats
@@ -108,7 +110,7 @@ def fit_curve(tokens: Sequence[float], values: Sequence[float]) -> Curve | None:
     random = np.random.default_rng(SEED)
     drawn = random.choice(np.concatenate((residuals, -residuals)), (RESAMPLES, len(y)))
     again = _laws(powers, expected * np.maximum(1.0 + drawn, 0.05))
-    return Curve(end, *(np.concatenate(pair) for pair in zip(fitted, again, strict=True)))
+    return Curve(len(y), end, *(np.concatenate(pair) for pair in zip(fitted, again, strict=True)))
 
 
 def _laws(powers: Floats, values: Floats) -> tuple[Floats, Floats, Floats]:
@@ -148,7 +150,7 @@ class Closeness:
 class Forecast:
     """Tokens beyond those trained on until ``level`` is reached, with a 95 % interval: infinite
     where an asymptote lies above its bounds. ``floor``: the KL's asymptote, with its interval;
-    ``ceiling``: the agreement's."""
+    ``ceiling``: the agreement's; ``points``: of the curve."""
 
     level: Level
     trained: float
@@ -157,6 +159,7 @@ class Forecast:
     high: float
     floor: tuple[float, float, float]
     ceiling: float
+    points: int
 
 
 def _scales(measured: Closeness, validated: Closeness) -> tuple[float, float]:
@@ -206,4 +209,5 @@ def forecast(
         high=max(high, now),
         floor=(float(floors[0]), *edges),
         ceiling=1.0 - apart * float(curves[1].a[0]),
+        points=min(one.points for one in curves),
     )

@@ -12,6 +12,7 @@ from distill.metrics.closeness import (
     FARTHEST,
     LEAST_POINTS,
     NOT_YET,
+    TELLING_POINTS,
     VERY_CLOSE,
     WHOLE_VOCABULARY,
     Closeness,
@@ -171,6 +172,12 @@ def forecast_words(result: Forecast, rate: float | None) -> str:
         f"by the validation curve the KL tends to {number(value)} ({number(low)}–{number(high)}), "
     )
     end += f"the same top token to {result.ceiling:.1%}"
+    if result.low == math.inf and result.points < TELLING_POINTS:
+        return (
+            f"{result.points} validation points are too few to tell whether more training reaches "
+            f"“{result.level.name}” at this size ({TELLING_POINTS} are not; raise "
+            f"train.evaluations, or train longer): {end}."
+        )
     if result.low == math.inf:
         return f"{name} is not reachable by more training at this size: {end}."
     if result.low > most:

@@ -270,6 +270,16 @@ def test_what_lies_beside_tables_is_not_data(tmp_path: Path) -> None:
         data = read(folder)
         assert content(data) == [("a",)], name
         assert len(data.notes) == 1 and name in data.notes[0], (name, data.notes)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "a.jsonl").write_text('{"text": "a"}')
+    (linked / "more").symlink_to(linked, target_is_directory=True)
+    assert content(read(linked)) == [("a",)] and "more" in str(read(linked).notes)
+    for target in ("nowhere", "b.json"):
+        (linked / "b.json").unlink(missing_ok=True)
+        (linked / "b.json").symlink_to(target)
+        with pytest.raises(UserError, match=r"b\.json cannot be read"):
+            read(linked)
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "config.json").write_text(str(beside["config.json"]))
@@ -300,6 +310,7 @@ def test_damaged_and_hostile_files_are_refused(
     """One error with the file and the line or row; nothing unpacks without bounds."""
     monkeypatch.setattr(file_text, "FREE_BYTES", 1 << 12)
     monkeypatch.setattr(file_text, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(file_text, "MOST_BLANK", 1 << 10)
     packed, table = gzip.compress(LINES.encode() * 99), parquet_bytes(ROWS)
     latin = parquet_bytes(
         pa.table({"text": pa.array([b"fine", b"caf\xe9"]).cast(pa.binary()).view(pa.string())})
@@ -311,7 +322,11 @@ def test_damaged_and_hostile_files_are_refused(
     cases: list[tuple[str, bytes, tuple[str, ...]]] = [
         ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}', ("line 2", "UTF-8", "byte 27")),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b", "text": "c"}', ("line 2", "'text'", "twice")),
-        ("a.jsonl", b'{"text": ' + b"[" * 100_000, ("line 1", "JSON")),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, ("line 1", "deep")),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-le"), ("line 1", "NUL")),
+        ("a.csv", b"text\nb\0\n", ("line 2", "NUL")),
+        ("a.txt", b"text\nb\0\n", ("line 2", "NUL")),
+        ("a.jsonl.gz", gzip.compress(b"\n" * 3_000), ("line 1025", "blank lines")),
         ("a.jsonl", b'{"text": "' + b"x" * (2 << 20), ("line 1", "longer")),
         ("a.jsonl", b'{"text": NaN}', ("every row is blank",)),
         ("a.json", b'[{"text": "a"},\n {"text": }]', ("JSON", "line 2")),
@@ -328,14 +343,14 @@ def test_damaged_and_hostile_files_are_refused(
         ("a.jsonl", b'[\n{"text": "a"}\n]', ("line 1", ".json,")),
         ("a.json", b"7", ("row 1", "7")),
         ("a.csv", b'text\n"a\nb"\nc,d\n', ("line 4", "more cells")),
-        ("a.csv", b"text,text\na,b\n", ("line 1", "twice")),
+        ("a.csv", b"text,text\na,b\n", ("line 1", "(text)", "twice")),
         ("a.csv", b'text\n"a', ("line 2",)),
         ("a.csv", b"text\n", ("empty",)),
         ("a.jsonl.gz", LINES.encode(), ("line 1", "damaged")),
         ("a.jsonl.gz", packed[: len(packed) // 2], ("line ", "cut off")),
         ("a.txt.gz", packed[:-9], ("cut off",)),
-        ("a.jsonl.gz", gzip.compress(b"\n" * (1 << 20)), ("unpacks",)),
-        ("a.txt.gz", gzip.compress(bytes(1 << 20)), ("unpacks",)),
+        ("a.jsonl.gz", gzip.compress((json.dumps(bomb[0]) + "\n").encode() * 500), ("unpacks",)),
+        ("a.txt.gz", gzip.compress(b"x" * (1 << 20)), ("unpacks",)),
         ("a.parquet", b"PAR1" + b"no table" * 9, ("damaged",)),
         ("a.parquet", table[:-20], ("damaged",)),
         ("a.parquet", table[:4] + bytes(len(table) // 2) + table[len(table) // 2 + 4 :], ()),

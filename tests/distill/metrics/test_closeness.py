@@ -15,6 +15,7 @@ from distill.metrics.closeness import (
     kl_over,
     level_of,
 )
+from distill.reports.verdict import forecast_words
 
 TOKENS = np.linspace(0.0, 1.1e6, 12)  # as twelve evaluations lie, the first before training
 
@@ -77,6 +78,16 @@ def test_what_is_not_known_is_not_said() -> None:
     assert rising is not None and rising.reaches(0.25)[0] == math.inf
     assert fit_curve(TOKENS[:6], curve(0.1, 0.3, 0.7)[:6]) is None
     assert fit_curve(TOKENS, [9.0, *[math.nan] * 6, *[0.5] * 5]) is None
+
+
+def test_few_points_do_not_tell_what_cannot_be_reached() -> None:
+    """The same curve, whose asymptote is above the bound: from ten points on it is said."""
+    for points, said in ((9, "9 validation points are too few to tell"), (10, "not reachable")):
+        tokens = np.linspace(1e5, 1e6, points)
+        curves = [fit_curve(tokens, a + 0.2 * (tokens / 1e6) ** -1.0) for a in (0.6, 0.01)]
+        assert curves[0] is not None and curves[1] is not None
+        found = forecast((curves[0], curves[1]), Closeness(0.8, 0.79), Closeness(0.8, 0.79))
+        assert found is not None and said in forecast_words(found, None), points
 
 
 def test_intervals_hold_the_truth() -> None:

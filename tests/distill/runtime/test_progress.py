@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import pytest
+
+from distill.runtime import progress
 from distill.runtime.progress import TimeLeft
 
 
@@ -40,3 +43,16 @@ def test_going_back_begins_anew() -> None:
     said = told([*((second, second / 50) for second in range(30)), (30.0, 0.2), (31.0, 0.22)])
     assert said[29] is not None and said[-2:] == [None, None]
     assert told((second, second / 5) for second in range(9))[-1] == 0.0
+
+
+def test_what_is_usually_quick_is_shown_where_it_is_slow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line at its end, or nothing at all."""
+    for seconds, shown in ((60.0, False), (-1.0, True)):
+        monkeypatch.setattr(progress, "SLOW_SECONDS", seconds)
+        with progress.Console().stage_if_slow("Read files") as tell:
+            for share in (0.1, 0.5, 1.0):
+                tell(share)
+        said = capsys.readouterr().out
+        assert ("Read files" in said and said.count("\n") == 1) if shown else not said, said
