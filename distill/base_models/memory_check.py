@@ -99,7 +99,7 @@ def memory_rows(memory: TrainingMemory) -> list[tuple[str, str]]:
         ("temporary", memory.temporary),
         ("loss", memory.loss),
     ]
-    kept = ("guard's snapshots (main memory)", memory.snapshots)
+    kept = ("snapshots" if memory.on_cpu else "snapshots, in RAM", memory.snapshots)
     total = ("together", memory.total)
     rows += [kept, total] if memory.on_cpu else [total, kept]
     return [(name, human_bytes(size)) for name, size in rows if size]

@@ -40,7 +40,8 @@ class Models:
 
     ``process``: of this process without a student; ``teacher``: of the teacher's, ``on_device`` of
     which are the device's; ``worker``: of a llama.cpp process beside its weights. ``training``: see
-    there; ``exported``: numbers of the exported file. ``longest``: tokens of a sequence.
+    there; ``exported``: numbers of the exported file. ``longest``: tokens of a sequence;
+    ``scored``: of all validation sequences.
     """
 
     process: int
@@ -51,6 +52,7 @@ class Models:
     exported: int
     vocab_size: int
     longest: int
+    scored: int
 
 
 def own_memory() -> int:
@@ -71,7 +73,7 @@ def stage_peaks(models: Models, config: RunConfig) -> dict[str, Peak]:
     there = student if on_cpu else 0  # of the student in main memory, until it is exported
     file = exported_bytes(config.export.quant, models.exported)
     logits = 4 * models.vocab_size * models.longest
-    groups = max(logits, LOGITS_BYTES)
+    groups = min(max(logits, LOGITS_BYTES), 4 * models.vocab_size * models.scored)
     device = {
         CAPTURE: models.on_device,
         INITIALIZATION: first,

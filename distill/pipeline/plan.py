@@ -134,6 +134,7 @@ def plan_run(
         exported=student.numbers.exported,
         vocab_size=info.vocab_size,
         longest=corpus.sampling.max_length,
+        scored=round(config.data.held_out * len(corpus)) * corpus.sampling.max_length,
     )
     plan = _combine(config, corpus, probe, files, student, stage_peaks(models, config))
     title = f"{info.name} → {config.student.label} SO8T: what a run takes"

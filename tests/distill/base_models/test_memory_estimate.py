@@ -254,11 +254,11 @@ def test_snapshots_count_where_main_memory_is_all_there_is() -> None:
     on_gpu, on_cpu = phi(snapshots=2), phi(snapshots=2, on_cpu=True)
     assert on_gpu.snapshots > 0
     assert on_cpu.total >= on_gpu.total + on_gpu.snapshots
-    last = ["together", "guard's snapshots (main memory)"]
+    last = ["together", "snapshots, in RAM"]
     assert [name for name, _ in memory_rows(on_gpu)][-2:] == last
     assert [name for name, _ in memory_rows(on_cpu)][-1] == "together"
     assert dict(memory_rows(on_gpu))["base weights"] == "2.26 GB"
-    assert "guard's snapshots (main memory)" not in dict(memory_rows(phi()))
+    assert "snapshots, in RAM" not in dict(memory_rows(phi()))
 
 
 def run_config(**tree: Any) -> RunConfig:

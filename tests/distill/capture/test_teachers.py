@@ -132,7 +132,7 @@ def test_a_plan_describes_the_student(
         "embedding and output one matrix, 1,024 tokens",
     ):
         assert row in said, (row, said)
-    assert any(f"{share:.1%} of the teacher's" in line for line in said)
+    assert any(f"{share:.1%} of the teacher's" in line for line in said), said
     layer = width * 16 * (2 * per_head + 2) + 3 * width * 72 + 2 * width
     assert plan.parameters == 1024 * width + layers * layer + width
 

@@ -13,12 +13,13 @@ from distill.evaluation import cost, greedy
 from distill.evaluation.compare import evaluate_files
 from distill.evaluation.inputs.request import Request, TextRequest
 from distill.evaluation.scorers import student_scorer
-from distill.export.proof import prove, prove_quantized
+from distill.export.proof import answers, prove, prove_quantized
 from distill.inference.chat import ChatSettings
 from distill.inference.chat_screen import chat_with
 from distill.inference.judge import Judge
 from distill.runs.folder import HeldOut
 from distill.runtime.progress import Console
+from students.mapped_tensors import MappedTensors
 from students.model.decoder import SO8TForCausalLM
 from teachers.base import TokenizedLines
 from tests.support.llama.recorded import recorded
@@ -44,11 +45,16 @@ def evaluated(file: Path, gpu_layers: int) -> None:
         )
 
 
+def proved(file: Path, student: SO8TForCausalLM) -> None:
+    """Both proofs: of the F32 file, and of one made of it."""
+    with MappedTensors(file.parent) as kept:
+        expected = answers(student_scorer(student), HELD_OUT.sequences, kept)
+        _, found = prove(file, expected, HELD_OUT, kept)
+        prove_quantized(file, "q8_0", found, HELD_OUT)
+
+
 EXACT: dict[str, Callable[[Path, SO8TForCausalLM], object]] = {
-    "the proof of the F32 file": lambda file, student: prove(file, student, HELD_OUT),
-    "the proof of another file": lambda file, student: prove_quantized(
-        file, "q8_0", student_scorer(student), HELD_OUT
-    ),
+    "proofs": proved,
     "judge": lambda file, student: Judge(file).judge(["Hello"]),
     "chat": lambda file, student: chat_with(
         file, "Hello", ChatSettings(max_new_tokens=4), safety=True

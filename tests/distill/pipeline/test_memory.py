@@ -48,6 +48,7 @@ def test_stages_on_a_device() -> None:
         exported=training.base_numbers,
         vocab_size=VOCAB,
         longest=256,
+        scored=2560,
     )
     peaks = stage_peaks(models, config)
     assert peaks[TRAINING].device == training.total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +132,10 @@ def test_checkpoints_are_also_written_by_the_clock(
     schedule = build_schedule(optimizer, TRAIN, 8)
     state = checkpoint.TrainingState(student, optimizer, schedule, Objective(LOSS), step=99)
 
-    def full(path: Path, content: bytes) -> None:
+    def full(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
         if path.name == "training.safetensors":
             raise OSError(28, "No space left on device")
-        path.write_bytes(content)
+        path.write_bytes(content if isinstance(content, bytes) else b"".join(content))
 
     monkeypatch.setattr(checkpoint, "write_whole", full)
     with pytest.raises(OSError, match="No space"):
