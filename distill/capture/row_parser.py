@@ -35,6 +35,8 @@ CALLS = ("function_call", "tool_call")  # as a role: the message's text is the c
 TEXT_PARTS = ("text", "input_text", "output_text")
 TEMPLATE_KEYS = {"role", "content", "tool_calls", "name", "tool_call_id", "reasoning_content"}
 MOST_SHOWN = 12  # names in one message
+# Of one conversation: llama.cpp's time for a text grows with the square of its control tokens.
+MOST_MESSAGES = 4096
 
 
 class RowParser:
@@ -213,6 +215,11 @@ def _messages(value: Any, column: str, where: str) -> list[Message]:
         raise UserError(
             f"{where}: {column!r} must be a list of messages"
             f"{'' if column in CONVERSATION else ' or text'}, got {_shown(value)}"
+        )
+    if len(value) > MOST_MESSAGES:
+        raise UserError(
+            f"{where}: {column!r} has {len(value):,} messages, more than {MOST_MESSAGES:,}; "
+            "divide the conversation"
         )
     return [_message(one, f"{where}: {column}, number {n}") for n, one in enumerate(value, 1)]
 

@@ -118,6 +118,7 @@ REFUSED: list[tuple[Any, tuple[str, ...]]] = [
     ({"text": "\ud800"}, ("surrogate",)),
     ({"messages": "hello"}, ("JSON",)),
     ({"messages": "[]"}, ("'messages'", "[]")),
+    ({"messages": [ASK, TELL] * 3_000}, ("6,000 messages", "divide")),
     ({"messages": ["hello"]}, ("messages, number 1", "role", "hello")),
     ({"messages": [ASK, {"role": "critic", "content": "x"}]}, ("number 2", "critic", "human")),
     ({"messages": [{"content": "x"}]}, ("role None",)),
