@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.initialization.balance import balance
 from distill.initialization.layer_fitting import LayerFitter, stream_scale
 from distill.initialization.structured_pruning import (
     Projection,
@@ -100,6 +101,7 @@ def student_from_teacher(
     fitter = LayerFitter(student, projection, tokens, [len(part) for part in text])
     last = _fit_layers(teacher, fitter, text, report)
     _finish(teacher, fitter, last, table_scale)
+    balance(student)
     return student
 
 
