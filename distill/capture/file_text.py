@@ -84,7 +84,7 @@ def _opened(
     ``place`` then."""
     try:
         with file.open("rb", buffering=0) as raw:
-            told = io.BufferedReader(_Told(cast(io.FileIO, raw), tell), AT_ONCE)
+            told = io.BufferedReader(_Told(raw, tell), AT_ONCE)
             packed = file.name.lower().endswith(".gz") or told.peek(2).startswith(GZIP_MAGIC)
             yield cast(BinaryIO, gzip.GzipFile(fileobj=told) if packed else told)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
