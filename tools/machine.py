@@ -102,21 +102,22 @@ class Peak:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Peak memory of a block, in bytes: allocated by PyTorch on CUDA, the process's resident set on
-    a CPU.
+    """Peak memory of a block, in bytes: allocated by PyTorch on a device, the process's resident
+    set on a CPU.
 
     Linux's own peak, reset at the beginning, is exact; elsewhere the resident set is sampled every
     2 ms.
     """
     peak = Peak()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        peak.before = torch.cuda.memory_allocated()
+    if device.type != "cpu":
+        there = torch.get_device_module(device)
+        there.synchronize()
+        there.empty_cache()
+        there.reset_peak_memory_stats()
+        peak.before = there.memory_allocated()
         yield peak
-        torch.cuda.synchronize()
-        peak.most = torch.cuda.max_memory_allocated()
+        there.synchronize()
+        peak.most = there.max_memory_allocated()
         return
     return_freed_memory()  # else a block could use it without being seen to
     peak.before = peak.most = psutil.Process().memory_info().rss

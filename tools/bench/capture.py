@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from teachers.base import TeacherInfo
+from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.capture import CaptureError, fit_shared_codec, logit_rule
 from teachers.targets.recipe import Recipe, default_sketch_bytes
@@ -35,16 +37,19 @@ from tools.checked_llama import llama_cpp_as_checked
 from tools.models.random_teacher import shape_of, write
 
 Tokens = NDArray[np.int32]
+BARE = "llama_decode, all logits"
 
 
 class Bare:
     """llama.cpp by itself: a batch of whole sequences, ``llama_decode``, all logits, its own
     defaults."""
 
-    def __init__(self, path: Path, threads: int, batch: int, length: int) -> None:
-        self.model = native.llama_model_load_from_file(
-            str(path).encode(), native.llama_model_default_params()
-        )
+    def __init__(
+        self, path: Path, threads: int, batch: int, length: int, gpu_layers: int = 0
+    ) -> None:
+        options = native.llama_model_default_params()
+        options.n_gpu_layers = gpu_layers
+        self.model = native.llama_model_load_from_file(str(path).encode(), options)
         parameters = native.llama_context_default_params()
         self.rows, self.length = batch // length, length
         parameters.n_seq_max = self.rows
@@ -104,11 +109,14 @@ def best_times(contenders: dict[str, Callable[[], None]], rounds: int) -> dict[s
     return {name: min(values) for name, values in times.items()}
 
 
-def measure(path: Path, rounds: int, sequences: int, length: int) -> None:
-    """Run all contenders and print the table."""
+def capture_seconds(
+    path: Path, rounds: int, sequences: int, length: int, gpu_layers: int = 0
+) -> tuple[TeacherInfo, dict[str, float]]:
+    """The teacher's facts, and each contender's seconds for so many sequences."""
     threads = torch.get_num_threads()
     random = np.random.default_rng(0)
-    with GGUFTeacher(path, threads=threads) as teacher, quiet():
+    options = LoadOptions(gpu_layers)
+    with GGUFTeacher(path, options, threads=threads) as teacher, quiet():
         info = teacher.info
         data: list[Tokens] = [
             random.integers(300, info.vocab_size, length + 1).astype(np.int32)
@@ -129,12 +137,13 @@ def measure(path: Path, rounds: int, sequences: int, length: int) -> None:
             name: fit_shared_codec(teacher, data, recipe).bases for name, recipe in recipes.items()
         }
         with llama_cpp_as_checked(path):
-            bare = Bare(path, threads, 512, length)
+            bare = Bare(path, threads, 512, length, gpu_layers)
             high = llama_cpp.Llama(
                 str(path),
                 n_ctx=length + 1,
                 n_batch=length + 1,
                 logits_all=True,
+                n_gpu_layers=gpu_layers,
                 n_threads=threads,
                 n_threads_batch=threads,
                 verbose=False,
@@ -145,27 +154,31 @@ def measure(path: Path, rounds: int, sequences: int, length: int) -> None:
                 high.reset()
                 high.eval(tokens[:length].tolist())
 
-        contenders: dict[str, Callable[[], None]] = {
-            "llama_decode, all logits": lambda: bare.decode(data)
-        }
+        contenders: dict[str, Callable[[], None]] = {BARE: lambda: bare.decode(data)}
         for name, recipe in recipes.items():
             contenders[name] = functools.partial(score, teacher, data, recipe, bases[name])
         contenders["Llama(logits_all).eval"] = evaluate_high
         times = best_times(contenders, rounds)
         high.close()
+    return info, times
+
+
+def measure(path: Path, rounds: int, sequences: int, length: int) -> None:
+    """Run all contenders and print the table."""
+    info, times = capture_seconds(path, rounds, sequences, length)
     table = Table("capture", "tokens/s", "against llama_decode", "against Llama.eval")
     tokens = sequences * length
     for name, seconds in times.items():
         table.add_row(
             name,
             f"{tokens / seconds:,.0f}",
-            f"{times['llama_decode, all logits'] / seconds:.3f}",
+            f"{times[BARE] / seconds:.3f}",
             f"{times['Llama(logits_all).eval'] / seconds:.3f}",
         )
     console = Console()
     console.print(
         f"{path.name}: {info.parameters / 1e6:.0f} M parameters, {sequences} × {length} tokens, "
-        f"{threads} threads"
+        f"{torch.get_num_threads()} threads"
     )
     console.print(table)
 

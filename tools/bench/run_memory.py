@@ -108,7 +108,7 @@ def main() -> None:
         if not base.exists():
             make_large(base, teacher=teacher, width=options.width, layers=options.layers)
         data = folder / "data.txt"
-        data.write_text("\n\n".join(f"w{n} w{n + 7} w{n + 40} " * 20 for n in range(24)))
+        data.write_text("\n\n".join(chr(0x4E00 + n) * 120 for n in range(24)), encoding="utf-8")
         settings = ["data.max_length=128", "train.evaluations=2", "safety.labels=none"]
         settings += ["data.held_out=0.2", "train.epochs=1", *options.settings]
         command = child_command(

@@ -231,8 +231,8 @@ class Trainee:
         return time.perf_counter() - begin
 
     def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize()
 
 
 def write_batch(batch: Batch, targets: CompactTargets, path: Path) -> None:

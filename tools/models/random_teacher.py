@@ -27,6 +27,7 @@ QUANTS = {
 # Standard deviation of the stored integers when all are equally likely, by block type.
 INTEGER_SPREAD = {GGMLQuantizationType.Q8_0: 73.6, GGMLQuantizationType.Q4_0: 4.61}
 ROWS_AT_ONCE = 4096
+FIRST_CHARACTER, SURROGATES = 0x3400, 0xD800  # 0x800 of these, which are no characters
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,13 @@ def random_rows(
 
 
 def vocabulary(size: int) -> tuple[list[str], list[float], list[int]]:
-    """A SentencePiece vocabulary: three control tokens, 256 bytes, and made-up words."""
+    """A SentencePiece vocabulary: three control tokens, 256 bytes, and single characters, which
+    transformers can have too."""
     tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
     types = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
     types += [gguf.TokenType.BYTE] * 256
-    tokens += [f"▁w{index}" for index in range(size - len(tokens))]
+    codes = range(FIRST_CHARACTER, FIRST_CHARACTER + size - len(tokens))
+    tokens += [chr(code if code < SURROGATES else code + 0x800) for code in codes]
     types += [gguf.TokenType.NORMAL] * (size - len(types))
     return tokens, [-float(index) for index in range(size)], [int(kind) for kind in types]
 

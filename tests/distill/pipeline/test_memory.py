@@ -20,15 +20,16 @@ from distill.pipeline.memory import (
 from distill.pipeline.resolve import Resolved, require_memory
 from distill.runtime.progress import Console
 from students.model.build import student_config
+from students.model.config import SO8TConfig
 from students.model.shape import parse_size
 from tests.support.pretended_gpu import DEVICE, MEMORY, training_on_gpu
-from tests.support.teachers import info_of
+from tests.support.teachers import BigramTeacher
 
 GB = 10**9
 VOCAB = 32_000
 
 
-def shape_of(size: str):  # type: ignore[no-untyped-def]
+def shape_of(size: str) -> SO8TConfig:
     return student_config(
         parse_size(size), vocab_size=VOCAB, context_length=512, tie_embeddings=True
     )
@@ -65,16 +66,16 @@ def test_stages_on_a_device() -> None:
 
 def test_a_student_that_does_not_fit_is_refused_by_the_device() -> None:
     """Named, with what it has and what to change; followed, the advice makes it fit."""
-    info = info_of(VOCAB, 4096, parameters=8 * GB)
-    config = parse_config({"student": {"size": "1024x16"}, "train": {"batch_size": 64}})
+    info = replace(BigramTeacher(8, 8).info, vocab_size=VOCAB, parameters=8 * GB)
+    train = {"batch_size": 64, "gradient_checkpointing": False}
+    config = parse_config({"student": {"size": "1024x16"}, "train": train})
     large = Resolved(config, shape_of("1024x16"), None)
     with training_on_gpu():
         with pytest.raises(UserError) as error:
             require_memory(large, info, 512, Console(quiet=True))
         text = str(error.value)
         assert f"{DEVICE} has {MEMORY / GB:.2f} GB" in text
-        assert "train.accumulation=" in text
-        parts = int(text.split("train.accumulation=")[1].split()[0])
-        train = config.train.model_copy(update={"accumulation": parts})
-        smaller = replace(large, config=config.model_copy(update={"train": train}))
+        assert "train.gradient_checkpointing=true saves" in text
+        followed = config.train.model_copy(update={"gradient_checkpointing": True})
+        smaller = replace(large, config=config.model_copy(update={"train": followed}))
         require_memory(smaller, info, 512, Console(quiet=True))

@@ -60,6 +60,13 @@ class _Module:
     get_device_properties = staticmethod(lambda device: SimpleNamespace(total_memory=MEMORY))
     get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16, torch.float16])
     synchronize = staticmethod(lambda device=None: _waited("synchronize"))
+    empty_cache = staticmethod(lambda: None)
+    memory_allocated = staticmethod(lambda: _watched[-1].bytes_alive)
+    max_memory_allocated = staticmethod(lambda: _watched[-1].peak)
+
+    @staticmethod
+    def reset_peak_memory_stats() -> None:
+        _watched[-1].peak = _watched[-1].bytes_alive
 
 
 _setup_privateuseone_for_python_backend(NAME, backend_module=_Module)
