@@ -3,6 +3,7 @@ follows, a step waits little, and nothing crosses the bus twice."""
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 import traceback
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from distill.capture.tokenizer_only import tokenizer_entries
 from distill.config.schema import LossConfig, TrainConfig
 from distill.evaluation.scorers import student_scorer
 from distill.heads.fitting import calibrate
@@ -27,6 +29,8 @@ from students.gguf.metadata import ExportNames
 from students.gguf.writer import write_gguf
 from students.model.decoder import SO8TForCausalLM
 from students.model.fold import to_llama
+from teachers import example_teacher
+from teachers.gguf.file import read_gguf
 from teachers.targets.distributions import tensors_of
 from teachers.targets.recipe import Recipe
 from tests.support.pretended_gpu import DEVICE, to_gpu, training_on_gpu, watch
@@ -50,6 +54,7 @@ EVERY_TERM = LossConfig(
     temperature=1.5, gamma=0.5, pet=(0.1, 0.1, 0.1), divergence="jensen_shannon"
 )
 CONFIG = TRAIN.model_copy(update={"accumulation": 2, "epochs": 1, "evaluations": 2})
+NAMES = ExportNames("tiny", {})
 WAITS = 5  # of the processor for the GPU in a step; 40 were asked for
 
 
@@ -75,6 +80,12 @@ def job(data: TrainingData, folder: Path, config: TrainConfig = CONFIG) -> Train
     return TrainingJob(student, data, objective, config, folder)
 
 
+def losses(folder: Path) -> list[float]:
+    """Of the steps in a run's log."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
 def trained(one: TrainingJob, kill_at: int = -1) -> dict[str, bytes]:
     train(one, killer(kill_at))
     return weights(one.student.to("cpu"))
@@ -93,21 +104,20 @@ def own_bytes(data: TrainingData, step: int, sequences: list[int]) -> int:
 def test_a_step_waits_little_and_moves_its_own_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the vocabulary, and for six chunks of the LM head as for one; with prompts too."""
-    for vocab in counting.VOCABULARIES:
-        seen = []
-        for positions in (16, 128):
-            for limit in ("LOGITS_BYTES", "MOST_LOGITS_BYTES"):
-                monkeypatch.setattr(chunked_lm_head, limit, 4 * vocab * positions)
-            one = counting.job(tmp_path / f"{vocab}-{positions}", vocab, 4, (20, 4))
-            steps = counting.counted(one)
-            plan = one.data.batches(1, counting.BATCH)
-            for number, step in enumerate(steps, 1):
-                assert 0 < step.syncs.total() <= WAITS, (vocab, positions, step.syncs)
-                own = own_bytes(one.data, number, plan[number])
-                assert own / 2 < step.bytes.total() <= own, (vocab, positions, step.bytes)
-            seen.append([step.syncs.total() for step in steps])
-        assert seen[0] == seen[1] and len(seen[0]) == 2, vocab
+    """Whatever the vocabulary, and for four chunks of the LM head as for one; with prompts too."""
+    seen = []
+    for vocab, positions in ((512, 128), *((one, 16) for one in counting.VOCABULARIES)):
+        for limit in ("LOGITS_BYTES", "MOST_LOGITS_BYTES"):
+            monkeypatch.setattr(chunked_lm_head, limit, 4 * vocab * positions)
+        one = counting.job(tmp_path / f"{vocab}-{positions}", vocab, 4, (12, 4))
+        steps = counting.counted(one)
+        plan = one.data.batches(1, counting.BATCH)
+        for number, step in enumerate(steps, 1):
+            assert 0 < step.syncs.total() <= WAITS, (vocab, positions, step.syncs)
+            own = own_bytes(one.data, number, plan[number])
+            assert own / 2 < step.bytes.total() <= own, (vocab, positions, step.bytes)
+        seen.append([step.syncs.total() for step in steps])
+    assert len(seen[0]) == 2 and all(waits == seen[0] for waits in seen)
 
 
 def test_chunks_are_as_large_as_the_gpu_allows() -> None:
@@ -131,10 +141,7 @@ def test_training_is_that_of_a_processor(
     assert found.best == expected.best and found.steps == expected.steps == 3
     for (_, mine), (_, theirs) in zip(found.scores, expected.scores, strict=True):
         assert vars(mine) == pytest.approx(vars(theirs), rel=1e-3)
-    logs = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("gpu", "cpu")]
-    for mine, theirs in zip(*logs, strict=True):
-        assert mine.keys() == theirs.keys()
-        assert mine.get("loss") == pytest.approx(theirs.get("loss"), rel=1e-3)
+    assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
     whole = weights(on_gpu.student.to("cpu"))
     save_all_the_time(monkeypatch)
     again = job(data, tmp_path / "again")
@@ -171,14 +178,12 @@ def test_other_ways_to_train(
     """Each step as on a processor, as far as it goes the same way."""
     config = TrainConfig.model_validate({**CONFIG.model_dump(), **changes})
     writes = OnPolicyBatches(TEACHER, data.store, config.on_policy, 1.0, 0, None)
-    losses = []
     for name in ("cpu", "gpu"):
         one = job(data, tmp_path / name, config)
         with training_on_gpu() if name == "gpu" else watch():
             train(one, killer(), writes if config.on_policy else None)
-        losses.append([line.get("loss") for line in read_metrics(one.folder / "metrics.jsonl")])
-    assert losses[0][:2] == pytest.approx(losses[1][:2], rel=1e-3)
-    assert len(losses[0]) == len(losses[1])
+    mine, theirs = losses(tmp_path / "gpu"), losses(tmp_path / "cpu")
+    assert mine[:2] == pytest.approx(theirs[:2], rel=1e-3) and len(mine) == len(theirs) == 3
 
 
 def test_an_error_of_the_loader_reaches_the_caller(tmp_path: Path) -> None:
@@ -212,7 +217,6 @@ def test_what_follows_training(data: TrainingData, tmp_path: Path) -> None:
             if name == "gpu":
                 to_gpu(student)
             calibrate(student, safety, data.store, [0, 1, 2])
-            write_gguf(student, tmp_path / name, "f32", {}, ExportNames("tiny", {}))
         students.append(student)
     here, there = students
     assert there.config.trust == pytest.approx(here.config.trust, rel=1e-4)
@@ -223,7 +227,13 @@ def test_what_follows_training(data: TrainingData, tmp_path: Path) -> None:
         to_llama(there).state_dict().values(), to_llama(here).state_dict().values(), strict=True
     ):
         torch.testing.assert_close(mine.cpu(), theirs)
-    assert (tmp_path / "gpu").stat().st_size == (tmp_path / "cpu").stat().st_size
+    example = read_gguf(example_teacher())
+    large = make_student(16, 2, len(example.value("tokenizer.ggml.tokens")))
+    for name, one in (("cpu", large), ("gpu", to_gpu(copy.deepcopy(large)))):
+        with watch():
+            write_gguf(one, tmp_path / name, "f32", tokenizer_entries(example), NAMES)
+    sizes = [(tmp_path / name).stat().st_size for name in ("cpu", "gpu")]
+    assert sizes[0] == sizes[1] > 4 * large.parameter_count() / 2
 
 
 def test_gradients_of_an_adapted_student_are_checked_there() -> None:

@@ -6,6 +6,8 @@ the bus, and what is launched, by the line of this project that asked for it. A 
 device and memory that is not pinned is waited for, ``non_blocking`` or not. What is copied to
 pinned memory without waiting is there only after the next synchronization, as on a real device.
 Nothing here says anything about time.
+
+Over 400 lines because what runs, refuses and counts an operation is one function's work.
 """
 
 from __future__ import annotations
