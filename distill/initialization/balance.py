@@ -23,14 +23,12 @@ def balance(student: SO8TForCausalLM) -> None:
     layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
     table, output, gain = model.embed_tokens.weight, student.lm_head.weight, model.norm.weight
     factor = _mean(gain)
-    if not config.tie_word_embeddings:
-        _move(gain, [output])
-        factor = (_mean(output) / _mean(table)) ** 0.5 if _mean(table) * _mean(output) else 1.0
-        output.div_(factor)
-    elif factor:
-        gain.div_(factor)
+    if config.tie_word_embeddings:
+        gain.div_(factor or 1.0)
     else:
+        _move(gain, [output])
         factor = 1.0
+    factor = factor or 1.0
     # The norms divide the whole stream by its size.
     for written in (table, *(layer.self_attn.o_proj.weight for layer in layers)):
         written.mul_(factor)
