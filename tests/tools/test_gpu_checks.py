@@ -25,7 +25,9 @@ TINY = Sizes(
     base_layers=2,
     four_bits=False,
     length=32,
-    step=StepJob(size="32x1", batch=2, tokens=9, vocab_size=600, teacher_width=64),
+    step=StepJob(
+        size="32x1", batch=2, tokens=9, vocab_size=600, teacher_width=64, precision="fp32"
+    ),
     product_rows=64,
     teacher=Shape(width=64, layers=1, feed_forward=96, heads=2, vocab_size=600),
     sequences=4,
