@@ -57,8 +57,9 @@ class LlamaHere:
         self.process_id = os.getpid()
         self.warnings: list[str] = []
         self.server = Server(io.BytesIO())
-        # llama.cpp configures AMX's tiles once a thread, and PyTorch's own products, which only here
-        # run in the same threads, release them: the next product is then an illegal instruction.
+        # llama.cpp configures AMX's tiles once a thread, and PyTorch, whose bfloat16 products only
+        # here run in the same threads, releases them: its next product would be an illegal
+        # instruction.
         options = replace(way, extra_buffers=False)
         load = {"path": str(path), "threads": threads, "options": asdict(options)}
         self.description = self.ask("load", load)[0]

@@ -2,9 +2,9 @@
 
     python -m tools.studies.conversations TEXT -o FILE.jsonl [--count 500] [--seed 0]
 
-Each conversation takes neighboring paragraphs of TEXT: a question that quotes the paragraph's first
-words, and the paragraph as the answer. The number of turns and the lengths vary as in public sets: half of the
-conversations have one turn, the others up to five, and a tenth begin with a system message.
+Each conversation takes neighboring paragraphs of TEXT: a question that quotes a paragraph's first
+words, and the paragraph as the answer. Numbers of turns and lengths vary as in public sets: half of
+the conversations have one turn, the others up to five, and a tenth begin with a system message.
 """
 
 from __future__ import annotations
