@@ -100,6 +100,8 @@ def save_checkpoint(
         if apart:
             assert state.best is not None
             files["best"] = state.best
+        # Once, for the checksums and the files.
+        files = {name: _on_cpu(tensors) for name, tensors in files.items()}
         content["checksums"] = {
             name: {key: checksum(tensor) for key, tensor in tensors.items()}
             for name, tensors in files.items()
@@ -111,6 +113,10 @@ def save_checkpoint(
         for old in _complete(folder)[:-KEEP]:
             shutil.rmtree(_renamed(old))
     return final
+
+
+def _on_cpu(tensors: Weights) -> Weights:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def _write(final: Path, files: dict[str, Weights], content: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from stability.snapshots import Extra, Keeper
+from tests.support.pretended_gpu import DEVICE, to_gpu, watch
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "SGD": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
@@ -169,3 +170,29 @@ def test_younger_snapshots_go_with_what_is_undone() -> None:
     assert training.state() == states[1]
     training.keeper.restore(training.keeper.kept[0])
     assert training.state() == states[0] and len(training.keeper.kept) == 1
+
+
+def test_a_gpu_copies_by_itself() -> None:
+    """Taking a snapshot waits for nothing; it holds what was there then, and is whole when it is
+    put back."""
+    model = to_gpu(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)))
+    optimizer = OPTIMIZERS["fused AdamW"](model.parameters())
+    keeper = Keeper(model, optimizer, count=2)
+    inputs = torch.randn(8, 6).to(DEVICE)
+
+    def step() -> None:
+        model(inputs).square().sum().backward()
+        optimizer.step()
+
+    def state() -> list[Tensor]:
+        moments = (value for one in optimizer.state.values() for value in one.values())
+        return [one.detach().cpu() for one in (*model.state_dict().values(), *moments)]
+
+    with watch() as seen:
+        step()
+        before, seen.syncs = state(), type(seen.syncs)()
+        keeper.take(1, None)
+        assert not seen.syncs and seen.bytes
+        step()
+        keeper.restore(keeper.kept[0])
+        assert len(before) == 5 + 2 + 4 * 3 and all(map(torch.equal, state(), before))

@@ -134,15 +134,16 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 def loss_of(student: AdaptedStudent) -> Tensor:
     """A loss that everything has a part in, with every second layer's state."""
-    output = student(drawn(), layers_to_keep=[0])
+    tokens = drawn().to(student.device)
+    output = student(tokens, layers_to_keep=[0])
     assert output.logits is not None and output.last_hidden_state is not None
     assert output.rotations is not None and output.layer_states is not None
     states = output.last_hidden_state
     told = student.safety_head(states[:, -1])
     agreed = student.verification_head(states, certainty(output.logits))
     return (
-        F.cross_entropy(output.logits[:, :-1].flatten(0, 1), drawn()[:, 1:].flatten())
-        + F.cross_entropy(told, torch.tensor([0, 2]))
+        F.cross_entropy(output.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        + F.cross_entropy(told, torch.tensor([0, 2], device=told.device))
         + F.softplus(agreed).mean()
         + output.layer_states[0].square().mean()
         + so8.commutator_norm(output.rotations[:, 1], output.rotations[:, 0]).mean()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from students.model import so8
+from tests.support.pretended_gpu import on_gpu, watch
 from tests.support.references import Matrix, reference_skew, spectral_exponential
 
 
@@ -38,6 +39,22 @@ def test_skew_layout_row_by_row() -> None:
     expected = np.apply_along_axis(reference_skew, -1, batch.numpy())
     assert expected.shape == (2, 3, 8, 8)
     np.testing.assert_array_equal(so8.skew_symmetric(batch).numpy(), expected)
+
+
+def test_a_gpu_has_the_same_rotations_without_a_wait() -> None:
+    """Values and gradients to float64's precision, for angles of many turns and of none."""
+    so8.rotation(on_gpu(drawn()))  # makes constants
+    for scale in (0.0, 1e-6, 1e-3, 0.1, 1.0, 3.0, 20.0):
+        here, there = drawn(3, 5, scale=scale), on_gpu(drawn(3, 5, scale=scale))
+        weight = torch.randn(3, 5, 8, 8, dtype=torch.float64)
+        on_device = on_gpu(weight)
+        with watch() as seen:
+            (so8.rotation(there.requires_grad_()) * on_device).sum().backward()
+        (so8.rotation(here.requires_grad_()) * weight).sum().backward()
+        assert not seen.syncs and there.grad is not None and here.grad is not None
+        expected, found = so8.rotation(here.detach()), so8.rotation(there.detach()).cpu()
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-12)
+        torch.testing.assert_close(there.grad.cpu(), here.grad, rtol=1e-10, atol=1e-10)
 
 
 def test_rotation_is_the_exponential() -> None:

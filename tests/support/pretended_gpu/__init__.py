@@ -6,16 +6,18 @@ the bus, and what is launched, by the line of this project that asked for it. A 
 device and memory that is not pinned is waited for, ``non_blocking`` or not. What is copied to
 pinned memory without waiting is there only after the next synchronization, as on a real device.
 Nothing here says anything about time.
+
+Over 400 lines because what runs, refuses and counts an operation is one function's work.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any, ClassVar, TypeVar
@@ -27,7 +29,6 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.optim import optimizer
 from torch.utils import _foreach_utils
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -89,6 +90,7 @@ WAITS = Counter(
     }
 )
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
+LISTS = (list, tuple)
 COPIES = (aten._to_copy, aten.copy_, aten._foreach_copy_)
 NO_KERNEL = (aten.empty, aten.empty_strided, aten.empty_like, aten._local_scalar_dense, aten.copy_)
 
@@ -187,31 +189,64 @@ class _OnGPU(torch.Tensor):
 
 def _run(operation: Any, *args: Any, **kwargs: Any) -> Any:
     """Any operation that takes or makes a tensor on the device."""
-    tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+    tensors = [one for given in (*args, *kwargs.values()) for one in _tensors(given)]
     there = [one for one in tensors if isinstance(one, _OnGPU)]
     _refuse_mixed(operation, tensors, there, kwargs.get("generator"))
     device = kwargs.get("device")
     result_there = bool(there) if device is None else torch.device(device).type == NAME
-    options = kwargs if device is None or not result_there else kwargs | {"device": "cpu"}
-    result = operation(*tree_map(_held, args), **tree_map(_held, options))
+    options = {name: _each(_held, one) for name, one in kwargs.items()}
+    if device is not None and result_there:
+        options["device"] = "cpu"
+    result = operation(*(_each(_held, one) for one in args), **options)
     known = {id(_held(one)): one for one in tensors}
 
-    def wrapped(one: Any) -> Any:
-        if not isinstance(one, Tensor):
-            return one
+    def wrapped(one: Tensor) -> Tensor:
         if id(one) not in known:
             return _OnGPU(one) if result_there else one
         if known[id(one)].shape != one.shape:
             raise NotImplementedError(f"{operation} changes the shape of a tensor in place")
         return known[id(one)]
 
-    result = tree_map(wrapped, result)
-    _record(operation, args, kwargs, result)
+    result = _each(wrapped, result)
+    if _watched:
+        _record(operation, args, kwargs, result)
     return result
 
 
-def _held(one: Any) -> Any:
+def _tensors(given: Any) -> list[Tensor]:
+    """The tensors of one argument of an operation."""
+    if isinstance(given, Tensor):
+        return [given]
+    return [one for one in given if isinstance(one, Tensor)] if type(given) in LISTS else []
+
+
+def _each(change: Callable[[Tensor], Tensor], given: Any) -> Any:
+    """An argument or a result with every tensor changed."""
+    if isinstance(given, Tensor):
+        return change(given)
+    if type(given) in LISTS:
+        return type(given)(_each(change, one) for one in given)
+    return given
+
+
+def _held(one: Tensor) -> Tensor:
     return one.held if isinstance(one, _OnGPU) else one
+
+
+@cache
+def _launches(operation: Any) -> bool:
+    """Whether it has a kernel of its own: a view has none."""
+    returned = operation._schema.returns
+    alias = returned[0].alias_info if returned else None
+    return operation.overloadpacket not in NO_KERNEL and (alias is None or alias.is_write)
+
+
+@cache
+def _takes_numbers(operation: Any) -> bool:
+    """Whether numbers in main memory are arguments of it like any other."""
+    name = operation.overloadpacket.__name__
+    pointwise = torch.Tag.pointwise in operation.tags
+    return pointwise or name.startswith(("_foreach", "fill", "mask"))
 
 
 def _refuse_mixed(
@@ -223,10 +258,8 @@ def _refuse_mixed(
         raise RuntimeError(f"{operation}: expected a {DEVICE} generator, not one for cpu")
     if not there or len(there) == len(tensors) or packet in (*COPIES, *INDEXING):
         return
-    name = packet.__name__
-    scalars = torch.Tag.pointwise in operation.tags or name.startswith(("_foreach", "fill", "mask"))
     strays = [one for one in tensors if not isinstance(one, _OnGPU)]
-    if not scalars or any(one.dim() for one in strays):
+    if not _takes_numbers(operation) or any(one.dim() for one in strays):
         shapes = ", ".join(str(list(one.shape)) for one in strays)
         raise RuntimeError(
             f"{operation}: expected all tensors to be on the same device, but found {DEVICE} and "
@@ -239,14 +272,12 @@ def _record(operation: Any, args: Any, kwargs: Any, result: Any) -> None:
     packet = operation.overloadpacket
     if packet in COPIES:
         _record_copies(packet, args, kwargs, result)
-    if (waits := _waits(packet, args, kwargs)) and _watched:
+    if waits := _waits(packet, args, kwargs):
         _waited(packet.__name__, waits)
-    if _watched:
-        outcome = operation._schema.returns
-        view = outcome and outcome[0].alias_info and not outcome[0].alias_info.is_write
-        if packet not in NO_KERNEL and not view:
-            for one in _watched:
-                one.launches[_place()] += 1
+    if _launches(operation):
+        place = _place()
+        for one in _watched:
+            one.launches[place] += 1
 
 
 def _waits(packet: Any, args: Any, kwargs: Any) -> int:

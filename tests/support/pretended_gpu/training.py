@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from distill.config.schema import LossConfig, TrainConfig
 from distill.heads.prompt_set import PromptSet
 from distill.heads.prompts import SafetyPrompt
 from distill.losses.objective import Objective
+from distill.training import checkpoint_timer
 from distill.training.data import TrainingData, split
 from distill.training.engine import TrainingJob, train
 from teachers.store.manifest import Manifest
@@ -65,19 +68,21 @@ def random_store(folder: Path, vocab: int, lengths: Sequence[int]) -> SoftTarget
     return store
 
 
+def make_prompts() -> PromptSet:
+    """Eight prompts, to be allowed and to be refused."""
+    labels = ((1.0, 0.0, 0.0), (0.0, 0.0, 1.0))
+    prompts = [SafetyPrompt(str(n), str(n), "", labels[n % 2]) for n in range(8)]
+    return PromptSet(prompts, [np.arange(1, 6 + n, dtype=np.int32) for n in range(8)], 0)
+
+
 def job(folder: Path, vocab: int, steps: int, lengths: Sequence[int] = LENGTHS) -> TrainingJob:
     """A student of width 16 with both heads; ``lengths`` of its sequences, in turn."""
     count = BATCH * steps + 4
     sizes = [lengths[number % len(lengths)] for number in range(count)]
     store = random_store(folder / "store", vocab, sizes)
-    labels = ((1.0, 0.0, 0.0), (0.0, 0.0, 1.0))
-    prompts = [SafetyPrompt(str(n), str(n), "", labels[n % 2]) for n in range(8)]
-    rows = [np.arange(1, 6 + n, dtype=np.int32) for n in range(8)]
     parts = split(store, 4 / count, 0)
-    data = TrainingData(
-        store, parts, 0, PromptSet(prompts, rows, 0), prompts_every=2, prompts_together=4
-    )
-    (folder / "run").mkdir(exist_ok=True)
+    data = TrainingData(store, parts, 0, make_prompts(), prompts_every=2, prompts_together=4)
+    (folder / "run").mkdir(parents=True, exist_ok=True)
     student = make_student(16, LAYERS, vocab, heads=True)
     return TrainingJob(student, data, Objective(LOSS), CONFIG, folder / "run")
 
@@ -102,8 +107,9 @@ class StepCounts:
 
 def counted(one: TrainingJob) -> list[StepCounts]:
     """Train, and count each step but the first and the last, which do other things too."""
-    with training_on_gpu() as seen:
-        sums = []
+    never = patch.object(checkpoint_timer, "CHECKPOINT_SECONDS", math.inf)
+    with never, training_on_gpu() as seen:
+        sums: list[StepCounts] = []
         train(one, lambda step, note: sums.append(StepCounts.until_now(seen)))
     return [later.since(before) for before, later in pairwise(sums)][:-1]
 
