@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import psutil
+
 from teachers.base import ProcessRank
 from teachers.errors import SettingRefused
 
@@ -14,6 +16,13 @@ def local_place() -> ProcessRank:
     """This process among those of its launch on this machine."""
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     return ProcessRank(rank, max(rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def own_cores() -> int:
+    """Cores for what a process computes beside a GPU; launchers give each a single thread."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    physical = psutil.cpu_count(logical=False)
+    return max(1, min(usable or 1, physical or usable or 1) // local_place().world)
 
 
 class OwnGPU(NamedTuple):

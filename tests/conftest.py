@@ -26,7 +26,7 @@ from students.gguf.metadata import ExportNames
 from students.gguf.writer import write_gguf
 from students.model.decoder import SO8TForCausalLM
 from teachers import example_teacher
-from teachers.errors import RequestRefused
+from teachers.errors import RequestRefused, SettingRefused
 from teachers.gguf.file import read_gguf
 from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.server import Server
@@ -82,6 +82,8 @@ class LlamaHere:
         while "progress" in (reply := read_frame(answer))[0]:
             progress(reply[0]["progress"])
         if "error" in reply[0]:
+            if reply[0]["setting"]:
+                raise SettingRefused(f"{self.path}: {reply[0]['error']}")
             raise RequestRefused(str(self.path), reply[0]["error"], said.getvalue())
         return reply
 
@@ -171,10 +173,10 @@ def tiny_teacher_path(
     return path
 
 
-def in_its_own_process(path: Path) -> GGUFTeacher:
+def in_its_own_process(path: Path, options: LoadOptions | None = None) -> GGUFTeacher:
     """A teacher as users have it, also where ``llama_here`` is in force."""
     with patch("teachers.llama_cpp.worker.WorkerProcess", WorkerProcess):
-        return GGUFTeacher(path, threads=1)
+        return GGUFTeacher(path, options, threads=1)
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,11 @@ from teachers.base import ProcessRank
 
 
 def process_rank() -> ProcessRank:
-    """This process's part of a ``torchrun`` or ``accelerate`` launch; ``UserError`` if
-    malformed."""
+    """This process's part of a ``torchrun`` or ``accelerate`` launch; ``UserError`` if it is
+    malformed, also as far as it is about this machine (``teachers.launch``)."""
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        if not (value := os.environ.get(name, "0")).isdigit():
+            raise UserError(f"{name}={value!r} in the environment is no number; unset it")
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not rank.isdigit() or not world.isdigit() or not int(rank) < int(world):
         raise UserError(

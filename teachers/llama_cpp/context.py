@@ -17,10 +17,11 @@ from typing import Any
 import llama_cpp.llama_cpp as native
 import numpy as np
 import psutil
+from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from teachers.gguf.split import model_bytes
-from teachers.launch import local_place
+from teachers.launch import own_cores
 from teachers.llama_cpp.library.ggml import built_with
 from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.placement import place
@@ -136,7 +137,7 @@ class LlamaModel:
         self.sizes = sizes or processor_sizes(self.vocab_size, values, options.batch_tokens)
         self.batch_tokens = self.sizes.batch_tokens
         self.most_sequences = options.sequences
-        self.threads = max(threads, _own_cores()) if self.gpus else threads
+        self.threads = max(threads, own_cores()) if self.gpus else threads
         # Several contexts work side by side, each with its share of the threads and the sequences.
         # Scoring computes whole batches, so a core of its own for each context is best whatever the
         # model; what is done to one context's logits then overlaps the other's decode. Generation
@@ -224,8 +225,7 @@ class LlamaContext:
         parameters.n_ubatch = self.batch_tokens
         parameters.n_outputs_max_per_seq = 0  # no limit: every position's logits are wanted
         parameters.n_threads = parameters.n_threads_batch = self.threads
-        cache_type = getattr(native, f"GGML_TYPE_{shape.cache.upper()}")
-        parameters.type_k = parameters.type_v = cache_type
+        parameters.type_k = parameters.type_v = GGMLQuantizationType[shape.cache.upper()]
         if shape.cache == "f32":
             parameters.flash_attn_type = native.LLAMA_FLASH_ATTN_TYPE_DISABLED
         # By default a GPU computes large products of weights in main memory.
@@ -239,7 +239,8 @@ class LlamaContext:
         if not context:
             raise LlamaError(
                 f"llama.cpp cannot make a context of {shape.sequences} sequences × {shape.tokens} "
-                f"tokens with a {shape.cache} cache"
+                f"tokens with a {shape.cache} cache (teacher.cache_type) and batches of "
+                f"{self.batch_tokens} (teacher.batch_tokens)"
             )
         self._context, self._shape = context, shape
         if not native.llama_get_memory(context):
@@ -385,12 +386,6 @@ class LlamaContext:
         if self._context is not None:
             native.llama_free(self._context)
             self._context = self._shape = self._taps = None
-
-
-def _own_cores() -> int:
-    """Cores for what the processor does beside a GPU: launchers give each process one thread."""
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(own, psutil.cpu_count(logical=False) or own) // local_place().world)
 
 
 def _view(pointer: object, shape: tuple[int, int]) -> NDArray[np.float32]:

@@ -65,8 +65,10 @@ class Basis:
 
     def to(self, device: torch.device) -> Basis:
         """The same basis on another device, where states are to be encoded."""
-        moved = (part.to(device) for part in (self.mean, self.encode, self.decode, self.ranges))
-        return Basis(*moved, self.wide)
+        mean, encode, decode, ranges = (
+            part.to(device) for part in (self.mean, self.encode, self.decode, self.ranges)
+        )
+        return Basis(mean, encode, decode, ranges, self.wide)
 
     def arrays(self, name: str) -> Arrays:
         """The basis as named arrays, for a store or the worker."""

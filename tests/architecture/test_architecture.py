@@ -222,6 +222,7 @@ def test_only_the_workers_modules_touch_llama_cpp() -> None:
     assert users == {
         "teachers.llama_cpp.context",
         "teachers.llama_cpp.library.ggml",
+        "teachers.llama_cpp.placement",
         "teachers.llama_cpp.tensor_taps",
         "teachers.llama_cpp.server",
         "students.gguf.quantize_child",

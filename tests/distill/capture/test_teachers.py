@@ -42,6 +42,9 @@ def test_a_folder_is_a_transformers_teacher(tmp_path: Path) -> None:
     config = TeacherConfig(path=str(tmp_path / "model"))
     with open_teacher(config) as teacher:
         assert isinstance(teacher, HuggingFaceTeacher) and "transformers" in teacher.runtime
+    for setting in ({"tensor_split": (1.0, 1.0)}, {"cache_type": "q8_0"}):
+        with pytest.raises(UserError, match=f"{next(iter(setting))} is for GGUF files"):
+            open_teacher(config.model_copy(update=setting))
     with pytest.raises(UserError, match="distill capture"):
         require_gguf(config)
     mixed = TeacherConfig(path=str(tmp_path / "model"), mix_with=("other.gguf",))

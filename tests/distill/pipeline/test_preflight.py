@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -65,6 +66,10 @@ CASES: list[tuple[str, int, str]] = [
     ("run --set teacher.mix_with=[{empty}]", 2, "has no config.json"),
     ("run --set teacher.weights=[1]", 2, "teacher.weights is for several teachers"),
     ("run --set teacher.load_in_4bit=true", 2, "teacher.load_in_4bit is for transformers folders"),
+    ("run --set teacher.tensor_split=[0,0]", 2, "tensor_split = [0.0, 0.0] gives no GPU a share"),
+    ("run --set teacher.tensor_split=[1] --set teacher.main_gpu=0", 2, "main_gpu = 0 is one GPU"),
+    ("run --set teacher.main_gpu=0 --set teacher.gpu_layers=0", 2, "leave one of them out"),
+    ("run --set teacher.cache_type=q3", 2, "cache_type = 'q3'"),
     ("capture --teacher {missing}", 2, "does not exist"),
     ("capture --teacher {empty}", 2, "has no config.json"),
     ("plan --teacher {truncated.gguf}", 2, "truncated"),
@@ -98,6 +103,7 @@ CASES: list[tuple[str, int, str]] = [
     ("capture --store {others}", 2, "holds other files"),
     ("run RANK=2 WORLD_SIZE=2", 2, "do not fit together"),
     ("capture RANK=x", 2, "do not fit together"),
+    ("capture LOCAL_RANK=x", 2, "LOCAL_RANK='x' in the environment is no number"),
     ("train {store} RANK=1", 2, "do not fit together"),
     (f"run RANK=0 WORLD_SIZE=2 {ON_POLICY}", 2, "works in one process"),
     # From a store
@@ -211,7 +217,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def command_line(case: str, places: dict[str, str]) -> tuple[list[str], dict[str, str]]:
     """Arguments, and variables of the environment, which are written among them in capitals."""
     words = case.split()
-    variables = dict(word.split("=") for word in words if word.startswith(("RANK=", "WORLD_SIZE=")))
+    variables = dict(word.split("=") for word in words if re.match("[A-Z_]+=", word))
     arguments = [word for word in words if word.partition("=")[0] not in variables]
     for name, path in places.items():
         arguments = [word.replace(f"{{{name}}}", path) for word in arguments]

@@ -26,7 +26,7 @@ from teachers.llama_cpp.library.check_record import (
     read_record,
 )
 from tests.conftest import command
-from tests.support.llama_double import Fault, llama_cpp_with
+from tests.support.llama.double import Fault, llama_cpp_with
 
 pytestmark = pytest.mark.needs_gguf
 ROOT = Path(__file__).parents[3]

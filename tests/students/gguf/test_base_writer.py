@@ -56,9 +56,9 @@ for job in sys.argv[1:]:
     path, _, room = job.split("|")
     print(job, file=sys.stderr, flush=True)
     tokens = np.load(f"{job}.tokens.npy")
-    model = LlamaModel(path, LoadOptions(processor_only=True, extra_buffers=False), threads=1)
+    model = LlamaModel(path, LoadOptions(extra_buffers=False), threads=1)
     context = LlamaContext(model, 1)
-    context.prepare(ContextShape(1, int(room), exact=True))
+    context.prepare(ContextShape(1, int(room), "f32"))
     rows = []
     for start in range(0, len(tokens), model.batch_tokens):
         part = tokens[start : start + model.batch_tokens]

@@ -18,7 +18,7 @@ from students.model.decoder import SO8TForCausalLM
 from students.model.fold import to_llama
 from teachers.base import GenerationRequest, LogitRule, Sampling, Teacher, Tokens
 from teachers.errors import TeacherError
-from teachers.huggingface import teacher as huggingface
+from teachers.huggingface import device
 from teachers.huggingface.model import FloatHead, batches
 from teachers.huggingface.teacher import HuggingFaceTeacher
 from teachers.llama_cpp.teacher import GGUFTeacher
@@ -105,7 +105,7 @@ def test_batch_equals_one_by_one(
     together = logits(sequences)
     alone = np.concatenate([logits([tokens]) for tokens in sequences])
     assert np.allclose(together, alone, atol=1e-4)
-    monkeypatch.setattr(huggingface, "BATCH_TOKENS", 50)
+    monkeypatch.setattr(device, "BATCH_TOKENS", 50)
     reports.clear()
     assert np.allclose(logits(sequences), alone, atol=1e-4)
     assert len(reports) > 3 and reports == sorted(reports) and reports[-1] == len(alone)

@@ -124,7 +124,7 @@ def teacher_of(fields: Mapping[str, Field], folder: Path, name: str = "made up")
     every, path = metadata_entries(fields), folder / "teacher.gguf"
     entries = {key: entry for key, entry in every.items() if key.startswith("tokenizer.")}
     write_gguf(build_student(shape, 0), path, "f16", entries, ExportNames(name, {}))
-    model = LlamaModel(str(path), LoadOptions(processor_only=True, extra_buffers=False), threads=1)
+    model = LlamaModel(str(path), LoadOptions(extra_buffers=False), threads=1)
 
     def tokenize(texts: list[str], **how: bool) -> list[Tokens]:
         return [model.tokenize(text, **how) for text in texts]

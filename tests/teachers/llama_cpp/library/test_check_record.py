@@ -18,7 +18,7 @@ from teachers.llama_cpp.library.check_record import (
     record_path,
 )
 from teachers.llama_cpp.teacher import GGUFTeacher
-from tests.support.llama_double import Fault, llama_cpp_with
+from tests.support.llama.double import Fault, llama_cpp_with
 
 pytestmark = [
     pytest.mark.needs_gguf,

@@ -31,6 +31,7 @@ __path__ = [str(real)]
 import numpy as np
 import llama_cpp.llama_cpp as native
 from llama_cpp.llama_cpp import *
+no_devices = ctypes.c_void_p()
 extra_buffers, gpu, alone, example, decodes, vocab = True, False, False, False, 0, 0
 load, decode = native.llama_model_load_from_file, native.llama_decode
 get_logits = native.llama_get_logits
@@ -48,10 +49,11 @@ def note(**what):
 
 def llama_model_load_from_file(path, parameters):
     global extra_buffers, gpu, alone, vocab, example
-    alone = parameters.devices is not None  # an empty list of devices
+    alone = not ctypes.c_void_p.from_address(parameters.devices).value  # an empty list of devices
+    parameters.devices = ctypes.addressof(no_devices)  # those of the pretended library are none
     extra_buffers, gpu = bool(parameters.use_extra_bufts), parameters.n_gpu_layers != 0
     note(process=os.getpid(), extra_buffers=extra_buffers, gpu_layers=parameters.n_gpu_layers,
-         devices=parameters.devices is not None, load_mode=parameters.load_mode)
+         alone=alone, load_mode=parameters.load_mode)
     if fault["warning"]:
         os.write(2, fault["warning"].encode() + b"\\n")
     example = path == fault["example"].encode()
@@ -98,11 +100,10 @@ def llama_init_from_model(model, parameters):
 native.llama_init_from_model = llama_init_from_model
 native.llama_model_load_from_file = llama_model_load_from_file
 native.llama_decode, native.llama_get_logits = llama_decode, llama_get_logits
-native.llama_supports_gpu_offload = lambda: fault["where"] == "gpu"
 if fault["where"] == "gpu":
-    import teachers.llama_cpp.library.ggml
-    pretended = {"name": "Pretended", "free_bytes": 1, "total_bytes": 2}
-    teachers.llama_cpp.library.ggml.devices = lambda: [pretended]
+    import teachers.llama_cpp.library.ggml as ggml
+    ggml.gpu_devices = lambda: [(1, "Pretended")]
+    ggml.device_memory = lambda device: (1 << 40, 1 << 40)
 """
 
 

@@ -1,0 +1,1 @@
+"""llama.cpp with faults, or with GPUs, that it has not."""
