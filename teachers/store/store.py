@@ -303,7 +303,7 @@ class SoftTargetStore:
             raise StoreError(
                 f"store {self.folder}: {SHARED_CODEC} is missing or damaged; run the capture again"
             )
-        return self._codec
+        return codec
 
     def _rows(self, index: int, names: list[str]) -> Arrays:
         """The rows of one sequence in some arrays."""
