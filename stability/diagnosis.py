@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from numerics.precision import float64
 from stability.consensus import BATCH
 from stability.detectors import NON_FINITE, Action, Anomaly, WeightJump
 from stability.measures.monitor import GradientReading, Monitor
@@ -96,7 +97,7 @@ def poisoned_state(monitor: Monitor, index: int) -> str | None:
     group = next((one for one in groups if any(p is weight for p in one["params"])), {})
     if not isinstance(first, Tensor) or not isinstance(second, Tensor) or "betas" not in group:
         return None
-    m, v = local(first).double(), local(second).double()
+    m, v = float64(local(first)), float64(local(second))
     fast, slow = group["betas"]
     if bool((v < 0).any()):
         return f"exp_avg_sq of {name}"

@@ -16,7 +16,7 @@ from distill.base_models.folder import base_folder
 from distill.base_models.vocabulary_match import VocabularyMatch, compare_vocabularies
 from distill.config.schema import RunConfig
 from distill.errors import UserError
-from distill.runtime.device import training_device
+from distill.runtime.device import base_dtype, training_device
 from students.adapter.adapter import AdaptedStudent, adapt
 from students.adapter.base_model import AdapterSettings
 from students.gguf.config_values import context_length, head_width, require_exportable
@@ -113,18 +113,15 @@ def load_base_student(base: Base, config: RunConfig, vocab_size: int) -> Adapted
     """The initial student on the device that it is trained on; the same settings give the same
     bytes.
 
-    NF4 computes in bfloat16; a base that is not quantized is float32 on a CPU, else bfloat16.
-
     Raises:
         UserError: transformers or bitsandbytes cannot load the folder.
     """
     device = training_device()
-    narrow = base.load_in_4bit or device.type != "cpu"
     try:
         model = load_model(
             base.folder,
             device,
-            torch.bfloat16 if narrow else torch.float32,
+            base_dtype(device, load_in_4bit=base.load_in_4bit),
             load_in_4bit=base.load_in_4bit,
             double_quantization=True,
         )

@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 from distill.config.schema import USUAL_LENGTH, RunConfig, TargetsConfig
 from distill.losses.chunked_lm_head import LOGITS_BYTES, chunk_size, logits_bytes
-from distill.runtime.device import choose_precision
+from distill.runtime.device import base_dtype, choose_precision
 from students.gguf.architectures import architecture_of
 from students.gguf.config_values import head_width
 from students.model.head_decisions import DECISIONS
@@ -362,20 +362,23 @@ def settings_of(
     device = device or processes.device
     on_cpu = device.type in ("cpu", "mps")  # nothing is trained on Metal
     train, student = config.train, config.student
-    precision = choose_precision(train, width, torch.device("cpu") if on_cpu else device)
+    device = torch.device("cpu") if on_cpu else device
+    precision = choose_precision(train, width, device)
     parts = train.accumulation * processes.num_processes
     prompts = -(-config.safety.together // parts) if config.safety_head else 0
     length = config.data.max_length or USUAL_LENGTH
     together = train.batch_size
     if train.batch_tokens is not None:
         together = max(1, train.batch_tokens // length)
-    wide = config.student.base is None or (on_cpu and not student.load_in_4bit)
+    load_dtype = torch.float32
+    if config.student.base is not None:
+        load_dtype = base_dtype(device, load_in_4bit=student.load_in_4bit)
     return TrainingSettings(
         vocab_size=vocab_size,
         rank=student.lora_rank,
         dropout=student.lora_dropout,
         load_in_4bit=student.load_in_4bit,
-        load_dtype=torch.float32 if wide else torch.bfloat16,
+        load_dtype=load_dtype,
         autocast=torch.bfloat16 if precision == "bf16" else None,
         sequences=-(-together // parts),
         length=length,
@@ -385,7 +388,7 @@ def settings_of(
         safety_head=config.safety_head,
         verification_head=config.verification_head,
         on_cpu=on_cpu,
-        logits_bytes=logits_bytes(torch.device("cpu") if on_cpu else device),
+        logits_bytes=logits_bytes(device),
         head_columns=_head_columns(config.targets, vocab_size),
     )
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from distill.losses import divergences
 from distill.metrics.closeness import WHOLE_VOCABULARY, kl_over
 from distill.metrics.distributions import by_sequence, intervals
+from numerics.precision import ieee_float32
 from students.mapped_tensors import MappedTensors
 from students.model.interface import Student
 from students.weights import set_weights
@@ -79,6 +80,7 @@ def perplexity(cross_entropy: float) -> float:
 def student_scorer(student: Student) -> Scorer:
     """Score with PyTorch in float32, one sequence at a time."""
 
+    @ieee_float32()
     @torch.no_grad()
     def score(sequences: Sequence[Tokens]) -> Tensor:
         student.eval()
@@ -113,6 +115,7 @@ def other_weights(student: Student, weights: dict[str, Tensor]) -> Iterator[None
         set_weights(student, now)
 
 
+@ieee_float32()
 @torch.no_grad()
 def scored_ahead(student: Student, sequences: Sequence[Tokens], kept: MappedTensors) -> Scorer:
     """Score these sequences on the processor by what the student's layers say now: the student is

@@ -16,6 +16,7 @@ LOGITS_BYTES = 32 << 20  # one chunk's float32 logits on a CPU; measured in docs
 # On a GPU, whose kernels want more rows: this share of its memory, up to so many bytes. Beside them
 # lie up to five more such buffers.
 LOGITS_SHARE, MOST_LOGITS_BYTES = 1 / 64, 512 << 20
+WIDENING = {"cuda"} if hasattr(torch.ops.aten.mm, "dtype") else set()  # see ``head_logits``
 
 ChunkGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """Float32 logits ``[C, V]`` of some positions, and which they are → sum of their losses (a scalar)
@@ -35,6 +36,17 @@ def logits_bytes(device: torch.device) -> int:
         return LOGITS_BYTES
     memory = module.get_device_properties(device).total_memory
     return max(LOGITS_BYTES, min(MOST_LOGITS_BYTES, int(LOGITS_SHARE * memory)))
+
+
+def head_logits(states: Tensor, matrix: Tensor) -> Tensor:
+    """Float32 logits ``[C, V]`` of ``states [C, D]`` under the output matrix ``[V, D]``.
+
+    Of bfloat16 factors too, where the device can add up their products in float32 and keep that;
+    elsewhere they are rounded on the way: a logit of 20 to eighths.
+    """
+    if states.device.type in WIDENING and states.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(states, matrix.T, out_dtype=torch.float32)
+    return (states @ matrix.T).float()
 
 
 def chunked_head_loss(
@@ -69,7 +81,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden), chunk):
                 span = slice(start, min(start + chunk, len(hidden)))
-                loss, grad = chunk_gradient((states[span] @ matrix.T).float(), span)
+                loss, grad = chunk_gradient(head_logits(states[span], matrix), span)
                 total += loss
                 narrow_grad = grad.to(narrow)
                 grad_hidden[span] = narrow_grad @ matrix

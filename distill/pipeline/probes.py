@@ -20,6 +20,7 @@ from distill.losses.objective import Objective
 from distill.runtime.device import choose_precision
 from distill.runtime.progress import Stage
 from distill.training.optimizer import build_optimizer
+from numerics.precision import ieee_float32
 from students.model.interface import Student
 from teachers.base import GenerationRequest, Teacher, Tokens, whole_masks
 from teachers.store.capture import fit_shared_codec
@@ -171,6 +172,7 @@ def _first_speed(teacher: Teacher, corpus: Corpus, stage: Stage) -> float:
     return seconds
 
 
+@ieee_float32()
 def step_seconds(student: Student, probe: TeacherProbe, config: RunConfig) -> float:
     """Seconds of an optimizer step on a batch of the run's size; of a part of it where a whole one
     takes too long."""

@@ -42,7 +42,7 @@ from distill.pipeline.resolve import Resolved
 from distill.reports.build import write_run_report
 from distill.runs.audit_events import record_capture, record_training
 from distill.runs.folder import HeldOut, RunFolder
-from distill.runtime.device import release_memory
+from distill.runtime.device import release_memory, training_device, why_float32
 from distill.runtime.format import human_count
 from distill.runtime.launch import Launch
 from distill.runtime.progress import Console
@@ -222,6 +222,8 @@ def train_student(prepared: Prepared, work: Workspace) -> Trained:
     lengths = data.store.lengths()
     sizes = [lengths[batch].sum() for batch in _batches(config, data)]
     done = np.cumsum([0, *sizes]) / sum(sizes)  # of the work, by tokens
+    if slower := why_float32(settings, training_device()):
+        work.console.note(slower)
     with work.console.stage("Train", total=len(sizes)) as stage:
 
         def report(step: int, note: str) -> None:

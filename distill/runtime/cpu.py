@@ -7,12 +7,11 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
+from numerics.precision import float32_switches, onednn_is_exact
 
 # Parameters of mallopt(3).
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 LARGEST_INT = 2**31 - 1
-FLOAT32_ERROR = 1e-5  # of a sum of 512 products, relative to their spread; bfloat16 is off by 3e-3
 
 
 def keep_freed_memory() -> bool:
@@ -43,28 +42,15 @@ def onednn_for_float32() -> Iterator[bool]:
     """Let oneDNN multiply float32 matrices meanwhile, if it does so in float32; yields whether.
 
     PyTorch otherwise uses MKL, 2 to 2.5 times slower on an AMD EPYC. The switch also permits
-    bfloat16 inside; processors that would use it (those with AMX) are found by trying, and left as
-    they are. It makes PyTorch's fused attention for CPUs four times slower.
+    bfloat16 inside; processors that would use it (those with AMX) are left as they are. It makes
+    PyTorch's fused attention for CPUs four times slower.
     """
-    settings = getattr(torch.backends.mkldnn, "matmul", None)
-    if settings is None or not torch.backends.mkldnn.is_available():
+    if not onednn_is_exact():
         yield False
         return
-    before = settings.fp32_precision
+    _, settings = float32_switches()
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
     try:
-        settings.fp32_precision = "bf16"
-        exact = _is_float32()
-        if not exact:
-            settings.fp32_precision = before
-        yield exact
+        yield True
     finally:
         settings.fp32_precision = before
-
-
-def _is_float32() -> bool:
-    """Whether products of float32 matrices have float32's precision as things stand."""
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(512, 512, generator=generator) for _ in range(2))
-    expected = left.double() @ right.double()
-    error = ((left @ right).double() - expected).abs().max() / expected.std()
-    return float(error) <= FLOAT32_ERROR

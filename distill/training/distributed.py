@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,8 +22,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from distill.config.schema import TrainConfig
 from distill.losses.objective import Objective
 from distill.runtime.cpu import keep_freed_memory, onednn_for_float32
-from distill.runtime.device import choose_precision
+from distill.runtime.device import choose_precision, training_device
 from distill.runtime.launch_environment import fsdp_is_asked_for
+from numerics.precision import ieee_float32
 from students.model.decoder import SHORT_ON_CPU
 from students.model.interface import Student
 
@@ -50,9 +51,7 @@ class TrainingModule(nn.Module):
 def build_accelerator(config: TrainConfig, width: int, folder: Path) -> Accelerator:
     """Accelerate's view of this launch, with the configured precision and trackers."""
     launch = PartialState()
-    # Metal lacks the float64 that rotations and scores are computed in.
-    if launch.device.type == "mps":
-        launch.device = torch.device("cpu")
+    launch.device = training_device()
     on_cpu = launch.device.type == "cpu"
     if launch.num_processes > 1:
         atexit.register(_leave, launch)
@@ -129,12 +128,18 @@ def plain_again(student: Student) -> None:
         layer._compiled_call_impl = None
 
 
-def fast_products(
+@contextmanager
+def float32_products(
     lengths: NDArray[np.int64], student: Student, device: torch.device
-) -> AbstractContextManager[object]:
-    """oneDNN for float32 on a CPU, where sequences are packed or too short for fused attention."""
+) -> Iterator[None]:
+    """Products of float32 matrices in float32, backward passes and compiled layers included; by
+    oneDNN on a CPU where sequences are packed or too short for fused attention."""
     fast = max(lengths) <= SHORT_ON_CPU or (student.packs and min(lengths) < max(lengths))
-    return onednn_for_float32() if fast and device.type == "cpu" else nullcontext()
+    with (
+        ieee_float32(),
+        onednn_for_float32() if fast and device.type == "cpu" else nullcontext(),
+    ):
+        yield
 
 
 def forget_gathered(model: nn.Module) -> None:

@@ -28,7 +28,7 @@ from distill.training.distributed import (
     TrainingModule,
     build_accelerator,
     exchange_gradients,
-    fast_products,
+    float32_products,
     is_sharded,
     plain_again,
     prepared,
@@ -150,7 +150,7 @@ def train(
         path = folder / "metrics.jsonl" if accelerator.is_main_process else None
         with (
             MetricsFile(path, state.step if newest else None, state.lines_logged) as metrics,
-            fast_products(data.store.lengths(), student, accelerator.device),
+            float32_products(data.store.lengths(), student, accelerator.device),
             _loader(job, trained, accelerator, on_policy) as loader,
         ):
             loop = Loop(job, accelerator, model, plan, loader, metrics, warn)

@@ -23,6 +23,7 @@ from distill.losses.objective import build_objective
 from distill.runtime.device import choose_precision
 from distill.runtime.progress import Console
 from distill.training.data import TrainingData, load_batch
+from numerics.precision import ieee_float32
 from stability.random_state import random_state, restore_random_state
 from students.adapter.adapter import BASE, LORA_A, LORA_B, AdaptedStudent
 
@@ -202,6 +203,7 @@ def probe_gradients(
     }
 
 
+@ieee_float32()
 def _probe(
     student: AdaptedStudent, data: TrainingData, config: RunConfig, teacher_layers: int
 ) -> tuple[KindGradients, ...]:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from distill.losses import divergences
 from distill.losses.batch import Batch
-from distill.losses.chunked_lm_head import chunk_size, logits_bytes
+from distill.losses.chunked_lm_head import chunk_size, head_logits, logits_bytes
 from distill.metrics.closeness import kl_name, kl_over
+from numerics.precision import float64
 from students.model.interface import Student
 from teachers.targets.recipe import Recipe
 
@@ -63,14 +64,14 @@ def _sums(student: Student, batch: Batch) -> Tensor:
         together = chunk_size(student.output_matrix().shape[0], logits_bytes(states.device))
         for start in range(0, len(states), together):
             span = slice(start, start + together)
-            logits = (states[span] @ student.output_matrix().T).float()
+            logits = head_logits(states[span], student.output_matrix())
             targets = batch.targets.select(span)
             values = (
                 divergences.known_kl(logits, targets, TEMPERATURE),
                 logits.argmax(dim=-1) == targets.best(),
                 divergences.cross_entropy(logits, labels[span]),
             )
-            sums.append(torch.stack([value.double().sum() for value in values]))
+            sums.append(torch.stack([float64(value).sum() for value in values]))
     return torch.stack(sums).sum(dim=0)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+from numerics.precision import float64
 from stability.measures.spectrum import effective_rank, fast_singular_values
 
 
@@ -15,7 +18,7 @@ def output_stats(logits: Tensor) -> tuple[Tensor, Tensor]:
     mean distribution minus the mean entropy, i.e. the Jensen–Shannon divergence of the n
     distributions (Lin 1991). It is 0 for a model that predicts the same everywhere, at most log n.
     """
-    logs = torch.log_softmax(logits.double(), dim=-1)
+    logs = torch.log_softmax(float64(logits), dim=-1)
     shares = logs.exp()
     entropy = -(shares * logs).sum(dim=-1).mean()
     mean = shares.mean(dim=0)
@@ -28,20 +31,24 @@ def hidden_rank(states: Tensor) -> float:
     return float(effective_rank(fast_singular_values(centred)))
 
 
-def attention_entropy(probabilities: Tensor) -> Tensor:
-    """Mean entropy of attention rows ``[..., T, S]``, each divided by its maximum.
+def attention_entropy(parts: Iterable[Tensor]) -> Tensor:
+    """Mean entropy of attention rows, each divided by its maximum; ``[..., S]`` in each of the
+    parts, one of which is looked at at a time.
 
     0: every query attends to one key; 1: to all visible keys alike. Rows with one key do not count.
     """
-    wide = probabilities.double()
-    entropies = -torch.special.xlogy(wide, wide).sum(dim=-1)
-    visible = (wide > 0).sum(dim=-1)
-    counted = visible > 1
-    shares = entropies / visible.clamp(min=2).double().log()
-    return (shares * counted).sum() / counted.sum().clamp(min=1)
+    shares, counts = [], []
+    for part in parts:
+        wide = float64(part)
+        entropies = -torch.special.xlogy(wide, wide).sum(dim=-1)
+        visible = (wide > 0).sum(dim=-1)
+        shares.append((entropies / float64(visible.clamp(min=2)).log()).flatten())
+        counts.append((visible > 1).flatten())
+    counted = torch.cat(counts)
+    return (torch.cat(shares) * counted).sum() / counted.sum().clamp(min=1)
 
 
 def dead_units(activations: Tensor, threshold: float = 1e-6) -> Tensor:
     """Share of units in ``activations [n, U]`` that stay below ``threshold`` × the largest one."""
     magnitude = activations.abs().amax(dim=0)
-    return (magnitude <= threshold * magnitude.max()).double().mean()
+    return float64(magnitude <= threshold * magnitude.max()).mean()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from numerics.precision import float64
 from stability.measures.spectrum import effective_rank, fast_singular_values
 from stability.measures.tensors import norms
 from stability.measures.updates import UpdateSample
@@ -128,7 +129,7 @@ class Monitor:
             stats[f"norm:{name}"] = float(torch.linalg.vector_norm(values.float()))
             stats[f"spread:{name}"] = float(values.float().std(correction=0))
             if values.dim() == 2 and min(values.shape) > 1:
-                exact = values.double() if values.numel() <= EXACT else values
+                exact = float64(values) if values.numel() <= EXACT else values
                 stats[f"rank:{name}"] = float(effective_rank(fast_singular_values(exact)))
         return stats
 

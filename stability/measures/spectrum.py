@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from numerics.precision import float64, ieee_float32, where_float64
+
 MIN_EIGENVALUES = 20  # needed for a fit
 MIN_TAIL = 10  # eigenvalues in a fitted tail
 NEGLIGIBLE = 1e-6  # σ / largest σ; smaller values may be rounding errors
@@ -38,12 +40,13 @@ class TailFit:
 def singular_values(matrix: Tensor) -> Tensor:
     """The singular values ``[N]`` of a finite ``[R, C]``, largest first, decomposed in float64."""
     _check_matrix(matrix)
-    exact = matrix.detach().double()
+    exact = float64(matrix.detach())
     if not bool(exact.isfinite().all()):
         raise ValueError("a matrix with values that are not finite has no singular values")
     return torch.linalg.svdvals(exact)
 
 
+@ieee_float32()
 def fast_singular_values(matrix: Tensor) -> Tensor:
     """The singular values ``[N]`` of ``[R, C]``, largest first, from the smaller Gram matrix.
 
@@ -53,7 +56,8 @@ def fast_singular_values(matrix: Tensor) -> Tensor:
     changes. All NaN for a matrix that is not finite.
     """
     _check_matrix(matrix)
-    tall = matrix.detach() if matrix.shape[0] >= matrix.shape[1] else matrix.detach().T
+    wide = where_float64(matrix.detach())
+    tall = wide if wide.shape[0] >= wide.shape[1] else wide.T
     number = tall.shape[1]
     if tall.numel() == 0:
         return tall.new_zeros(number, dtype=torch.float64)
@@ -96,7 +100,7 @@ def heavy_tail_exponent(values: Tensor) -> TailFit | None:
     Maximum likelihood, with the x_min of the smallest Kolmogorov-Smirnov distance. None for fewer
     than ``MIN_EIGENVALUES`` non-negligible values, for values not finite, and if all are equal.
     """
-    exact = values.detach().double()
+    exact = float64(values.detach())
     if exact.numel() < MIN_EIGENVALUES or not bool(exact.isfinite().all()):
         return None
     positive = exact[(exact > NEGLIGIBLE * exact.max()) & (exact > 0)]

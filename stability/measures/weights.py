@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from numerics.precision import float64
 from stability.measures.spectrum import (
     TailFit,
     effective_rank,
@@ -116,7 +117,7 @@ def _sums(tensor: Tensor) -> tuple[dict[str, float], int | None, Tensor | None]:
     height = max(1, BLOCK_VALUES // width)
     for start in range(0, rows.shape[1], width):
         for block in rows[:, start : start + width].split(height):
-            _add(sums, block.double())
+            _add(sums, float64(block))
             live_columns[start : start + width] |= (block != 0).any(dim=0)
     if not matrix:
         return sums, None, None

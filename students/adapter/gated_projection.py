@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from students.model import so8
+from numerics.precision import full_precision
 from students.model.gate import SO8Gate
 from students.model.shape import GROUP
 
@@ -30,7 +30,8 @@ class StartingGate(SO8Gate):
         nn.init.normal_(self.command, std=std)
         with torch.no_grad():
             safety, command = super().forward()
-            self.register_buffer("start", command @ safety)
+            with full_precision(command):
+                self.register_buffer("start", command @ safety)
 
 
 def turn(rotations: Tensor, start: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def turn(rotations: Tensor, start: Tensor) -> Tensor:
 
     ``[..., 2, N, 8, 8]`` and ``[..., N, 8, 8]`` → ``[..., N, 8, 8]``.
     """
-    with so8.full_precision(rotations):
+    with full_precision(rotations):
         safety, command = rotations.unbind(-4)
         return command @ safety @ start.to(rotations.dtype).mT
 
@@ -54,7 +55,7 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
         raise ValueError(
             f"the input is {x.shape[-1]} wide; {blocks} rotations need {blocks * GROUP}"
         )
-    with so8.full_precision(x):
+    with full_precision(x):
         split = x.reshape(-1, blocks, GROUP).to(turn.dtype).transpose(0, 1)  # [N, tokens, 8]
         return torch.bmm(split, turn.mT).transpose(0, 1).reshape(x.shape).to(x.dtype)
 

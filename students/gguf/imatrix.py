@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from numerics.precision import float64
 from students.gguf.architectures import EMBEDDING, OUTPUT
 from students.gguf.metadata import small_gguf
 
@@ -80,7 +81,7 @@ def _adder(total: NDArray[np.float64]) -> Callable[[nn.Module, tuple[Tensor, ...
     """A hook that adds the squares of a layer's input to ``total``."""
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows = inputs[0].detach().reshape(-1, len(total)).double()
+        rows = float64(inputs[0].detach().reshape(-1, len(total)))
         total[:] += rows.square().sum(dim=0).cpu().numpy()
 
     return add

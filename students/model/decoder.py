@@ -25,6 +25,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from numerics.precision import full_precision
 from students.model import so8
 from students.model.config import SO8TConfig
 from students.model.gate import SO8Gate
@@ -86,7 +87,7 @@ def attend(
     kernels = [SDPBackend.MATH]
     if key.shape[2] > SHORT_ON_CPU:
         kernels.insert(0, SDPBackend.FLASH_ATTENTION)
-    with so8.full_precision(query), sdpa_kernel(kernels):
+    with full_precision(query), sdpa_kernel(kernels):
         mixed = F.scaled_dot_product_attention(*inputs, **options)
     return mixed.to(query.dtype)
 
@@ -108,7 +109,7 @@ class Attention(nn.Module):
 
     def gated_output_weight(self, rotations: Tensor) -> Tensor:
         """W_o · blockdiag(R_cmd R_safe) ``[D, H·W]``, float32, from ``rotations [2, N, 8, 8]``."""
-        with so8.full_precision(rotations):
+        with full_precision(rotations):
             return so8.rotate_columns(self.o_proj.weight, rotations[1] @ rotations[0])
 
     def forward(

@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from numerics.precision import float64
 from students.model import so8
 from students.model.config import SO8TConfig
 from students.model.decoder import SO8TForCausalLM
@@ -51,7 +52,7 @@ def fold(student: SO8TForCausalLM) -> dict[str, Tensor]:
     if student.config.tie_word_embeddings:
         del state["lm_head.weight"]
     for number, gate in enumerate(student.gates()):
-        rotations = so8.rotation(torch.stack((gate.safety, gate.command)).detach().cpu().double())
+        rotations = so8.rotation(float64(torch.stack((gate.safety, gate.command)).detach().cpu()))
         error = float(so8.orthogonality_error(rotations).max())
         if not error <= MAX_ORTHOGONALITY_ERROR:
             raise FoldError(
@@ -59,7 +60,8 @@ def fold(student: SO8TForCausalLM) -> dict[str, Tensor]:
                 f"{MAX_ORTHOGONALITY_ERROR}"
             )
         name = f"model.layers.{number}.self_attn.o_proj.weight"
-        state[name] = so8.rotate_columns(state[name].double(), rotations[1] @ rotations[0]).float()
+        folded = so8.rotate_columns(float64(state[name]), rotations[1] @ rotations[0])
+        state[name] = folded.to(state[name].device, torch.float32)
     return state
 
 

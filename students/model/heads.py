@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from numerics.precision import full_precision
 from students.model.head_decisions import (
     ALLOW,
     DECISIONS,
@@ -23,7 +24,6 @@ from students.model.head_decisions import (
     SAFETY_KEYS,
     VERIFICATION_KEYS,
 )
-from students.model.so8 import full_precision
 
 VERIFICATION_UNITS = 64
 DEFAULT_THRESHOLDS = (0.5, 0.5)

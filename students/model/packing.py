@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from students.model.so8 import full_precision
+from numerics.precision import full_precision
 
 # Queries that a CPU computes together, for which no key behind them is looked at; a shorter
 # sequence's attention weights are kept for the backward pass, a longer one's computed again.

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from numerics.precision import ieee_float32
 from teachers.base import Floats, Keep, LogitRule, Tokens
 from teachers.targets.stored_arrays import Answer
 
@@ -34,6 +35,7 @@ class FloatHead(nn.Module):
         self.weight, self.bias = head.weight, head.bias
         self.out_features: int = head.out_features
 
+    @ieee_float32()
     def forward(self, states: Tensor) -> Tensor:
         """``[..., D]`` → ``[..., V]``, float32."""
         states = states.float()

@@ -1,4 +1,4 @@
-"""A transformers checkpoint folder as a ``Teacher``: bfloat16 on a GPU, else float32.
+"""A transformers checkpoint folder as a ``Teacher``: bfloat16 on a GPU that has it, else float32.
 
 Letters: N positions over all sequences (a sequence of n tokens has n − 1: its last token is never
 fed), V vocabulary.
@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import torch
 
+from numerics.precision import has_bfloat16
 from teachers.base import (
     Floats,
     GenerationRequest,
@@ -87,7 +88,8 @@ class HuggingFaceTeacher(Teacher):
         self.load_in_4bit = load_in_4bit
         self.batch_tokens, self.sequences = batch_tokens, sequences
         device = teacher_device(main_gpu)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        narrow = device.type == "cuda" and has_bfloat16(device)
+        dtype = torch.bfloat16 if narrow else torch.float32
         model = load_model(self.folder, device, dtype, load_in_4bit=load_in_4bit)
         try:
             self._loaded: LoadedModel | None = LoadedModel(model)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from numerics.precision import ieee_float32
 from teachers.atomic_files import is_held
 from teachers.base import (
     SINGLE_PROCESS,
@@ -195,6 +196,7 @@ def _shared_codec(
     return codec, written
 
 
+@ieee_float32()
 def fit_shared_codec(
     teacher: Teacher,
     sequences: Sequence[Tokens],

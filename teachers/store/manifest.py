@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from teachers.atomic_files import StoreError, is_temporary
 from teachers.targets.recipe import Recipe
 
-FORMAT, MASKED = 2, 3  # with masks, which older versions do not know, another number
+# With what older versions do not know, another number: masks, and shards that name their codec.
+FORMAT, MASKED, SEALED = 2, 3, 4
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store holds; ``identity``: what must be equal for it to be used again."""
+    """What a store holds; ``identity``: what must be equal for it to be used again.
+
+    ``names_codec``: whether shards say which shared codec they were written with, where there is
+    one; in stores of an earlier format they do not.
+    """
 
     identity: dict[str, Any]
     sequences: int
     sequences_per_shard: int
+    names_codec: bool = field(default=True, compare=False)
 
     @property
     def shards(self) -> int:
@@ -32,6 +38,11 @@ class Manifest:
     def masked(self) -> bool:
         """Whether only some predictions have targets, and each shard says which."""
         return "train_on" in self.identity
+
+    @property
+    def has_codec(self) -> bool:
+        """Whether this kind of store has a shared codec."""
+        return self.recipe.needs_states or bool(self.recipe.layers)
 
     @property
     def recipe(self) -> Recipe:
@@ -45,8 +56,9 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of ``manifest.json``."""
+        sealed = self.names_codec and self.has_codec
         content = {
-            "format": MASKED if self.masked else FORMAT,
+            "format": SEALED if sealed else MASKED if self.masked else FORMAT,
             "identity": self.identity,
             "sequences": self.sequences,
             "sequences_per_shard": self.sequences_per_shard,
@@ -63,15 +75,16 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         content = json.loads(path.read_text())
-        if content["format"] not in (FORMAT, MASKED):
+        if content["format"] not in (FORMAT, MASKED, SEALED):
             raise StoreError(
-                f"store {folder} has format {content['format']}, this version reads {FORMAT} and "
-                f"{MASKED}"
+                f"store {folder} has format {content['format']}, this version reads {FORMAT} to "
+                f"{SEALED}"
             )
         manifest = Manifest(
             dict(content["identity"]),
             int(content["sequences"]),
             int(content["sequences_per_shard"]),
+            names_codec=content["format"] == SEALED,
         )
         if manifest.sequences < 1 or manifest.sequences_per_shard < 1:
             raise ValueError("it counts no sequences")

@@ -4,18 +4,18 @@
 targets, …) and how the sequences are split into shards. ``shard-00000.safetensors`` holds
 consecutive sequences: their ``tokens`` and ``lengths``, and one row of each target array per
 position (a sequence of n tokens has n − 1 positions, of which a masked store keeps those that are
-set in ``keep``, eight to a byte). ``shared_codec.safetensors`` is the shared
-codec: how hidden states are encoded, and the output matrix that turns them into logits;
-``teacher.safetensors`` what else a student takes from its teacher (see
-``teachers.store.teacher_record``), so that a store can be used without its teacher. Each file's
-header carries a SHA-256 over its arrays and the store's key, so it proves itself and writers need
-no common state.
+set in ``keep``, eight to a byte). ``companion.safetensors`` is the shared codec: how hidden states
+are encoded, and the output matrix that turns them into logits; every shard names the one that it
+was written with by its SHA-256 (from format 4 on). ``teacher.safetensors`` is what else a student
+takes from its teacher (see ``teachers.store.teacher_record``), so that a store can be used without
+its teacher. Each file's header carries a SHA-256 over its arrays and the store's key, so it proves
+itself and writers need no common state.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +42,7 @@ from teachers.targets.distributions import Arrays
 from teachers.targets.stored_arrays import Targets, array_names, typed
 
 SHARED_CODEC = "companion.safetensors"
+NAMED = " codec "  # in a shard's seal, before the digest of the codec that it was written with
 
 
 class SoftTargetStore:
@@ -52,6 +53,7 @@ class SoftTargetStore:
         self.manifest = manifest
         self._recipe = manifest.recipe
         self._codec: SharedCodec | None = None
+        self._codec_digest = ""
         self._open_shards: dict[int, Any] = {}
         self._starts: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
@@ -72,7 +74,7 @@ class SoftTargetStore:
                 f"store {folder} was made with {difference(stored, manifest)}; choose another "
                 "--store folder (this one is left as it is)"
             )
-        return cls(folder, manifest)
+        return cls(folder, stored)
 
     # -- writing
 
@@ -115,13 +117,18 @@ class SoftTargetStore:
         if self.manifest.masked:
             arrays["keep"] = np.packbits(np.concatenate(masks))
         self._open_shards.pop(shard, None)
-        self.write_file(self.shard_path(shard).name, arrays)
+        codec = None
+        if self.needs_shared_codec and self.manifest.names_codec:
+            self._need_codec()
+            codec = self._codec_digest
+        self.write_file(self.shard_path(shard).name, arrays, codec)
 
-    def write_file(self, name: str, arrays: Arrays) -> None:
-        """Write a file of arrays that proves itself, whole or not at all."""
+    def write_file(self, name: str, arrays: Arrays, codec: str | None = None) -> None:
+        """Write a file of arrays that proves itself, whole or not at all; ``codec``: the digest of
+        the shared codec that it names."""
         path = self.folder / name
         arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
-        write_whole(path, safetensors.numpy.save(arrays, metadata=self._seal(path, arrays)))
+        write_whole(path, safetensors.numpy.save(arrays, metadata=self._seal(path, arrays, codec)))
 
     def remove_leftovers(self) -> None:
         """Remove what killed writers left; only for a process that holds the folder alone."""
@@ -129,13 +136,29 @@ class SoftTargetStore:
             if is_temporary(path) and not path.name.startswith(LOCK):
                 path.unlink(missing_ok=True)
 
-    def _seal(self, path: Path, arrays: Arrays) -> dict[str, str]:
+    def _seal(self, path: Path, arrays: Arrays, codec: str | None) -> dict[str, str]:
         """A file's metadata: one entry, as safetensors writes several in random order."""
-        return {"sha256": f"{_digest(arrays)} store {self.manifest.key} {path.stem}"}
+        named = "" if codec is None else f"{NAMED}{codec}"
+        digest = _digest(arrays, named)
+        return {"sha256": f"{digest} store {self.manifest.key} {path.stem}{named}"}
 
     def write_shared_codec(self, codec: SharedCodec) -> None:
-        """Write the shared codec, whole or not at all."""
-        self.write_file(SHARED_CODEC, codec.arrays())
+        """Write the shared codec, whole or not at all.
+
+        Raises:
+            StoreError: shards are there that were not written with this very one.
+        """
+        arrays = codec.arrays()
+        for shard in range(self.manifest.shards):
+            path = self.shard_path(shard)
+            if self.state(shard) == "complete" and self._codec_of(path) != _digest(arrays):
+                known = "" if self.manifest.names_codec else " for all that is known"
+                raise StoreError(
+                    f"store {self.folder}: {SHARED_CODEC} is lost, and what was fitted again is "
+                    f"not{known} the one that {path.name} was written with; put that file back "
+                    "from a copy, or capture into another --store folder"
+                )
+        self.write_file(SHARED_CODEC, arrays)
         self._codec = None
 
     def state(self, shard: int) -> str:
@@ -146,7 +169,11 @@ class SoftTargetStore:
         return "damaged" if self.read_file(path.name) is None else "complete"
 
     def read_file(self, name: str) -> Arrays | None:
-        """The arrays of a file that is there, if its checksum, header and store key are right."""
+        """The arrays of a file that is there, if its checksum, header and store key are right.
+
+        Raises:
+            StoreError: it was written with another shared codec than the one that is there.
+        """
         path = self.folder / name
         try:
             with safe_open(path, framework="numpy") as file:
@@ -154,20 +181,38 @@ class SoftTargetStore:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, TypeError):  # numpy has no such type
             return None
-        return arrays if metadata == self._seal(path, arrays) else None
+        codec = _codec_named(metadata)
+        if metadata != self._seal(path, arrays, codec):
+            return None
+        self._require_codec(name, codec)
+        return arrays
 
     @property
     def needs_shared_codec(self) -> bool:
         """Whether this kind of store has a shared codec."""
-        return self._recipe.needs_states or bool(self._recipe.layers)
+        return self.manifest.has_codec
 
     def shared_codec(self) -> SharedCodec | None:
         """The shared codec, or ``None`` where that file is missing or damaged."""
         if self._codec is None and (self.folder / SHARED_CODEC).exists():
             arrays = self.read_file(SHARED_CODEC)
             if arrays is not None:
+                self._codec_digest = _digest(arrays)  # before what is looked for
                 self._codec = SharedCodec.from_arrays(arrays, self._recipe)
         return self._codec
+
+    def _codec_of(self, path: Path) -> str | None:
+        with safe_open(path, framework="numpy") as file:
+            return _codec_named(file.metadata() or {})
+
+    def _require_codec(self, name: str, digest: str | None) -> None:
+        """Raise ``StoreError`` if a file names another codec than the one that is there."""
+        if digest and self.shared_codec() is not None and digest != self._codec_digest:
+            raise StoreError(
+                f"store {self.folder}: {name} was written with another {SHARED_CODEC} than the one "
+                "that is there; put the right one back from a copy, or capture into another "
+                "--store folder"
+            )
 
     # -- reading
 
@@ -177,7 +222,9 @@ class SoftTargetStore:
     def _shard(self, shard: int) -> tuple[Any, NDArray[np.int64], NDArray[np.int64]]:
         """An open shard with the first token and first position row of each of its sequences."""
         if shard not in self._open_shards:
-            file = safe_open(self.shard_path(shard), framework="numpy")
+            path = self.shard_path(shard)
+            file = safe_open(path, framework="numpy")
+            self._require_codec(path.name, _codec_named(file.metadata() or {}))
             lengths = file.get_tensor("lengths")
             tokens = np.concatenate(([0], np.cumsum(lengths)))
             rows = np.concatenate(([0], np.cumsum(lengths - 1)))
@@ -279,9 +326,14 @@ class SoftTargetStore:
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
 
-def _digest(arrays: Arrays) -> str:
-    digest = hashlib.sha256()
+def _digest(arrays: Arrays, before: str = "") -> str:
+    digest = hashlib.sha256(before.encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+def _codec_named(metadata: Mapping[str, str]) -> str | None:
+    """The digest of the shared codec that a file's metadata names, if any."""
+    return metadata.get("sha256", "").partition(NAMED)[2] or None

@@ -178,7 +178,7 @@ def fit_basis(states: Tensor, metric: Tensor | None, budget: int) -> Basis:
 
 def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Singular values of float64 ``[N, D]``, falling, and right singular vectors ``[R, D]``, those
-    that are not negligible.
+    that are not negligible; the largest component of each is positive, whatever LAPACK says.
 
     From the eigenvectors of the smaller Gram matrix, which take a fraction of the decomposition's
     own time. Squaring costs digits of the weak directions: about seven are left at ``NEGLIGIBLE``.
@@ -190,7 +190,9 @@ def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
     singular = squares.flip(0).clamp(min=0.0).sqrt()
     singular = singular[singular > NEGLIGIBLE * singular[0]]
     vectors = vectors.flip(1)[:, : len(singular)]
-    return singular, vectors.T if tall else (rows.T @ vectors / singular).T
+    directions = vectors.T if tall else (rows.T @ vectors / singular).T
+    largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
+    return singular, directions * largest.sign()
 
 
 def tail_metric(states: Tensor, rows: OutputRows, vocab_size: int, cap: float = 0.0) -> Tensor:

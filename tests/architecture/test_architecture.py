@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Bottom to top: a module imports what stands above it here, or beside it in its own folder.
 ORDER = (
+    "numerics",
     "teachers.errors",
     "teachers.atomic_files",
     "teachers.targets",
@@ -68,7 +69,7 @@ ORDER = (
     "tools.checks",
     "tests",
 )
-PACKAGES = ("teachers", "students", "stability", "distill", "tools", "tests")
+PACKAGES = ("numerics", "teachers", "students", "stability", "distill", "tools", "tests")
 APART = {"teachers", "students", "stability"}  # these do not import one another
 MOST_FILES = 13  # in one folder, besides its __init__.py
 MOST_LINES = 400  # unless the docstring says why ...
@@ -133,7 +134,8 @@ def level(name: str) -> int:
 
 
 def test_imports_run_downwards() -> None:
-    """tools, tests → distill → {teachers, students, stability}; within each, along ``ORDER``."""
+    """tools, tests → distill → {teachers, students, stability} → numerics; within each, along
+    ``ORDER``."""
     wrong = []
     for name in modules():
         package = name.partition(".")[0]
@@ -258,7 +260,7 @@ def test_data_files_are_installed() -> None:
             files = set(folder.glob(pattern))
             assert files, f"{package}: no file is {pattern}"
             named |= files
-    folders = [ROOT / package for package in ("distill", "teachers", "students", "stability")]
+    folders = [ROOT / package for package in PACKAGES[:5]]
     files = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
     data = {path for path in files if path.suffix not in (".py", ".pyc")}
     assert data <= named, f"not installed: {sorted(data - named)}"

@@ -33,6 +33,7 @@ from tests.support.students import make_student
 from tests.support.teachers import LINES, SHARED, different, edited, example_fields, shared_file
 from tools.checks.published import (
     LLAMA_CPP,
+    OURS,
     TRANSFORMERS,
     Answers,
     compare,
@@ -106,7 +107,7 @@ def plain(request: pytest.FixtureRequest, plains: dict[str, Published]) -> Publi
 
 def elsewhere(script: str, *arguments: str, cwd: Path) -> Any:
     """What a script prints in an isolated process that cannot have this project's packages."""
-    blocked = ("distill", "students", "teachers", "stability", "tools", "tests", "gguf")
+    blocked = (*OURS, "gguf")
     hook = (
         "import sys\n"
         "class Block:\n"

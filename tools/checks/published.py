@@ -46,7 +46,7 @@ from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.conversation import conversations_tokens
 
 ROOT = Path(__file__).parent.parent.parent
-OURS = ("distill", "students", "teachers", "stability", "tools", "tests")
+OURS = ("distill", "students", "teachers", "stability", "numerics", "tools", "tests")
 NEW_TOKENS = 48
 # How far apart two tokens' logits may be where one answer has the one and the other the other.
 # Runtimes that keep their caches in other formats, or divide the prompt otherwise, round otherwise:

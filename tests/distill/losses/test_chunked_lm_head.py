@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -46,6 +47,35 @@ def problem(seed: int = 0) -> tuple[Tensor, Tensor, ChunkLoss]:
         return 4.0 * kl + 0.3 * divergences.cross_entropy(logits, labels[span]).sum()
 
     return hidden, weight, chunk_loss
+
+
+def test_logits_of_narrow_factors_stay_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the device adds up products in float32 they are not rounded to bfloat16 after it; on a
+    CPU, which has no such product, they are as they were."""
+    hidden, weight, chunk_loss = problem()
+    narrow = hidden.bfloat16(), weight.bfloat16()
+    exact = narrow[0].double() @ narrow[1].double().T
+
+    def logits() -> Tensor:
+        seen = []
+
+        def keep(found: Tensor, span: slice) -> tuple[Tensor, Tensor]:
+            assert found.dtype == torch.float32
+            seen.append(found.clone())
+            return by_autograd(chunk_loss)(found, span)
+
+        with torch.autocast("cpu", torch.bfloat16):
+            chunked_head_loss(hidden, weight, keep, 10)
+        return torch.cat(seen)
+
+    before = logits()
+    assert torch.equal(before, (narrow[0] @ narrow[1].T).float())
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        wide = lambda left, right, out_dtype: left.to(out_dtype) @ right.to(out_dtype)  # noqa: E731
+        library.impl("mm.dtype", wide, "CPU")
+        monkeypatch.setattr("distill.losses.chunked_lm_head.WIDENING", {"cpu"})
+        found = logits()
+    assert float((found - exact).abs().max()) < 1e-5 < 1e-2 < float((before - exact).abs().max())
 
 
 def test_equals_the_unchunked_loss() -> None:

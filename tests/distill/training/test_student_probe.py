@@ -7,22 +7,37 @@ import itertools
 import json
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from distill.losses.batch import Batch
 from distill.losses.objective import Objective
+from distill.training.data import load_batch
 from distill.training.distributed import TrainingModule
 from distill.training.student_probe import ATTENDED, POSITIONS, SEQUENCES, StudentProbe
 from stability import Event, Extra, Guard, Hooks, ModuleProbe, ProbeReading
 from students.model.decoder import SO8TForCausalLM
 from tests.support.references import reference_bucket_kl
+from tests.support.stores import write_store
+from tests.support.students import make_student
 from tests.support.teachers import BigramTeacher
-from tests.support.training import LOSS, VOCAB, WIDTH, Plain, fresh_student, is_finite, make_data
+from tests.support.training import (
+    LOSS,
+    RECIPES,
+    VOCAB,
+    WIDTH,
+    Plain,
+    fresh_student,
+    is_finite,
+    make_data,
+)
 
 TOP = 8  # tokens that the targets of ``make_data`` keep
 
@@ -166,6 +181,40 @@ def test_a_reading_is_what_the_definitions_say(
         loss = found.pop("loss")  # logits are kept in half precision
         assert loss == pytest.approx(wanted.pop("loss"), abs=1e-3), positions
         assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6), positions
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that is made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+        result = operation(*args, **(kwargs or {}))
+        for one in tree_leaves(result):
+            if isinstance(one, Tensor):
+                self.bytes = max(self.bytes, one.untyped_storage().nbytes())
+        return result
+
+
+def test_long_text_is_looked_at_a_part_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No table of all queries and keys is made, in any precision; the reading is the same."""
+    draw = np.random.default_rng(0)
+    rows = [draw.integers(VOCAB, size=size).astype(np.int32) for size in (600, 560, 80, 590)]
+    store = write_store(tmp_path, BigramTeacher(VOCAB, WIDTH, seed=0), rows, RECIPES["buckets"], 4)
+    student = make_student(64, 2, VOCAB)
+    probe = probe_of(student, load_batch(store, range(4)))
+    table = student.config.num_attention_heads * 599 * 599
+    module, found = "distill.training.student_probe.ATTENTION_CELLS", []
+    for cells in (1 << 30, 1 << 16, 1):
+        monkeypatch.setattr(module, cells)
+        with Largest() as largest:
+            found.append((probe().flat(), largest.bytes))
+    (whole, most), (parts, some), (each, _) = found
+    assert most >= 8 * table > 4 * table > some
+    for reading in (parts, each):
+        assert reading == pytest.approx(whole, rel=1e-6)
 
 
 def test_dead_units_are_counted(text: Batch, student: SO8TForCausalLM) -> None:

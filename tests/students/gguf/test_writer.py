@@ -30,6 +30,7 @@ from teachers import example_teacher
 from teachers.base import TokenizedLines
 from teachers.gguf.file import read_gguf
 from teachers.llama_cpp.teacher import GGUFTeacher
+from tests.support.pretended_gpu.arithmetic import rounded_products
 from tests.support.students import make_student
 
 pytestmark = pytest.mark.usefixtures("llama_here")
@@ -126,6 +127,13 @@ def test_llama_cpp_computes_what_pytorch_computes(
     assert {path.name for path in tmp_path.iterdir()} == {f"{quant}.gguf" for quant in LIMITS}
     if width == 64:
         assert difference_in_transformers(student, tmp_path / "f32.gguf", held) <= 1e-3
+
+
+def test_a_proof_holds_whatever_is_switched_on(tmp_path: Path) -> None:
+    """PyTorch's side computes in float32; rounded products were off by more than the limit."""
+    with rounded_products():
+        proof = proved(make_student(64, 2, VOCAB), tmp_path, held_out(), "f32")["f32"]
+    assert proof.max_logit_difference <= LIMITS["f32"][0]
 
 
 def test_another_model_fails_the_proof(tmp_path: Path) -> None:

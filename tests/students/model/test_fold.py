@@ -15,6 +15,8 @@ from students.model import so8
 from students.model.config import SO8TConfig
 from students.model.decoder import SO8TForCausalLM
 from students.model.fold import FoldError, fold, to_llama
+from tests.support.pretended_gpu import DEVICE, to_gpu
+from tests.support.pretended_gpu.arithmetic import without_float64
 from tests.support.references import case
 from tests.support.students import drawn_ids, gated, grouped_student, make_student, weights_of
 
@@ -53,6 +55,15 @@ def test_folded_llama_equals_the_gated_student() -> None:
             assert float((logits_of(to_llama(student), ids) - expected).abs().max()) <= 2e-5
     student, ids = make_student(64, 2), drawn_ids(2, 16, vocab_size=96)  # as the builder shapes it
     assert_equal(logits_of(to_llama(student), ids), logits_of(student, ids))
+
+
+def test_folds_where_there_is_no_float64() -> None:
+    """To the same bits, on the student's device."""
+    expected = fold(make_student(32, 2))
+    with without_float64():
+        folded = fold(to_gpu(make_student(32, 2)))
+        for name, tensor in expected.items():
+            assert folded[name].device == DEVICE and torch.equal(folded[name].cpu(), tensor), name
 
 
 def test_a_config_without_special_tokens_becomes_a_llama() -> None:

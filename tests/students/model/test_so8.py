@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from students.adapter.gated_projection import StartingGate, rotate, turn
 from students.model import so8
-from tests.support.pretended_gpu import on_gpu, watch
+from tests.support.pretended_gpu import DEVICE, on_gpu, watch
+from tests.support.pretended_gpu.arithmetic import rounded_products, without_float64
 from tests.support.references import Matrix, reference_skew, spectral_exponential
 
 
@@ -106,6 +108,51 @@ def test_float32_under_bfloat16_autocast() -> None:
     expected = so8.commutator_norm(rotations[0], rotations[1])
     torch.testing.assert_close(commutators, expected)
     assert float(errors.max()) <= 1e-5
+
+
+def test_exact_whatever_is_switched_on() -> None:
+    """Not a bit of rotations, turned weights and measures changes, nor does R0 leave the group;
+    bfloat16 inside products would be off by 1e-2."""
+    parameters = drawn(2, 64, scale=0.5, seed=4).float()
+    weight = torch.randn(96, 512, generator=torch.Generator().manual_seed(9))
+
+    def everything() -> list[Tensor]:
+        safety, command = rotations = so8.rotation(parameters)
+        torch.manual_seed(0)
+        start = StartingGate(64, 0.5).start
+        turned = turn(rotations, start)
+        return [
+            rotations,
+            start,
+            turned,
+            rotate(weight, turned),
+            so8.rotate_columns(weight, safety),
+            so8.orthogonality_error(rotations),
+            so8.determinant_error(rotations),
+            so8.commutator_norm(command, safety),
+        ]
+
+    plain = everything()
+    with rounded_products():
+        for number, (found, expected) in enumerate(zip(everything(), plain, strict=True)):
+            assert torch.equal(found, expected), number
+    assert float(so8.orthogonality_error(torch.cat(plain[1:3])).max()) <= 1e-5
+
+
+def test_rotations_where_there_is_no_float64() -> None:
+    """As exact as anywhere, with their gradient, and back on the device."""
+    parameters = drawn(2, 5, scale=3.0).float()
+    with without_float64():
+        there = on_gpu(parameters).requires_grad_()
+        found = so8.rotation(there)
+        assert found.device == DEVICE and found.dtype == torch.float32
+        (found * on_gpu(torch.arange(64.0).view(8, 8))).sum().backward()
+    here = parameters.clone().requires_grad_()
+    expected = so8.rotation(here)
+    (expected * torch.arange(64.0).view(8, 8)).sum().backward()
+    assert torch.equal(found.detach().cpu(), expected.detach())
+    assert there.grad is not None and here.grad is not None
+    assert torch.equal(there.grad.cpu(), here.grad)
 
 
 def test_rotation_gradient_by_finite_differences() -> None:

@@ -250,6 +250,28 @@ def test_a_damaged_companion_is_made_again(
         assert changed(folder, before) == rewritten, row
 
 
+def test_a_lost_companion_that_comes_out_otherwise_is_refused(
+    tmp_path: Path,
+    tiny_teacher: GGUFTeacher,
+    stored: Stored,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On another machine, say: nothing is written, and what to do is said. Where no shard is there
+    it is as good as any."""
+    source = Source(spoken=True)
+    folder = shutil.copytree(stored(True, "sketch").folder, tmp_path / "store")
+    (folder / SHARED_CODEC).unlink()
+    before = times(folder)
+    monkeypatch.setattr(capture_module, "METRIC_POSITIONS", 2)
+    with pytest.raises(StoreError, match=f"{SHARED_CODEC} is lost") as told:
+        filled(folder, tiny_teacher, source)
+    assert "shard-00000" in str(told.value) and "another --store folder" in str(told.value)
+    assert times(folder) == before
+    for shard in SHARDS:
+        begin(folder, tiny_teacher, source).shard_path(shard).unlink()
+    assert filled(folder, tiny_teacher, source)[1] == CaptureSummary(0, (), len(SHARDS))
+
+
 def test_a_damaged_shard_alone_is_captured_again(
     tmp_path: Path, tiny_teacher: GGUFTeacher, stored: Stored, capsys: pytest.CaptureFixture[str]
 ) -> None:

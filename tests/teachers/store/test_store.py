@@ -198,6 +198,62 @@ def test_a_companion_reads_as_it_was_written(tmp_path: Path, kind: str) -> None:
     assert len(opened.layer_states(0)) == len(KINDS[kind].layers)
 
 
+def test_another_codec_is_refused(tmp_path: Path) -> None:
+    """One that its shards were not written with: whole and of this store, it decodes them wrongly.
+    It is refused where it is read, and where it would be written in the lost one's place."""
+    for kind in ("sketch", "hidden"):
+        _, _, store = filled_by_kind(tmp_path / kind, kind)
+        codec, path = store.shared_codec(), store.folder / SHARED_CODEC
+        assert codec is not None
+        turned = {
+            name: replace(basis, encode=-basis.encode, decode=-basis.decode)
+            for name, basis in codec.bases.items()
+        }
+        path.unlink()
+        opened = SoftTargetStore(store.folder, store.manifest)
+        with pytest.raises(StoreError, match=f"{SHARED_CODEC} is lost.* put that file back"):
+            opened.write_shared_codec(replace(codec, bases=turned))
+        assert not path.exists()
+        opened.write_shared_codec(codec)
+        assert len(opened.targets(6).best()) == LENGTHS[6] - 1
+        # As nobody would write it: past the check.
+        opened.write_file(SHARED_CODEC, replace(codec, bases=turned).arrays())
+        for ask in (SoftTargetStore.state, SoftTargetStore.targets, SoftTargetStore.layer_states):
+            with pytest.raises(StoreError, match=r"another companion.* put the right one back"):
+                ask(SoftTargetStore(store.folder, store.manifest), 0)
+
+
+def test_a_store_of_an_earlier_format_stays_one(tmp_path: Path) -> None:
+    """Its shards do not name their codec: read and filled up as they are, but a lost codec cannot
+    be shown to be the one."""
+    for kind, masked in (("sketch", False), ("hidden", True)):
+        _, _, newer = filled_by_kind(tmp_path / "new" / kind, kind)
+        assert json.loads((newer.folder / MANIFEST).read_text())["format"] == 4
+        identity = newer.manifest.identity | ({"train_on": "assistant"} if masked else {})
+        earlier = replace(newer.manifest, identity=identity, names_codec=False)
+        folder, codec = tmp_path / kind, newer.shared_codec()
+        folder.mkdir()
+        (folder / MANIFEST).write_text(earlier.to_json())
+        assert json.loads(earlier.to_json())["format"] == (3 if masked else 2)
+        wanted = replace(earlier, names_codec=True)  # as a capture asks for it today
+        store = SoftTargetStore.create_or_open(folder, wanted)
+        assert codec is not None and not store.manifest.names_codec
+        store.write_shared_codec(codec)
+        arrays = newer.read_file(newer.shard_path(0).name)
+        assert arrays is not None
+        sequences = [newer.tokens(index) for index in range(PER_SHARD)]
+        targets = {name: rows for name, rows in arrays.items() if name not in ("tokens", "lengths")}
+        store.write_shard(0, sequences, targets)
+        with safetensors.safe_open(store.shard_path(0), framework="numpy") as file:
+            seal = file.metadata()["sha256"].split()
+        assert seal[1:] == ["store", earlier.key, "shard-00000"]
+        again = SoftTargetStore(folder, read_manifest(folder))
+        assert again.state(0) == "complete" and len(again.targets(0).best()) == LENGTHS[0] - 1
+        (folder / SHARED_CODEC).unlink()
+        with pytest.raises(StoreError, match="is not for all that is known the one"):
+            SoftTargetStore(folder, read_manifest(folder)).write_shared_codec(codec)
+
+
 def test_a_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk refuses at any point: no shard, no temporary file; the rest is intact."""
 

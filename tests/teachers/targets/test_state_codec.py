@@ -137,6 +137,25 @@ def test_arrays_and_back() -> None:
             assert np.array_equal(mine, theirs), budget
 
 
+def test_directions_have_the_signs_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LAPACK gives eigenvectors up to their sign, and another one gives others."""
+    eigh, metric = torch.linalg.eigh, torch.eye(24, dtype=torch.float64) * 2.0
+    for rows in (80, 12):  # from either Gram matrix
+        states = correlated(rows, 24)
+        expected = [fit_basis(states, one, 12).arrays("final") for one in (None, metric)]
+        with monkeypatch.context() as other:
+
+            def turned(gram: Tensor) -> tuple[Tensor, Tensor]:
+                values, vectors = eigh(gram)
+                return values, vectors * torch.tensor([1.0, -1.0, -1.0]).repeat(99)[: len(gram)]
+
+            other.setattr(torch.linalg, "eigh", turned)
+            found = [fit_basis(states, one, 12).arrays("final") for one in (None, metric)]
+        for mine, theirs in zip(found, expected, strict=True):
+            for name, values in theirs.items():
+                assert np.array_equal(mine[name], values), (rows, name)
+
+
 # --- the division of bits
 
 

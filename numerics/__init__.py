@@ -1,0 +1,1 @@
+"""How exactly a device computes, for all other packages."""
