@@ -24,8 +24,13 @@ def training_device() -> torch.device:
 
 def base_dtype(device: torch.device, *, load_in_4bit: bool) -> torch.dtype:
     """What a base is loaded in, or NF4 computed in: bfloat16 where that is faster than float32."""
-    narrow = (load_in_4bit or device.type != "cpu") and has_bfloat16(device)
+    narrow = load_in_4bit if device.type == "cpu" else trains_narrow(device)
     return torch.bfloat16 if narrow else torch.float32
+
+
+def trains_narrow(device: torch.device) -> bool:
+    """Whether a GPU trains in bfloat16 unless it is told otherwise."""
+    return device.type in ("cuda", "xpu") and has_bfloat16(device)
 
 
 def choose_precision(config: TrainConfig, width: int, device: torch.device) -> str:
@@ -38,7 +43,7 @@ def choose_precision(config: TrainConfig, width: int, device: torch.device) -> s
             and width >= BF16_WIDTH_ON_CPU
         )
         return "bf16" if fast else "fp32"
-    return "bf16" if device.type in ("cuda", "xpu") and has_bfloat16(device) else "fp32"
+    return "bf16" if trains_narrow(device) else "fp32"
 
 
 def why_float32(config: TrainConfig, device: torch.device) -> str | None:

@@ -25,7 +25,9 @@ TINY = Sizes(
     base_layers=2,
     four_bits=False,
     length=32,
-    step=StepJob(size="32x1", batch=2, tokens=9, vocab_size=600, teacher_width=64),
+    step=StepJob(
+        size="32x1", batch=2, tokens=9, vocab_size=600, teacher_width=64, precision="fp32"
+    ),
     product_rows=64,
     teacher=Shape(width=64, layers=1, feed_forward=96, heads=2, vocab_size=600),
     sequences=4,
@@ -34,8 +36,10 @@ TINY = Sizes(
 
 @pytest.mark.usefixtures("llama_here")
 @pytest.mark.parametrize("name", CHECKS)
-def test_checks(name: str, tmp_path: Path) -> None:
+def test_checks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each runs to its end on another device than the processor, and says what it found."""
+    # What the estimate leaves out (adapters' temporaries) is a fifth of a model this small.
+    monkeypatch.setattr(gpu, "ESTIMATE_OFF", 0.5)
     with training_on_gpu():
         figures = CHECKS[name][0](TINY, DEVICE, tmp_path)
     assert figures and all(value or value == 0 for value in figures.values())
