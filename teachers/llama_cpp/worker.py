@@ -20,6 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gguf import GGML_QUANT_SIZES
+
 from teachers import example_teacher
 from teachers.errors import LibraryError, RequestRefused, TeacherError, WorkerDied
 from teachers.gguf.file import GGUFFile
@@ -80,7 +82,8 @@ class Worker:
         if self._options.gpu_layers:
             assert file is not None
             self._options = replace(self._options, shape=shape_of(file))
-        if not self._known.allows_extra_buffers(self._bytes) or os.environ.get(PLAIN) == "1":
+        plain = os.environ.get(PLAIN) == "1" or (file is not None and has_rows_of_one_block(file))
+        if plain or not self._known.allows_extra_buffers(self._bytes):
             self._options = replace(self._options, extra_buffers=False)
         self._checked = False
         self._failed: TeacherError | LibraryError | None = None  # once nothing works
@@ -319,6 +322,13 @@ def require_loadable(path: Path) -> None:
 def why_without_extra_buffers() -> str:
     """Why a file of this process runs without extra buffers, after "llama.cpp …"; else empty."""
     return next(iter(without_extra_buffers.values()), "")
+
+
+def has_rows_of_one_block(file: GGUFFile) -> bool:
+    """Whether a quantized matrix has rows of a single block. llama.cpp's kernels for AMX then give
+    NaN, and the check does not see it where another file's matrices of that type were right."""
+    matrices = (one for one in file.tensors.values() if len(one.shape) > 1)
+    return any(1 < GGML_QUANT_SIZES[one.type][0] == one.shape[-1] for one in matrices)
 
 
 def remember(change: Callable[[CheckRecord], CheckRecord]) -> None:

@@ -27,13 +27,15 @@ from distill.runtime.environment import llama_cpp_environment
 from distill.runtime.progress import Console
 from teachers import example_teacher
 from teachers.errors import LibraryError, TeacherError, WorkerDied
+from teachers.gguf.file import read_gguf
 from teachers.llama_cpp.library import check_record
 from teachers.llama_cpp.library.check_record import CheckRecord, read_record
 from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.teacher import GGUFTeacher
-from teachers.llama_cpp.worker import Worker
+from teachers.llama_cpp.worker import Worker, has_rows_of_one_block
 from tests.support.children.capture_child import Source
 from tests.support.llama.double import Fault, llama_cpp_with
+from tools.models.random_teacher import Shape, write
 
 pytestmark = [
     pytest.mark.needs_gguf,
@@ -318,3 +320,17 @@ def test_exit_codes() -> None:
     """The machine's fault is ours to the command line, the file's the user's."""
     died = WorkerDied("x.gguf", "died during score (signal SIGSEGV)")
     assert [exit_code(error) for error in (LibraryError("x"), died, TeacherError("x"))] == [1, 1, 2]
+
+
+def test_rows_of_one_block_take_plain_kernels(tmp_path: Path) -> None:
+    """Those for AMX give NaN for them, which a check of the type on another file does not see."""
+    files = {}
+    for width in (32, 64):
+        shape = Shape(width=width, layers=1, feed_forward=96, heads=2, vocab_size=600)
+        write(files.setdefault(width, tmp_path / f"{width}.gguf"), shape, "q8_0", 0)
+    sequence = np.arange(5, 52, dtype=np.int32)
+    for width in (64, 32):
+        with GGUFTeacher(files[width], threads=1) as teacher:
+            assert np.isfinite(teacher.logits([sequence], exact=True)).all(), width
+    one_block, two_blocks = (has_rows_of_one_block(read_gguf(files[width])) for width in (32, 64))
+    assert one_block and not two_blocks
