@@ -159,7 +159,7 @@ def test_a_larger_student_is_the_teacher_too(base: Path) -> None:
 
 
 def test_one_matrix_of_two_is_the_outputs(base: Path) -> None:
-    """A tied student of a teacher with two matrices gets the outputs', in the embeddings' size."""
+    """A tied student of a teacher with two matrices gets the outputs'."""
     tiny = Tiny(seed=13)
     rows, tied = canonical(tiny)["embed"], shape(tiny, tied=True)
     same = read_gguf(write_tiny(base / "threefold.gguf", tiny, {"output.weight": 3.0 * rows}))
@@ -168,7 +168,6 @@ def test_one_matrix_of_two_is_the_outputs(base: Path) -> None:
     table = initialized(other.file, tied).lm_head.weight.detach()
     output = torch.from_numpy(other.output_rows(0, VOCABULARY))
     assert (table / table.std() - output / output.std()).abs().max() < 1e-3
-    assert float(table.std()) == pytest.approx(float(rows.std()), rel=1e-2)
 
 
 def test_surplus_can_learn(base: Path) -> None:
