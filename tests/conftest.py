@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -57,7 +57,11 @@ class LlamaHere:
         self.process_id = os.getpid()
         self.warnings: list[str] = []
         self.server = Server(io.BytesIO())
-        load = {"path": str(path), "threads": threads, "options": asdict(way)}
+        # llama.cpp configures AMX's tiles once a thread, and PyTorch, whose bfloat16 products only
+        # here run in the same threads, releases them: its next product would be an illegal
+        # instruction.
+        options = replace(way, extra_buffers=False)
+        load = {"path": str(path), "threads": threads, "options": asdict(options)}
         self.description = self.ask("load", load)[0]
 
     def ask(
