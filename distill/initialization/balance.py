@@ -15,26 +15,20 @@ from torch import Tensor
 
 from students.model.decoder import DecoderLayer, SO8TForCausalLM
 
+EPSILONS = 1000.0  # a stream's mean square is at least so many of the norms' epsilon
+
 
 @torch.no_grad()
 def balance(student: SO8TForCausalLM) -> None:
     """Balance all weights in place; but for the norms' epsilon the logits stay the same."""
     model, config = student.model, student.config
     layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
-    table, output, gain = model.embed_tokens.weight, student.lm_head.weight, model.norm.weight
-    factor = _mean(gain)
     if config.tie_word_embeddings:
-        gain.div_(factor or 1.0)
+        _scale_stream(student, layers)
     else:
-        _move(gain, [output])
-        factor = 1.0
-    factor = factor or 1.0
-    # The norms divide the whole stream by its size.
-    for written in (table, *(layer.self_attn.o_proj.weight for layer in layers)):
-        written.mul_(factor)
+        _move(model.norm.weight, [student.lm_head.weight])
     for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
-        mlp.down_proj.weight.mul_(factor)
         query, key, value = (
             part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
@@ -45,6 +39,21 @@ def balance(student: SO8TForCausalLM) -> None:
             _equalize(*pair)
         _equalize(value, attention.o_proj.weight)
         _equalize(mlp.up_proj.weight, mlp.down_proj.weight)
+
+
+def _scale_stream(student: SO8TForCausalLM, layers: Sequence[DecoderLayer]) -> None:
+    """Move the final gain's size into the tied matrix, and with it into the whole stream, which
+    every norm divides by its size; not so far that the norms' epsilon begins to count."""
+    table, gain = student.model.embed_tokens.weight, student.model.norm.weight
+    least = (EPSILONS * student.config.rms_norm_eps) ** 0.5
+    if (factor := _mean(gain)) and (size := _mean(table)):
+        factor = max(factor, min(1.0, least / size))
+        gain.div_(factor)
+        written = [
+            part for layer in layers for part in (layer.self_attn.o_proj, layer.mlp.down_proj)
+        ]
+        for weight in (table, *(part.weight for part in written)):
+            weight.mul_(factor)
 
 
 def _mean(x: Tensor) -> float:

@@ -159,7 +159,7 @@ def test_a_larger_student_is_the_teacher_too(base: Path) -> None:
 
 
 def test_one_matrix_of_two_is_the_outputs(base: Path) -> None:
-    """A tied student of a teacher with two matrices gets the outputs', of any size."""
+    """A tied student of a teacher with two matrices gets the outputs'."""
     tiny = Tiny(seed=13)
     rows, tied = canonical(tiny)["embed"], shape(tiny, tied=True)
     same = read_gguf(write_tiny(base / "threefold.gguf", tiny, {"output.weight": 3.0 * rows}))
