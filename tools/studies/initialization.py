@@ -15,6 +15,8 @@ validation sequences at T = 1, before training and after each part of it.
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import json
 import tempfile
 import time
@@ -88,11 +90,9 @@ class Bench:
             self.shape, self.file, sequences, seed, lambda done, words: None
         )
 
-    def measure(self, name: str, factor: float, seed: int) -> tuple[TrainingSummary, float]:
-        """Train one student; what came of it, and the seconds its beginning took."""
-        begin = time.perf_counter()
-        student = self.beginning(name, seed)
-        seconds = time.perf_counter() - begin
+    def measure(self, beginning: SO8TForCausalLM, factor: float, seed: int) -> TrainingSummary:
+        """Train a copy of a student; what came of it."""
+        student = copy.deepcopy(beginning)
         rate = factor * peak_learning_rate(self.train, self.shape.hidden_size)
         loss = LossConfig(temperature=1.0, lambda_safety=0.0, lambda_verification=0.0)
         layers = self.teacher_record.info.layers
@@ -101,8 +101,7 @@ class Bench:
         data = replace(self.data, seed=seed)
         with tempfile.TemporaryDirectory() as folder:
             job = TrainingJob(student, data, objective, config, Path(folder))
-            summary = train(job, lambda step, text: None)
-        return summary, seconds
+            return train(job, lambda step, text: None)
 
 
 def open_bench(options: argparse.Namespace) -> Bench:
@@ -150,16 +149,16 @@ def main() -> None:
         rates = [float(rate) for rate in options.rates.split(",")]
     except (UserError, StoreError, TeacherFileError, ValueError) as error:
         parser.error(str(error))
-    rows = [
-        (name, rate)
-        for name in options.only.split(",")
-        for rate in (rates if name == "teacher" else [1.0])
-    ]
     console.print(machine_line(machine(torch.get_num_threads())))
     table: Table | None = None
-    for seed in map(int, options.seeds.split(",")):
-        for name, rate in rows:
-            summary, seconds = bench.measure(name, rate, seed)
+    for seed, name in itertools.product(
+        map(int, options.seeds.split(",")), options.only.split(",")
+    ):
+        begin = time.perf_counter()
+        beginning = bench.beginning(name, seed)
+        seconds = time.perf_counter() - begin
+        for rate in rates if name == "teacher" else [1.0]:
+            summary = bench.measure(beginning, rate, seed)
             scores = dict(summary.scores)
             share = summary.tokens_seen / summary.steps
             if table is None:
@@ -174,7 +173,6 @@ def main() -> None:
                 f"{rate:g}",
                 str(seed),
                 *(f"{value:.4f}" for value in kl),
-                # Fmt: skip
                 f"{agreement:.1%}",
                 f"{seconds:.1f} s",
                 f"{summary.seconds:.0f} s",
