@@ -184,7 +184,8 @@ def _projection(
     facts = teacher.facts
     if config.hidden_size >= facts.width:
         return identity_projection(facts.width, config.hidden_size)
-    scale = stream_scale(torch.from_numpy(teacher.final_norm()), config.tie_word_embeddings)
+    gain = torch.from_numpy(teacher.final_norm())
+    scale, signs = stream_scale(gain, config.tie_word_embeddings)
     moment = torch.zeros(facts.width, facts.width, dtype=torch.float64)
     for layer in trace(teacher, _first(text, sum(map(len, text)) // SURVEY_SHARE)):
         report(0, f"looks at layer {layer.number + 1} of the teacher's {facts.layers}")
@@ -192,7 +193,7 @@ def _projection(
             moment += stream_moment(layer.before, scale)
         moment += stream_moment(layer.after, scale)
     with one_thread():
-        return principal_projection(moment, scale, config.hidden_size)
+        return principal_projection(moment, scale, signs, config.hidden_size)
 
 
 def _token_budget(teacher: LlamaWeights) -> int:

@@ -85,7 +85,7 @@ class LayerFitter:
                 # The matrix is in coordinates that contain the gain (``stream_scale``).
                 target = known @ self.projection.down
                 fitted = (normed * target).sum(dim=0) / normed.square().sum(dim=0).clamp_min(1e-30)
-                norm.weight.copy_(fitted)
+                norm.weight.copy_(fitted * self.projection.signs)
             else:
                 norm.weight.copy_(self._widened(gain))
             return None
@@ -247,13 +247,17 @@ def _normed(state: Tensor, eps: float) -> Tensor:
     return state / root_mean_square(state, eps)
 
 
-def stream_scale(gain: Tensor, tied: bool) -> Tensor:
-    """Factors ``[D]`` of the teacher's stream before a narrower student's directions are chosen.
+def stream_scale(gain: Tensor, tied: bool) -> tuple[Tensor, Tensor]:
+    """Factors ``[D]`` of the teacher's stream before a narrower student's directions are chosen,
+    and signs ``[D]`` that the student's final gain has to restore.
 
     A tied matrix E is input and output at once, but between stream and output lies the final norm's
-    gain g. A stream of x·√g starts at E·√g and ends before E·√g, so one matrix serves both.
+    gain g. A stream of x·√|g| starts at E·√|g| and ends before E·√|g|, so one matrix serves both.
+    Some teachers have negative gains (two of SmolLM2-135M's 576, which carry half of the stream).
     """
-    return gain.abs().clamp_min(1e-3).sqrt() if tied else torch.ones_like(gain)
+    if not tied:
+        return torch.ones_like(gain), torch.ones_like(gain)
+    return gain.abs().clamp_min(1e-3).sqrt(), torch.where(gain < 0, -1.0, 1.0)
 
 
 def _validation_tokens(lengths: Sequence[int]) -> Tensor:

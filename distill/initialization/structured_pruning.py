@@ -36,11 +36,13 @@ class Projection:
     """Between the residual streams.
 
     The student's state is the teacher's times ``down [D, S]``; ``up [D, S]`` times the student's
-    state approximates the teacher's.
+    state approximates the teacher's. ``signs [S]``: −1 for the directions that the teacher's final
+    gain turns round, else 1.
     """
 
     down: Tensor
     up: Tensor
+    signs: Tensor
 
     @property
     def narrows(self) -> bool:
@@ -62,18 +64,30 @@ def stream_moment(states: Tensor, scale: Tensor) -> Tensor:
 def identity_projection(width: int, student_width: int) -> Projection:
     """For a student at least as wide as its teacher: new coordinates are zero."""
     same = torch.eye(width, student_width)
-    return Projection(same, same)
+    return Projection(same, same, torch.ones(student_width))
 
 
-def principal_projection(moment: Tensor, scale: Tensor, student_width: int) -> Projection:
+def principal_projection(
+    moment: Tensor, scale: Tensor, signs: Tensor, student_width: int
+) -> Projection:
     """The directions that keep most of a stream with ``moment [D, D]`` (of states times ``scale``).
 
-    Each direction's greatest entry is positive, so that equal teachers give equal students.
+    No direction mixes coordinates of different ``signs [D]``: a gain can turn a whole direction
+    round, not a part of one. Each direction's greatest entry is positive, so that equal teachers
+    give equal students.
     """
-    directions = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :student_width]
+    energies, parts = list[Tensor](), list[Tensor]()
+    for sign in (1.0, -1.0):
+        own = (signs == sign).nonzero()[:, 0]
+        found = torch.linalg.eigh(moment[own][:, own])
+        energies.append(found.eigenvalues)
+        parts.append(torch.zeros(len(signs), len(own), dtype=moment.dtype))
+        parts[-1][own] = found.eigenvectors
+    order = torch.cat(energies).argsort(descending=True, stable=True)[:student_width]
+    directions = torch.cat(parts, dim=1)[:, order]
     greatest = directions.abs().argmax(dim=0, keepdim=True)
     kept = (directions * directions.gather(0, greatest).sign()).float()
-    return Projection(kept * scale[:, None], kept / scale[:, None])
+    return Projection(kept * scale[:, None], kept / scale[:, None], signs[greatest[0]])
 
 
 # -- layers ---------------------------------------------------------------------------------------

@@ -227,6 +227,20 @@ def test_a_smaller_student_starts_nearer_than_a_random_one(base: Path) -> None:
         assert near < plain, name
 
 
+def test_negative_gains_are_kept(base: Path) -> None:
+    """A narrow tied student whose final gain turns the same directions round as its teacher's."""
+    tiny, nears = Tiny(width=64, rank=36, tied=True, seed=11), []
+    other, config = text(6, 30, seed=9), shape(tiny, width=48)
+    gain = np.abs(canonical(tiny)["norm"])
+    for count in (0, 4):
+        gain[:count] *= -1
+        file = write_tiny(base / f"{count} negative.gguf", tiny, {"output_norm.weight": gain})
+        student = initialized(read_gguf(file), config, 60)
+        nears.append(divergence(teacher_logits(read_gguf(file), other), answers(student, other)))
+        assert (student.model.norm.weight < 0).sum() == count
+    assert nears[1] < 1.5 * nears[0]
+
+
 @pytest.mark.needs_gguf
 def test_a_real_teacher_is_kept_in_part(example_gguf: GGUFTeacher) -> None:
     """On the example teacher's own text: with less depth, or half of both, far below random."""
@@ -271,6 +285,22 @@ def test_gemma_3_is_kept_in_part() -> None:
         )
     near, random = (divergence(expected, answers(one, other)) for one in students)
     assert near < 0.5 * random
+
+
+@pytest.mark.slow
+@pytest.mark.needs_gguf
+def test_a_narrow_smollm2_is_kept_in_part() -> None:
+    """Two of its final norm's gains are negative, and carry half of the stream."""
+    lines = shared_file("text/wikitext2-valid.txt").read_text(encoding="utf-8").splitlines()
+    with GGUFTeacher(real_teacher("smollm2"), threads=1) as teacher:
+        chosen = [line for line in lines if len(line) > 400][:34]
+        ids = teacher.tokenize(chosen, add_special=True, parse_special=False)
+        other, seen = [row[:64] for row in ids[:2]], [row[:128] for row in ids[2:]]
+        like, size = likeness(teacher.info), StudentSize(512, 6)
+        config = student_config(size, vocab_size=49_152, context_length=128, like=like)
+        expected = torch.from_numpy(teacher.logits(other))
+        student = student_from_teacher(config, teacher.file, seen, 0, quiet)
+    assert divergence(expected, answers(student, other)) < 3.0  # 7.5 with gains' signs left out
 
 
 def test_equal_arguments_give_equal_bytes(base: Path) -> None:
@@ -361,7 +391,7 @@ def test_streams() -> None:
     states = torch.randn(300, 6, generator=draw) * torch.tensor([5.0, 0.1, 3.0, 0.1, 4.0, 0.1])
     states[0] *= 1e4  # one large token
     scale = torch.tensor([1.0, 2.0, 0.5, 1.0, 1.0, 1.0])
-    result = principal_projection(stream_moment(states, scale), scale, 3)
+    result = principal_projection(stream_moment(states, scale), scale, torch.ones(6), 3)
     assert result.narrows and (result.up.T @ result.down - torch.eye(3)).abs().max() < 1e-5
     kept = (states @ result.down) @ result.up.T
     assert (kept - states).square().mean() < 0.01 * states.square().mean()
