@@ -166,7 +166,8 @@ def prepare(source: Source, work: Workspace) -> Prepared:
             name: weight.to("cpu", copy=True) for name, weight in plain_weights(student).items()
         }
     validation = data.held_out(config.train.batch_size, torch.device("cpu"), student.packs)
-    rate = initial_learning_rate(config.train, student, config.student.init, validation)
+    steps = len(_batches(config, data))
+    rate = initial_learning_rate(config.train, student, config.student.init, validation, steps)
     rate = work.launch.agreed(rate)
     gradients: dict[str, Any] = {}
     if isinstance(student, AdaptedStudent):

@@ -86,21 +86,23 @@ def build_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> Lam
 
 
 # Steps as large as random weights need damage the teacher's, the more so the nearer the student is
-# to the teacher (docs/benchmarks.md).
-FROM_TEACHER_RATE, MIN_RATE = 0.5, 0.02
+# to the teacher, and fewer than ``MANY_STEPS`` do not make up for it (docs/benchmarks.md).
+FROM_TEACHER_RATE, MIN_RATE, MANY_STEPS = 0.5, 0.02, 64
 
 
 def initial_learning_rate(
-    config: TrainConfig, student: Student, init: str, validation: Iterable[Batch]
+    config: TrainConfig, student: Student, init: str, validation: Iterable[Batch], steps: int
 ) -> float:
-    """The peak learning rate: as configured, or one that suits the student's initialization.
+    """The peak learning rate of a training of ``steps``: as configured, or one that suits the
+    student's initialization.
 
-    From the teacher's weights it is √KL / 2 of the usual one (at most half of it, at least a
-    fiftieth), with the student's first KL on the validation batches, in nats per token.
+    From the teacher's weights it is √KL / 2 of the usual one, at most half of it, with the
+    student's first KL on the validation batches, in nats per token; of that √(steps / 64) where
+    there are fewer than 64 steps; at least a fiftieth.
     """
     share = 1.0
     if config.learning_rate is None and init == "teacher":
         score = validation_score(TrainingModule(student, Objective(LossConfig())), validation)
-        wanted = FROM_TEACHER_RATE * math.sqrt(max(0.0, score.kl))
-        share = min(FROM_TEACHER_RATE, max(MIN_RATE, wanted))
+        wanted = FROM_TEACHER_RATE * min(1.0, math.sqrt(max(0.0, score.kl)))
+        share = max(MIN_RATE, wanted * min(1.0, math.sqrt(steps / MANY_STEPS)))
     return share * peak_learning_rate(config, student.config.hidden_size)

@@ -105,7 +105,8 @@ def test_another_layout_falls_back_and_says_why(
 def test_the_nearer_to_the_teacher_the_lower_the_rate(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """√KL / 2 of the usual one from a teacher's weights, between a fiftieth and a half."""
+    """√KL / 2 of the usual one from a teacher's weights, between a fiftieth and a half, and less
+    where there are few steps."""
     store = open_full_store(setting.store)[0]
     batches = [load_batch(store, range(4))]
     vocab_size = int(store.manifest.identity["vocab_size"])
@@ -113,15 +114,18 @@ def test_the_nearer_to_the_teacher_the_lower_the_rate(
     student = build_student(shape, 0)
     usual = 0.5 / 32
 
-    def rate(init: str = "teacher", given: float | None = None) -> float:
+    def rate(init: str = "teacher", given: float | None = None, steps: int = 64) -> float:
         config = TrainConfig(learning_rate=given)
-        return initial_learning_rate(config, student, init, batches)
+        return initial_learning_rate(config, student, init, batches, steps)
 
     kl = validation_score(TrainingModule(student, Objective(LossConfig())), batches).kl
     assert kl > 0
     assert rate() == pytest.approx(usual * min(0.5, max(0.02, 0.5 * kl**0.5)))
     assert rate("random") == usual
     assert rate(given=0.003) == 0.003
+    assert rate(steps=10_000) == rate()
+    assert rate(steps=16) == pytest.approx(rate() / 2)
+    assert rate("random", steps=1) == usual
     for kl, share in ((4.0, 0.5), (0.25, 0.25), (1e-6, 0.02), (-1e-9, 0.02)):
         score = ValidationScore(kl, 1.0, 1.0)
         monkeypatch.setattr(
