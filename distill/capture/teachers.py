@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from distill.config.schema import TeacherConfig
+from distill.config.sources import TeacherConfig
 from distill.errors import UserError
 from teachers import example_teacher
 from teachers.base import Teacher, TeacherInfo

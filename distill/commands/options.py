@@ -60,7 +60,10 @@ Out = Annotated[
 StudentQuant = Annotated[
     str | None,
     typer.Option(
-        "--quant", metavar="TYPE", help="File type of student.gguf, such as q4_k_m. Default: q8_0."
+        "--quant",
+        metavar="TYPE[:embedding=ROWS]",
+        help="File type of student.gguf, such as q4_k_m, and what the rows of tokens are stored "
+        "as, such as q4_k_m:embedding=q8_0. Default: q8_0.",
     ),
 ]
 Preset = Annotated[
