@@ -218,6 +218,16 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_logits(self) -> RunConfig:
+        """Refuse targets into which dropped tokens' probability cannot be folded."""
+        if self.student.vocab is not None and self.targets.kind == "hidden":
+            raise ValueError(
+                "targets.kind = hidden keeps no probabilities, into which those of dropped tokens "
+                f"could be folded (student.vocab = {self.student.vocab}); use compact or dense"
+            )
+        return self
+
     @property
     def safety_head(self) -> bool:
         """Whether the student gets a safety head."""

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, m
 
 from students.model.shape import ChosenShape, StudentSize, attention_shape, parse_request
 from teachers.tokenizer.chat_template import GIVEN
+from teachers.vocabulary.size import VocabularySize
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -104,7 +105,8 @@ class StudentConfig(Section):
     ``head_width``, ``ffn_width``: none follows the teacher's shape
     (``students.model.build.student_config``). ``init``: the first weights: teacher (projected from
     the teacher's), embeddings (random, with the teacher's token embeddings), random, or auto
-    (teacher if possible).
+    (teacher if possible). ``vocab``: its vocabulary is the teacher's, cut down to so many tokens:
+    16k, 12.5% or auto (``teachers.vocabulary.size``); none: the whole.
 
     ``base``: folder of a transformers model with the teacher's vocabulary, which becomes the
     student: frozen, with LoRA of ``lora_rank``, scaled by ``lora_alpha / lora_rank``, and
@@ -112,6 +114,7 @@ class StudentConfig(Section):
     """
 
     size: str | None = None
+    vocab: str | None = None
     base: str | None = None
     lora_rank: Annotated[int, Field(ge=1, le=1 << 12)] = 16
     lora_alpha: Positive = 32.0
@@ -136,6 +139,13 @@ class StudentConfig(Section):
         if size is not None:
             parse_request(size)
         return size
+
+    @field_validator("vocab")
+    @classmethod
+    def _a_size(cls, vocab: str | None) -> str | None:
+        if vocab is not None:
+            VocabularySize.parse(vocab)
+        return vocab
 
     @model_validator(mode="after")
     def _fits(self) -> StudentConfig:

@@ -18,6 +18,7 @@ from distill.base_models.base_model import load_base_student
 from distill.capture.teachers import open_teacher
 from distill.config.schema import RunConfig
 from distill.errors import TrainingAborted
+from distill.evaluation.bits import bits_per_byte, respelled, some_text
 from distill.evaluation.cost import measure_speed
 from distill.evaluation.scorers import (
     Evaluation,
@@ -53,6 +54,7 @@ from distill.training.on_policy import OnPolicyBatches
 from distill.training.optimizer import initial_learning_rate
 from distill.training.summary import TrainingSummary
 from distill.training.validation import validation_kl
+from distill.trimming.for_student import reduced
 from students.adapter.adapter import AdaptedStudent
 from students.mapped_tensors import MappedTensors
 from students.model.interface import Student
@@ -136,12 +138,14 @@ class Published:
 @dataclass(frozen=True)
 class Evaluated:
     """``speeds``: prompt and generation tokens per second. ``heads``: see
-    ``distill.heads.fitting.heads_results``."""
+    ``distill.heads.fitting.heads_results``. ``bits_per_byte`` of the exported student and, where it
+    is here, the teacher with its whole vocabulary and with the student's; where these are two."""
 
     published: Published
     evaluation: Evaluation
     speeds: dict[str, tuple[float, float]]
     heads: dict[str, Any]
+    bits_per_byte: dict[str, float]
 
 
 def prepare(source: Source, work: Workspace) -> Prepared:
@@ -292,25 +296,36 @@ def evaluate_student(published: Published, work: Workspace) -> Evaluated:
     indices = prepared.data.split.held_out.tolist()
     sequences = [source.store.tokens(index) for index in indices]
     positions = sum(map(len, sequences)) - len(indices)
-    speeds = {}
+    speeds, bits = {}, {}
+    cut = source.teacher_record.cut
     with MappedTensors(work.folder.path) as kept:
         models = _student_scorers(prepared, sequences, kept, work)
         with console.stage("Evaluate", total=positions) as stage, _exported(source, work) as file:
             models["exported"] = llama_scorer(file)
             if source.config.store is None:
-                with open_teacher(source.config.teacher) as teacher:
+                with (
+                    open_teacher(source.config.teacher) as whole,
+                    reduced(whole, cut, source.gguf) as teacher,
+                ):
                     keep = [source.store.keep(index) for index in indices]
                     evaluation = evaluate(teacher, sequences, models, stage.update, keep)
                     speeds["teacher"] = measure_speed(teacher)
+                    if cut is not None:
+                        some = some_text(sequences)
+                        own = respelled(some, teacher, whole)
+                        bits["teacher"] = bits_per_byte(whole, own)
+                        bits["reduced_teacher"] = bits_per_byte(teacher, some)
             else:
                 evaluation = evaluate_stored(source.store, indices, models, stage.update)
             speeds["student"] = measure_speed(file)
+            if cut is not None:
+                bits["student"] = bits_per_byte(file, some_text(sequences))
             score = evaluation.models["exported"]
             stage.finish(
                 f"{kl_name(evaluation.kl_over)} {score.kl:.3f}, agreement {score.agreement:.1%} "
                 f"over {evaluation.positions} positions"
             )
-    return Evaluated(published, evaluation, speeds, _score_heads(published, work))
+    return Evaluated(published, evaluation, speeds, _score_heads(published, work), bits)
 
 
 def _student_scorers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -60,12 +61,35 @@ class ReducedVocabulary:
         )
         return summed
 
-    def fold_logs(self, values: NDArray[Any]) -> NDArray[np.float64]:
-        """``fold`` of log-probabilities or logits: log-sum-exp over each new token's old ones."""
-        logs = np.asarray(values, dtype=np.float64)
-        most = logs.max(axis=-1, keepdims=True)
-        with np.errstate(divide="ignore"):  # a probability of 0
-            return np.asarray(np.log(self.fold(np.exp(logs - most))) + most)
+    def fold_logs(self, values: NDArray[Any]) -> NDArray[Any]:
+        """``fold`` of log-probabilities or logits, of the same kind of numbers: log-sum-exp over
+        each new token's old ones, summed in float64. A token without dropped ones keeps its own."""
+        rows = values.reshape(-1, self.old_size)
+        result: NDArray[Any] = rows[:, self.kept]
+        for row, kept in zip(rows, result, strict=True):
+            most = row.max()
+            shares = np.exp(row - most)
+            shares[self.kept] = 0.0
+            more = np.bincount(self.first_piece, weights=shares, minlength=len(self))
+            with np.errstate(divide="ignore"):  # a probability of 0
+                both = np.log(np.exp(kept.astype(np.float64) - most) + more) + most
+            np.copyto(kept, both, where=more > 0, casting="same_kind")
+        return result.reshape(*values.shape[:-1], len(self))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """As named arrays, for a store or the worker."""
+        return {"kept": self.kept, "first_piece": self.first_piece}
+
+    @classmethod
+    def in_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> ReducedVocabulary | None:
+        """The vocabulary among named arrays, which are not trusted, if there is one.
+
+        Raises:
+            VocabularyError: it is damaged.
+        """
+        if "kept" not in arrays:
+            return None
+        return check_reduced(arrays["kept"], arrays.get("first_piece", arrays["kept"]))
 
 
 def check_reduced(kept: NDArray[Any], first_piece: NDArray[Any]) -> ReducedVocabulary:

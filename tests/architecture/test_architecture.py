@@ -26,6 +26,7 @@ ORDER = (
     "teachers.llama_cpp.library",
     "teachers.llama_cpp",
     "teachers.huggingface",
+    "teachers.reduced",
     "students.model",
     "students",
     "students.gguf",

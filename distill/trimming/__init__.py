@@ -1,0 +1,1 @@
+"""A model with a part of its vocabulary."""
