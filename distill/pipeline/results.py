@@ -51,10 +51,12 @@ def build_results(
     prepared = published.trained.prepared
     source, student, store = prepared.source, prepared.student, prepared.source.store
     proof = published.proofs.files[source.config.export.quant]
+    cut = source.teacher_record.cut
     return {
         "teacher": {
             key: value for key, value in asdict(source.info).items() if key not in _IN_THE_FILE
-        },
+        }
+        | ({} if cut is None else {"vocab_size": cut.vocabulary.old_size}),
         "student": {
             "size": source.config.student.label,
             "parameters": student.parameter_count(),
