@@ -221,9 +221,9 @@ def _sequences(
         count = min(count, max(16, -(-2 * SAMPLE_LEAST // corpus.sampling.max_length)))
     stage.update(0, "the teacher writes" if corpus.spoken else "")
     sequences = corpus.take(teacher, 0, count, lambda done: stage.update(int(50 * done / count)))
-    unseen = sequences[UNSEEN_EVERY - 1 :: UNSEEN_EVERY] or sequences[-1:]
-    seen = [one for place, one in enumerate(sequences) if (place + 1) % UNSEEN_EVERY]
-    return (seen if len(sequences) > 1 else sequences), unseen
+    later = set(range(UNSEEN_EVERY - 1, count, UNSEEN_EVERY)) or {count - 1}
+    seen = [one for place, one in enumerate(sequences) if place not in later]
+    return seen or sequences, [sequences[place] for place in sorted(later)]
 
 
 def _evenly(sequences: Sequence[Tokens], wanted: int) -> list[Tokens]:

@@ -15,26 +15,29 @@ class FileType:
     """One of llama.cpp's file types.
 
     ``number``: its own for it. ``weighted``: its quantizer uses an importance matrix. ``rows``:
-    what token rows are stored as unless asked for otherwise, by measurement (docs/benchmarks.md).
-    ``storage``: of matrices, where ``students.gguf.writer`` writes the type itself.
+    what token rows are stored as unless asked for otherwise, and ``narrow`` where they do not
+    divide into blocks of 256: the smallest with which a file of a small student kept to half of
+    the KL that is let pass (docs/benchmarks.md). ``storage``: of matrices, where
+    ``students.gguf.writer`` writes the type itself.
     """
 
     number: LlamaFileType
     weighted: bool
     rows: str
+    narrow: str
     storage: GGMLQuantizationType | None = None
 
 
 FILE_TYPES = {
-    "f32": FileType(LlamaFileType.ALL_F32, False, "f32", GGMLQuantizationType.F32),
-    "f16": FileType(LlamaFileType.MOSTLY_F16, False, "f16", GGMLQuantizationType.F16),
-    "bf16": FileType(LlamaFileType.MOSTLY_BF16, False, "bf16"),
-    "q8_0": FileType(LlamaFileType.MOSTLY_Q8_0, False, "q8_0", GGMLQuantizationType.Q8_0),
-    "q6_k": FileType(LlamaFileType.MOSTLY_Q6_K, True, "q6_k"),
-    "q5_k_m": FileType(LlamaFileType.MOSTLY_Q5_K_M, True, "q6_k"),
-    "q4_k_m": FileType(LlamaFileType.MOSTLY_Q4_K_M, True, "q6_k"),
-    "q4_0": FileType(LlamaFileType.MOSTLY_Q4_0, True, "q6_k"),
-    "iq4_nl": FileType(LlamaFileType.MOSTLY_IQ4_NL, True, "q6_k"),
+    "f32": FileType(LlamaFileType.ALL_F32, False, "f32", "f32", GGMLQuantizationType.F32),
+    "f16": FileType(LlamaFileType.MOSTLY_F16, False, "f16", "f16", GGMLQuantizationType.F16),
+    "bf16": FileType(LlamaFileType.MOSTLY_BF16, False, "bf16", "bf16"),
+    "q8_0": FileType(LlamaFileType.MOSTLY_Q8_0, False, "q8_0", "q8_0", GGMLQuantizationType.Q8_0),
+    "q6_k": FileType(LlamaFileType.MOSTLY_Q6_K, True, "q6_k", "q8_0"),
+    "q5_k_m": FileType(LlamaFileType.MOSTLY_Q5_K_M, True, "q6_k", "q8_0"),
+    "q4_k_m": FileType(LlamaFileType.MOSTLY_Q4_K_M, True, "q6_k", "q5_1"),
+    "q4_0": FileType(LlamaFileType.MOSTLY_Q4_0, True, "q6_k", "q5_0"),
+    "iq4_nl": FileType(LlamaFileType.MOSTLY_IQ4_NL, True, "q6_k", "q5_0"),
 }
 """From the most exact to the smallest."""
 
@@ -42,7 +45,7 @@ FILE_TYPES = {
 @dataclass(frozen=True)
 class RowType:
     """How a token's row may be stored. ``rounds_like``: the file type that rounds as much.
-    ``instead``: what is taken where rows do not divide into its blocks."""
+    ``instead``: what is taken where rows do not divide into its blocks, as llama.cpp would."""
 
     storage: GGMLQuantizationType
     rounds_like: str
@@ -58,15 +61,16 @@ ROW_TYPES = {
     "f16": RowType(GGMLQuantizationType.F16, "f16"),
     "bf16": RowType(GGMLQuantizationType.BF16, "bf16"),
     "q8_0": RowType(GGMLQuantizationType.Q8_0, "q8_0"),
-    "q6_k": RowType(GGMLQuantizationType.Q6_K, "q6_k", "q5_1"),
+    "q6_k": RowType(GGMLQuantizationType.Q6_K, "q6_k", "q8_0"),
     "q5_k": RowType(GGMLQuantizationType.Q5_K, "q5_k_m", "q5_1"),
     "q5_1": RowType(GGMLQuantizationType.Q5_1, "q5_k_m"),
     "q5_0": RowType(GGMLQuantizationType.Q5_0, "q5_k_m"),
-    "q4_k": RowType(GGMLQuantizationType.Q4_K, "q4_k_m", "q4_1"),
+    "q4_k": RowType(GGMLQuantizationType.Q4_K, "q4_k_m", "q5_0"),
     "q4_1": RowType(GGMLQuantizationType.Q4_1, "q4_0"),
     "q4_0": RowType(GGMLQuantizationType.Q4_0, "q4_0"),
     "iq4_nl": RowType(GGMLQuantizationType.IQ4_NL, "iq4_nl"),
 }
+SUPER_BLOCK = 256  # of the K types
 MATRICES = ("embedding", "output")
 
 
@@ -118,7 +122,8 @@ class Quantization:
 
         Where the output matrix is the embedding, that is the embedding's.
         """
-        default = FILE_TYPES[self.file_type].rows
+        kind = FILE_TYPES[self.file_type]
+        default = kind.narrow if width % SUPER_BLOCK else kind.rows
         return {matrix: fitting(self.rows.get(matrix, default), width) for matrix in MATRICES}
 
 

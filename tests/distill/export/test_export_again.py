@@ -117,18 +117,20 @@ def test_several_at_once(copy: RunFolder) -> None:
     assert exact.max_logit_difference <= 1e-3 and exact.kl <= 1e-6
     assert 0 < eight.kl <= 5e-3 < 0.1 and eight.agreement > 0.9
     assert eight.kl < rows["student-iq4_nl.gguf"].kl
+    four = rows["student-q4_k_m.gguf"]
+    assert four.bytes < 0.9 * eight.bytes and (four.embedding, eight.embedding) == ("Q5_1", "Q8_0")
     assert re.search(r"q4_k_m as [^;.]*Q5_0", printed)  # rows of 32 have no place in blocks of 256
 
 
 def test_types_of_token_rows(copy: RunFolder) -> None:
     """As asked, or what such rows divide into, which is said; an output matrix has to be there."""
-    asked = {"q8_0:embedding=q6_k": "Q5_1", "q4_k_m:embedding=q4_0": "Q4_0", "q8_0": "Q8_0"}
+    asked = {"q8_0:embedding=q5_k": "Q5_1", "q4_k_m:embedding=q4_0": "Q4_0", "q8_0": "Q8_0"}
     ended = command("export-gguf", copy.path, "--quant", ",".join(asked))
-    assert ended.code == 0 and "q8_0:embedding=q6_k with the embedding as Q5_1" in ended.said
+    assert ended.code == 0 and "q8_0:embedding=q5_k with the embedding as Q5_1" in ended.said
     files = {file.quant: file for file in read_exports(copy) if file.file != "student.gguf"}
     assert {quant: file.embedding for quant, file in files.items()} == asked
     assert names(copy.path, "*-embedding-*") == {
-        "student-q8_0-embedding-q6_k.gguf",
+        "student-q8_0-embedding-q5_k.gguf",
         "student-q4_k_m-embedding-q4_0.gguf",
     }
     for quant, file in files.items():

@@ -84,7 +84,7 @@ def test_every_type_of_token_rows(tmp_path: Path) -> None:
     count, path = len(tokenizer["tokenizer.ggml.tokens"][0]), tmp_path / "s.gguf"
     tokens = np.random.default_rng(0).integers(3, 1000, size=20).astype(np.int32)
     instead = {  # 96 = 3 · 32, 40: not even that
-        96: {"q6_k": "Q5_1", "q5_k": "Q5_1", "q4_k": "Q4_1"},
+        96: {"q6_k": "Q8_0", "q5_k": "Q5_1", "q4_k": "Q5_0"},
         40: {kind: "F16" for kind in ROW_TYPES if kind not in ("f32", "f16", "bf16")},
         256: {},
     }
