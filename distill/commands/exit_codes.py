@@ -33,6 +33,7 @@ EXIT_CODES = {
     "teachers.atomic_files.StoreError": EXIT_USER,
     "teachers.gguf.file.TeacherFileError": EXIT_USER,
     "teachers.tokenizer.gguf_metadata.TokenizerConversionError": EXIT_USER,
+    "teachers.vocabulary.reduced.VocabularyError": EXIT_USER,
     "teachers.errors.TeacherError": EXIT_USER,
     "distill.errors.GradientsDoNotFlow": EXIT_OURS,
     "distill.errors.ProofFailed": EXIT_OURS,
