@@ -18,7 +18,6 @@ from distill.base_models.base_model import load_base_student
 from distill.capture.teachers import open_teacher
 from distill.config.schema import RunConfig
 from distill.errors import TrainingAborted
-from distill.evaluation.bits import bits_per_byte, respelled, some_text
 from distill.evaluation.cost import measure_speed
 from distill.evaluation.scorers import (
     Evaluation,
@@ -55,6 +54,8 @@ from distill.training.optimizer import initial_learning_rate
 from distill.training.summary import TrainingSummary
 from distill.training.validation import validation_kl
 from distill.trimming.for_student import reduced
+from distill.trimming.measure import bits_per_byte
+from distill.trimming.text import Piece
 from students.adapter.adapter import AdaptedStudent
 from students.mapped_tensors import MappedTensors
 from students.model.interface import Student
@@ -63,8 +64,9 @@ from teachers.base import SINGLE_PROCESS, Teacher, TeacherInfo, Tokens
 from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.store import SoftTargetStore
-from teachers.store.teacher_record import TeacherRecord
+from teachers.store.teacher_record import TeacherRecord, first_sequences
 
+BITS_TOKENS = 8_192  # of validation text, on which vocabularies are compared
 INITIALIZATION_SEQUENCES = 512  # of training text that initialization may look at
 
 
@@ -311,21 +313,32 @@ def evaluate_student(published: Published, work: Workspace) -> Evaluated:
                     evaluation = evaluate(teacher, sequences, models, stage.update, keep)
                     speeds["teacher"] = measure_speed(teacher)
                     if cut is not None:
-                        some = some_text(sequences)
-                        own = respelled(some, teacher, whole)
-                        bits["teacher"] = bits_per_byte(whole, own)
-                        bits["reduced_teacher"] = bits_per_byte(teacher, some)
+                        text = _text(teacher, sequences)
+                        bits["teacher"] = bits_per_byte(whole, text, _unseen)
+                        bits["reduced_teacher"] = bits_per_byte(teacher, text, _unseen)
             else:
                 evaluation = evaluate_stored(source.store, indices, models, stage.update)
             speeds["student"] = measure_speed(file)
             if cut is not None:
-                bits["student"] = bits_per_byte(file, some_text(sequences))
+                bits["student"] = bits_per_byte(file, _text(file, sequences), _unseen)
             score = evaluation.models["exported"]
             stage.finish(
                 f"{kl_name(evaluation.kl_over)} {score.kl:.3f}, agreement {score.agreement:.1%} "
                 f"over {evaluation.positions} positions"
             )
     return Evaluated(published, evaluation, speeds, _score_heads(published, work), bits)
+
+
+def _unseen(positions: int) -> None:
+    """Progress of what is short beside the stage's own."""
+
+
+def _text(model: Teacher, sequences: Sequence[Tokens]) -> list[Piece]:
+    """The text of the first sequences, ``BITS_TOKENS`` tokens of it at most, one at least."""
+    some = first_sequences(sequences, len(sequences), BITS_TOKENS)
+    bos = model.info.bos
+    plain = [tokens[1:] if int(tokens[0]) == bos else tokens for tokens in some]
+    return [Piece(text, special=True) for text in model.detokenize(plain)]
 
 
 def _student_scorers(

@@ -128,7 +128,7 @@ class VocabularyPart:
     asked: str
     dropped_mass: float
     added_tokens: float
-    bytes_share: float = 0.0
+    lost: dict[str, float] = field(default_factory=dict)
     bits_per_byte: dict[str, float] = field(default_factory=dict)
 
 

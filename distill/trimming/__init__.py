@@ -1,1 +1,1 @@
-"""A model with a part of its vocabulary."""
+"""A GGUF file with a smaller vocabulary: ``distill trim``."""

@@ -7,10 +7,10 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors
@@ -18,26 +18,26 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from distill.capture.corpus import Corpus, DataRows, build_corpus
-from distill.capture.teachers import teacher_paths, teacher_stem
+from distill.capture.teachers import teacher_stem
 from distill.capture.tokenizer_only import metadata_entries, tokenizer_alone
 from distill.config.schema import RunConfig
 from distill.errors import UserError
 from distill.runtime.launch_environment import process_rank
 from distill.runtime.progress import Console, Stage
-from distill.trimming.file import require_plain_vocabulary, write_reduced
+from distill.trimming.file import write_reduced
+from distill.trimming.measure import teacher_mass
+from distill.trimming.scripts import WORTH_A_WARNING, lost_scripts
+from distill.trimming.text import counted, spread
 from teachers.atomic_files import write_whole
-from teachers.base import Teacher, Tokens, budget_slices
+from teachers.base import Teacher, Tokens
 from teachers.gguf.file import GGUFFile, read_gguf, tokenizer_fields
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.reduced import ReducedTeacher
+from teachers.store.store import SoftTargetStore
 from teachers.vocabulary.cut import VocabularyCut
-from teachers.vocabulary.pieces import Pieces
-from teachers.vocabulary.reduced import ReducedVocabulary, VocabularyError
+from teachers.vocabulary.reduced import VocabularyError
 from teachers.vocabulary.selection import Vocabulary, template_tokens
 from teachers.vocabulary.size import VocabularySize
-
-if TYPE_CHECKING:
-    from teachers.store.store import SoftTargetStore
 
 RULES = 1  # of the choice; to be counted up with whatever changes it
 SAMPLE_SHARE = 0.03  # of the text's tokens, on which the teacher is asked for its probabilities,
@@ -45,29 +45,6 @@ SAMPLE_LEAST = 1024  # but at least so many,
 SAMPLE_SECONDS = 50.0  # and no more than take so long
 UNSEEN_EVERY = 8  # one in so many sequences is not looked at by the choice, and judges it
 WAIT_SECONDS, PATIENCE_SECONDS = 0.5, 600.0  # for the choice of a launch's first process
-LOGITS_BYTES = 64 << 20  # of the sample, held at once
-MUCH_IN_BYTES = 0.02  # share of tokens that are parts of characters, from which on that is said
-
-
-def require_reducible(config: RunConfig) -> None:
-    """Refuse a vocabulary that no teacher of this kind can be cut to; needs no model.
-
-    Raises:
-        UserError, VocabularyError: there is more than one teacher, or it is no GGUF file; the size
-            is none, or its tokenizer or architecture cannot be cut.
-    """
-    if config.student.vocab is None:
-        return
-    paths = teacher_paths(config.teacher)
-    if len(paths) > 1 or paths[0].is_dir():
-        what = f"{paths[0]} is a folder" if paths[0].is_dir() else "teacher.mix_with names others"
-        raise UserError(
-            f"--vocab {config.student.vocab} needs a single GGUF teacher, whose tokens are cut; "
-            f"{what}: leave --vocab out"
-        )
-    file = read_gguf(paths[0])
-    VocabularySize.parse(config.student.vocab).of(len(Vocabulary(tokenizer_fields(file))))
-    require_plain_vocabulary(file)
 
 
 @contextmanager
@@ -85,15 +62,15 @@ def fitted(
     if config.student.vocab is None:
         yield teacher
         return
-    assert isinstance(teacher, GGUFTeacher), "see require_reducible"
+    assert isinstance(teacher, GGUFTeacher), "see check_student_vocabulary"
     with console.stage("Vocabulary", total=100) as stage:
         cut = _cut(teacher, config, data, folder, stage)
         path = trimmed_file(teacher.file, cut, folder, teacher_stem(config.teacher))
         stage.finish(describe(cut))
-    if cut.bytes_share > MUCH_IN_BYTES:
+    for script, share in cut.lost.items():
         console.warn(
-            f"{cut.bytes_share:.1%} of the text's tokens are parts of characters, as their script "
-            "has few tokens in this vocabulary; ask for a larger --vocab"
+            f"{share:.1%} of the text's {script} letters have no token any more and are written in "
+            "bytes; ask for a larger --vocab"
         )
     with reduced(teacher, cut, path) as result:
         yield result
@@ -194,21 +171,25 @@ def choose(teacher: GGUFTeacher, corpus: Corpus, asked: str, stage: Stage) -> Vo
     Raises:
         VocabularyError: fewer than must stay are asked for, or more than there are.
     """
-    fields = tokenizer_fields(teacher.file)
-    whole, size = Vocabulary(fields), VocabularySize.parse(asked)
+    whole, size = Vocabulary(tokenizer_fields(teacher.file)), teacher.info.vocab_size
     seen, unseen = _sequences(teacher, corpus, stage)
-    tokens = sum(map(len, seen))
-    wanted = max(SAMPLE_LEAST, round(SAMPLE_SHARE * tokens))
-    mass = _mass(teacher, _evenly(seen, wanted), stage)
-    counts, later = (_counts(part, len(whole)) for part in (seen, unseen))
-    both = mass / max(mass.sum(), 1e-30) + counts / max(1, counts.sum())
-    always = template_tokens(teacher)
-    vocabulary = whole.select(both, size, always=always, held_out=later)
-    judged = _mass(teacher, _evenly(unseen, wanted // 4), stage)
-    dropped = 1.0 - float(judged[vocabulary.kept].sum() / max(judged.sum(), 1e-30))
-    added = whole.added_tokens(vocabulary.kept.tolist(), later)
+    wanted = max(SAMPLE_LEAST, round(SAMPLE_SHARE * sum(map(len, seen))))
+    counts, later = counted(seen, size), counted(unseen, size)
+    mass = _mass(teacher, seen, wanted, stage)
+    vocabulary = whole.select(
+        counts + mass * (counts.sum() / max(1.0, mass.sum())),  # as if it had read all of the text
+        VocabularySize.parse(asked),
+        always=template_tokens(teacher),
+        held_out=later,
+    )
+    judged, kept = _mass(teacher, unseen, wanted // 4, stage), vocabulary.kept.tolist()
+    lost = lost_scripts(whole, kept, Counter("".join(teacher.detokenize(unseen))))
     return VocabularyCut(
-        vocabulary, asked, dropped, added, _bytes_share(teacher, whole, vocabulary, later)
+        vocabulary,
+        asked,
+        dropped_mass=1.0 - float(judged[kept].sum() / max(1e-30, judged.sum())),
+        added_tokens=whole.added_tokens(kept, later),
+        lost={one.name: one.share for one in lost if one.of_text >= WORTH_A_WARNING},
     )
 
 
@@ -226,46 +207,17 @@ def _sequences(
     return seen or sequences, [sequences[place] for place in sorted(later)]
 
 
-def _evenly(sequences: Sequence[Tokens], wanted: int) -> list[Tokens]:
-    """Sequences from the first to the last with about so many tokens together."""
-    average = max(1.0, float(np.mean([len(tokens) for tokens in sequences])))
-    count = min(len(sequences), max(1, round(wanted / average)))
-    return [sequences[place] for place in np.linspace(0, len(sequences) - 1, count).astype(int)]
-
-
-def _counts(sequences: Sequence[Tokens], size: int) -> NDArray[np.float64]:
-    return np.bincount(np.concatenate(sequences), minlength=size).astype(np.float64)
-
-
-def _mass(teacher: Teacher, sequences: Sequence[Tokens], stage: Stage) -> NDArray[np.float64]:
-    """The teacher's probability of each token ``[V]``, summed over the positions of sequences, or
-    of as many as there is time for."""
-    total = np.zeros(teacher.info.vocab_size)
-    lengths = [len(tokens) for tokens in sequences]
-    start, done = time.perf_counter(), 0
-    for part in budget_slices(lengths, LOGITS_BYTES // (4 * teacher.info.vocab_size)):
-        for row in teacher.logits(sequences[part]):
-            shares = np.exp(row - row.max())
-            total += shares / shares.sum(dtype=np.float64)
-        done += sum(lengths[part])
-        stage.update(50 + int(50 * done / sum(lengths)), "the teacher's probabilities")
+def _mass(
+    teacher: GGUFTeacher, sequences: Sequence[Tokens], wanted: int, stage: Stage
+) -> NDArray[np.float64]:
+    """The teacher's probability of each token ``[V]``, summed over about so many positions, spread
+    over the sequences, or over as many as there is time for."""
+    chosen = spread([len(tokens) for tokens in sequences], wanted)
+    total, start = np.zeros(teacher.info.vocab_size), time.perf_counter()
+    # In any order, so that they are spread wherever time ends.
+    for done, place in enumerate(np.random.default_rng(0).permutation(chosen).tolist()):
+        total += teacher_mass(teacher, [sequences[place]], lambda positions: None)
+        stage.update(50 + 50 * (done + 1) // len(chosen), "the teacher's probabilities")
         if time.perf_counter() - start > SAMPLE_SECONDS:
             break
     return total
-
-
-def _bytes_share(
-    teacher: Teacher,
-    whole: Vocabulary,
-    vocabulary: ReducedVocabulary,
-    counts: NDArray[np.float64],
-) -> float:
-    """How many tokens of a text are parts of characters, where each occurs ``counts`` times."""
-    occurring = np.flatnonzero(counts).tolist()
-    pieces = Pieces(whole.tokenizer, vocabulary.kept.tolist())
-    spelled = {number: pieces.split(number) for number in occurring}
-    used = sorted({piece for parts in spelled.values() for piece in parts})
-    texts = teacher.detokenize([np.array([piece], dtype=np.int32) for piece in used])
-    partial = {piece for piece, text in zip(used, texts, strict=True) if "\ufffd" in text}
-    many = sum(counts[one] * sum(piece in partial for piece in spelled[one]) for one in occurring)
-    return float(many / max(1.0, sum(counts[one] * len(spelled[one]) for one in occurring)))

@@ -20,14 +20,14 @@ FACTS = "vocabulary_facts"
 class VocabularyCut:
     """``asked``: the size as the user wrote it. Of text that the choice did not see:
     ``dropped_mass``, the share of the teacher's probability that lies on dropped tokens;
-    ``added_tokens``, how many more tokens it has, as a share; ``bytes_share``, how many of its
-    tokens are parts of characters."""
+    ``added_tokens``, how many more tokens it has, as a share; ``lost``, by script, the share of its
+    letters that are written in bytes from now on, where these are many."""
 
     vocabulary: ReducedVocabulary
     asked: str
     dropped_mass: float
     added_tokens: float
-    bytes_share: float
+    lost: dict[str, float]
 
     @property
     def key(self) -> str:
@@ -61,10 +61,10 @@ class VocabularyCut:
             return None
         try:
             facts = json.loads(arrays[FACTS].tobytes())
-            shares = ("dropped_mass", "added_tokens", "bytes_share")
-            numbers = {name: float(facts[name]) for name in shares}
-            if not all(np.isfinite(list(numbers.values()))):
+            lost = {str(name): float(share) for name, share in facts["lost"].items()}
+            dropped, added = float(facts["dropped_mass"]), float(facts["added_tokens"])
+            if not np.isfinite([dropped, added, *lost.values()]).all():
                 raise ValueError("its shares are no numbers")
-            return cls(vocabulary, str(facts["asked"]), **numbers)
-        except (KeyError, TypeError, ValueError) as error:
+            return cls(vocabulary, str(facts["asked"]), dropped, added, lost)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise VocabularyError(f"what is known of the vocabulary is damaged ({error})") from None

@@ -112,16 +112,8 @@ class Vocabulary:
             VocabularyError: fewer tokens than must stay are asked for, or more than there are.
         """
         assert mass.shape == (len(self),), "one mass for each token"
+        needed = self.require_room(size, always)
         wanted = size.of(len(self))
-        needed: set[int] = set()
-        for number in (*self.staying, *always):
-            needed |= self.pieces.needs(number) or {number}
-        if wanted is not None and wanted < len(needed):
-            raise VocabularyError(
-                f"--vocab {wanted}: {len(needed)} tokens must stay (bytes, control tokens, those "
-                f"of the chat template, and what they are joined from); ask for {len(needed)} or "
-                "more"
-            )
         if wanted is None:
             assert held_out is not None, "auto is judged on held-out text"
             kept = self._smallest(needed, mass, held_out)
@@ -133,6 +125,24 @@ class Vocabulary:
                 if len(kept) == wanted:
                     break
         return self.reduced(kept)
+
+    def require_room(self, size: VocabularySize, always: Collection[int] = ()) -> set[int]:
+        """The tokens that must stay, if ``size`` has room for them.
+
+        Raises:
+            VocabularyError: it has not, or it is more than there are.
+        """
+        wanted = size.of(len(self))
+        needed: set[int] = set()
+        for number in (*self.staying, *always):
+            needed |= self.pieces.needs(number) or {number}
+        if wanted is not None and wanted < len(needed):
+            raise VocabularyError(
+                f"--vocab {wanted}: {len(needed)} tokens must stay (bytes, control tokens, those "
+                f"of the chat template, and what they are joined from); ask for {len(needed)} or "
+                "more"
+            )
+        return needed
 
     def _in_order(self, mass: NDArray[Any], kept: Collection[int]) -> Iterator[set[int]]:
         """What each further token adds to ``kept``, which the caller lets grow meanwhile."""

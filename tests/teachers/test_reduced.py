@@ -36,7 +36,7 @@ def teacher(
     vocabulary = whole.select(mass, VocabularySize.parse("33%"))
     path = tmp_path_factory.mktemp("reduced") / "teacher.gguf"
     write_reduced(file, vocabulary, path)
-    cut = VocabularyCut(vocabulary, "33%", 0.5, 0.25, 0.0)
+    cut = VocabularyCut(vocabulary, "33%", 0.5, 0.25, {"Greek": 0.125})
     with (
         GGUFTeacher(tiny_teacher_path, threads=1) as original,
         reduced(original, cut, path) as result,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf import GGUFValueType, TokenType
 
-from teachers.gguf.file import Field
+from teachers.gguf.file import Field, read_gguf, tokenizer_fields
 from teachers.tokenizer.gguf_metadata import SENTENCEPIECE, read_metadata
 from teachers.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from teachers.tokenizer.tokenizer_json import SPACE, build_tokenizer
@@ -25,6 +26,7 @@ from tests.support.llama.tokenizers import (
     sentencepiece_fields,
     teacher_of,
 )
+from tests.support.real import real_teacher
 from tests.support.teachers import LINES, Fields, different, edited, example_fields
 
 TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}<|unused 2|>{% endfor %}"
@@ -61,9 +63,9 @@ def mass_of(fields: Fields, seed: int = 0) -> np.ndarray:
     return mass * ["unused" not in text for text in tokens]
 
 
-def by_definition(fields: Fields, line: str) -> list[int]:
-    """A text's ids: user-defined tokens taken out, words cut; then, as long as two neighbors make
-    a token, the best-ranked two of them are joined, the leftmost first."""
+def by_definition(fields: Fields) -> Callable[[str], list[int]]:
+    """A function that gives a text's ids: user-defined tokens taken out, words cut; then, as long
+    as two neighbors make a token, the best-ranked two of them are joined, the leftmost first."""
     metadata = read_metadata(fields)
     ids = {text: number for number, text in enumerate(metadata.tokens)}
     sentencepiece = metadata.model == SENTENCEPIECE
@@ -88,25 +90,31 @@ def by_definition(fields: Fields, line: str) -> list[int]:
         return [ids[one if isinstance(one, str) else f"<0x{one:02X}>"] for p in pieces for one in p]
 
     whole = sorted((metadata.tokens[n] for n in metadata.user_defined), key=len, reverse=True)
-    fragments: list[str | int] = [line]
-    for token in whole:
-        fragments = [
-            part
-            for one in fragments
-            for part in (
-                intersperse(one.split(token), ids[token]) if isinstance(one, str) else [one]
-            )
-        ]
-    found: list[int] = []
     cutter = build_tokenizer(fields).pre_tokenizer
-    for one in fragments:
-        if isinstance(one, int):
-            found.append(one)
-        elif sentencepiece and one:
-            found += joined(SPACE * metadata.add_space_prefix + one.replace(" ", SPACE))
-        elif one:
-            found += [number for word, _ in cutter.pre_tokenize_str(one) for number in joined(word)]
-    return found
+
+    def fragments(line: str) -> list[str | int]:
+        found: list[str | int] = [line]
+        for token in whole:
+            parts = [
+                intersperse(one.split(token), ids[token]) if isinstance(one, str) else [one]
+                for one in found
+            ]
+            found = [one for some in parts for one in some]
+        return found
+
+    def tokenized(line: str) -> list[int]:
+        found: list[int] = []
+        for one in fragments(line):
+            if isinstance(one, int):
+                found.append(one)
+            elif sentencepiece and one:
+                found += joined(SPACE * metadata.add_space_prefix + one.replace(" ", SPACE))
+            elif one:
+                words = [word for word, _ in cutter.pre_tokenize_str(one)]
+                found += [number for word in words for number in joined(word)]
+        return found
+
+    return tokenized
 
 
 def intersperse(parts: list[str], between: int) -> list[str | int]:
@@ -122,41 +130,53 @@ def middle(vocabulary: Vocabulary, fields: Fields) -> ReducedVocabulary:
     return vocabulary.select(mass_of(fields), VocabularySize((least + len(vocabulary)) // 2))
 
 
-def test_what_is_left_is_a_tokenizer(tmp_path: Path) -> None:
+def check_tokenizer(name: str, fields: Fields, reduced: ReducedVocabulary, folder: Path) -> None:
     """A thousand lines have the same ids in llama.cpp, in transformers and by the definition, and
     come back as with the whole tokenizer. What that made of a kept token's text is still made of
     it, and the first piece of a dropped one's is where its mass goes."""
+    cut, metadata = reduced_fields(fields, reduced), read_metadata(fields)
+    step = 1 + len(metadata.tokens) // 20000  # of a large vocabulary some will do
+    numbers, prefixed = range(0, len(metadata.tokens), step), metadata.add_space_prefix
+    texts = [metadata.tokens[number] for number in numbers]
+    plain = {"add_special": False, "parse_special": False}
+    with teacher_of(fields, folder) as teacher:
+        before, lines = (teacher.tokenize(some, **plain) for some in (texts, LINES))
+        loaded = loaded_tokenizer(fields, folder)
+        expected = [loaded.decode(row.tolist()) for row in lines]
+    with teacher_of(cut, folder) as teacher:
+        loaded = loaded_tokenizer(cut, folder)
+        assert different(loaded, teacher, LINES) == [], name
+        after, lines = (teacher.tokenize(some, **plain) for some in (texts, LINES))
+    back = [loaded.decode(row.tolist()) for row in lines]
+    if prefixed:  # a space is put in front behind user-defined tokens too
+        back, expected = ([one.replace(" ", "") for one in some] for some in (back, expected))
+    assert back == expected, name
+    defined, pairs = by_definition(cut), zip(LINES, lines, strict=True)
+    assert [line for line, row in pairs if defined(line) != row.tolist()] == [], name
+    checked = 0
+    for old, text, was, now in zip(numbers, texts, before, after, strict=True):
+        if was.tolist() == [old]:  # a text of one token
+            # With a space in front it has another first piece.
+            assert prefixed or now[0] == reduced.first_piece[old], (name, text)
+            assert len(now) == 1 or old not in reduced.kept, (name, text)
+            checked += 1
+    assert checked > 4, name
+
+
+def test_what_is_left_is_a_tokenizer(tmp_path: Path) -> None:
+    """Of both kinds, half of what may go dropped."""
     for name, fields in kinds().items():
-        vocabulary = Vocabulary(fields)
-        reduced = middle(vocabulary, fields)
-        cut, texts = reduced_fields(fields, reduced), list(vocabulary.tokenizer.tokens)
-        plain = {"add_special": False, "parse_special": False}
-        with teacher_of(fields, tmp_path) as teacher:
-            before, lines = (teacher.tokenize(some, **plain) for some in (texts, LINES))
-            loaded = loaded_tokenizer(fields, tmp_path)
-            expected = [loaded.decode(row.tolist()) for row in lines]
-        with teacher_of(cut, tmp_path) as teacher:
-            loaded = loaded_tokenizer(cut, tmp_path)
-            assert different(loaded, teacher, LINES) == [], name
-            after, lines = (teacher.tokenize(some, **plain) for some in (texts, LINES))
-        back = [loaded.decode(row.tolist()) for row in lines]
-        if vocabulary.tokenizer.add_space_prefix:  # put in front behind user-defined tokens too
-            back, expected = ([one.replace(" ", "") for one in some] for some in (back, expected))
-        assert back == expected, name
-        wrong = [
-            line
-            for line, row in zip(LINES[::4], lines[::4], strict=True)
-            if by_definition(cut, line) != row.tolist()
-        ]
-        assert wrong == [], name
-        checked = 0
-        for old, (text, was, now) in enumerate(zip(texts, before, after, strict=True)):
-            if was.tolist() == [old]:  # a text of one token
-                prefixed = vocabulary.tokenizer.add_space_prefix  # with another first piece
-                assert prefixed or now[0] == reduced.first_piece[old], (name, text)
-                assert len(now) == 1 or old not in reduced.kept, (name, text)
-                checked += 1
-        assert checked > 4, name
+        check_tokenizer(name, fields, middle(Vocabulary(fields), fields), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_real_tokenizers(tmp_path: Path, name: str) -> None:
+    """Byte-level BPE of 49,152 tokens and SentencePiece of 262,144, cut to 16k; the older tokens
+    are the more frequent ones."""
+    fields = tokenizer_fields(read_gguf(real_teacher(name)))
+    vocabulary = Vocabulary(fields)
+    mass = 1.0 / (1.0 + np.arange(len(vocabulary)))
+    check_tokenizer(name, fields, vocabulary.select(mass, VocabularySize(1 << 14)), tmp_path)
 
 
 def test_what_must_stay_and_what_is_chosen() -> None:
