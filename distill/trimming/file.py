@@ -11,14 +11,13 @@ from gguf import GGUFWriter
 from numpy.typing import NDArray
 
 from distill.capture.tokenizer_only import metadata_entries
+from students.gguf.architectures import EMBEDDING, OUTPUT
 from students.gguf.metadata import add_tokenizer
 from teachers.base import no_progress
-from teachers.gguf.embeddings import EMBEDDING
 from teachers.gguf.file import GGUFFile, TensorInfo
 from teachers.vocabulary.metadata import MERGES, PER_TOKEN, TOKENS, reduced_fields
 from teachers.vocabulary.reduced import ReducedVocabulary, VocabularyError
 
-OUTPUT = "output.weight"
 _OWN = ("general.architecture", "split.no", "split.count", "split.tensors.count")
 # In whose graph ids have a meaning of their own (its image tokens are never predicted).
 _BY_ID = ("chameleon",)

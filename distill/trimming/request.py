@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from distill.capture.corpus import DataRows, read_rows
+from distill.config.schema import DataConfig
 from distill.errors import UserError
 from distill.trimming.file import require_plain_vocabulary
 from teachers.gguf.file import GGUFFile, read_gguf
@@ -42,11 +44,21 @@ class TrimRequest:
         return self.output.with_name(f"{self.output.stem}-tokenizer")
 
 
-def check_trim(request: TrimRequest) -> tuple[GGUFFile, Vocabulary]:
-    """The teacher's file and its vocabulary.
+@dataclass(frozen=True)
+class TrimInputs:
+    """A request that can be followed, with the teacher's file, its vocabulary and the data."""
+
+    request: TrimRequest
+    file: GGUFFile
+    vocabulary: Vocabulary
+    data: DataRows
+
+
+def check_trim(request: TrimRequest) -> TrimInputs:
+    """Read what is needed, PyTorch apart.
 
     Raises:
-        UserError: something is in the way of the output, or the data are not there.
+        UserError: something is in the way of the output, or the data cannot be used.
         TeacherFileError, TokenizerConversionError, VocabularyError: the teacher cannot be trimmed,
             or not to that size.
     """
@@ -60,8 +72,6 @@ def check_trim(request: TrimRequest) -> tuple[GGUFFile, Vocabulary]:
             raise UserError(f"--output {output}: {path} exists; choose another name")
     if request.tokens < FEWEST:
         raise UserError(f"--tokens {request.tokens} is too few; give {FEWEST} or more")
-    if not request.data.exists():
-        raise UserError(f"--data {request.data} does not exist; give a file or folder of text")
     file = read_gguf(request.teacher)
     try:
         vocabulary = Vocabulary(file.fields)
@@ -69,4 +79,6 @@ def check_trim(request: TrimRequest) -> tuple[GGUFFile, Vocabulary]:
     except VocabularyError as error:
         raise VocabularyError(f"{file.path}: {error}") from None
     require_plain_vocabulary(file)
-    return file, vocabulary
+    data = read_rows(DataConfig(path=str(request.data)))
+    assert data is not None
+    return TrimInputs(request, file, vocabulary, data)
