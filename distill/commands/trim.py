@@ -47,7 +47,7 @@ def trim(
     from teachers.vocabulary.size import VocabularySize
 
     request = TrimRequest(teacher, data, output, VocabularySize.parse(vocab), tokens)
-    check_trim(request)
+    inputs = check_trim(request)
 
     from distill.reports.document import Document
     from distill.reports.render.terminal import print_report
@@ -56,7 +56,7 @@ def trim(
     from distill.trimming.trim import trim as run
 
     console = Console(stderr=as_json)
-    result = run(request, console)
+    result = run(inputs, console)
     for lost in result.lost:
         console.warn(
             f"{lost.share:.1%} of the {lost.name} letters in the text ({lost.of_text:.2%} of all "

@@ -41,8 +41,7 @@ from teachers.vocabulary.size import VocabularySize
 
 RULES = 1  # of the choice; to be counted up with whatever changes it
 SAMPLE_SHARE = 0.03  # of the text's tokens, on which the teacher is asked for its probabilities,
-SAMPLE_LEAST = 1024  # but at least so many,
-SAMPLE_SECONDS = 50.0  # and no more than take so long
+SAMPLE_LEAST, SAMPLE_MOST = 1024, 4096  # but at least and at most so many
 UNSEEN_EVERY = 8  # one in so many sequences is not looked at by the choice, and judges it
 WAIT_SECONDS, PATIENCE_SECONDS = 0.5, 600.0  # for the choice of a launch's first process
 
@@ -173,7 +172,8 @@ def choose(teacher: GGUFTeacher, corpus: Corpus, asked: str, stage: Stage) -> Vo
     """
     whole, size = Vocabulary(tokenizer_fields(teacher.file)), teacher.info.vocab_size
     seen, unseen = _sequences(teacher, corpus, stage)
-    wanted = max(SAMPLE_LEAST, round(SAMPLE_SHARE * sum(map(len, seen))))
+    wanted = round(SAMPLE_SHARE * sum(map(len, seen)))
+    wanted = min(max(wanted, SAMPLE_LEAST), SAMPLE_MOST)
     counts, later = counted(seen, size), counted(unseen, size)
     mass = _mass(teacher, seen, wanted, stage)
     vocabulary = whole.select(
@@ -211,13 +211,9 @@ def _mass(
     teacher: GGUFTeacher, sequences: Sequence[Tokens], wanted: int, stage: Stage
 ) -> NDArray[np.float64]:
     """The teacher's probability of each token ``[V]``, summed over about so many positions, spread
-    over the sequences, or over as many as there is time for."""
-    chosen = spread([len(tokens) for tokens in sequences], wanted)
-    total, start = np.zeros(teacher.info.vocab_size), time.perf_counter()
-    # In any order, so that they are spread wherever time ends.
-    for done, place in enumerate(np.random.default_rng(0).permutation(chosen).tolist()):
-        total += teacher_mass(teacher, [sequences[place]], lambda positions: None)
-        stage.update(50 + 50 * (done + 1) // len(chosen), "the teacher's probabilities")
-        if time.perf_counter() - start > SAMPLE_SECONDS:
-            break
-    return total
+    over the sequences."""
+    chosen = [sequences[place] for place in spread([len(one) for one in sequences], wanted)]
+    total = sum(len(tokens) - 1 for tokens in chosen)
+    return teacher_mass(
+        teacher, chosen, lambda done: stage.update(50 + 50 * done // total, "the teacher reads")
+    )

@@ -6,8 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from distill.capture.corpus import DataRows, read_rows
 from distill.capture.teachers import teacher_paths
 from distill.config.schema import RunConfig
+from distill.config.sources import DataConfig
 from distill.errors import UserError
 from distill.trimming.file import require_plain_vocabulary
 from teachers.gguf.file import GGUFFile, read_gguf
@@ -45,11 +47,21 @@ class TrimRequest:
         return self.output.with_name(f"{self.output.stem}-tokenizer")
 
 
-def check_trim(request: TrimRequest) -> tuple[GGUFFile, Vocabulary]:
-    """The teacher's file and its vocabulary.
+@dataclass(frozen=True)
+class TrimInputs:
+    """A request that can be followed, with the teacher's file, its vocabulary and the data."""
+
+    request: TrimRequest
+    file: GGUFFile
+    vocabulary: Vocabulary
+    data: DataRows
+
+
+def check_trim(request: TrimRequest) -> TrimInputs:
+    """Read what is needed, PyTorch apart.
 
     Raises:
-        UserError: something is in the way of the output, or the data are not there.
+        UserError: something is in the way of the output, or the data cannot be used.
         TeacherFileError, TokenizerConversionError, VocabularyError: the teacher cannot be trimmed,
             or not to that size.
     """
@@ -63,9 +75,10 @@ def check_trim(request: TrimRequest) -> tuple[GGUFFile, Vocabulary]:
             raise UserError(f"--output {output}: {path} exists; choose another name")
     if request.tokens < FEWEST:
         raise UserError(f"--tokens {request.tokens} is too few; give {FEWEST} or more")
-    if not request.data.exists():
-        raise UserError(f"--data {request.data} does not exist; give a file or folder of text")
-    return _check_teacher(request.teacher, request.size)
+    file, vocabulary = _check_teacher(request.teacher, request.size)
+    data = read_rows(DataConfig(path=str(request.data)))
+    assert data is not None
+    return TrimInputs(request, file, vocabulary, data)
 
 
 def check_student_vocabulary(config: RunConfig) -> None:

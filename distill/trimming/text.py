@@ -5,13 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.capture.corpus import DataRows, read_rows
-from distill.config.schema import DataConfig
+from distill.capture.corpus import DataRows
 from distill.errors import UserError
 from teachers.base import Progress, Teacher, Tokens
 from teachers.tokenizer.conversation import chat_texts
@@ -46,14 +44,13 @@ class TrimText:
     whole: bool = True
 
 
-def read_text(path: Path, teacher: Teacher) -> TrimText:
-    """The text of the files at ``path``, in pieces.
+def text_of(data: DataRows, teacher: Teacher) -> TrimText:
+    """The data as text, in pieces.
 
     Raises:
-        UserError: unusable data, with file and line, or too little of it.
+        UserError: too little of it.
+        ChatTemplateError: the teacher's chat template refuses a conversation.
     """
-    data = read_rows(DataConfig(path=str(path)))
-    assert data is not None
     pieces: list[Piece] = []
     characters = 0
     for piece in _pieces(data, teacher):
@@ -64,7 +61,7 @@ def read_text(path: Path, teacher: Teacher) -> TrimText:
     count = max(1, len(pieces) // HELD_OUT)
     if len(pieces) < 2:
         raise UserError(
-            f"--data {path}: {characters} characters are too little text to choose tokens by and "
+            f"--data: {characters} characters are too little text to choose tokens by and "
             f"to judge them on; give {2 * PIECE} or more"
         )
     return TrimText(pieces[:-count], pieces[-count:], characters <= MOST_CHARACTERS)

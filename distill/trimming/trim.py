@@ -16,16 +16,16 @@ from distill.runtime.progress import Console
 from distill.trimming.card import Measured, Trimmed, card
 from distill.trimming.file import write_reduced
 from distill.trimming.measure import bits_per_byte, logit_difference, teacher_mass
-from distill.trimming.request import TrimRequest, check_trim
+from distill.trimming.request import TrimInputs
 from distill.trimming.scripts import WORTH_A_WARNING, lost_scripts
-from distill.trimming.text import Piece, TrimText, counted, read_text, spread, tokenized, windows
+from distill.trimming.text import Piece, TrimText, counted, spread, text_of, tokenized, windows
 from teachers.atomic_files import write_whole
 from teachers.base import Teacher, Tokens
 from teachers.gguf.file import GGUFFile, file_sha256, read_gguf
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.tokenizer_json import build_tokenizer
 from teachers.vocabulary.reduced import ReducedVocabulary
-from teachers.vocabulary.selection import Vocabulary, template_tokens
+from teachers.vocabulary.selection import template_tokens
 
 TOKEN_LINES = 1000  # pieces of text on which tokenizer.json must agree with llama.cpp
 
@@ -38,21 +38,22 @@ class _Judged:
     every: list[Piece]
 
 
-def trim(request: TrimRequest, console: Console) -> Trimmed:
-    """Write the teacher with a smaller vocabulary to ``request.output``, prove it, and put a card,
+def trim(inputs: TrimInputs, console: Console) -> Trimmed:
+    """Write the teacher with a smaller vocabulary to its output, prove it, and put a card,
     tokenizer.json and a Modelfile beside it.
 
     Raises:
-        UserError, TeacherFileError, TokenizerConversionError, VocabularyError: see ``check_trim``
-            and ``read_text``.
+        UserError, ChatTemplateError: see ``text_of``.
+        VocabularyError: the chat template's tokens leave no room.
+        TeacherError: llama.cpp cannot run the teacher.
         ProofFailed: the file is not the original's with fewer tokens; it did not get its name.
         OSError: the disk refuses.
     """
-    file, vocabulary = check_trim(request)
+    request, file, vocabulary = inputs.request, inputs.file, inputs.vocabulary
     temporary = request.output.with_name(f".{request.output.name}.tmp.gguf")
     try:
         with GGUFTeacher(request.teacher) as teacher:
-            text, reduced, judged, dropped = _choose(request, teacher, vocabulary, console)
+            text, reduced, judged, dropped = _choose(inputs, teacher, console)
             original = _measure(teacher, file, judged, console, "original")
         with console.stage("Write", total=100) as stage:
             source = {"distill.trim.source_sha256": file.sha256}
@@ -100,13 +101,13 @@ def trim(request: TrimRequest, console: Console) -> Trimmed:
 
 
 def _choose(
-    request: TrimRequest, teacher: Teacher, vocabulary: Vocabulary, console: Console
+    inputs: TrimInputs, teacher: Teacher, console: Console
 ) -> tuple[TrimText, ReducedVocabulary, _Judged, tuple[float, int]]:
     """The text, the tokens that stay by it, what to judge them on, and the mass that is dropped,
     over how many positions."""
-    size = teacher.info.vocab_size
+    request, size = inputs.request, teacher.info.vocab_size
     with console.stage("Tokenize") as stage:
-        text = read_text(request.data, teacher)
+        text = text_of(inputs.data, teacher)
         rows = tokenized(teacher, text.training, lambda done: stage.update(done))
         held_out = tokenized(teacher, text.held_out, lambda done: stage.update(done))
         counts = counted(rows, size)
@@ -120,7 +121,7 @@ def _choose(
     # As if the teacher had read all of the text.
     total = counts + mass * (counts.sum() / max(1.0, mass.sum()))
     with console.stage("Choose tokens") as stage:
-        reduced = vocabulary.select(
+        reduced = inputs.vocabulary.select(
             total,
             request.size,
             always=template_tokens(teacher),

@@ -9,14 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distill.capture.corpus import DataRows, read_rows
+from distill.config.schema import DataConfig
 from distill.errors import UserError
 from distill.trimming.scripts import lost_scripts
-from distill.trimming.text import PIECE, read_text, spread, windows
+from distill.trimming.text import PIECE, spread, text_of, windows
 from teachers.gguf.file import Field
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.vocabulary.selection import Vocabulary
 from tests.support.llama.tokenizers import sentencepiece_fields
 from tests.support.teachers import BigramTeacher, example_fields
+
+
+def rows_of(path: Path) -> DataRows:
+    """What is in a file."""
+    data = read_rows(DataConfig(path=str(path)))
+    assert data is not None
+    return data
 
 
 def test_pieces_are_the_text(tmp_path: Path, example_gguf: GGUFTeacher) -> None:
@@ -25,7 +34,7 @@ def test_pieces_are_the_text(tmp_path: Path, example_gguf: GGUFTeacher) -> None:
     lines = [f"line {number} " + "word " * (number % 40) + "\n" for number in range(3000)]
     lines.insert(7, "x" * 5000 + "\n")
     (tmp_path / "a.txt").write_text("".join(lines))
-    text = read_text(tmp_path / "a.txt", example_gguf)
+    text = text_of(rows_of(tmp_path / "a.txt"), example_gguf)
     pieces = [piece.text for piece in (*text.training, *text.held_out)]
     assert "".join(pieces) == "".join(lines) and text.whole
     assert max(map(len, pieces)) <= PIECE and len(text.held_out) == len(pieces) // 10
@@ -34,11 +43,11 @@ def test_pieces_are_the_text(tmp_path: Path, example_gguf: GGUFTeacher) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows = [{"messages": turns} for _ in range(30)]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    chats = read_text(tmp_path / "b.jsonl", example_gguf)
+    chats = text_of(rows_of(tmp_path / "b.jsonl"), example_gguf)
     assert chats.training[0].special and chats.training[0].text.startswith("<|user|>\nq<|end|>")
     (tmp_path / "c.txt").write_text("too short")
     with pytest.raises(UserError, match=r"9 characters are too little text.*give 3000"):
-        read_text(tmp_path / "c.txt", example_gguf)
+        text_of(rows_of(tmp_path / "c.txt"), example_gguf)
 
 
 def test_every_token_is_predicted_once() -> None:

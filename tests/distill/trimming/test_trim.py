@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 import distill.trimming.trim
 from distill.capture.tokenizer_only import metadata_entries
 from distill.export.ollama_modelfile import modelfile
-from distill.trimming.request import TrimRequest
-from distill.trimming.text import read_text
+from distill.trimming.request import TrimRequest, check_trim
+from distill.trimming.text import text_of
 from students.gguf.metadata import add_tokenizer, small_gguf
 from teachers import example_teacher
 from teachers.gguf.file import read_gguf
@@ -74,7 +74,10 @@ def test_bits_are_those_of_the_held_out_text(
 ) -> None:
     """−log2 p of every token of the pieces, each behind BOS, over their bytes in UTF-8."""
     path, said = trimmed
-    pieces = read_text(data, example_gguf).held_out
+    request = TrimRequest(
+        example_teacher(), data, path.with_name("other.gguf"), VocabularySize(700)
+    )
+    pieces = text_of(check_trim(request).data, example_gguf).held_out
     assert "".join(piece.text for piece in pieces) in data.read_text(encoding="utf-8")
     with GGUFTeacher(path, threads=1) as model:
         for teacher, name in ((example_gguf, "original"), (model, "trimmed")):
