@@ -230,6 +230,11 @@ class Teacher(Protocol):
         """Every logit of all positions, ``[N, V]``; for evaluation and proof on little text."""
         ...
 
+    def product_logits(self, sequences: Sequence[Tokens]) -> Floats:
+        """Logits ``[N, V]`` as they follow from final states and ``output_rows``, where what the
+        teacher says is more than that."""
+        return self.logits(sequences)
+
     def speed(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
         """Prompt and generation speed of one sequence, tokens per second."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from distill.capture.corpus import Corpus, DataRows, build_corpus
@@ -12,6 +13,7 @@ from distill.runtime.format import human_bytes, human_count
 from distill.runtime.progress import Console
 from teachers.base import SINGLE_PROCESS, ProcessRank, Teacher, TeacherInfo
 from teachers.gguf.file import read_gguf
+from teachers.reduced import cut_of
 from teachers.store.capture import capture
 from teachers.store.store import SoftTargetStore
 from teachers.store.teacher_record import (
@@ -115,6 +117,7 @@ def keep_teacher_record(
         )
         sequences = (store.tokens(index) for span in spans for index in span)
         made = make_teacher_record(teacher, read_gguf(gguf) if gguf else None, sequences, text)
+        made = replace(made, cut=cut_of(teacher))
         write_teacher_record(store, made)
         size = human_bytes((store.folder / TEACHER).stat().st_size)
         stage.finish(

@@ -22,7 +22,7 @@ from distill.capture.data_folder import find_files
 from distill.capture.file_text import TextFile
 from distill.capture.lengths import ANSWER_ROOM, cap, describe_cut, most_tokens
 from distill.capture.row_parser import RowParser
-from distill.config.schema import DataConfig
+from distill.config.sources import DataConfig
 from distill.errors import UserError
 from teachers.base import (
     GenerationRequest,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import psutil
 
-from distill.config.schema import USUAL_LENGTH, DataConfig
+from distill.config.schema import USUAL_LENGTH
+from distill.config.sources import DataConfig
 from teachers.base import TeacherInfo
 
 WHOLE = 0.995  # of the conversations stay whole

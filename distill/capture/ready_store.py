@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from distill.capture.capture import trained_on
-from distill.config.schema import RunConfig, Section
+from distill.config.schema import RunConfig
+from distill.config.sources import Section
 from distill.errors import UserError
 from distill.runtime.format import human_bytes
 from distill.runtime.progress import Console

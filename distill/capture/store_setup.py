@@ -17,6 +17,7 @@ from teachers.base import Teacher, Tokens
 from teachers.ensemble import EnsembleError
 from teachers.errors import RequestRefused
 from teachers.gguf.embeddings import stored_columns
+from teachers.reduced import cut_of
 from teachers.store.capture import (
     CaptureError,
     SequenceSource,
@@ -87,6 +88,8 @@ def store_manifest(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> Manifest
         # The last bits of a logit, and so what a teacher says, depend on these.
         "runtime": teacher.runtime,
     }
+    if (cut := cut_of(teacher)) is not None:
+        identity["vocabulary_sha256"] = cut.key
     if corpus.masked:
         identity["train_on"] = "assistant"
     if recipe.needs_states or recipe.layers:

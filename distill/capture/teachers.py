@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from distill.config.schema import TeacherConfig
+from distill.config.sources import TeacherConfig
 from distill.errors import UserError
 from teachers import example_teacher
 from teachers.base import Teacher, TeacherInfo
@@ -19,6 +19,7 @@ from teachers.huggingface.folder import check_folder
 from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.llama_cpp.worker import require_loadable
+from teachers.reduced import ReducedTeacher
 from teachers.tokenizer.chat_template import with_variables
 from teachers.tokenizer.gguf_metadata import with_template_variables
 
@@ -46,9 +47,16 @@ def find_gguf(config: TeacherConfig) -> Path | None:
     return next((path for path in teacher_paths(config) if not path.is_dir()), None)
 
 
-def tokenizer_of(config: TeacherConfig) -> dict[str, Field]:
-    """The tokenizer that the student takes, as GGUF metadata; the file may be damaged."""
-    path = find_gguf(config)
+def gguf_of(teacher: Teacher, config: TeacherConfig) -> Path | None:
+    """The file of an open teacher, from which the student takes tokenizer, embeddings and weights:
+    where its vocabulary was cut, that which has what is left."""
+    return teacher.file.path if isinstance(teacher, ReducedTeacher) else find_gguf(config)
+
+
+def tokenizer_of(config: TeacherConfig, path: Path | None = None) -> dict[str, Field]:
+    """The tokenizer that the student takes, as GGUF metadata, from ``path`` if it is given; the
+    file may be damaged."""
+    path = path or find_gguf(config)
     assert path is not None, "see require_gguf"
     return with_template_variables(tokenizer_fields(read_gguf(path)), config.template_variables)
 

@@ -34,6 +34,7 @@ EXIT_CODES = {
     "teachers.gguf.file.TeacherFileError": EXIT_USER,
     "teachers.tokenizer.gguf_metadata.TokenizerConversionError": EXIT_USER,
     "teachers.errors.TeacherError": EXIT_USER,
+    "teachers.vocabulary.reduced.VocabularyError": EXIT_USER,
     "distill.errors.GradientsDoNotFlow": EXIT_OURS,
     "distill.errors.ProofFailed": EXIT_OURS,
     "distill.errors.TrainingAborted": EXIT_OURS,

@@ -16,9 +16,10 @@ def export_gguf(
     quant: Annotated[
         str,
         typer.Option(
-            metavar="TYPE,…|all",
+            metavar="TYPE[:embedding=ROWS][:output=ROWS],…|all",
             help="File types: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, iq4_nl, with "
-            "commas between them.",
+            "commas between them. ROWS: what the rows of tokens are stored as, in the embedding "
+            "and in an output matrix of its own, also q5_k, q5_1, q5_0, q4_k, q4_1.",
         ),
     ] = "q4_k_m",
     output: Annotated[

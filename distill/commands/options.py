@@ -20,6 +20,14 @@ StudentSize = Annotated[
         "Default: half the teacher's width and depth.",
     ),
 ]
+Vocab = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|SHARE%|auto",
+        help="Tokens in the student's vocabulary, which is the teacher's cut down to them: 16k, "
+        "25% or auto (99.9 % of the teacher's probability, 1 % more tokens at most). Default: all.",
+    ),
+]
 Data = Annotated[
     Path | None,
     typer.Option(
@@ -60,7 +68,10 @@ Out = Annotated[
 StudentQuant = Annotated[
     str | None,
     typer.Option(
-        "--quant", metavar="TYPE", help="File type of student.gguf, such as q4_k_m. Default: q8_0."
+        "--quant",
+        metavar="TYPE[:embedding=ROWS]",
+        help="File type of student.gguf, such as q4_k_m, and what the rows of tokens are stored "
+        "as, such as q4_k_m:embedding=q8_0. Default: q8_0.",
     ),
 ]
 Preset = Annotated[

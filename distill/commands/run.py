@@ -31,6 +31,7 @@ from distill.commands.options import (
     StudentSize,
     Targets,
     Teacher,
+    Vocab,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ commands = typer.Typer()
 def run(
     teacher: Teacher = None,
     student_size: StudentSize = None,
+    vocab: Vocab = None,
     student_base: StudentBase = None,
     lora_r: LoraRank = None,
     load_in_4bit: LoadIn4bit = False,
@@ -67,7 +69,7 @@ def run(
     from distill.pipeline.preflight import check_run
     from distill.runs.folder import RunPaths
 
-    overrides = _capture_settings(teacher, data, samples, targets, seed)
+    overrides = _capture_settings(teacher, vocab, data, samples, targets, seed)
     overrides |= _base_settings(student_base, lora_r, load_in_4bit, config)
     overrides |= _student_settings(student_size, init, epochs, quant, safety_labels)
     settings, places = load_config(config, overrides, set_ or [], preset), RunPaths(out, store)
@@ -82,6 +84,7 @@ def run(
 @commands.command()
 def capture(
     teacher: Teacher = None,
+    vocab: Vocab = None,
     data: Data = None,
     samples: Samples = None,
     targets: Targets = None,
@@ -98,7 +101,7 @@ def capture(
     from distill.config.loading import load_config
     from distill.pipeline.preflight import check_capture
 
-    overrides = _capture_settings(teacher, data, samples, targets, seed)
+    overrides = _capture_settings(teacher, vocab, data, samples, targets, seed)
     overrides["safety.labels"] = safety_labels
     settings = load_config(config, overrides, set_ or [])
     with _checking(every_process=True) as (console, progress):
@@ -113,6 +116,7 @@ def capture(
 def train(
     store: StorePath,
     student_size: StudentSize = None,
+    vocab: Vocab = None,
     student_base: StudentBase = None,
     lora_r: LoraRank = None,
     load_in_4bit: LoadIn4bit = False,
@@ -132,7 +136,7 @@ def train(
     from distill.config.loading import load_config
     from distill.pipeline.preflight import check_train
 
-    overrides = _capture_settings(teacher, None, None, None, seed) | {"store": str(store)}
+    overrides = _capture_settings(teacher, vocab, None, None, None, seed) | {"store": str(store)}
     overrides |= _base_settings(student_base, lora_r, load_in_4bit, config)
     overrides |= _student_settings(student_size, init, epochs, quant, safety_labels)
     settings = load_config(config, overrides, set_ or [], preset)
@@ -148,6 +152,7 @@ def train(
 def plan(
     teacher: Teacher = None,
     student_size: StudentSize = None,
+    vocab: Vocab = None,
     student_base: StudentBase = None,
     lora_r: LoraRank = None,
     load_in_4bit: LoadIn4bit = False,
@@ -168,7 +173,7 @@ def plan(
     from distill.errors import UserError
     from distill.pipeline.preflight import check_plan
 
-    overrides = _capture_settings(teacher, data, samples, targets, seed)
+    overrides = _capture_settings(teacher, vocab, data, samples, targets, seed)
     overrides |= _base_settings(student_base, lora_r, load_in_4bit, config)
     overrides |= _student_settings(student_size, init, epochs)
     try:
@@ -220,6 +225,7 @@ def _base_settings(
 
 def _capture_settings(
     teacher: Path | None,
+    vocab: str | None,
     data: Path | None,
     samples: int | None,
     targets: str | None,
@@ -228,6 +234,7 @@ def _capture_settings(
     """The flags that decide the soft targets, as settings."""
     return {
         "teacher.path": str(teacher) if teacher else None,
+        "student.vocab": vocab,
         "data.path": str(data) if data else None,
         "data.samples": samples,
         "targets.kind": targets,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from typing import cast, get_args
 
 from distill.config.schema import Quant
 from distill.errors import UserError
+from students.gguf.file_types import FILE_TYPES, Quantization
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
@@ -15,21 +15,16 @@ _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
 def parse_quants(text: str) -> tuple[Quant, ...]:
     """File types separated by commas, each once; ``all``: every one. ``UserError`` if unknown."""
-    known = get_args(Quant)
-    asked = [name.strip() for name in text.lower().split(",") if name.strip()]
-    names = tuple(
-        dict.fromkeys(one for name in asked for one in (known if name == "all" else (name,)))
-    )
+    asked = [name.strip() for name in text.split(",") if name.strip()]
+    names = [one for name in asked for one in (FILE_TYPES if name.lower() == "all" else (name,))]
     if not names:
         raise UserError(
-            f"--quant {text!r} names no file type; choose from {', '.join(known)}, or all"
+            f"--quant {text!r} names no file type; choose from {', '.join(FILE_TYPES)}, or all"
         )
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"--quant {name!r} is not a file type; choose from {', '.join(known)}, or all"
-            )
-    return cast(tuple[Quant, ...], names)
+    try:
+        return tuple(dict.fromkeys(str(Quantization.parse(name)) for name in names))
+    except ValueError as error:
+        raise UserError(f"--quant {error}") from None
 
 
 def parse_memory(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,8 @@ from distill.runs.folder import HeldOut
 from distill.runs.proof_record import Proof
 from students.adapter.adapter import AdaptedStudent
 from students.adapter.merge import merge
-from students.gguf.file_types import FILE_TYPES
+from students.gguf.architectures import EMBEDDING, OUTPUT
+from students.gguf.file_types import FILE_TYPES, Quantization
 from students.gguf.metadata import ExportNames, MetadataEntry
 from students.gguf.quantize import quantize_gguf
 from students.gguf.writer import rotation_stats, write_base_gguf, write_gguf
@@ -121,7 +122,7 @@ def export_proved(
             done("f32", original, proof)
         quantized = {quant: path for quant, path in wanted.items() if quant != "f32"}
         if quantized:
-            _require_fit(export, original)
+            _require_fit(export, original, quantized)
         for quant, path in quantized.items():
             progress(quant)
             with _temporary(path, quant) as made:
@@ -136,13 +137,19 @@ def export_proved(
     return Proofs(proof, {quant: proofs[quant] for quant in wanted if quant in proofs}, failed)
 
 
-def _require_fit(export: Export, original: Path) -> None:
-    """See that the importance matrix is one of this model."""
+def _require_fit(export: Export, original: Path, quants: Iterable[Quant]) -> None:
+    """See that the types of rows asked for, and the importance matrix, are of this model."""
     matrices = {
         name: info.shape
         for name, info in read_gguf(original).tensors.items()
         if len(info.shape) == 2
     }
+    for quant in quants:
+        if "output" in Quantization.parse(quant).rows and OUTPUT not in matrices:
+            raise UserError(
+                f"{quant}: this student's output matrix is its embedding; give the type of its "
+                "rows as embedding="
+            )
     for name, values in (export.importance or {}).items():
         if name not in matrices or matrices[name][1] != len(values):
             raise UserError(
@@ -168,7 +175,9 @@ def _write(export: Export, path: Path, kept: MappedTensors) -> Any:
 
 
 def _quantize(source: Path, target: Path, quant: Quant, export: Export) -> None:
-    importance = export.importance if FILE_TYPES[quant].weighted else None
+    chosen = Quantization.parse(quant)
+    rows = chosen.row_types(read_gguf(source).tensors[EMBEDDING].shape[1])
+    importance = export.importance if FILE_TYPES[chosen.file_type].weighted else None
     labels: dict[str, int | str] = {}
     if importance:
         labels = {
@@ -176,17 +185,20 @@ def _quantize(source: Path, target: Path, quant: Quant, export: Export) -> None:
             "quantize.imatrix.entries_count": len(importance),
         }
     with _naming(target):
-        quantize_gguf(source, target, quant, importance=importance, labels=labels)
+        quantize_gguf(
+            source, target, chosen.file_type, rows=rows, importance=importance, labels=labels
+        )
 
 
 @contextmanager
 def _temporary(path: Path, quant: Quant) -> Iterator[Path]:
     """A temporary path beside ``path``; what killed processes have left there is deleted too."""
-    for leftover in path.parent.glob(f".{glob.escape(path.stem)}.{quant}.*.tmp.gguf"):
+    stem = f".{path.stem}.{Quantization.parse(quant).stem}"
+    for leftover in path.parent.glob(f"{glob.escape(stem)}.*.tmp.gguf"):
         process = leftover.name.split(".")[-3]
         if process.isdigit() and not psutil.pid_exists(int(process)):
             leftover.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.stem}.{quant}.{os.getpid()}.tmp.gguf")
+    temporary = path.with_name(f"{stem}.{os.getpid()}.tmp.gguf")
     try:
         yield temporary
     finally:

@@ -27,7 +27,7 @@ from distill.runs.provenance import read_lineage
 from distill.runtime.format import human_bytes
 from distill.runtime.printable import markup
 from distill.runtime.progress import Console
-from students.gguf.file_types import FILE_TYPES
+from students.gguf.file_types import FILE_TYPES, Quantization
 from students.gguf.imatrix import read_mean_squares
 from students.gguf.metadata import ExportNames
 from teachers.atomic_files import exclusive
@@ -125,7 +125,7 @@ def _importance(
     Raises:
         UserError: it is damaged.
     """
-    if not any(FILE_TYPES[quant].weighted for quant in quants):
+    if not any(FILE_TYPES[Quantization.parse(quant).file_type].weighted for quant in quants):
         return None
     if not folder.importance.exists():  # the run is older than they are
         console.note(
@@ -146,7 +146,7 @@ def _table(name: str, proofs: Proofs, files: Sequence[ExportedFile]) -> Table:
     original = proofs.original
     table = Table(title=markup(name), title_justify="left", caption_justify="left")
     table.add_column("type")
-    for column in ("size", "bits", "KL to F32", "top token", "decode", "prefill"):
+    for column in ("size", "bits", "embedding", "KL to F32", "top token", "decode", "prefill"):
         table.add_column(column, justify="right", no_wrap=True)
     for file in files:
         first = file.quant == "f32"
@@ -154,6 +154,7 @@ def _table(name: str, proofs: Proofs, files: Sequence[ExportedFile]) -> Table:
             file.quant + (" *" if file.imatrix else ""),
             human_bytes(file.bytes),
             f"{file.bits_per_weight:.2f}",
+            file.embedding,
             "0" if first else f"{file.kl:.1e}",
             "100 %" if first else f"{file.agreement:.2%}",
             f"{file.generation:,.0f}",
@@ -176,8 +177,11 @@ def _table(name: str, proofs: Proofs, files: Sequence[ExportedFile]) -> Table:
 
 
 def _stored_otherwise(file: ExportedFile) -> str:
-    """What the file holds in place of its own type, if llama.cpp had to take another."""
-    own = file.quant.upper().removesuffix("_M")
-    if own in file.types:
-        return ""
-    return f"{file.quant} as {' and '.join(kind for kind in file.types if kind != 'F32')}"
+    """What the file holds in place of its own types, if others had to be taken."""
+    chosen = Quantization.parse(file.quant)
+    kinds = " and ".join(kind for kind in file.types if kind != "F32")
+    others = [] if chosen.file_type.upper().removesuffix("_M") in file.types else [f"as {kinds}"]
+    asked = chosen.rows.get("embedding", "").upper()
+    if asked not in ("", file.embedding):
+        others.append(f"with the embedding as {file.embedding}")
+    return f"{file.quant} {', '.join(others)}" if others else ""

@@ -18,6 +18,7 @@ from distill.evaluation.scorers import Scorer, llama_scorer
 from distill.losses import divergences
 from distill.runs.folder import HeldOut
 from distill.runs.proof_record import Proof
+from students.gguf.file_types import Quantization
 from students.mapped_tensors import MappedTensors
 from teachers.base import Tokens
 from teachers.errors import TeacherError, WorkerDied
@@ -164,8 +165,9 @@ def _judge(proof: Proof) -> None:
             f"the {proof.quant} file's logits differ from {proof.against} by {difference:.2e}, "
             f"more than {limit:g}"
         )
-    if not proof.mean_kl <= MAX_MEAN_KL[proof.quant]:
+    most = max(MAX_MEAN_KL[name] for name in Quantization.parse(proof.quant).rounding)
+    if not proof.mean_kl <= most:
         raise ProofFailed(
             f"the {proof.quant} file is {proof.mean_kl:.2e} nats per token from {proof.against}, "
-            f"more than {MAX_MEAN_KL[proof.quant]:g}"
+            f"more than {most:g}"
         )

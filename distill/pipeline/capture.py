@@ -15,7 +15,7 @@ from distill.capture.capture import (
 )
 from distill.capture.corpus import Corpus
 from distill.capture.store_setup import StoreLocation, open_store, recipe_for
-from distill.capture.teachers import find_gguf, teacher_stem
+from distill.capture.teachers import gguf_of, teacher_stem
 from distill.config.schema import RunConfig
 from distill.heads.prompts import SafetyPrompt
 from distill.heads.safety_data import labelled_prompts
@@ -25,6 +25,7 @@ from distill.runtime.format import human_bytes
 from distill.runtime.launch_environment import process_rank
 from distill.runtime.printable import markup
 from distill.runtime.progress import Console
+from distill.trimming.for_student import fitted
 from teachers.atomic_files import exclusive
 from teachers.base import Teacher
 from teachers.store.store import SoftTargetStore
@@ -45,8 +46,13 @@ def capture_only(
     """
     inputs = inputs or check_capture(config, where)
     share = process_rank()
-    with load_teacher(config, console) as teacher:
-        corpus = read_data(config, teacher, console, inputs.take_data())
+    data, kept = inputs.take_data(), RUNS / "stores" if where is None else where.parent
+    with (
+        load_teacher(config, console) as whole,
+        fitted(whole, config, data, kept, console) as teacher,
+    ):
+        corpus = read_data(config, teacher, console, data)
+        del data
         recipe = recipe_for(config.targets, teacher, corpus, console)
         store = open_store(
             teacher, corpus, recipe, StoreLocation(where, RUNS, teacher_stem(config.teacher))
@@ -72,7 +78,7 @@ def fill(
     reused = fill_store(teacher, corpus, store, console, share)
     if share.rank == 0:
         text = text_of(config, teacher.info)
-        keep_teacher_record(teacher, find_gguf(config.teacher), store, console, share, text)
+        keep_teacher_record(teacher, gguf_of(teacher, config.teacher), store, console, share, text)
         labelled_prompts(config, prompts, teacher, store, console)
     return reused
 

@@ -95,7 +95,7 @@ def teacher_files(
 
 def exported_bytes(quant: str, numbers: int) -> int:
     """About the size of an exported file with so many numbers."""
-    return round(numbers * BITS.get(quant, SMALL_BITS) / 8)
+    return round(numbers * BITS.get(quant.partition(":")[0], SMALL_BITS) / 8)
 
 
 def run_files(

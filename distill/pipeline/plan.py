@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.table import Table
 
@@ -14,7 +16,7 @@ from distill.base_models.new_student_memory import memory_of_new
 from distill.capture.capture import load_teacher, read_data
 from distill.capture.corpus import Corpus
 from distill.capture.store_setup import recipe_for
-from distill.capture.teachers import find_gguf, tokenizer_of
+from distill.capture.teachers import gguf_of, tokenizer_of
 from distill.config.schema import RunConfig
 from distill.errors import UserError
 from distill.initialization.shape import describe_parameters
@@ -43,6 +45,7 @@ from distill.runtime.device import device_memory, free_device_memory, training_d
 from distill.runtime.format import human_bytes, human_count, human_time
 from distill.runtime.printable import markup
 from distill.runtime.progress import Console
+from distill.trimming.for_student import fitted
 from students.model.build import build_student
 from students.model.config import SO8TConfig
 from students.model.interface import Student
@@ -106,12 +109,17 @@ def plan_run(
     inputs = inputs or check_plan(config)
     device = training_device()
     free = free_device_memory(device)
-    with load_teacher(config, console) as teacher:
-        info = teacher.info
+    data = inputs.take_data()
+    with (
+        TemporaryDirectory() as folder,
+        load_teacher(config, console) as whole,
+        fitted(whole, config, data, Path(folder), console) as teacher,
+    ):
+        info, gguf = teacher.info, gguf_of(teacher, config.teacher)
         # What cannot be is refused before anything is measured.
-        tokenizer = {} if config.student.base is None else tokenizer_of(config.teacher)
-        resolved = resolve(config, info, tokenizer, find_gguf(config.teacher), console)
-        corpus = read_data(config, teacher, console, inputs.take_data())
+        tokenizer = {} if config.student.base is None else tokenizer_of(config.teacher, gguf)
+        resolved = resolve(config, info, tokenizer, gguf, console)
+        corpus = read_data(config, teacher, console, data)
         resolved = resolved.with_length(corpus.sampling.max_length)
         config = resolved.config
         if resolved.base is not None:
@@ -119,7 +127,7 @@ def plan_run(
         recipe = recipe_for(config.targets, teacher, corpus, console)
         with console.stage("Probe teacher", total=100) as stage:
             probe = probe_teacher(teacher, corpus, recipe, stage)
-            files = teacher_files(teacher, find_gguf(config.teacher), probe, len(corpus))
+            files = teacher_files(teacher, gguf, probe, len(corpus))
             stage.finish(f"{1 / probe.seconds_per_token:,.0f} tokens/s")
         on_device = max(0, free - free_device_memory(device))
     process = own_memory()

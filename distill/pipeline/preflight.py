@@ -19,6 +19,7 @@ from distill.errors import UserError
 from distill.heads.prompts import SafetyPrompt, read_safety_prompts
 from distill.runs.folder import RunFolder, RunPaths
 from distill.runtime.launch_environment import process_rank, require_trainable
+from distill.trimming.request import check_student_vocabulary
 from teachers.base import Progress, no_progress
 from teachers.gguf.file import read_gguf
 from teachers.store.manifest import filled_manifest, require_store_folder
@@ -51,6 +52,7 @@ def check_run(config: RunConfig, places: RunPaths, progress: Progress = no_progr
     _require_no_store(config)
     require_gguf(config.teacher)
     require_teachers(config.teacher)
+    check_student_vocabulary(config)
     require_trainable(config.train, world)
     _check_student(config)
     if places.out is not None:
@@ -71,6 +73,7 @@ def check_capture(
     process_rank()
     _require_no_store(config)
     require_teachers(config.teacher)
+    check_student_vocabulary(config)
     if store is not None:
         require_store_folder(store)
     return Inputs(read_safety_prompts(config), read_rows(config.data, progress))
@@ -109,6 +112,7 @@ def check_plan(config: RunConfig, progress: Progress = no_progress) -> Inputs:
     if config.student.base is not None:
         require_gguf(config.teacher)
     require_teachers(config.teacher)
+    check_student_vocabulary(config)
     _check_student(config)
     return Inputs(data=read_rows(config.data, progress))
 

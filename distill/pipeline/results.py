@@ -51,10 +51,12 @@ def build_results(
     prepared = published.trained.prepared
     source, student, store = prepared.source, prepared.student, prepared.source.store
     proof = published.proofs.files[source.config.export.quant]
+    cut = source.teacher_record.cut
     return {
         "teacher": {
             key: value for key, value in asdict(source.info).items() if key not in _IN_THE_FILE
-        },
+        }
+        | ({} if cut is None else {"vocab_size": cut.vocabulary.old_size}),
         "student": {
             "size": source.config.student.label,
             "parameters": student.parameter_count(),
@@ -78,6 +80,7 @@ def build_results(
             "held_out": [{"step": step, **asdict(score)} for step, score in summary.scores],
         },
         "evaluation": _evaluation(evaluated.evaluation),
+        **_of_vocabulary(evaluated),
         "heads": evaluated.heads,
         "proof": proof.to_json(),
         "f32_proof": published.proofs.original.to_json(),
@@ -90,6 +93,14 @@ def build_results(
         "environment": environment(),
         "llama_cpp": llama_cpp_environment(),
     }
+
+
+def _of_vocabulary(evaluated: Evaluated) -> dict[str, Any]:
+    """What results say of a vocabulary that is a part of the teacher's."""
+    cut = evaluated.published.trained.prepared.source.teacher_record.cut
+    if cut is None:
+        return {}
+    return {"vocabulary": cut.facts() | {"bits_per_byte": evaluated.bits_per_byte}}
 
 
 def _of_base(prepared: Prepared) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from distill.capture.ready_store import (
     without_capture,
 )
 from distill.capture.store_setup import StoreLocation, open_store, recipe_for
-from distill.capture.teachers import find_gguf, teacher_stem, tokenizer_of
+from distill.capture.teachers import gguf_of, teacher_stem, tokenizer_of
 from distill.config.schema import RunConfig
 from distill.heads.prompts import SafetyPrompt, digest
 from distill.heads.safety_data import labelled_prompts, safety_data
@@ -34,14 +34,16 @@ from distill.pipeline.stages import (
     train_student,
 )
 from distill.runs.audit_events import record_start
-from distill.runs.folder import RunFolder, RunPaths, choose_folder
+from distill.runs.folder import RUNS, RunFolder, RunPaths, choose_folder
 from distill.runtime.device import training_device
 from distill.runtime.environment import environment
 from distill.runtime.format import human_count
 from distill.runtime.launch import Launch
 from distill.runtime.progress import Console
+from distill.trimming.for_student import fitted, require_same_vocabulary, trimmed_file
 from teachers.atomic_files import exclusive
 from teachers.base import TeacherInfo
+from teachers.gguf.file import read_gguf
 from teachers.store.store import SoftTargetStore
 from teachers.store.teacher_record import require_teacher_record
 
@@ -61,14 +63,17 @@ def run(
     inputs = inputs or check_run(config, places)
     prompts = inputs.prompts
     launch = Launch.join()
-    with load_teacher(config, console) as teacher:
-        info, gguf, tokenizer = (
-            teacher.info,
-            find_gguf(config.teacher),
-            tokenizer_of(config.teacher),
-        )
+    data, beside = inputs.take_data(), places.out.parent if places.out is not None else RUNS
+    kept = beside / "stores" if places.store is None else places.store.parent
+    with (
+        load_teacher(config, console) as whole,
+        fitted(whole, config, data, kept, console) as teacher,
+    ):
+        info, gguf = teacher.info, gguf_of(teacher, config.teacher)
+        tokenizer = tokenizer_of(config.teacher, gguf)
         resolved = resolve(config, info, tokenizer, gguf, console)
-        corpus = read_data(config, teacher, console, inputs.take_data())
+        corpus = read_data(config, teacher, console, data)
+        del data
         longest = corpus.sampling.max_length
         resolved = resolved.with_length(longest)
         config = resolved.config
@@ -77,9 +82,7 @@ def run(
         work = Workspace(_choose(places.out, config, stem, launch), launch, console)
         recipe = recipe_for(config.targets, teacher, corpus, console)
         pair_layers(config.loss.layer_map, recipe.layers, resolved.layers, info.layers)
-        store = open_store(
-            teacher, corpus, recipe, StoreLocation(places.store, work.folder.path.parent, stem)
-        )
+        store = open_store(teacher, corpus, recipe, StoreLocation(places.store, beside, stem))
 
         def capture() -> Source:
             # Now, not after hours, a prompt turns out to be too long.
@@ -119,7 +122,11 @@ def train_from_store(
     store, teacher_record = open_full_store(Path(config.store))
     info, tokenizer = teacher_record.info, teacher_record.tokenizer
     config = without_capture(config, store.manifest.recipe, console)
-    gguf = find_teacher(config.teacher.path, info)
+    gguf, cut = find_teacher(config.teacher.path, info), teacher_record.cut
+    require_same_vocabulary(config, cut, store)
+    if gguf is not None and cut is not None:
+        kept = (out.parent if out is not None else RUNS) / "stores"
+        gguf = trimmed_file(read_gguf(gguf), cut, kept, teacher_stem(config.teacher))
     console.note(
         f"soft targets of {info.name}: {info.architecture}, {human_count(info.parameters)} "
         "parameters"

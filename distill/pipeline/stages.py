@@ -53,6 +53,9 @@ from distill.training.on_policy import OnPolicyBatches
 from distill.training.optimizer import initial_learning_rate
 from distill.training.summary import TrainingSummary
 from distill.training.validation import validation_kl
+from distill.trimming.for_student import reduced
+from distill.trimming.measure import bits_per_byte
+from distill.trimming.text import Piece
 from students.adapter.adapter import AdaptedStudent
 from students.mapped_tensors import MappedTensors
 from students.model.interface import Student
@@ -61,8 +64,9 @@ from teachers.base import SINGLE_PROCESS, Teacher, TeacherInfo, Tokens
 from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.store import SoftTargetStore
-from teachers.store.teacher_record import TeacherRecord
+from teachers.store.teacher_record import TeacherRecord, first_sequences
 
+BITS_TOKENS = 8_192  # of validation text, on which vocabularies are compared
 INITIALIZATION_SEQUENCES = 512  # of training text that initialization may look at
 
 
@@ -136,12 +140,14 @@ class Published:
 @dataclass(frozen=True)
 class Evaluated:
     """``speeds``: prompt and generation tokens per second. ``heads``: see
-    ``distill.heads.fitting.heads_results``."""
+    ``distill.heads.fitting.heads_results``. ``bits_per_byte`` of the exported student and, where it
+    is here, the teacher with its whole vocabulary and with the student's; where these are two."""
 
     published: Published
     evaluation: Evaluation
     speeds: dict[str, tuple[float, float]]
     heads: dict[str, Any]
+    bits_per_byte: dict[str, float]
 
 
 def prepare(source: Source, work: Workspace) -> Prepared:
@@ -293,25 +299,47 @@ def evaluate_student(published: Published, work: Workspace) -> Evaluated:
     indices = prepared.data.split.held_out.tolist()
     sequences = [source.store.tokens(index) for index in indices]
     positions = sum(map(len, sequences)) - len(indices)
-    speeds = {}
+    speeds, bits = {}, {}
+    cut = source.teacher_record.cut
     with MappedTensors(work.folder.path) as kept:
         models = _student_scorers(prepared, sequences, kept, work)
         with console.stage("Evaluate", total=positions) as stage, _exported(source, work) as file:
             models["exported"] = llama_scorer(file)
             if source.config.store is None:
-                with open_teacher(source.config.teacher) as teacher:
+                with (
+                    open_teacher(source.config.teacher) as whole,
+                    reduced(whole, cut, source.gguf) as teacher,
+                ):
                     keep = [source.store.keep(index) for index in indices]
                     evaluation = evaluate(teacher, sequences, models, stage.update, keep)
                     speeds["teacher"] = measure_speed(teacher)
+                    if cut is not None:
+                        text = _text(teacher, sequences)
+                        bits["teacher"] = bits_per_byte(whole, text, _unseen)
+                        bits["reduced_teacher"] = bits_per_byte(teacher, text, _unseen)
             else:
                 evaluation = evaluate_stored(source.store, indices, models, stage.update)
             speeds["student"] = measure_speed(file)
+            if cut is not None:
+                bits["student"] = bits_per_byte(file, _text(file, sequences), _unseen)
             score = evaluation.models["exported"]
             stage.finish(
                 f"{kl_name(evaluation.kl_over)} {score.kl:.3f}, agreement {score.agreement:.1%} "
                 f"over {evaluation.positions} positions"
             )
-    return Evaluated(published, evaluation, speeds, _score_heads(published, work))
+    return Evaluated(published, evaluation, speeds, _score_heads(published, work), bits)
+
+
+def _unseen(positions: int) -> None:
+    """Progress of what is short beside the stage's own."""
+
+
+def _text(model: Teacher, sequences: Sequence[Tokens]) -> list[Piece]:
+    """The text of the first sequences, ``BITS_TOKENS`` tokens of it at most, one at least."""
+    some = first_sequences(sequences, len(sequences), BITS_TOKENS)
+    bos = model.info.bos
+    plain = [tokens[1:] if int(tokens[0]) == bos else tokens for tokens in some]
+    return [Piece(text, special=True) for text in model.detokenize(plain)]
 
 
 def _student_scorers(

@@ -27,7 +27,7 @@ from distill.metrics.closeness import (
 from distill.metrics.intervals import Figure
 from distill.reports.document import Fact, Level
 from distill.runs.metrics_log import best_point, step_of
-from distill.runs.records import ModelScore, Records
+from distill.runs.records import ModelScore, Records, VocabularyPart
 from distill.runtime.format import human_count, human_time, number
 
 SIGN: dict[str, Level] = {
@@ -112,7 +112,24 @@ def run_verdict(records: Records) -> Verdict:
         facts.append(
             Fact("plain", _next_level(records, Closeness(score.kl, score.agreement), over))
         )
+    if (part := None if records.results is None else records.results.vocabulary) is not None:
+        facts.append(Fact("plain", _of_the_cut(part)))
     return Verdict(level, facts)
+
+
+def _of_the_cut(part: VocabularyPart) -> str:
+    """What KL does not see of a student with a part of its teacher's vocabulary."""
+    bits = part.bits_per_byte
+    names = {
+        "teacher": "teacher",
+        "reduced_teacher": "teacher over these tokens",
+        "student": "student",
+    }
+    known = [f"{title} {number(bits[name])}" for name, title in names.items() if name in bits]
+    return (
+        f"All this is over the {part.kept:,} of the teacher's {part.of:,} tokens that the student "
+        f"has; what their choice costs shows in bits per byte: {', '.join(known) or 'not known'}."
+    )
 
 
 def _next_level(records: Records, measured: Closeness, over: str) -> str:

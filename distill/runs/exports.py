@@ -14,7 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 from distill.config.schema import Quant
 from distill.errors import UserError
 from distill.runs.folder import RunFolder
-from students.gguf.file_types import FILE_TYPES
+from students.gguf.architectures import EMBEDDING
+from students.gguf.file_types import FILE_TYPES, Quantization
 from teachers.atomic_files import write_whole
 from teachers.gguf.file import file_sha256, read_gguf
 
@@ -28,7 +29,8 @@ class ExportedFile:
 
     ``kl`` (nats per token), ``agreement`` and ``max_logit_difference`` are against the F32 file
     (its own: against PyTorch). Speeds in tokens per second. ``types``: tensors by storage type;
-    llama.cpp falls back to another where a row does not divide into blocks.
+    llama.cpp falls back to another where a row does not divide into blocks. ``embedding``: the type
+    of its rows.
     """
 
     file: str
@@ -44,6 +46,7 @@ class ExportedFile:
     generation: float | None = None
     imatrix: bool = False
     types: dict[str, int] = field(default_factory=dict)
+    embedding: str = ""
 
 
 def export_paths(
@@ -51,13 +54,13 @@ def export_paths(
 ) -> dict[Quant, Path]:
     """The path of each type; raises ``UserError`` if ``output`` cannot take them."""
     if output is None:
-        return {quant: folder.path / f"student-{quant}.gguf" for quant in quants}
+        return {quant: folder.path / _file_name(quant) for quant in quants}
     if len(quants) > 1 or output.is_dir():
         if not output.is_dir():
             raise UserError(
                 f"--output {output} is not a folder; several types need one that is there"
             )
-        paths = {quant: output / f"student-{quant}.gguf" for quant in quants}
+        paths = {quant: output / _file_name(quant) for quant in quants}
         there = [path for path in paths.values() if path.exists()]
         if there and output.resolve() != folder.path.resolve():
             raise UserError(
@@ -71,6 +74,10 @@ def export_paths(
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: the folder {output.parent} does not exist")
     return {quants[0]: output}
+
+
+def _file_name(quant: Quant) -> str:
+    return f"student-{Quantization.parse(quant).stem}.gguf"
 
 
 def describe_file(path: Path, quant: Quant, proof: Proof, *, importance: bool) -> ExportedFile:
@@ -89,8 +96,9 @@ def describe_file(path: Path, quant: Quant, proof: Proof, *, importance: bool) -
         positions=proof.positions,
         prompt=round(proof.prompt_speed, 1),
         generation=round(proof.generation_speed, 1),
-        imatrix=importance and FILE_TYPES[quant].weighted,
+        imatrix=importance and FILE_TYPES[Quantization.parse(quant).file_type].weighted,
         types=dict(Counter(tensor.type.name for tensor in file.tensors.values()).most_common()),
+        embedding=file.tensors[EMBEDDING].type.name,
     )
 
 
@@ -122,7 +130,8 @@ def record_files(folder: RunFolder, files: Sequence[ExportedFile]) -> None:
     """
     names = {file.file for file in files}
     rows = [file for file in read_exports(folder) if file.file not in names] + list(files)
-    rows.sort(key=lambda file: (list(FILE_TYPES).index(file.quant), file.file))
+    order = list(FILE_TYPES)
+    rows.sort(key=lambda row: (order.index(Quantization.parse(row.quant).file_type), row.file))
     content = json.dumps({"files": [asdict(file) for file in rows]}, indent=2) + "\n"
     write_whole(folder.exports, content.encode())
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from distill.errors import UserError
 from distill.runs.folder import RunFolder
 from students.gguf.provenance import DETAILS, Lineage, Source
-from teachers.base import TeacherInfo
 from teachers.store.store import SoftTargetStore
 from teachers.store.teacher_record import TeacherRecord
 
@@ -21,7 +20,7 @@ def lineage_of(
 ) -> Lineage:
     """The origin of an exported file; ``base_name``: of the base model, if there is one."""
     about, info = teacher_record.about, teacher_record.info
-    teacher = Source(info.name, _details(about) | {"description": _teacher_words(info)})
+    teacher = Source(info.name, _details(about) | {"description": _teacher_words(teacher_record)})
     models = (teacher,) if base_name is None else (Source(base_name), teacher)
     # The weights of a student made of a base are that base's, whose licence is not known here.
     known = about if base_name is None else {}
@@ -47,11 +46,15 @@ def _details(about: Mapping[str, str]) -> dict[str, str]:
     return {key: about[key] for key in DETAILS if about.get(key)}
 
 
-def _teacher_words(info: TeacherInfo) -> str:
-    return (
+def _teacher_words(teacher_record: TeacherRecord) -> str:
+    info, cut = teacher_record.info, teacher_record.cut
+    text = (
         f"the teacher: {info.architecture}, {info.parameters} parameters, SHA-256 of its file "
         f"{info.sha256}"
     )
+    if cut is None:
+        return text
+    return f"{text}; {len(cut.vocabulary)} of its {cut.vocabulary.old_size} tokens"
 
 
 def _dataset(about: Mapping[str, str], store: SoftTargetStore) -> Source:

@@ -118,6 +118,21 @@ class EvaluationPart:
 
 
 @dataclass(frozen=True)
+class VocabularyPart:
+    """A vocabulary that is a part of the teacher's (``teachers.vocabulary.cut``).
+    ``bits_per_byte``: of ``teacher`` with its own, ``reduced_teacher`` and ``student``, on
+    validation text."""
+
+    kept: int
+    of: int
+    asked: str
+    dropped_mass: float
+    added_tokens: float
+    lost: dict[str, float] = field(default_factory=dict)
+    bits_per_byte: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class SafetyPart:
     """The safety head: what it learnt from and how it did on prompts that nothing was fitted to."""
 
@@ -187,6 +202,7 @@ class Results:
     stage_seconds: dict[str, float]
     environment: EnvironmentPart
     heads: HeadsPart = HeadsPart()
+    vocabulary: VocabularyPart | None = None
     llama_cpp: LibraryPart = LibraryPart()  # older runs do not say
     f32_proof: Proof | None = None  # of the exported file's source; older runs have none
 

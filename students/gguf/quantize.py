@@ -16,7 +16,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from students.gguf.file_types import FILE_TYPES
+from students.gguf.file_types import FILE_TYPES, ROW_TYPES
 from students.gguf.metadata import ExportError
 
 LOG_LINES = 3
@@ -34,6 +34,7 @@ def quantize_gguf(
     target: Path,
     quant: str,
     *,
+    rows: Mapping[str, str] | None = None,
     importance: Mapping[str, NDArray[np.float32]] | None = None,
     labels: Mapping[str, int | str] | None = None,
     threads: int = 0,
@@ -41,6 +42,8 @@ def quantize_gguf(
 ) -> None:
     """Write the F32 file ``source`` to ``target`` as another file type; a failure leaves no file.
 
+    ``rows``: what those of the embedding and of the output matrix are stored as (``ROW_TYPES``), by
+    ``Quantization.row_types``; none: what llama.cpp takes.
     ``importance``: mean square of each matrix column's input, by the matrix's name, for weighted
     types. ``labels``: metadata to add. ``threads`` 0: one per processor. ``progress`` gets the
     tensors done and their total.
@@ -59,6 +62,7 @@ def quantize_gguf(
         "source": os.fsencode(source).hex(),  # a name need not be text
         "target": os.fsencode(target).hex(),
         "file_type": int(FILE_TYPES[quant].number),
+        "rows": {matrix: int(ROW_TYPES[kind].storage) for matrix, kind in (rows or {}).items()},
         "threads": threads,
         "labels": dict(labels or {}),
     }

@@ -11,9 +11,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from teachers.errors import SettingRefused
@@ -183,7 +184,8 @@ class Server:
             return reduce(as_answer(outputs), recipe, bases)
 
         scorer = Scorer(unpack_ragged(arrays, "tokens"), shape, _keep(arrays))
-        return {}, scorer.run(self, reduced)
+        fold = _folding(arrays)
+        return {}, scorer.run(self, lambda outputs: reduced(fold(outputs)))
 
     def states(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         from teachers.llama_cpp.context import ContextShape
@@ -201,7 +203,8 @@ class Server:
         from teachers.llama_cpp.scoring import Scorer, as_arrays
 
         scorer = Scorer(unpack_ragged(arrays, "tokens"), shape, _keep(arrays))
-        return {}, scorer.run(self, as_arrays)
+        fold = _folding(arrays)
+        return {}, scorer.run(self, lambda outputs: as_arrays(fold(outputs)))
 
     def speed(self, request: dict[str, Any], arrays: Arrays) -> Answer:
         # All threads on one sequence, as a user runs it.
@@ -247,6 +250,20 @@ def _keep(arrays: Arrays) -> list[Any] | None:
     if "keep" not in arrays:
         return None
     return [mask.astype("bool") for mask in unpack_ragged(arrays, "keep")]
+
+
+def _folding(arrays: Arrays) -> Callable[[Outputs], Outputs]:
+    """What folds a batch's logits into the reduced vocabulary of a request, if it has one."""
+    from teachers.vocabulary.reduced import ReducedVocabulary
+
+    vocabulary = ReducedVocabulary.in_arrays(arrays)
+
+    def fold(outputs: Outputs) -> Outputs:
+        if vocabulary is None or outputs.logits is None:
+            return outputs
+        return replace(outputs, logits=vocabulary.fold_logs(outputs.logits))
+
+    return fold
 
 
 def _end_with(parent: int) -> None:

@@ -37,6 +37,7 @@ from teachers.llama_cpp.wire import Arrays, pack_ragged, unpack_ragged
 from teachers.llama_cpp.worker import Worker
 from teachers.names import one_line_name, ordinary_name
 from teachers.tokenizer.gguf_metadata import chat_templates, special_tokens
+from teachers.vocabulary.reduced import ReducedVocabulary
 
 if TYPE_CHECKING:
     from teachers.targets.recipe import Recipe
@@ -223,8 +224,11 @@ class GGUFTeacher(Teacher):
         bases: Mapping[str, Basis],
         progress: Progress = no_progress,
         keep: Sequence[Keep] | None = None,
+        vocabulary: ReducedVocabulary | None = None,
     ) -> Arrays:
+        """See ``Teacher.score``; ``vocabulary``: what logits are folded into first."""
         arrays = pack_ragged(sequences, "tokens") | _packed(bases) | _packed_keep(keep)
+        arrays |= _packed_vocabulary(vocabulary)
         return self.worker.ask("score", {"recipe": recipe.to_json()}, arrays, progress)[1]
 
     def states(
@@ -266,9 +270,11 @@ class GGUFTeacher(Teacher):
         *,
         exact: bool = False,
         keep: Sequence[Keep] | None = None,
+        vocabulary: ReducedVocabulary | None = None,
     ) -> Floats:
-        """See ``Teacher.logits``; ``exact`` as in ``states``."""
+        """See ``Teacher.logits``; ``exact`` as in ``states``, ``vocabulary`` as in ``score``."""
         tokens = pack_ragged(sequences, "tokens") | _packed_keep(keep)
+        tokens |= _packed_vocabulary(vocabulary)
         arrays = self.worker.ask("logits", {"exact": exact}, tokens)[1]
         return arrays["logits"].astype(np.float32, copy=False)
 
@@ -286,6 +292,10 @@ def _packed_keep(keep: Sequence[Keep] | None) -> Arrays:
     if keep is None:
         return {}
     return pack_ragged([mask.astype(np.int32) for mask in keep], "keep")
+
+
+def _packed_vocabulary(vocabulary: ReducedVocabulary | None) -> Arrays:
+    return {} if vocabulary is None else vocabulary.arrays()
 
 
 def _packed(bases: Mapping[str, Basis]) -> Arrays:

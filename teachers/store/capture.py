@@ -280,7 +280,7 @@ def logit_rule(teacher: Teacher, tokens: Tokens) -> LogitRule:
     some = [tokens[:PROBE_TOKENS]]
     states = torch.from_numpy(teacher.rounded_states(teacher.states(some)["final"]))
     rows = torch.from_numpy(teacher.output_rows(0, min(LINEAR_ROWS, teacher.info.vocab_size)))
-    logits = torch.from_numpy(teacher.logits(some))[:, : len(rows)]
+    logits = torch.from_numpy(teacher.product_logits(some))[:, : len(rows)]
     errors = {
         rule: _difference(soft_capped(states @ rows.T * rule.scale, rule.cap), logits)
         for rule in teacher.logit_rules()

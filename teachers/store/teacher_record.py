@@ -24,6 +24,7 @@ from teachers.gguf.file import Field, GGUFFile, tokenizer_fields
 from teachers.store.store import SoftTargetStore
 from teachers.targets.distributions import Arrays
 from teachers.tokenizer.gguf_metadata import with_template_variables
+from teachers.vocabulary.cut import VocabularyCut
 
 TEACHER = "teacher.safetensors"
 LINE_SEQUENCES = 64
@@ -44,7 +45,8 @@ class TeacherRecord:
     ``tokenizer`` (GGUF metadata) is empty and ``embeddings`` (``[V, C]``, see ``principal_scores``)
     has no rows where no teacher is a GGUF file. ``about``: what such a file says of itself (its
     ``general.*`` keys in ``ABOUT``, and ``languages`` with commas), as far as it does, and under
-    ``text`` what the sequences are.
+    ``text`` what the sequences are. ``cut``: how the teacher's vocabulary was cut; then the facts,
+    tokenizer and embeddings are of what is left of it.
     """
 
     info: TeacherInfo
@@ -52,6 +54,7 @@ class TeacherRecord:
     tokenizer: dict[str, Field]
     embeddings: NDArray[np.float16]
     about: dict[str, str] = field(default_factory=dict)
+    cut: VocabularyCut | None = None
 
     def arrays(self) -> Arrays:
         """Named arrays: the embeddings, and all else as the bytes of one JSON text."""
@@ -67,7 +70,8 @@ class TeacherRecord:
         if self.about:
             card["about"] = self.about
         text = np.frombuffer(json.dumps(card).encode("ascii"), dtype=np.uint8)
-        return {"card": text} | ({"embeddings": self.embeddings} if self.tokenizer else {})
+        arrays: Arrays = {"card": text} | (self.cut.arrays() if self.cut is not None else {})
+        return arrays | ({"embeddings": self.embeddings} if self.tokenizer else {})
 
     @classmethod
     def from_arrays(cls, arrays: Arrays) -> TeacherRecord:
@@ -87,7 +91,10 @@ class TeacherRecord:
         lines = [np.array(ids, dtype=np.int32) for ids in card["text_tokens"]]
         texts = TokenizedLines([str(text) for text in card["texts"]], lines)
         about = {str(key): str(text) for key, text in card.get("about", {}).items()}
-        return cls(info, texts, tokenizer, embeddings, about)  # type: ignore[arg-type]
+        cut = VocabularyCut.in_arrays(arrays)
+        if cut is not None and len(cut.vocabulary) != info.vocab_size:
+            raise ValueError(f"a vocabulary cut to other than {info.vocab_size} tokens")
+        return cls(info, texts, tokenizer, embeddings, about, cut)  # type: ignore[arg-type]
 
 
 def make_teacher_record(

@@ -173,7 +173,7 @@ def _byte_level(metadata: TokenizerMetadata) -> Tokenizer:
     )
     steps: list[Any] = [pre_tokenizers.Split(Regex(each), "isolated") for each in kind.patterns]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    signs = (sign for byte, sign in _visible_bytes().items() if byte not in _NEVER)
+    signs = (sign for byte, sign in visible_bytes().items() if byte not in _NEVER)
     missing = [rf"\x{{{ord(sign):x}}}" for sign in signs if sign not in ids]
     if missing:  # llama.cpp drops such bytes; their neighbors must not be joined over the gap
         steps.append(pre_tokenizers.Split(Regex(f"[{''.join(missing)}]"), "removed"))
@@ -182,7 +182,7 @@ def _byte_level(metadata: TokenizerMetadata) -> Tokenizer:
     return tokenizer
 
 
-def _visible_bytes() -> dict[int, str]:
+def visible_bytes() -> dict[int, str]:
     """The character that stands for each byte in a byte-level vocabulary."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(0x100) if byte not in shown]

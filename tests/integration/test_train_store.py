@@ -171,7 +171,7 @@ def test_the_teacher_is_never_opened(
     def fail(*_: object) -> None:
         raise AssertionError("a teacher was asked for")
 
-    for name in ("run.load_teacher", "run.find_gguf", "stages.open_teacher"):
+    for name in ("run.load_teacher", "run.gguf_of", "stages.open_teacher"):
         monkeypatch.setattr(f"distill.pipeline.{name}", fail)
     given = ("data.samples=10", "targets.num_topk=4", "targets.kind=compact")
     out, settings = tmp_path / "run", ("train.epochs=1", "targets.sketch_bytes=64", *given)

@@ -28,7 +28,8 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from distill.capture.ready_store import open_full_store, require_complete
-from distill.config.schema import LossConfig, RunConfig, StudentConfig, TrainConfig
+from distill.config.schema import LossConfig, RunConfig, TrainConfig
+from distill.config.sources import StudentConfig
 from distill.errors import UserError
 from distill.initialization.from_teacher import student_from_teacher
 from distill.initialization.shape import new_student, student_shape

@@ -137,10 +137,15 @@ def _compare_vocabularies(teacher: GGUFFile, student: GGUFFile, name: str) -> li
         first = next(
             (index for index, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs))
         )
+        remedy = "give a student of this teacher"
+        if set(theirs) < set(ours):
+            remedy = (
+                "it has a part of the teacher's tokens: name the teacher's file with that "
+                "vocabulary, which lies beside the run's store, with --teacher"
+            )
         raise UserError(
             f"{student.path} has another vocabulary than the teacher {teacher.path}: {len(theirs)} "
-            "tokens against "
-            f"{len(ours)}, the first difference at token {first}; give a student of this teacher"
+            f"tokens against {len(ours)}, the first difference at token {first}; {remedy}"
         )
     ours, theirs = (
         {key: field.value for key, field in tokenizer_fields(file).items()}

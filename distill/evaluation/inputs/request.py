@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from distill.config.schema import DataConfig
+from distill.config.sources import DataConfig
 
 DEFAULT_SAMPLES = 256
 DEFAULT_LENGTH = 512

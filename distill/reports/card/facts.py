@@ -162,7 +162,7 @@ def _files(folder: RunFolder, results: Results, own: GGUFFile | None) -> list[Ex
     if own is not None and all(one.file != folder.gguf.name for one in files):
         listed = ExportedFile(
             file=own.path.name,
-            quant=results.student.quant or results.proof.quant,  # type: ignore[arg-type]
+            quant=results.student.quant or results.proof.quant,
             bytes=own.size,
             bits_per_weight=8 * sum(one.nbytes for one in own.tensors.values()) / own.parameters,
             sha256=file_sha256(own.path),

@@ -32,6 +32,7 @@ from distill.runs.records import (
     StorePart,
     StudentPart,
     TeacherPart,
+    VocabularyPart,
 )
 from distill.runtime.format import MISSING, figure, human_bytes, human_count, number, share
 
@@ -145,13 +146,20 @@ def result_section(results: Results) -> Section:
         f"{result.against}; "
         f"{kl_name(result.kl_over)} over the {result.kl_over}."
     )
+    if results.vocabulary is not None:
+        note += f" {vocabulary_words(results.vocabulary)}"
     if result.against == STORED_TARGETS:
         note += " The teacher was not there: its perplexity is what its stored targets give."
     head = ["", "teacher", "before training", "trained", "exported file", ""]
     glance = Table(
         "",
         head,
-        [*_score_rows(result), *_size_rows(results), *_head_rows(results)],
+        [
+            *_score_rows(result),
+            *_vocabulary_rows(results.vocabulary),
+            *_size_rows(results),
+            *_head_rows(results),
+        ],
         note,
         spare=(3,),
     )
@@ -175,6 +183,33 @@ def _score_rows(result: EvaluationPart) -> list[list[str]]:
             interval = f"95 %: {ends[0].removesuffix('%')}–{ends[1]}"
         rows.append([title, teacher, *scores, interval])
     return rows
+
+
+def vocabulary_words(part: VocabularyPart) -> str:
+    """What a student's vocabulary is, and what of the teacher is not in it."""
+    return (
+        f"The student has {part.kept:,} of the teacher's {part.of:,} tokens: of text that the "
+        f"choice did not see, they hold {1 - part.dropped_mass:.2%} of the teacher's probability "
+        f"and make {part.added_tokens:+.2%} tokens. That of the others counts for the first piece "
+        "of their text."
+    )
+
+
+def _vocabulary_rows(part: VocabularyPart | None) -> list[list[str]]:
+    """A vocabulary that is a part of the teacher's, and what that costs."""
+    if part is None:
+        return []
+    bits = part.bits_per_byte
+    teacher, student, over = (
+        number(bits[name]) if name in bits else MISSING
+        for name in ("teacher", "student", "reduced_teacher")
+    )
+    fewer = f"{part.of / max(1, part.kept):.1f}× fewer"
+    note = "" if over == MISSING else f"teacher over the student's tokens: {over}"
+    return [
+        ["bits per byte", teacher, *[MISSING] * 2, student, note],
+        ["vocabulary", f"{part.of:,}", *[f"{part.kept:,}"] * 3, fewer],
+    ]
 
 
 def _size_rows(results: Results) -> list[list[str]]:

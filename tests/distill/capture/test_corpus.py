@@ -13,7 +13,7 @@ import pytest
 
 from distill.capture.corpus import Corpus, build_corpus
 from distill.capture.lengths import describe_cut, most_tokens
-from distill.config.schema import DataConfig
+from distill.config.sources import DataConfig
 from distill.errors import UserError
 from teachers.llama_cpp.teacher import GGUFTeacher
 

@@ -11,7 +11,8 @@ import pytest
 from distill.capture.store_setup import recipe_for
 from distill.capture.teachers import find_gguf, open_teacher, require_gguf, teacher_stem
 from distill.config.loading import load_config
-from distill.config.schema import TargetsConfig, TeacherConfig
+from distill.config.schema import TargetsConfig
+from distill.config.sources import TeacherConfig
 from distill.errors import UserError
 from distill.pipeline import plan as plan_module
 from distill.pipeline.plan import plan_run

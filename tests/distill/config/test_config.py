@@ -116,8 +116,18 @@ def test_quant_names() -> None:
     """File types are checked by name; several have commas between them."""
     assert parse_quants("f16") == ("f16",) and parse_quants("q4_k_m, F32,") == ("q4_k_m", "f32")
     assert parse_quants("q8_0,all")[:2] == ("q8_0", "f32") and len(parse_quants("q8_0,all")) == 9
+    rows = parse_quants("Q4_K_M:output=q8_0:embedding=Q6_K,q8_0:embedding=q4_0")
+    assert rows == ("q4_k_m:embedding=q6_k:output=q8_0", "q8_0:embedding=q4_0")
     with pytest.raises(UserError, match="'q2_k' is not a file type"):
         parse_quants("f16,q2_k")
+    for wrong in ("embedding", "embedding=q2_k", "ffn=q8_0", "embedding=f16:embedding=f16", ""):
+        with pytest.raises(UserError, match="is not the type of token rows; write embedding=TYPE"):
+            parse_quants(f"q4_k_m:{wrong}")
+            pytest.fail(f"{wrong!r} is accepted")
+    tied = ["export.quant=q8_0:output=q6_k"]
+    with pytest.raises(UserError, match=r"student\.tie_embeddings"):
+        load_config(None, {}, tied)
+    load_config(None, {}, [*tied, "student.tie_embeddings=false"])
     with pytest.raises(UserError, match="names no file type"):
         parse_quants(" ,")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -87,7 +87,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 def test_types_are_those_of_the_settings() -> None:
     """One list of names; ``all``, capital letters and repetition are understood."""
-    assert get_args(Quant) == tuple(FILE_TYPES) == parse_quants("all")
+    assert tuple(FILE_TYPES) == parse_quants("all")
     assert parse_quants("Q8_0, f16,q8_0") == ("q8_0", "f16")
     with pytest.raises(UserError, match=r"'q3'.*choose from f32, .*iq4_nl"):
         parse_quants("f16,q3")
@@ -117,7 +117,29 @@ def test_several_at_once(copy: RunFolder) -> None:
     assert exact.max_logit_difference <= 1e-3 and exact.kl <= 1e-6
     assert 0 < eight.kl <= 5e-3 < 0.1 and eight.agreement > 0.9
     assert eight.kl < rows["student-iq4_nl.gguf"].kl
-    assert "q4_k_m as Q5_0" in printed  # rows of 32 have no place in blocks of 256
+    four = rows["student-q4_k_m.gguf"]
+    assert four.bytes < 0.9 * eight.bytes and (four.embedding, eight.embedding) == ("Q5_1", "Q8_0")
+    assert re.search(r"q4_k_m as [^;.]*Q5_0", printed)  # rows of 32 have no place in blocks of 256
+
+
+def test_types_of_token_rows(copy: RunFolder) -> None:
+    """As asked, or what such rows divide into, which is said; an output matrix has to be there."""
+    asked = {"q8_0:embedding=q5_k": "Q5_1", "q4_k_m:embedding=q4_0": "Q4_0", "q8_0": "Q8_0"}
+    ended = command("export-gguf", copy.path, "--quant", ",".join(asked))
+    assert ended.code == 0 and "q8_0:embedding=q5_k with the embedding as Q5_1" in ended.said
+    files = {file.quant: file for file in read_exports(copy) if file.file != "student.gguf"}
+    assert {quant: file.embedding for quant, file in files.items()} == asked
+    assert names(copy.path, "*-embedding-*") == {
+        "student-q8_0-embedding-q5_k.gguf",
+        "student-q4_k_m-embedding-q4_0.gguf",
+    }
+    for quant, file in files.items():
+        embedding = read_gguf(copy.path / file.file).tensors["token_embd.weight"]
+        assert embedding.type.name == asked[quant], quant
+    sizes = [file.bytes for file in sorted(files.values(), key=lambda file: file.embedding)]
+    assert sizes == sorted(sizes)  # Q4_0, Q5_1, Q8_0
+    ended = command("export-gguf", copy.path, "--quant", "q8_0:output=q6_k")
+    assert ended.code == 2 and "give the type of its rows as embedding=" in ended.complaint
 
 
 def test_the_files_say_where_they_come_from(finished: RunFolder, elsewhere: Elsewhere) -> None:

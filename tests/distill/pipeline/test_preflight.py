@@ -75,6 +75,12 @@ CASES: list[tuple[str, int, str]] = [
     ("capture --teacher {empty}", 2, "has no config.json"),
     ("plan --teacher {truncated.gguf}", 2, "truncated"),
     ("plan --teacher {empty} --student-base {empty}", 2, "is a folder: not a GGUF file"),
+    # Trimming
+    ("trim {teacher} --vocab many --data {odd.jsonl} -o t.gguf", 2, "is no size"),
+    ("trim {teacher} --vocab 9 --data {odd.jsonl} -o t.gguf", 2, "tokens must stay"),
+    ("trim {teacher} --vocab 300 --data {missing} -o t.gguf", 2, "does not exist"),
+    ("trim {encoder.gguf} --vocab 300 --data {odd.jsonl} -o t.gguf", 2, "is an encoder"),
+    ("trim {teacher} --vocab 300 --data {broken.jsonl} -o t.gguf", 2, "line 2 is not JSON"),
     # Data
     ("run --data {missing}", 2, "does not exist"),
     ("run --data {empty}", 2, "has no .jsonl"),

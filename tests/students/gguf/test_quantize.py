@@ -10,7 +10,7 @@ import pytest
 from gguf.quants import dequantize
 
 from distill.capture.tokenizer_only import tokenizer_entries
-from students.gguf.file_types import FILE_TYPES
+from students.gguf.file_types import FILE_TYPES, ROW_TYPES, Quantization
 from students.gguf.metadata import ExportError, ExportNames
 from students.gguf.provenance import Lineage, Source
 from students.gguf.quantize import quantize_gguf
@@ -75,6 +75,36 @@ def test_every_file_type(original: Path, tmp_path: Path) -> None:
             assert key in changed or file.fields[key] == field, (quant, key)
         with GGUFTeacher(path, threads=1) as model:
             assert np.isfinite(model.logits([tokens])).all(), quant
+
+
+def test_every_type_of_token_rows(tmp_path: Path) -> None:
+    """The embedding is stored as asked, an output matrix of its own as another; where rows do not
+    divide into blocks, as the next type that they do; what is not asked for is left alone."""
+    tokenizer = tokenizer_entries(read_gguf(example_teacher()))
+    count, path = len(tokenizer["tokenizer.ggml.tokens"][0]), tmp_path / "s.gguf"
+    tokens = np.random.default_rng(0).integers(3, 1000, size=20).astype(np.int32)
+    instead = {  # 96 = 3 · 32, 40: not even that
+        96: {"q6_k": "Q8_0", "q5_k": "Q5_1", "q4_k": "Q5_0"},
+        40: {kind: "F16" for kind in ROW_TYPES if kind not in ("f32", "f16", "bf16")},
+        256: {},
+    }
+    for width, others in instead.items():
+        original = tmp_path / f"{width}.gguf"
+        student = make_student(width, 1, count, tied=False)
+        write_gguf(student, original, "f32", tokenizer, ExportNames("rows", {}))
+        layers = None
+        for kind in ROW_TYPES:
+            chosen = Quantization.parse(f"q4_0:embedding={kind}:output=q8_0")
+            quantize_gguf(original, path, "q4_0", rows=chosen.row_types(width))
+            tensors = read_gguf(path).tensors
+            found = [tensors[name].type.name for name in ("token_embd.weight", "output.weight")]
+            case = (width, kind)
+            assert found == [others.get(kind, kind.upper()), others.get("q8_0", "Q8_0")], case
+            layers = layers or matrices(path)
+            now = {name: info.type for name, info in matrices(path).items()}
+            assert now == {name: info.type for name, info in layers.items()}, case
+            with GGUFTeacher(path, threads=1) as model:
+                assert np.isfinite(model.logits([tokens])).all(), case
 
 
 def test_the_file_says_where_it_comes_from(original: Path) -> None:

@@ -13,7 +13,7 @@ from gguf import GGUFValueType
 
 from distill.capture.teachers import open_teacher, tokenizer_of
 from distill.capture.tokenizer_only import tokenizer_entries
-from distill.config.schema import TeacherConfig
+from distill.config.sources import TeacherConfig
 from students.gguf.metadata import ExportNames
 from students.gguf.writer import write_gguf
 from students.model.decoder import SO8TForCausalLM

@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from gguf import GGUFValueType as Kind
 from gguf import TokenType
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
-from distill.capture.tokenizer_only import metadata_entries
-from students.gguf.metadata import ExportNames
-from students.gguf.writer import write_gguf
-from students.model.build import build_student, student_config
-from students.model.shape import parse_size
 from teachers import example_teacher
-from teachers.base import Tokens
 from teachers.gguf.file import Field, read_gguf, tokenizer_fields
-from teachers.llama_cpp.context import LlamaModel
-from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.chat_template import render_chat
 from teachers.tokenizer.gguf_metadata import TokenizerConversionError as Refusal
 from teachers.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from teachers.tokenizer.tokenizer_json import build_tokenizer, write_tokenizer_folder
+from tests.support.llama.tokenizers import (
+    byte_level_fields,
+    loaded_tokenizer,
+    sentencepiece_fields,
+    teacher_of,
+)
 from tests.support.teachers import (
     LINES,
-    TEXT,
-    Fields,
     different,
     edited,
     example_fields,
@@ -44,109 +35,11 @@ from tests.support.teachers import (
 )
 
 
-def trained(text: list[str], special: list[str], byte_level: bool) -> tuple[list[str], list[str]]:
-    """Tokens (``special`` first) and merges learnt across words, so that every wrong cut shows."""
-    tokenizer = Tokenizer(models.BPE())
-    if byte_level:
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-    else:
-        alphabet = sorted(set("".join(text)) - set("\0"))
-    trainer = trainers.BpeTrainer(
-        vocab_size=3000,
-        initial_alphabet=alphabet,
-        show_progress=False,
-        max_token_length=6,
-        min_frequency=2,
-    )
-    tokenizer.train_from_iterator(text, trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    learnt = sorted(model["vocab"], key=model["vocab"].__getitem__)
-    tokens = special + [token for token in learnt if "\0" not in token]
-    return tokens, [" ".join(pair) for pair in model["merges"]]
-
-
-@functools.lru_cache
-def learnt_bytes() -> tuple[list[str], list[str]]:
-    return trained(LINES, ["<|endoftext|>", "<|end|>"], byte_level=True)
-
-
-def byte_level_fields(**values: Any) -> Fields:
-    """A byte-level teacher's metadata with a vocabulary that joins across words."""
-    tokens, merges = learnt_bytes()
-    # Some tokens are reached only where merges are ignored.
-    merges = [merge for number, merge in enumerate(merges) if number % 9]
-    kinds = [3, 3] + [1] * (len(tokens) - 2)
-    made = {"tokens": tokens, "merges": merges, "token_type": kinds}
-    absent = ("eot_token_id", "padding_token_id", "add_bos_token", "chat_template")
-    changes = {**made, "bos_token_id": 0, "eos_token_id": 1, **dict.fromkeys(absent), **values}
-    return edited(example_fields(), **changes)
-
-
-@functools.lru_cache
-def learnt_pieces() -> list[str]:
-    """Tokens of bytes, of ASCII and kana, and of what was learnt."""
-    plain = [
-        line.replace(" ", "▁") for line in (*TEXT.splitlines(), "▁▁▁▁▁▁▁▁ ｶﾀ") for _ in range(2)
-    ]
-    first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    return trained(plain, first, byte_level=False)[0]
-
-
-def sentencepiece_fields(more: Mapping[str, TokenType] | None = None, **values: Any) -> Fields:
-    """A SentencePiece teacher's metadata: what was learnt, and ``more`` tokens."""
-    tokens = learnt_pieces()
-    kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL] + [TokenType.BYTE] * 256
-    kinds += [TokenType.NORMAL] * (len(tokens) - len(kinds))
-    more = {token: kind for token, kind in (more or {}).items() if token not in tokens}
-    # Spaces and what is added later have one score in common, as in Llama's own vocabulary.
-    scores = [
-        -1e9 if set(token) == {"▁"} and len(token) > 1 else -float(n)
-        for n, token in enumerate(tokens)
-    ]
-    made = {
-        "model": "llama",
-        "tokens": tokens + list(more),
-        "token_type": [int(kind) for kind in (*kinds, *more.values())],
-        "scores": scores + [-1e9] * len(more),
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    absent = ("pre", "merges", "chat_template", "eot_token_id", "padding_token_id")
-    return edited(example_fields(), **{**dict.fromkeys(absent), **made, **values})
-
-
-@contextmanager
-def teacher_of(fields: Mapping[str, Field], folder: Path, name: str = "made up") -> Iterator[Any]:
-    """llama.cpp with this tokenizer, in this process, where nothing else is asked of it."""
-    count = len(fields["tokenizer.ggml.tokens"].value)
-    shape = student_config(parse_size("32x1"), vocab_size=count, context_length=128)
-    every, path = metadata_entries(fields), folder / "teacher.gguf"
-    entries = {key: entry for key, entry in every.items() if key.startswith("tokenizer.")}
-    write_gguf(build_student(shape, 0), path, "f16", entries, ExportNames(name, {}))
-    model = LlamaModel(str(path), LoadOptions(extra_buffers=False), threads=1)
-
-    def tokenize(texts: list[str], **how: bool) -> list[Tokens]:
-        return [model.tokenize(text, **how) for text in texts]
-
-    try:
-        yield SimpleNamespace(tokenize=tokenize)
-    finally:
-        model.close()
-
-
-def load(fields: Mapping[str, Field], folder: Path) -> Any:
-    write_tokenizer_folder(fields, folder)
-    loaded = AutoTokenizer.from_pretrained(folder)
-    assert type(loaded) is PreTrainedTokenizerFast
-    return loaded
-
-
 @pytest.mark.parametrize("name", ["", "wikiphi-q8_0", "stories260K"])
 def test_real_teachers_give_the_same_ids(tmp_path: Path, name: str) -> None:
     """A thousand lines, whole; the ids turn back into the lines."""
     path = shared_file(f"teachers/{name}.gguf") if name else example_teacher()
-    loaded = load(tokenizer_fields(read_gguf(path)), tmp_path)
+    loaded = loaded_tokenizer(tokenizer_fields(read_gguf(path)), tmp_path)
     with GGUFTeacher(path, threads=1) as teacher:
         assert len(LINES) == 1000 and different(loaded, teacher, LINES) == []
         ids = teacher.tokenize(LINES, add_special=False, parse_special=False)
@@ -160,7 +53,7 @@ def test_every_pre_tokenizer_cuts_like_llama_cpp(tmp_path: Path) -> None:
     for pre in {kind: name for name, kind in PRE_TOKENIZERS.items()}.values():
         fields = byte_level_fields(pre=pre or None)
         with teacher_of(fields, tmp_path) as teacher:
-            assert different(load(fields, tmp_path), teacher, LINES[:200]) == [], pre
+            assert different(loaded_tokenizer(fields, tmp_path), teacher, LINES[:200]) == [], pre
 
 
 def test_bytes_that_are_no_tokens(tmp_path: Path) -> None:
@@ -175,7 +68,12 @@ def test_bytes_that_are_no_tokens(tmp_path: Path) -> None:
         whole, tokens=[*tokens, "eu"], merges=merges, token_type=[3, 3] + [1] * (len(tokens) - 1)
     )
     with teacher_of(fields, tmp_path) as teacher:
-        assert different(load(fields, tmp_path), teacher, ["equ", "aqua あq", *LINES[:150]]) == []
+        assert (
+            different(
+                loaded_tokenizer(fields, tmp_path), teacher, ["equ", "aqua あq", *LINES[:150]]
+            )
+            == []
+        )
 
 
 MORE = {
@@ -205,7 +103,7 @@ def test_sentencepiece(tmp_path: Path) -> None:
     for more, values in rows:
         fields = sentencepiece_fields(more, **values)
         with teacher_of(fields, tmp_path) as teacher:
-            wrong = different(load(fields, tmp_path), teacher, LINES[:300])
+            wrong = different(loaded_tokenizer(fields, tmp_path), teacher, LINES[:300])
             assert wrong == [], (list(more), values)
 
 
@@ -216,21 +114,21 @@ def test_phi3_tokens_swallow_white_space(tmp_path: Path) -> None:
     lines = [line for line in LINES if not others & set(line)]
     with teacher_of(fields, tmp_path, "Phi-3 of ours") as teacher:
         whole = fields | {"general.name": Field("Phi-3 of ours", Kind.STRING)}
-        assert different(load(whole, tmp_path), teacher, lines) == []
-        assert different(load(fields, tmp_path), teacher, lines)
+        assert different(loaded_tokenizer(whole, tmp_path), teacher, lines) == []
+        assert different(loaded_tokenizer(fields, tmp_path), teacher, lines)
 
 
 def test_roles_and_chat_template(tmp_path: Path) -> None:
     """The roles have the teacher's ids; a conversation reads as this package renders it."""
     fields = example_fields()
-    loaded = load(fields, tmp_path)
+    loaded = loaded_tokenizer(fields, tmp_path)
     assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (0, 4, 0)
     assert loaded.unk_token_id is None and len(loaded) == len(fields["tokenizer.ggml.tokens"].value)
     messages = [{"role": "user", "content": " hello\r\n"}, {"role": "assistant", "content": "hi"}]
     template = fields["tokenizer.chat_template"].value
     said = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert said == render_chat(template, messages, add_generation_prompt=True).text
-    load(edited(fields, chat_template=None), tmp_path)
+    loaded_tokenizer(edited(fields, chat_template=None), tmp_path)
     assert not (tmp_path / "chat_template.jinja").exists()
 
 

@@ -1,0 +1,1 @@
+"""A GGUF file with a smaller vocabulary: ``distill trim``."""
