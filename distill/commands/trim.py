@@ -34,9 +34,9 @@ def trim(
     tokens: Annotated[
         int,
         typer.Option(
-            help="Tokens of the text that the model reads to choose by; the same again to judge."
+            help="Tokens of the text that the model reads to choose by; a quarter as many to judge."
         ),
-    ] = 4096,
+    ] = 8192,
     as_json: AsJson = False,
 ) -> None:
     """Cut a model's vocabulary down to what a text needs, without training: a smaller, faster

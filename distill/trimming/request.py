@@ -17,19 +17,25 @@ from teachers.vocabulary.reduced import VocabularyError
 from teachers.vocabulary.selection import Vocabulary
 from teachers.vocabulary.size import VocabularySize
 
-TOKENS = 4096
+TOKENS = 8192
 FEWEST = 64
 
 
 @dataclass(frozen=True)
 class TrimRequest:
-    """``tokens``: of the text that the teacher reads to choose by, and again to be judged on."""
+    """``tokens``: of the text that the teacher reads to choose by; a quarter as many of held-out
+    text judge the result."""
 
     teacher: Path
     data: Path
     output: Path
     size: VocabularySize
     tokens: int = TOKENS
+
+    @property
+    def judged_tokens(self) -> int:
+        """Of held-out text, for the bits per byte."""
+        return self.tokens // 4
 
     @property
     def card(self) -> Path:

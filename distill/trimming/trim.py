@@ -129,7 +129,7 @@ def _choose(
         )
         dropped = 1.0 - float(mass[reduced.kept].sum() / mass.sum())
         stage.finish(f"{len(reduced):,} of {size:,}; {dropped:.3%} of the mass is dropped")
-    judged = [text.held_out[n] for n in spread([*map(len, held_out)], request.tokens)]
+    judged = [text.held_out[n] for n in spread([*map(len, held_out)], request.judged_tokens)]
     return text, reduced, _Judged(judged, text.held_out), (dropped, _positions(chosen))
 
 
