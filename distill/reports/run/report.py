@@ -208,7 +208,7 @@ def compare(first: Report, second: Report) -> Comparison:
         cuts = (first.results.vocabulary, second.results.vocabulary)
         if len({None if cut is None else cut.kept for cut in cuts}) > 1:
             cautions.append(
-                "Their vocabularies differ, so KL, perplexity and losses are per other tokens; only "
+                "Their vocabularies differ, so KL, perplexity and losses are per other tokens; "
                 "bits per byte can be compared."
             )
     return Comparison(first, second, differences, cautions)
