@@ -65,7 +65,8 @@ def _problem(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return f"unknown key {key!r}{_suggestion(item['loc'])}"
-    return f"{key} = {item['input']!r}: {item['msg'].removeprefix('Value error, ')}"
+    message = str(item["msg"].removeprefix("Value error, "))
+    return f"{key} = {item['input']!r}: {message}" if key else message  # else it is of the whole
 
 
 def _suggestion(location: tuple[Any, ...]) -> str:

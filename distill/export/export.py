@@ -176,7 +176,8 @@ def _write(export: Export, path: Path, kept: MappedTensors) -> Any:
 
 def _quantize(source: Path, target: Path, quant: Quant, export: Export) -> None:
     chosen = Quantization.parse(quant)
-    rows = chosen.row_types(read_gguf(source).tensors[EMBEDDING].shape[1])
+    tensors = read_gguf(source).tensors
+    rows = chosen.row_types(tensors[EMBEDDING].shape[1], OUTPUT not in tensors)
     importance = export.importance if FILE_TYPES[chosen.file_type].weighted else None
     labels: dict[str, int | str] = {}
     if importance:

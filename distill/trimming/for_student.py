@@ -26,6 +26,7 @@ from distill.runtime.launch_environment import process_rank
 from distill.runtime.progress import Console, Stage
 from distill.trimming.file import write_reduced
 from distill.trimming.measure import teacher_mass
+from distill.trimming.request import TOKENS
 from distill.trimming.scripts import WORTH_A_WARNING, lost_scripts
 from distill.trimming.text import counted, spread
 from teachers.atomic_files import write_whole
@@ -41,7 +42,7 @@ from teachers.vocabulary.size import VocabularySize
 
 RULES = 1  # of the choice; to be counted up with whatever changes it
 SAMPLE_SHARE = 0.03  # of the text's tokens, on which the teacher is asked for its probabilities,
-SAMPLE_LEAST, SAMPLE_MOST = 1024, 4096  # but at least and at most so many
+SAMPLE_LEAST = 1024  # but at least so many, and at most as many as `distill trim` takes
 UNSEEN_EVERY = 8  # one in so many sequences is not looked at by the choice, and judges it
 WAIT_SECONDS, PATIENCE_SECONDS = 0.5, 600.0  # for the choice of a launch's first process
 
@@ -173,7 +174,7 @@ def choose(teacher: GGUFTeacher, corpus: Corpus, asked: str, stage: Stage) -> Vo
     whole, size = Vocabulary(tokenizer_fields(teacher.file)), teacher.info.vocab_size
     seen, unseen = _sequences(teacher, corpus, stage)
     wanted = round(SAMPLE_SHARE * sum(map(len, seen)))
-    wanted = min(max(wanted, SAMPLE_LEAST), SAMPLE_MOST)
+    wanted = min(max(wanted, SAMPLE_LEAST), TOKENS)
     counts, later = counted(seen, size), counted(unseen, size)
     mass = _mass(teacher, seen, wanted, stage)
     vocabulary = whole.select(

@@ -15,10 +15,10 @@ class FileType:
     """One of llama.cpp's file types.
 
     ``number``: its own for it. ``weighted``: its quantizer uses an importance matrix. ``rows``:
-    what token rows are stored as unless asked for otherwise, and ``narrow`` where they do not
-    divide into blocks of 256: the smallest with which a file of a small student kept to half of
-    the KL that is let pass (docs/benchmarks.md). ``storage``: of matrices, where
-    ``students.gguf.writer`` writes the type itself.
+    what the output's rows are stored as unless asked for otherwise, llama.cpp's own choice, and
+    ``narrow`` where they do not divide into blocks of 256: the smallest with which a small
+    student's file kept to half of the KL that is let pass (docs/benchmarks.md). ``storage``: of
+    matrices, where ``students.gguf.writer`` writes the type itself.
     """
 
     number: LlamaFileType
@@ -116,15 +116,17 @@ class Quantization:
             rows[matrix] = kind
         return cls(name, {matrix: rows[matrix] for matrix in MATRICES if matrix in rows})
 
-    def row_types(self, width: int) -> dict[str, str]:
-        """The type of each of ``MATRICES`` for rows of ``width`` numbers: as asked for, or by
-        default, or the next that such rows divide into.
+    def row_types(self, width: int, tied: bool = True) -> dict[str, str]:
+        """The types of ``MATRICES`` for rows of ``width`` numbers, as far as they are not left to
+        llama.cpp: as asked for, or by default, or the next that such rows divide into.
 
-        Where the output matrix is the embedding, that is the embedding's.
+        ``tied``: the embedding is the output matrix, whose rounding goes into every logit. An
+        embedding that is only looked up is the file type's own matter.
         """
         kind = FILE_TYPES[self.file_type]
         default = kind.narrow if width % SUPER_BLOCK else kind.rows
-        return {matrix: fitting(self.rows.get(matrix, default), width) for matrix in MATRICES}
+        chosen = {"embedding" if tied else "output": default, **self.rows}
+        return {matrix: fitting(one, width) for matrix, one in chosen.items()}
 
 
 def fitting(kind: str, width: int) -> str:

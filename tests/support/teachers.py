@@ -135,6 +135,10 @@ class Bent:
         """Softly capped at ±10."""
         return 10.0 * np.tanh(self.teacher.logits(sequences, **how) / 10.0)
 
+    def product_logits(self, sequences: Sequence[Tokens]) -> Floats:
+        """The same: nothing else comes after the output matrix."""
+        return self.logits(sequences)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.teacher, name)
 

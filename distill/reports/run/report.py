@@ -205,6 +205,12 @@ def compare(first: Report, second: Report) -> Comparison:
             cautions.append(
                 "One was measured against the teacher, the other against stored soft targets."
             )
+        cuts = (first.results.vocabulary, second.results.vocabulary)
+        if len({None if cut is None else cut.kept for cut in cuts}) > 1:
+            cautions.append(
+                "Their vocabularies differ, so KL, perplexity and losses are per other tokens; "
+                "bits per byte can be compared."
+            )
     return Comparison(first, second, differences, cautions)
 
 
