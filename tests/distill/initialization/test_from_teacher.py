@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,15 +19,6 @@ from distill.initialization.from_teacher import (
     student_from_teacher,
 )
 from distill.initialization.shape import likeness
-from distill.initialization.structured_pruning import (
-    HeadGroup,
-    choose_head_groups,
-    identity_projection,
-    layer_spans,
-    match_rotary_pairs,
-    principal_projection,
-    stream_moment,
-)
 from distill.initialization.teacher_trace import logits
 from students.model.build import build_student, student_config
 from students.model.config import SO8TConfig
@@ -339,65 +329,6 @@ def test_unusable_teachers_are_refused(base: Path) -> None:
 
 
 # -- the parts -----------------------------------------------------------------------------------
-
-
-def test_spans() -> None:
-    """Every layer once, as even as can be, each student layer from the first of its own."""
-    assert [list(span) for span in layer_spans(6, 3)] == [[0, 1], [2, 3], [4, 5]]
-    assert [len(span) for span in layer_spans(6, 4)] == [2, 1, 2, 1]
-    assert [list(span) for span in layer_spans(3, 5)] == [[0], [1], [2]]
-    for layers, count in itertools.product(range(1, 33), range(1, 33)):
-        spans = layer_spans(layers, count)
-        assert [layer for span in spans for layer in span] == list(range(layers)), (layers, count)
-        lengths = {len(span) for span in spans}
-        assert len(spans) == min(layers, count), (layers, count)
-        assert max(lengths) - min(lengths) <= 1, (layers, count)
-
-
-def test_rotary_pairs_of_like_speed() -> None:
-    """Against all ordered matchings."""
-    theirs, half, odd = (
-        (10000.0 ** -np.arange(0, 1, 1 / pairs)).astype(np.float32) for pairs in (8, 4, 5)
-    )
-    taken, given = match_rotary_pairs(theirs, half)
-    assert taken.tolist() == [0, 2, 4, 6] and given.tolist() == [0, 1, 2, 3]
-    given, taken = match_rotary_pairs(half, theirs)
-    assert taken.tolist() == [0, 2, 4, 6] and given.tolist() == [0, 1, 2, 3]
-    taken, _ = match_rotary_pairs(theirs, odd)
-    costs = {
-        indices: np.abs(np.log(theirs[list(indices)] / odd)).sum()
-        for indices in itertools.combinations(range(8), 5)
-    }
-    assert costs[tuple(taken.tolist())] == pytest.approx(min(costs.values()))
-    same, also = match_rotary_pairs(theirs, theirs)
-    assert same.tolist() == also.tolist() == list(range(8))
-
-
-def test_units_are_whole_groups() -> None:
-    """The strongest groups of heads, whole, or their strongest heads; all, where there is room."""
-
-    def chosen(heads: int, kv_heads: int) -> list[HeadGroup]:
-        config = shape(Tiny(), heads=heads, kv_heads=kv_heads)
-        return choose_head_groups([0.1, 0.2, 5.0, 0.0, 1.0, 2.0], 3, config)
-
-    assert chosen(4, 2) == [HeadGroup(1, (2, 3)), HeadGroup(2, (4, 5))]
-    assert chosen(2, 2) == [HeadGroup(1, (2,)), HeadGroup(2, (5,))]
-    assert [unit.kv_head for unit in chosen(16, 8)] == [0, 1, 2]
-
-
-def test_streams() -> None:
-    """The strongest directions of what is seen after the norm; back and forth they are whole."""
-    draw = torch.Generator().manual_seed(0)
-    states = torch.randn(300, 6, generator=draw) * torch.tensor([5.0, 0.1, 3.0, 0.1, 4.0, 0.1])
-    states[0] *= 1e4  # one large token
-    scale = torch.tensor([1.0, 2.0, 0.5, 1.0, 1.0, 1.0])
-    result = principal_projection(stream_moment(states, scale), scale, torch.ones(6), 3)
-    assert result.narrows and (result.up.T @ result.down - torch.eye(3)).abs().max() < 1e-5
-    kept = (states @ result.down) @ result.up.T
-    assert (kept - states).square().mean() < 0.01 * states.square().mean()
-    assert result.down.abs().amax(dim=1)[[1, 3, 5]].max() < 0.2
-    whole = identity_projection(3, 5)
-    assert not whole.narrows and (whole.down @ whole.up.T - torch.eye(3)).abs().max() == 0
 
 
 def test_short_text_is_enough_to_run(base: Path) -> None:
