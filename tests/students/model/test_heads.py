@@ -23,17 +23,24 @@ from students.gguf.writer import write_gguf
 from students.model.build import build_student
 from students.model.decoder import SO8TForCausalLM
 from students.model.fold import fold, to_llama
-from students.model.head_decisions import ALLOW, DECISIONS, ESCALATE, REFUSE
+from students.model.head_decisions import ALLOW, COSTS, ESCALATE, REFUSE
 from students.model.heads import (
     GREATEST_LEAD,
     HeadError,
     Heads,
-    SafetyHead,
     VerificationHead,
     certainty,
     decide,
     head_values,
     read_heads,
+    rounded_runs,
+)
+from students.model.safety_head import (
+    LAST_STATE,
+    SafetyHead,
+    SafetyShape,
+    prompt_features,
+    token_runs,
 )
 from teachers import example_teacher
 from teachers.gguf.file import read_gguf
@@ -44,6 +51,7 @@ from tests.support.teachers import certainty_of
 
 pytestmark = pytest.mark.usefixtures("llama_here")
 WIDTH = 64
+SHAPE = SafetyShape((1,), mean=True, buckets=96)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -56,7 +64,9 @@ def lively(heads: Heads) -> Heads:
     assert heads.safety is not None and heads.verification is not None
     for parameter in (*heads.safety.parameters(), *heads.verification.parameters()):
         parameter.data.normal_(generator=generator)
-    return Heads(heads.safety, heads.verification, (0.31, 0.62), 0.71)
+    if heads.safety.runs is not None:
+        heads.safety.runs.normal_(generator=generator)
+    return Heads(heads.safety, heads.verification, 0.71, thresholds=(0.31, 0.62))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +74,13 @@ def student() -> SO8TForCausalLM:
     """A student with both heads and the example teacher's vocabulary."""
     tokens = read_gguf(example_teacher()).value("tokenizer.ggml.tokens")
     made = make_student(WIDTH, 2, len(tokens), heads=True)
-    made.config.decision_thresholds, made.config.trust = [0.31, 0.62], 0.71
+    head = SafetyHead(WIDTH, SHAPE)
+    torch.nn.init.normal_(head.linear.weight, generator=torch.Generator().manual_seed(7))
+    table, scales = rounded_runs(drawn(SHAPE.buckets, 3, seed=8))
+    assert head.runs is not None
+    head.runs.copy_(table * scales)
+    made.replace_safety_head(head)
+    made.config.trust = 0.71
     return made
 
 
@@ -129,21 +145,80 @@ def test_heads_are_float32_whatever_surrounds_them() -> None:
             assert torch.equal(narrow, compute(given.bfloat16().float(), *more))
 
 
-def test_decide_by_definition() -> None:
+def test_the_whole_safety_head_against_loops() -> None:
+    """W · (last and mean of the states, the mean without the first token) + b + the weights of all
+    runs of one to four tokens, each once, divided by the root of their number."""
+    heads = lively(Heads(SafetyHead(8, SHAPE), VerificationHead(8, 5)))
+    assert heads.safety is not None and heads.safety.runs is not None
+    table = heads.safety.runs.numpy()
+    weight, bias = (p.detach().numpy() for p in heads.safety.parameters())
+    for count in (1, 2, 3, 9):
+        tokens = (np.arange(count, dtype=np.int32) % 4) * 1000
+        final, layer = drawn(count, 8, seed=count), drawn(count, 8, seed=10 + count)
+        features = prompt_features(SHAPE, final, {1: layer})
+        means = [(x[1:] if count > 1 else x).mean(dim=0) for x in (final, layer)]
+        assert torch.allclose(features, torch.cat([final[-1], layer[-1], *means]))
+        rows = {
+            hashed([int(token) for token in tokens[start : start + length]]) % SHAPE.buckets
+            for length in range(1, 5)
+            for start in range(count - length + 1)
+        }
+        assert token_runs(tokens, SHAPE.buckets).tolist() == sorted(rows)
+        logits = (
+            weight @ features.numpy() + bias + table[sorted(rows)].sum(axis=0) / len(rows) ** 0.5
+        )
+        wanted = np.exp(logits) / np.exp(logits).sum()
+        found = heads.probabilities(features[None], [tokens])[0]
+        assert found.tolist() == pytest.approx(wanted.tolist(), abs=1e-5), count
+
+
+def hashed(run: list[int]) -> int:
+    """FNV-1a and SplitMix64's finalizer, with Python's own integers."""
+    whole = (1 << 64) - 1
+    value = 0xCBF29CE484222325 ^ len(run)
+    for token in run:
+        value = (value ^ token) * 0x100000001B3 & whole
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & whole
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & whole
+    return value ^ value >> 31
+
+
+def test_decisions_cost_least() -> None:
+    """By going through all three. Where the costs are the stated ones, REFUSE is more likely than
+    not, ALLOW more likely than anything else, and what says nothing is escalated."""
+    chances = torch.rand(500, 3, generator=torch.Generator().manual_seed(0)).double()
+    chances = chances**3 / (chances**3).sum(dim=1, keepdim=True)
+    other = ((0.0, 5.0, 1.0), (2.0, 0.0, 2.0), (1.0, 5.0, 0.0))
+    for costs in (COSTS, other):
+        expected = [
+            [
+                sum(p * costs[label][decision] for label, p in enumerate(row))
+                for decision in range(3)
+            ]
+            for row in chances.tolist()
+        ]
+        taken = decide(chances, costs).tolist()
+        assert taken == [row.index(min(row)) for row in expected] and set(taken) == {0, 1, 2}
+    for row, decision in zip(chances.tolist(), decide(chances).tolist(), strict=True):
+        assert decision != REFUSE or row[REFUSE] > 0.5
+        assert decision != ALLOW or row[ALLOW] == max(row)
+    assert decide(torch.full((1, 3), 1 / 3)).tolist() == [ESCALATE]
+    assert decide(torch.tensor([[0.0, 0.5, 0.5], [0.5, 0.5, 0.0]])).tolist() == [ESCALATE] * 2
+
+
+def test_older_files_decide_by_thresholds() -> None:
     """REFUSE from its threshold on; else ALLOW from its share of the rest on."""
-    chances = torch.rand(500, 3, generator=torch.Generator().manual_seed(0)).double().numpy()
-    chances /= chances.sum(axis=1, keepdims=True)
-    shares = chances[:, ALLOW] / (chances[:, ALLOW] + chances[:, ESCALATE])
-    seen = set()
-    for refuse, allow in ((0.5, 0.5), (0.1, 0.9), (0.7, 0.2)):
-        wanted = np.where(shares >= allow, ALLOW, ESCALATE)
-        wanted[chances[:, REFUSE] >= refuse] = REFUSE
-        taken = decide(torch.from_numpy(chances), (refuse, allow)).tolist()
-        assert taken == wanted.tolist(), (refuse, allow)
-        seen |= set(taken)
-    assert seen == {0, 1, 2} and DECISIONS[REFUSE] == "REFUSE" and DECISIONS[ALLOW] == "ALLOW"
-    edge = torch.tensor([[0.25, 0.25, 0.5], [0.375, 0.375, 0.25], [0.0, 0.0, 1.0]])
-    assert decide(edge, (0.5, 0.5)).tolist() == [REFUSE, ALLOW, REFUSE]
+    edge = torch.tensor([[0.25, 0.25, 0.5], [0.375, 0.375, 0.25], [0.0, 0.0, 1.0], [0.1, 0.8, 0.1]])
+    heads = Heads(SafetyHead(8), None, thresholds=(0.5, 0.5))
+    assert heads.decide(edge).tolist() == [REFUSE, ALLOW, REFUSE, ESCALATE]
+    values = head_values(heads)
+    assert "so8t.safety.costs" not in values
+    assert set(values) == {
+        f"so8t.safety.{key}" for key in ("labels", "weight", "bias", "thresholds")
+    }
+    again = read_heads(values, 8)
+    assert again.safety is not None and again.safety.shape == LAST_STATE
+    assert again.decide(edge).tolist() == [REFUSE, ALLOW, REFUSE, ESCALATE]
 
 
 # -- how certain a student is --------------------------------------------------------------------
@@ -268,7 +343,8 @@ def test_a_saved_student_keeps_its_heads(student: SO8TForCausalLM, tmp_path: Pat
     """Weights, thresholds and trust, through transformers' own loader."""
     student.save_pretrained(tmp_path)
     heads = AutoModelForCausalLM.from_pretrained(tmp_path).heads()
-    assert (heads.thresholds, heads.trust) == ((0.31, 0.62), 0.71)
+    assert (heads.thresholds, heads.costs, heads.trust) == (None, COSTS, 0.71)
+    assert heads.safety is not None and heads.safety.shape == SHAPE
     assert head_values(heads) == head_values(student.heads())
 
 
@@ -295,10 +371,12 @@ def test_a_file_carries_both_heads_to_the_bit(
         assert mine is not None and kept is not None
         weights, result = mine.state_dict(), kept.state_dict()
         assert all(torch.equal(result[name], tensor) for name, tensor in weights.items())
-    as_float32 = [float(np.float32(value)) for value in (0.31, 0.62, 0.71)]
-    assert [*heads.thresholds, heads.trust] == as_float32
+    assert heads.trust == float(np.float32(0.71)) and heads.costs == COSTS
     states, logits = drawn(5, WIDTH, seed=2), drawn(5, 40, seed=3)
-    assert torch.equal(heads.probabilities(states), ours.probabilities(states))
+    prompts = [np.arange(count, dtype=np.int32) for count in range(1, 6)]
+    features = drawn(5, SHAPE.features(WIDTH), seed=4)
+    chances = ours.probabilities(features, prompts)
+    assert torch.equal(heads.probabilities(features, prompts), chances)
     assert torch.equal(heads.agreement(states, logits), ours.agreement(states, logits))
 
 
@@ -309,7 +387,7 @@ def test_a_file_with_one_head(student: SO8TForCausalLM) -> None:
         heads = read_heads(values, WIDTH)
         gone = (missing == "safety", missing == "verification")
         assert (heads.safety is None, heads.verification is None) == gone
-        assert (heads.thresholds == (0.5, 0.5), heads.trust == 0.5) == gone
+        assert heads.costs == COSTS and (heads.trust == 0.5) == gone[1]
     empty = read_heads({"so8t.teacher_name": "x"}, WIDTH)
     assert empty.safety is None and empty.verification is None
 
@@ -346,7 +424,7 @@ def test_llama_cpp_loads_a_file_with_heads_and_computes_the_same(
 
 MATRICES = ("safety", "verification.hidden", "verification.output")
 ARRAYS = [f"{matrix}.{kind}" for matrix in MATRICES for kind in ("weight", "bias")]
-ARRAYS += ["safety.thresholds", "verification.certainty"]
+ARRAYS += ["safety.costs", "safety.runs.scale", "verification.certainty"]
 ABSENT = object()
 
 
@@ -356,7 +434,9 @@ def damage(values: dict[str, Any]) -> Iterator[tuple[str, str, object]]:
         numbers = list(values[f"so8t.{key}"])
         middle = len(numbers) // 2
         for value in (ABSENT, [], 0.5, "0.5"):
-            yield key, key, value
+            # Without costs a file is an older one, which has thresholds.
+            named = "safety.thresholds" if key == "safety.costs" and value is ABSENT else key
+            yield named, key, value
         if len(numbers) > 1:
             yield key, key, [0.5]
         for number in (math.nan, math.inf, 1e300, "x", 1, None):  # 1e300: infinite in float32
@@ -364,6 +444,13 @@ def damage(values: dict[str, Any]) -> Iterator[tuple[str, str, object]]:
     turned, short = ["REFUSE", "ESCALATE", "ALLOW"], ["ALLOW", "REFUSE"]
     for value in (ABSENT, turned, short, "ALLOW", [1.0, 2.0, 3.0]):
         yield "safety.labels", "safety.labels", value
+    yield "safety.costs", "safety.costs", [-1.0] * 9
+    for value in ([-1], [1 << 17], [1.0], ["1"], "1", 1, [0] * (1 << 17)):
+        yield "safety.layers", "safety.layers", value
+    for value in (["mean"], "last", 2, []):
+        yield "safety.positions", "safety.positions", value
+    for value in ([], [1, 2], [1.0, 2.0, 3.0], [200, 0, 0], "x", [True, 0, 0]):
+        yield "safety.runs", "safety.runs", value
     for value in (ABSENT, 0, -1, 1 << 17, 1 << 62, 64.0, "64", True, [64], None):
         yield "verification.units", "verification.units", value
     for units in (1 << 16, 63):
@@ -379,7 +466,7 @@ def test_damaged_keys_are_refused_by_name(
     whole: dict[str, Any] = dict(head_values(student.heads()))
     read_heads(whole, WIDTH)
     for width in (WIDTH - 8, WIDTH + 8, 2 * WIDTH):
-        with pytest.raises(HeadError, match=r"safety\.weight has 192 values"):
+        with pytest.raises(HeadError, match=r"safety\.weight has 768 values"):
             read_heads(whole, width)
     for named, key, value in damage(whole):
         values = whole | {f"so8t.{key}": value}
