@@ -28,7 +28,7 @@ from students.model.heads import decide, rounded_runs
 from students.model.interface import Student
 from students.model.safety_head import SafetyHead, SafetyShape, prompt_features, token_runs
 
-BUCKETS = 1 << 16
+BUCKETS = 1 << 17
 # Strength of the pull towards 0, of each kind's squared weights (docs/benchmarks.md has others).
 RUNS_DECAY, STATES_DECAY = 0.03, 3.0
 # Of L-BFGS, which has converged by then: from nothing, and from the fit without these scenes.
@@ -147,10 +147,15 @@ def read_prompts(
         tokens, lengths = padded([prompts.tokens[index] for index in some])
         output = student(tokens.to(student.device), with_logits=False, layers_to_keep=shape.layers)
         kept = output.layer_states or {}
-        for row, (index, length) in enumerate(zip(some, lengths.tolist(), strict=True)):
-            layers = {number: states[row, :length] for number, states in kept.items()}
-            final = output.last_hidden_state[row, :length]
-            features[index] = prompt_features(shape, final, layers).cpu()
+        found = [
+            prompt_features(
+                shape,
+                output.last_hidden_state[row, :length],
+                {number: states[row, :length] for number, states in kept.items()},
+            )
+            for row, length in enumerate(lengths.tolist())
+        ]
+        features |= zip(some, torch.stack(found).cpu(), strict=True)  # one copy from a GPU
         progress(len(features))
     return torch.stack([features[index] for index in range(len(prompts))])
 

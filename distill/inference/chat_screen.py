@@ -104,8 +104,8 @@ class _Screen:
                 f"the conversation does not fit the context any more: its oldest {turns} left out"
             )
         if question.decision is not None:
-            decision, probability = question.decision
-            self.notes.print(f"{colored(decision)} [dim]{_percent(probability)}[/]")
+            decision, chances = question.decision
+            self.notes.print(f"{colored(decision)} [dim]{_confidence(decision, chances)}[/]")
         try:
             self._answer(question)
         finally:
@@ -182,3 +182,12 @@ class _Screen:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
+
+
+def _confidence(decision: str, chances: dict[str, float]) -> str:
+    """How probable it is that a decision is right; of one that is taken because nothing is clear,
+    between what."""
+    if chances[decision] == max(chances.values()):
+        return _percent(chances[decision])
+    likely = sorted(chances, key=lambda name: -chances[name])[:2]
+    return "unclear: " + ", ".join(f"{name} {_percent(chances[name])}" for name in likely)

@@ -23,24 +23,20 @@ from students.gguf.writer import write_gguf
 from students.model.build import build_student
 from students.model.decoder import SO8TForCausalLM
 from students.model.fold import fold, to_llama
-from students.model.head_decisions import ALLOW, COSTS, ESCALATE, REFUSE
+from students.model.head_decisions import COSTS
 from students.model.heads import (
     GREATEST_LEAD,
     HeadError,
     Heads,
     VerificationHead,
     certainty,
-    decide,
     head_values,
     read_heads,
     rounded_runs,
 )
 from students.model.safety_head import (
-    LAST_STATE,
     SafetyHead,
     SafetyShape,
-    prompt_features,
-    token_runs,
 )
 from teachers import example_teacher
 from teachers.gguf.file import read_gguf
@@ -59,14 +55,12 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def lively(heads: Heads) -> Heads:
-    """The same heads with every weight drawn, thresholds and trust off their defaults."""
+    """The same heads with every weight drawn, trust off its default."""
     generator = torch.Generator().manual_seed(5)
     assert heads.safety is not None and heads.verification is not None
     for parameter in (*heads.safety.parameters(), *heads.verification.parameters()):
         parameter.data.normal_(generator=generator)
-    if heads.safety.runs is not None:
-        heads.safety.runs.normal_(generator=generator)
-    return Heads(heads.safety, heads.verification, 0.71, thresholds=(0.31, 0.62))
+    return Heads(heads.safety, heads.verification, 0.71)
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +69,7 @@ def student() -> SO8TForCausalLM:
     tokens = read_gguf(example_teacher()).value("tokenizer.ggml.tokens")
     made = make_student(WIDTH, 2, len(tokens), heads=True)
     head = SafetyHead(WIDTH, SHAPE)
-    torch.nn.init.normal_(head.linear.weight, generator=torch.Generator().manual_seed(7))
-    table, scales = rounded_runs(drawn(SHAPE.buckets, 3, seed=8))
-    assert head.runs is not None
-    head.runs.copy_(table * scales)
+    head.runs.copy_(torch.mul(*rounded_runs(drawn(SHAPE.buckets, 3, seed=8))))
     made.replace_safety_head(head)
     made.config.trust = 0.71
     return made
@@ -125,7 +116,7 @@ def test_heads_against_plain_products() -> None:
 
 
 def test_heads_are_float32_whatever_surrounds_them() -> None:
-    """Under autocast, and from bfloat16, they lose nothing; nor does the certainty of logits."""
+    """Under autocast, and from bfloat16, they and the certainty of logits lose nothing."""
     heads = lively(Heads(SafetyHead(8), VerificationHead(8)))
     states = drawn(4, 8, seed=1)
     logits = drawn(4, 50, seed=2)
@@ -143,82 +134,6 @@ def test_heads_are_float32_whatever_surrounds_them() -> None:
             assert inside.dtype == narrow.dtype == torch.float32
             assert torch.equal(inside, compute(given, *more))
             assert torch.equal(narrow, compute(given.bfloat16().float(), *more))
-
-
-def test_the_whole_safety_head_against_loops() -> None:
-    """W · (last and mean of the states, the mean without the first token) + b + the weights of all
-    runs of one to four tokens, each once, divided by the root of their number."""
-    heads = lively(Heads(SafetyHead(8, SHAPE), VerificationHead(8, 5)))
-    assert heads.safety is not None and heads.safety.runs is not None
-    table = heads.safety.runs.numpy()
-    weight, bias = (p.detach().numpy() for p in heads.safety.parameters())
-    for count in (1, 2, 3, 9):
-        tokens = (np.arange(count, dtype=np.int32) % 4) * 1000
-        final, layer = drawn(count, 8, seed=count), drawn(count, 8, seed=10 + count)
-        features = prompt_features(SHAPE, final, {1: layer})
-        means = [(x[1:] if count > 1 else x).mean(dim=0) for x in (final, layer)]
-        assert torch.allclose(features, torch.cat([final[-1], layer[-1], *means]))
-        rows = {
-            hashed([int(token) for token in tokens[start : start + length]]) % SHAPE.buckets
-            for length in range(1, 5)
-            for start in range(count - length + 1)
-        }
-        assert token_runs(tokens, SHAPE.buckets).tolist() == sorted(rows)
-        logits = (
-            weight @ features.numpy() + bias + table[sorted(rows)].sum(axis=0) / len(rows) ** 0.5
-        )
-        wanted = np.exp(logits) / np.exp(logits).sum()
-        found = heads.probabilities(features[None], [tokens])[0]
-        assert found.tolist() == pytest.approx(wanted.tolist(), abs=1e-5), count
-
-
-def hashed(run: list[int]) -> int:
-    """FNV-1a and SplitMix64's finalizer, with Python's own integers."""
-    whole = (1 << 64) - 1
-    value = 0xCBF29CE484222325 ^ len(run)
-    for token in run:
-        value = (value ^ token) * 0x100000001B3 & whole
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & whole
-    value = (value ^ value >> 27) * 0x94D049BB133111EB & whole
-    return value ^ value >> 31
-
-
-def test_decisions_cost_least() -> None:
-    """By going through all three. Where the costs are the stated ones, REFUSE is more likely than
-    not, ALLOW more likely than anything else, and what says nothing is escalated."""
-    chances = torch.rand(500, 3, generator=torch.Generator().manual_seed(0)).double()
-    chances = chances**3 / (chances**3).sum(dim=1, keepdim=True)
-    other = ((0.0, 5.0, 1.0), (2.0, 0.0, 2.0), (1.0, 5.0, 0.0))
-    for costs in (COSTS, other):
-        expected = [
-            [
-                sum(p * costs[label][decision] for label, p in enumerate(row))
-                for decision in range(3)
-            ]
-            for row in chances.tolist()
-        ]
-        taken = decide(chances, costs).tolist()
-        assert taken == [row.index(min(row)) for row in expected] and set(taken) == {0, 1, 2}
-    for row, decision in zip(chances.tolist(), decide(chances).tolist(), strict=True):
-        assert decision != REFUSE or row[REFUSE] > 0.5
-        assert decision != ALLOW or row[ALLOW] == max(row)
-    assert decide(torch.full((1, 3), 1 / 3)).tolist() == [ESCALATE]
-    assert decide(torch.tensor([[0.0, 0.5, 0.5], [0.5, 0.5, 0.0]])).tolist() == [ESCALATE] * 2
-
-
-def test_older_files_decide_by_thresholds() -> None:
-    """REFUSE from its threshold on; else ALLOW from its share of the rest on."""
-    edge = torch.tensor([[0.25, 0.25, 0.5], [0.375, 0.375, 0.25], [0.0, 0.0, 1.0], [0.1, 0.8, 0.1]])
-    heads = Heads(SafetyHead(8), None, thresholds=(0.5, 0.5))
-    assert heads.decide(edge).tolist() == [REFUSE, ALLOW, REFUSE, ESCALATE]
-    values = head_values(heads)
-    assert "so8t.safety.costs" not in values
-    assert set(values) == {
-        f"so8t.safety.{key}" for key in ("labels", "weight", "bias", "thresholds")
-    }
-    again = read_heads(values, 8)
-    assert again.safety is not None and again.safety.shape == LAST_STATE
-    assert again.decide(edge).tolist() == [REFUSE, ALLOW, REFUSE, ESCALATE]
 
 
 # -- how certain a student is --------------------------------------------------------------------
@@ -374,9 +289,8 @@ def test_a_file_carries_both_heads_to_the_bit(
     assert heads.trust == float(np.float32(0.71)) and heads.costs == COSTS
     states, logits = drawn(5, WIDTH, seed=2), drawn(5, 40, seed=3)
     prompts = [np.arange(count, dtype=np.int32) for count in range(1, 6)]
-    features = drawn(5, SHAPE.features(WIDTH), seed=4)
-    chances = ours.probabilities(features, prompts)
-    assert torch.equal(heads.probabilities(features, prompts), chances)
+    seen = drawn(5, SHAPE.features(WIDTH), seed=4), prompts
+    assert torch.equal(heads.probabilities(*seen), ours.probabilities(*seen))
     assert torch.equal(heads.agreement(states, logits), ours.agreement(states, logits))
 
 
