@@ -30,7 +30,7 @@ SEED = 20261201
 SHARES = {
     "ALLOW": {"vp": 0.46, "s": 0.40, "neutral": 0.06, "guard": 0.08},
     "ESCALATE": {"vp": 0.24, "s": 0.62, "neutral": 0.08, "incident": 0.06},
-    "REFUSE": {"vp": 0.72, "s": 0.18, "neutral": 0.10},
+    "REFUSE": {"vp": 0.66, "s": 0.26, "neutral": 0.08},
 }
 # Requests to the example teacher's desk that need no sums, which no head can do: family, outcome.
 DESK_WORLD, DESK_EACH = WORLDS, 14  # prompts of a language, family and outcome
