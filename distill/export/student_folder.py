@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import safetensors.torch
@@ -94,7 +94,7 @@ def _load_adapted(folder: RunFolder) -> AdaptedStudent:
     try:
         saved = json.loads((folder.student / ADAPTER).read_text(encoding="utf-8"))
         facts = AdapterFacts(**saved["config"])
-        needed = {field.name for field in fields(facts) if field.default is MISSING}
+        needed = {field.name for field in fields(facts)} - {"safety_shape"}  # older ones lack it
         if not needed <= saved["config"].keys():
             raise ValueError("it lacks facts")
         shape = shape_of(facts.safety_shape)
