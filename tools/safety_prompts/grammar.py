@@ -20,7 +20,7 @@ from typing import TypeVar
 from students.model.head_decisions import DECISIONS
 from tools.example_teacher.domain import FAMILIES, render
 from tools.safety_prompts.japanese import forms
-from tools.safety_prompts.tables import LANGUAGES, Language, fill, nouns, sections
+from tools.safety_prompts.tables import LANGUAGES, Deck, Language, fill, nouns, sections
 
 Line = TypeVar("Line")
 WORLDS = 10
@@ -139,7 +139,7 @@ def written(each: int) -> Iterator[Written]:
         world = World(number)
         for language in LANGUAGES:
             for label in DECISIONS:
-                draw = random.Random(f"{SEED} {number} {language} {label}")
+                draw = Deck(f"{SEED} {number} {language} {label}")
                 seen: set[str] = set()
                 while len(seen) < each:
                     one = world.write(language, label, frames[language], draw)

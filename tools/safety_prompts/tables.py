@@ -10,13 +10,29 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 Language = Literal["en", "ja"]
 LANGUAGES: tuple[Language, ...] = ("en", "ja")
+Item = TypeVar("Item")
 TEXT = Path(__file__).parent / "text"
 _CHOICE = re.compile(r"\(([^()]*)\)")
 _SLOT = re.compile(r"\{(\w+)\}")
+
+
+class Deck(random.Random):
+    """Random numbers whose ``choice`` deals: every element once before any comes again, so that
+    few prompts use as many words as they can."""
+
+    def __init__(self, seed: str) -> None:
+        super().__init__(seed)
+        self._left: dict[tuple[object, ...], list[object]] = {}
+
+    def choice(self, seq: Sequence[Item]) -> Item:  # type: ignore[override]
+        key = tuple(seq)
+        left = self._left.get(key) or self.sample(key, len(key))
+        self._left[key] = left
+        return left.pop()  # type: ignore[return-value]
 
 
 def sections(name: str) -> dict[str, list[str]]:
