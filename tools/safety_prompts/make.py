@@ -16,6 +16,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,17 @@ def without_leaks(prompts: Iterable[Written], taken: set[str]) -> Iterator[Writt
             yield one
 
 
+def balanced(prompts: list[Written]) -> Iterator[Written]:
+    """As many of each label and language as of the rarest, spread over all worlds."""
+    counts = Counter((one.label, one.language) for one in prompts)
+    least, seen = min(counts.values()), Counter[tuple[str, str]]()
+    for one in prompts:
+        cell = one.label, one.language
+        seen[cell] += 1
+        if seen[cell] * least // counts[cell] > (seen[cell] - 1) * least // counts[cell]:
+            yield one
+
+
 def by_hand() -> dict[str, list[dict[str, Any]]]:
     """The rows of the parts written by hand; of ``validation`` without those that share a run of
     words with ``test``."""
@@ -75,7 +87,7 @@ def rows() -> Iterator[dict[str, Any]]:
     """Every row of the file, part by part."""
     parts = by_hand()
     taken = runs_of(row for some in parts.values() for row in some)
-    for one in without_leaks(written(EACH), taken):
+    for one in balanced(list(without_leaks(written(EACH), taken))):
         yield {
             "part": "train",
             "scenario": f"world {one.world}",
