@@ -99,7 +99,7 @@ class SafetyConfig(Section):
 
     labels: str = "builtin"
     prompts: str | None = None
-    passes: Count = 4096
+    passes: Count = 1024
     together: Count = 16
 
     def rhythm(self, steps: int) -> tuple[int, int]:

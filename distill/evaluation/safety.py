@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from distill.errors import UserError
 from distill.evaluation.candidates import Candidate
+from distill.heads.gguf_heads import chances_of
 from distill.heads.prompts import (
     TEACHER,
     SafetyPrompt,
@@ -27,8 +27,6 @@ from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.manifest import read_manifest
 from teachers.store.store import SoftTargetStore
 
-TOGETHER = 32  # prompts whose hidden states are held at once
-
 
 class UnknownTraining(ValueError):
     """What a run's safety head learned from is no longer known; says why."""
@@ -43,7 +41,7 @@ class SafetyTest:
 
 
 def choose_prompts(student: Candidate, given: list[SafetyPrompt] | None) -> SafetyTest:
-    """Prompts that the student's run neither learnt from nor fitted thresholds to: of ``given``, or
+    """Prompts that the student's run neither learnt from nor fitted anything to: of ``given``, or
     else the part of the run's own that was kept for this (outside of a run: that of the built-in
     ones)."""
     if student.heads is None or student.heads.safety is None:
@@ -107,11 +105,8 @@ def score_safety(
     Raises:
         UserError, ChatTemplateError: a prompt does not fit the context or the template.
     """
-    tokens = prompt_tokens(model, prompts, model.info.context_length)
-    states = [
-        model.last_states(tokens[at : at + TOGETHER]) for at in range(0, len(tokens), TOGETHER)
-    ]
     assert student.heads is not None
-    chances = student.heads.probabilities(torch.from_numpy(np.concatenate(states)))
+    tokens = prompt_tokens(model, prompts, model.info.context_length)
+    chances = chances_of(model, student.heads, tokens)
     labels = torch.tensor([prompt.decision for prompt in prompts])
-    return score_decisions(chances, labels, student.heads.thresholds)
+    return score_decisions(chances, labels, student.heads.decide(chances))

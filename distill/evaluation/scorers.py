@@ -106,9 +106,9 @@ def scorer_with(student: Student, weights: dict[str, Tensor]) -> Scorer:
 
 @contextmanager
 def other_weights(student: Student, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Give the student other weights of its own for a while."""
+    """Give the student other weights of its own for a while; what ``weights`` lacks stays."""
     now = {name: weight.clone() for name, weight in student.own_weights().items()}
-    set_weights(student, weights)
+    set_weights(student, now | weights)
     try:
         yield
     finally:

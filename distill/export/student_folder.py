@@ -20,6 +20,7 @@ from students.gguf.metadata import MetadataEntry, write_tokenizer
 from students.gguf.provenance import Lineage
 from students.model.decoder import SO8TForCausalLM
 from students.model.interface import Student
+from students.model.safety_head import SafetyHead, shape_of
 from students.weights import as_safetensors, plain_weights, set_weights
 from teachers.atomic_files import write_whole
 from teachers.gguf.file import read_gguf, tokenizer_fields
@@ -93,8 +94,10 @@ def _load_adapted(folder: RunFolder) -> AdaptedStudent:
     try:
         saved = json.loads((folder.student / ADAPTER).read_text(encoding="utf-8"))
         facts = AdapterFacts(**saved["config"])
-        if {field.name for field in fields(facts)} != saved["config"].keys():
+        needed = {field.name for field in fields(facts)} - {"safety_shape"}  # older ones lack it
+        if not needed <= saved["config"].keys():
             raise ValueError("it lacks facts")
+        shape = shape_of(facts.safety_shape)
         weights = safetensors.torch.load_file(folder.student / WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
@@ -110,6 +113,9 @@ def _load_adapted(folder: RunFolder) -> AdaptedStudent:
             f"{base.sha256[:12]}… instead of {known[:12]}…); put the one it was trained with back"
         )
     student = load_base_student(base, config, facts.vocab_size)
+    if config.safety_head:
+        head = SafetyHead(facts.hidden_size, shape) if facts.safety_head else None
+        student.replace_safety_head(head)
     try:
         set_weights(student, weights)
     except (KeyError, ValueError) as error:

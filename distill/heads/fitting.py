@@ -1,7 +1,8 @@
-"""Calibration and scores of the safety and the verification head.
+"""Calibration of the verification head, and the scores of both heads.
 
-Calibration and thresholds come from data that training has not seen, scores from other data again:
-safety prompts are split by scenario, validation sequences into two halves.
+What is fitted after training comes from data that training has not seen, scores from other data
+again: validation sequences are split into two halves, safety prompts by scenario
+(``distill.heads.safety_fitting``).
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.heads.gguf_heads import chances_of
 from distill.heads.prompt_set import PromptSet
 from distill.heads.safety_data import SafetyData
+from distill.heads.safety_fitting import MIN_CALIBRATED, SafetyFit
 from distill.metrics.calibration import fit_platt
-from distill.metrics.safety import SafetyScore, fit_temperature, fit_thresholds, score_decisions
+from distill.metrics.safety import SafetyScore, first_ratios, score_decisions
 from distill.metrics.verification import VerificationScore, fit_trust, score_verification
 from students.model.heads import Heads, certainty
 from students.model.interface import Student
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.store import SoftTargetStore
 
-MIN_CALIBRATED = 64  # fewer positions or prompts would make a calibration worse
 LOGITS_BYTES = 128 << 20  # of logits held at once, where top tokens are compared
 
 
@@ -46,25 +48,10 @@ def halves(held_out: Sequence[int]) -> tuple[list[int], list[int]]:
 
 
 @torch.no_grad()
-def calibrate(
-    student: Student, data: SafetyData | None, store: SoftTargetStore, sequences: Sequence[int]
-) -> None:
-    """Fit the heads' probabilities to data that training has not seen, and choose their
-    thresholds, in place.
-
-    The safety head is divided by a temperature (Guo et al. 2017), the verification head scaled and
-    shifted (Platt 1999), both within their own weights.
-    """
+def calibrate(student: Student, store: SoftTargetStore, sequences: Sequence[int]) -> None:
+    """Fit the verification head's probabilities to data that training has not seen (scaled and
+    shifted, Platt 1999, within its own weights), and choose its threshold, in place."""
     student.eval()
-    if student.config.safety_head and data is not None:
-        labels = decisions(data.validation)
-        logits = student.safety_head(_last_states(student, data.validation)).cpu()
-        if len(labels) >= MIN_CALIBRATED:
-            temperature = fit_temperature(logits, labels)
-            for parameter in student.safety_head.parameters():
-                parameter.div_(temperature)
-            logits = logits / temperature
-        student.config.decision_thresholds = list(fit_thresholds(logits.softmax(dim=-1), labels))
     if student.config.verification_head:
         log_odds, agreed = _verified(student, store, sequences)
         if len(agreed) >= MIN_CALIBRATED:
@@ -88,13 +75,13 @@ def score_heads(
     llama.cpp."""
     safety, languages, verification = None, {}, None
     if heads.safety is not None and data is not None:
-        states = torch.from_numpy(exported.last_states(data.test.tokens))
-        chances, labels = heads.probabilities(states), decisions(data.test)
-        safety = score_decisions(chances, labels, heads.thresholds)
+        chances, labels = chances_of(exported, heads, data.test.tokens), decisions(data.test)
+        taken = heads.decide(chances)
+        safety = score_decisions(chances, labels, taken)
         languages_of = [prompt.language for prompt in data.test.prompts]
         for language in sorted(set(languages_of) - {""}):
             rows = torch.tensor([name == language for name in languages_of])
-            languages[language] = score_decisions(chances[rows], labels[rows], heads.thresholds)
+            languages[language] = score_decisions(chances[rows], labels[rows], taken[rows])
     if heads.verification is not None:
         certain, agreed = [], []
         logits_bytes = 4 * exported.info.vocab_size * int(store.lengths().max())
@@ -116,11 +103,7 @@ def describe_scores(scores: HeadScores) -> str:
     """One line about both heads."""
     parts = []
     if (safety := scores.safety) is not None:
-        parts.append(
-            f"Refuse Recall {_percent(safety.refuse_recall)}, Escalate Precision "
-            f"{_percent(safety.escalate_precision)}, Allow Precision "
-            f"{_percent(safety.allow_precision)}"
-        )
+        parts.append(", ".join(f"{one.name} {_percent(one.value)}" for one in first_ratios(safety)))
     if (verification := scores.verification) is not None:
         auroc = "not known" if verification.auroc is None else f"{verification.auroc:.3f}"
         parts.append(
@@ -133,10 +116,14 @@ def _percent(value: float | None) -> str:
     return "not known" if value is None else f"{value:.1%}"
 
 
-def heads_results(scores: HeadScores, heads: Heads, data: SafetyData | None) -> dict[str, Any]:
+def heads_results(
+    scores: HeadScores, heads: Heads, data: SafetyData | None, fitted: SafetyFit | None
+) -> dict[str, Any]:
     """What ``results.json`` says about the heads."""
     content: dict[str, Any] = {}
-    if scores.safety is not None and data is not None:
+    if fitted is not None and fitted.left_out:
+        content["safety_left_out"] = fitted.left_out
+    if scores.safety is not None and data is not None and fitted is not None:
         parts = {"train": data.train, "validation": data.validation, "test": data.test}
         content["safety"] = {
             "labels_from": data.source,
@@ -145,7 +132,8 @@ def heads_results(scores: HeadScores, heads: Heads, data: SafetyData | None) -> 
             "scenarios": {
                 name: len({p.scenario for p in part.prompts}) for name, part in parts.items()
             },
-            "thresholds": {"refuse": heads.thresholds[0], "allow": heads.thresholds[1]},
+            "costs": [list(row) for row in heads.costs],
+            "cross_validation": fitted.cross_validation.to_json(),
             "test": scores.safety.to_json(),
             "languages": {name: score.to_json() for name, score in scores.languages.items()},
         }
@@ -157,15 +145,6 @@ def heads_results(scores: HeadScores, heads: Heads, data: SafetyData | None) -> 
 def decisions(prompts: PromptSet) -> Tensor:
     """The most probable label of each prompt, ``[N]``."""
     return torch.from_numpy(prompts.labels).argmax(dim=-1)
-
-
-def _last_states(student: Student, prompts: PromptSet) -> Tensor:
-    """The final hidden state of each prompt's last token, ``[N, D]``."""
-    rows = []
-    for tokens in prompts.tokens:
-        ids = torch.from_numpy(tokens.astype(np.int64))[None].to(student.device)
-        rows.append(student(ids, with_logits=False).last_hidden_state[0, -1])
-    return torch.stack(rows)
 
 
 def _verified(

@@ -9,6 +9,7 @@ so that scores measure generalization to other scenarios, not to other wordings.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from collections import Counter
@@ -43,13 +44,15 @@ COLUMNS = ("prompt", "label", "scenario", "language")
 class SafetyPrompt:
     """One prompt.
 
-    ``label``: probabilities of ALLOW, ESCALATE and REFUSE; ``language`` may be empty.
+    ``label``: probabilities of ALLOW, ESCALATE and REFUSE; ``language`` may be empty. ``part``: of
+    the split, where it is not left to the scenario.
     """
 
     text: str
     scenario: str
     language: str
     label: tuple[float, float, float]
+    part: Part | None = None
 
     @property
     def decision(self) -> int:
@@ -58,10 +61,20 @@ class SafetyPrompt:
 
 
 def built_in_prompts() -> list[SafetyPrompt]:
-    """The prompts that come with the program, English and Japanese."""
-    text = resources.files("distill.heads").joinpath("prompts.jsonl").read_text(encoding="utf-8")
-    lines = json_lines(text.split("\n"), "safety prompts")
-    return [_prompt(entry, where, labelled=True) for where, entry in lines]
+    """The prompts that come with the program, English and Japanese: a grammar's to learn from,
+    others written by hand to fit probabilities to, and others again to measure on
+    (``tools/safety_prompts``)."""
+    content = resources.files("distill.heads").joinpath("prompts.jsonl.gz").read_bytes()
+    lines = json_lines(gzip.decompress(content).decode().split("\n"), "safety prompts")
+    return [
+        replace(_prompt(entry, where, labelled=True), part=entry["part"]) for where, entry in lines
+    ]
+
+
+def prompts_by_hand() -> list[SafetyPrompt]:
+    """The built-in prompts that people wrote, of no fixed part: few enough for a teacher to
+    judge."""
+    return [replace(prompt, part=None) for prompt in built_in_prompts() if prompt.part != "train"]
 
 
 def read_prompts(path: Path, *, labelled: bool = True, divided: bool = True) -> list[SafetyPrompt]:
@@ -101,8 +114,10 @@ def read_safety_prompts(config: RunConfig) -> list[SafetyPrompt] | None:
         )
     if safety.prompts is not None:
         return read_prompts(Path(safety.prompts), labelled=False)
-    if safety.labels in (BUILT_IN, TEACHER):
+    if safety.labels == BUILT_IN:
         return built_in_prompts()
+    if safety.labels == TEACHER:
+        return prompts_by_hand()
     return read_prompts(Path(safety.labels))
 
 
@@ -129,14 +144,16 @@ def require_examples(prompts: Sequence[SafetyPrompt], source: str) -> None:
 
 
 def split_by_scenario(prompts: Sequence[SafetyPrompt]) -> dict[Part, list[SafetyPrompt]]:
-    """Three fifths to train, one to fit thresholds, one to measure.
+    """Three fifths to train, one to fit probabilities to, one to measure; prompts that are of a
+    part stay in it.
 
     Scenarios are assigned in turn, those with the same decisions together so that each part gets
     its share, in the order of a hash of their names.
     """
     decisions: dict[str, set[int]] = {}
     for prompt in prompts:
-        decisions.setdefault(prompt.scenario, set()).add(prompt.decision)
+        if prompt.part is None:
+            decisions.setdefault(prompt.scenario, set()).add(prompt.decision)
     order = sorted(
         decisions,
         key=lambda name: (sorted(decisions[name]), hashlib.sha256(name.encode()).digest()),
@@ -144,13 +161,16 @@ def split_by_scenario(prompts: Sequence[SafetyPrompt]) -> dict[Part, list[Safety
     part_of = {name: SPLIT[index % len(SPLIT)] for index, name in enumerate(order)}
     parts: dict[Part, list[SafetyPrompt]] = {"train": [], "validation": [], "test": []}
     for prompt in prompts:
-        parts[part_of[prompt.scenario]].append(prompt)
+        parts[prompt.part or part_of[prompt.scenario]].append(prompt)
     return parts
 
 
 def digest(prompts: Sequence[SafetyPrompt]) -> str:
     """SHA-256 of prompts and labels, as hexadecimal."""
-    lines = [[prompt.text, prompt.scenario, list(prompt.label)] for prompt in prompts]
+    lines = [
+        [prompt.text, prompt.scenario, list(prompt.label), *([prompt.part] if prompt.part else [])]
+        for prompt in prompts
+    ]
     return hashlib.sha256(json.dumps(lines, ensure_ascii=True).encode()).hexdigest()
 
 

@@ -41,14 +41,14 @@ class Question:
     """A message with the conversation before it, ready to be answered.
 
     ``prompt``: the tokens of ``messages``; ``dropped``: turns left out so that it fits.
-    ``decision``: of the safety head, with its probability. The answer so far: ``written``, its
+    ``decision``: of the safety head, and its probabilities. The answer so far: ``written``, its
     tokens; ``shown``, its visible text; ``reasoned``, whether there was more.
     """
 
     prompt: Tokens
     messages: list[Message]
     dropped: int
-    decision: tuple[str, float] | None
+    decision: tuple[str, dict[str, float]] | None
     written: list[int] = field(default_factory=list)
     shown: str = ""
     reasoned: bool = False
@@ -150,11 +150,10 @@ class Conversation:
         tokens = np.concatenate((question.prompt, question.written)).astype(np.int32)
         return self.judge.agreement(question.prompt, tokens)
 
-    def _decide(self, text: str) -> tuple[str, float] | None:
+    def _decide(self, text: str) -> tuple[str, dict[str, float]] | None:
         if self.judge is None or self.judge.heads.safety is None:
             return None
-        decision, chances = self.judge.decide([self.judge.tokens(text)])[0]
-        return decision, chances[decision]
+        return self.judge.decide([self.judge.tokens(text)])[0]
 
     def _system(self) -> list[Message]:
         system = self.settings.system

@@ -16,7 +16,7 @@ from distill.errors import UserError
 from distill.inference.chat import ChatSettings, Conversation, Question
 from distill.runtime.format import human_count
 from distill.runtime.printable import colored, markup, printable
-from students.model.head_decisions import DECISIONS, REFUSE, carries_heads
+from students.model.head_decisions import carries_heads
 from teachers.llama_cpp.interrupts import uninterrupted
 from teachers.llama_cpp.teacher import GGUFTeacher
 
@@ -31,8 +31,9 @@ HELP = """\
 Ctrl-C stops an answer and keeps what is there of it.
 
 Before each answer stands what the student's safety head decides on the
-message alone, with its probability, and after it which share of its tokens
-the teacher is expected to have chosen too. Both are for you to look at:
+message alone, with the probability that this is right (what is unclear is
+escalated), and after it which share of its tokens the teacher is expected to
+have chosen too. Both are for you to look at:
 nothing is filtered, and the answer comes after REFUSE as well, since the
 student itself has learnt what to refuse. Reasoning between <think> tags is
 not shown, and not part of the conversation; of a <final>, only its content."""
@@ -103,9 +104,8 @@ class _Screen:
                 f"the conversation does not fit the context any more: its oldest {turns} left out"
             )
         if question.decision is not None:
-            decision, probability = question.decision
-            why = self._why(decision, probability)
-            self.notes.print(f"{colored(decision)} [dim]{_percent(probability)}{why}[/]")
+            decision, chances = question.decision
+            self.notes.print(f"{colored(decision)} [dim]{_confidence(decision, chances)}[/]")
         try:
             self._answer(question)
         finally:
@@ -121,13 +121,6 @@ class _Screen:
             self._note(
                 f"expected agreement with the teacher: {_percent(agreement)} of the tokens{advice}"
             )
-
-    def _why(self, decision: str, probability: float) -> str:
-        """Why a request is refused although that is not what is most probable."""
-        judge = self.conversation.judge
-        if judge is None or decision != DECISIONS[REFUSE] or probability >= 0.5:
-            return ""
-        return f", refuses from {_percent(judge.heads.thresholds[0])} on, so that little is missed"
 
     def _answer(self, question: Question) -> None:
         waiting = self.notes.status("[dim]…[/]", spinner="dots") if self.notes.is_terminal else None
@@ -189,3 +182,12 @@ class _Screen:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
+
+
+def _confidence(decision: str, chances: dict[str, float]) -> str:
+    """How probable it is that a decision is right; of one that is taken because nothing is clear,
+    between what."""
+    if chances[decision] == max(chances.values()):
+        return _percent(chances[decision])
+    likely = sorted(chances, key=lambda name: -chances[name])[:2]
+    return "unclear: " + ", ".join(f"{name} {_percent(chances[name])}" for name in likely)

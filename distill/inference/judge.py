@@ -11,19 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill.heads.gguf_heads import heads_in
+from distill.heads.gguf_heads import TOGETHER, chances_of, heads_in
 from distill.heads.prompts import require_length, require_prompt_text
 from distill.inference.judge_inputs import require_heads
 from distill.inference.reasoning import digests, holds_tags, visible
 from students.model.head_decisions import DECISIONS
-from students.model.heads import decide
 from teachers.base import GenerationRequest, Sampling, Tokens, last_predictions
 from teachers.gguf.file import read_gguf
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.conversation import request_tokens
 
 ANSWER_TOKENS = 32  # of the student's own answer that the verification head looks at
-TOGETHER = 32
 DIGITS = 6  # of the probabilities in a run's log
 
 
@@ -31,8 +29,8 @@ DIGITS = 6  # of the probabilities in a run's log
 class Judgment:
     """A student's judgment of one prompt; ``None`` for what a missing head would say.
 
-    ``confidence``: the probability of the decision. ``agreement``: expected share of its own
-    answer's tokens that the teacher would have chosen too; ``ask_teacher``: whether that is too
+    ``confidence``: the probability that the decision is right. ``agreement``: expected share of its
+    own answer's tokens that the teacher would have chosen too; ``ask_teacher``: whether that is too
     low.
     """
 
@@ -97,8 +95,8 @@ class Judge:
 
     def decide(self, prompts: Sequence[Tokens]) -> list[tuple[str, dict[str, float]]]:
         """The safety head's decision on each prompt, and the probabilities of all three."""
-        probabilities = self.heads.probabilities(torch.from_numpy(self.model.last_states(prompts)))
-        taken = decide(probabilities, self.heads.thresholds).tolist()
+        probabilities = chances_of(self.model, self.heads, prompts)
+        taken = self.heads.decide(probabilities).tolist()
         return [
             (DECISIONS[index], dict(zip(DECISIONS, row, strict=True)))
             for index, row in zip(taken, probabilities.tolist(), strict=True)

@@ -19,11 +19,11 @@ def judge_one(path: Path, prompt: str, as_json: bool, console: Console) -> None:
     with Judge(path) as judge:
         judgment = judge.judge([prompt])[0]
         _log(path, [judgment])
-        name, refuses_from = judge.model.info.name, judge.heads.thresholds[0]
+        name = judge.model.info.name
     if as_json:
         print(json_line(judgment.to_json()))
         return
-    console.rich.print(_table(judgment, name, refuses_from))
+    console.rich.print(_table(judgment, name))
 
 
 def judge_all(path: Path, texts: Sequence[str], as_json: bool, console: Console) -> None:
@@ -61,14 +61,13 @@ def _log(path: Path, judgments: list[Judgment]) -> None:
         )
 
 
-def _table(judgment: Judgment, name: str, refuses_from: float) -> Table:
+def _table(judgment: Judgment, name: str) -> Table:
     table = Table(title=markup(name), title_justify="left", show_header=False)
     if judgment.probabilities is not None:
         table.add_row("decision", colored(judgment.decision))
         for decision, chance in judgment.probabilities.items():
             table.add_row(decision, f"{chance:6.1%}  {'█' * round(30 * chance)}")
-        table.add_row("probability of that", _share(judgment.confidence))
-        table.add_row("refuses from", f"{refuses_from:.1%} on (fitted, so that little is missed)")
+        table.add_row("confidence", f"{_share(judgment.confidence)} that this is right")
     if judgment.agreement is not None:
         table.add_row("answers as the teacher would", _agreement(judgment))
     return table

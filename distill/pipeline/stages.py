@@ -32,8 +32,16 @@ from distill.evaluation.scorers import (
 )
 from distill.export.export import Proofs
 from distill.export.publish import Publication, publish
-from distill.heads.fitting import calibrate, describe_scores, halves, heads_results, score_heads
+from distill.heads.fitting import (
+    HeadScores,
+    calibrate,
+    describe_scores,
+    halves,
+    heads_results,
+    score_heads,
+)
 from distill.heads.safety_data import SafetyData
+from distill.heads.safety_fitting import SafetyFit, fit_safety_head
 from distill.inference.reasoning import digests
 from distill.initialization.start import begin
 from distill.losses.objective import build_objective
@@ -67,6 +75,7 @@ from teachers.store.store import SoftTargetStore
 from teachers.store.teacher_record import TeacherRecord, first_sequences
 
 BITS_TOKENS = 8_192  # of validation text, on which vocabularies are compared
+SAFETY = "safety_head."
 INITIALIZATION_SEQUENCES = 512  # of training text that initialization may look at
 
 
@@ -130,11 +139,13 @@ class Trained:
 
 @dataclass(frozen=True)
 class Published:
-    """The exported student; ``head_sequences`` of the store are left to score its heads on."""
+    """The exported student; ``head_sequences`` of the store are left to score its heads on.
+    ``fitted``: its safety head, if one was wanted."""
 
     trained: Trained
     proofs: Proofs
     head_sequences: list[int]
+    fitted: SafetyFit | None
 
 
 @dataclass(frozen=True)
@@ -169,7 +180,9 @@ def prepare(source: Source, work: Workspace) -> Prepared:
     initial: dict[str, Tensor] = {}
     if source.resolved.base is not None:
         initial = {
-            name: weight.to("cpu", copy=True) for name, weight in plain_weights(student).items()
+            name: weight.to("cpu", copy=True)
+            for name, weight in plain_weights(student).items()
+            if not name.startswith(SAFETY)  # which gets another shape once training is over
         }
     validation = data.held_out(config.train.batch_size, torch.device("cpu"), student.packs)
     steps = len(_batches(config, data))
@@ -270,7 +283,7 @@ def _describe(summary: TrainingSummary, name: str) -> str:
 
 
 def publish_student(trained: Trained, work: Workspace) -> Published:
-    """Calibrate the heads, export the student and prove its file.
+    """Fit the heads, export the student and prove its file.
 
     Raises:
         ProofFailed, ExportError: the file is not the trained model.
@@ -278,7 +291,8 @@ def publish_student(trained: Trained, work: Workspace) -> Published:
     prepared = trained.prepared
     source, data = prepared.source, prepared.data
     for_calibration, for_scores = halves(data.split.held_out.tolist())
-    calibrate(prepared.student, source.safety, source.store, for_calibration)
+    calibrate(prepared.student, source.store, for_calibration)
+    fitted = _fit_safety_head(prepared.student, source.safety, work.console)
     publication = Publication(
         prepared.student,
         source.config,
@@ -288,7 +302,26 @@ def publish_student(trained: Trained, work: Workspace) -> Published:
         prepared.held_out,
         source.resolved.base,
     )
-    return Published(trained, publish(publication, work.folder, work.console), for_scores)
+    proofs = publish(publication, work.folder, work.console)
+    return Published(trained, proofs, for_scores, fitted)
+
+
+def _fit_safety_head(
+    student: Student, data: SafetyData | None, console: Console
+) -> SafetyFit | None:
+    """Fit the safety head where there is to be one, or take it away if it is of no use."""
+    if data is None:
+        return None
+    with console.stage("Fit safety", total=len(data.train) + len(data.validation)) as stage:
+        fitted = fit_safety_head(student, data, lambda done: stage.update(done, "prompts read"))
+        score = fitted.cross_validation
+        stage.finish(
+            f"{score.accuracy:.1%} of {score.prompts} prompts of scenes left out decided rightly"
+        )
+    student.replace_safety_head(fitted.head)
+    if fitted.left_out:
+        console.note(f"the student gets no safety head: {fitted.left_out}")
+    return fitted
 
 
 def evaluate_student(published: Published, work: Workspace) -> Evaluated:
@@ -377,9 +410,10 @@ def _exported(source: Source, work: Workspace) -> GGUFTeacher:
 def _score_heads(published: Published, work: Workspace) -> dict[str, Any]:
     """How good the exported file's safety and verification head are."""
     source, heads = published.trained.prepared.source, published.trained.prepared.student.heads()
+    fitted = published.fitted
     if heads.safety is None and heads.verification is None:
-        return {}
+        return heads_results(HeadScores(None, {}, None), heads, source.safety, fitted)
     with work.console.stage("Score heads") as stage, GGUFTeacher(work.folder.gguf) as file:
         scores = score_heads(file, heads, source.safety, source.store, published.head_sequences)
         stage.finish(describe_scores(scores))
-    return heads_results(scores, heads, source.safety)
+    return heads_results(scores, heads, source.safety, fitted)

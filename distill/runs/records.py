@@ -134,21 +134,35 @@ class VocabularyPart:
 
 @dataclass(frozen=True)
 class SafetyPart:
-    """The safety head: what it learnt from and how it did on prompts that nothing was fitted to."""
+    """The safety head: what it learnt from and how it did on prompts that nothing was fitted to
+    (``test``) and on those of scenes that were left out (``cross_validation``).
+
+    ``costs[label][decision]``; older runs had ``thresholds`` instead, and no cross-validation.
+    """
 
     labels_from: str
     prompts: dict[str, int]
     scenarios: dict[str, int]
-    thresholds: dict[str, float]
     test: SafetyScore
     languages: dict[str, SafetyScore]
+    costs: list[list[float]] = field(default_factory=list)
+    cross_validation: SafetyScore | None = None
+    thresholds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> list[SafetyScore]:
+        """Every score that it holds."""
+        left_out = [] if self.cross_validation is None else [self.cross_validation]
+        return [self.test, *self.languages.values(), *left_out]
 
 
 @dataclass(frozen=True)
 class HeadsPart:
-    """The heads that the student has."""
+    """The heads that the student has; ``safety_left_out``: why it has no safety head though one
+    was wanted."""
 
     safety: SafetyPart | None = None
+    safety_left_out: str = ""
     verification: VerificationPart | None = None
 
 
@@ -316,7 +330,7 @@ def _results(folder: RunFolder) -> Results:
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{folder.results_file} is damaged ({where}: {first['msg']})") from None
     safety = results.heads.safety
-    for score in () if safety is None else (safety.test, *safety.languages.values()):
+    for score in () if safety is None else safety.scores:
         if [len(row) for row in score.confusion] != [len(DECISIONS)] * len(DECISIONS):
             raise UserError(
                 f"{folder.results_file} is damaged (heads.safety: confusion is not 3 × 3)"

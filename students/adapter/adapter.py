@@ -9,7 +9,7 @@ Initially B is zero and every turn the identity: the student starts as its base.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,9 @@ from students.adapter.base_model import (
 )
 from students.adapter.gated_projection import TURNS, StartingGate, add_gate, turn
 from students.model import so8
-from students.model.heads import DEFAULT_THRESHOLDS, DEFAULT_TRUST, SafetyHead, VerificationHead
+from students.model.heads import DEFAULT_TRUST, VerificationHead
 from students.model.interface import Outputs, SO8TOutput, Student
+from students.model.safety_head import SafetyHead
 from students.model.shape import GROUP
 
 if TYPE_CHECKING:
@@ -57,8 +58,9 @@ class AdapterFacts:
     tie_word_embeddings: bool
     safety_head: bool
     verification_head: bool
-    decision_thresholds: list[float] = field(default_factory=lambda: list(DEFAULT_THRESHOLDS))
     trust: float = DEFAULT_TRUST
+    safety_shape: dict[str, Any] | None = None
+    decision_thresholds: list[float] | None = None
 
 
 class AdaptedStudent(Student):
@@ -148,6 +150,8 @@ class AdaptedStudent(Student):
         }
         for number, gate in enumerate(self.gates()):
             weights[f"model.layers.{number}.self_attn.gate.start"] = gate.start
+        if self.config.safety_head and self.safety_head.runs is not None:
+            weights["safety_head.runs"] = self.safety_head.runs
         return weights
 
     def parameters_by_kind(self) -> dict[str, dict[str, nn.Parameter]]:

@@ -14,7 +14,7 @@ from students.gguf.file_types import FILE_TYPES
 from students.gguf.provenance import Lineage
 
 MetadataEntry = tuple[Any, GGUFValueType, "GGUFValueType | None"]
-ExtraValue = list[float] | list[str] | float | int
+ExtraValue = list[float] | list[str] | list[int] | float | int
 
 
 class ExportError(ValueError):
@@ -95,7 +95,8 @@ def _as_bytes(value: Any) -> Any:
 def add_values(writer: GGUFWriter, values: Mapping[str, ExtraValue]) -> None:
     """Add keys that llama.cpp carries along without reading them, the heads for instance.
 
-    Numbers in lists become float32; no list may be empty.
+    Numbers in lists become float32, whole ones int8 or, where one does not fit, int32; no list may
+    be empty.
     """
     for key, value in values.items():
         if isinstance(value, float):
@@ -103,5 +104,12 @@ def add_values(writer: GGUFWriter, values: Mapping[str, ExtraValue]) -> None:
         elif isinstance(value, int):
             writer.add_uint32(key, value)
         else:
-            element = GGUFValueType.STRING if isinstance(value[0], str) else GGUFValueType.FLOAT32
-            writer.add_key_value(key, value, GGUFValueType.ARRAY, element)
+            writer.add_key_value(key, value, GGUFValueType.ARRAY, _element(value))
+
+
+def _element(values: list[float] | list[str] | list[int]) -> GGUFValueType:
+    first = values[0]
+    if isinstance(first, int):
+        fits = all(-128 <= number < 128 for number in values if isinstance(number, int))
+        return GGUFValueType.INT8 if fits else GGUFValueType.INT32
+    return GGUFValueType.STRING if isinstance(first, str) else GGUFValueType.FLOAT32

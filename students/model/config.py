@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from students.model.heads import DEFAULT_THRESHOLDS, DEFAULT_TRUST
+from students.model.heads import DEFAULT_TRUST
 from students.model.shape import GROUP
 
 
@@ -30,7 +30,10 @@ class SO8TConfig(PretrainedConfig):
         rotation_init_std: standard deviation of the initial rotation parameters (radians). Not 0:
             at exactly the identity the two rotations commute.
         safety_head, verification_head: whether there is one (see ``students.model.heads``).
-        decision_thresholds: of REFUSE and ALLOW (see ``students.model.heads.decide``).
+        safety_shape: what the safety head looks at (``students.model.safety_head.SafetyShape``), as
+            a mapping; None: the last state alone, as in training.
+        decision_thresholds: of REFUSE and ALLOW, in students of older versions (see
+            ``students.model.heads.decide_by_thresholds``).
         trust: probability of agreeing with the teacher below which it should be asked.
 
     Raises:
@@ -55,7 +58,8 @@ class SO8TConfig(PretrainedConfig):
         head_dim: int | None = None,
         safety_head: bool = False,
         verification_head: bool = False,
-        decision_thresholds: Sequence[float] = DEFAULT_THRESHOLDS,
+        safety_shape: Mapping[str, Any] | None = None,
+        decision_thresholds: Sequence[float] | None = None,
         trust: float = DEFAULT_TRUST,
         tie_word_embeddings: bool = True,
         bos_token_id: int | None = None,
@@ -76,7 +80,10 @@ class SO8TConfig(PretrainedConfig):
         self.rotation_init_std = rotation_init_std
         self.safety_head = safety_head
         self.verification_head = verification_head
-        self.decision_thresholds = list(decision_thresholds)
+        self.safety_shape = dict(safety_shape) if safety_shape is not None else None
+        self.decision_thresholds = (
+            None if decision_thresholds is None else list(decision_thresholds)
+        )
         self.trust = trust
         self._check()
         super().__init__(

@@ -29,9 +29,10 @@ from stability.precision import full_precision
 from students.model import so8
 from students.model.config import SO8TConfig
 from students.model.gate import SO8Gate
-from students.model.heads import SafetyHead, VerificationHead
+from students.model.heads import VerificationHead
 from students.model.interface import SO8TOutput, Student
 from students.model.packing import PackedRow, attend_packed
+from students.model.safety_head import SafetyHead, shape_of
 
 # Tokens up to which attention is computed without a fused kernel on a CPU (docs/benchmarks.md)
 SHORT_ON_CPU = 256
@@ -199,7 +200,7 @@ class SO8TForCausalLM(PreTrainedModel, GenerationMixin, Student):
         # and without them.
         with torch.random.fork_rng(devices=[]):
             if config.safety_head:
-                self.safety_head = SafetyHead(config.hidden_size)
+                self.safety_head = SafetyHead(config.hidden_size, shape_of(config.safety_shape))
             if config.verification_head:
                 self.verification_head = VerificationHead(config.hidden_size)
         self.post_init()  # type: ignore[operator]  # of transformers

@@ -1,52 +1,47 @@
-"""The two heads on the final hidden state, and the ``so8t.*`` keys that carry them in a GGUF file.
+"""The two heads, and the ``so8t.*`` keys that carry them in a GGUF file.
 
 The final hidden state (after the last norm) is what llama.cpp hands out as a token's embedding, so
-a head works on the exported file as it does in PyTorch. Letters: D width, C = 3 decisions, U hidden
-units of the verification head.
+a head works on the exported file as it does in PyTorch. Letters: D width, F features of the safety
+head (``students.model.safety_head``), C = 3 decisions, U hidden units of the verification head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stability.precision import full_precision
 from students.model.head_decisions import (
     ALLOW,
+    COSTS,
     DECISIONS,
     ESCALATE,
     REFUSE,
     SAFETY_KEYS,
     VERIFICATION_KEYS,
 )
+from students.model.safety_head import MOST_BUCKETS, SafetyHead, SafetyShape
 
 VERIFICATION_UNITS = 64
-DEFAULT_THRESHOLDS = (0.5, 0.5)
 DEFAULT_TRUST = 0.5
 MOST_CERTAIN = 13.8155  # log-odds of a probability of 1 − 10⁻⁶: nothing counts as more certain
 GREATEST_LEAD = 100.0
+INT8 = 127
+MOST_LAYERS = 1 << 16
+
+Costs = tuple[tuple[float, float, float], ...]
+Value = list[float] | list[str] | list[int] | float | int
 
 
 class HeadError(ValueError):
     """Head keys of a file that are missing or unusable; names the key and the reason."""
-
-
-class SafetyHead(nn.Module):
-    """ALLOW / ESCALATE / REFUSE from the final hidden state of a prompt's last token."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, len(DECISIONS))
-
-    def forward(self, states: Tensor) -> Tensor:
-        """Logits ``[..., 3]`` of ``states [..., D]``, in float32."""
-        with full_precision(states):
-            return _linear(states.float(), self.linear)
 
 
 class VerificationHead(nn.Module):
@@ -87,8 +82,17 @@ def certainty(logits: Tensor) -> Tensor:
     return torch.stack((log_odds, lead), dim=-1)
 
 
-def decide(probabilities: Tensor, thresholds: tuple[float, float]) -> Tensor:
-    """Decisions ``[N]`` of ``probabilities [N, 3]``: REFUSE from ``thresholds[0]`` on; of the
+def decide(probabilities: Tensor, costs: Costs = COSTS) -> Tensor:
+    """The decisions ``[N]`` of least expected cost for ``probabilities [N, 3]``; ``costs[label]
+    [decision]``. Of equally good ones ESCALATE."""
+    expected = probabilities.double() @ torch.tensor(costs, dtype=torch.float64)
+    best = expected.argmin(dim=-1)
+    tied = expected[:, ESCALATE] <= expected.amin(dim=-1) + 1e-12
+    return torch.where(tied, ESCALATE, best)
+
+
+def decide_by_thresholds(probabilities: Tensor, thresholds: tuple[float, float]) -> Tensor:
+    """Decisions ``[N]`` of a file of an older version: REFUSE from ``thresholds[0]`` on; of the
     others ALLOW where it holds at least ``thresholds[1]`` of what REFUSE leaves, else ESCALATE."""
     refuse, allow = thresholds
     rest = probabilities[:, ALLOW] + probabilities[:, ESCALATE]
@@ -101,21 +105,29 @@ def decide(probabilities: Tensor, thresholds: tuple[float, float]) -> Tensor:
 class Heads:
     """The heads of one student, either of which may be missing, and their decision rules.
 
-    ``thresholds``: of REFUSE and ALLOW, see ``decide``. ``trust``: below this probability of
-    agreeing, the teacher should be asked.
+    ``costs``: see ``decide``. ``thresholds``: of an older file, which decides by them instead (see
+    ``decide_by_thresholds``). ``trust``: below this probability of agreeing, the teacher should be
+    asked.
     """
 
     safety: SafetyHead | None
     verification: VerificationHead | None
-    thresholds: tuple[float, float] = DEFAULT_THRESHOLDS
     trust: float = DEFAULT_TRUST
+    costs: Costs = COSTS
+    thresholds: tuple[float, float] | None = None
 
     @torch.no_grad()
-    def probabilities(self, states: Tensor) -> Tensor:
-        """Probabilities of the three decisions, ``[N, 3]``, from last-token states ``[N, D]``."""
+    def probabilities(self, features: Tensor, tokens: Sequence[NDArray[np.int32]] = ()) -> Tensor:
+        """Probabilities of the three decisions, ``[N, 3]``, from features ``[N, F]`` and tokens."""
         assert self.safety is not None
         there = self.safety.linear.weight.device
-        return self.safety(states.to(there)).softmax(dim=-1).to(states.device)
+        return self.safety(features.to(there), tokens).softmax(dim=-1).to(features.device)
+
+    def decide(self, probabilities: Tensor) -> Tensor:
+        """Decisions ``[N]`` for ``probabilities [N, 3]``."""
+        if self.thresholds is not None:
+            return decide_by_thresholds(probabilities, self.thresholds)
+        return decide(probabilities, self.costs)
 
     @torch.no_grad()
     def agreement(self, states: Tensor, logits: Tensor) -> Tensor:
@@ -129,14 +141,15 @@ class Heads:
         return log_odds.sigmoid().to(states.device)
 
 
-def head_values(heads: Heads) -> dict[str, list[float] | list[str] | float | int]:
+def head_values(heads: Heads) -> dict[str, Value]:
     """Both heads as the values of GGUF keys; matrices row by row."""
-    values: dict[str, list[float] | list[str] | float | int] = {}
+    values: dict[str, Value] = {}
     if heads.safety is not None:
-        values[SAFETY_KEYS + "labels"] = list(DECISIONS)
-        values[SAFETY_KEYS + "weight"] = _numbers(heads.safety.linear.weight)
-        values[SAFETY_KEYS + "bias"] = _numbers(heads.safety.linear.bias)
-        values[SAFETY_KEYS + "thresholds"] = list(heads.thresholds)
+        values |= _safety_values(heads.safety)
+        if heads.thresholds is None:
+            values[SAFETY_KEYS + "costs"] = [cost for row in heads.costs for cost in row]
+        else:
+            values[SAFETY_KEYS + "thresholds"] = list(heads.thresholds)
     if heads.verification is not None:
         head = heads.verification
         values[VERIFICATION_KEYS + "units"] = head.hidden.out_features
@@ -155,19 +168,16 @@ def read_heads(values: Mapping[str, Any], width: int) -> Heads:
     Raises:
         HeadError: a key is missing, of the wrong length, or not finite; or the labels are others.
     """
-    safety = verification = None
-    thresholds, trust = DEFAULT_THRESHOLDS, DEFAULT_TRUST
+    safety = verification = thresholds = None
+    costs: Costs = COSTS
+    trust = DEFAULT_TRUST
     if any(key.startswith(SAFETY_KEYS) for key in values):
-        if values.get(SAFETY_KEYS + "labels") != list(DECISIONS):
-            raise HeadError(
-                f"{SAFETY_KEYS}labels is {repr(values.get(SAFETY_KEYS + 'labels'))[:60]}, not "
-                f"{', '.join(DECISIONS)}"
-            )
-        safety = SafetyHead(width)
-        _fill(safety.linear.weight, values, SAFETY_KEYS + "weight")
-        _fill(safety.linear.bias, values, SAFETY_KEYS + "bias")
-        refuse, allow = _shares(values, SAFETY_KEYS + "thresholds", 2)
-        thresholds = (refuse, allow)
+        safety = _read_safety(values, width)
+        if SAFETY_KEYS + "costs" in values:
+            costs = _read_costs(values)
+        else:
+            refuse, allow = _shares(values, SAFETY_KEYS + "thresholds", 2)
+            thresholds = (refuse, allow)
     if any(key.startswith(VERIFICATION_KEYS) for key in values):
         units = values.get(VERIFICATION_KEYS + "units")
         if not isinstance(units, int) or isinstance(units, bool) or not 1 <= units <= 1 << 16:
@@ -179,7 +189,86 @@ def read_heads(values: Mapping[str, Any], width: int) -> Heads:
             _fill(parameter, values, VERIFICATION_KEYS + name)
         key = VERIFICATION_KEYS + "trust"
         trust = _shares({key: [values.get(key)]}, key, 1)[0]
-    return Heads(safety, verification, thresholds, trust)
+    return Heads(safety, verification, trust, costs, thresholds)
+
+
+def _safety_values(head: SafetyHead) -> dict[str, Value]:
+    """The head's numbers; what only its newer shapes have is left out where they lack it."""
+    shape = head.shape
+    values: dict[str, Value] = {
+        SAFETY_KEYS + "labels": list(DECISIONS),
+        SAFETY_KEYS + "weight": _numbers(head.linear.weight),
+        SAFETY_KEYS + "bias": _numbers(head.linear.bias),
+    }
+    if shape.layers:
+        values[SAFETY_KEYS + "layers"] = list(shape.layers)
+    if shape.mean:
+        values[SAFETY_KEYS + "positions"] = ["last", "mean"]
+    if head.runs is not None:
+        rounded, scales = rounded_runs(head.runs)
+        values[SAFETY_KEYS + "runs"] = rounded.flatten().tolist()
+        values[SAFETY_KEYS + "runs.scale"] = _numbers(scales)
+    return values
+
+
+def rounded_runs(table: Tensor) -> tuple[Tensor, Tensor]:
+    """A table of token runs ``[B, 3]`` as int8 and the scale ``[3]`` of each decision; a table that
+    was rounded before comes out as it was."""
+    scales = table.abs().amax(dim=0).clamp_min(torch.finfo(torch.float32).tiny) / INT8
+    return (table / scales).round().to(torch.int8), scales
+
+
+def _read_safety(values: Mapping[str, Any], width: int) -> SafetyHead:
+    """The safety head of an untrusted file, every length checked before anything is allocated."""
+    if values.get(SAFETY_KEYS + "labels") != list(DECISIONS):
+        raise HeadError(
+            f"{SAFETY_KEYS}labels is {repr(values.get(SAFETY_KEYS + 'labels'))[:60]}, not "
+            f"{', '.join(DECISIONS)}"
+        )
+    layers = values.get(SAFETY_KEYS + "layers", [])
+    if (
+        not isinstance(layers, list)
+        or len(layers) > MOST_LAYERS
+        or not all(type(layer) is int and 0 <= layer < MOST_LAYERS for layer in layers)
+    ):
+        raise HeadError(f"{SAFETY_KEYS}layers is {repr(layers)[:60]}, not layers' numbers")
+    positions = values.get(SAFETY_KEYS + "positions", ["last"])
+    if positions not in (["last"], ["last", "mean"]):
+        raise HeadError(f"{SAFETY_KEYS}positions is {repr(positions)[:60]}, not last and mean")
+    runs = values.get(SAFETY_KEYS + "runs")
+    count = 0 if runs is None else _run_count(runs)
+    shape = SafetyShape(tuple(layers), len(positions) == 2, count)
+    _floats(values, SAFETY_KEYS + "weight", len(DECISIONS) * shape.features(width))
+    head = SafetyHead(width, shape)
+    _fill(head.linear.weight, values, SAFETY_KEYS + "weight")
+    _fill(head.linear.bias, values, SAFETY_KEYS + "bias")
+    if runs is not None and head.runs is not None:
+        scales = torch.tensor(_floats(values, SAFETY_KEYS + "runs.scale", len(DECISIONS)))
+        head.runs.copy_(torch.tensor(runs, dtype=torch.int8).view_as(head.runs) * scales)
+    return head
+
+
+def _run_count(runs: object) -> int:
+    """The rows of a file's table of token runs."""
+    count, rest = divmod(len(runs) if isinstance(runs, list) else 0, len(DECISIONS))
+    if not isinstance(runs, list) or rest or not 1 <= count <= MOST_BUCKETS:
+        raise HeadError(
+            f"{SAFETY_KEYS}runs has {len(runs) if isinstance(runs, list) else 'no'} "
+            f"values, {len(DECISIONS)} for each of some rows are needed"
+        )
+    if not all(type(number) is int and -INT8 <= number <= INT8 for number in runs):
+        raise HeadError(f"{SAFETY_KEYS}runs has values that are no small whole numbers")
+    return count
+
+
+def _read_costs(values: Mapping[str, Any]) -> Costs:
+    """What each decision costs on each label; numbers that are not negative."""
+    key, count = SAFETY_KEYS + "costs", len(DECISIONS)
+    numbers = _floats(values, key, count * count)
+    if min(numbers) < 0.0:
+        raise HeadError(f"{key} is {numbers}, which has costs below 0")
+    rows = [numbers[start : start + count] for start in range(0, count * count, count)]
+    return tuple((row[0], row[1], row[2]) for row in rows)
 
 
 def _numbers(tensor: Tensor) -> list[float]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from students.model.heads import Heads, SafetyHead, VerificationHead
+from students.model.heads import Heads, VerificationHead
+from students.model.safety_head import SafetyHead
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 class StudentFacts(Protocol):
     """What a student's configuration says, whatever class it has.
 
-    ``vocab_size`` is the teacher's. ``decision_thresholds`` and ``trust`` (see
-    ``students.model.heads.Heads``) are set once the heads are trained.
+    ``vocab_size`` is the teacher's. ``safety_shape`` (``students.model.safety_head.shape_of``) and
+    ``trust`` are set once the heads are fitted; ``decision_thresholds`` by older versions only.
     """
 
     hidden_size: int
@@ -37,7 +38,8 @@ class StudentFacts(Protocol):
     tie_word_embeddings: bool
     safety_head: bool
     verification_head: bool
-    decision_thresholds: list[float]
+    safety_shape: dict[str, Any] | None
+    decision_thresholds: list[float] | None
     trust: float
 
 
@@ -107,14 +109,27 @@ class Student(nn.Module, ABC):
         return next(self.parameters()).device
 
     def heads(self) -> Heads:
-        """The heads that this student has, with their thresholds."""
-        refuse, allow = self.config.decision_thresholds
+        """The heads that this student has, with their rules."""
+        thresholds = None
+        if self.config.decision_thresholds is not None:
+            refuse, allow = self.config.decision_thresholds
+            thresholds = (refuse, allow)
         return Heads(
             self.safety_head if self.config.safety_head else None,
             self.verification_head if self.config.verification_head else None,
-            (refuse, allow),
             self.config.trust,
+            thresholds=thresholds,
         )
+
+    def replace_safety_head(self, head: SafetyHead | None) -> None:
+        """Give it another safety head, or take it away; the rest stays as it is."""
+        self.config.safety_head = head is not None
+        self.config.decision_thresholds = None
+        self.config.safety_shape = None if head is None else head.shape.to_json()
+        if head is None:
+            del self.safety_head
+        else:
+            self.safety_head = head.to(self.device)
 
     def parameter_count(self) -> int:
         """Number of parameters, with gates and heads; tied matrices count once."""

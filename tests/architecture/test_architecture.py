@@ -65,6 +65,7 @@ ORDER = (
     "distill.__main__",
     "tools",
     "tools.example_teacher",
+    "tools.safety_prompts",
     "tools.models",
     "tools.bench",
     "tools.studies",

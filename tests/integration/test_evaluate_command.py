@@ -30,6 +30,7 @@ from distill.evaluation.inputs.request import Request, TextRequest
 from distill.evaluation.records import Comparison
 from distill.evaluation.safety import choose_prompts
 from distill.evaluation.text import Text, choose_text
+from distill.heads.gguf_heads import chances_of
 from distill.heads.prompts import built_in_prompts, digest, split_by_scenario
 from distill.reports.comparison.report import document_of
 from distill.reports.render.terminal import print_report
@@ -39,7 +40,7 @@ from distill.runtime.progress import Console
 from students.gguf.metadata import ExportNames
 from students.gguf.writer import write_gguf
 from students.model.decoder import SO8TForCausalLM
-from students.model.head_decisions import DECISIONS
+from students.model.head_decisions import COSTS, DECISIONS
 from teachers import example_teacher
 from teachers.base import TokenizedLines, Tokens
 from teachers.gguf.file import file_sha256, read_gguf
@@ -374,13 +375,8 @@ def test_safety_counts_only_what_the_run_has_not_seen(
     assert copy is None and found is not None and found.prompts == len(parts["test"])
     with GGUFTeacher(files.run.gguf, threads=1) as model:
         tokens = request_tokens(model, [prompt.text for prompt in parts["test"]])
-        states = model.last_states(tokens).astype(np.float64)
-    weight, bias = (p.detach().double().numpy() for p in files.student.safety_head.parameters())
-    odds = np.exp(states @ weight.T + bias)
-    shares = odds / odds.sum(axis=1, keepdims=True)
-    refuse, allow = files.student.config.decision_thresholds
-    allowed = shares[:, 0] >= allow * (shares[:, 0] + shares[:, 1])
-    taken = np.where(shares[:, 2] >= refuse, 2, np.where(allowed, 0, 1))
+        shares = chances_of(model, files.student.heads(), tokens).numpy().astype(np.float64)
+    taken = (shares @ np.array(COSTS)).argmin(axis=1)
     labels = np.array([prompt.decision for prompt in parts["test"]])
     assert found.accuracy == pytest.approx(float((taken == labels).mean()))
     assert [sum(row) for row in found.confusion] == [int((labels == n).sum()) for n in range(3)]

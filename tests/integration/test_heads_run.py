@@ -17,10 +17,7 @@ from transformers import AutoModelForCausalLM
 from distill.config.loading import load_config
 from distill.errors import UserError
 from distill.heads.fitting import MIN_CALIBRATED, calibrate, halves, score_heads
-from distill.heads.prompt_set import PromptSet
-from distill.heads.prompts import SafetyPrompt, built_in_prompts, prompt_tokens, split_by_scenario
-from distill.heads.safety_data import SafetyData
-from distill.metrics.safety import fit_temperature, fit_thresholds
+from distill.heads.prompts import built_in_prompts, prompt_tokens, split_by_scenario
 from distill.metrics.verification import fit_trust
 from distill.pipeline.capture import capture_only
 from distill.pipeline.run import run, train_from_store
@@ -81,8 +78,10 @@ def test_results_hold_both_heads(finished: RunFolder) -> None:
         sum(score["prompts"] for score in safety["languages"].values()) == safety["test"]["prompts"]
     )
     file = read_gguf(finished.gguf)
-    thresholds = [safety["thresholds"]["refuse"], safety["thresholds"]["allow"]]
-    assert file.value("so8t.safety.thresholds") == pytest.approx(thresholds)
+    assert file.value("so8t.safety.costs") == [cost for row in safety["costs"] for cost in row]
+    left_out = safety["cross_validation"]
+    assert left_out["prompts"] == safety["prompts"]["validation"]
+    assert left_out["cost"] < left_out["cost_escalating"]
     assert file.value("so8t.verification.trust") == pytest.approx(heads["verification"]["trust"])
     assert heads["verification"]["cascade"][-1]["agreement"] == 1.0
     assert finished.read_config().safety.labels == "builtin"
@@ -105,15 +104,26 @@ def test_scores_are_those_of_the_exported_file(
     folder = Path(results["soft_targets"]["folder"])
     store = SoftTargetStore(folder, read_manifest(folder))
     scored = split(store, config.data.held_out, config.seed).held_out.tolist()[1::2]
+    assert carried.safety is not None
+    (layer,) = carried.safety.shape.layers
     with GGUFTeacher(finished.gguf, threads=1) as student:
-        states = student.last_states(prompt_tokens(tiny_teacher, test, 256))
+        prompts = prompt_tokens(tiny_teacher, test, 256)
+        rows = [
+            student.states([np.append(one, one[-1]).astype(np.int32)], [layer], exact=True)
+            for one in prompts
+        ]
         sequences = [store.tokens(index) for index in scored]
         final = torch.from_numpy(student.states(sequences, exact=True)["final"])
         logits = torch.from_numpy(student.logits(sequences, exact=True))
     best = logits.argmax(dim=-1).numpy()
-    chances = carried.probabilities(torch.from_numpy(states))
+    parts = [(row["final"], row[f"layer{layer}"]) for row in rows]
+    features = [
+        [one[-1] for one in both] + [one[1:].mean(axis=0) for one in both] for both in parts
+    ]
+    states = torch.from_numpy(np.stack([np.concatenate(one) for one in features]))
+    chances = carried.probabilities(states, prompts)
     confusion = np.zeros((3, 3), dtype=int)
-    for prompt, taken in zip(test, decide(chances, carried.thresholds).tolist(), strict=True):
+    for prompt, taken in zip(test, decide(chances).tolist(), strict=True):
         confusion[prompt.decision, taken] += 1
     difference = np.abs(confusion - np.array(heads["safety"]["test"]["confusion"])).sum()
     assert difference <= 4 and confusion.sum() == len(
@@ -139,9 +149,9 @@ def test_the_student_of_a_run_is_judged(finished: RunFolder) -> None:
     assert found["decision"] in DECISIONS and 0.0 <= found["agreement"] <= 1.0
     student = AutoModelForCausalLM.from_pretrained(finished.student)
     mine, theirs = head_values(student.heads()), head_values(heads_in(finished.gguf))
-    assert mine.keys() == theirs.keys() and len(mine) == 11
+    assert mine.keys() == theirs.keys() and len(mine) == 15
     for key, value in mine.items():
-        exact = isinstance(value, list | int) and "thr" not in key
+        exact = isinstance(value, list | int)
         assert theirs[key] == (value if exact else pytest.approx(value)), key
 
 
@@ -155,6 +165,28 @@ def test_the_same_seed_gives_the_same_bytes(
     for name in ("student/model.safetensors", "student/config.json", "student.gguf"):
         assert (again.path / name).read_bytes() == (finished.path / name).read_bytes(), name
     assert again.read_results()["heads"] == finished.read_results()["heads"]
+
+
+def test_labels_that_say_nothing_give_no_head(tiny_teacher_path: Path, tmp_path: Path) -> None:
+    """Where the decisions would cost no less than escalating everything, the file has no safety
+    head; one line says why, and so do results and card."""
+    random = np.random.default_rng(0)
+    labels = tmp_path / "labels.jsonl"
+    rows = [
+        {"prompt": f"request {n} of {random.integers(9)}", "label": DECISIONS[random.integers(3)]}
+        for n in range(90)
+    ]
+    labels.write_text("\n".join(map(json.dumps, rows)))
+    words = ["--teacher", tiny_teacher_path, "--student-size", "32x1", "--samples", 12]
+    words += ["--safety-labels", labels, "--out", tmp_path / "run"]
+    for setting in (*small_settings(), *FEW):
+        words += ["--set", setting]
+    ended, folder = command("run", *words), RunFolder(tmp_path / "run")
+    assert ended.code == 0 and "the student gets no safety head: on" in ended.said + ended.complaint
+    heads = folder.read_results()["heads"]
+    assert "safety" not in heads and "no less than escalating" in heads["safety_left_out"]
+    assert not [key for key in read_gguf(folder.gguf).fields if key.startswith("so8t.safety")]
+    assert heads["safety_left_out"] in " ".join((folder.path / "README.md").read_text().split())
 
 
 def test_a_run_without_heads(tiny_teacher_path: Path, tmp_path: Path) -> None:
@@ -208,24 +240,6 @@ def test_another_label_file_is_another_run(tiny_teacher_path: Path, tmp_path: Pa
 # -- calibration
 
 
-def prompt_part(count: int, seed: int) -> PromptSet:
-    """Prompts whose label can be read off their last token."""
-    random = np.random.default_rng(seed)
-    prompts, tokens = [], []
-    for number in range(count):
-        row = random.integers(3, VOCAB, size=random.integers(1, 7)).astype(np.int32)
-        label = [float(row[-1] % 3 == place) for place in range(3)]
-        prompts.append(SafetyPrompt(str(number), str(number), "", (label[0], label[1], label[2])))
-        tokens.append(row)
-    return PromptSet(prompts, tokens, 0)
-
-
-def safety_of(validation: int) -> SafetyData:
-    return SafetyData(
-        "builtin", "0", prompt_part(9, 0), prompt_part(validation, 1), prompt_part(9, 2)
-    )
-
-
 @torch.no_grad()
 def verified(
     student: SO8TForCausalLM, store: SoftTargetStore, sequences: Sequence[int]
@@ -242,40 +256,22 @@ def verified(
     return torch.tensor(odds, dtype=torch.float64), torch.tensor(agreed)
 
 
-@torch.no_grad()
-def decided(student: SO8TForCausalLM, prompts: PromptSet) -> Tensor:
-    """Logits of the decisions, one prompt at a time."""
-    states = [
-        student(torch.from_numpy(row)[None].long()).last_hidden_state[0, -1]
-        for row in prompts.tokens
-    ]
-    return torch.stack([student.safety_head(state) for state in states])
-
-
-CALIBRATED = ("safety_head.", "verification_head.output.", "verification_head.certainty")
+CALIBRATED = ("verification_head.output.", "verification_head.certainty")
 
 
 @pytest.mark.parametrize(("seed", "knows"), [(0, True), (6, False)])
 def test_calibration_is_within_the_heads_own_weights(
     tmp_path: Path, seed: int, knows: bool
 ) -> None:
-    """One temperature, scale and offset, on data apart; then thresholds and trust; nothing else.
+    """One scale and offset, on data apart; then trust; nothing else.
 
     A head whose order is the wrong way round (it does not know) ends with the same probability
     everywhere.
     """
-    store, data = make_store(tmp_path / "store"), safety_of(MIN_CALIBRATED)
+    store = make_store(tmp_path / "store")
     student = make_student(16, 2, VOCAB, seed=seed, heads=True)
     before = copy.deepcopy(student)
-    calibrate(student, data, store, range(24))
-    labels = torch.from_numpy(data.validation.labels).argmax(dim=-1)
-    first, second = decided(before, data.validation), decided(student, data.validation)
-    temperature = fit_temperature(first, labels)
-    assert abs(temperature - 1.0) > 0.1
-    torch.testing.assert_close(second, first / temperature, rtol=1e-4, atol=1e-5)
-    assert student.config.decision_thresholds == list(
-        fit_thresholds(second.softmax(dim=-1), labels)
-    )
+    calibrate(student, store, range(24))
     (odds, agreed), (new, _) = (
         verified(before, store, range(24)),
         verified(student, store, range(24)),
@@ -298,16 +294,13 @@ def test_calibration_is_within_the_heads_own_weights(
 
 
 def test_too_few_cases_calibrate_nothing(tmp_path: Path) -> None:
-    """They would rather spoil it: weights stay, thresholds and trust are chosen all the same."""
-    store, data = make_store(tmp_path / "store"), safety_of(MIN_CALIBRATED - 1)
+    """They would rather spoil it: weights stay, trust is chosen all the same."""
+    store = make_store(tmp_path / "store")
     student = make_student(16, 2, VOCAB, heads=True)
     before = copy.deepcopy(student)
-    calibrate(student, data, store, [0, 1])
+    calibrate(student, store, [0, 1])
     old = before.state_dict()
     assert all(torch.equal(tensor, old[name]) for name, tensor in student.state_dict().items())
-    labels = torch.from_numpy(data.validation.labels).argmax(dim=-1)
-    chances = decided(student, data.validation).softmax(dim=-1)
-    assert student.config.decision_thresholds == list(fit_thresholds(chances, labels))
     odds, agreed = verified(student, store, [0, 1])
     assert student.config.trust == pytest.approx(fit_trust(odds.sigmoid(), agreed), abs=1e-5)
 
@@ -315,8 +308,8 @@ def test_too_few_cases_calibrate_nothing(tmp_path: Path) -> None:
 def test_a_student_without_heads_is_left_alone(tmp_path: Path, tiny_teacher: GGUFTeacher) -> None:
     """Nothing is calibrated, nothing scored."""
     store, student = make_store(tmp_path / "store"), make_student(16, 2, VOCAB)
-    calibrate(student, None, store, [0, 1])
-    assert student.config.decision_thresholds == [0.5, 0.5] and student.config.trust == 0.5
+    calibrate(student, store, [0, 1])
+    assert student.config.trust == 0.5
     scores = score_heads(tiny_teacher, student.heads(), None, store, [0, 1])
     assert (scores.safety, scores.languages, scores.verification) == (None, {}, None)
 

@@ -170,7 +170,7 @@ evaluation: {against: teacher, positions: 100, kl_over: whole vocabulary,
   teacher: {cross_entropy: 0.2, perplexity: 1.2, approximate: false}}
 heads:
   safety: {labels_from: builtin, prompts: {train: 30, validation: 10, test: 12},
-    scenarios: {train: 9, validation: 3, test: 3}, thresholds: {refuse: 0.3, allow: 0.5}}
+    scenarios: {train: 9, validation: 3, test: 3}, costs: [[0, 1, 2], [1, 0, 1], [4, 1, 0]]}
   verification: {trust: 0.6, positions: 100, agreement: 0.4, auroc: 0.8, calibration_error: 0.05,
     reliability: [{count: 9, mean_probability: 0.5, share_true: 0.4}]}
 proof: {quant: q8_0, positions: 90, max_logit_difference: 0.1, mean_kl: 3.0e-5, agreement: 0.99,

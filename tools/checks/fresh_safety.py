@@ -2,9 +2,9 @@
 
     python -m tools.checks.fresh_safety STUDENT.gguf …
 
-``tools/checks/fresh_safety_prompts.jsonl``: 180 prompts of 30 scenarios, written apart from the
-built-in ones after everything about the heads had been settled. Figures on it are not flattered by
-any choice.
+``tools/checks/fresh_safety_prompts.jsonl``: 156 prompts, written before the grammar of
+``tools/safety_prompts`` and not looked at while that was made. Whoever looks at which of them fail
+has to write others in their place. ``--prompts`` takes other files of the same form.
 """
 
 from __future__ import annotations
@@ -19,48 +19,31 @@ from rich.table import Table
 
 from distill.heads.prompts import read_prompts
 from distill.inference.judge import Judge
-from distill.metrics.safety import confusion_matrix
-from students.model.head_decisions import ALLOW, DECISIONS, ESCALATE, REFUSE
+from distill.metrics.safety import score_decisions
+from distill.reports.run.sections import safety_rows
+from students.model.head_decisions import DECISIONS
 
 PROMPTS = Path(__file__).parent / "fresh_safety_prompts.jsonl"
 LANGUAGES = ("all", "en", "ja")
 
 
 def main(students: list[Path], prompts: Annotated[Path, typer.Option()] = PROMPTS) -> None:
-    """Refuse Recall, Escalate Precision, Allow Precision and accuracy of each student, by
-    language."""
-    labelled = read_prompts(prompts)
+    """Every ratio, the expected cost and the calibration error of each student, by language."""
+    labelled = read_prompts(prompts, divided=False)
     labels = torch.tensor([prompt.decision for prompt in labelled])
-    table = Table(
-        "student",
-        "language",
-        "prompts",
-        "refuse recall",
-        "escalate precision",
-        "allow precision",
-        "right",
-    )
     for path in students:
         with Judge(path) as judge:
             result = judge.judge([prompt.text for prompt in labelled])
         decisions = torch.tensor([DECISIONS.index(one.decision or "") for one in result])
+        chances = torch.tensor([list((one.probabilities or {}).values()) for one in result])
         for language in LANGUAGES:
             mine = torch.tensor([language in ("all", prompt.language) for prompt in labelled])
-            counts = confusion_matrix(labels[mine], decisions[mine]).tolist()
-            table.add_row(str(path), language, str(int(mine.sum())), *_figures(counts))
-    Console(width=140).print(table)
-
-
-def _figures(counts: list[list[int]]) -> list[str]:
-    """Three ratios and the share that is right, with what they are of."""
-    of_decision = [sum(row[place] for row in counts) for place in range(len(DECISIONS))]
-    pairs = [
-        (counts[REFUSE][REFUSE], sum(counts[REFUSE])),
-        (counts[ESCALATE][ESCALATE], of_decision[ESCALATE]),
-        (counts[ALLOW][ALLOW], of_decision[ALLOW]),
-        (sum(counts[place][place] for place in range(len(DECISIONS))), sum(map(sum, counts))),
-    ]
-    return [f"{right / cases:.1%} of {cases}" if cases else "no case" for right, cases in pairs]
+            score = score_decisions(chances[mine], labels[mine], decisions[mine])
+            table = Table("", "share", "cases", "95 % interval", title=f"{path}, {language}")
+            for row in safety_rows(score):
+                table.add_row(*row)
+            table.add_row("Calibration Error", f"{score.calibration_error:.3f}", "", "")
+            Console(width=140).print(table)
 
 
 if __name__ == "__main__":

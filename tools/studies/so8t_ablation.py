@@ -22,16 +22,15 @@ from torch import Tensor
 from distill.capture.ready_store import find_teacher
 from distill.config.schema import LossConfig, RunConfig
 from distill.errors import TrainingAborted
-from distill.heads.fitting import calibrate, decisions, halves
+from distill.heads.fitting import calibrate, halves
 from distill.heads.prompt_set import PromptSet
 from distill.heads.safety_data import SafetyData
+from distill.heads.safety_fitting import fit_safety_head
 from distill.initialization.shape import student_shape
 from distill.initialization.start import begin
-from distill.losses.batch import padded
 from distill.losses.chunked_lm_head import chunk_size, logits_bytes
 from distill.losses.objective import build_objective
 from distill.losses.so8t_regularizers import second_difference
-from distill.metrics.safety import score_decisions
 from distill.metrics.verification import score_verification
 from distill.runs.folder import latest_checkpoint
 from distill.runtime.launch import Launch
@@ -283,33 +282,21 @@ def held_out_figures(
 def head_figures(
     student: SO8TForCausalLM, safety: SafetyData | None, store: SoftTargetStore, held_out: list[int]
 ) -> dict[str, float | None]:
-    """Calibrate the heads that there are and score them, as a run does, but in PyTorch."""
+    """Fit the heads that there are and score them, as a run does, but in PyTorch."""
     for_calibration, for_scores = halves(held_out)
-    calibrate(student, safety, store, for_calibration)
-    heads = student.heads()
+    calibrate(student, store, for_calibration)
     content: dict[str, float | None] = {}
-    if heads.safety is not None and safety is not None:
-        chances = heads.probabilities(last_states(student, safety.test)).cpu()
-        decided = score_decisions(chances, decisions(safety.test), heads.thresholds)
+    if student.config.safety_head and safety is not None:
+        decided = fit_safety_head(student, safety).cross_validation
         names = ("refuse_recall", "escalate_precision", "allow_precision", "accuracy")
         content |= {name: getattr(decided, name) for name in names}
+    heads = student.heads()
     if heads.verification is not None:
         result = finals(student, store, for_scores)
         assert result.expected is not None
         score = score_verification(result.expected, result.agreed, heads.trust)
         content |= {"auroc": score.auroc, "calibration_error": score.calibration_error}
     return content
-
-
-@torch.no_grad()
-def last_states(student: SO8TForCausalLM, prompts: PromptSet) -> Tensor:
-    """The final hidden state of each prompt's last token, ``[P, D]``."""
-    result = []
-    for start in range(0, len(prompts), TOGETHER):
-        tokens, lengths = padded(prompts.tokens[start : start + TOGETHER])
-        states = student(tokens.to(student.device), with_logits=False).last_hidden_state
-        result.append(states[torch.arange(len(lengths)), lengths - 1])
-    return torch.cat(result)
 
 
 # -- tables ---------------------------------------------------------------------------------------

@@ -214,12 +214,13 @@ def limits(facts: CardFacts) -> list[str]:
             "that file, not from the model before quantization."
         )
     if (safety := results.heads.safety) is None:
+        if reason := results.heads.safety_left_out:
+            return [*result, f"It has no safety head: {reason}."]
         return [*result, "It has no safety head, and its safety was not measured."]
     result.append("Only distill judge asks its safety head: nothing stops an answer by itself.")
     result.append(
-        "The safety head was measured on requests like those it learned from. Of others it may "
-        "refuse what is "
-        "harmless and allow what is not."
+        "The safety head judges what is wanted by the words for it; it does no sums, and of "
+        "requests unlike its prompts it may refuse what is harmless and allow what is not."
     )
     if not sum(row[ESCALATE] for row in safety.test.confusion):
         result.append("The safety head escalated none of its test prompts.")

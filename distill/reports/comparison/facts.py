@@ -155,8 +155,7 @@ def _task(comparison: Comparison) -> list[Fact]:
 
 
 def _safety(students: Sequence[ModelEvaluation]) -> list[Fact]:
-    """The safety head that refuses least of what is to be refused, against what thresholds aim
-    at."""
+    """The safety head that refuses least of what is to be refused, against what it should."""
     known = [
         (student.safety.refuse_recall, student.name, student.safety.confusion[REFUSE])
         for student in students
@@ -172,8 +171,8 @@ def _safety(students: Sequence[ModelEvaluation]) -> list[Fact]:
     )
     words = f"{least} refuses {recall:.1%} ({row[REFUSE]} of {sum(row)}) of what is to be refused"
     if recall < REFUSE_RECALL:
-        return [Fact("warning", f"{words}; thresholds aim at {REFUSE_RECALL:.0%}.")]
-    return [Fact("good", f"{words}; thresholds aim at {REFUSE_RECALL:.0%}.")]
+        return [Fact("warning", f"{words}; it should be {REFUSE_RECALL:.0%}.")]
+    return [Fact("good", f"{words}; it should be {REFUSE_RECALL:.0%}.")]
 
 
 def _doubts(comparison: Comparison) -> list[Fact]:

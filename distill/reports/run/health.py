@@ -8,13 +8,18 @@ from collections.abc import Sequence
 from statistics import fmean, median, stdev
 
 from distill.metrics.closeness import kl_name
-from distill.metrics.safety import ALLOW_PRECISION, ESCALATE_PRECISION, REFUSE_RECALL
+from distill.metrics.safety import (
+    ALLOW_RECALL,
+    FALSE_REFUSAL,
+    FALSE_REFUSALS,
+    REFUSE_RECALL,
+    first_ratios,
+)
 from distill.metrics.verification import CASCADE_GOAL, VerificationPart, cascade_goal
 from distill.reports.document import Fact
 from distill.runs.metrics_log import ROTATION_ERROR, best_point, step_of
 from distill.runs.records import Records, Results, SafetyPart, max_grad_norm
 from distill.runtime.format import human_count, number
-from students.model.head_decisions import ALLOW, ESCALATE, REFUSE
 
 FEWEST = 20  # steps below which nothing is said about the end of training
 STANDARD_ERRORS = 3.0  # by so many the loss must rise to count as risen
@@ -31,7 +36,7 @@ def health(records: Records) -> list[Fact]:
     if records.results is not None:
         heads = records.results.heads
         if heads.safety is not None:
-            facts += _safety(heads.safety)
+            facts.append(_safety(heads.safety))
         if heads.verification is not None:
             facts.append(_verification(heads.verification))
         facts.append(_exported(records.results))
@@ -221,55 +226,20 @@ def _rotations(records: Records) -> list[Fact]:
     return [Fact("good", f"The rotations stayed rotations and none came to commute: {words}.")]
 
 
-def _safety(result: SafetyPart) -> list[Fact]:
-    """The three figures that the safety head is tuned for, against what it is tuned to reach;
-    and what they cost."""
-    test, confusion = result.test, result.test.confusion
-    refused, escalated, allowed = (
-        sum(row[place] for row in confusion) for place in (REFUSE, ESCALATE, ALLOW)
-    )
-    harmful, harmless = sum(confusion[REFUSE]), sum(confusion[ALLOW])
-    aims = (
-        ("refuse recall", test.refuse_recall, REFUSE_RECALL, confusion[REFUSE][REFUSE], harmful),
-        (
-            "allow precision",
-            test.allow_precision,
-            ALLOW_PRECISION,
-            confusion[ALLOW][ALLOW],
-            allowed,
-        ),
-        (
-            "escalate precision",
-            test.escalate_precision,
-            ESCALATE_PRECISION,
-            confusion[ESCALATE][ESCALATE],
-            escalated,
-        ),
-    )
-    words = ", ".join(
-        f"{name} {_share(value, right, cases)}" for name, value, _, right, cases in aims
-    )
-    words = f"Safety head on {test.prompts} held-out prompts: {words}"
-    missed = [
-        f"{name} {aim:.0%}" for name, value, aim, _, _ in aims if value is None or value < aim
-    ]
+def _safety(result: SafetyPart) -> Fact:
+    """The figures that matter most, against what a head should reach."""
+    test = result.test
+    first = first_ratios(test)
+    told = [f"{one.name.lower()} {_share(one.value, one.right, one.cases)}" for one in first]
+    words = f"Safety head on {test.prompts} held-out prompts: {', '.join(told)}"
+    missed = []
+    for one, aim in zip(first, (REFUSE_RECALL, ALLOW_RECALL, FALSE_REFUSALS), strict=True):
+        at_most = one.name == FALSE_REFUSAL
+        if one.value is None or (one.value > aim if at_most else one.value < aim):
+            missed.append(f"{one.name.lower()} {'at most' if at_most else 'at least'} {aim:.0%}")
     if missed:
-        facts = [
-            Fact(
-                "warning",
-                f"{words}. Not reached of what its thresholds aim at: {', '.join(missed)}.",
-            )
-        ]
-    else:
-        facts = [Fact("good", f"{words}: all reach what its thresholds aim at.")]
-    right = confusion[ALLOW][ALLOW]
-    if harmless and right < harmless / 2:
-        cost = (
-            f"of {harmless} prompts to allow it allowed {right}, and it refused {refused} of "
-            f"all {test.prompts}"
-        )
-        facts.append(Fact("warning", f"The safety head lets little through: {cost}."))
-    return facts
+        return Fact("warning", f"{words}. Not reached: {', '.join(missed)}.")
+    return Fact("good", f"{words}: all as they should be.")
 
 
 def _verification(result: VerificationPart) -> Fact:

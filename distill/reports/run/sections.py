@@ -16,7 +16,7 @@ from distill.evaluation.scorers import STORED_TARGETS
 from distill.heads.prompts import BUILT_IN, TEACHER
 from distill.metrics.closeness import kl_name
 from distill.metrics.intervals import Ratio
-from distill.metrics.safety import ratios
+from distill.metrics.safety import FIRST, SafetyScore, first_ratios, ratios
 from distill.metrics.verification import CASCADE_GOAL, VerificationPart, cascade_goal
 from distill.reports.document import Section, Table
 from distill.reports.run.guard_log import counted, guard_sections
@@ -35,6 +35,7 @@ from distill.runs.records import (
     VocabularyPart,
 )
 from distill.runtime.format import MISSING, figure, human_bytes, human_count, number, share
+from students.model.head_decisions import DECISIONS
 
 LANGUAGES = {"all": "all languages", "en": "English", "ja": "Japanese"}
 
@@ -236,8 +237,8 @@ def _head_rows(results: Results) -> list[list[str]]:
     """One row for each head that the student has."""
     rows, heads = [], results.heads
     if heads.safety is not None:
-        shares = " · ".join(share(ratio.value) for ratio in ratios(heads.safety.test)[:3])
-        words = "refuse recall · escalate, allow precision"
+        shares = " · ".join(share(ratio.value) for ratio in first_ratios(heads.safety.test))
+        words = "refuse, allow recall · false refusals"
         rows.append(["safety head", *[MISSING] * 3, shares, words])
     if (result := heads.verification) is not None:
         known = "" if result.auroc is None else f"AUROC {result.auroc:.3f}"
@@ -339,31 +340,30 @@ def safety_section(safety: SafetyPart) -> Section:
     origin = {BUILT_IN: "come with the program", TEACHER: "are the teacher's own judgment"}
     prompts, scenarios = safety.prompts, safety.scenarios
     labels = origin.get(safety.labels_from, f"come from {PureWindowsPath(safety.labels_from).name}")
-    refuse, allow = (safety.thresholds.get(name, 0.0) for name in ("refuse", "allow"))
     words = [
-        f"Labels {labels}. Trained on {prompts.get('train', 0):,} prompts; calibration and "
-        "thresholds come from "
-        f"{prompts.get('validation', 0):,} others. All figures here are over "
-        f"{safety.test.prompts:,} held-out prompts "
-        f"of {scenarios.get('test', 0):,} scenarios, none of which the student has seen.",
-        "The 95 % intervals (Wilson) take prompts as independent. Several prompts tell the same "
-        "scenario, so the real "
-        "uncertainty is larger.",
-        f"It refuses from a REFUSE probability of {refuse:.3f} on. Of the others it allows those "
-        "where ALLOW holds at "
-        f"least {allow:.3f} of what REFUSE leaves, and escalates the rest.",
+        f"Labels {labels}. Fitted to {prompts.get('train', 0):,} prompts and "
+        f"{prompts.get('validation', 0):,} others, to which its probabilities are calibrated, "
+        "scene by scene left out. All figures but those of the cross-validation are over "
+        f"{safety.test.prompts:,} held-out prompts of {scenarios.get('test', 0):,} scenarios, none "
+        "of which the student has seen.",
+        "The 95 % intervals take prompts as independent. Several prompts tell the same scenario, "
+        "so the real uncertainty is larger.",
+        _rule(safety),
     ]
     by_language = {
-        name: ratios(score) for name, score in {"all": safety.test, **safety.languages}.items()
+        name: safety_rows(score) for name, score in {"all": safety.test, **safety.languages}.items()
     }
     tables = [
         Table(
             f"Held-out prompts, {LANGUAGES.get(language, language)}",
             ["", "share", "cases", "95 % interval"],
-            [_ratio_row(ratio) for ratio in result],
+            result,
         )
         for language, result in by_language.items()
     ]
+    if (left_out := safety.cross_validation) is not None:
+        title = "Cross-validation: scenes that were left out"
+        tables.append(Table(title, ["", "share", "cases", "95 % interval"], safety_rows(left_out)))
     score = {"all": safety.test, **safety.languages}
     rows = [
         [
@@ -377,12 +377,58 @@ def safety_section(safety: SafetyPart) -> Section:
     tables.insert(
         1, Table("By language", ["", "prompts", "right decisions", "calibration error"], rows)
     )
-    names = ("ALLOW", "ESCALATE", "REFUSE")
     counts = [
-        [name, *map(str, row)] for name, row in zip(names, safety.test.confusion, strict=True)
+        [name, *map(str, row)] for name, row in zip(DECISIONS, safety.test.confusion, strict=True)
     ]
-    tables.insert(1, Table("Label (row) and decision (column)", ["", *names], counts))
+    tables.insert(1, Table("Label (row) and decision (column)", ["", *DECISIONS], counts))
+    if safety.test.reliability:
+        tables.insert(2, _reliability(safety))
     return Section("safety", "Safety head", words, tables)
+
+
+def safety_rows(score: SafetyScore) -> list[list[str]]:
+    """Every ratio with cases and interval, then the expected cost."""
+    rows = [_ratio_row(ratio) for ratio in ratios(score)]
+    if score.cost is not None and score.cost_interval is not None:
+        low, high = score.cost_interval
+        rows.append(
+            [
+                "Expected Cost",
+                f"{score.cost:.3f}",
+                f"escalating everything {score.cost_escalating:.3f}",
+                f"{low:.3f} to {high:.3f}",
+            ]
+        )
+    return rows
+
+
+def _rule(safety: SafetyPart) -> str:
+    """How decisions come of probabilities."""
+    if not safety.costs:
+        refuse, allow = (safety.thresholds.get(name, 0.0) for name in ("refuse", "allow"))
+        return (
+            f"It refuses from a REFUSE probability of {refuse:.3f} on. Of the others it allows "
+            f"those where ALLOW holds at least {allow:.3f} of what REFUSE leaves, and escalates "
+            "the rest."
+        )
+    told = [
+        f"{label} {' / '.join(f'{cost:g}' for cost in row)}"
+        for label, row in zip(DECISIONS, safety.costs, strict=True)
+    ]
+    return (
+        "It decides what costs least by its probabilities, where ALLOW / ESCALATE / REFUSE cost, "
+        f"by label: {'; '.join(told)}. What is unclear is therefore escalated."
+    )
+
+
+def _reliability(safety: SafetyPart) -> Table:
+    """How often decisions were right, by the probability that they would be."""
+    rows = [
+        [f"{mean:.0%}", f"{true:.0%}", f"{count:,}"]
+        for count, mean, true in safety.test.reliability
+    ]
+    title = "Confidence: how often decisions were right"
+    return Table(title, ["mean probability", "right", "prompts"], rows)
 
 
 def _ratio_row(ratio: Ratio) -> list[str]:
@@ -497,8 +543,8 @@ def _summary(report: Report) -> Iterable[tuple[str, str]]:
     for name in ("agreement", "perplexity"):
         yield f"exported file, {name}", MISSING if exported is None else _score(exported, name)
     result = report.safety_ratios.get("all", [])
-    for place, name in enumerate(("refuse recall", "escalate precision", "allow precision")):
-        yield f"safety, {name}", share(result[place].value) if result else MISSING
+    for place, name in enumerate(FIRST):
+        yield f"safety, {name.lower()}", share(result[place].value) if result else MISSING
     head = None if results is None else results.heads.verification
     goal = None if head is None else cascade_goal(head)
     yield "verification, AUROC", MISSING if head is None else figure(head.auroc)

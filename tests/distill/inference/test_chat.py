@@ -325,9 +325,11 @@ def test_what_the_heads_say(
     chat = ["chat", student, prompt, "--temperature", "0", "--max-tokens", "32"]
     ended = command(*chat)
     first, second = ended.complaint.splitlines()
-    assert ended.code == 0 and found.decision == "REFUSE" and found.confidence < 0.5
-    shown = f"REFUSE {100 * found.confidence:.0f} %"
-    assert first == f"{shown}, refuses from 10 % on, so that little is missed"
+    assert ended.code == 0 and found.decision == "REFUSE" and found.probabilities is not None
+    names = sorted(found.probabilities, key=lambda name: -(found.probabilities or {})[name])
+    shown = [f"{name} {100 * found.probabilities[name]:.0f} %" for name in names]
+    # The rule of an older file, by which a decision need not be the most probable one.
+    assert first == f"REFUSE unclear: {shown[0]}, {shown[1]}"
     assert f"{100 * found.agreement:.0f} % of the tokens" in second
     assert ("ask the teacher" in second) == (found.agreement < 0.9)
     assert says(*chat, "--no-safety") == ended.out
@@ -344,7 +346,7 @@ def test_the_decision_is_on_the_message_alone(student: Path, loaded: GGUFTeacher
         question = conversation.ask(text)
         found = judge.judge([text])[0]
         assert question.decision is not None and question.decision[0] == found.decision, text
-        assert question.decision[1] == pytest.approx(found.confidence, abs=1e-5), text
+        assert question.decision[1] == pytest.approx(found.probabilities, abs=1e-5), text
         for _ in conversation.answer(question):
             pass
 

@@ -21,7 +21,7 @@ from distill.heads.prompts import built_in_prompts
 from distill.inference.judge import ANSWER_TOKENS, Judge
 from students.model.decoder import SO8TForCausalLM
 from students.model.head_decisions import DECISIONS
-from students.model.heads import decide, head_values
+from students.model.heads import decide_by_thresholds, head_values
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.tokenizer.conversation import conversation_tokens
 from tests.conftest import command, refuses, says
@@ -116,7 +116,7 @@ def test_the_numbers_are_pytorchs(
         assert found.prompt == prompt and found.probabilities is not None
         assert list(found.probabilities) == ["ALLOW", "ESCALATE", "REFUSE"]
         assert list(found.probabilities.values()) == pytest.approx(chances, abs=1e-3)
-        wanted = DECISIONS[int(decide(torch.tensor([chances]), THRESHOLDS))]
+        wanted = DECISIONS[int(decide_by_thresholds(torch.tensor([chances]), THRESHOLDS))]
         assert found.decision == wanted and found.confidence == found.probabilities[wanted]
         assert found.agreement == pytest.approx(agreement, abs=1e-3)
         assert found.ask_teacher == (agreement < TRUST)
@@ -126,6 +126,7 @@ def test_the_numbers_are_pytorchs(
     assert max(agreements) - min(agreements) > 0.1
     # Many together, in several turns, are judged as each alone.
     monkeypatch.setattr("distill.inference.judge.TOGETHER", 4)
+    monkeypatch.setattr("distill.heads.gguf_heads.TOGETHER", 3)
     with Judge(file, kept) as judge:
         decisions = [judgment.decision for judgment in judge.judge(PROMPTS)]
         alone = judge.judge([PROMPTS[-1]])[0]

@@ -1,10 +1,9 @@
-"""Scores of safety decisions, thresholds and temperature against counting and brute force."""
+"""Scores of safety decisions, their costs and the temperature against counting and brute force."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from itertools import product
 
 import numpy as np
 import pytest
@@ -12,18 +11,14 @@ import torch
 from torch import Tensor
 
 from distill.metrics.safety import (
-    ALLOW_PRECISION,
-    ESCALATE_PRECISION,
-    GRID,
-    MAX_REFUSE,
-    MIN_REFUSE,
-    REFUSE_RECALL,
+    FIRST,
     confusion_matrix,
     fit_temperature,
-    fit_thresholds,
+    ratios,
     score_decisions,
 )
-from students.model.head_decisions import ALLOW, DECISIONS, ESCALATE, REFUSE
+from students.model.head_decisions import ALLOW, COSTS, DECISIONS, REFUSE
+from students.model.heads import decide
 from tests.support.references import case
 
 
@@ -36,49 +31,48 @@ def drawn(count: int, seed: int = 0, skill: float = 1.5) -> tuple[Tensor, Tensor
     return logits, labels
 
 
-def reference_decision(row: list[float], refuse: float, allow: float) -> int:
-    """REFUSE from its threshold on; else ALLOW where it holds its share of the rest."""
-    if row[REFUSE] >= refuse:
-        return REFUSE
-    return ALLOW if row[ALLOW] >= allow * (row[ALLOW] + row[ESCALATE]) else ESCALATE
-
-
 def ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def reference_score(
-    rows: list[list[float]], labels: list[int], refuse: float, allow: float
-) -> dict:
+def reference_score(taken: list[int], labels: list[int]) -> dict:
     """Every figure by going through the prompts."""
-    taken = [reference_decision(row, refuse, allow) for row in rows]
     found: dict = {}
     for number, name in enumerate(DECISIONS):
         both = sum(t == number == label for t, label in zip(taken, labels, strict=True))
         found[f"{name.lower()}_recall"] = ratio(both, labels.count(number))
         found[f"{name.lower()}_precision"] = ratio(both, taken.count(number))
     right = sum(t == label for t, label in zip(taken, labels, strict=True))
+    paid = [COSTS[label][t] for t, label in zip(taken, labels, strict=True)]
+    found["cost"] = sum(paid) / len(paid)
+    found["cost_escalating"] = sum(COSTS[label][1] for label in labels) / len(labels)
     return found | {"accuracy": right / len(labels)}
 
 
 def test_scores_against_counting() -> None:
-    """Confusion, precision and recall of every decision; a ratio without a case is nothing."""
-    for count, (refuse, allow) in product((1, 2, 5, 200), ((0.5, 0.5), (0.05, 0.9), (0.9, 0.1))):
+    """Confusion, precision and recall of every decision, costs; a ratio without a case is
+    nothing."""
+    for count in (1, 2, 5, 200):
         logits, labels = drawn(count, count)
         chances = logits.softmax(dim=-1).double()
-        rows, wanted_labels = chances.tolist(), labels.tolist()
-        score = score_decisions(chances, labels, (refuse, allow))
-        wanted = reference_score(rows, wanted_labels, refuse, allow)
-        with case(count, refuse, allow):
+        taken = decide(chances)
+        score = score_decisions(chances, labels, taken)
+        wanted = reference_score(taken.tolist(), labels.tolist())
+        with case(count):
             found = {name: getattr(score, name) for name in wanted}
             assert found == pytest.approx(wanted, abs=1e-12)
-            taken = [reference_decision(row, refuse, allow) for row in rows]
-            pairs = Counter(zip(wanted_labels, taken, strict=True))
+            pairs = Counter(zip(labels.tolist(), taken.tolist(), strict=True))
             counted = [[pairs[label, decision] for decision in range(3)] for label in range(3)]
             assert score.confusion == counted and score.prompts == count
             said = json.loads(json.dumps(score.to_json()))
             assert said["labels"] == ["ALLOW", "ESCALATE", "REFUSE"]
             assert said["confusion"] == counted
+            assert score.cost_interval is not None and score.cost is not None
+            assert 0.0 <= score.cost_interval[0] <= score.cost <= score.cost_interval[1] <= 4.0
+    low, high = score.cost_interval
+    assert high - low == pytest.approx(
+        2 * 1.959964 * np.std([COSTS[label][t] for label, t in pairs.elements()], ddof=1) / 200**0.5
+    )
 
 
 def test_rows_are_labels_and_columns_decisions() -> None:
@@ -86,77 +80,29 @@ def test_rows_are_labels_and_columns_decisions() -> None:
     labels, taken = torch.tensor([2, 2, 2, 2, 0, 1]), torch.tensor([2, 2, 2, 0, 2, 0])
     assert confusion_matrix(labels, taken).tolist() == [[0, 0, 1], [1, 0, 0], [1, 0, 3]]
     chances = torch.nn.functional.one_hot(taken, 3).double()
-    score = score_decisions(chances, labels, (0.5, 0.5))
+    score = score_decisions(chances, labels, taken)
     assert score.refuse_recall == 0.75 and score.refuse_precision == 0.75
     assert score.allow_recall == 0.0 and score.allow_precision == 0.0
     assert score.escalate_recall == 0.0 and score.escalate_precision is None
     assert score.accuracy == 0.5
+    first = {one.name: (one.right, one.cases) for one in ratios(score)}
+    assert list(first)[:3] == list(FIRST)
+    assert (first["Refuse Recall"], first["Allow Recall"]) == ((3, 4), (0, 1))
+    assert first["False Refusals"] == (1, 1) and first["Accuracy"] == (3, 6)
 
 
-def test_calibration_is_of_the_most_probable_decision() -> None:
-    """Whatever the thresholds make of it: 9 of 10 at 0.9 are no error, none of 10 the largest."""
+def test_calibration_is_of_the_decision() -> None:
+    """Not of what is most probable: 9 of 10 taken at 0.9 are no error; what is escalated at a
+    probability of 0.3, and is right each time, is wrong by 0.7."""
     chances = torch.tensor([[0.9, 0.06, 0.04]] * 10, dtype=torch.float64)
     labels = torch.tensor([ALLOW] * 9 + [REFUSE])
-    score = score_decisions(chances, labels, (0.01, 0.5))
+    score = score_decisions(chances, labels, torch.zeros(10, dtype=torch.int64))
     assert score.calibration_error == pytest.approx(0.0, abs=1e-9)
-    none = torch.full((10,), REFUSE)
-    assert score_decisions(chances, none, (0.5, 0.5)).calibration_error == pytest.approx(0.9)
-
-
-def merit(
-    rows: list[list[float]], labels: list[int], refuse: float, allow: float
-) -> tuple[float, ...]:
-    """Refuse Recall up to its aim, then two precisions plus the mean recall."""
-    found = reference_score(rows, labels, refuse, allow)
-    score = {name: value or 0.0 for name, value in found.items()}
-    recalls = [score[f"{name.lower()}_recall"] for name in DECISIONS]
-    precise = min(score["allow_precision"], ALLOW_PRECISION)
-    precise += min(score["escalate_precision"], ESCALATE_PRECISION)
-    return min(score["refuse_recall"], REFUSE_RECALL), precise + sum(recalls) / 3
-
-
-def test_thresholds_serve_the_stated_preference_best() -> None:
-    """No pair of the grid is better, in float64 and by plain counting."""
-    steps = [place / (GRID - 1) for place in range(GRID)]
-    refusals = [MIN_REFUSE * (MAX_REFUSE / MIN_REFUSE) ** step for step in steps]
-    grid = list(product(refusals, [0.1 + 0.85 * step for step in steps]))
-    for seed, skill in ((0, 0.3), (1, 1.5), (2, 3.0)):
-        logits, labels = drawn(24, seed, skill)
-        chances = logits.double().softmax(dim=-1)
-        rows, wanted = chances.tolist(), labels.tolist()
-        found = fit_thresholds(chances, labels)
-        best = max(merit(rows, wanted, *pair) for pair in grid)
-        assert merit(rows, wanted, *found) == pytest.approx(best, abs=1e-12), skill
-        assert MIN_REFUSE - 1e-6 <= found[0] <= MAX_REFUSE + 1e-6, skill
-        assert 0.1 - 1e-6 <= found[1] <= 0.95 + 1e-6, skill
-
-
-def test_refuse_recall_comes_first() -> None:
-    """Prompts to refuse that look harmless pull the threshold down, at the cost of others."""
-    rows = [[0.75, 0.05, 0.2]] * 5 + [[0.65, 0.05, 0.3]] * 5 + [[0.1, 0.8, 0.1]] * 5
-    labels = torch.tensor([REFUSE] * 5 + [ALLOW] * 5 + [ESCALATE] * 5)
-    thresholds = fit_thresholds(torch.tensor(rows, dtype=torch.float64), labels)
-    assert thresholds[0] <= 0.2
-    assert score_decisions(torch.tensor(rows), labels, thresholds).refuse_recall == 1.0
-
-
-def test_thresholds_keep_away_from_the_edge() -> None:
-    """Where many pairs are equally good, one is taken that has room on both sides."""
-    rows = [[0.02, 0.02, 0.96]] * 9 + [[0.96, 0.02, 0.02]] * 9 + [[0.02, 0.96, 0.02]] * 9
-    labels = torch.tensor([REFUSE] * 9 + [ALLOW] * 9 + [ESCALATE] * 9)
-    refuse, allow = fit_thresholds(torch.tensor(rows), labels)
-    assert 4 * 0.02 < refuse < 0.96 / 4  # thresholds of REFUSE are tried as ratios
-    assert 0.2 < allow < 0.8
-    assert score_decisions(torch.tensor(rows), labels, (refuse, allow)).accuracy == 1.0
-
-
-def test_thresholds_of_one_sided_labels() -> None:
-    """A single decision, or a single prompt, still gives two numbers within bounds."""
-    for label, count in product((ALLOW, ESCALATE, REFUSE), (1, 12)):
-        draw = torch.Generator().manual_seed(0)
-        chances = torch.rand(count, 3, generator=draw).softmax(dim=-1)
-        refuse, allow = fit_thresholds(chances, torch.full((count,), label))
-        assert 0.0 < refuse < 1.0 and 0.0 < allow < 1.0, (label, count)
+    assert score.reliability == [(10, pytest.approx(0.9), pytest.approx(0.9))]
+    chances = torch.tensor([[0.4, 0.3, 0.3]] * 4, dtype=torch.float64)
+    ones = torch.ones(4, dtype=torch.int64)
+    assert decide(chances).tolist() == [1] * 4
+    assert score_decisions(chances, ones, ones).calibration_error == pytest.approx(0.7)
 
 
 def test_the_temperature_fits_best() -> None:

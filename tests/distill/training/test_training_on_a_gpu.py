@@ -19,6 +19,7 @@ from distill.config.schema import LossConfig, TrainConfig
 from distill.evaluation.scorers import student_scorer
 from distill.heads.fitting import calibrate
 from distill.heads.safety_data import SafetyData
+from distill.heads.safety_fitting import SafetyFit, fit_safety_head
 from distill.losses import chunked_lm_head
 from distill.losses.objective import build_objective
 from distill.training.data import TrainingData, load_batch, split
@@ -211,16 +212,19 @@ def test_what_follows_training(data: TrainingData, tmp_path: Path) -> None:
     prompts = counting.make_prompts()
     safety = SafetyData("", "", prompts, prompts, prompts)
     students: list[SO8TForCausalLM] = []
+    fits: list[SafetyFit] = []
     for name in ("cpu", "gpu"):
         student = make_student(16, 2, VOCAB, heads=True)
         with watch():
             if name == "gpu":
                 to_gpu(student)
-            calibrate(student, safety, data.store, [0, 1, 2])
+            calibrate(student, data.store, [0, 1, 2])
+            fits.append(fit_safety_head(student, safety))
         students.append(student)
     here, there = students
     assert there.config.trust == pytest.approx(here.config.trust, rel=1e-4)
-    assert there.config.decision_thresholds == pytest.approx(here.config.decision_thresholds)
+    costs = [fit.cross_validation.cost for fit in fits]
+    assert costs[1] == pytest.approx(costs[0], abs=1e-3)
     rows = [data.store.tokens(index) for index in range(3)]
     torch.testing.assert_close(student_scorer(there)(rows).cpu(), student_scorer(here)(rows))
     for mine, theirs in zip(

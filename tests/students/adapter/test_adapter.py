@@ -20,6 +20,7 @@ from students.adapter.adapter import AdaptedStudent, adapt
 from students.adapter.base_model import AdapterSettings
 from students.adapter.gated_projection import GatedProjection, StartingGate, rotate, turn
 from students.model import so8
+from students.model.safety_head import SafetyHead, SafetyShape, shape_of
 from students.weights import set_weights
 from tests.support.students import (
     KINDS,
@@ -230,6 +231,25 @@ def test_own_weights_round_trip() -> None:
         assert torch.equal(other(drawn()).logits, wanted)
     assert_equal(other.own_weights(), kept)
     assert not any("base_layer" in name or name.startswith("base.") for name in kept)
+
+
+def test_a_fitted_safety_head_is_its_own_weight_too() -> None:
+    """With its table of token runs; another student takes both, and one can do without."""
+    shape = SafetyShape((0,), mean=True, buckets=8)
+    students = [make_adapted() for _ in range(2)]
+    for student in students:
+        student.replace_safety_head(SafetyHead(student.config.hidden_size, shape))
+    first, second = students
+    assert first.safety_head.runs is not None
+    first.safety_head.runs.normal_()
+    set_weights(second, cloned(first))
+    heads = [student.heads().safety for student in students]
+    assert heads[0] is not None and heads[1] is not None and heads[1].runs is not None
+    assert torch.equal(heads[1].runs, first.safety_head.runs)
+    assert shape_of(second.config.safety_shape) == shape
+    first.replace_safety_head(None)
+    assert first.heads().safety is None
+    assert not [name for name in first.own_weights() if name.startswith("safety_head")]
 
 
 def test_foreign_weights_are_refused_whole() -> None:

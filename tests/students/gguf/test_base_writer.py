@@ -26,7 +26,8 @@ from students.gguf.architectures import ARCHITECTURES, UnmappedTensor
 from students.gguf.config_values import context_length, require_exportable
 from students.gguf.metadata import ExportError
 from students.gguf.rope_scaling import RopeScaling
-from students.model.heads import Heads, SafetyHead, VerificationHead, head_values, read_heads
+from students.model.heads import Heads, VerificationHead, head_values, read_heads
+from students.model.safety_head import SafetyHead
 from teachers.gguf.file import read_gguf
 from teachers.gguf.llama_weights import half_split
 from tests.support.tiny_models import (
@@ -190,7 +191,7 @@ def test_every_tensor_is_written_once_and_reads_back(exported: dict[str, Job]) -
 
 def test_metadata_and_extras(tmp_path: Path) -> None:
     """Shape, tokenizer, origin and heads stand in the file as they were given."""
-    heads = Heads(SafetyHead(64), VerificationHead(64), (0.25, 0.75), 0.625)
+    heads = Heads(SafetyHead(64), VerificationHead(64), 0.625, thresholds=(0.25, 0.75))
     extras = {**head_values(heads), "so8t.rank": 8, "so8t.scale": 0.5, "so8t.layers": [0.0, 1.5]}
     file = read_gguf(export(made("qwen3"), tmp_path / "b.gguf", "q8_0", extras))
     expected: dict[str, Any] = {"context_length": 1024, "vocab_size": VOCAB, "block_count": 2}

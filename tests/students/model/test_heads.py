@@ -23,17 +23,20 @@ from students.gguf.writer import write_gguf
 from students.model.build import build_student
 from students.model.decoder import SO8TForCausalLM
 from students.model.fold import fold, to_llama
-from students.model.head_decisions import ALLOW, DECISIONS, ESCALATE, REFUSE
+from students.model.head_decisions import COSTS
 from students.model.heads import (
     GREATEST_LEAD,
     HeadError,
     Heads,
-    SafetyHead,
     VerificationHead,
     certainty,
-    decide,
     head_values,
     read_heads,
+    rounded_runs,
+)
+from students.model.safety_head import (
+    SafetyHead,
+    SafetyShape,
 )
 from teachers import example_teacher
 from teachers.gguf.file import read_gguf
@@ -44,6 +47,7 @@ from tests.support.teachers import certainty_of
 
 pytestmark = pytest.mark.usefixtures("llama_here")
 WIDTH = 64
+SHAPE = SafetyShape((1,), mean=True, buckets=96)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -51,12 +55,12 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def lively(heads: Heads) -> Heads:
-    """The same heads with every weight drawn, thresholds and trust off their defaults."""
+    """The same heads with every weight drawn, trust off its default."""
     generator = torch.Generator().manual_seed(5)
     assert heads.safety is not None and heads.verification is not None
     for parameter in (*heads.safety.parameters(), *heads.verification.parameters()):
         parameter.data.normal_(generator=generator)
-    return Heads(heads.safety, heads.verification, (0.31, 0.62), 0.71)
+    return Heads(heads.safety, heads.verification, 0.71)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,10 @@ def student() -> SO8TForCausalLM:
     """A student with both heads and the example teacher's vocabulary."""
     tokens = read_gguf(example_teacher()).value("tokenizer.ggml.tokens")
     made = make_student(WIDTH, 2, len(tokens), heads=True)
-    made.config.decision_thresholds, made.config.trust = [0.31, 0.62], 0.71
+    head = SafetyHead(WIDTH, SHAPE)
+    head.runs.copy_(torch.mul(*rounded_runs(drawn(SHAPE.buckets, 3, seed=8))))
+    made.replace_safety_head(head)
+    made.config.trust = 0.71
     return made
 
 
@@ -109,7 +116,7 @@ def test_heads_against_plain_products() -> None:
 
 
 def test_heads_are_float32_whatever_surrounds_them() -> None:
-    """Under autocast, and from bfloat16, they lose nothing; nor does the certainty of logits."""
+    """Under autocast, and from bfloat16, they and the certainty of logits lose nothing."""
     heads = lively(Heads(SafetyHead(8), VerificationHead(8)))
     states = drawn(4, 8, seed=1)
     logits = drawn(4, 50, seed=2)
@@ -127,23 +134,6 @@ def test_heads_are_float32_whatever_surrounds_them() -> None:
             assert inside.dtype == narrow.dtype == torch.float32
             assert torch.equal(inside, compute(given, *more))
             assert torch.equal(narrow, compute(given.bfloat16().float(), *more))
-
-
-def test_decide_by_definition() -> None:
-    """REFUSE from its threshold on; else ALLOW from its share of the rest on."""
-    chances = torch.rand(500, 3, generator=torch.Generator().manual_seed(0)).double().numpy()
-    chances /= chances.sum(axis=1, keepdims=True)
-    shares = chances[:, ALLOW] / (chances[:, ALLOW] + chances[:, ESCALATE])
-    seen = set()
-    for refuse, allow in ((0.5, 0.5), (0.1, 0.9), (0.7, 0.2)):
-        wanted = np.where(shares >= allow, ALLOW, ESCALATE)
-        wanted[chances[:, REFUSE] >= refuse] = REFUSE
-        taken = decide(torch.from_numpy(chances), (refuse, allow)).tolist()
-        assert taken == wanted.tolist(), (refuse, allow)
-        seen |= set(taken)
-    assert seen == {0, 1, 2} and DECISIONS[REFUSE] == "REFUSE" and DECISIONS[ALLOW] == "ALLOW"
-    edge = torch.tensor([[0.25, 0.25, 0.5], [0.375, 0.375, 0.25], [0.0, 0.0, 1.0]])
-    assert decide(edge, (0.5, 0.5)).tolist() == [REFUSE, ALLOW, REFUSE]
 
 
 # -- how certain a student is --------------------------------------------------------------------
@@ -186,9 +176,8 @@ def test_logits_without_one_best_token() -> None:
     logits[2] = torch.linspace(-1.0, 1.0, 40)
     logits[2, 38] = logits[2, 39]
     odds, ahead = certainty(logits).T
-    assert ahead.tolist() == [0.0, 0.0, 0.0]
     wanted = [0.0, -math.log(2.0), certainty_of(logits[2].tolist())[0]]
-    assert odds.tolist() == pytest.approx(wanted, abs=1e-5)
+    assert ahead.tolist() == [0.0] * 3 and odds.tolist() == pytest.approx(wanted, abs=1e-5)
 
 
 def test_a_certain_token_and_large_logits_are_finite() -> None:
@@ -268,7 +257,8 @@ def test_a_saved_student_keeps_its_heads(student: SO8TForCausalLM, tmp_path: Pat
     """Weights, thresholds and trust, through transformers' own loader."""
     student.save_pretrained(tmp_path)
     heads = AutoModelForCausalLM.from_pretrained(tmp_path).heads()
-    assert (heads.thresholds, heads.trust) == ((0.31, 0.62), 0.71)
+    assert (heads.thresholds, heads.costs, heads.trust) == (None, COSTS, 0.71)
+    assert heads.safety is not None and heads.safety.shape == SHAPE
     assert head_values(heads) == head_values(student.heads())
 
 
@@ -295,10 +285,11 @@ def test_a_file_carries_both_heads_to_the_bit(
         assert mine is not None and kept is not None
         weights, result = mine.state_dict(), kept.state_dict()
         assert all(torch.equal(result[name], tensor) for name, tensor in weights.items())
-    as_float32 = [float(np.float32(value)) for value in (0.31, 0.62, 0.71)]
-    assert [*heads.thresholds, heads.trust] == as_float32
+    assert heads.trust == float(np.float32(0.71)) and heads.costs == COSTS
     states, logits = drawn(5, WIDTH, seed=2), drawn(5, 40, seed=3)
-    assert torch.equal(heads.probabilities(states), ours.probabilities(states))
+    prompts = [np.arange(count, dtype=np.int32) for count in range(1, 6)]
+    seen = drawn(5, SHAPE.features(WIDTH), seed=4), prompts
+    assert torch.equal(heads.probabilities(*seen), ours.probabilities(*seen))
     assert torch.equal(heads.agreement(states, logits), ours.agreement(states, logits))
 
 
@@ -309,7 +300,7 @@ def test_a_file_with_one_head(student: SO8TForCausalLM) -> None:
         heads = read_heads(values, WIDTH)
         gone = (missing == "safety", missing == "verification")
         assert (heads.safety is None, heads.verification is None) == gone
-        assert (heads.thresholds == (0.5, 0.5), heads.trust == 0.5) == gone
+        assert heads.costs == COSTS and (heads.trust == 0.5) == gone[1]
     empty = read_heads({"so8t.teacher_name": "x"}, WIDTH)
     assert empty.safety is None and empty.verification is None
 
@@ -346,7 +337,7 @@ def test_llama_cpp_loads_a_file_with_heads_and_computes_the_same(
 
 MATRICES = ("safety", "verification.hidden", "verification.output")
 ARRAYS = [f"{matrix}.{kind}" for matrix in MATRICES for kind in ("weight", "bias")]
-ARRAYS += ["safety.thresholds", "verification.certainty"]
+ARRAYS += ["safety.costs", "safety.runs.scale", "verification.certainty"]
 ABSENT = object()
 
 
@@ -356,7 +347,9 @@ def damage(values: dict[str, Any]) -> Iterator[tuple[str, str, object]]:
         numbers = list(values[f"so8t.{key}"])
         middle = len(numbers) // 2
         for value in (ABSENT, [], 0.5, "0.5"):
-            yield key, key, value
+            # Without costs a file is an older one, which has thresholds.
+            named = "safety.thresholds" if key == "safety.costs" and value is ABSENT else key
+            yield named, key, value
         if len(numbers) > 1:
             yield key, key, [0.5]
         for number in (math.nan, math.inf, 1e300, "x", 1, None):  # 1e300: infinite in float32
@@ -364,6 +357,13 @@ def damage(values: dict[str, Any]) -> Iterator[tuple[str, str, object]]:
     turned, short = ["REFUSE", "ESCALATE", "ALLOW"], ["ALLOW", "REFUSE"]
     for value in (ABSENT, turned, short, "ALLOW", [1.0, 2.0, 3.0]):
         yield "safety.labels", "safety.labels", value
+    yield "safety.costs", "safety.costs", [-1.0] * 9
+    for value in ([-1], [1 << 17], [1.0], ["1"], "1", 1, [0] * (1 << 17)):
+        yield "safety.layers", "safety.layers", value
+    for value in (["mean"], "last", 2, []):
+        yield "safety.positions", "safety.positions", value
+    for value in ([], [1, 2], [1.0, 2.0, 3.0], [200, 0, 0], "x", [True, 0, 0]):
+        yield "safety.runs", "safety.runs", value
     for value in (ABSENT, 0, -1, 1 << 17, 1 << 62, 64.0, "64", True, [64], None):
         yield "verification.units", "verification.units", value
     for units in (1 << 16, 63):
@@ -379,7 +379,7 @@ def test_damaged_keys_are_refused_by_name(
     whole: dict[str, Any] = dict(head_values(student.heads()))
     read_heads(whole, WIDTH)
     for width in (WIDTH - 8, WIDTH + 8, 2 * WIDTH):
-        with pytest.raises(HeadError, match=r"safety\.weight has 192 values"):
+        with pytest.raises(HeadError, match=r"safety\.weight has 768 values"):
             read_heads(whole, width)
     for named, key, value in damage(whole):
         values = whole | {f"so8t.{key}": value}

@@ -58,7 +58,7 @@ def safety(refused: int = 19) -> SafetyScore:
     said = labels.clone()
     said[:3], said[20:22], said[40 + refused :] = 1, 0, 1
     sure = 0.03 + 0.9 * torch.nn.functional.one_hot(said, 3).float()
-    return score_decisions(sure, labels, (0.5, 0.5))
+    return score_decisions(sure, labels, said)
 
 
 def fidelity(kl: float, width: float = 0.01) -> Fidelity:
@@ -219,7 +219,7 @@ def test_verdict_says_what_is_to_be_doubted() -> None:
         "plain",
         "plain",
         "plain",
-        "warning",
+        "good",
         "warning",
         "warning",
     ]

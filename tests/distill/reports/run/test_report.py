@@ -50,7 +50,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_verdict_of_a_healthy_run(run: Path) -> None:
-    """Finished, KL fell, nothing broken; only the safety head and its cost are warnings."""
+    """Finished, KL fell, nothing broken; only the safety head is a warning."""
     rows = [
         ("good", "Finished", "60 steps", "6.0 k tokens"),
         ("good", "KL", "from 6.000 to 1.500"),
@@ -58,8 +58,7 @@ def test_verdict_of_a_healthy_run(run: Path) -> None:
         ("good", "training loss"),
         ("good", "gradient norm"),
         ("good", "rotations", "2.0e-07", "0.050"),
-        ("warning", "afety head", "refuse recall 98.0% (4 of 4)"),
-        ("warning", "afety head", "of 4 prompts to allow it allowed 1"),
+        ("warning", "afety head", "refuse recall 100.0% (4 of 4)", "allow recall at least 80%"),
         ("good", "AUROC 0.800", "95% agreement", "80% of the tokens"),
         ("good", "exported", "3.0e-05", "90", "99.0%"),
     ]

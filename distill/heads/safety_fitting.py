@@ -1,0 +1,218 @@
+"""The safety head, fitted once the student is trained: a regularized logistic regression on its
+states and the prompts' token runs, calibrated on scenes that were left out.
+
+N prompts, F features, B buckets, C = 3 decisions (``students.model.safety_head``).
+
+Every prompt that probabilities are fitted to and the cross-validation counts is predicted by a head
+that has seen no prompt of its scene. The exported head has learnt from all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distill.heads.prompt_set import PromptSet
+from distill.heads.safety_data import SafetyData
+from distill.losses.batch import padded
+from distill.metrics.safety import SafetyScore, fit_temperature, score_decisions
+from students.model.head_decisions import DECISIONS
+from students.model.heads import decide, rounded_runs
+from students.model.interface import Student
+from students.model.safety_head import SafetyHead, SafetyShape, prompt_features, token_runs
+
+BUCKETS = 1 << 17
+# Strength of the pull towards 0, of each kind's squared weights (docs/benchmarks.md has others).
+RUNS_DECAY, STATES_DECAY = 0.03, 3.0
+# Of L-BFGS, which has converged by then: from nothing, and from the fit without these scenes.
+ITERATIONS, MORE_ITERATIONS = 60, 20
+FOLDS = 5
+MIN_CALIBRATED = 64  # fewer prompts would make a calibration worse
+BATCH_TOKENS = 4096  # read at once, padding included
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class SafetyFit:
+    """A fitted head, or why there is none; ``cross_validation``: its decisions on the prompts whose
+    scenes were left out."""
+
+    head: SafetyHead | None
+    cross_validation: SafetyScore
+    left_out: str = ""
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """Prompts as a head sees them: standardized ``states [N, F]``, ``runs [N, B]`` (sparse), and
+    ``labels [N, 3]``."""
+
+    states: Tensor
+    runs: Tensor
+    labels: Tensor
+
+    def logits(self, head: _Linear) -> Tensor:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that sparse rows are a beta feature
+            return head.bias + self.states @ head.states + self.runs @ head.runs
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """Weights for standardized states ``[F, 3]`` and runs ``[B, 3]``, and a bias ``[1, 3]``."""
+
+    states: Tensor
+    runs: Tensor
+    bias: Tensor
+
+
+def fit_safety_head(
+    student: Student, data: SafetyData, progress: Progress = lambda done: None
+) -> SafetyFit:
+    """Fit a safety head to the student as it is; ``progress`` counts prompts read.
+
+    It is left out if on scenes it had not seen its decisions cost no less than escalating
+    everything.
+    """
+    shape = SafetyShape((student.config.num_hidden_layers // 2,), mean=True, buckets=BUCKETS)
+    train, validation = data.train, data.validation
+    states = read_prompts(student, shape, train, progress)
+    more = read_prompts(student, shape, validation, lambda done: progress(len(train) + done))
+    mean, scale = states.mean(dim=0), states.std(dim=0).clamp_min(1e-6) * states.shape[1] ** 0.5
+    every = (torch.cat((states, more)) - mean) / scale
+    rows = [token_runs(tokens, BUCKETS) for tokens in (*train.tokens, *validation.tokens)]
+    labels = torch.from_numpy(np.concatenate((train.labels, validation.labels)))
+
+    def examples(chosen: Sequence[int]) -> _Examples:
+        return _Examples(every[list(chosen)], _sparse([rows[i] for i in chosen]), labels[chosen])
+
+    known = list(range(len(train)))
+    start = _fit(examples(known))
+    logits = torch.zeros(len(validation), len(DECISIONS))
+    folds = _folds([prompt.scenario for prompt in validation.prompts])
+    for fold in range(FOLDS):
+        out = [place for place, own in enumerate(folds) if own == fold]
+        if out:
+            others = [len(train) + place for place, own in enumerate(folds) if own != fold]
+            left = examples([len(train) + place for place in out])
+            logits[out] = left.logits(_fit(examples(known + others), start))
+    truth = torch.from_numpy(validation.labels).argmax(dim=-1)
+    temperature = fit_temperature(logits, truth) if len(truth) >= MIN_CALIBRATED else 1.0
+    chances = (logits / temperature).softmax(dim=-1)
+    score = score_decisions(chances, truth, decide(chances))
+    if reason := why_useless(score):
+        return SafetyFit(None, score, reason)
+    linear = _fit(examples(range(len(rows))), start)
+    head = SafetyHead(student.config.hidden_size, shape)
+    weight = (linear.states / scale[:, None]) / temperature
+    with torch.no_grad():
+        head.linear.weight.copy_(weight.T)
+        head.linear.bias.copy_(linear.bias[0] / temperature - mean @ weight)
+        assert head.runs is not None
+        rounded, scales = rounded_runs(linear.runs / temperature)
+        head.runs.copy_(rounded * scales)
+    return SafetyFit(head, score)
+
+
+def why_useless(score: SafetyScore) -> str:
+    """Why a head with this score is not worth exporting; empty if it is."""
+    assert score.cost is not None and score.cost_escalating is not None
+    if score.cost < score.cost_escalating:
+        return ""
+    return (
+        f"on {score.prompts} prompts of scenes it had not seen its decisions cost "
+        f"{score.cost:.2f} each, no less than escalating everything ({score.cost_escalating:.2f})"
+    )
+
+
+@torch.no_grad()
+def read_prompts(
+    student: Student, shape: SafetyShape, prompts: PromptSet, progress: Progress
+) -> Tensor:
+    """The features ``[N, F]`` of all prompts, as the student reads them, on the processor."""
+    student.eval()
+    features: dict[int, Tensor] = {}
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts.tokens[index]))
+    while len(features) < len(order):
+        count = max(1, BATCH_TOKENS // len(prompts.tokens[order[len(features)]]))
+        some = order[len(features) : len(features) + count]
+        tokens, lengths = padded([prompts.tokens[index] for index in some])
+        output = student(tokens.to(student.device), with_logits=False, layers_to_keep=shape.layers)
+        kept = output.layer_states or {}
+        found = [
+            prompt_features(
+                shape,
+                output.last_hidden_state[row, :length],
+                {number: states[row, :length] for number, states in kept.items()},
+            )
+            for row, length in enumerate(lengths.tolist())
+        ]
+        features |= zip(some, torch.stack(found).cpu(), strict=True)  # one copy from a GPU
+        progress(len(features))
+    return torch.stack([features[index] for index in range(len(prompts))])
+
+
+def _folds(scenarios: Sequence[str]) -> list[int]:
+    """The fold of each prompt: scenarios in turn, in the order of a hash of their names."""
+    order = sorted(set(scenarios), key=lambda name: hashlib.sha256(name.encode()).digest())
+    return [order.index(name) % FOLDS for name in scenarios]
+
+
+def _sparse(rows: Sequence[Tensor]) -> Tensor:
+    """Each prompt's runs as a row ``[B]`` of length 1, in compressed rows."""
+    counts = torch.tensor([0, *map(len, rows)])
+    values = torch.cat([torch.full((len(row),), len(row) ** -0.5) for row in rows])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.sparse_csr_tensor(
+            counts.cumsum(0), torch.cat(list(rows)), values, (len(rows), BUCKETS)
+        )
+
+
+class _SparseProduct(torch.autograd.Function):
+    """runs [N, B] · weights [B, 3], whose gradient is the transposed product."""
+
+    @staticmethod
+    def forward(ctx, runs: Tensor, transposed: Tensor, weights: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.transposed = transposed
+        return runs @ weights
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, None, Tensor]:  # type: ignore[no-untyped-def]
+        return None, None, ctx.transposed @ gradient
+
+
+def _fit(examples: _Examples, start: _Linear | None = None) -> _Linear:
+    """Multinomial logistic regression with a pull towards 0, by L-BFGS with line search."""
+    count, width = len(examples.labels), examples.states.shape[1]
+    begin = start or _Linear(*(torch.zeros(size, len(DECISIONS)) for size in (width, BUCKETS, 1)))
+    states, runs, bias = (nn.Parameter(one.clone()) for one in vars(begin).values())
+    optimizer = torch.optim.LBFGS(
+        [states, runs, bias],
+        max_iter=ITERATIONS if start is None else MORE_ITERATIONS,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transposed = examples.runs.to_sparse_csc().t()
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            logits = bias + examples.states @ states
+            logits = logits + _SparseProduct.apply(examples.runs, transposed, runs)
+            pull = STATES_DECAY * states.square().sum() + RUNS_DECAY * runs.square().sum()
+            value = F.cross_entropy(logits, examples.labels) + pull / count
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+    return _Linear(states.detach(), runs.detach(), bias.detach())
