@@ -63,7 +63,7 @@ from distill.training.summary import TrainingSummary
 from distill.training.validation import validation_kl
 from distill.trimming.for_student import reduced
 from distill.trimming.measure import bits_per_byte
-from distill.trimming.text import Piece
+from distill.trimming.text import decoded
 from students.adapter.adapter import AdaptedStudent
 from students.mapped_tensors import MappedTensors
 from students.model.interface import Student
@@ -72,9 +72,8 @@ from teachers.base import SINGLE_PROCESS, Teacher, TeacherInfo, Tokens
 from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.store import SoftTargetStore
-from teachers.store.teacher_record import TeacherRecord, first_sequences
+from teachers.store.teacher_record import TeacherRecord
 
-BITS_TOKENS = 8_192  # of validation text, on which vocabularies are compared
 SAFETY = "safety_head."
 INITIALIZATION_SEQUENCES = 512  # of training text that initialization may look at
 
@@ -254,7 +253,7 @@ def train_student(prepared: Prepared, work: Workspace) -> Trained:
         except TrainingAborted:
             write_run_report(work.folder, work.console)
             raise
-        stage.finish(_describe(summary, validation_kl(data.store.manifest.recipe)))
+        stage.finish(summary.in_words(validation_kl(data.store.manifest.recipe)))
     release_memory(student.device)
     if source.teacher is not None:
         source.teacher.close()
@@ -267,19 +266,6 @@ def train_student(prepared: Prepared, work: Workspace) -> Trained:
         }
         record_training(work.folder.path, {**summary.to_json(), **stats})
     return Trained(prepared, summary)
-
-
-def _describe(summary: TrainingSummary, name: str) -> str:
-    """Training in a line; ``name``: of the validation points' KL."""
-    scores = dict(summary.scores)
-    text = f"{summary.steps} steps, {human_count(summary.tokens_seen)} tokens, "
-    text += f"{summary.padding:.1%} of the computed positions padding; {name} "
-    text += f"{scores[0].kl:.3f} → {scores[summary.best].kl:.3f}"
-    if summary.steps < summary.planned:
-        text += f"; stopped early, {summary.planned} steps were planned"
-    if summary.best < summary.steps:
-        text += f"; the best weights are those of step {summary.best}"
-    return text
 
 
 def publish_student(trained: Trained, work: Workspace) -> Published:
@@ -347,32 +333,20 @@ def evaluate_student(published: Published, work: Workspace) -> Evaluated:
                     evaluation = evaluate(teacher, sequences, models, stage.update, keep)
                     speeds["teacher"] = measure_speed(teacher)
                     if cut is not None:
-                        text = _text(teacher, sequences)
-                        bits["teacher"] = bits_per_byte(whole, text, _unseen)
-                        bits["reduced_teacher"] = bits_per_byte(teacher, text, _unseen)
+                        text = decoded(teacher, sequences)
+                        bits["teacher"] = bits_per_byte(whole, text)
+                        bits["reduced_teacher"] = bits_per_byte(teacher, text)
             else:
                 evaluation = evaluate_stored(source.store, indices, models, stage.update)
             speeds["student"] = measure_speed(file)
             if cut is not None:
-                bits["student"] = bits_per_byte(file, _text(file, sequences), _unseen)
+                bits["student"] = bits_per_byte(file, decoded(file, sequences))
             score = evaluation.models["exported"]
             stage.finish(
                 f"{kl_name(evaluation.kl_over)} {score.kl:.3f}, agreement {score.agreement:.1%} "
                 f"over {evaluation.positions} positions"
             )
     return Evaluated(published, evaluation, speeds, _score_heads(published, work), bits)
-
-
-def _unseen(positions: int) -> None:
-    """Progress of what is short beside the stage's own."""
-
-
-def _text(model: Teacher, sequences: Sequence[Tokens]) -> list[Piece]:
-    """The text of the first sequences, ``BITS_TOKENS`` tokens of it at most, one at least."""
-    some = first_sequences(sequences, len(sequences), BITS_TOKENS)
-    bos = model.info.bos
-    plain = [tokens[1:] if int(tokens[0]) == bos else tokens for tokens in some]
-    return [Piece(text, special=True) for text in model.detokenize(plain)]
 
 
 def _student_scorers(

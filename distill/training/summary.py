@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from distill.runtime.format import human_count
 from distill.training.validation import ValidationScore
 
 
@@ -23,6 +24,18 @@ class TrainingSummary:
     best: int
     planned: int
     padding: float
+
+    def in_words(self, name: str) -> str:
+        """Training in a line; ``name``: of the validation points' KL."""
+        scores = dict(self.scores)
+        text = f"{self.steps} steps, {human_count(self.tokens_seen)} tokens, "
+        text += f"{self.padding:.1%} of the computed positions padding; {name} "
+        text += f"{scores[0].kl:.3f} → {scores[self.best].kl:.3f}"
+        if self.steps < self.planned:
+            text += f"; stopped early, {self.planned} steps were planned"
+        if self.best < self.steps:
+            text += f"; the best weights are those of step {self.best}"
+        return text
 
     def to_json(self) -> dict[str, Any]:
         """All but the scores and what depends on the machine's speed."""

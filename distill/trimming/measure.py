@@ -44,7 +44,9 @@ def teacher_mass(
     return mass.numpy()
 
 
-def bits_per_byte(teacher: Teacher, pieces: Sequence[Piece], report: Report) -> float:
+def bits_per_byte(
+    teacher: Teacher, pieces: Sequence[Piece], report: Report = lambda positions: None
+) -> float:
     """What the model needs to write the pieces, each anew, with its own tokenizer, in bits for
     each of their bytes; ``report`` counts positions.
 

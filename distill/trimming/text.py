@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from distill.capture.corpus import DataRows
 from distill.errors import UserError
 from teachers.base import Progress, Teacher, Tokens
+from teachers.store.teacher_record import first_sequences
 from teachers.tokenizer.conversation import chat_texts
 from teachers.tokenizer.rows import Conversation
 
@@ -20,6 +21,7 @@ MOST_CHARACTERS = 1 << 25  # of the data that are read; what stands behind is le
 HELD_OUT = 10  # one part of so many, the last, is held out
 LONGEST = 1024  # tokens that are predicted together
 TOKENIZED_TOGETHER = 256  # pieces
+DECODED_TOKENS = 8_192  # of validation text, on which vocabularies are compared
 
 
 @dataclass(frozen=True)
@@ -131,3 +133,11 @@ def windows(teacher: Teacher, rows: Sequence[Tokens]) -> list[Tokens]:
         for row in rows
         for at in range(0, len(row), room)
     ]
+
+
+def decoded(model: Teacher, sequences: Sequence[Tokens]) -> list[Piece]:
+    """The text of the first sequences, ``DECODED_TOKENS`` tokens of it at most, one at least."""
+    some = first_sequences(sequences, len(sequences), DECODED_TOKENS)
+    bos = model.info.bos
+    plain = [tokens[1:] if int(tokens[0]) == bos else tokens for tokens in some]
+    return [Piece(text, special=True) for text in model.detokenize(plain)]
