@@ -65,6 +65,12 @@ class Proofs:
     files: dict[Quant, Proof]
     failed: dict[Quant, str]
 
+    @property
+    def only(self) -> Proof:
+        """Of the one file that was asked for and written."""
+        (proof,) = self.files.values()
+        return proof
+
     def require(self, folder: Path) -> None:
         """See that each type asked for was written.
 

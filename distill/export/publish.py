@@ -39,6 +39,10 @@ from teachers.gguf.file import Field, read_gguf
 from teachers.store.store import SoftTargetStore
 from teachers.store.teacher_record import TeacherRecord
 
+MORE_EXACT = (
+    "f16",
+    "f32",
+)  # than any other type; an F32 file is the one that PyTorch is compared to
 # Enough for means of squares, and not more than a minute or two of computing even for a large base.
 IMPORTANCE_TOKENS, IMPORTANCE_LEAST, IMPORTANCE_FLOPS = 16_384, 2_048, 2e13
 
@@ -82,11 +86,8 @@ def publish(publication: Publication, folder: RunFolder, console: Console) -> Pr
         merged = merge(student, kept.keep) if isinstance(student, AdaptedStudent) else None
         importance = _importance(publication, merged, folder, console)
         export = Export(student, tokenizer, names, publication.held_out, merged, importance)
-        with console.stage("Export and prove") as stage:
-            proofs = export_proved(export, {config.export.quant: folder.gguf})
-            proofs.require(folder.path)
-            proof = proofs.files[config.export.quant]
-            stage.finish(_describe(proof, proofs.original, folder))
+        proofs = _export(export, config.export.quant, folder, console)
+        proof = proofs.only
         file = read_gguf(folder.gguf)
         context = int(file.value(f"{file.architecture}.context_length"))
         ends = publication.teacher_record.info.end_tokens
@@ -95,12 +96,29 @@ def publish(publication: Publication, folder: RunFolder, console: Console) -> Pr
         )
         for warning in warnings:
             console.warn(f"Modelfile: {warning}")
-        record_files(
-            folder, [describe_file(folder.gguf, config.export.quant, proof, importance=True)]
-        )
+        record_files(folder, [describe_file(folder.gguf, proof.quant, proof, importance=True)])
         written = [folder.gguf, folder.modelfile, folder.importance, folder.exports]
         record_export(folder.path, written, proof.quant, proof.to_json())
         _plain_folder(publication, merged, folder, console)
+    return proofs
+
+
+def _export(export: Export, wanted: str, folder: RunFolder, console: Console) -> Proofs:
+    """Write and prove the student's file; in a more exact type if the one that is ``wanted`` loses
+    more than it may, as a student of a large vocabulary can: training is not lost by that.
+
+    Raises:
+        ProofFailed, ExportError: see ``publish``.
+    """
+    with console.stage("Export and prove") as stage:
+        for quant in (wanted, *MORE_EXACT):
+            proofs = export_proved(export, {quant: folder.gguf})
+            if not proofs.failed or quant == MORE_EXACT[-1]:
+                break
+            reason = "; ".join(proofs.failed.values())
+            console.warn(f"{reason}: {folder.gguf.name} is of a more exact type")
+        proofs.require(folder.path)
+        stage.finish(_describe(proofs.only, proofs.original, folder))
     return proofs
 
 

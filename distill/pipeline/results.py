@@ -50,7 +50,7 @@ def build_results(
     published, summary = evaluated.published, evaluated.published.trained.summary
     prepared = published.trained.prepared
     source, student, store = prepared.source, prepared.student, prepared.source.store
-    proof = published.proofs.files[source.config.export.quant]
+    proof = published.proofs.only
     cut = source.teacher_record.cut
     return {
         "teacher": {

@@ -200,6 +200,23 @@ def test_one_that_fails_does_not_take_the_others_with_it(
     assert [row.file for row in read_exports(copy)] == sorted(made)
 
 
+def test_a_run_ends_with_a_more_exact_type_where_its_own_loses_too_much(
+    tiny_teacher_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Hours of training are not lost to a bound of the last minute, and all records say the type
+    that there is."""
+    monkeypatch.setitem(distill.export.proof.MAX_MEAN_KL, "q8_0", 1e-12)
+    overrides = {"teacher.path": str(tiny_teacher_path), "student.size": "32x1"}
+    overrides |= {"data.samples": 8, "train.epochs": 1}
+    folder = run(load_config(None, overrides, SMALL), RunPaths(out=tmp_path / "run"), Console())
+    assert "student.gguf is of a more exact type" in said(capsys)
+    assert folder.read_results()["student"]["quant"] == "f16"
+    assert [row.quant for row in read_exports(folder)] == ["f16"]
+
+
 def test_where_files_go(finished: RunFolder, elsewhere: Elsewhere, tmp_path: Path) -> None:
     """One file by name, several into a folder; nothing is written over."""
     there, nowhere = elsewhere[0], tmp_path / "nowhere"
