@@ -29,7 +29,7 @@ SEED = 20261201
 # harmful phrases in other words.
 SHARES = {
     "ALLOW": {"vp": 0.46, "s": 0.40, "neutral": 0.06, "guard": 0.08},
-    "ESCALATE": {"vp": 0.22, "s": 0.58, "neutral": 0.08, "incident": 0.12},
+    "ESCALATE": {"vp": 0.24, "s": 0.62, "neutral": 0.08, "incident": 0.06},
     "REFUSE": {"vp": 0.66, "s": 0.26, "neutral": 0.08},
 }
 # Requests to the example teacher's desk that need no sums, which no head can do: family, outcome.
@@ -143,8 +143,8 @@ def written(each: int) -> Iterator[Written]:
                 seen: set[str] = set()
                 while len(seen) < each:
                     one = world.write(language, label, frames[language], draw)
-                    if one.text not in seen:
-                        seen.add(one.text)
+                    if one.text.casefold() not in seen:
+                        seen.add(one.text.casefold())
                         yield one
     yield from desk()
 
