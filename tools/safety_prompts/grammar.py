@@ -143,8 +143,8 @@ def written(each: int) -> Iterator[Written]:
                 seen: set[str] = set()
                 while len(seen) < each:
                     one = world.write(language, label, frames[language], draw)
-                    if one.text not in seen:
-                        seen.add(one.text)
+                    if one.text.casefold() not in seen:
+                        seen.add(one.text.casefold())
                         yield one
     yield from desk()
 
