@@ -145,8 +145,8 @@ def _importance(
 def _table(name: str, proofs: Proofs, files: Sequence[ExportedFile]) -> Table:
     original = proofs.original
     table = Table(title=markup(name), title_justify="left", caption_justify="left")
-    table.add_column("type")
-    for column in ("size", "bits", "embedding", "KL to F32", "top token", "decode", "prefill"):
+    table.add_column("type", no_wrap=True)
+    for column in ("size", "bits", "rows", "KL", "top", "decode", "prefill"):
         table.add_column(column, justify="right", no_wrap=True)
     for file in files:
         first = file.quant == "f32"
@@ -163,7 +163,8 @@ def _table(name: str, proofs: Proofs, files: Sequence[ExportedFile]) -> Table:
     notes = [
         f"F32 against PyTorch: logits within {original.max_logit_difference:.1e} over "
         f"{original.positions} positions.",
-        "Bits per weight; the same top token as F32; decode and prefill in tokens per second.",
+        "Bits per weight; type of the embedding's rows; KL and same top token against F32; decode "
+        "and prefill in tokens per second.",
     ]
     if any(file.imatrix for file in files):
         notes.append("* With the importance matrix of the run's training text.")

@@ -33,7 +33,7 @@ from distill.training.engine import Loop
 from distill.training.guard_hooks import write_events
 from stability import Event
 from tests.conftest import Ended, command
-from tests.support.runs import interrupted, small_config
+from tests.support.runs import PLAIN_PROMPTS, interrupted, small_config
 
 pytestmark = pytest.mark.usefixtures("llama_here")
 
@@ -70,7 +70,8 @@ def finished(tiny_teacher_path: Path, tmp_path_factory: pytest.TempPathFactory) 
     rows = [{"prompt": f"Order {n} jars of {SECRET}."} for n in range(4)]
     rows += [{"text": f"{SECRET} <think>{HIDDEN}, {n}</think> {n}"} for n in range(30)]
     data.write_text("\n".join(map(json.dumps, rows)))
-    config = small_config(tiny_teacher_path, f"data.path={data}")
+    labels = f"safety.labels={PLAIN_PROMPTS}"
+    config = small_config(tiny_teacher_path, labels, f"data.path={data}")
     with pytest.MonkeyPatch.context() as changed:
         changed.setenv("HOME", str(home))
         with interrupted(at=4):

@@ -30,11 +30,12 @@ from students.adapter.merge import merge
 from teachers.gguf.file import Field, read_gguf, tokenizer_fields
 from teachers.llama_cpp.teacher import GGUFTeacher
 from tests.conftest import command, not_refused
-from tests.support.runs import SMALL, interrupted
+from tests.support.runs import PLAIN_PROMPTS, SMALL, interrupted
 from tests.support.tiny_models import make_base
 
 pytestmark = pytest.mark.usefixtures("llama_here")
 SETTINGS = [one for one in SMALL if not one.startswith("student.init")]
+SETTINGS.append(f"safety.labels={PLAIN_PROMPTS}")
 SETTINGS.append("train.learning_rate=0.01")
 
 

@@ -30,6 +30,8 @@ from tests.support.students import make_student
 
 # Of the built-in ones, so that runs are short.
 FEW_PROMPTS = Path(__file__).parent / "few_prompts.jsonl"
+# So plain that a head learns them: where one is needed.
+PLAIN_PROMPTS = Path(__file__).parent / "plain_prompts.jsonl"
 SMALL = [
     f"safety.labels={FEW_PROMPTS}",
     "data.max_length=24",
