@@ -311,7 +311,7 @@ def require_loadable(path: Path) -> None:
     try:
         WorkerProcess(path, REFERENCE, threads=1).close()
     except WorkerDied:
-        pass
+        return  # a crash is no refusal: ``Worker`` finds out with which kernels, and says so
     except RequestRefused as error:
         failure = Failure.of(error)
         with suppress(RequestRefused, WorkerDied):

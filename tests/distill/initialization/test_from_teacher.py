@@ -94,6 +94,14 @@ def divergence(theirs: Tensor, ours: Tensor) -> float:
     return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
 
 
+def wikitext(teacher: GGUFTeacher) -> tuple[list[Tokens], list[Tokens]]:
+    """Two sequences to compare on, and 32 to fit to."""
+    lines = shared_file("text/wikitext2-valid.txt").read_text(encoding="utf-8").splitlines()
+    chosen = [line for line in lines if len(line) > 400][:34]
+    ids = teacher.tokenize(chosen, add_special=True, parse_special=False)
+    return [row[:64] for row in ids[:2]], [row[:128] for row in ids[2:]]
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("from_teacher")
@@ -261,11 +269,8 @@ def test_a_real_teacher_is_kept_in_part(example_gguf: GGUFTeacher) -> None:
 def test_gemma_3_is_kept_in_part() -> None:
     """At most half as far away as random layers, at a seventh of its layers and a fifth of its
     width; 262,144 tokens are not held more often than needed."""
-    lines = shared_file("text/wikitext2-valid.txt").read_text(encoding="utf-8").splitlines()
     with GGUFTeacher(real_teacher("gemma3"), threads=1) as teacher:
-        chosen = [line for line in lines if len(line) > 400][:34]
-        ids = teacher.tokenize(chosen, add_special=True, parse_special=False)
-        other, seen = [row[:64] for row in ids[:2]], [row[:128] for row in ids[2:]]
+        other, seen = wikitext(teacher)
         like, size = likeness(teacher.info), StudentSize(128, 3)
         config = student_config(size, vocab_size=262_144, context_length=128, like=like)
         expected = torch.from_numpy(teacher.logits(other))
@@ -281,11 +286,8 @@ def test_gemma_3_is_kept_in_part() -> None:
 @pytest.mark.needs_gguf
 def test_a_narrow_smollm2_is_kept_in_part() -> None:
     """Two of its final norm's gains are negative, and carry half of the stream."""
-    lines = shared_file("text/wikitext2-valid.txt").read_text(encoding="utf-8").splitlines()
     with GGUFTeacher(real_teacher("smollm2"), threads=1) as teacher:
-        chosen = [line for line in lines if len(line) > 400][:34]
-        ids = teacher.tokenize(chosen, add_special=True, parse_special=False)
-        other, seen = [row[:64] for row in ids[:2]], [row[:128] for row in ids[2:]]
+        other, seen = wikitext(teacher)
         like, size = likeness(teacher.info), StudentSize(512, 6)
         config = student_config(size, vocab_size=49_152, context_length=128, like=like)
         expected = torch.from_numpy(teacher.logits(other))

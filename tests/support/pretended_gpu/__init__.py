@@ -1,13 +1,13 @@
 """A GPU that is none: its tensors say that they are on ``DEVICE``; their values lie in main memory.
 
+Over 400 lines because what runs, refuses and counts an operation is one function's work.
+
 PyTorch's Python backend for ``PrivateUse1``. Like CUDA it refuses to mix tensors of both devices.
 Within ``watch`` it counts what CUDA makes the processor wait for (synchronizations), what crosses
 the bus, and what is launched, by the line of this project that asked for it. A copy between the
 device and memory that is not pinned is waited for, ``non_blocking`` or not. What is copied to
 pinned memory without waiting is there only after the next synchronization, as on a real device.
 Nothing here says anything about time.
-
-Over 400 lines because what runs, refuses and counts an operation is one function's work.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _run(operation: Any, *args: Any, **kwargs: Any) -> Any:
         if id(one) not in known:
             return _OnGPU(one) if result_there else one
         if known[id(one)].shape != one.shape:
-            raise NotImplementedError(f"{operation} changes the shape of a tensor in place")
+            raise TypeError(f"{operation} changes the shape of a tensor in place")
         return known[id(one)]
 
     result = _each(wrapped, result)
