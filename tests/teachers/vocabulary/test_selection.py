@@ -131,9 +131,10 @@ def middle(vocabulary: Vocabulary, fields: Fields) -> ReducedVocabulary:
 
 
 def tokens_checked(name: str, fields: Fields, reduced: ReducedVocabulary, folder: Path) -> int:
-    """How many tokens were looked at one by one. A thousand lines have the same ids in llama.cpp, in transformers and by the definition, and
-    come back as with the whole tokenizer. What that made of a kept token's text is still made of
-    it, and the first piece of a dropped one's is where its mass goes."""
+    """How many tokens were looked at one by one. A thousand lines have the same ids in llama.cpp,
+    in transformers and by the definition, and come back as with the whole tokenizer. What that made
+    of a kept token's text is still made of it, and the first piece of a dropped one's is where its
+    mass goes."""
     cut, metadata = reduced_fields(fields, reduced), read_metadata(fields)
     step = 1 + len(metadata.tokens) // 20000  # of a large vocabulary some will do
     numbers, prefixed = range(0, len(metadata.tokens), step), metadata.add_space_prefix
