@@ -99,7 +99,8 @@ def _plausible(name: str, value: object) -> Any:
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """Facts about a teacher; token ids it does not have are ``None``.
+    """Facts about a teacher; token ids it does not have are ``None``. A server that says nothing of
+    its weights leaves ``parameters``, ``width``, ``layers`` and ``file_bytes`` at 0.
 
     ``end_tokens``: those with which it ends its turn. ``shape``: of its layers, if known.
     ``tool_template``: chat template of conversations with tools, if that is another.
@@ -152,6 +153,11 @@ class Teacher(Protocol):
     def runtime(self) -> str:
         """What computes the answers, as far as their last bits depend on it."""
         ...
+
+    @property
+    def truncation(self) -> str:
+        """What its soft targets lack of its distributions, in words; empty: nothing."""
+        return ""
 
     def tokenize(
         self, texts: Sequence[str], *, add_special: bool, parse_special: bool

@@ -9,12 +9,12 @@ MOST_NAME = 100  # characters
 _TREATED = re.compile("(phi)-?(3)|(modern)-(bert)", re.IGNORECASE)
 
 
-def one_line_name(value: object, default: str) -> str:
+def one_line_name(value: object, default: str, most: int = MOST_NAME) -> str:
     """A name from elsewhere, or ``default``, on one line and not too long; what cannot be printed
     is shown (``␛``, ``\\u202e``), a byte that is not UTF-8 is a question mark."""
     text = value if isinstance(value, str) and value.strip() else default
     text = " ".join(text.encode("utf-8", errors="replace").decode("utf-8").split())
-    return "".join(one if one.isprintable() else _shown(ord(one)) for one in text)[:MOST_NAME]
+    return "".join(one if one.isprintable() else _shown(ord(one)) for one in text)[:most]
 
 
 def _shown(code: int) -> str:

@@ -30,8 +30,14 @@ def load_teacher(config: RunConfig, console: Console) -> Teacher:
     with console.stage("Load teacher") as stage:
         teacher = open_teacher(config.teacher)
         info = teacher.info
-        stage.finish(f"{info.name}: {info.architecture}, {human_count(info.parameters)} parameters")
+        stage.finish(describe_teacher(info))
     return teacher
+
+
+def describe_teacher(info: TeacherInfo) -> str:
+    """A teacher in a line."""
+    size = f", {human_count(info.parameters)} parameters" if info.parameters else ""
+    return f"{info.name}: {info.architecture}{size}"
 
 
 def read_data(
@@ -116,7 +122,8 @@ def keep_teacher_record(
             for shard in range(share.rank, store.manifest.shards, share.world)
         )
         sequences = (store.tokens(index) for span in spans for index in span)
-        made = make_teacher_record(teacher, read_gguf(gguf) if gguf else None, sequences, text)
+        file = read_gguf(gguf, model=False) if gguf else None
+        made = make_teacher_record(teacher, file, sequences, text)
         made = replace(made, cut=cut_of(teacher))
         write_teacher_record(store, made)
         size = human_bytes((store.folder / TEACHER).stat().st_size)

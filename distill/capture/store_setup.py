@@ -50,6 +50,8 @@ def recipe_for(
             raise UserError(
                 f"targets.layers = {layer}: {info.name} has layers 0 to {info.layers - 1}"
             )
+    if teacher.truncation:
+        console.warn(f"soft targets are truncated: {teacher.truncation}")
     text = probe_text(teacher, source)
     require_causal(teacher, text)
     sketch = config.sketch_bytes
@@ -90,6 +92,8 @@ def store_manifest(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> Manifest
     }
     if (cut := cut_of(teacher)) is not None:
         identity["vocabulary_sha256"] = cut.key
+    if teacher.truncation:
+        identity["truncation"] = teacher.truncation
     if corpus.masked:
         identity["train_on"] = "assistant"
     if recipe.needs_states or recipe.layers:

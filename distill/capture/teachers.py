@@ -1,9 +1,11 @@
-"""Which teacher the settings mean: a GGUF file, a transformers folder, or several mixed."""
+"""Which teacher the settings mean: a GGUF file, a transformers folder, a server, or a mixture."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,55 +19,72 @@ from teachers.gguf.file import Field, read_gguf, tokenizer_fields
 from teachers.gguf.split import model_stem
 from teachers.huggingface.folder import check_folder
 from teachers.llama_cpp.library.kernels import LoadOptions
-from teachers.llama_cpp.teacher import GGUFTeacher
+from teachers.llama_cpp.teacher import GGUFTeacher, WorkerTeacher
 from teachers.llama_cpp.worker import require_loadable
 from teachers.reduced import ReducedTeacher
+from teachers.remote.completions import CompletionsTeacher, served_model
+from teachers.remote.connection import TOKEN_VARIABLE, Address, Connection, is_address
+from teachers.remote.teacher import ServedTeacher, facts_of, vocabulary_of
 from teachers.tokenizer.chat_template import with_variables
 from teachers.tokenizer.gguf_metadata import with_template_variables
 
 MOST_STEM = 60  # characters of a folder's name
 
 
-def teacher_paths(config: TeacherConfig) -> list[Path]:
-    """Every teacher's path, the main one first; by default the example teacher."""
-    first = Path(config.path) if config.path else example_teacher()
-    return [first, *(Path(path) for path in config.mix_with)]
+def teacher_sources(config: TeacherConfig) -> list[Path | Address]:
+    """Where every teacher is, the main one first; by default the example teacher.
+
+    Raises:
+        ServerError: an address that is none.
+    """
+    named = [config.path or str(example_teacher()), *config.mix_with]
+    return [Address.parse(text) if is_address(text) else Path(text) for text in named]
 
 
 def teacher_stem(config: TeacherConfig) -> str:
     """A short name for folders, of signs that no shell or terminal takes for anything else."""
     if config.path is None:
         return "example"
-    path = Path(config.path)
-    stem = model_stem(path)  # a link's target may have a name that says nothing of the other parts
-    stem = path.resolve().stem if stem == path.stem else stem
+    if is_address(config.path):
+        address = Address.parse(config.path)
+        stem = f"{address.host}-{address.port}"
+    else:
+        path = Path(config.path)
+        # A link's target may have a name that says nothing of the other parts.
+        stem = model_stem(path)
+        stem = path.resolve().stem if stem == path.stem else stem
     return re.sub(r"[^\w.-]+", "-", stem)[:MOST_STEM].strip("-") or "teacher"
 
 
-def find_gguf(config: TeacherConfig) -> Path | None:
-    """The first teacher that is a GGUF file: the student takes its tokenizer and embeddings."""
-    return next((path for path in teacher_paths(config) if not path.is_dir()), None)
+def gguf_of(teacher: Teacher) -> Path | None:
+    """The file of an open teacher, or of the first in a mixture that has one, from which the
+    student takes tokenizer and embeddings: where its vocabulary was cut, that which has what is
+    left."""
+    members = getattr(teacher, "teachers", (teacher,))
+    kinds = (WorkerTeacher, ReducedTeacher, CompletionsTeacher)
+    return next((one.file.path for one in members if isinstance(one, kinds)), None)
 
 
-def gguf_of(teacher: Teacher, config: TeacherConfig) -> Path | None:
-    """The file of an open teacher, from which the student takes tokenizer, embeddings and weights:
-    where its vocabulary was cut, that which has what is left."""
-    return teacher.file.path if isinstance(teacher, ReducedTeacher) else find_gguf(config)
+def weights_of(teacher: Teacher) -> Path | None:
+    """The same, if all its weights are here."""
+    members = getattr(teacher, "teachers", (teacher,))
+    away = (ServedTeacher, CompletionsTeacher)
+    return None if any(isinstance(one, away) for one in members) else gguf_of(teacher)
 
 
-def tokenizer_of(config: TeacherConfig, path: Path | None = None) -> dict[str, Field]:
-    """The tokenizer that the student takes, as GGUF metadata, from ``path`` if it is given; the
-    file may be damaged."""
-    path = path or find_gguf(config)
-    assert path is not None, "see require_gguf"
-    return with_template_variables(tokenizer_fields(read_gguf(path)), config.template_variables)
+def tokenizer_of(config: TeacherConfig, path: Path) -> dict[str, Field]:
+    """The tokenizer that the student takes, as GGUF metadata, from ``path``; the file may be
+    damaged."""
+    fields = tokenizer_fields(read_gguf(path, model=False))
+    return with_template_variables(fields, config.template_variables)
 
 
 def require_gguf(config: TeacherConfig) -> None:
-    """Raise ``UserError`` unless one of the teachers is a GGUF file."""
-    if find_gguf(config) is None:
+    """Raise ``UserError`` unless one of the teachers has a GGUF tokenizer."""
+    sources = teacher_sources(config)
+    if all(isinstance(source, Path) and source.is_dir() for source in sources):
         raise UserError(
-            f"teacher {teacher_paths(config)[0]} is a folder: not a GGUF file, whose tokenizer the "
+            f"teacher {sources[0]} is a folder: not a GGUF file, whose tokenizer the "
             "exported student needs; capture from a transformers folder with `distill capture`, or "
             "convert it with llama.cpp's convert_hf_to_gguf.py"
         )
@@ -79,13 +98,21 @@ def require_teachers(config: TeacherConfig) -> None:
         LibraryError: llama.cpp does not work.
     """
     _require_fitting(config)
-    for path in teacher_paths(config):
-        if path.is_dir():
-            check_folder(path)
-            continue
-        file = read_gguf(path)
-        if path != example_teacher():
-            require_loadable(file.path)
+    for source in teacher_sources(config):
+        if isinstance(source, Address):
+            connection = _connection(source, config)
+            facts = facts_of(connection)
+            if facts is not None:
+                vocabulary_of(connection, facts)
+                continue
+            served_model(connection)
+            read_gguf(_own_tokenizer(source, config), model=False)
+        elif source.is_dir():
+            check_folder(source)
+        else:
+            file = read_gguf(source)
+            if source != example_teacher():
+                require_loadable(file.path)
 
 
 def _require_fitting(config: TeacherConfig) -> None:
@@ -94,17 +121,31 @@ def _require_fitting(config: TeacherConfig) -> None:
         raise UserError(
             "teacher.weights is for several teachers; name the others in teacher.mix_with"
         )
-    for path in teacher_paths(config):
-        if config.load_in_4bit and not path.is_dir():
+    sources = teacher_sources(config)
+    served = [isinstance(source, Address) for source in sources]
+    # Each is of no use, and so perhaps a mistake, where there is no teacher of its kind.
+    here = ("gpu_layers", "main_gpu", "tensor_split", "cache_type", "batch_tokens", "sequences")
+    useless: dict[str, str] = dict.fromkeys(here, "runs here; set it where its server is started")
+    if not all(served):
+        useless = {}
+    if not any(served):
+        behind = "is behind a server (http://HOST:PORT); leave it out"
+        useless = dict.fromkeys(("token", "tokenizer"), behind)
+    for name, where in useless.items():
+        if getattr(config, name) != type(config).model_fields[name].default:
+            raise UserError(f"teacher.{name} is for a teacher that {where}")
+    for source in sources:
+        folder = isinstance(source, Path) and source.is_dir()
+        if config.load_in_4bit and not folder:
             raise UserError(
-                f"teacher.load_in_4bit is for transformers folders; {path} is already as it is "
+                f"teacher.load_in_4bit is for transformers folders; {source} is already as it is "
                 "quantised"
             )
         for name in ("tensor_split", "cache_type"):
-            if path.is_dir() and getattr(config, name):
+            if folder and getattr(config, name):
                 raise UserError(
-                    f"teacher.{name} is for GGUF files, which llama.cpp runs; {path} is a folder, "
-                    "so leave it out"
+                    f"teacher.{name} is for GGUF files, which llama.cpp runs; {source} is a "
+                    "folder, so leave it out"
                 )
 
 
@@ -117,8 +158,8 @@ def open_teacher(config: TeacherConfig) -> Teacher:
     _require_fitting(config)
     members: list[Teacher] = []
     try:
-        for path in teacher_paths(config):
-            members.append(_open_one(path, config))
+        for source in teacher_sources(config):
+            members.append(_open_one(source, config))
             members[-1].info = _with_variables(members[-1].info, config.template_variables)
         if len(members) == 1:
             return members[0]
@@ -131,7 +172,9 @@ def open_teacher(config: TeacherConfig) -> Teacher:
         raise
 
 
-def _open_one(path: Path, config: TeacherConfig) -> Teacher:
+def _open_one(path: Path | Address, config: TeacherConfig) -> Teacher:
+    if isinstance(path, Address):
+        return _open_served(path, config)
     if path.is_dir():
         from teachers.huggingface.teacher import HuggingFaceTeacher
 
@@ -151,6 +194,41 @@ def _open_one(path: Path, config: TeacherConfig) -> Teacher:
         sequences=config.sequences,
     )
     return GGUFTeacher(path, options)
+
+
+def _connection(address: Address, config: TeacherConfig) -> Connection:
+    return Connection(address, config.token or os.environ.get(TOKEN_VARIABLE))
+
+
+def _own_tokenizer(address: Address, config: TeacherConfig) -> Path:
+    if config.tokenizer is None:
+        raise UserError(
+            f"server {address} does not give its tokenizer; name a GGUF file of its model, or of "
+            "its vocabulary alone (convert_hf_to_gguf.py --vocab-only), with --tokenizer"
+        )
+    return Path(config.tokenizer)
+
+
+def _open_served(address: Address, config: TeacherConfig) -> Teacher:
+    connection = _connection(address, config)
+    if facts_of(connection) is not None:
+        if config.tokenizer is not None:
+            raise UserError(
+                f"--tokenizer {config.tokenizer}: server {address} gives its own; leave it out"
+            )
+        return ServedTeacher(connection)
+    from distill.capture.tokenizer_only import tokenizer_alone, tokenizer_entries
+
+    file = read_gguf(_own_tokenizer(address, config), model=False)
+    entries = tokenizer_entries(file)
+    tokens = file.value("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise UserError(f"--tokenizer {file.path} carries no tokenizer; give another file")
+    with ExitStack() as stack:
+        name = str(file.value("general.name", "tokenizer"))
+        tokenizer = stack.enter_context(tokenizer_alone(entries, len(tokens), name))
+        teacher = CompletionsTeacher(connection, file, tokenizer, stack.pop_all().close)
+    return teacher
 
 
 def _with_variables(info: TeacherInfo, variables: Mapping[str, JsonValue]) -> TeacherInfo:

@@ -11,7 +11,18 @@ import typer
 from rich.console import Console as RichConsole
 
 from distill import __version__
-from distill.commands import audit, chat, doctor, evaluate, export, judge, report, run, trim
+from distill.commands import (
+    audit,
+    chat,
+    doctor,
+    evaluate,
+    export,
+    judge,
+    report,
+    run,
+    serve,
+    trim,
+)
 from distill.commands.exit_codes import exit_code, one_line
 from distill.runtime import interrupts
 from distill.runtime.printable import markup, show_warnings
@@ -51,7 +62,7 @@ def _main(
     pass
 
 
-for module in (run, evaluate, report, export, trim, judge, chat, audit, doctor):
+for module in (run, serve, evaluate, report, export, trim, judge, chat, audit, doctor):
     app.add_typer(module.commands)
 
 

@@ -8,8 +8,21 @@ from typing import Annotated
 import typer
 
 Teacher = Annotated[
-    Path | None,
-    typer.Option("--teacher", help="GGUF file of the teacher. Default: the example teacher."),
+    str | None,
+    typer.Option(
+        "--teacher",
+        metavar="FILE|ADDRESS",
+        help="GGUF file of the teacher, or http://HOST:PORT of `distill serve` or vLLM. Default: "
+        "the example teacher.",
+    ),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE.gguf",
+        help="The teacher's tokenizer, where it is behind a server that does not give it (vLLM): a "
+        "GGUF file of the model, or of its vocabulary alone.",
+    ),
 ]
 StudentSize = Annotated[
     str | None,

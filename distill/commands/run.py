@@ -31,6 +31,7 @@ from distill.commands.options import (
     StudentSize,
     Targets,
     Teacher,
+    Tokenizer,
     Vocab,
 )
 
@@ -45,6 +46,7 @@ commands = typer.Typer()
 @commands.command()
 def run(
     teacher: Teacher = None,
+    tokenizer: Tokenizer = None,
     student_size: StudentSize = None,
     vocab: Vocab = None,
     student_base: StudentBase = None,
@@ -70,6 +72,7 @@ def run(
     from distill.runs.folder import RunPaths
 
     overrides = _capture_settings(teacher, vocab, data, samples, targets, seed)
+    overrides["teacher.tokenizer"] = tokenizer
     overrides |= _base_settings(student_base, lora_r, load_in_4bit, config)
     overrides |= _student_settings(student_size, init, epochs, quant, safety_labels)
     settings, places = load_config(config, overrides, set_ or [], preset), RunPaths(out, store)
@@ -84,6 +87,7 @@ def run(
 @commands.command()
 def capture(
     teacher: Teacher = None,
+    tokenizer: Tokenizer = None,
     vocab: Vocab = None,
     data: Data = None,
     samples: Samples = None,
@@ -102,6 +106,7 @@ def capture(
     from distill.pipeline.preflight import check_capture
 
     overrides = _capture_settings(teacher, vocab, data, samples, targets, seed)
+    overrides["teacher.tokenizer"] = tokenizer
     overrides["safety.labels"] = safety_labels
     settings = load_config(config, overrides, set_ or [])
     with _checking(every_process=True) as (console, progress):
@@ -151,6 +156,7 @@ def train(
 @commands.command()
 def plan(
     teacher: Teacher = None,
+    tokenizer: Tokenizer = None,
     student_size: StudentSize = None,
     vocab: Vocab = None,
     student_base: StudentBase = None,
@@ -174,6 +180,7 @@ def plan(
     from distill.pipeline.preflight import check_plan
 
     overrides = _capture_settings(teacher, vocab, data, samples, targets, seed)
+    overrides["teacher.tokenizer"] = tokenizer
     overrides |= _base_settings(student_base, lora_r, load_in_4bit, config)
     overrides |= _student_settings(student_size, init, epochs)
     try:
@@ -224,7 +231,7 @@ def _base_settings(
 
 
 def _capture_settings(
-    teacher: Path | None,
+    teacher: str | Path | None,
     vocab: str | None,
     data: Path | None,
     samples: int | None,

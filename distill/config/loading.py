@@ -66,7 +66,15 @@ def _problem(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         return f"unknown key {key!r}{_suggestion(item['loc'])}"
     message = str(item["msg"].removeprefix("Value error, "))
-    return f"{key} = {item['input']!r}: {message}" if key else message  # else it is of the whole
+    return f"{key} = {_shown(item)}: {message}" if key else message  # else it is of the whole
+
+
+def _shown(item: Any) -> str:
+    """A refused value, but for a token, which must not be in a log."""
+    value, secret = item["input"], "token"
+    if item["loc"][-1] == secret:
+        return "…"
+    return repr(value | {secret: "…"} if isinstance(value, dict) and secret in value else value)
 
 
 def _suggestion(location: tuple[Any, ...]) -> str:

@@ -27,7 +27,10 @@ class Section(BaseModel):
 class TeacherConfig(Section):
     """The teacher.
 
-    ``path``: a GGUF file, or a transformers folder to capture from; none: the example teacher.
+    ``path``: a GGUF file, a transformers folder to capture from, or the address of a server
+    (http://HOST:PORT): `distill serve`, or vLLM; none: the example teacher. ``token``: what such a
+    server wants to hear, better kept in DISTILL_TEACHER_TOKEN; it is never written anywhere.
+    ``tokenizer``: of a server that gives none: a GGUF file, of which only the vocabulary is read.
     ``mix_with``: further teachers with the same vocabulary; ``weights``: of all in the mixture, the
     first included (none: equal). ``load_in_4bit``: NF4 for folders, through bitsandbytes.
     ``template_variables``: values that its chat template uses where a conversation has none of its
@@ -42,6 +45,8 @@ class TeacherConfig(Section):
     """
 
     path: str | None = None
+    token: Annotated[str | None, Field(exclude=True, repr=False)] = None
+    tokenizer: str | None = None
     gpu_layers: Annotated[int, Field(ge=-1)] = -1
     main_gpu: Annotated[int, Field(ge=0)] | None = None
     tensor_split: tuple[NonNegative, ...] = ()

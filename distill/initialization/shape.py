@@ -29,10 +29,16 @@ def student_size(config: RunConfig, info: TeacherInfo) -> StudentSize:
         for.
     """
     request = parse_request(config.student.size) if config.student.size else None
-    if request is None:
-        return default_size(info.width, info.layers)
     if isinstance(request, StudentSize):
         return request
+    of_parameters = request is not None and not isinstance(request, Budget)
+    if not (info.width and info.layers) or (of_parameters and not info.parameters):
+        raise UserError(
+            f"{info.name}: how large it is its server does not say; give the student's width and "
+            "layers, such as --student-size 512x4"
+        )
+    if request is None:
+        return default_size(info.width, info.layers)
     wanted = (
         request.parameters
         if isinstance(request, Budget)
@@ -85,9 +91,9 @@ def describe_parameters(shape: SO8TConfig, info: TeacherInfo) -> str:
     """Parameters of the exported student and their share of the teacher's; with the gates, which
     are folded away at export, where those are notably more."""
     parameters, trained = decoder_parameters(shape), decoder_parameters(shape, gates=True)
-    words = (
-        f"{human_count(parameters)} parameters, {parameters / info.parameters:.1%} of the teacher's"
-    )
+    words = f"{human_count(parameters)} parameters"
+    if info.parameters:
+        words += f", {parameters / info.parameters:.1%} of the teacher's"
     if trained > NOTABLE * parameters:
         words += f" ({human_count(trained)} in training, with the SO(8) gates)"
     return words

@@ -78,7 +78,7 @@ def fill(
     reused = fill_store(teacher, corpus, store, console, share)
     if share.rank == 0:
         text = text_of(config, teacher.info)
-        keep_teacher_record(teacher, gguf_of(teacher, config.teacher), store, console, share, text)
+        keep_teacher_record(teacher, gguf_of(teacher), store, console, share, text)
         labelled_prompts(config, prompts, teacher, store, console)
     return reused
 

@@ -79,7 +79,7 @@ def teacher_files(
     ``keep_teacher_record``."""
     shown = first_of(probe.sequences, min(sequences, LINE_SEQUENCES))
     lines = tokenized_lines(teacher, first_sequences(shown, LINE_SEQUENCES, LINE_TOKENS))
-    fields = {} if gguf is None else tokenizer_fields(read_gguf(gguf))
+    fields = {} if gguf is None else tokenizer_fields(read_gguf(gguf, model=False))
     info = teacher.info
     # Of its size alone: no page of it is ever touched.
     embeddings = np.empty((info.vocab_size, stored_columns(info.width)), dtype=np.float16)

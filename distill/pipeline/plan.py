@@ -16,7 +16,7 @@ from distill.base_models.new_student_memory import memory_of_new
 from distill.capture.capture import load_teacher, read_data
 from distill.capture.corpus import Corpus
 from distill.capture.store_setup import recipe_for
-from distill.capture.teachers import gguf_of, tokenizer_of
+from distill.capture.teachers import gguf_of, tokenizer_of, weights_of
 from distill.config.schema import RunConfig
 from distill.errors import UserError
 from distill.initialization.shape import describe_parameters
@@ -115,10 +115,13 @@ def plan_run(
         load_teacher(config, console) as whole,
         fitted(whole, config, data, Path(folder), console) as teacher,
     ):
-        info, gguf = teacher.info, gguf_of(teacher, config.teacher)
+        info, gguf = teacher.info, gguf_of(teacher)
         # What cannot be is refused before anything is measured.
-        tokenizer = {} if config.student.base is None else tokenizer_of(config.teacher, gguf)
-        resolved = resolve(config, info, tokenizer, gguf, console)
+        tokenizer = {}
+        if config.student.base is not None:
+            assert gguf is not None, "see require_gguf"
+            tokenizer = tokenizer_of(config.teacher, gguf)
+        resolved = resolve(config, info, tokenizer, weights_of(teacher), console)
         corpus = read_data(config, teacher, console, data)
         resolved = resolved.with_length(corpus.sampling.max_length)
         config = resolved.config

@@ -119,7 +119,7 @@ def _require_memory_of_new(resolved: Resolved, info: TeacherInfo, console: Conso
             f"{guard if config.train.guard.enabled else ''}, this machine has "
             f"{human_bytes(memory)}; choose a smaller size"
         )
-    if parameters >= info.parameters:
+    if parameters >= info.parameters > 0:
         console.warn(
             f"student {config.student.size} has {human_count(parameters)} parameters, not fewer "
             f"than the teacher's {human_count(info.parameters)}; choose a smaller --student-size "

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distill.base_models.base_model import Base
-from distill.capture.capture import load_teacher, read_data
+from distill.capture.capture import describe_teacher, load_teacher, read_data
 from distill.capture.ready_store import (
     find_teacher,
     open_full_store,
@@ -15,7 +15,7 @@ from distill.capture.ready_store import (
     without_capture,
 )
 from distill.capture.store_setup import StoreLocation, open_store, recipe_for
-from distill.capture.teachers import gguf_of, teacher_stem, tokenizer_of
+from distill.capture.teachers import gguf_of, teacher_stem, tokenizer_of, weights_of
 from distill.config.schema import RunConfig
 from distill.heads.prompts import SafetyPrompt, digest
 from distill.heads.safety_data import labelled_prompts, safety_data
@@ -37,7 +37,6 @@ from distill.runs.audit_events import record_start
 from distill.runs.folder import RUNS, RunFolder, RunPaths, choose_folder
 from distill.runtime.device import training_device
 from distill.runtime.environment import environment
-from distill.runtime.format import human_count
 from distill.runtime.launch import Launch
 from distill.runtime.progress import Console
 from distill.trimming.for_student import fitted, require_same_vocabulary, trimmed_file
@@ -69,9 +68,11 @@ def run(
         load_teacher(config, console) as whole,
         fitted(whole, config, data, kept, console) as teacher,
     ):
-        info, gguf = teacher.info, gguf_of(teacher, config.teacher)
+        info, gguf = teacher.info, gguf_of(teacher)
+        assert gguf is not None, "see require_gguf"
         tokenizer = tokenizer_of(config.teacher, gguf)
-        resolved = resolve(config, info, tokenizer, gguf, console)
+        weights = weights_of(teacher)
+        resolved = resolve(config, info, tokenizer, weights, console)
         corpus = read_data(config, teacher, console, data)
         del data
         longest = corpus.sampling.max_length
@@ -96,7 +97,7 @@ def run(
             if labelled is not prompts:
                 safety = safety_data(config, labelled, tokenizer, info)
             return Source(
-                resolved, store, require_teacher_record(store), reused, safety, gguf, teacher
+                resolved, store, require_teacher_record(store), reused, safety, weights, teacher
             )
 
         _work_in(work, config, _identity(info, store, prompts, resolved.base), capture)
@@ -127,10 +128,7 @@ def train_from_store(
     if gguf is not None and cut is not None:
         kept = (out.parent if out is not None else RUNS) / "stores"
         gguf = trimmed_file(read_gguf(gguf), cut, kept, teacher_stem(config.teacher))
-    console.note(
-        f"soft targets of {info.name}: {info.architecture}, {human_count(info.parameters)} "
-        "parameters"
-    )
+    console.note(f"soft targets of {describe_teacher(info)}")
     resolved = resolve(config, info, tokenizer, gguf, console)
     config = resolved.config
     # Of a new student on the processor no length is needed; the store may yet prove damaged.

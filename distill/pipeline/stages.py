@@ -324,7 +324,7 @@ def evaluate_student(published: Published, work: Workspace) -> Evaluated:
         models = _student_scorers(prepared, sequences, kept, work)
         with console.stage("Evaluate", total=positions) as stage, _exported(source, work) as file:
             models["exported"] = llama_scorer(file)
-            if source.config.store is None:
+            if source.config.store is None and not source.store.manifest.truncation:
                 with (
                     open_teacher(source.config.teacher) as whole,
                     reduced(whole, cut, source.gguf) as teacher,

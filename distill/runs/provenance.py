@@ -49,8 +49,8 @@ def _details(about: Mapping[str, str]) -> dict[str, str]:
 def _teacher_words(teacher_record: TeacherRecord) -> str:
     info, cut = teacher_record.info, teacher_record.cut
     text = (
-        f"the teacher: {info.architecture}, {info.parameters} parameters, SHA-256 of its file "
-        f"{info.sha256}"
+        f"the teacher: {info.architecture}, {info.parameters or 'unknown'} parameters, SHA-256 of "
+        f"its file {info.sha256}"
     )
     if cut is None:
         return text

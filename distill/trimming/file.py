@@ -14,7 +14,7 @@ from distill.capture.tokenizer_only import metadata_entries
 from students.gguf.architectures import EMBEDDING, OUTPUT
 from students.gguf.metadata import add_tokenizer
 from teachers.base import no_progress
-from teachers.gguf.file import GGUFFile, TensorInfo
+from teachers.gguf.file import Field, GGUFFile, TensorInfo
 from teachers.vocabulary.metadata import MERGES, PER_TOKEN, TOKENS, reduced_fields
 from teachers.vocabulary.reduced import ReducedVocabulary, VocabularyError
 
@@ -73,31 +73,55 @@ def write_reduced(
         OSError: the disk refuses.
     """
     require_plain_vocabulary(file)
+    fields = reduced_fields(file.fields, vocabulary)
+    cut = {EMBEDDING, OUTPUT}
+    kept = {name: vocabulary.kept if name in cut else None for name in file.tensors}
+    _write(file, path, fields, extras or {}, kept, progress)
+
+
+def write_vocabulary(file: GGUFFile, path: Path, name: str) -> None:
+    """Write ``file`` to ``path`` without its layers: metadata, embeddings and output as they are;
+    ``name``: the model's, where the file gives it none.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    extras = {} if "general.name" in file.fields else {"general.name": name}
+    kept = [one for one in file.tensors if one in (EMBEDDING, OUTPUT) or one.startswith("output")]
+    _write(file, path, file.fields, extras, dict.fromkeys(kept), no_progress)
+
+
+def _write(
+    file: GGUFFile,
+    path: Path,
+    fields: Mapping[str, Field],
+    extras: Mapping[str, str],
+    kept: Mapping[str, NDArray[np.int64] | None],
+    progress: Callable[[float], None],
+) -> None:
+    """Write metadata, and those tensors of ``file`` that ``kept`` names, all rows or some."""
     writer = GGUFWriter(path, file.architecture)
     try:
         if "general.alignment" in file.fields:
             writer.data_alignment = file.fields["general.alignment"].value
-        fields = reduced_fields(file.fields, vocabulary)
         own = {key: field for key, field in fields.items() if key not in _OWN}
         add_tokenizer(writer, metadata_entries(own))
-        for key, text in (extras or {}).items():
+        for key, text in extras.items():
             writer.add_string(key, text)
-        cut = {EMBEDDING, OUTPUT}
-        arrays = [
-            (tensor, _rows(tensor, vocabulary.kept if tensor.name in cut else None))
-            for tensor in file.tensors.values()
-        ]
-        for tensor, array in arrays:
-            rows = len(vocabulary) if tensor.name in cut else tensor.shape[0]
-            shape, size = (rows, *tensor.shape[1:]), array.nbytes
-            writer.add_tensor_info(
-                tensor.name, shape, np.dtype(np.float32), size, raw_dtype=tensor.type
-            )
+        arrays = []
+        for name, rows in kept.items():
+            tensor = file.tensors[name]
+            array = _rows(tensor, rows)
+            count = tensor.shape[0] if rows is None else len(rows)
+            shape = (count, *tensor.shape[1:])
+            kind = np.dtype(np.float32)
+            writer.add_tensor_info(name, shape, kind, array.nbytes, raw_dtype=tensor.type)
+            arrays.append(array)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        total, done = sum(array.nbytes for _, array in arrays), 0
-        for _, array in arrays:
+        total, done = sum(array.nbytes for array in arrays), 0
+        for array in arrays:
             writer.write_tensor_data(array)
             progress((done := done + array.nbytes) / total)
     finally:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.capture.corpus import DataRows, read_rows
-from distill.capture.teachers import teacher_paths
+from distill.capture.teachers import teacher_sources
 from distill.config.schema import RunConfig
 from distill.config.sources import DataConfig
 from distill.errors import UserError
@@ -96,14 +96,14 @@ def check_student_vocabulary(config: RunConfig) -> None:
     """
     if config.student.vocab is None:
         return
-    paths = teacher_paths(config.teacher)
-    if len(paths) > 1 or paths[0].is_dir():
-        what = f"{paths[0]} is a folder" if paths[0].is_dir() else "teacher.mix_with names others"
+    first, *others = teacher_sources(config.teacher)
+    if others or not isinstance(first, Path) or first.is_dir():
+        what = f"{first} is {'a folder' if isinstance(first, Path) else 'a server'}"
         raise UserError(
             f"--vocab {config.student.vocab} needs a single GGUF teacher, whose tokens are cut; "
-            f"{what}: leave --vocab out"
+            f"{'teacher.mix_with names others' if others else what}: leave --vocab out"
         )
-    _check_teacher(paths[0], VocabularySize.parse(config.student.vocab))
+    _check_teacher(first, VocabularySize.parse(config.student.vocab))
 
 
 def _check_teacher(path: Path, size: VocabularySize) -> tuple[GGUFFile, Vocabulary]:

@@ -7,6 +7,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
 from teachers.base import Floats, LogitRule
+from teachers.errors import RequestRefused
 from teachers.gguf.file import GGUFFile
 
 SUPER_BLOCK = 256
@@ -18,6 +19,18 @@ SCALED_WIDTHS = {"minicpm": 256.0, "minicpm3": 256.0}
 def output_name(file: GGUFFile) -> str:
     """The tensor that is multiplied with the last hidden state."""
     return "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
+
+
+def output_rows(file: GGUFFile, start: int, stop: int) -> Floats:
+    """Rows ``[stop − start, D]`` of that tensor.
+
+    Raises:
+        RequestRefused: logits are more than the product with it.
+    """
+    if "output.bias" in file.tensors:
+        reason = "its output layer has a bias besides the matrix"
+        raise RequestRefused(str(file.path), reason)
+    return file.rows(output_name(file), start, stop)
 
 
 def logit_rules(file: GGUFFile, width: int) -> list[LogitRule]:

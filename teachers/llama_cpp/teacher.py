@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import psutil
@@ -27,9 +27,8 @@ from teachers.base import (
     last_predictions,
     no_progress,
 )
-from teachers.errors import RequestRefused
 from teachers.gguf.file import GGUFFile, read_gguf, tokenizer_sha256
-from teachers.gguf.output import logit_rules, output_name, rounded_states
+from teachers.gguf.output import logit_rules, output_name, output_rows, rounded_states
 from teachers.gguf.split import model_stem
 from teachers.llama_cpp.interrupts import uninterrupted
 from teachers.llama_cpp.library.kernels import LoadOptions
@@ -68,6 +67,32 @@ def shape_in(file: GGUFFile, width: int) -> TeacherShape:
     )
 
 
+def info_of(file: GGUFFile, model: Mapping[str, Any], sha256: str) -> TeacherInfo:
+    """Facts about the teacher in ``file``, of which llama.cpp says ``model``
+    (``LlamaModel.describe``)."""
+    template, tool_template = chat_templates(file.fields)
+    return TeacherInfo(
+        name=one_line_name(file.value("general.name"), ordinary_name(model_stem(file.path))),
+        architecture=file.architecture,
+        parameters=file.parameters,
+        file_bytes=file.size,
+        vocab_size=model["vocab_size"],
+        width=model["width"],
+        layers=model["layers"],
+        context_length=model["context_length"],
+        bos=model["bos"] if model["bos"] >= 0 else None,
+        eos=model["eos"] if model["eos"] >= 0 else None,
+        end_tokens=tuple(model["end_tokens"]),
+        add_bos=model["add_bos"],
+        chat_template=template,
+        sha256=sha256,
+        tokenizer_sha256=tokenizer_sha256(file),
+        shape=shape_in(file, model["width"]),
+        tool_template=tool_template,
+        special_tokens=special_tokens(file.fields),
+    )
+
+
 def _usual_threads() -> int:
     """PyTorch's count: the physical cores that this process may use, which suits llama.cpp too."""
     import torch  # takes seconds: only once the file has been checked
@@ -75,77 +100,29 @@ def _usual_threads() -> int:
     return torch.get_num_threads()
 
 
-class GGUFTeacher(Teacher):
-    """Runs a GGUF file through llama.cpp in a process of its own. Use as a context manager."""
+class Asked(Protocol):
+    """What answers: a ``Worker``, or one behind a server (``teachers.remote``)."""
 
-    def __init__(
-        self, path: Path, options: LoadOptions | None = None, *, threads: int | None = None
-    ) -> None:
-        """Check the file's header, then load it; without ``options`` on the processor alone, as
-        whatever is to be exact needs it.
+    def ask(
+        self,
+        operation: str,
+        arguments: dict[str, Any] | None = None,
+        arrays: Arrays | None = None,
+        progress: Callable[[int], None] = ...,
+    ) -> tuple[dict[str, Any], Arrays]:
+        """The answer to one request of ``teachers.llama_cpp.server``."""
+        ...
 
-        Raises:
-            TeacherFileError: the header is missing, damaged or not a language model's.
-            TeacherError: llama.cpp cannot load the file.
-            LibraryError: llama.cpp does not work on this machine.
-        """
-        self.file: GGUFFile = read_gguf(path)
-        self.threads = threads or _usual_threads()
-        self.options = options or LoadOptions()
-        path = self.file.path  # a split model's first part, which llama.cpp wants
-        self.worker = Worker(path, threads=self.threads, options=self.options, file=self.file)
-        self.info = self._info()
+    def close(self) -> None:
+        """Free everything; safe to call twice."""
+        ...
 
-    def _info(self) -> TeacherInfo:
-        model = self.worker.description
-        template, tool_template = chat_templates(self.file.fields)
-        return TeacherInfo(
-            name=one_line_name(
-                self.file.value("general.name"), ordinary_name(model_stem(self.file.path))
-            ),
-            architecture=self.file.architecture,
-            parameters=self.file.parameters,
-            file_bytes=self.file.size,
-            vocab_size=model["vocab_size"],
-            width=model["width"],
-            layers=model["layers"],
-            context_length=model["context_length"],
-            bos=model["bos"] if model["bos"] >= 0 else None,
-            eos=model["eos"] if model["eos"] >= 0 else None,
-            end_tokens=tuple(model["end_tokens"]),
-            add_bos=model["add_bos"],
-            chat_template=template,
-            sha256=self.file.sha256,
-            tokenizer_sha256=tokenizer_sha256(self.file),
-            shape=shape_in(self.file, model["width"]),
-            tool_template=tool_template,
-            special_tokens=special_tokens(self.file.fields),
-        )
 
-    @property
-    def runtime(self) -> str:
-        # Not which GPU or how large a batch, which move the last bits at most: processes of one
-        # launch differ in that.
-        cache = self.options.cache_type
-        return (
-            f"llama-cpp-python {version('llama-cpp-python')}, {self.threads} threads, "
-            f"gpu_layers {self.options.gpu_layers}" + (f", {cache} cache" if cache else "")
-        )
+class WorkerTeacher(Teacher):
+    """A GGUF teacher that ``worker`` runs; ``file``: its tokenizer, embeddings and output."""
 
-    def memory(self) -> int:
-        return int(psutil.Process(self.worker.process_id).memory_info().rss)
-
-    def peak_memory(self) -> int:
-        """The most bytes of main memory the teacher's process has had, mapped files included."""
-        # Not getrusage on Linux: its count begins at what the parent had.
-        if platform.system() == "Linux":
-            path = Path(f"/proc/{self.worker.process_id}/status")
-            lines = path.read_text(encoding="ascii", errors="replace").splitlines()
-            peaks = [int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")]
-            return peaks[0] if peaks else self.memory()  # some containers' kernels do not say
-        if platform.system() == "Windows":
-            return int(psutil.Process(self.worker.process_id).memory_info().peak_wset)
-        return int(self.worker.ask("peak_memory")[0]["bytes"])
+    file: GGUFFile
+    worker: Asked
 
     def tokenize(
         self, texts: Sequence[str], *, add_special: bool, parse_special: bool
@@ -247,10 +224,7 @@ class GGUFTeacher(Teacher):
         return {name: values.astype(np.float32, copy=False) for name, values in arrays.items()}
 
     def output_rows(self, start: int, stop: int) -> Floats:
-        if "output.bias" in self.file.tensors:
-            reason = "its output layer has a bias besides the matrix"
-            raise RequestRefused(str(self.file.path), reason)
-        return self.file.rows(output_name(self.file), start, stop)
+        return output_rows(self.file, start, stop)
 
     def logit_rules(self) -> Sequence[LogitRule]:
         return logit_rules(self.file, self.info.width)
@@ -284,8 +258,57 @@ class GGUFTeacher(Teacher):
         return answer["prompt"], answer["generation"]
 
     def close(self) -> None:
-        """End the worker process."""
+        """See ``Teacher.close``."""
         self.worker.close()
+
+
+class GGUFTeacher(WorkerTeacher):
+    """Runs a GGUF file through llama.cpp in a process of its own. Use as a context manager."""
+
+    worker: Worker
+
+    def __init__(
+        self, path: Path, options: LoadOptions | None = None, *, threads: int | None = None
+    ) -> None:
+        """Check the file's header, then load it; without ``options`` on the processor alone, as
+        whatever is to be exact needs it.
+
+        Raises:
+            TeacherFileError: the header is missing, damaged or not a language model's.
+            TeacherError: llama.cpp cannot load the file.
+            LibraryError: llama.cpp does not work on this machine.
+        """
+        self.file = read_gguf(path)
+        self.threads = threads or _usual_threads()
+        self.options = options or LoadOptions()
+        path = self.file.path  # a split model's first part, which llama.cpp wants
+        self.worker = Worker(path, threads=self.threads, options=self.options, file=self.file)
+        self.info = info_of(self.file, self.worker.description, self.file.sha256)
+
+    @property
+    def runtime(self) -> str:
+        # Not which GPU or how large a batch, which move the last bits at most: processes of one
+        # launch differ in that.
+        cache = self.options.cache_type
+        return (
+            f"llama-cpp-python {version('llama-cpp-python')}, {self.threads} threads, "
+            f"gpu_layers {self.options.gpu_layers}" + (f", {cache} cache" if cache else "")
+        )
+
+    def memory(self) -> int:
+        return int(psutil.Process(self.worker.process_id).memory_info().rss)
+
+    def peak_memory(self) -> int:
+        """The most bytes of main memory the teacher's process has had, mapped files included."""
+        # Not getrusage on Linux: its count begins at what the parent had.
+        if platform.system() == "Linux":
+            path = Path(f"/proc/{self.worker.process_id}/status")
+            lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+            peaks = [int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")]
+            return peaks[0] if peaks else self.memory()  # some containers' kernels do not say
+        if platform.system() == "Windows":
+            return int(psutil.Process(self.worker.process_id).memory_info().peak_wset)
+        return int(self.worker.ask("peak_memory")[0]["bytes"])
 
 
 def _packed_keep(keep: Sequence[Keep] | None) -> Arrays:

@@ -40,6 +40,11 @@ class Manifest:
         return "train_on" in self.identity
 
     @property
+    def truncation(self) -> str:
+        """What the targets lack of the teacher's distributions, in words; empty: nothing."""
+        return str(self.identity.get("truncation", ""))
+
+    @property
     def has_codec(self) -> bool:
         """Whether this kind of store has a shared codec."""
         return self.recipe.needs_states or bool(self.recipe.layers)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from teachers.atomic_files import StoreError
 from teachers.base import Teacher, TeacherInfo, TeacherShape, TokenizedLines, Tokens
-from teachers.gguf.embeddings import principal_scores
+from teachers.gguf.embeddings import EMBEDDING, principal_scores
 from teachers.gguf.file import Field, GGUFFile, tokenizer_fields
 from teachers.store.store import SoftTargetStore
 from teachers.targets.distributions import Arrays
@@ -34,7 +34,7 @@ ABOUT = (
     *("license", "license.name", "license.link"),
 )
 ABOUT_CHARACTERS = 500  # of one text that a teacher's file says about itself
-COUNTS = ("parameters", "vocab_size", "width", "layers", "context_length")
+COUNTS = {"vocab_size": 1, "context_length": 1, "parameters": 0, "width": 0, "layers": 0}
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,9 @@ def make_teacher_record(
         return TeacherRecord(teacher.info, lines, {}, np.empty((0, 0), np.float16), {"text": text})
     fields = with_template_variables(tokenizer_fields(file), teacher.info.template_variables)
     about = {**_about(file), "text": text}
-    return TeacherRecord(teacher.info, lines, fields, principal_scores(file), about)
+    none = np.empty((teacher.info.vocab_size, 0), np.float16)  # of a vocabulary alone
+    scores = principal_scores(file) if EMBEDDING in file.tensors else none
+    return TeacherRecord(teacher.info, lines, fields, scores, about)
 
 
 def write_teacher_record(store: SoftTargetStore, teacher_record: TeacherRecord) -> None:
@@ -166,8 +168,9 @@ def _info(content: dict[str, Any]) -> TeacherInfo:
     if asdict(shape) != asdict(TeacherShape()) | stated:
         raise ValueError(f"a shape that no teacher has, {stated}")
     info = TeacherInfo(**content | {"end_tokens": tuple(content["end_tokens"]), "shape": shape})
-    if any(type(getattr(info, name)) is not int or getattr(info, name) < 1 for name in COUNTS):
-        raise ValueError(f"facts {[(name, getattr(info, name)) for name in COUNTS]}")
+    counts = {name: getattr(info, name) for name in COUNTS}
+    if any(type(count) is not int or count < COUNTS[name] for name, count in counts.items()):
+        raise ValueError(f"facts {counts}")
     return info
 
 

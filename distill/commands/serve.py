@@ -1,0 +1,58 @@
+"""``serve``: a teacher for other machines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distill.commands.options import ConfigFile, Settings
+
+commands = typer.Typer()
+
+
+@commands.command()
+def serve(
+    teacher: Annotated[
+        Path | None,
+        typer.Argument(metavar="TEACHER.gguf", help="Default: the example teacher."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Where to listen; 0.0.0.0 for all networks of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8765,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="DISTILL_TEACHER_TOKEN",
+            show_envvar=False,
+            help="What clients must know, better given in DISTILL_TEACHER_TOKEN. Default: a new "
+            "one, printed once.",
+        ),
+    ] = None,
+    config: ConfigFile = None,
+    set_: Settings = None,
+) -> None:
+    """Answer other machines' captures: log-probabilities, exact tail mass and hidden states.
+
+    `distill capture --teacher http://HOST:PORT` and `distill run` ask it, with the same results as
+    from the file. Other clients find /v1/completions with prompt_logprobs, as vLLM has it. It needs
+    `pip install 'so8t-distill[serve]'`.
+    """
+    from importlib.util import find_spec
+
+    from distill.config.loading import load_config
+    from distill.errors import UserError
+
+    if find_spec("starlette") is None or find_spec("uvicorn") is None:
+        raise UserError(
+            "distill serve needs starlette and uvicorn; run pip install 'so8t-distill[serve]'"
+        )
+    settings = load_config(config, {"teacher.path": str(teacher) if teacher else None}, set_ or [])
+
+    from distill.runtime.progress import Console
+    from distill.serving.serve import Listening
+    from distill.serving.serve import serve as run
+
+    run(settings, Listening(host, port, token), Console())

@@ -1,0 +1,1 @@
+"""``distill serve``: a GGUF teacher over HTTP, for captures on other machines."""
