@@ -57,7 +57,7 @@ def recipe_for(
     sketch = config.sketch_bytes
     if config.kind == "compact" and sketch is None:
         sketch = default_sketch_bytes(config.num_topk, info.vocab_size, info.width)
-        if sketch and not _has_sketch(teacher, text):
+        if sketch and (teacher.truncation or not _has_sketch(teacher, text)):
             console.note(f"no sketch of the tail: {info.name} ({info.architecture}) has none")
             sketch = 0
     return Recipe(

@@ -38,10 +38,10 @@ def resolve_initialization(
         return init
     if gguf is None and init == "teacher":
         raise UserError(
-            "student.init = teacher needs the teacher's weights, which a store does not hold; give "
-            "its file with --teacher, or --init embeddings"
+            "student.init = teacher needs the teacher's weights, which neither a store nor a "
+            "server gives; give its file with --teacher, or --init embeddings"
         )
-    reason = "its file is not here (--teacher)"
+    reason = "its file is not here (--teacher FILE)"
     if gguf is not None:
         try:
             require_usable_weights(shape, read_gguf(gguf))

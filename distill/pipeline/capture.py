@@ -95,6 +95,7 @@ def _print_store(
     )
     for name, value in (
         ("kind", recipe.kind),
+        *([("truncated", teacher.truncation)] if teacher.truncation else []),
         ("sequences", f"{len(store):,}"),
         ("tokens", f"{int(store.lengths().sum()):,}"),
         ("positions trained on", f"{store.positions():,}"),

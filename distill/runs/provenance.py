@@ -48,10 +48,11 @@ def _details(about: Mapping[str, str]) -> dict[str, str]:
 
 def _teacher_words(teacher_record: TeacherRecord) -> str:
     info, cut = teacher_record.info, teacher_record.cut
-    text = (
-        f"the teacher: {info.architecture}, {info.parameters or 'unknown'} parameters, SHA-256 of "
-        f"its file {info.sha256}"
-    )
+    text = f"the teacher: {info.architecture}, {info.parameters} parameters"
+    if not info.parameters:
+        text = f"the teacher: {info.architecture}, behind a server"
+    if info.file_bytes:
+        text += f", SHA-256 of its file {info.sha256}"
     if cut is None:
         return text
     return f"{text}; {len(cut.vocabulary)} of its {cut.vocabulary.old_size} tokens"

@@ -56,7 +56,7 @@ class StudentPart:
 @dataclass(frozen=True)
 class StorePart:
     """The soft targets that the student learnt from, at ``positions`` of the tokens (older runs:
-    all)."""
+    all). ``truncation``: what they lack of the teacher's distributions, if anything."""
 
     folder: str
     sequences: int
@@ -66,6 +66,7 @@ class StorePart:
     positions: int | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     corpus_sha256: str | None = None
+    truncation: str | None = None
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import socket
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from distill.capture.capture import describe_teacher
 from distill.capture.teachers import open_teacher, require_teachers, teacher_sources
@@ -71,7 +71,7 @@ def serve(config: RunConfig, listening: Listening, console: Console) -> None:
                 described = Vocabulary(bytes=path.stat().st_size, sha256=file_sha256(path))
                 stage.finish(f"{human_bytes(described.bytes)}, which each client copies once")
             _announce(listening, bound, token, made, console)
-            _run(make_app(engine, path, described, token), bound)
+            web_server(make_app(engine, path, described, token)).run(sockets=[bound])
 
 
 def _socket(listening: Listening) -> socket.socket:
@@ -106,10 +106,10 @@ def _announce(
         )
 
 
-def _run(app: object, bound: socket.socket) -> None:
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+def web_server(app: ASGIApp) -> uvicorn.Server:
+    """What answers for ``app``; it writes no log of requests."""
     config = uvicorn.Config(
-        app,  # type: ignore[arg-type]
+        app,
         access_log=False,
         log_level="error",
         lifespan="off",
@@ -117,4 +117,4 @@ def _run(app: object, bound: socket.socket) -> None:
         server_header=False,
         timeout_graceful_shutdown=2,
     )
-    uvicorn.Server(config).run(sockets=[bound])
+    return uvicorn.Server(config)

@@ -79,15 +79,15 @@ def write_reduced(
     _write(file, path, fields, extras or {}, kept, progress)
 
 
-def write_vocabulary(file: GGUFFile, path: Path, name: str) -> None:
+def write_vocabulary(file: GGUFFile, path: Path, name: str, *, tensors: bool = True) -> None:
     """Write ``file`` to ``path`` without its layers: metadata, embeddings and output as they are;
-    ``name``: the model's, where the file gives it none.
+    ``name``: the model's, where the file gives it none. Without ``tensors`` the metadata alone.
 
     Raises:
         OSError: the disk refuses.
     """
     extras = {} if "general.name" in file.fields else {"general.name": name}
-    kept = [one for one in file.tensors if one in (EMBEDDING, OUTPUT) or one.startswith("output")]
+    kept = [one for one in file.tensors if tensors and one.startswith((EMBEDDING, "output"))]
     _write(file, path, file.fields, extras, dict.fromkeys(kept), no_progress)
 
 

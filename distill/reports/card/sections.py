@@ -13,6 +13,7 @@ from distill.reports.document import Section, Table
 from distill.reports.render.markdown import last_part, without_folders
 from distill.reports.run.sections import student_text, teacher_text
 from distill.runs.exports import ExportedFile
+from distill.runs.records import StorePart
 from distill.runtime.format import MISSING, human_bytes, human_count, share
 from students.model.head_decisions import ESCALATE
 
@@ -84,7 +85,7 @@ def origin_section(facts: CardFacts) -> Section:
             f"{human_count(store.tokens)} tokens",
         ]
     )
-    rows.append(["soft targets", _targets_text(store.recipe)])
+    rows.append(["soft targets", _targets_text(store)])
     training = results.training
     rows.append(
         [
@@ -132,12 +133,14 @@ def _student_text(facts: CardFacts) -> str:
     return ", ".join(parts)
 
 
-def _targets_text(recipe: dict[str, Any]) -> str:
+def _targets_text(store: StorePart) -> str:
+    recipe = store.recipe
     text = TARGETS.get(str(recipe.get("kind")), "the teacher's probabilities; how is not recorded")
     if recipe.get("kind") == "compact" and isinstance(recipe.get("num_topk"), int):
         text = text.replace("most probable", f"{recipe['num_topk']:,} most probable")
         text += ", with a low-rank code of how it is spread" if recipe.get("sketch_bytes") else ""
-    return text + ("; hidden states of some layers too" if recipe.get("layers") else "")
+    text += "; hidden states of some layers too" if recipe.get("layers") else ""
+    return text + (f"; truncated: {store.truncation}" if store.truncation else "")
 
 
 def files_section(files: list[ExportedFile]) -> Section:

@@ -135,6 +135,8 @@ def _store_words(store: StorePart) -> str:
     if kind is not None:
         topk = f" (top {store.recipe.get('num_topk')})" if kind == "compact" else ""
         words.append(f"kind {kind}{topk}")
+    if store.truncation:
+        words.append(f"truncated: {store.truncation}")
     words.append("captured before" if store.reused else "captured by this run")
     return f"{', '.join(words)}; {store.folder}"
 
