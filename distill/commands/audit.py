@@ -36,6 +36,8 @@ def verify(
 
     Exits with 0 if so, with 2 if not.
     """
-    from distill.commands.audit_report import report_verification
+    from distill.commands.exit_codes import EXIT_USER
+    from distill.runs.audit_report import report_verification
 
-    report_verification(run, expect, as_json)
+    if not report_verification(run, expect, as_json):
+        raise typer.Exit(EXIT_USER)

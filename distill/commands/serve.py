@@ -44,15 +44,19 @@ def serve(
 
     from distill.config.loading import load_config
     from distill.errors import UserError
+    from distill.pipeline.preflight import check_serve
+    from distill.serving.access import choose_token
 
     if find_spec("starlette") is None or find_spec("uvicorn") is None:
         raise UserError(
             "distill serve needs starlette and uvicorn; run pip install 'so8t-distill[serve]'"
         )
     settings = load_config(config, {"teacher.path": str(teacher) if teacher else None}, set_ or [])
+    secret, made = choose_token(token, host)
+    check_serve(settings)
 
     from distill.runtime.progress import Console
     from distill.serving.serve import Listening
     from distill.serving.serve import serve as run
 
-    run(settings, Listening(host, port, token), Console())
+    run(settings, Listening(host, port, secret, made), Console())

@@ -58,6 +58,12 @@ class TeacherConfig(Section):
     load_in_4bit: bool = False
     template_variables: dict[str, JsonValue] = {}
 
+    @field_validator("token", mode="before")
+    @classmethod
+    def _as_text(cls, token: Any) -> Any:
+        """YAML reads digits as a number."""
+        return str(token) if type(token) is int else token
+
     @field_validator("template_variables", mode="before")
     @classmethod
     def _as_json(cls, variables: Any) -> Any:

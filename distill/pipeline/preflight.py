@@ -13,7 +13,7 @@ from pathlib import Path
 
 from distill.base_models.folder import base_folder
 from distill.capture.corpus import DataRows, read_rows
-from distill.capture.teachers import require_gguf, require_teachers
+from distill.capture.teachers import require_gguf, require_teachers, teacher_sources
 from distill.config.schema import RunConfig
 from distill.errors import UserError
 from distill.heads.prompts import SafetyPrompt, read_safety_prompts
@@ -115,6 +115,18 @@ def check_plan(config: RunConfig, progress: Progress = no_progress) -> Inputs:
     check_student_vocabulary(config)
     _check_student(config)
     return Inputs(data=read_rows(config.data, progress))
+
+
+def check_serve(config: RunConfig) -> None:
+    """Refuse what ``distill serve`` cannot do.
+
+    Raises:
+        UserError, TeacherFileError, TeacherError: the teacher is no single GGUF file, or unusable.
+    """
+    first, *others = teacher_sources(config.teacher)
+    if others or not isinstance(first, Path) or first.is_dir():
+        raise UserError("distill serve takes one GGUF file; serve several, each by its own server")
+    require_teachers(config.teacher)
 
 
 def _require_no_store(config: RunConfig) -> None:

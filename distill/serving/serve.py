@@ -12,12 +12,12 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from distill.capture.capture import describe_teacher
-from distill.capture.teachers import open_teacher, require_teachers, teacher_sources
+from distill.capture.teachers import open_teacher
 from distill.config.schema import RunConfig
 from distill.errors import UserError
 from distill.runtime.format import human_bytes
 from distill.runtime.progress import Console
-from distill.serving.access import choose_token, is_local
+from distill.serving.access import is_local
 from distill.serving.app import make_app
 from distill.serving.engine import Engine
 from distill.trimming.file import write_vocabulary
@@ -31,25 +31,22 @@ MOST_CONNECTIONS = 256
 
 @dataclass(frozen=True)
 class Listening:
-    """Where the server listens, and the token that it is given, if any; port 0: a free one."""
+    """Where the server listens (port 0: a free one), and its token; ``made``: only now, so that
+    it has to be shown."""
 
     host: str
     port: int
-    token: str | None
+    token: str
+    made: bool
 
 
 def serve(config: RunConfig, listening: Listening, console: Console) -> None:
-    """Answer requests until Ctrl-C.
+    """Answer requests until Ctrl-C; ``check_serve`` was called.
 
     Raises:
-        UserError: the address or the token cannot be used, or the teacher is no single GGUF file.
+        UserError: the address cannot be used.
         TeacherFileError, TeacherError: the teacher cannot be used.
     """
-    first, *others = teacher_sources(config.teacher)
-    if others or not isinstance(first, Path) or first.is_dir():
-        raise UserError("distill serve takes one GGUF file; serve several, each by its own server")
-    token, made = choose_token(listening.token, listening.host)
-    require_teachers(config.teacher)
 
     def load() -> GGUFTeacher:
         teacher = open_teacher(config.teacher)
@@ -70,8 +67,8 @@ def serve(config: RunConfig, listening: Listening, console: Console) -> None:
                 write_vocabulary(engine.teacher.file, path, info.name)
                 described = Vocabulary(bytes=path.stat().st_size, sha256=file_sha256(path))
                 stage.finish(f"{human_bytes(described.bytes)}, which each client copies once")
-            _announce(listening, bound, token, made, console)
-            web_server(make_app(engine, path, described, token)).run(sockets=[bound])
+            _announce(listening, bound, console)
+            web_server(make_app(engine, path, described, listening.token)).run(sockets=[bound])
 
 
 def _socket(listening: Listening) -> socket.socket:
@@ -90,12 +87,11 @@ def _socket(listening: Listening) -> socket.socket:
         ) from None
 
 
-def _announce(
-    listening: Listening, bound: socket.socket, token: str, made: bool, console: Console
-) -> None:
+def _announce(listening: Listening, bound: socket.socket, console: Console) -> None:
     host = f"[{listening.host}]" if ":" in listening.host else listening.host
     console.note(f"listening at http://{host}:{bound.getsockname()[1]}; Ctrl-C ends it")
-    if made:
+    if listening.made:
+        token = listening.token
         console.note(
             f"token {token} (for clients: {TOKEN_VARIABLE}={token}); it is shown only here"
         )

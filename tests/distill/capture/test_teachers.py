@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from distill.capture.store_setup import recipe_for
-from distill.capture.teachers import find_gguf, open_teacher, require_gguf, teacher_stem
+from distill.capture.teachers import gguf_of, open_teacher, require_gguf, teacher_stem
 from distill.config.loading import load_config
 from distill.config.schema import TargetsConfig
 from distill.config.sources import TeacherConfig
@@ -32,9 +32,10 @@ def test_one_file_is_itself(tiny_teacher_path: Path) -> None:
     with open_teacher(TeacherConfig(path=str(tiny_teacher_path))) as teacher:
         assert isinstance(teacher, GGUFTeacher) and teacher.info.vocab_size == 1024
         assert teacher.memory() > 1 << 20 and "llama-cpp-python" in teacher.runtime
-    assert find_gguf(TeacherConfig()) == example_teacher()
+        assert gguf_of(teacher) == tiny_teacher_path
     assert teacher_stem(TeacherConfig()) == "example"
     assert teacher_stem(TeacherConfig(path="a/b/c.Q4_K_M.gguf")) == "c.Q4_K_M"
+    assert teacher_stem(TeacherConfig(path="http://[::1]:80")) == "1-80"
 
 
 def test_a_folder_is_a_transformers_teacher(tmp_path: Path) -> None:
@@ -43,13 +44,13 @@ def test_a_folder_is_a_transformers_teacher(tmp_path: Path) -> None:
     config = TeacherConfig(path=str(tmp_path / "model"))
     with open_teacher(config) as teacher:
         assert isinstance(teacher, HuggingFaceTeacher) and "transformers" in teacher.runtime
+        assert gguf_of(teacher) is None
     for setting in ({"tensor_split": (1.0, 1.0)}, {"cache_type": "q8_0"}):
         with pytest.raises(UserError, match=f"{next(iter(setting))} is for GGUF files"):
             open_teacher(config.model_copy(update=setting))
     with pytest.raises(UserError, match="distill capture"):
         require_gguf(config)
     mixed = TeacherConfig(path=str(tmp_path / "model"), mix_with=("other.gguf",))
-    assert find_gguf(mixed) == Path("other.gguf") and find_gguf(config) is None
     require_gguf(mixed)
 
 
@@ -58,6 +59,7 @@ def test_several_are_mixed(tiny_teacher_path: Path) -> None:
     config = TeacherConfig(path=str(tiny_teacher_path), mix_with=(str(example_teacher()),))
     with open_teacher(config) as teacher:
         assert isinstance(teacher, EnsembleTeacher) and len(teacher.teachers) == 2
+        assert gguf_of(teacher) == tiny_teacher_path
     with pytest.raises(EnsembleError, match="2 teachers have 1 weights"):
         open_teacher(config.model_copy(update={"weights": (1.0,)}))
     with pytest.raises(UserError, match="mix_with"):

@@ -95,6 +95,18 @@ def test_config_survives_its_own_json(tmp_path: Path) -> None:
     assert load_config(path, {}, []) == config
 
 
+def test_a_token_is_written_nowhere() -> None:
+    """Not with the settings, not where they are refused; digits alone are a token too."""
+    config = load_config(None, {"teacher.path": "http://a"}, ["teacher.token=1234567"])
+    assert config.teacher.token == "1234567"
+    assert "1234567" not in f"{config.model_dump()} {config.model_dump_json()} {config!r}"
+    for setting in ("teacher.token=[1234567]", "teacher.main_gpu=0"):
+        given = ["teacher.token=1234567", "teacher.tensor_split=[1]", setting]
+        with pytest.raises(UserError) as caught:
+            load_config(None, {}, given)
+        assert "1234567" not in str(caught.value)
+
+
 def test_sizes() -> None:
     """Sizes read back as written; heads, feed-forward and default size follow the rules."""
     assert parse_size("512x4") == StudentSize(512, 4) and str(parse_size("512X4")) == "512x4"

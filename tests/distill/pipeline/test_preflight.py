@@ -79,6 +79,13 @@ CASES: list[tuple[str, int, str]] = [
     ("capture --teacher {empty}", 2, "has no config.json"),
     ("plan --teacher {truncated.gguf}", 2, "truncated"),
     ("plan --teacher {empty} --student-base {empty}", 2, "is a folder: not a GGUF file"),
+    ("run --teacher http://127.0.0.1:1", 2, "does not answer"),
+    ("capture --teacher http://user:word@there", 2, "is no plain address"),
+    ("run --set teacher.token=x", 2, "teacher.token is for a teacher that is behind a server"),
+    ("plan --teacher http://127.0.0.1:1 --set teacher.gpu_layers=3", 2, "its server is started"),
+    ("serve {missing}", 2, "does not exist"),
+    ("serve {empty}", 2, "takes one GGUF file"),
+    ("serve {teacher} --host 0.0.0.0 --token short", 2, "reachable by others"),
     # Trimming
     ("trim {teacher} --vocab many --data {odd.jsonl} -o t.gguf", 2, "is no size"),
     ("trim {teacher} --vocab 9 --data {odd.jsonl} -o t.gguf", 2, "tokens must stay"),

@@ -32,7 +32,7 @@ from teachers.targets.distributions import CompactTargets
 from teachers.targets.recipe import Recipe
 from tests.conftest import command
 from tests.support.children.capture_child import Source, begin
-from tests.support.servers import TOKEN, serving
+from tests.support.servers.running import TOKEN, serving
 
 RECIPES = (
     Recipe(num_topk=16, sketch_bytes=40, layers=(0, 5)),

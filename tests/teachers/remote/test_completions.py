@@ -29,7 +29,7 @@ from teachers.remote.tail import estimated_tail
 from teachers.targets.distributions import CompactTargets
 from teachers.targets.recipe import NODES, Recipe
 from tests.conftest import command
-from tests.support.servers import answering, as_json
+from tests.support.servers.running import answering, as_json
 
 Change = Callable[[dict[str, Any]], Any]
 

@@ -16,7 +16,7 @@ from teachers.remote.connection import Address, Connection, ServerError
 from teachers.remote.protocol import Facts, Model, Vocabulary, pack
 from teachers.remote.teacher import RemoteWorker, ServedTeacher
 from teachers.targets.recipe import Recipe
-from tests.support.servers import always, answering, as_json
+from tests.support.servers.running import always, answering, as_json
 
 MODEL = {
     "vocab_size": 10, "width": 4, "layers": 2, "context_length": 64, "bos": 0, "eos": 1,

@@ -118,6 +118,6 @@ def test_which_template_a_file_is_read_with(tmp_path: Path, tiny_student: SO8TFo
     with open_teacher(config) as teacher:
         assert render_chats(teacher, [Conversation(user)], answer=True)[0].text == wanted
         record = make_teacher_record(teacher, read_gguf(tmp_path / "one.gguf"), [])
-    for fields in (record.tokenizer, tokenizer_of(config)):
+    for fields in (record.tokenizer, tokenizer_of(config, tmp_path / "one.gguf")):
         assert render_chat(fields[key].value, user, **given).text == wanted
         assert render_chat(fields[key].value, user, **given, variables={"x": 5}).text == "\nu5"

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
-
-from distill.commands.exit_codes import EXIT_USER
 from distill.errors import UserError
 from distill.runs.audit_verify import Verification, verify
 from distill.runtime.printable import json_line, markup, printable
@@ -15,19 +12,17 @@ from distill.runtime.progress import Console
 CHECKPOINTS = "checkpoints/"
 
 
-def report_verification(folder: Path, expect: str | None, as_json: bool) -> None:
-    """Verify a run's log and print the result.
+def report_verification(folder: Path, expect: str | None, as_json: bool) -> bool:
+    """Verify a run's log, print the result, and return whether all is as it was written.
 
     Raises:
-        UserError: there is no log, or something is not as it was written; names the first.
-        typer.Exit: the same with ``as_json``, which has printed it.
+        UserError: there is no log, or, without ``as_json``, something is not as it was written;
+            names the first.
     """
     result = verify(folder, expect.strip().lower() if expect is not None else None)
     if as_json:
         print(json_line(result.to_json()))
-        if not result.intact:
-            raise typer.Exit(EXIT_USER)
-        return
+        return result.intact
     _print(result, folder)
     if not result.intact:
         more = f"; {len(result.findings) - 1} more above" if len(result.findings) > 1 else ""
@@ -35,6 +30,7 @@ def report_verification(folder: Path, expect: str | None, as_json: bool) -> None
             f"{folder} is not what was written: {printable(result.findings[0].message)}{more}; "
             "compare with a copy, or make the run again"
         )
+    return True
 
 
 def _print(result: Verification, folder: Path) -> None:
