@@ -17,12 +17,17 @@ from teachers import example_teacher
 from teachers.base import Teacher, TeacherInfo
 from teachers.gguf.file import Field, read_gguf, tokenizer_fields
 from teachers.gguf.split import model_stem
-from teachers.huggingface.folder import check_folder
+from teachers.huggingface.folder import check_folder, check_tokenizer_folder
 from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.teacher import GGUFTeacher, WorkerTeacher
 from teachers.llama_cpp.worker import require_loadable
 from teachers.reduced import ReducedTeacher
-from teachers.remote.completions import CompletionsTeacher, served_model
+from teachers.remote.completions import (
+    CompletionsTeacher,
+    folder_tokenizer,
+    gguf_tokenizer,
+    served_model,
+)
 from teachers.remote.connection import TOKEN_VARIABLE, Address, Connection, is_address
 from teachers.remote.teacher import ServedTeacher, facts_of, vocabulary_of
 from teachers.tokenizer.chat_template import with_variables
@@ -62,7 +67,8 @@ def gguf_of(teacher: Teacher) -> Path | None:
     left."""
     members = getattr(teacher, "teachers", (teacher,))
     kinds = (WorkerTeacher, ReducedTeacher, CompletionsTeacher)
-    return next((one.file.path for one in members if isinstance(one, kinds)), None)
+    files = (one.file for one in members if isinstance(one, kinds))
+    return next((file.path for file in files if file is not None), None)
 
 
 def weights_of(teacher: Teacher) -> Path | None:
@@ -82,9 +88,11 @@ def tokenizer_of(config: TeacherConfig, path: Path) -> dict[str, Field]:
 def require_gguf(config: TeacherConfig) -> None:
     """Raise ``UserError`` unless one of the teachers has a GGUF tokenizer."""
     sources = teacher_sources(config)
-    if all(isinstance(source, Path) and source.is_dir() for source in sources):
+    own = Path(config.tokenizer) if config.tokenizer else None
+    tokenizers = [own if isinstance(source, Address) else source for source in sources]
+    if all(path is not None and path.is_dir() for path in tokenizers):
         raise UserError(
-            f"teacher {sources[0]} is a folder: not a GGUF file, whose tokenizer the "
+            f"teacher {tokenizers[0]} is a folder: not a GGUF file, whose tokenizer the "
             "exported student needs; capture from a transformers folder with `distill capture`, or "
             "convert it with llama.cpp's convert_hf_to_gguf.py"
         )
@@ -106,7 +114,10 @@ def require_teachers(config: TeacherConfig) -> None:
                 vocabulary_of(connection, facts)
                 continue
             served_model(connection)
-            read_gguf(_own_tokenizer(source, config), model=False)
+            if (path := _own_tokenizer(source, config)).is_dir():
+                check_tokenizer_folder(path)
+            else:
+                read_gguf(path, model=False)
         elif source.is_dir():
             check_folder(source)
         else:
@@ -203,8 +214,9 @@ def _connection(address: Address, config: TeacherConfig) -> Connection:
 def _own_tokenizer(address: Address, config: TeacherConfig) -> Path:
     if config.tokenizer is None:
         raise UserError(
-            f"server {address} does not give its tokenizer; name a GGUF file of its model, or of "
-            "its vocabulary alone (convert_hf_to_gguf.py --vocab-only), with --tokenizer"
+            f"server {address} does not give its tokenizer; name with --tokenizer a GGUF file of "
+            "its model or of its vocabulary alone (convert_hf_to_gguf.py --vocab-only), or to "
+            "capture only, the folder with tokenizer.json and config.json"
         )
     return Path(config.tokenizer)
 
@@ -217,17 +229,22 @@ def _open_served(address: Address, config: TeacherConfig) -> Teacher:
                 f"--tokenizer {config.tokenizer}: server {address} gives its own; leave it out"
             )
         return ServedTeacher(connection)
+    path = _own_tokenizer(address, config)
+    if path.is_dir():
+        return CompletionsTeacher(connection, folder_tokenizer(path))
     from distill.capture.tokenizer_only import tokenizer_alone, tokenizer_entries
 
-    file = read_gguf(_own_tokenizer(address, config), model=False)
-    entries = tokenizer_entries(file)
+    file = read_gguf(path, model=False)
     tokens = file.value("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
         raise UserError(f"--tokenizer {file.path} carries no tokenizer; give another file")
+    name = str(file.value("general.name", "tokenizer"))
+    kept = ExitStack()
+    running = kept.enter_context(tokenizer_alone(tokenizer_entries(file), len(tokens), name))
     with ExitStack() as stack:
-        name = str(file.value("general.name", "tokenizer"))
-        tokenizer = stack.enter_context(tokenizer_alone(entries, len(tokens), name))
-        teacher = CompletionsTeacher(connection, file, tokenizer, stack.pop_all().close)
+        stack.callback(kept.close)
+        teacher = CompletionsTeacher(connection, gguf_tokenizer(file, running, kept.close))
+        stack.pop_all()
     return teacher
 
 

@@ -46,8 +46,55 @@ class ModelFolder:
         return digest.hexdigest()
 
 
-def check_folder(path: Path) -> ModelFolder:
-    """Look at a folder's files without loading them.
+GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class TokenizerFolder:
+    """A folder's tokenizer without its model: what its files say, checked.
+
+    ``bos`` and ``stops``: by ``generation_config.json``. ``width`` and ``layers``: 0 if unknown.
+    """
+
+    folder: ModelFolder
+    vocab_size: int
+    architecture: str
+    width: int
+    layers: int
+    bos: int | None
+    stops: list[int]
+
+
+def check_tokenizer_folder(path: Path) -> TokenizerFolder:
+    """A folder of which the tokenizer alone is wanted.
+
+    Raises:
+        TeacherFileError: something is missing or damaged, or would need code of its own.
+    """
+    folder = check_folder(path, weights=False)
+    config = folder.config
+    stated = _read_json(path / GENERATION_CONFIG) if (path / GENERATION_CONFIG).exists() else {}
+    ends = stated.get("eos_token_id")
+    counts = [config.get(key) for key in ("vocab_size", "hidden_size", "num_hidden_layers")]
+    vocab_size, width, layers = (
+        count if type(count) is int and 0 < count < 1 << 31 else 0 for count in counts
+    )
+    if not vocab_size:
+        raise TeacherFileError(f"{path / CONFIG} states no vocab_size; give a GGUF file instead")
+    bos = stated.get("bos_token_id")
+    return TokenizerFolder(
+        folder,
+        vocab_size,
+        str(config.get("model_type", "unknown")),
+        width,
+        layers,
+        bos if type(bos) is int else None,
+        [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int],
+    )
+
+
+def check_folder(path: Path, *, weights: bool = True) -> ModelFolder:
+    """Look at a folder's files without loading them; at its ``weights`` only where they are wanted.
 
     Raises:
         TeacherFileError: something is missing, damaged, a pickle, or would need code of its own.
@@ -75,7 +122,7 @@ def check_folder(path: Path) -> ModelFolder:
                 "or convert it to GGUF"
             )
     _read_json(path / TOKENIZER)
-    folder = ModelFolder(path, config, _weight_files(path))
+    folder = ModelFolder(path, config, _weight_files(path) if weights else ())
     for file in folder.weights:
         _check_weights(file)
     return folder

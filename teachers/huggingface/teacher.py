@@ -6,7 +6,6 @@ fed), V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -33,19 +32,18 @@ from teachers.base import (
 )
 from teachers.errors import RequestRefused, TeacherError
 from teachers.gguf.file import TeacherFileError
-from teachers.huggingface.checkpoint import load_model, load_tokenizer
+from teachers.huggingface.checkpoint import load_model
 from teachers.huggingface.device import batch_room, free_bytes, teacher_device
-from teachers.huggingface.folder import TOKENIZER, ModelFolder, check_folder
+from teachers.huggingface.folder import ModelFolder, check_folder
 from teachers.huggingface.generation import Decoder, GenerationError, generate
 from teachers.huggingface.model import LoadedModel, batches, require_finite
-from teachers.names import one_line_name, ordinary_name
+from teachers.huggingface.tokenizer import FolderTokenizer
 from teachers.targets.distributions import Arrays
 from teachers.targets.recipe import Recipe
 from teachers.targets.state_codec import Basis
 from teachers.targets.stored_arrays import reduce
 
 UNLIMITED = 1 << 20  # context length of a model that states none
-_ANCHOR = "a"
 
 
 def _shape(config: Any) -> TeacherShape:
@@ -95,7 +93,7 @@ class HuggingFaceTeacher(Teacher):
             self._loaded: LoadedModel | None = LoadedModel(model)
         except ValueError as error:
             raise TeacherFileError(f"{self.folder.path}: {error}") from None
-        self._tokenizer: Any = load_tokenizer(self.folder, self.model.vocab_size)
+        self._tokenizer = FolderTokenizer(self.folder, self.model.vocab_size)
         self.info = self._info()
 
     @property
@@ -110,53 +108,20 @@ class HuggingFaceTeacher(Teacher):
         return self._loaded
 
     def _info(self) -> TeacherInfo:
-        model, config, tokenizer = self.model.model, self.model.config, self._tokenizer
-        bos, eos, end_tokens = self._special_tokens()
-        template = tokenizer.chat_template
-        named = template if isinstance(template, dict) else {"default": template}
-        template = named.get("default") or None  # an empty one is none
-        encoded = tokenizer.backend_tokenizer.encode(_ANCHOR, add_special_tokens=True).ids
-        digest = hashlib.sha256((self.folder.path / TOKENIZER).read_bytes())
-        digest.update(
-            repr((template, bos, eos, end_tokens, encoded)).encode("utf-8", errors="surrogatepass")
-        )
-        return TeacherInfo(
-            name=one_line_name(ordinary_name(self.folder.path.resolve().name), ""),
+        model, config = self.model.model, self.model.config
+        generation = model.generation_config
+        return self._tokenizer.info(
+            generation.bos_token_id,
+            generation.eos_token_id,
             architecture=model.config.model_type,
             parameters=model.num_parameters(),
             file_bytes=self.folder.weight_bytes,
-            vocab_size=self.model.vocab_size,
             width=config.hidden_size,
             layers=config.num_hidden_layers,
             context_length=getattr(config, "max_position_embeddings", None) or UNLIMITED,
-            bos=bos,
-            eos=eos,
-            end_tokens=end_tokens,
-            add_bos=bos is not None and encoded[:1] == [bos],
-            chat_template=template,
             sha256=self.folder.sha256(load_in_4bit=self.load_in_4bit),
-            tokenizer_sha256=digest.hexdigest(),
             shape=_shape(config),
-            tool_template=named.get("tool_use") or None,
-            special_tokens=tokenizer.special_tokens_map,
         )
-
-    def _special_tokens(self) -> tuple[int | None, int | None, tuple[int, ...]]:
-        """BOS, EOS, all tokens that end a turn: by the tokenizer, then generation_config.json."""
-        generation, tokenizer = self.model.model.generation_config, self._tokenizer
-        stops = generation.eos_token_id
-        ends: list[int] = [] if stops is None else (stops if isinstance(stops, list) else [stops])
-        bos = generation.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        eos = next(iter(ends), None) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-        end_tokens = tuple(sorted({*ends, *([] if eos is None else [eos])}))
-        for token in (*end_tokens, *([] if bos is None else [bos])):
-            if not 0 <= token < self.model.vocab_size:
-                raise TeacherFileError(
-                    f"{self.folder.path}: special token {token} is outside the vocabulary of "
-                    f"{self.model.vocab_size}; correct generation_config.json or "
-                    "tokenizer_config.json"
-                )
-        return bos, eos, end_tokens
 
     def close(self) -> None:
         self._loaded = None
@@ -168,21 +133,10 @@ class HuggingFaceTeacher(Teacher):
     def tokenize(
         self, texts: Sequence[str], *, add_special: bool, parse_special: bool
     ) -> list[Tokens]:
-        backend = self._tokenizer.backend_tokenizer
-        backend.encode_special_tokens = not parse_special
-        # A lone surrogate, which no tokenizer knows, becomes a question mark.
-        clean = [text.encode("utf-8", errors="replace").decode("utf-8") for text in texts]
-        encoded = backend.encode_batch(clean, add_special_tokens=add_special)
-        return [np.array(one.ids, dtype=np.int32) for one in encoded]
+        return self._tokenizer.tokenize(texts, add_special=add_special, parse_special=parse_special)
 
     def detokenize(self, sequences: Sequence[Tokens]) -> list[str]:
-        backend = self._tokenizer.backend_tokenizer
-        # Many decoders strip a text's first space, which may be the first token's own. So every
-        # sequence is decoded behind a letter, and the letter taken off.
-        anchor = backend.encode(_ANCHOR, add_special_tokens=False).ids
-        before = len(backend.decode(anchor, skip_special_tokens=False))
-        anchored = [[*anchor, *tokens.tolist()] for tokens in sequences]
-        return [text[before:] for text in backend.decode_batch(anchored, skip_special_tokens=False)]
+        return self._tokenizer.detokenize(sequences)
 
     def generate(
         self, request: GenerationRequest, progress: Progress = no_progress

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from teachers.base import (
     whole_masks,
 )
 from teachers.gguf.file import GGUFFile
+from teachers.huggingface.folder import check_tokenizer_folder
 from teachers.llama_cpp.teacher import shape_in
 from teachers.names import MOST_NAME, one_line_name, ordinary_name
 from teachers.remote.connection import Connection, ServerError
@@ -50,53 +52,106 @@ NO_PROMPT_LOGPROBS = (
 )
 
 
+class Reader(Protocol):
+    """Turns texts into ids and back, as ``Teacher`` does."""
+
+    def tokenize(
+        self, texts: Sequence[str], *, add_special: bool, parse_special: bool
+    ) -> list[Tokens]:
+        """Token ids of each text."""
+        ...
+
+    def detokenize(self, sequences: Sequence[Tokens]) -> list[str]:
+        """The text of each token sequence."""
+        ...
+
+
+@dataclass(frozen=True)
+class OwnTokenizer:
+    """The tokenizer that this side has of a server's model.
+
+    ``info``: what its files say of the model; 0 for what they do not. ``file``: that file, if it is
+    GGUF. ``close``: ends the reader.
+    """
+
+    reader: Reader
+    info: TeacherInfo
+    path: Path
+    file: GGUFFile | None
+    close: Callable[[], None]
+
+
+def gguf_tokenizer(file: GGUFFile, running: Teacher, close: Callable[[], None]) -> OwnTokenizer:
+    """Of a GGUF file, whole or a vocabulary alone, whose tokenizer is ``running``."""
+    stated = (
+        file.value(f"{file.architecture}.{key}") for key in ("embedding_length", "block_count")
+    )
+    width, layers = (
+        value if type(value) is int and 1 <= value <= MAX_COUNT else 0 for value in stated
+    )
+    whole = any(name.startswith("blk.") for name in file.tensors)
+    info = replace(
+        running.info,
+        architecture=file.architecture,
+        parameters=file.parameters if whole else 0,
+        file_bytes=0,
+        width=width,
+        layers=layers,
+        shape=shape_in(file, width),
+    )
+    return OwnTokenizer(running, info, file.path, file, close)
+
+
+def folder_tokenizer(path: Path) -> OwnTokenizer:
+    """Of a transformers folder: ``tokenizer.json`` with ``config.json``.
+
+    Raises:
+        TeacherFileError: it cannot be used.
+    """
+    from teachers.huggingface.tokenizer import FolderTokenizer  # transformers takes seconds
+
+    found = check_tokenizer_folder(path)
+    reader = FolderTokenizer(found.folder, found.vocab_size)
+    info = reader.info(
+        found.bos,
+        found.stops,
+        architecture=found.architecture,
+        parameters=0,
+        file_bytes=0,
+        width=found.width,
+        layers=found.layers,
+        context_length=1,
+        sha256="",
+    )
+    return OwnTokenizer(reader, info, path, None, lambda: None)
+
+
 class CompletionsTeacher(Teacher):
     """A model behind ``/v1/completions``. Use as a context manager."""
 
-    def __init__(
-        self,
-        connection: Connection,
-        file: GGUFFile,
-        tokenizer: Teacher,
-        close: Callable[[], None],
-    ) -> None:
-        """``tokenizer``: that of ``file``, running; ``close`` ends it.
-
-        Raises:
-            ServerError: the server gives no prompt_logprobs, or has another tokenizer.
+    def __init__(self, connection: Connection, tokenizer: OwnTokenizer) -> None:
+        """Raises:
+        ServerError: the server gives no prompt_logprobs, or has another tokenizer.
         """
-        self.connection, self.file = connection, file
-        self.tokenizer, self._close = tokenizer, close
+        self.connection, self.tokenizer = connection, tokenizer
         self.model, context = served_model(connection)
         version = connection.get("/version")
         said = version.get("version") if isinstance(version, dict) else None
         self._server = f"vLLM {one_line_name(said, '')}" if said else "OpenAI-compatible server"
-        self.info = self._info(context)
-        self._require_same_tokenizer()
-
-    def _info(self, context: int) -> TeacherInfo:
-        own, file = self.tokenizer.info, self.file
-        stated = (
-            file.value(f"{file.architecture}.{key}") for key in ("embedding_length", "block_count")
-        )
-        width, layers = (
-            value if type(value) is int and 1 <= value <= MAX_COUNT else 0 for value in stated
-        )
         # A server says nothing of weights, so a teacher is what it is called and how it reads.
-        identity = repr(("completions", self.model, own.tokenizer_sha256))
-        whole = any(name.startswith("blk.") for name in file.tensors)
-        return replace(
-            own,
+        identity = repr(("completions", self.model, tokenizer.info.tokenizer_sha256))
+        self.info = replace(
+            tokenizer.info,
             name=one_line_name(ordinary_name(self.model), "teacher"),
-            architecture=file.architecture,
-            parameters=file.parameters if whole else 0,
-            file_bytes=0,
             context_length=context - 1,  # the server writes a token, which needs a place
             sha256=hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest(),
-            width=width,
-            layers=layers,
-            shape=shape_in(file, width),
         )
+        self._require_same_tokenizer()
+
+    @property
+    def file(self) -> GGUFFile | None:
+        """The GGUF file whose tokenizer it is, if it is one."""
+        return self.tokenizer.file
 
     def _require_same_tokenizer(self) -> None:
         """Ask for a few tokens, and for the vocabulary's last."""
@@ -108,8 +163,8 @@ class CompletionsTeacher(Teacher):
                 if text and "\ufffd" not in text + own and text.strip() != own.strip():
                     raise ServerError(
                         f"server {self.connection.address} has another tokenizer: token {token} is "
-                        f"{one_line_name(text, '')!r} to it and {own!r} in {self.file.path}; give "
-                        "that of its model with --tokenizer"
+                        f"{one_line_name(text, '')!r} to it and {own!r} in {self.tokenizer.path}; "
+                        "give that of its model with --tokenizer"
                     )
 
     @property
@@ -124,16 +179,18 @@ class CompletionsTeacher(Teacher):
         )
 
     def memory(self) -> int:
-        """See ``Teacher.memory``: of this machine's, what the tokenizer takes."""
-        return self.tokenizer.memory()
+        """See ``Teacher.memory``: none of this machine's, but for the tokenizer."""
+        return 0
 
     def tokenize(
         self, texts: Sequence[str], *, add_special: bool, parse_special: bool
     ) -> list[Tokens]:
-        return self.tokenizer.tokenize(texts, add_special=add_special, parse_special=parse_special)
+        return self.tokenizer.reader.tokenize(
+            texts, add_special=add_special, parse_special=parse_special
+        )
 
     def detokenize(self, sequences: Sequence[Tokens]) -> list[str]:
-        return self.tokenizer.detokenize(sequences)
+        return self.tokenizer.reader.detokenize(sequences)
 
     def score(
         self,
@@ -240,7 +297,7 @@ class CompletionsTeacher(Teacher):
         if token >= self.info.vocab_size:
             raise ServerError(
                 f"server {self.connection.address} has token {token}, the tokenizer in "
-                f"{self.file.path} only {self.info.vocab_size}; give that of its model with "
+                f"{self.tokenizer.path} only {self.info.vocab_size}; give that of its model with "
                 "--tokenizer"
             )
         return token
@@ -312,7 +369,7 @@ class CompletionsTeacher(Teacher):
         self._refuse("speed of its own")
 
     def close(self) -> None:
-        self._close()
+        self.tokenizer.close()
 
 
 def served_model(connection: Connection) -> tuple[str, int]:

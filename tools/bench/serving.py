@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=128)
     options = parser.parse_args()
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as `distill` has it, here and there
     with GGUFTeacher(options.teacher) as teacher, served(options.teacher) as server:
         text = some_text(teacher, options.text, options.sequences, options.length)
         Console().print(throughput(teacher, server, text, options.rounds))

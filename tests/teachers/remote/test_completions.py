@@ -19,8 +19,9 @@ from distill.errors import UserError
 from distill.initialization.shape import student_size
 from distill.trimming.file import write_vocabulary
 from teachers import example_teacher
-from teachers.base import Tokens
+from teachers.base import Teacher, Tokens
 from teachers.gguf.file import read_gguf
+from teachers.huggingface.teacher import HuggingFaceTeacher
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.remote import connection as remote
 from teachers.remote.completions import CompletionsTeacher
@@ -30,11 +31,12 @@ from teachers.targets.distributions import CompactTargets
 from teachers.targets.recipe import NODES, Recipe
 from tests.conftest import command
 from tests.support.servers.running import answering, as_json
+from tests.support.tiny_checkpoint import WORDS, make_folder
 
 Change = Callable[[dict[str, Any]], Any]
 
 
-def as_vllm(model: GGUFTeacher, change: Change = lambda answer: answer) -> Any:
+def as_vllm(model: Teacher, change: Change = lambda answer: answer) -> Any:
     """Answers as vLLM documents them (``prompt_logprobs`` of its OpenAI-compatible server): of each
     position the k most probable tokens, and the prompt's own with its rank."""
 
@@ -137,6 +139,29 @@ def test_what_is_there_is_exact(example_gguf: GGUFTeacher, vocabulary: Path) -> 
             teacher.score(text, Recipe(num_topk=32), {})
         with pytest.raises(UserError, match="--student-size 512x4"):
             student_size(RunConfig.model_validate({"student": {"size": "25%"}}), info)
+
+
+def test_a_tokenizer_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tokenizer.json and config.json are enough to capture; a student needs GGUF metadata."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "model")
+    text = "\n\n".join(["the cat sat on the mat while the other cat was there"] * 3 + [WORDS])
+    Path("text.txt").write_text(text, encoding="utf-8")
+    with (
+        HuggingFaceTeacher(tmp_path / "model") as model,
+        answering(as_vllm(model)) as server,
+    ):
+        (tmp_path / "model" / "model.safetensors").unlink()
+        with opened(server, tmp_path / "model") as teacher:
+            assert teacher.info.tokenizer_sha256 == model.info.tokenizer_sha256
+            assert (teacher.info.width, teacher.info.layers) == (model.info.width, 3)
+            assert teacher.info.end_tokens == model.info.end_tokens
+        words = ["--teacher", server.address, "--tokenizer", "model", "--data", "text.txt"]
+        ended = command("capture", *words, "--set", "data.max_length=16", "--store", "store")
+        assert ended.code == 0, ended
+        assert "no GGUF file, so no tokenizer is kept" in ended.said
+        ended = command("run", *words)
+        assert ended.code == 2 and "distill capture" in ended.complaint
 
 
 def test_the_estimate_of_a_tail() -> None:
