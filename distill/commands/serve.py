@@ -38,8 +38,9 @@ def serve(
 
     `distill capture --teacher http://HOST:PORT` and `distill run` ask it, with the same results as
     from the file. Other clients find /v1/completions with prompt_logprobs, as vLLM has it. It needs
-    `pip install 'so8t-distill[serve]'`.
+    starlette and uvicorn.
     """
+    import sys
     from importlib.util import find_spec
 
     from distill.config.loading import load_config
@@ -49,7 +50,8 @@ def serve(
 
     if find_spec("starlette") is None or find_spec("uvicorn") is None:
         raise UserError(
-            "distill serve needs starlette and uvicorn; run pip install 'so8t-distill[serve]'"
+            f"distill serve needs starlette and uvicorn; run {sys.executable} -m pip install "
+            "starlette uvicorn"
         )
     settings = load_config(config, {"teacher.path": str(teacher) if teacher else None}, set_ or [])
     secret, made = choose_token(token, host)

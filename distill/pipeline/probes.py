@@ -123,7 +123,7 @@ def _sequences(
 ) -> tuple[Corpus, list[Tokens]]:
     """The corpus cut to what the time is enough for, and its sequences. What the teacher writes is
     written in growing groups, each as long as those before allow."""
-    tokens = int(TEACHER_SECONDS / _first_speed(teacher, corpus, stage))
+    tokens = int(TEACHER_SECONDS / _first_speed(teacher, corpus, recipe, stage))
     longest = corpus.sampling.max_length
     most = store_manifest(teacher, corpus, recipe).sequences_per_shard
     items = corpus.items[:most]
@@ -154,7 +154,7 @@ def _sequences(
     return some, sequences
 
 
-def _first_speed(teacher: Teacher, corpus: Corpus, stage: Stage) -> float:
+def _first_speed(teacher: Teacher, corpus: Corpus, recipe: Recipe, stage: Stage) -> float:
     """Seconds of a token, by a first few of them."""
     item, longest = corpus.items[0], corpus.sampling.max_length
     first = item.segments[0][: min(FIRST_TOKENS, longest - 1)]
@@ -166,7 +166,10 @@ def _first_speed(teacher: Teacher, corpus: Corpus, stage: Stage) -> float:
             count = len(teacher.generate(GenerationRequest([[first]], few))[0]) - len(first)
         else:
             some = item.segments[0][: FIRST_TOKENS + 1]
-            teacher.logits([some])
+            if teacher.truncation:
+                teacher.score([some], recipe, {})
+            else:
+                teacher.logits([some])
             count = len(some) - 1
         seconds = (time.perf_counter() - start) / max(1, count)
     return seconds

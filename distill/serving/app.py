@@ -80,13 +80,8 @@ def make_app(engine: Engine, vocabulary: Path, described: Vocabulary, token: str
         content = parse_json(await _body(request))
         asked: CompletionRequest = parse(CompletionRequest, content)
         require_answerable(asked, engine)
-        gone = asyncio.Event()
-        work = _in_thread(engine, lambda: _encoded(complete(asked, engine, gone.is_set)))
-        try:
-            return Response(await work, media_type="application/json")
-        except asyncio.CancelledError:
-            gone.set()
-            raise
+        body = await _in_thread(engine, lambda: _encoded(complete(asked, engine)))
+        return Response(body, media_type="application/json")
 
     async def operate(request: Request) -> Response:
         operation = request.path_params["operation"]

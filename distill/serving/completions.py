@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -83,9 +83,7 @@ def require_answerable(request: CompletionRequest, engine: Engine) -> None:
         )
 
 
-def complete(
-    request: CompletionRequest, engine: Engine, cancelled: Callable[[], bool]
-) -> dict[str, Any]:
+def complete(request: CompletionRequest, engine: Engine) -> dict[str, Any]:
     """The response to a request that was checked; in the engine's thread."""
     info, choices = engine.teacher.info, []
     total = 0
@@ -106,8 +104,6 @@ def complete(
         sums: list[float | None] = [None]
         last = None
         for start, logits in _logits(engine, fed, request.prompt_logprobs is not None):
-            if cancelled():
-                break
             last = logits[-1]
             if request.prompt_logprobs is not None:
                 rows = logits[: len(tokens) - 1 - start]

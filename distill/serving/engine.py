@@ -19,6 +19,7 @@ class Engine:
     def __init__(self, load: Callable[[], GGUFTeacher]) -> None:
         self._load = load
         self.teacher = load()
+        self._closed = False
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")
 
     def facts(self, vocabulary: Vocabulary) -> Facts:
@@ -56,12 +57,14 @@ class Engine:
             return self.teacher.worker.ask(operation, message, arrays, progress)
         except (WorkerDied, WorkerDefect):
             self.teacher.close()
-            self.teacher = self._load()
+            if not self._closed:
+                self.teacher = self._load()
             raise
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._closed = True
         self.teacher.close()  # ends what it is being asked, too
         self.thread.shutdown(cancel_futures=True)

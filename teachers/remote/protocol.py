@@ -29,7 +29,7 @@ MESSAGE = "message"
 
 Arrays = dict[str, NDArray[np.generic]]
 Count = Annotated[int, Field(ge=1, le=1 << 62)]
-Size = Annotated[int, Field(ge=1, le=1 << 31)]
+Size = Annotated[int, Field(ge=1, le=1 << 24)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 

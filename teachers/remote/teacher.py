@@ -5,17 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import platformdirs
 from pydantic import ValidationError
 
+from teachers.base import budget_slices
+from teachers.cache import cache_folder
 from teachers.gguf.file import GGUFFile, file_sha256, read_gguf
 from teachers.llama_cpp.teacher import WorkerTeacher, info_of
+from teachers.llama_cpp.wire import pack_ragged, unpack_ragged
 from teachers.remote.answers import answer_limit, require_right
 from teachers.remote.connection import Connection, ServerError
 from teachers.remote.protocol import ROOT, VERSION, Arrays, Facts
+
+TEXT_BYTES, LEAST_BYTES = 4 << 20, 64  # of texts in one request; counted for one at least
 
 
 def facts_of(connection: Connection) -> Facts | None:
@@ -46,13 +49,18 @@ def vocabulary_of(connection: Connection, facts: Facts) -> GGUFFile:
     cache.
 
     Raises:
-        ServerError: it is not what the server says.
+        ServerError: it is not what the server says, or there is nowhere to keep it.
         TeacherFileError: it is no such file.
-        OSError: there is no room for it.
     """
-    folder = platformdirs.user_cache_path("distill") / "vocabularies"
-    folder.mkdir(parents=True, exist_ok=True)
-    path: Path = folder / f"{facts.vocabulary.sha256}.gguf"
+    try:
+        folder = cache_folder() / "vocabularies"
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ServerError(
+            f"the vocabulary of server {connection.address} cannot be kept ({error}); set "
+            "XDG_CACHE_HOME to a folder that can be written to"
+        ) from None
+    path = folder / f"{facts.vocabulary.sha256}.gguf"
     if not path.exists() or file_sha256(path) != facts.vocabulary.sha256:
         connection.download(f"{ROOT}/vocabulary", facts.vocabulary, path)
     file, model = read_gguf(path), facts.model
@@ -84,10 +92,43 @@ class RemoteWorker:
         Raises:
             ServerError: the server is gone, refuses, or answers with something else.
         """
-        request, model = (arguments or {}, arrays or {}), self.facts.model
+        message, arrays = arguments or {}, arrays or {}
+        if operation == "tokenize":
+            return self._tokenized(message)
+        if operation == "detokenize":
+            return self._detokenized(arrays)
+        return self._asked(operation, message, arrays, progress)
+
+    def _tokenized(self, message: dict[str, Any]) -> tuple[dict[str, Any], Arrays]:
+        """Of many texts, some at a time."""
+        texts = message["texts"]
+        sizes = [LEAST_BYTES + len(text) for text in texts]
+        parts = [
+            self._asked("tokenize", message | {"texts": texts[part]}, {})[1]
+            for part in budget_slices(sizes, TEXT_BYTES)
+        ]
+        sequences = [tokens for part in parts for tokens in unpack_ragged(part, "tokens")]
+        return {}, pack_ragged(sequences, "tokens")
+
+    def _detokenized(self, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+        """Of many sequences, some at a time."""
+        sequences = unpack_ragged(arrays, "tokens")
+        texts: list[str] = []
+        for part in budget_slices([LEAST_BYTES + len(one) for one in sequences], TEXT_BYTES):
+            some = pack_ragged(sequences[part], "tokens")
+            texts += self._asked("detokenize", {}, some)[0]["texts"]
+        return {"texts": texts}, {}
+
+    def _asked(
+        self,
+        operation: str,
+        message: dict[str, Any],
+        arrays: Arrays,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> tuple[dict[str, Any], Arrays]:
+        request, model = (message, arrays), self.facts.model
         limit = answer_limit(operation, *request, model)
-        told = lambda done: progress(int(done))  # noqa: E731
-        answer = self.connection.ask(operation, *request, told, limit)
+        answer = self.connection.ask(operation, *request, lambda done: progress(int(done)), limit)
         try:
             require_right(operation, request, answer, model)
         except ValueError as error:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import platformdirs
 
 from teachers.atomic_files import write_whole
+from teachers.cache import cache_folder
 from teachers.llama_cpp.library.build import fingerprint, library_version, processor
 
 LOCK_SECONDS = 5.0
@@ -70,13 +70,7 @@ def record_path() -> Path:
     Raises:
         OSError: there is no home folder, and so no cache folder.
     """
-    try:
-        folder = platformdirs.user_cache_path("distill")
-    except RuntimeError as error:
-        raise OSError(f"there is no home folder: {error}") from None
-    if not folder.is_absolute():
-        raise OSError(f"the cache folder {folder} is not an absolute path")
-    return folder / f"llama-cpp-{fingerprint()[:16]}.json"
+    return cache_folder() / f"llama-cpp-{fingerprint()[:16]}.json"
 
 
 def read_record() -> CheckRecord:

@@ -20,7 +20,9 @@ import torch
 
 from distill.errors import UserError
 from distill.serving.access import choose_token
+from distill.serving.engine import Engine
 from teachers.base import GenerationRequest, Sampling, Tokens
+from teachers.errors import TeacherError
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.llama_cpp.wire import pack_ragged
 from teachers.remote import connection as remote
@@ -95,6 +97,9 @@ def test_the_same_to_the_last_bit(server: Connection, example_gguf: GGUFTeacher)
         one.tolist() for one in tokens
     ]
     assert served.detokenize(tokens) == direct.detokenize(tokens)
+    many = ["box "] * 70_000  # in several requests
+    assert len(served.tokenize(many, **special)) == len(many)
+    assert served.tokenize([], **special) == [] == served.detokenize([])
     assert min(served.speed(8, 2)) > 0
 
 
@@ -111,7 +116,9 @@ def ask(
     return answer.status, content
 
 
-def test_prompt_logprobs_as_vllm_has_them(server: Connection, example_gguf: GGUFTeacher) -> None:
+def test_prompt_logprobs_as_vllm_has_them(
+    server: Connection, example_gguf: GGUFTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Log-probabilities and ranks are those of the logits, the extra field holds what a store
     keeps of the tail, and nothing is lost on the way through JSON."""
     text, count = some_text(example_gguf)[1], 5
@@ -149,6 +156,14 @@ def test_prompt_logprobs_as_vllm_has_them(server: Connection, example_gguf: GGUF
     best = int(example_gguf.logits([longer])[-1].argmax())
     assert example_gguf.detokenize([np.array([best], np.int32)]) == [answer["choices"][0]["text"]]
     assert answer["choices"][0]["prompt_logprobs"] is None
+    monkeypatch.setattr("distill.serving.completions.LOGITS_BYTES", 4 * 1024 * 7)  # in parts
+    asked = json.dumps(request | {"prompt_logprobs": count, "max_tokens": 1}).encode()
+    parts = ask(server, "/v1/completions", asked)[1]["choices"][0]
+    assert len(parts["prompt_logprobs"]) == len(text)
+    for one, other in zip(parts["prompt_logprobs"][1:], first["prompt_logprobs"][1:], strict=True):
+        assert one.keys() == other.keys()
+        for token, entry in one.items():
+            assert entry["logprob"] == pytest.approx(other[token]["logprob"], abs=0.05)
 
 
 COMPLETIONS = (
@@ -291,6 +306,17 @@ def test_a_server_that_goes_and_comes_back(
     capture(example_gguf, source, expected, lambda done, what: None)
     for shard in range(4):
         assert store.shard_path(shard).read_bytes() == expected.shard_path(shard).read_bytes()
+
+
+def test_a_worker_that_dies(tiny_teacher_path: Path) -> None:
+    """Whoever asked is told, and the next is answered."""
+    with Engine(lambda: GGUFTeacher(tiny_teacher_path, threads=1)) as engine:
+        asked = ("logits", {"exact": False}, pack_ragged([np.array([3, 4], np.int32)], "tokens"))
+        engine.ask(*asked)
+        os.kill(engine.teacher.worker.process_id, signal.SIGTERM)
+        with pytest.raises(TeacherError, match="died"):
+            engine.ask(*asked)
+        assert engine.ask(*asked)[1]["logits"].shape == (1, 1024)
 
 
 def test_tokens() -> None:

@@ -255,8 +255,10 @@ def test_the_command(
         given = ["--teacher", server.address, "--tokenizer", vocabulary, "--store", "store"]
         silent = command("capture", *given, "--samples", 4)
         assert silent.code == 2 and "--data" in silent.complaint
-        ended = command("capture", *given, "--data", "text.txt", "--set", "data.max_length=24")
-    assert ended.code == 0, ended
+        data = ["--data", "text.txt", "--set", "data.max_length=24"]
+        ended = command("capture", *given, *data)
+        plan = command("plan", *given[:4], *data, "--student-size", "32x1")
+    assert (ended.code, plan.code) == (0, 0), (ended, plan)
     assert "no sketch" in ended.said and "power law" in ended.said + ended.complaint
     assert "power law" in open_full_store(Path("store"))[0].manifest.truncation
     words = ["--student-size", "32x1", "--epochs", 1, "--safety-labels", "none", "--out", "run"]
