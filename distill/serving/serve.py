@@ -91,10 +91,7 @@ def _announce(listening: Listening, bound: socket.socket, console: Console) -> N
     host = f"[{listening.host}]" if ":" in listening.host else listening.host
     console.note(f"listening at http://{host}:{bound.getsockname()[1]}; Ctrl-C ends it")
     if listening.made:
-        token = listening.token
-        console.note(
-            f"token {token} (for clients: {TOKEN_VARIABLE}={token}); it is shown only here"
-        )
+        console.note(f"token for clients, shown only here: {TOKEN_VARIABLE}={listening.token}")
     if not is_local(listening.host):
         console.warn(
             "what is sent, the token too, can be read on the way; use it in a network that you "

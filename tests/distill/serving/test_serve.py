@@ -330,6 +330,10 @@ def test_tokens() -> None:
             choose_token(token, host)
 
 
+def bytes_of(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server in its own process, and a capture from it: the same store as from the file, and the
@@ -341,20 +345,27 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"}
     with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
-        said = ""
-        while "token" not in said:
+        said, address, token = "", None, None
+        while not (address and token):
             line = server.stdout.readline()
             assert line, said
             said += line
-        address = re.search(r"http://127\.0\.0\.1:\d+", said)
-        token = re.search(r"token (\S+)", said)
-        assert address and token
+            address = re.search(r"http://127\.0\.0\.1:\d+", said)
+            token = re.search(r"DISTILL_TEACHER_TOKEN=(\S+)", said)
         given = ["--samples", 6, "--set", "data.max_length=24"]
         wrong = command("capture", *given, "--teacher", address[0], "--store", "wrong")
         assert wrong.code == 2 and "refuses the token" in wrong.complaint
         setting = ["--set", f"teacher.token={token[1]}"]
         ended = command("capture", *given, *setting, "--teacher", address[0], "--store", "served")
         assert ended.code == 0, ended
+        small = ["--student-size", "32x1", "--epochs", 1, "--safety-labels", "none"]
+        small += ["--set", "train.on_policy=0.5", "--out", "run"]
+        ended = command("run", *given, *setting, "--teacher", address[0], *small)
+        assert ended.code == 0 and "student cannot start from the teacher's weights" in ended.said
+        assert Path("run/student.gguf").exists()
+        assert not [
+            path for path in Path("run").rglob("*.*") if token[1].encode() in bytes_of(path)
+        ]
         vocab = command("capture", *setting, "--teacher", address[0], "--vocab", "50%")
         assert vocab.code == 2 and "is a server" in vocab.complaint
         os.kill(server.pid, signal.SIGINT)
