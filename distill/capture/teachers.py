@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import JsonValue
 
@@ -65,17 +66,18 @@ def gguf_of(teacher: Teacher) -> Path | None:
     """The file of an open teacher, or of the first in a mixture that has one, from which the
     student takes tokenizer and embeddings: where its vocabulary was cut, that which has what is
     left."""
-    members = getattr(teacher, "teachers", (teacher,))
-    kinds = (WorkerTeacher, ReducedTeacher, CompletionsTeacher)
-    files = (one.file for one in members if isinstance(one, kinds))
-    return next((file.path for file in files if file is not None), None)
+    return _first_file(teacher, (WorkerTeacher, ReducedTeacher, CompletionsTeacher))
 
 
 def weights_of(teacher: Teacher) -> Path | None:
-    """The same, if all its weights are here."""
+    """The same, of those whose weights are here."""
+    return _first_file(teacher, (GGUFTeacher, ReducedTeacher))
+
+
+def _first_file(teacher: Teacher, kinds: tuple[type[Any], ...]) -> Path | None:
     members = getattr(teacher, "teachers", (teacher,))
-    away = (ServedTeacher, CompletionsTeacher)
-    return None if any(isinstance(one, away) for one in members) else gguf_of(teacher)
+    files = [one.file for one in members if isinstance(one, kinds) and one.file is not None]
+    return files[0].path if files else None
 
 
 def tokenizer_of(config: TeacherConfig, path: Path) -> dict[str, Field]:
