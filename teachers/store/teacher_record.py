@@ -34,7 +34,8 @@ ABOUT = (
     *("license", "license.name", "license.link"),
 )
 ABOUT_CHARACTERS = 500  # of one text that a teacher's file says about itself
-COUNTS = {"vocab_size": 1, "context_length": 1, "parameters": 0, "width": 0, "layers": 0}
+UNKNOWN = ("parameters", "width", "layers")  # perhaps, and then 0
+COUNTS = (*UNKNOWN, "vocab_size", "context_length")
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,11 @@ def _info(content: dict[str, Any]) -> TeacherInfo:
         raise ValueError(f"a shape that no teacher has, {stated}")
     info = TeacherInfo(**content | {"end_tokens": tuple(content["end_tokens"]), "shape": shape})
     counts = {name: getattr(info, name) for name in COUNTS}
-    if any(type(count) is not int or count < COUNTS[name] for name, count in counts.items()):
+    unknown = UNKNOWN if info.file_bytes == 0 else ()  # of a teacher behind a server
+    if any(
+        type(count) is not int or count < (0 if name in unknown else 1)
+        for name, count in counts.items()
+    ):
         raise ValueError(f"facts {counts}")
     return info
 
