@@ -37,15 +37,15 @@ Part = Literal["train", "validation", "test"]
 # Of every five scenarios.
 SPLIT: tuple[Part, ...] = ("train", "validation", "train", "test", "train")
 MAX_FILE_BYTES = 64 << 20
-COLUMNS = ("prompt", "label", "scenario", "language")
+COLUMNS = ("prompt", "label", "scenario", "language", "author")
 
 
 @dataclass(frozen=True)
 class SafetyPrompt:
     """One prompt.
 
-    ``label``: probabilities of ALLOW, ESCALATE and REFUSE; ``language`` may be empty. ``part``: of
-    the split, where it is not left to the scenario.
+    ``label``: probabilities of ALLOW, ESCALATE and REFUSE; ``language`` and ``author`` may be
+    empty. ``part``: of the split, where it is not left to the scenario.
     """
 
     text: str
@@ -53,6 +53,7 @@ class SafetyPrompt:
     language: str
     label: tuple[float, float, float]
     part: Part | None = None
+    author: str = ""
 
     @property
     def decision(self) -> int:
@@ -78,7 +79,7 @@ def prompts_by_hand() -> list[SafetyPrompt]:
 
 
 def read_prompts(path: Path, *, labelled: bool = True, divided: bool = True) -> list[SafetyPrompt]:
-    """Prompts of rows: ``prompt``, ``label`` and, if there, ``scenario`` and ``language``.
+    """Prompts of rows: ``prompt``, ``label`` and, if there, ``scenario``, ``language``, ``author``.
 
     Without a scenario each prompt is one of its own. With ``labelled=False`` labels are not asked
     for; with ``divided=False`` there need not be enough of each for every part of the split.
@@ -168,7 +169,12 @@ def split_by_scenario(prompts: Sequence[SafetyPrompt]) -> dict[Part, list[Safety
 def digest(prompts: Sequence[SafetyPrompt]) -> str:
     """SHA-256 of prompts and labels, as hexadecimal."""
     lines = [
-        [prompt.text, prompt.scenario, list(prompt.label), *([prompt.part] if prompt.part else [])]
+        [
+            prompt.text,
+            prompt.scenario,
+            list(prompt.label),
+            *(one for one in (prompt.part, prompt.author) if one),
+        ]
         for prompt in prompts
     ]
     return hashlib.sha256(json.dumps(lines, ensure_ascii=True).encode()).hexdigest()
@@ -231,7 +237,8 @@ def _prompt(entry: Any, where: str, *, labelled: bool) -> SafetyPrompt:
         one = [float(label == name) for name in DECISIONS]
         share = (one[0], one[1], one[2])
     scenario, language = entry.get("scenario", prompt), entry.get("language", "")
-    if not isinstance(scenario, str) or not isinstance(language, str):
-        raise UserError(f"{where}: 'scenario' and 'language' must be text")
-    require_unicode([prompt, scenario, language], where)
-    return SafetyPrompt(prompt, scenario, language, share)
+    author = entry.get("author", "")
+    if not all(isinstance(one, str) for one in (scenario, language, author)):
+        raise UserError(f"{where}: 'scenario', 'language' and 'author' must be text")
+    require_unicode([prompt, scenario, language, author], where)
+    return SafetyPrompt(prompt, scenario, language, share, author=author)
