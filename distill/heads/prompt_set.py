@@ -44,6 +44,12 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def some(self, chosen: Sequence[int]) -> PromptSet:
+        """The prompts of these numbers."""
+        return PromptSet(
+            [self.prompts[one] for one in chosen], [self.tokens[one] for one in chosen], self.seed
+        )
+
     def batch(self, turn: int, count: int, part: int, parts: int) -> Prompts:
         """What micro-batch ``part`` of ``parts`` gets of the ``count`` prompts of turn ``turn``.
 

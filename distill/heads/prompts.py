@@ -37,6 +37,7 @@ Part = Literal["train", "validation", "test"]
 # Of every five scenarios.
 SPLIT: tuple[Part, ...] = ("train", "validation", "train", "test", "train")
 MAX_FILE_BYTES = 64 << 20
+GRAMMAR_WEIGHT = 0.2  # of a prompt that a grammar wrote, to one that a person wrote (benchmarks.md)
 COLUMNS = ("prompt", "label", "scenario", "language", "author")
 
 
@@ -45,7 +46,8 @@ class SafetyPrompt:
     """One prompt.
 
     ``label``: probabilities of ALLOW, ESCALATE and REFUSE; ``language`` and ``author`` may be
-    empty. ``part``: of the split, where it is not left to the scenario.
+    empty. ``part``: of the split, where it is not left to the scenario; ``weight``: how much it
+    counts in the fit.
     """
 
     text: str
@@ -54,6 +56,7 @@ class SafetyPrompt:
     label: tuple[float, float, float]
     part: Part | None = None
     author: str = ""
+    weight: float = 1.0
 
     @property
     def decision(self) -> int:
@@ -63,12 +66,17 @@ class SafetyPrompt:
 
 def built_in_prompts() -> list[SafetyPrompt]:
     """The prompts that come with the program, English and Japanese: a grammar's to learn from,
-    others written by hand to fit probabilities to, and others again to measure on
-    (``tools/safety_prompts``)."""
+    others written by hand to learn from and to fit probabilities to, and others again to measure
+    on (``tools/safety_prompts``)."""
     content = resources.files("distill.heads").joinpath("prompts.jsonl.gz").read_bytes()
     lines = json_lines(gzip.decompress(content).decode().split("\n"), "safety prompts")
     return [
-        replace(_prompt(entry, where, labelled=True), part=entry["part"]) for where, entry in lines
+        replace(
+            _prompt(entry, where, labelled=True),
+            part=entry["part"],
+            weight=GRAMMAR_WEIGHT if entry["part"] == "train" else 1.0,
+        )
+        for where, entry in lines
     ]
 
 

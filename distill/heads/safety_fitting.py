@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.heads.prompt_set import PromptSet
+from distill.heads.prompts import SafetyPrompt
 from distill.heads.safety_data import SafetyData
 from distill.losses.batch import padded
 from distill.metrics.safety import SafetyScore, fit_temperature, score_decisions
@@ -36,6 +37,9 @@ RUNS_DECAY, STATES_DECAY = 0.03, 3.0
 # Of L-BFGS, which has converged by then: from nothing, and from the fit without these scenes.
 ITERATIONS, MORE_ITERATIONS = 60, 20
 FOLDS = 5
+COMMON = 8.0  # the unit of a run's rarity, which RUNS_DECAY is made for
+READ_FLOPS = 1e13  # that reading the prompts of a part may cost
+DRAWN = 11  # stream of random numbers
 MIN_CALIBRATED = 64  # fewer prompts would make a calibration worse
 BATCH_TOKENS = 4096  # read at once, padding included
 
@@ -45,7 +49,7 @@ Progress = Callable[[int], None]
 @dataclass(frozen=True)
 class SafetyFit:
     """A fitted head, or why there is none; ``cross_validation``: its decisions on the prompts whose
-    scenes were left out."""
+    authors or scenes were left out."""
 
     head: SafetyHead | None
     cross_validation: SafetyScore
@@ -54,12 +58,13 @@ class SafetyFit:
 
 @dataclass(frozen=True)
 class _Examples:
-    """Prompts as a head sees them: standardized ``states [N, F]``, ``runs [N, B]`` (sparse), and
-    ``labels [N, 3]``."""
+    """Prompts as a head sees them: standardized ``states [N, F]``, ``runs [N, B]`` (sparse),
+    ``labels [N, 3]``, and what each counts, ``weights [N]``."""
 
     states: Tensor
     runs: Tensor
     labels: Tensor
+    weights: Tensor
 
     def logits(self, head: _Linear) -> Tensor:
         with torch.no_grad(), warnings.catch_warnings():
@@ -81,25 +86,28 @@ def fit_safety_head(
 ) -> SafetyFit:
     """Fit a safety head to the student as it is; ``progress`` counts prompts read.
 
-    It is left out if on scenes it had not seen its decisions cost no less than escalating
-    everything.
+    It is left out if on prompts of authors (or scenes) it had not seen its decisions cost no less
+    than escalating everything.
     """
     shape = SafetyShape((student.config.num_hidden_layers // 2,), mean=True, buckets=BUCKETS)
-    train, validation = data.train, data.validation
+    train, validation = _affordable(student, data.train), _affordable(student, data.validation)
     states = read_prompts(student, shape, train, progress)
     more = read_prompts(student, shape, validation, lambda done: progress(len(train) + done))
     mean, scale = states.mean(dim=0), states.std(dim=0).clamp_min(1e-6) * states.shape[1] ** 0.5
     every = (torch.cat((states, more)) - mean) / scale
     rows = [token_runs(tokens, BUCKETS) for tokens in (*train.tokens, *validation.tokens)]
     labels = torch.from_numpy(np.concatenate((train.labels, validation.labels)))
+    weights = torch.tensor([one.weight for one in (*train.prompts, *validation.prompts)])
+    rarity = _rarity(rows)
 
     def examples(chosen: Sequence[int]) -> _Examples:
-        return _Examples(every[list(chosen)], _sparse([rows[i] for i in chosen]), labels[chosen])
+        runs = _sparse([rows[i] for i in chosen], rarity)
+        return _Examples(every[list(chosen)], runs, labels[chosen], weights[chosen])
 
     known = list(range(len(train)))
     start = _fit(examples(known))
     logits = torch.zeros(len(validation), len(DECISIONS))
-    folds = _folds([prompt.scenario for prompt in validation.prompts])
+    folds = _folds(_left_out_together(validation.prompts))
     for fold in range(FOLDS):
         out = [place for place, own in enumerate(folds) if own == fold]
         if out:
@@ -119,7 +127,7 @@ def fit_safety_head(
         head.linear.weight.copy_(weight.T)
         head.linear.bias.copy_(linear.bias[0] / temperature - mean @ weight)
         assert head.runs is not None
-        rounded, scales = rounded_runs(linear.runs / temperature)
+        rounded, scales = rounded_runs(linear.runs * rarity[:, None] / temperature)
         head.runs.copy_(rounded * scales)
     return SafetyFit(head, score)
 
@@ -130,7 +138,7 @@ def why_useless(score: SafetyScore) -> str:
     if score.cost < score.cost_escalating:
         return ""
     return (
-        f"on {score.prompts} prompts of scenes it had not seen its decisions cost "
+        f"on {score.prompts} prompts that it had not seen its decisions cost "
         f"{score.cost:.2f} each, no less than escalating everything ({score.cost_escalating:.2f})"
     )
 
@@ -162,16 +170,45 @@ def read_prompts(
     return torch.stack([features[index] for index in range(len(prompts))])
 
 
-def _folds(scenarios: Sequence[str]) -> list[int]:
-    """The fold of each prompt: scenarios in turn, in the order of a hash of their names."""
-    order = sorted(set(scenarios), key=lambda name: hashlib.sha256(name.encode()).digest())
-    return [order.index(name) % FOLDS for name in scenarios]
+def _affordable(student: Student, prompts: PromptSet) -> PromptSet:
+    """As many of the prompts as a student reads in reasonable time, drawn from all of them."""
+    each = 2.0 * sum(parameter.numel() for parameter in student.layers().parameters())
+    count = int(READ_FLOPS / (each * max(1, sum(map(len, prompts.tokens)) / len(prompts))))
+    if count >= len(prompts):
+        return prompts
+    chosen = np.random.default_rng([prompts.seed, DRAWN]).permutation(len(prompts))[:count]
+    return prompts.some(sorted(chosen.tolist()))
 
 
-def _sparse(rows: Sequence[Tensor]) -> Tensor:
-    """Each prompt's runs as a row ``[B]`` of length 1, in compressed rows."""
+def _left_out_together(prompts: Sequence[SafetyPrompt]) -> list[str]:
+    """What must not be known of each prompt when it is predicted: its author, or its scene where
+    there are too few authors."""
+    authors = [prompt.author for prompt in prompts]
+    if len(set(authors)) >= FOLDS:
+        return authors
+    return [prompt.scenario for prompt in prompts]
+
+
+def _folds(names: Sequence[str]) -> list[int]:
+    """The fold of each prompt: names in turn, in the order of their hashes."""
+    order = sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).digest())
+    fold = {name: place % FOLDS for place, name in enumerate(order)}
+    return [fold[name] for name in names]
+
+
+def _rarity(rows: Sequence[Tensor]) -> Tensor:
+    """How strongly each run speaks, ``[B]``: more if few prompts have it (inverse document
+    frequency, Sparck Jones 1972), in units of ``COMMON``."""
+    counts = torch.bincount(torch.cat(list(rows)), minlength=BUCKETS)
+    rarity = ((1 + len(rows)) / (1 + counts)).log() + 1
+    return rarity / COMMON
+
+
+def _sparse(rows: Sequence[Tensor], rarity: Tensor) -> Tensor:
+    """Each prompt's runs as a row ``[B]``, by ``rarity [B]`` over the root of their number, in
+    compressed rows."""
     counts = torch.tensor([0, *map(len, rows)])
-    values = torch.cat([torch.full((len(row),), len(row) ** -0.5) for row in rows])
+    values = torch.cat([rarity[row] * len(row) ** -0.5 for row in rows])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.sparse_csr_tensor(
@@ -194,7 +231,7 @@ class _SparseProduct(torch.autograd.Function):
 
 def _fit(examples: _Examples, start: _Linear | None = None) -> _Linear:
     """Multinomial logistic regression with a pull towards 0, by L-BFGS with line search."""
-    count, width = len(examples.labels), examples.states.shape[1]
+    count, width = float(examples.weights.sum()), examples.states.shape[1]
     begin = start or _Linear(*(torch.zeros(size, len(DECISIONS)) for size in (width, BUCKETS, 1)))
     states, runs, bias = (nn.Parameter(one.clone()) for one in vars(begin).values())
     optimizer = torch.optim.LBFGS(
@@ -212,7 +249,8 @@ def _fit(examples: _Examples, start: _Linear | None = None) -> _Linear:
             logits = bias + examples.states @ states
             logits = logits + _SparseProduct.apply(examples.runs, transposed, runs)
             pull = STATES_DECAY * states.square().sum() + RUNS_DECAY * runs.square().sum()
-            value = F.cross_entropy(logits, examples.labels) + pull / count
+            losses = F.cross_entropy(logits, examples.labels, reduction="none")
+            value = (examples.weights @ losses + pull) / count
             value.backward()
             return value
 

@@ -5,10 +5,11 @@
 Three parts, none of which shares a scene or a run of words with another:
 
 - ``train``: of the grammar, whose worlds are its scenes;
-- ``validation``: ``text/written.jsonl``, 990 prompts of 159 scenes written by hand, not by the
-  grammar's author; probabilities are fitted to them;
-- ``test``: ``tools/checks/fresh_safety_prompts.jsonl``, written by hand too, to be replaced by
-  others whenever somebody has looked at which of them fail.
+- ``validation``: ``text/written_en.jsonl`` and ``text/written_ja.jsonl``, 12,500 prompts written by
+  hand by more than twenty authors, none of them the grammar's; what is learnt from them counts
+  more, and probabilities are fitted to them, author by author;
+- ``test``: ``tools/checks/fresh_safety_prompts.jsonl``, by an author who saw none of the others, to
+  be replaced by another's whenever somebody has looked at which of them fail.
 """
 
 from __future__ import annotations
@@ -24,13 +25,11 @@ from typing import Any
 from tools.safety_prompts.grammar import Written, written
 from tools.safety_prompts.tables import TEXT
 
-EACH = 150  # prompts of a world, language and label, before leaks are taken out
+EACH = 110  # prompts of a world, language and label, before leaks are taken out
 RUN = {"en": 6, "ja": 12}  # words, or characters: so many in a row are a leak
 TARGET = Path("distill/heads/prompts.jsonl.gz")
-BY_HAND = {
-    "validation": TEXT / "written.jsonl",
-    "test": Path("tools/checks/fresh_safety_prompts.jsonl"),
-}
+WRITTEN = {language: TEXT / f"written_{language}.jsonl" for language in RUN}
+FRESH = Path("tools/checks/fresh_safety_prompts.jsonl")
 
 
 def runs(text: str, language: str) -> set[str]:
@@ -68,14 +67,20 @@ def balanced(prompts: list[Written]) -> Iterator[Written]:
 
 def by_hand() -> dict[str, list[dict[str, Any]]]:
     """The rows of the parts written by hand; of ``validation`` without those that share a run of
-    words with ``test``."""
-    parts = {
-        part: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for part, path in BY_HAND.items()
-    }
-    tested = runs_of(parts["test"])
-    parts["validation"] = [row for row in parts["validation"] if not tested & runs_of([row])]
-    return parts
+    words with ``test``. Scenes are each author's own."""
+    test = [{**row, "scenario": f"fresh: {row['scenario']}"} for row in lines(FRESH)]
+    tested = runs_of(test)
+    written = [
+        {**row, "language": language, "scenario": f"{row['author']}: {row['scenario']}"}
+        for language, path in WRITTEN.items()
+        for row in lines(path)
+    ]
+    return {"validation": [row for row in written if not tested & runs_of([row])], "test": test}
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def runs_of(some: Iterable[dict[str, Any]]) -> set[str]:

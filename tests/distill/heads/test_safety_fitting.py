@@ -26,9 +26,9 @@ from tests.support.students import make_student
 VOCAB = 1024  # the example teacher's
 
 
-def part(count: int, seed: int, rule: str) -> PromptSet:
+def part(count: int, seed: int, rule: str, authors: bool = False) -> PromptSet:
     """Prompts of 20 scenes; ``rule``: whether the label is in the words, in the scene, or
-    nowhere."""
+    nowhere. ``authors``: the scene is an author's, who has many."""
     random = np.random.default_rng(seed)
     prompts, tokens = [], []
     for number in range(count):
@@ -39,7 +39,9 @@ def part(count: int, seed: int, rule: str) -> PromptSet:
             row[-2:] = (200 + kind, 210 + kind)
         label = {"words": kind, "scene": scene % 3, "nowhere": kind}[rule]
         one = [float(label == place) for place in range(3)]
-        prompts.append(SafetyPrompt(str(number), f"{scene}", "", (one[0], one[1], one[2])))
+        label_of, name = (one[0], one[1], one[2]), f"{number if authors else scene}"
+        author = f"{scene}" if authors else ""
+        prompts.append(SafetyPrompt(str(number), name, "", label_of, author=author))
         tokens.append(row)
     return PromptSet(prompts, tokens, 0)
 
@@ -48,10 +50,10 @@ def data_of(rule: str, train: int = 300, validation: int = 200) -> SafetyData:
     return SafetyData(rule, "0", part(train, 0, rule), part(validation, 1, rule), part(20, 2, rule))
 
 
-def test_only_what_holds_for_other_scenes_counts() -> None:
-    """Words that mean the same everywhere are learnt. A label that is the scene's would be known by
-    heart if the scene were in training, so nothing is gained, and labels that are nowhere neither:
-    then there is no head, and the reason is told."""
+def test_only_what_holds_for_other_scenes_and_authors_counts() -> None:
+    """Words that mean the same everywhere are learnt. A label that is the scene's, or its author's
+    of many scenes, would be known by heart if that were in training, so nothing is gained, and
+    labels that are nowhere neither: then there is no head, and the reason is told."""
     student = make_student(16, 2, VOCAB, heads=True)
     fit = fit_safety_head(student, data_of("words"))
     assert fit.head is not None and not fit.left_out
@@ -60,8 +62,10 @@ def test_only_what_holds_for_other_scenes_counts() -> None:
     for prompt in only_scenes.train.prompts:
         assert prompt.scenario.isdigit()
     train = part(60, 3, "nowhere")
+    by_author = part(200, 1, "scene", authors=True)
     for data in (
         SafetyData("x", "0", train, only_scenes.validation, only_scenes.test),
+        SafetyData("x", "0", train, by_author, only_scenes.test),
         data_of("nowhere"),
     ):
         useless = fit_safety_head(student, data)
@@ -79,17 +83,22 @@ def test_the_head_is_the_optimum_and_probabilities_fit_scenes_left_out() -> None
     rows = [torch.randperm(safety_fitting.BUCKETS, generator=generator)[:9].sort().values] * 5
     rows += [torch.arange(9) + 9 * number for number in range(75)]
     labels = torch.rand(80, 3, generator=generator).softmax(dim=-1)
-    runs = safety_fitting._sparse(rows)
-    fit = safety_fitting._fit(safety_fitting._Examples(states, runs, labels))
-    dense = runs.to_dense()
+    weights = torch.rand(80, generator=generator)
+    rarity = torch.rand(safety_fitting.BUCKETS, generator=generator)
+    runs = safety_fitting._sparse(rows, rarity)
+    fit = safety_fitting._fit(safety_fitting._Examples(states, runs, labels, weights))
+    dense = torch.zeros(80, safety_fitting.BUCKETS)
+    for number, row in enumerate(rows):
+        dense[number, row] = rarity[row] / 3.0
     chances = (fit.bias + states @ fit.states + dense @ fit.runs).softmax(dim=-1)
-    error = (chances - labels) / 80
+    count = float(weights.sum())
+    error = (chances - labels) * weights[:, None] / count
     for slope, weight, decay in (
         (states.T @ error, fit.states, safety_fitting.STATES_DECAY),
         (dense.T @ error, fit.runs, safety_fitting.RUNS_DECAY),
         (error.sum(dim=0, keepdim=True), fit.bias, 0.0),
     ):
-        assert float((slope + 2 * decay * weight / 80).abs().max()) < 2e-4
+        assert float((slope + 2 * decay * weight / count).abs().max()) < 2e-4
 
 
 def test_the_exported_file_decides_alike(tmp_path: Path) -> None:
@@ -121,3 +130,14 @@ def test_the_same_prompts_give_the_same_head() -> None:
     assert first is not None and again is not None
     weights = again.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in first.state_dict().items())
+
+
+def test_a_large_student_reads_some_of_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as it may spend on them; the others count neither in the fit nor in its figures."""
+    student, data = make_student(16, 2, VOCAB, heads=True), data_of("words")
+    each = 2 * sum(one.numel() for one in student.layers().parameters())
+    tokens = sum(map(len, data.validation.tokens)) / len(data.validation)
+    monkeypatch.setattr(safety_fitting, "READ_FLOPS", each * tokens * 120.5)
+    read: list[int] = []
+    assert fit_safety_head(student, data, read.append).cross_validation.prompts == 120
+    assert max(read) < 300
