@@ -119,4 +119,3 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         if grad.device.type == "cpu" and float(grad) == 1.0:
             return grad_hidden, grad_weight, None, None
         return grad * grad_hidden, None if grad_weight is None else grad * grad_weight, None, None
-

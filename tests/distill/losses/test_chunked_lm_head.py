@@ -107,7 +107,8 @@ def test_autocast_narrows_the_products_only(monkeypatch: pytest.MonkeyPatch) -> 
     """In bfloat16, in any chunks, gathered for one product or for several, loss and gradients are
     float32 and near the exact ones."""
     hidden, weight, chunk_loss = problem(2)
-    for chunk, gathered in ((1, 1 << 20), (5, 1 << 20), (8, 1 << 20), (N, 1), (3, 7 * 2 * V), (2, 1)):
+    much = 1 << 20
+    for chunk, gathered in ((1, much), (5, much), (8, much), (N, 1), (3, 7 * 2 * V), (2, 1)):
         monkeypatch.setattr(chunked_lm_head, "GRADIENT_BYTES", gathered)
         found = []
         for narrow in (False, True):
