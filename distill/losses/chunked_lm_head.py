@@ -16,6 +16,9 @@ LOGITS_BYTES = 32 << 20  # one chunk's float32 logits on a CPU; measured in docs
 # On a GPU, whose kernels want more rows: this share of its memory, up to so many bytes. Beside them
 # lie up to five more such buffers.
 LOGITS_SHARE, MOST_LOGITS_BYTES = 1 / 64, 512 << 20
+# Of gradients in the logits in the narrow type, gathered before they are multiplied: each product
+# with them passes over a [V, D] matrix twice more.
+GRADIENT_BYTES = 128 << 20
 WIDENING = {"cuda"} if hasattr(torch.ops.aten.mm, "dtype") else set()  # see ``head_logits``
 
 ChunkGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
@@ -78,21 +81,30 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         grad_weight: Tensor | None = None
         trained = ctx.needs_input_grad[1]  # the output matrix of a frozen base is not
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        room, together = None, chunk
+        if narrow != weight.dtype:
+            together *= max(1, GRADIENT_BYTES // (narrow.itemsize * chunk * len(matrix)))
+            room = matrix.new_empty(min(together, len(hidden)), len(matrix))
         with torch.autocast(device, enabled=False):
-            for start in range(0, len(hidden), chunk):
-                span = slice(start, min(start + chunk, len(hidden)))
-                loss, grad = chunk_gradient(head_logits(states[span], matrix), span)
-                total += loss
-                narrow_grad = grad.to(narrow)
-                grad_hidden[span] = narrow_grad @ matrix
+            for first in range(0, len(hidden), together):
+                last = min(first + together, len(hidden))
+                for start in range(first, last, chunk):
+                    span = slice(start, min(start + chunk, last))
+                    loss, grad = chunk_gradient(head_logits(states[span], matrix), span)
+                    total += loss
+                    if room is not None:
+                        room[span.start - first : span.stop - first].copy_(grad)
+                span = slice(first, last)
+                grad = grad.to(narrow) if room is None else room[: last - first]
+                grad_hidden[span] = grad @ matrix
                 if not trained:
                     continue
-                if grad_weight is None:  # the first chunk is often the only one
-                    grad_weight = (narrow_grad.T @ states[span]).to(weight.dtype)
+                if grad_weight is None:  # the first is often the only one
+                    grad_weight = (grad.T @ states[span]).to(weight.dtype)
                 elif narrow == weight.dtype:
-                    grad_weight.addmm_(narrow_grad.T, states[span])
+                    grad_weight.addmm_(grad.T, states[span])
                 else:
-                    grad_weight += narrow_grad.T @ states[span]
+                    grad_weight += grad.T @ states[span]
         # Not saved for backward: whoever accumulates a gradient takes it over if nobody else holds
         # it, else copies it.
         if trained and grad_weight is None:

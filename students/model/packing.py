@@ -6,6 +6,7 @@ the row, S sequences, H heads, K key/value heads, W head width; b sequences of t
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch.nn import functional as F
 
 from stability.precision import full_precision
 
-# Queries that a CPU computes together, for which no key behind them is looked at; a shorter
-# sequence's attention weights are kept for the backward pass, a longer one's computed again.
-BLOCK = 128
+# Queries that a CPU computes together, for which no key behind them is looked at. Attention weights
+# in float32 are kept for the backward pass up to a block, in bfloat16 up to more tokens; those of
+# longer sequences are computed again.
+BLOCK, KEPT_NARROW = 128, 512
 
 
 class PackedRow:
@@ -34,11 +36,18 @@ class PackedRow:
         return torch.cat([torch.arange(length) for length in self.lengths])[None]
 
 
+@cache
+def has_tiles() -> bool:
+    """Whether the processor multiplies small bfloat16 matrices several times as fast as float32
+    ones (AMX). Others gain nothing from them in attention (docs/benchmarks.md)."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
 @torch.compiler.disable
 def attend_packed(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
     """Causal attention of ``[1, H, N, W]`` over ``[1, K, N, W]``, within each sequence of ``row``.
 
-    On a CPU in float32, whatever the inputs.
+    On a CPU in float32, whatever the inputs, unless it has tiles.
     """
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [N, heads, W]
     attend = _attend_in_turn if query.device.type == "cpu" else attend_side_by_side
@@ -62,18 +71,22 @@ def attend_side_by_side(query: Tensor, key: Tensor, value: Tensor, row: PackedRo
 def _attend_in_turn(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
     """The same, sequences of one length at a time."""
     sizes = [count * length for count, length in row.groups]
-    parts = zip(*(part.float().split(sizes) for part in (query, key, value)), strict=True)
+    inputs = (part if has_tiles() else part.float() for part in (query, key, value))
+    parts = zip(*(part.split(sizes) for part in inputs), strict=True)
     mixed = []
     with full_precision(query):
         for (count, _), some in zip(row.groups, parts, strict=True):
             together = (part.unflatten(0, (count, -1)).transpose(1, 2) for part in some)
-            mixed.append(_BlockAttention.apply(*together).transpose(1, 2).flatten(0, 1))
+            mixed.append(BlockAttention.apply(*together).transpose(1, 2).flatten(0, 1))
     return torch.cat(mixed)
 
 
-class _BlockAttention(torch.autograd.Function):
+class BlockAttention(torch.autograd.Function):
     """Causal attention of ``[b, H, t, W]`` over ``[b, K, t, W]`` by plain products, a block of
-    queries at a time; fewer passes over the weights than PyTorch's for a CPU."""
+    queries at a time; fewer passes over the weights than PyTorch's for a CPU.
+
+    Products are of the inputs' type, the softmax is in float32.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -81,9 +94,11 @@ class _BlockAttention(torch.autograd.Function):
         queries = query.unflatten(1, (key.shape[1], -1)).flatten(0, 1)  # [b K, H / K, t, W]
         mixed, kept = torch.empty_like(queries), []
         for span in _blocks(query):
-            kept = [_weights(queries, keys, span)]
-            mixed[:, :, span] = (kept[0] @ values[:, : span.stop]).view_as(queries[:, :, span])
-        ctx.save_for_backward(queries, keys, values, *(kept if span.start == 0 else ()))
+            weights = _weights(queries, keys, span).to(query.dtype)
+            mixed[:, :, span] = (weights @ values[:, : span.stop]).view_as(queries[:, :, span])
+            if span.stop <= (BLOCK if query.dtype == torch.float32 else KEPT_NARROW):
+                kept.append(weights)
+        ctx.save_for_backward(queries, keys, values, *kept)
         ctx.shape = query.shape
         return mixed.view_as(query)
 
@@ -92,18 +107,28 @@ class _BlockAttention(torch.autograd.Function):
         queries, keys, values, *kept = ctx.saved_tensors
         scale, count = queries.shape[-1] ** -0.5, ctx.shape[0]
         grads = grad.reshape(queries.shape)
-        of_query, of_key, of_value = (torch.zeros_like(part) for part in (queries, keys, values))
-        for span in _blocks(queries):
-            weights = kept[0] if kept else _weights(queries, keys, span)
+        of_query = torch.empty_like(queries)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        of_key, of_value = (torch.zeros_like(part, dtype=wide) for part in (keys, values))
+        for number, span in enumerate(_blocks(queries)):
+            weights = kept[number] if number < len(kept) else _weights(queries, keys, span)
             block, some = (part[:, :, span].flatten(1, 2) for part in (grads, queries))
-            change = block @ values[:, : span.stop].mT
-            change = torch._softmax_backward_data(change, weights, -1, torch.float32)
-            of_value[:, : span.stop].baddbmm_(weights.mT, block)
-            of_key[:, : span.stop].baddbmm_(change.mT, some, alpha=scale)
-            result = (change @ keys[:, : span.stop]).mul_(scale)
-            of_query[:, :, span] = result.view_as(queries[:, :, span])
-        heads = (part.unflatten(0, (count, -1)) for part in (of_key, of_value))
+            change = (block @ values[:, : span.stop].mT).to(wide)
+            change = torch._softmax_backward_data(change, weights.to(wide), -1, wide)
+            change = change.mul_(scale).to(grad.dtype)
+            _add_product_(of_value[:, : span.stop], weights.to(grad.dtype).mT, block)
+            _add_product_(of_key[:, : span.stop], change.mT, some)
+            of_query[:, :, span] = (change @ keys[:, : span.stop]).view_as(of_query[:, :, span])
+        heads = (part.unflatten(0, (count, -1)).to(grad.dtype) for part in (of_key, of_value))
         return of_query.view(ctx.shape), *heads
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left @ right`` to ``total``, which may be of a wider type."""
+    if total.dtype == left.dtype:
+        total.baddbmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _blocks(queries: Tensor) -> list[slice]:
@@ -112,8 +137,12 @@ def _blocks(queries: Tensor) -> list[slice]:
 
 
 def _weights(queries: Tensor, keys: Tensor, span: slice) -> Tensor:
-    """How much a block's queries look at the keys up to its end, ``[b K, H / K · n, end]``."""
+    """How much a block's queries look at the keys up to its end, ``[b K, H / K · n, end]``, at least
+    in float32."""
     size, together = span.stop - span.start, queries.shape[1]
-    later = torch.full((size, span.stop), -torch.inf).triu(span.start + 1).repeat(together, 1)
     block, seen = queries[:, :, span].flatten(1, 2), keys[:, : span.stop]
-    return torch.baddbmm(later[None], block, seen.mT, alpha=queries.shape[-1] ** -0.5).softmax(-1)
+    later = torch.full((size, span.stop), -torch.inf).triu(span.start + 1).repeat(together, 1)
+    scale = queries.shape[-1] ** -0.5
+    if block.dtype == later.dtype:
+        return torch.baddbmm(later[None], block, seen.mT, alpha=scale).softmax(-1)
+    return torch.add(later, block @ seen.mT, alpha=scale).softmax(-1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.losses import divergences
+from distill.losses import chunked_lm_head, divergences
 from distill.losses.chunked_lm_head import (
     LOGITS_BYTES,
     ChunkGradient,
@@ -103,10 +103,13 @@ def test_tied_weights_get_both_gradients() -> None:
     assert torch.allclose(ours.grad, plain.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_autocast_narrows_the_products_only() -> None:
-    """In bfloat16, in any chunks, loss and gradients are float32 and near the exact ones."""
+def test_autocast_narrows_the_products_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, in any chunks, gathered for one product or for several, loss and gradients are
+    float32 and near the exact ones."""
     hidden, weight, chunk_loss = problem(2)
-    for chunk in (1, 5, 8, N):
+    much = 1 << 20
+    for chunk, gathered in ((1, much), (5, much), (8, much), (N, 1), (3, 7 * 2 * V), (2, 1)):
+        monkeypatch.setattr(chunked_lm_head, "GRADIENT_BYTES", gathered)
         found = []
         for narrow in (False, True):
             inputs = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -114,7 +117,7 @@ def test_autocast_narrows_the_products_only() -> None:
                 loss = chunked_head_loss(*inputs, by_autograd(chunk_loss), chunk)
             loss.backward()
             found.append((loss.detach(), [tensor.grad for tensor in inputs]))
-        with case(chunk):
+        with case(chunk, gathered):
             (exact, gradients), (rounded, narrow_gradients) = found
             assert rounded.dtype == torch.float32
             assert 0 < abs(float(rounded - exact)) < 0.02 * float(exact)

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from students.model.packing import BLOCK, PackedRow, attend_packed, attend_side_by_side
+from students.model import decoder, packing
+from students.model.packing import (
+    BLOCK,
+    KEPT_NARROW,
+    PackedRow,
+    attend_packed,
+    attend_side_by_side,
+)
 from tests.support.students import grouped_student, make_student
 
 
@@ -47,6 +54,32 @@ def test_attention_is_that_of_each_sequence() -> None:
                 found = torch.autograd.grad(got, parts, grad)
                 for mine, theirs in zip(found, slopes, strict=True):
                     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_attention_where_a_processor_has_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and gradients from bfloat16 products, in a row and side by side: within a few of its
+    roundings of the definition, for one block, several, and more than are kept."""
+    for module in (decoder, packing):
+        monkeypatch.setattr(module, "has_tiles", lambda: True)
+    torch.manual_seed(0)
+    for length, heads, others in ((5, 4, 2), (BLOCK + 40, 3, 3), (KEPT_NARROW + 70, 2, 1)):
+        parts = [
+            torch.randn(2 * length, count, 16).bfloat16().requires_grad_()
+            for count in (heads, others, others)
+        ]
+        grad = torch.randn(2 * length, heads, 16).bfloat16()
+        wanted = reference(*parts, [length, length])
+        slopes = torch.autograd.grad(wanted, parts, grad.double())
+        apart = [part.unflatten(0, (2, length)).transpose(1, 2) for part in parts]
+        beside = decoder.attend(apart[0], apart[1], apart[2], None, True, heads != others)
+        row = PackedRow(torch.tensor([length, length]))
+        in_row = attend_packed(*(part.transpose(0, 1)[None] for part in parts), row)
+        for got in (beside.transpose(1, 2).flatten(0, 1), in_row[0].transpose(0, 1)):
+            assert got.dtype == torch.bfloat16
+            found = torch.autograd.grad(got, parts, grad)
+            for mine, theirs in zip((got, *found), (wanted, *slopes), strict=True):
+                error = (mine - theirs).detach().norm() / theirs.detach().norm()
+                assert float(error) < 0.01, (length, float(error))
 
 
 @pytest.mark.parametrize("make", [make_student, grouped_student])
