@@ -137,8 +137,8 @@ def _blocks(queries: Tensor) -> list[slice]:
 
 
 def _weights(queries: Tensor, keys: Tensor, span: slice) -> Tensor:
-    """How much a block's queries look at the keys up to its end, ``[b K, H / K · n, end]``, at least
-    in float32."""
+    """How much a block's queries look at the keys up to its end, ``[b K, H / K · n, end]``; at
+    least in float32."""
     size, together = span.stop - span.start, queries.shape[1]
     block, seen = queries[:, :, span].flatten(1, 2), keys[:, : span.stop]
     later = torch.full((size, span.stop), -torch.inf).triu(span.start + 1).repeat(together, 1)
