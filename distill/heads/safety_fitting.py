@@ -33,9 +33,9 @@ from students.model.safety_head import SafetyHead, SafetyShape, prompt_features,
 
 BUCKETS = 1 << 17
 # Strength of the pull towards 0, of each kind's squared weights (docs/benchmarks.md has others).
-RUNS_DECAY, STATES_DECAY = 0.03, 3.0
+RUNS_DECAY, STATES_DECAY = 0.02, 30.0
 # Of L-BFGS, which has converged by then: from nothing, and from the fit without these scenes.
-ITERATIONS, MORE_ITERATIONS = 60, 20
+ITERATIONS, MORE_ITERATIONS = 60, 45
 FOLDS = 5
 COMMON = 8.0  # the unit of a run's rarity, which RUNS_DECAY is made for
 READ_FLOPS = 1e13  # that reading the prompts of a part may cost

@@ -302,7 +302,7 @@ def _fit_safety_head(
         fitted = fit_safety_head(student, data, lambda done: stage.update(done, "prompts read"))
         score = fitted.cross_validation
         stage.finish(
-            f"{score.accuracy:.1%} of {score.prompts} prompts of scenes left out decided rightly"
+            f"{score.accuracy:.1%} of {score.prompts} prompts of authors or scenes left out decided rightly"
         )
     student.replace_safety_head(fitted.head)
     if fitted.left_out:
