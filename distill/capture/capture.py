@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+
+import torch
 
 from distill.capture.corpus import Corpus, DataRows, build_corpus
 from distill.capture.teachers import open_teacher
 from distill.config.schema import RunConfig
 from distill.errors import UserError
+from distill.runtime import interrupts
 from distill.runtime.format import human_bytes, human_count
 from distill.runtime.progress import Console
-from teachers.base import SINGLE_PROCESS, ProcessRank, Teacher, TeacherInfo
+from teachers.base import Teacher, TeacherInfo
 from teachers.gguf.file import read_gguf
+from teachers.llama_cpp.library.build import processor
 from teachers.reduced import cut_of
 from teachers.store.capture import capture
+from teachers.store.manifest import TASKS
+from teachers.store.shard_records import totals
 from teachers.store.store import SoftTargetStore
+from teachers.store.tasks import Maker, Tasks
 from teachers.store.teacher_record import (
     TEACHER,
     TeacherRecord,
@@ -61,28 +70,34 @@ def read_data(
     return corpus
 
 
-def fill_store(
-    teacher: Teacher,
-    corpus: Corpus,
-    store: SoftTargetStore,
-    console: Console,
-    share: ProcessRank = SINGLE_PROCESS,
-) -> bool:
-    """Capture what is missing; returns whether everything was there already."""
-    with console.stage("Capture", total=_sequences(store, share)) as stage:
-        summary = capture(teacher, corpus, store, stage.update, share)
-        size = f"{human_bytes(store.bytes_on_disk())} in {store.folder}"
-        if share.world == 1:
-            size = f"{trained_on(store)}, {size}"
-        if summary.written == 0:
+def fill_store(teacher: Teacher, corpus: Corpus, store: SoftTargetStore, console: Console) -> bool:
+    """Capture what is missing, together with whoever else does; returns whether everything was
+    there already."""
+    tasks = store_tasks(store)
+    with console.stage("Capture", total=len(store)) as stage:
+        summary = capture(teacher, corpus, store, stage.update, tasks)
+        whole = totals(tasks.records(), store.manifest)
+        size = f"{learnt(whole)}, {human_bytes(store.bytes_on_disk())} in {store.folder}"
+        parts = [f"{summary.written} shards captured"] if summary.written else []
+        parts += [f"{summary.others} by other processes"] if summary.others else []
+        if not parts:
             stage.finish(f"skipped: soft targets of this teacher and data reused, {size}")
-        elif summary.reused:
-            stage.finish(f"{summary.written} shards captured, {summary.reused} reused, {size}")
         else:
-            stage.finish(size)
+            parts += [f"{summary.reused} reused"] if summary.reused else []
+            stage.finish(", ".join([*parts, size] if len(parts) > 1 else [size]))
     for shard in summary.damaged:
         console.warn(f"{store.shard_path(shard)} was damaged and has been captured again")
-    return summary.written == 0
+    return summary.written + summary.others == 0
+
+
+def store_tasks(store: SoftTargetStore) -> Tasks:
+    """The tasks of a store, for this process to take."""
+    maker = Maker(
+        processor=processor().name,
+        threads=torch.get_num_threads(),
+        version=version("so8t-distill"),
+    )
+    return Tasks(store.folder / TASKS, maker)
 
 
 def keep_teacher_record(
@@ -90,40 +105,43 @@ def keep_teacher_record(
     gguf: Path | None,
     store: SoftTargetStore,
     console: Console,
-    share: ProcessRank = SINGLE_PROCESS,
     text: str = "",
 ) -> TeacherRecord:
     """The store's teacher record, made now if it is missing or damaged.
 
-    ``gguf``: source of tokenizer and embeddings. The lines come from this process's own shards.
-    ``text``: a description of the sequences.
+    ``gguf``: source of tokenizer and embeddings; ``text``: a description of the sequences. Of
+    several processes one makes it.
     """
-    kept = find_teacher_record(store)
-    # An older version did not keep the teacher's shape, which the student's follows; and stores of
-    # plain text are the same whatever the settings put into the chat template.
-    if (
-        kept is not None
-        and (kept.tokenizer or gguf is None)
-        and kept.info.shape == teacher.info.shape
-        and kept.info.chat_template == teacher.info.chat_template
-    ):
-        return kept
-    if kept is None and (store.folder / TEACHER).exists():
-        console.warn(f"{store.folder / TEACHER} was damaged and is made again")
-    with console.stage("Keep teacher") as stage:
-        spans = (
-            range(*store.span(shard))
-            for shard in range(share.rank, store.manifest.shards, share.world)
+
+    def find() -> TeacherRecord | None:
+        kept = find_teacher_record(store)
+        # An older version did not keep the teacher's shape, which the student's follows; and stores
+        # of plain text are the same whatever the settings put into the chat template.
+        wanted = (
+            kept is not None
+            and (kept.tokenizer or gguf is None)
+            and kept.info.shape == teacher.info.shape
+            and kept.info.chat_template == teacher.info.chat_template
         )
-        sequences = (store.tokens(index) for span in spans for index in span)
-        made = make_teacher_record(teacher, read_gguf(gguf) if gguf else None, sequences, text)
-        made = replace(made, cut=cut_of(teacher))
-        write_teacher_record(store, made)
-        size = human_bytes((store.folder / TEACHER).stat().st_size)
-        stage.finish(
-            f"tokenizer and embeddings, {size}" if gguf else "no GGUF file, so no tokenizer is kept"
-        )
-    return made
+        return kept if wanted else None
+
+    def make() -> TeacherRecord:
+        if find_teacher_record(store) is None and (store.folder / TEACHER).exists():
+            console.warn(f"{store.folder / TEACHER} was damaged and is made again")
+        with console.stage("Keep teacher") as stage:
+            sequences = (store.tokens(index) for index in range(len(store)))
+            made = make_teacher_record(teacher, read_gguf(gguf) if gguf else None, sequences, text)
+            made = replace(made, cut=cut_of(teacher))
+            write_teacher_record(store, made)
+            size = human_bytes((store.folder / TEACHER).stat().st_size)
+            stage.finish(
+                f"tokenizer and embeddings, {size}"
+                if gguf
+                else "no GGUF file, so no tokenizer is kept"
+            )
+        return made
+
+    return store_tasks(store).once(TEACHER, find, make, interrupts.check)
 
 
 def text_of(config: RunConfig, info: TeacherInfo) -> str:
@@ -134,11 +152,10 @@ def text_of(config: RunConfig, info: TeacherInfo) -> str:
 
 def trained_on(store: SoftTargetStore) -> str:
     """How many tokens of a complete store are trained on."""
-    tokens = human_count(int(store.lengths().sum()))
-    return f"{human_count(store.positions())} of {tokens} tokens are trained on"
+    return learnt({"tokens": int(store.lengths().sum()), "positions": store.positions()})
 
 
-def _sequences(store: SoftTargetStore, share: ProcessRank) -> int:
-    """How many sequences this process's shards hold."""
-    spans = [store.span(shard) for shard in range(share.rank, store.manifest.shards, share.world)]
-    return sum(stop - start for start, stop in spans)
+def learnt(whole: Mapping[str, int]) -> str:
+    """How many tokens of a store are trained on; ``whole``: see ``totals``."""
+    tokens = human_count(whole["tokens"])
+    return f"{human_count(whole['positions'])} of {tokens} tokens are trained on"

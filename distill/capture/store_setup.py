@@ -85,7 +85,6 @@ def store_manifest(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> Manifest
         "vocab_size": info.vocab_size,
         "corpus_sha256": corpus.digest(),
         "recipe": recipe.to_json(),
-        # The last bits of a logit, and so what a teacher says, depend on these.
         "runtime": teacher.runtime,
     }
     if (cut := cut_of(teacher)) is not None:

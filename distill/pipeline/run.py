@@ -87,9 +87,8 @@ def run(
         def capture() -> Source:
             # Now, not after hours, a prompt turns out to be too long.
             safety = safety_data(config, prompts, tokenizer, info)
-            with exclusive(store.folder, launch.share.rank):
-                reused = fill(store, teacher, corpus, config, prompts, console)
-                launch.wait()
+            reused = fill(store, teacher, corpus, config, prompts, console)
+            launch.wait()
             if not config.train.on_policy:
                 teacher.close()  # it is out of memory while the student trains
             labelled = labelled_prompts(config, prompts, None, store, console)

@@ -86,7 +86,7 @@ def filled_by_kind(
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def with_flipped_bits(path: Path, every_bit: int, seed: int) -> Iterator[tuple[int, int]]:
