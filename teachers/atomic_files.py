@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -78,14 +79,18 @@ def temporary_name(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of processes that have ended. Those of other machines are left
-    for a day: they may still be written."""
+    """Remove the temporary files and folders of processes that have ended. Those of other machines
+    are left for a day: they may still be written."""
     for path in folder.glob(".*.tmp"):
         *_, host, start, process, _ = ("", "", "", *path.name.split("."))
         number = int(process) if process.isdigit() else 0
         try:
             forgotten = time.time() - path.stat().st_mtime > FORGOTTEN_SECONDS
-            if forgotten or is_gone(f"{host}.{start}", number):
+            if not (forgotten or is_gone(f"{host}.{start}", number)):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
                 path.unlink()
         except FileNotFoundError:  # another process was faster, or it has its name by now
             continue

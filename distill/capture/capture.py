@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from distill.capture.corpus import Corpus, DataRows, build_corpus
+from distill.capture.corpus import Corpus, build_corpus
+from distill.capture.data_rows import DataRows
+from distill.capture.sequences.known import StoreLocation
+from distill.capture.sequences.stored import stored_corpus
 from distill.capture.teachers import open_teacher
 from distill.config.schema import RunConfig
 from distill.errors import UserError
 from distill.runtime import interrupts
 from distill.runtime.format import human_bytes, human_count
 from distill.runtime.progress import Console
-from teachers.base import Teacher, TeacherInfo
+from teachers.base import Progress, Teacher, TeacherInfo
 from teachers.gguf.file import read_gguf
 from teachers.llama_cpp.library.build import processor
 from teachers.reduced import cut_of
@@ -46,28 +51,64 @@ def load_teacher(config: RunConfig, console: Console) -> Teacher:
 def read_data(
     config: RunConfig, teacher: Teacher, console: Console, data: DataRows | None = None
 ) -> Corpus:
-    """Read the data, unless given, and report it.
+    """Read the data into memory, unless given, and report it.
 
     Raises:
         UserError: as ``build_corpus``; and where nothing is generated, and all sequences are the
             same, so that none is left for validation.
     """
+    corpus = _read(
+        lambda progress: build_corpus(config.data, teacher, config.seed, data, progress),
+        config,
+        console,
+    )
+    _tell_of(corpus, console)
+    return corpus
+
+
+@contextmanager
+def data_on_disk(
+    config: RunConfig,
+    teacher: Teacher,
+    place: StoreLocation,
+    console: Console,
+    data: DataRows | None = None,
+) -> Iterator[Corpus]:
+    """The sequences of the data on disk, made unless a store has them; see ``stored_corpus``.
+
+    Raises:
+        UserError: as ``read_data``. StoreError: as ``stored_corpus``.
+    """
+    read = partial(_read, config=config, console=console)
+    with stored_corpus(config, teacher, place, read, interrupts.check, data) as corpus:
+        if not console.seconds.get("Read data"):
+            with console.stage("Read data") as stage:
+                stage.finish(f"{len(corpus)} sequences, tokenized before{_spoken(corpus)}")
+        _tell_of(corpus, console)
+        yield corpus
+
+
+def _read(make: Callable[[Progress], Corpus], config: RunConfig, console: Console) -> Corpus:
     with console.stage("Read data", total=100) as stage:
-        corpus = build_corpus(
-            config.data, teacher, config.seed, data, lambda share: stage.update(int(100 * share))
-        )
-        if not corpus.spoken and len({item.segments[0].tobytes() for item in corpus.items}) < 2:
+        corpus = make(lambda share: stage.update(int(100 * share)))
+        if not corpus.spoken and not corpus.tally.varied:
             raise UserError(
                 f"data {config.data.path}: all {len(corpus)} sequences are the same; at least 2 "
                 "different ones are needed (1 is for validation)"
             )
-        spoken = f", the teacher writes in {corpus.spoken}" if corpus.spoken else ""
-        stage.finish(f"{len(corpus)} sequences{spoken}")
+        stage.finish(f"{len(corpus)} sequences{_spoken(corpus)}")
+    return corpus
+
+
+def _spoken(corpus: Corpus) -> str:
+    return f", the teacher writes in {corpus.spoken}" if corpus.spoken else ""
+
+
+def _tell_of(corpus: Corpus, console: Console) -> None:
     for note in corpus.notes:
         console.note(note)
     for warning in corpus.warnings:
         console.warn(warning)
-    return corpus
 
 
 def fill_store(teacher: Teacher, corpus: Corpus, store: SoftTargetStore, console: Console) -> bool:

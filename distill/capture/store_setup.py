@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distill.capture.corpus import Corpus
+from distill.capture.sequences.known import StoreLocation
 from distill.config.schema import TargetsConfig
 from distill.errors import UserError
-from distill.runs.folder import RUNS
 from distill.runtime.format import human_bytes
 from distill.runtime.progress import Console
 from teachers.base import Teacher, Tokens
@@ -25,7 +24,8 @@ from teachers.store.capture import (
     probe_text,
     require_causal,
 )
-from teachers.store.manifest import MANIFEST, Manifest
+from teachers.store.manifest import MANIFEST, SEQUENCES, Manifest
+from teachers.store.sequences import SequenceFiles
 from teachers.store.store import SoftTargetStore
 from teachers.store.teacher_record import TEACHER
 from teachers.targets.recipe import Recipe, default_sketch_bytes
@@ -104,15 +104,6 @@ def store_manifest(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> Manifest
     return Manifest(identity, len(corpus), together)
 
 
-@dataclass(frozen=True)
-class StoreLocation:
-    """A store's location: ``asked`` for, or ``beside``/stores, named after ``stem``."""
-
-    asked: Path | None
-    beside: Path
-    stem: str
-
-
 def open_store(
     teacher: Teacher, corpus: Corpus, recipe: Recipe, place: StoreLocation
 ) -> SoftTargetStore:
@@ -127,24 +118,23 @@ def open_store(
     """
     manifest = store_manifest(teacher, corpus, recipe)
     name = f"{place.stem}-{manifest.key[:12]}"
-    usual = [root / "stores" / name for root in (place.beside, RUNS, Path())]
+    usual = [root / name for root in place.roots]
     folder = place.asked or next((root for root in usual if (root / MANIFEST).exists()), usual[0])
     info = teacher.info
     embeddings = 2 * info.vocab_size * stored_columns(info.width)
     _require_space(folder, largest_size(corpus, recipe, teacher) + embeddings)
-    return SoftTargetStore.create_or_open(folder, manifest)
+    store = SoftTargetStore.create_or_open(folder, manifest)
+    if isinstance(corpus.items, SequenceFiles):
+        corpus.items.keep_in(folder / SEQUENCES)
+    return store
 
 
 def largest_size(corpus: Corpus, recipe: Recipe, teacher: Teacher) -> int:
     """Bytes that the soft targets take at most: every sequence as long as it may be."""
-    longest = corpus.sampling.max_length
+    longest, tally = corpus.sampling.max_length, corpus.tally
     each = recipe.bytes_per_position(teacher.info.vocab_size, teacher.info.width)
-    tokens = positions = 0
-    for item in corpus.items:
-        length = longest if item.speaks else len(item.segments[0])
-        tokens += length
-        positions += length if item.keep is None else length - int((~item.keep).sum())
-    return 4 * tokens + positions * each
+    tokens = tally.tokens + longest * tally.spoken
+    return 4 * tokens + (tokens - tally.unlearnt) * each
 
 
 def _require_space(folder: Path, needed: int) -> None:

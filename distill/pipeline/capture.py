@@ -7,15 +7,16 @@ from pathlib import Path
 from rich.table import Table
 
 from distill.capture.capture import (
+    data_on_disk,
     fill_store,
     keep_teacher_record,
     load_teacher,
-    read_data,
     store_tasks,
     text_of,
 )
 from distill.capture.corpus import Corpus
-from distill.capture.store_setup import StoreLocation, open_store, recipe_for
+from distill.capture.sequences.known import StoreLocation
+from distill.capture.store_setup import open_store, recipe_for
 from distill.capture.teachers import gguf_of, teacher_stem
 from distill.config.schema import RunConfig
 from distill.heads.prompts import SafetyPrompt
@@ -48,16 +49,15 @@ def capture_only(
     """
     inputs = inputs or check_capture(config, where)
     data, kept = inputs.take_data(), RUNS / "stores" if where is None else where.parent
+    place = StoreLocation(where, RUNS, teacher_stem(config.teacher))
     with (
         load_teacher(config, console) as whole,
         fitted(whole, config, data, kept, console) as teacher,
+        data_on_disk(config, teacher, place, console, data) as corpus,
     ):
-        corpus = read_data(config, teacher, console, data)
         del data
         recipe = recipe_for(config.targets, teacher, corpus, console)
-        store = open_store(
-            teacher, corpus, recipe, StoreLocation(where, RUNS, teacher_stem(config.teacher))
-        )
+        store = open_store(teacher, corpus, recipe, place)
         fill(store, teacher, corpus, config, inputs.prompts, console)
         if process_rank().rank == 0:
             _print_store(store, recipe, teacher, console)

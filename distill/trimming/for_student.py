@@ -17,7 +17,8 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from distill.capture.corpus import Corpus, DataRows, build_corpus
+from distill.capture.corpus import Corpus, build_corpus
+from distill.capture.data_rows import DataRows
 from distill.capture.teachers import teacher_stem
 from distill.capture.tokenizer_only import metadata_entries, tokenizer_alone
 from distill.config.schema import RunConfig

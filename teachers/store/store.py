@@ -147,7 +147,7 @@ class SoftTargetStore:
     def _seal(self, path: Path, arrays: Arrays, codec: str | None) -> dict[str, str]:
         """A file's metadata: one entry, as safetensors writes several in random order."""
         named = "" if codec is None else f"{NAMED}{codec}"
-        digest = _digest(arrays, named)
+        digest = array_digest(arrays, named)
         return {"sha256": f"{digest} store {self.manifest.key} {path.stem}{named}"}
 
     def write_shared_codec(self, codec: SharedCodec) -> None:
@@ -159,7 +159,7 @@ class SoftTargetStore:
         arrays = codec.arrays()
         for shard in range(self.manifest.shards):
             path = self.shard_path(shard)
-            other = path.exists() and self._codec_of(path) != _digest(arrays)
+            other = path.exists() and self._codec_of(path) != array_digest(arrays)
             if other and self.state(shard) == "complete":
                 known = "" if self.manifest.names_codec else " for all that is known"
                 raise StoreError(
@@ -211,7 +211,7 @@ class SoftTargetStore:
         if self._codec is None and (self.folder / SHARED_CODEC).exists():
             arrays = self.read_file(SHARED_CODEC)
             if arrays is not None:
-                self._codec_digest = _digest(arrays)  # before what is looked for
+                self._codec_digest = array_digest(arrays)  # before what is looked for
                 self._codec = SharedCodec.from_arrays(arrays, self._recipe)
         return self._codec
 
@@ -343,7 +343,8 @@ class SoftTargetStore:
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
 
-def _digest(arrays: Arrays, before: str = "") -> str:
+def array_digest(arrays: Arrays, before: str = "") -> str:
+    """SHA-256, in hexadecimal, of arrays with their names, types and shapes, behind ``before``."""
     digest = hashlib.sha256(before.encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype.str} {array.shape}".encode())

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -138,11 +138,23 @@ class Tasks:
         waiting: Callable[[], None],
     ) -> Result:
         """What ``find`` finds or, by one process alone, ``make`` makes; the others wait for it."""
+        found = self.claimed(name, find, waiting)
+        if not isinstance(found, Lease):
+            return found
+        with found:
+            return make()
+
+    def claimed(
+        self, name: str, find: Callable[[], Result | None], waiting: Callable[[], None]
+    ) -> Result | Lease:
+        """What ``find`` finds, or the lease to make it."""
         pause = FIRST_WAIT
         while (found := find()) is None:
             if (lease := self.claim([name])) is not None:
-                with lease:
-                    return made if (made := find()) is not None else make()
+                if (found := find()) is None:
+                    return lease
+                lease.release()
+                return found
             waiting()
             time.sleep(pause)
             pause = min(LONGEST_WAIT, 1.5 * pause)
@@ -220,6 +232,16 @@ class Lease:
             self._ended.set()
         for generation in range(self.generation + 1):
             self._tasks.files.remove(lease_name(self.name, generation))
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Within, an error is remembered as the last words on this task."""
+        try:
+            yield
+        except Exception as error:
+            with suppress(OSError):  # the error at hand says more
+                self._fail(error)
+            raise
 
     def __enter__(self) -> Lease:
         return self
