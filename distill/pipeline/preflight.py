@@ -65,9 +65,13 @@ def check_run(config: RunConfig, places: RunPaths, progress: Progress = no_progr
 
 
 def check_capture(
-    config: RunConfig, store: Path | None, progress: Progress = no_progress
+    config: RunConfig,
+    store: Path | None,
+    progress: Progress = no_progress,
+    *,
+    data: bool = True,
 ) -> Inputs:
-    """Refuse what ``distill capture`` cannot do.
+    """Refuse what ``distill capture`` cannot do; ``data``: also what is wrong with the data.
 
     Raises:
         UserError, StoreError, TeacherFileError: the input cannot be used.
@@ -78,7 +82,8 @@ def check_capture(
     check_student_vocabulary(config)
     if store is not None:
         require_store_folder(store)
-    return Inputs(read_safety_prompts(config), _rows(config, store, RUNS, progress))
+    prompts = read_safety_prompts(config)
+    return Inputs(prompts, _rows(config, store, RUNS, progress) if data else None)
 
 
 def _rows(

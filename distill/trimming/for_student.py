@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,19 +21,20 @@ from distill.capture.teachers import teacher_stem
 from distill.capture.tokenizer_only import metadata_entries, tokenizer_alone
 from distill.config.schema import RunConfig
 from distill.errors import UserError
-from distill.runtime.launch_environment import process_rank
 from distill.runtime.progress import Console, Stage
 from distill.trimming.file import write_reduced
 from distill.trimming.measure import teacher_mass
 from distill.trimming.request import TOKENS
 from distill.trimming.scripts import WORTH_A_WARNING, lost_scripts
 from distill.trimming.text import counted, spread
-from teachers.atomic_files import write_whole
+from teachers.atomic_files import temporary_name, write_whole
 from teachers.base import Teacher, Tokens
 from teachers.gguf.file import GGUFFile, read_gguf, tokenizer_fields
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.reduced import ReducedTeacher
+from teachers.store.manifest import TASKS
 from teachers.store.store import SoftTargetStore
+from teachers.store.tasks import Tasks
 from teachers.vocabulary.cut import VocabularyCut
 from teachers.vocabulary.reduced import VocabularyError
 from teachers.vocabulary.selection import Vocabulary, template_tokens
@@ -45,7 +44,6 @@ RULES = 1  # of the choice; to be counted up with whatever changes it
 SAMPLE_SHARE = 0.03  # of the text's tokens, on which the teacher is asked for its probabilities,
 SAMPLE_LEAST = 1024  # but at least so many, and at most as many as `distill trim` takes
 UNSEEN_EVERY = 8  # one in so many sequences is not looked at by the choice, and judges it
-WAIT_SECONDS, PATIENCE_SECONDS = 0.5, 600.0  # for the choice of a launch's first process
 
 
 @contextmanager
@@ -128,7 +126,7 @@ def trimmed_file(file: GGUFFile, cut: VocabularyCut, folder: Path, stem: str) ->
     path = folder / f"{stem}-{key[:12]}.gguf"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = temporary_name(path)
         try:
             write_reduced(file, cut.vocabulary, temporary)
             temporary.replace(path)
@@ -147,22 +145,27 @@ def _cut(
     parts = [RULES, teacher.info.sha256, corpus.digest(), asked, teacher.runtime]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     path = folder / f"{teacher_stem(config.teacher)}-{key[:12]}.vocabulary"
-    rank, waited = process_rank().rank, 0.0
-    while rank > 0 and not path.exists() and waited < PATIENCE_SECONDS:
-        stage.update(0, "waiting for the first process")
-        time.sleep(WAIT_SECONDS)
-        waited += WAIT_SECONDS
-    if path.exists():
+
+    def find() -> VocabularyCut | None:
+        if not path.exists():
+            return None
         try:
             found = VocabularyCut.in_arrays(safetensors.numpy.load_file(path))
-            if found is not None and found.vocabulary.old_size == teacher.info.vocab_size:
-                return found
         except (safetensors.SafetensorError, VocabularyError):
-            path.unlink()  # damaged: made again
-    cut = choose(teacher, corpus, asked, stage)
+            return None  # damaged: made again
+        fits = found is not None and found.vocabulary.old_size == teacher.info.vocab_size
+        return found if fits else None
+
+    def make() -> VocabularyCut:
+        cut = choose(teacher, corpus, asked, stage)
+        write_whole(path, safetensors.numpy.save(cut.arrays()))
+        return cut
+
+    def waiting() -> None:
+        stage.update(0, "another process chooses")
+
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, safetensors.numpy.save(cut.arrays()))
-    return cut
+    return Tasks(folder / TASKS).once(path.name, find, make, waiting)
 
 
 def choose(teacher: GGUFTeacher, corpus: Corpus, asked: str, stage: Stage) -> VocabularyCut:

@@ -122,7 +122,7 @@ def read_index(folder: Path) -> Index | None:
         if sum(count for count, _ in index.parts) != index.tally.sequences:
             raise ValueError("the parts do not add up")
         return index
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except StoreError:
         raise

@@ -4,11 +4,13 @@ nobody has to read all of it again to know that it is whole."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from teachers.store.manifest import Manifest
-from teachers.store.store import SoftTargetStore
-from teachers.targets.distributions import Arrays
+
+if TYPE_CHECKING:  # with PyTorch, which is not needed to see how far a capture is
+    from teachers.store.store import SoftTargetStore
+    from teachers.targets.distributions import Arrays
 
 OWN_ARRAYS = ("tokens", "lengths", "keep")  # of a shard, beside one row of a target per position
 

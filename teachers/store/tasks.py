@@ -24,10 +24,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from teachers.atomic_files import StoreError
 from teachers.machine import host, is_gone, machine
 from teachers.store.task_files import TaskFiles
 
 LEASE_SECONDS = 60.0  # without a sign of life, after which a task is anybody's again
+LEASE_VARIABLE = "DISTILL_LEASE_SECONDS"  # in the environment: another such time
+SHORTEST_LEASE, LONGEST_LEASE = 1.0, 86_400.0
 BEATS = 6  # signs of life in that time
 FIRST_WAIT, LONGEST_WAIT = 0.2, 2.0  # seconds between looks at what others do
 TOGETHER = 16  # files read at once: a network's delay counts once
@@ -53,14 +56,18 @@ class Maker:
 class Tasks:
     """The tasks of one folder, as one process sees them.
 
-    ``seconds``: how long others wait for a sign of life of this process before they take over.
+    ``seconds``: how long others wait for a sign of life of this process before they take over, if
+    not as long as the environment says.
+
+    Raises:
+        StoreError: the environment says no such time.
     """
 
     def __init__(
-        self, location: str | Path, maker: Maker | None = None, seconds: float = LEASE_SECONDS
+        self, location: str | Path, maker: Maker | None = None, seconds: float | None = None
     ) -> None:
         self.files = TaskFiles(location)
-        self.maker, self.seconds = maker or Maker(), seconds
+        self.maker, self.seconds = maker or Maker(), seconds or _lease_seconds()
         self.begun, self.tokens = time.monotonic(), 0  # when this process began, what it has done
         self._watched: dict[
             str, tuple[bytes | None, float]
@@ -293,6 +300,20 @@ class Lease:
                 "working": time.monotonic() - tasks.begun,
             }
         )
+
+
+def _lease_seconds() -> float:
+    given = os.environ.get(LEASE_VARIABLE, str(LEASE_SECONDS))
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not SHORTEST_LEASE <= seconds <= LONGEST_LEASE:
+        raise StoreError(
+            f"{LEASE_VARIABLE}={given!r} in the environment: give {SHORTEST_LEASE:.0f} to "
+            f"{LONGEST_LEASE:.0f} seconds"
+        )
+    return seconds
 
 
 def lease_name(task: str, generation: int) -> str:
