@@ -12,6 +12,7 @@ from distill.config.schema import TargetsConfig
 from distill.errors import UserError
 from distill.runtime.format import human_bytes
 from distill.runtime.progress import Console
+from teachers.atomic_files import StoreError
 from teachers.base import Teacher, Tokens
 from teachers.ensemble import EnsembleError
 from teachers.errors import RequestRefused
@@ -24,7 +25,7 @@ from teachers.store.capture import (
     probe_text,
     require_causal,
 )
-from teachers.store.manifest import MANIFEST, SEQUENCES, Manifest
+from teachers.store.manifest import MANIFEST, SEQUENCES, Manifest, read_manifest
 from teachers.store.sequences import SequenceFiles
 from teachers.store.store import SoftTargetStore
 from teachers.store.teacher_record import TEACHER
@@ -117,9 +118,7 @@ def open_store(
         UserError: the disk has not enough room.
     """
     manifest = store_manifest(teacher, corpus, recipe)
-    name = f"{place.stem}-{manifest.key[:12]}"
-    usual = [root / name for root in place.roots]
-    folder = place.asked or next((root for root in usual if (root / MANIFEST).exists()), usual[0])
+    folder = place.asked or _usual_folder(place, manifest)
     info = teacher.info
     embeddings = 2 * info.vocab_size * stored_columns(info.width)
     _require_space(folder, largest_size(corpus, recipe, teacher) + embeddings)
@@ -127,6 +126,21 @@ def open_store(
     if isinstance(corpus.items, SequenceFiles):
         corpus.items.keep_in(folder / SEQUENCES)
     return store
+
+
+def _usual_folder(place: StoreLocation, manifest: Manifest) -> Path:
+    """Where this store is, or is to be, if no place is asked for."""
+    usual = [root / f"{place.stem}-{manifest.key[:12]}" for root in place.roots]
+    if found := next((folder for folder in usual if (folder / MANIFEST).exists()), None):
+        return found
+    for folder in place.candidates():  # of an earlier version, whose keys were others
+        if (folder / MANIFEST).exists():
+            try:
+                if read_manifest(folder).holds(manifest):
+                    return folder
+            except StoreError:  # another store's trouble
+                continue
+    return usual[0]
 
 
 def largest_size(corpus: Corpus, recipe: Recipe, teacher: Teacher) -> int:

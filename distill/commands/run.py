@@ -119,11 +119,12 @@ def capture(
     if executor is not None:
         from distill.pipeline.executors import capture_with, require_executor
 
-        require_executor(executor, store, workers or 1)
+        count = 1 if workers is None else workers
+        require_executor(executor, store, count)
         assert store is not None
         with _checking() as (console, _):
             check_capture(settings, store, data=False)
-        capture_with(executor, workers or 1, engine or [], settings, store, console)
+        capture_with(executor, count, engine or [], settings, store, console)
         return
     with _checking(every_process=True) as (console, progress):
         inputs = check_capture(settings, store, progress)

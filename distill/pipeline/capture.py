@@ -15,7 +15,7 @@ from distill.capture.capture import (
     text_of,
 )
 from distill.capture.corpus import Corpus
-from distill.capture.sequences.known import StoreLocation
+from distill.capture.sequences.known import StoreLocation, known_vocabulary
 from distill.capture.store_setup import open_store, recipe_for
 from distill.capture.teachers import gguf_of, teacher_stem
 from distill.config.schema import RunConfig
@@ -50,9 +50,10 @@ def capture_only(
     inputs = inputs or check_capture(config, where)
     data, kept = inputs.take_data(), RUNS / "stores" if where is None else where.parent
     place = StoreLocation(where, RUNS, teacher_stem(config.teacher))
+    known = known_vocabulary(place, config)
     with (
         load_teacher(config, console) as whole,
-        fitted(whole, config, data, kept, console) as teacher,
+        fitted(whole, config, data, kept, console, known) as teacher,
         data_on_disk(config, teacher, place, console, data) as corpus,
     ):
         del data

@@ -33,7 +33,8 @@ EXECUTORS = {
     "ray": ("datatrove.executor.ray", "RayPipelineExecutor"),
 }
 ENGINE = "engine"  # the folder of datatrove's own files and the workers' logs, among the tasks
-OWN = {"pipeline", "tasks", "workers", "logging_dir", "skip_completed"}  # which we set
+# Options that we set.
+OWN = {"pipeline", "tasks", "workers", "logging_dir", "skip_completed", "depends"}
 WATCH_SECONDS = 1.0
 WORDS = 500  # characters of a worker's last words
 
@@ -125,15 +126,15 @@ def capture_with(
             workers say of the input. WorkersFailed: they ended and the store is not full.
     """
     require_executor(name, store, workers)
+    module, kind = EXECUTORS[name]
+    made = getattr(importlib.import_module(module), kind)
+    given = _given(options, made, name)
     folder = (store / TASKS / ENGINE).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("worker-*"):
         old.unlink()
     settings = folder / "settings.json"
     settings.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
-    module, kind = EXECUTORS[name]
-    made = getattr(importlib.import_module(module), kind)
-    given = _given(options, made, name)
     if name == "slurm" and (activate := Path(sys.prefix) / "bin" / "activate").exists():
         given.setdefault("env_command", f"source {activate}")
     engine = made(

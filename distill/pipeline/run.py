@@ -14,7 +14,7 @@ from distill.capture.ready_store import (
     require_complete,
     without_capture,
 )
-from distill.capture.sequences.known import StoreLocation
+from distill.capture.sequences.known import StoreLocation, known_vocabulary
 from distill.capture.store_setup import open_store, recipe_for
 from distill.capture.teachers import gguf_of, teacher_stem, tokenizer_of
 from distill.config.schema import RunConfig
@@ -68,9 +68,10 @@ def run(
     kept = beside / "stores" if places.store is None else places.store.parent
     stem = teacher_stem(config.teacher)
     place = StoreLocation(places.store, beside, stem)
+    known = known_vocabulary(place, config)
     with (
         load_teacher(config, console) as whole,
-        fitted(whole, config, data, kept, console) as teacher,
+        fitted(whole, config, data, kept, console, known) as teacher,
         data_on_disk(config, teacher, place, console, data) as corpus,
     ):
         del data

@@ -48,12 +48,18 @@ UNSEEN_EVERY = 8  # one in so many sequences is not looked at by the choice, and
 
 @contextmanager
 def fitted(
-    teacher: Teacher, config: RunConfig, data: DataRows | None, folder: Path, console: Console
+    teacher: Teacher,
+    config: RunConfig,
+    data: DataRows | None,
+    folder: Path,
+    console: Console,
+    known: str = "",
 ) -> Iterator[Teacher]:
     """The teacher over the vocabulary that the settings ask for, or as it is.
 
     ``data``: see ``build_corpus``. ``folder``: where the choice, and the teacher's file with that
-    vocabulary, are kept and found again.
+    vocabulary, are kept and found again. ``known``: the key of the choice for this data, if a store
+    has it; then the data is not read for it.
 
     Raises:
         UserError, VocabularyError: it cannot be cut so.
@@ -63,7 +69,7 @@ def fitted(
         return
     assert isinstance(teacher, GGUFTeacher), "see check_student_vocabulary"
     with console.stage("Vocabulary", total=100) as stage:
-        cut = _cut(teacher, config, data, folder, stage)
+        cut = _kept(teacher, folder, known) or _cut(teacher, config, data, folder, stage)
         path = trimmed_file(teacher.file, cut, folder, teacher_stem(config.teacher))
         stage.finish(describe(cut))
     for script, share in cut.lost.items():
@@ -135,6 +141,26 @@ def trimmed_file(file: GGUFFile, cut: VocabularyCut, folder: Path, stem: str) ->
     return path
 
 
+def _kept(teacher: GGUFTeacher, folder: Path, known: str) -> VocabularyCut | None:
+    """The choice of this key, if it is kept."""
+    for path in folder.glob("*.vocabulary") if known else ():
+        if (cut := _stored(path, teacher)) is not None and cut.key == known:
+            return cut
+    return None
+
+
+def _stored(path: Path, teacher: GGUFTeacher) -> VocabularyCut | None:
+    """A choice for this teacher; ``None`` where there is none, or it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        found = VocabularyCut.in_arrays(safetensors.numpy.load_file(path))
+    except (safetensors.SafetensorError, VocabularyError):
+        return None
+    fits = found is not None and found.vocabulary.old_size == teacher.info.vocab_size
+    return found if fits else None
+
+
 def _cut(
     teacher: GGUFTeacher, config: RunConfig, data: DataRows | None, folder: Path, stage: Stage
 ) -> VocabularyCut:
@@ -146,16 +172,6 @@ def _cut(
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     path = folder / f"{teacher_stem(config.teacher)}-{key[:12]}.vocabulary"
 
-    def find() -> VocabularyCut | None:
-        if not path.exists():
-            return None
-        try:
-            found = VocabularyCut.in_arrays(safetensors.numpy.load_file(path))
-        except (safetensors.SafetensorError, VocabularyError):
-            return None  # damaged: made again
-        fits = found is not None and found.vocabulary.old_size == teacher.info.vocab_size
-        return found if fits else None
-
     def make() -> VocabularyCut:
         cut = choose(teacher, corpus, asked, stage)
         write_whole(path, safetensors.numpy.save(cut.arrays()))
@@ -165,7 +181,7 @@ def _cut(
         stage.update(0, "another process chooses")
 
     folder.mkdir(parents=True, exist_ok=True)
-    return Tasks(folder / TASKS).once(path.name, find, make, waiting)
+    return Tasks(folder / TASKS).once(path.name, lambda: _stored(path, teacher), make, waiting)
 
 
 def choose(teacher: GGUFTeacher, corpus: Corpus, asked: str, stage: Stage) -> VocabularyCut:

@@ -68,6 +68,13 @@ def find_sequences(place: StoreLocation, config: RunConfig) -> tuple[Path, Index
     return None
 
 
+def known_vocabulary(place: StoreLocation, config: RunConfig) -> str:
+    """The key of the vocabulary that was chosen for this data, if a store has its tokens."""
+    found = find_sequences(place, config) if config.student.vocab is not None else None
+    teacher = {} if found is None else found[1].request.get("teacher", {})
+    return str(teacher.get("vocabulary", "")) if isinstance(teacher, dict) else ""
+
+
 def data_settings(config: RunConfig) -> dict[str, Any]:
     """What decides, beside teacher and data, which sequences there are."""
     data = config.data.model_dump(mode="json", exclude={"path", "held_out"})
