@@ -1,13 +1,14 @@
 """How long a worker takes to join a large store, and how much memory: on a simulated one, whose
-shards and tokens are sparse files.
+shards are sparse files. And how fast data is read and tokenized, in how much memory.
 
-python -m tools.bench.worker_start --tokens 1e9
+python -m tools.bench.worker_start --tokens 1e9 --rows 50000 200000
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import shutil
 import tempfile
 import time
@@ -19,8 +20,11 @@ import torch
 
 from distill.capture.corpus import Corpus
 from distill.capture.sequences.known import StoreLocation, data_settings, find_sequences
+from distill.capture.sequences.stored import stored_corpus
 from distill.config.loading import load_config
-from teachers.base import Sampling
+from teachers import example_teacher
+from teachers.base import Sampling, no_progress
+from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.manifest import MANIFEST, SEQUENCES, TASKS, Manifest
 from teachers.store.sequence_index import INDEX, Index, Item, Tally
 from teachers.store.sequences import (
@@ -96,12 +100,36 @@ def join(folder: Path) -> tuple[int, int]:
     return numbers[lease.name], sum(len(item.segments[0]) for item in items)
 
 
+def read(rows: int, folder: Path) -> None:
+    """Read so many rows of JSONL into a store, and say how that went."""
+    chance, path = random.Random(0), folder / "data.jsonl"
+    words = ("order", "gloves", "budget", "sample", "tank", "room", "please", "the", "of", "report")
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(rows):
+            text = " ".join(chance.choices(words, k=100))
+            file.write(json.dumps({"text": f"{number} {text}"}) + "\n")
+    config = load_config(None, {"data.path": str(path)}, [])
+    place = StoreLocation(folder / "store", folder, "")
+    with GGUFTeacher(example_teacher()) as teacher, peak_memory(torch.device("cpu")) as peak:
+        begin = time.perf_counter()
+        with stored_corpus(
+            config, teacher, place, lambda make: make(no_progress), lambda: None
+        ) as corpus:
+            seconds = time.perf_counter() - begin
+    tokens = corpus.tally.tokens
+    print(
+        f"{rows:,} rows ({path.stat().st_size / 1e6:.0f} MB): {tokens:,} tokens in {seconds:.1f} s "
+        f"({tokens / seconds:,.0f} a second) with {peak.extra / 1e6:.0f} MB"
+    )
+
+
 def main() -> None:
     """Parse the command line, simulate and measure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=float, default=1e9)
+    parser.add_argument("--rows", type=int, nargs="*", default=[])
     options = parser.parse_args()
     print(machine_line(machine(torch.get_num_threads())))
     with tempfile.TemporaryDirectory() as root:
@@ -121,6 +149,9 @@ def main() -> None:
             f"joined in {seconds:.2f} s with {peak.extra / 1e6:.0f} MB beyond the "
             f"{before / 1e6:.0f} MB of the imported program; shard {shard}, {tokens:,} tokens"
         )
+    for rows in options.rows:
+        with tempfile.TemporaryDirectory() as root:
+            read(rows, Path(root))
 
 
 if __name__ == "__main__":

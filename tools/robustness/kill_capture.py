@@ -58,12 +58,15 @@ def disturbed(
     stalled: dict[int, float] = {}  # by process, when it goes on
     counts: Counter[str] = Counter()
     while any(worker.poll() is None for worker in running):
-        time.sleep(chance.uniform(0.5, 3.0))
+        time.sleep(chance.uniform(0.2, 2.0))
         now = time.monotonic()
         for process in [one for one, until in stalled.items() if until < now]:
             _signal(process, signal.SIGCONT)
             del stalled[process]
+        makers = [lease.get("maker", {}) for lease in Tasks(folder / TASKS).leases().values()]
+        at_work = {maker.get("process") for maker in makers}
         awake = [one for one in running if one.poll() is None and one.pid not in stalled]
+        awake = [one for one in awake if one.pid in at_work]  # not one that is just starting
         if awake and counts["killed"] < kills:
             victim = chance.choice(awake)
             if chance.random() < STALLS:

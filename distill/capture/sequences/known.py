@@ -94,9 +94,11 @@ def _same_files(stored: Any, files: list[Path]) -> bool:
     if not isinstance(stored, list) or len(stored) != len(files):
         return False
     for known, file in zip(stored, files, strict=True):
-        about = file.stat()
-        if (known["name"], known["bytes"]) != (file.name, about.st_size):
+        if not isinstance(known, dict) or not file.is_file():
             return False
-        if known["mtime_ns"] != about.st_mtime_ns and known["sha256"] != file_sha256(file):
+        about = file.stat()
+        if (known.get("name"), known.get("bytes")) != (file.name, about.st_size):
+            return False
+        if known.get("mtime_ns") != about.st_mtime_ns and known.get("sha256") != file_sha256(file):
             return False
     return True
