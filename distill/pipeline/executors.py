@@ -147,7 +147,7 @@ def capture_with(
     )
     if name == "slurm":
         engine.run()
-        console.note(f"{workers} workers are queued; see `distill status {store}`")
+        console.note(f"workers queued: {workers}; see `distill status {store}`")
         return
     with console.stage("Capture") as stage, _watching(store, stage):
         if name == "local":

@@ -74,6 +74,8 @@ def status_of(folder: Path) -> Status:
         raise UserError(f"{folder} is no store; give the folder that `distill capture` fills")
     tasks = Tasks(folder / TASKS)
     records, leases, failures = tasks.records(), tasks.leases(), tasks.failures()
+    # A process that died over what another has made since leaves its lease behind.
+    leases = {task: lease for task, lease in leases.items() if not (folder / task).exists()}
     workers = [_worker(task, lease, records) for task, lease in leases.items()]
     failed = [
         Failure(task, _text(one, "host"), str(one.get("words", "")), task in records)

@@ -7,6 +7,7 @@ by the others within seconds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -21,7 +22,6 @@ class TaskFiles:
     def __init__(self, location: str | Path) -> None:
         self._files, self._folder = fsspec.core.url_to_fs(str(location))
         self._local = isinstance(self._files, LocalFileSystem)
-        self._made = False
 
     def names(self) -> list[str]:
         """All of them."""
@@ -40,13 +40,8 @@ class TaskFiles:
 
     def create(self, name: str, data: bytes) -> bool:
         """Whether this process, and none before it, has created a file."""
-        self._make_folder()
         try:
-            if self._local:
-                with Path(self._path(name)).open("xb") as file:
-                    file.write(data)
-            else:
-                self._files.pipe_file(self._path(name), data, mode="create")
+            self._in_folder(self._create, self._path(name), data)
         except FileExistsError:
             return False
         return True
@@ -54,13 +49,28 @@ class TaskFiles:
     def write(self, name: str, data: bytes) -> None:
         """Write a file, or write it anew, so that it is read whole. What a machine that stops takes
         with it is found out again: nothing waits for the disk."""
-        self._make_folder()
+        self._in_folder(self._write, self._path(name), data)
+
+    def _create(self, path: str, data: bytes) -> None:
         if self._local:
-            path = Path(self._path(name))
-            (temporary := temporary_name(path)).write_bytes(data)
+            with Path(path).open("xb") as file:
+                file.write(data)
+        else:
+            self._files.pipe_file(path, data, mode="create")
+
+    def _write(self, path: str, data: bytes) -> None:
+        if self._local:
+            (temporary := temporary_name(Path(path))).write_bytes(data)
             temporary.replace(path)
         else:
-            self._files.pipe_file(self._path(name), data)
+            self._files.pipe_file(path, data)
+
+    def _in_folder(self, act: Callable[[str, bytes], None], path: str, data: bytes) -> None:
+        try:
+            act(path, data)
+        except FileNotFoundError:  # there is no folder yet, or another process found it empty
+            self._files.makedirs(self._folder, exist_ok=True)
+            act(path, data)
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
@@ -76,8 +86,3 @@ class TaskFiles:
 
     def _path(self, name: str) -> str:
         return f"{self._folder}/{name}"
-
-    def _make_folder(self) -> None:
-        if not self._made:
-            self._files.makedirs(self._folder, exist_ok=True)
-            self._made = True

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from distill.capture.corpus import Corpus, Planned, plan_corpus
@@ -73,10 +73,11 @@ def stored_corpus(
             return
         remove_leftovers(place.home)
         folder = temporary_name(place.home / SEQUENCES)
-        with found.telling():
+        stack.callback(_remove_empty, place)
+        stack.callback(found.release)
+        with found.telling() if place.asked is not None else nullcontext():
             folder.mkdir(parents=True)
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            stack.callback(found.release)
 
             def written(progress: Progress) -> Corpus:
                 planned = plan_corpus(
@@ -88,6 +89,16 @@ def stored_corpus(
         assert isinstance(corpus.items, SequenceFiles)
         corpus.items.pending = found.release
         yield corpus
+
+
+def _remove_empty(place: StoreLocation) -> None:
+    """Remove the folders of stores, where there is nothing in them after all."""
+    if place.asked is None:
+        for folder in (place.home / TASKS, place.home, place.home.parent):
+            try:
+                folder.rmdir()
+            except OSError:  # it is not empty
+                return
 
 
 def _written(folder: Path, planned: Planned, config: RunConfig, teacher: Teacher) -> Corpus:

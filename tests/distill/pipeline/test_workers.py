@@ -98,7 +98,7 @@ def test_workers_through_slurm(
     given = ["--store", store, "--executor", "slurm", "--workers", 1]
     assert "needs --engine time=VALUE" in refuses_after("capture", *flags, *given)
     engine = ["--engine", "time=1:00:00", "--engine", "partition=cpu"]
-    assert "1 workers are queued" in says("capture", *flags, *given, *engine)
+    assert "workers queued: 1" in says("capture", *flags, *given, *engine)
     folder = store / TASKS / "engine"
     script = (folder / "launch_script.slurm").read_text()
     assert "launch_pickled_pipeline" in script and "#SBATCH --partition=cpu" in script
