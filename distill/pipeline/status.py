@@ -86,8 +86,9 @@ def status_of(folder: Path) -> Status:
         return Status(0, 0, 0, 0, 0, 0, 0.0, None, workers, failed)
     manifest = read_manifest(folder)
     names = task_names(manifest)
-    done = sum((folder / f"{name}.safetensors").exists() and name in records for name in names)
+    there = {path.stem for path in folder.glob("shard-*.safetensors")}
     claimed = sum(name in leases for name in names)
+    done = sum(name in there and name not in leases for name in names)
     whole = totals(records, manifest)
     seconds = None
     if speed and whole["sequences"]:

@@ -114,8 +114,9 @@ def capture(
         remove_leftovers(folder)
     names = task_names(store.manifest)
     numbers = {name: shard for shard, name in enumerate(names)}
-    for name, record in tasks.records().items():
-        if name in numbers and not is_unchanged(store, numbers[name], record):
+    records = tasks.records()
+    for name in set(names).difference(tasks.undone(names)):
+        if not is_unchanged(store, numbers[name], records.get(name)):
             tasks.reopen(name)
     work = _Work(teacher, source, store, report)
 

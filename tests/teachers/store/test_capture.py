@@ -20,6 +20,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -304,6 +305,38 @@ def test_a_damaged_shard_alone_is_captured_again(
         flip(path, 9)
         summary = filled(folder, tiny_teacher, source)[1]
         assert summary == CaptureSummary(len(SHARDS) - 1, (shard,), 1), row
+
+
+def test_what_is_remembered_is_not_trusted_blindly(
+    tmp_path: Path, tiny_teacher: GGUFTeacher, stored: Stored
+) -> None:
+    """A shard that is not as it was is looked at again, and so is one whose record is damaged or
+    lost; one that is as it was is not read."""
+    whole = stored(False, "sketch").folder
+    for damage in ("nonsense", "older", "gone", "all gone", "shard gone"):
+        folder = shutil.copytree(whole, tmp_path / damage)
+        store = begin(folder, tiny_teacher, Source())
+        record, shard = folder / TASKS / f"{task_name(1)}.done", store.shard_path(1)
+        if damage == "nonsense":
+            record.write_bytes(b"{")
+        elif damage == "older":
+            os.utime(shard, (1, 1))
+        elif damage == "gone":
+            record.unlink()
+        elif damage == "all gone":
+            shutil.rmtree(folder / TASKS)
+        else:
+            record.write_bytes(b"\xff")
+            shard.unlink()
+        written = int(damage == "shard gone")
+        with patch.object(store, "read_shard", wraps=store.read_shard) as reading:
+            summary = capture(tiny_teacher, Source(), store, quiet)
+        assert summary == CaptureSummary(len(SHARDS) - written, (), written), damage
+        read = [call.args[0] for call in reading.call_args_list]
+        assert read == (list(SHARDS) if damage == "all gone" else [1]), damage
+        assert contents(folder) == contents(whole), damage
+        records = Tasks(folder / TASKS).records()
+        assert all(is_unchanged(store, one, records[task_name(one)]) for one in SHARDS), damage
 
 
 # --- several processes
