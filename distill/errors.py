@@ -20,3 +20,7 @@ class ProofFailed(RuntimeError):
 
 class GradientsDoNotFlow(RuntimeError):
     """A weight that is to be trained gets no gradient, or one that is frozen does. Exit code 1."""
+
+
+class WorkersFailed(RuntimeError):
+    """Workers of a capture ended and the store is not full. Exit code 1; what was saved stays."""

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import filelock
 
+from teachers.machine import is_gone, machine
+
+FORGOTTEN_SECONDS = 86_400.0  # a temporary file that nobody has written to for so long is left over
 LOCK = ".lock"
 
 
@@ -53,7 +58,7 @@ def is_held(folder: Path) -> bool:
 def write_whole(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
     """Write a file, in one piece or several, so that it appears complete or not at all, also when
     the machine stops."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             file.writelines([data] if isinstance(data, bytes) else data)
@@ -65,6 +70,30 @@ def write_whole(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """Where to write a file that gets its name when it is whole; no other process writes there,
+    nor another machine's."""
+    return path.with_name(f".{path.name}.{machine()}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders of processes that have ended. Those of other machines
+    are left for a day: they may still be written."""
+    for path in folder.glob(".*.tmp"):
+        *_, host, start, process, _ = ("", "", "", *path.name.split("."))
+        number = int(process) if process.isdigit() else 0
+        try:
+            forgotten = time.time() - path.stat().st_mtime > FORGOTTEN_SECONDS
+            if not (forgotten or is_gone(f"{host}.{start}", number)):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        except FileNotFoundError:  # another process was faster, or it has its name by now
+            continue
 
 
 def is_temporary(path: Path) -> bool:

@@ -151,7 +151,8 @@ class Teacher(Protocol):
 
     @property
     def runtime(self) -> str:
-        """What computes the answers, as far as their last bits depend on it."""
+        """What computes the answers, as far as these depend on it by more than their last bits:
+        not the machine, its number of threads or GPUs."""
         ...
 
     @property
@@ -289,7 +290,7 @@ class LogitRule(NamedTuple):
 
 @dataclass(frozen=True)
 class ProcessRank:
-    """This process's place in a launch: it writes the shards s with s mod ``world`` = ``rank``."""
+    """This process's place in a launch."""
 
     rank: int = 0
     world: int = 1

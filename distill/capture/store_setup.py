@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distill.capture.corpus import Corpus
+from distill.capture.sequences.known import StoreLocation
 from distill.config.schema import TargetsConfig
 from distill.errors import UserError
-from distill.runs.folder import RUNS
 from distill.runtime.format import human_bytes
 from distill.runtime.progress import Console
+from teachers.atomic_files import StoreError
 from teachers.base import Teacher, Tokens
 from teachers.ensemble import EnsembleError
 from teachers.errors import RequestRefused
@@ -25,7 +25,8 @@ from teachers.store.capture import (
     probe_text,
     require_causal,
 )
-from teachers.store.manifest import MANIFEST, Manifest
+from teachers.store.manifest import MANIFEST, SEQUENCES, Manifest, read_manifest
+from teachers.store.sequences import SequenceFiles
 from teachers.store.store import SoftTargetStore
 from teachers.store.teacher_record import TEACHER
 from teachers.targets.recipe import Recipe, default_sketch_bytes
@@ -87,7 +88,6 @@ def store_manifest(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> Manifest
         "vocab_size": info.vocab_size,
         "corpus_sha256": corpus.digest(),
         "recipe": recipe.to_json(),
-        # The last bits of a logit, and so what a teacher says, depend on these.
         "runtime": teacher.runtime,
     }
     if (cut := cut_of(teacher)) is not None:
@@ -109,15 +109,6 @@ def store_manifest(teacher: Teacher, corpus: Corpus, recipe: Recipe) -> Manifest
     return Manifest(identity, len(corpus), together)
 
 
-@dataclass(frozen=True)
-class StoreLocation:
-    """A store's location: ``asked`` for, or ``beside``/stores, named after ``stem``."""
-
-    asked: Path | None
-    beside: Path
-    stem: str
-
-
 def open_store(
     teacher: Teacher, corpus: Corpus, recipe: Recipe, place: StoreLocation
 ) -> SoftTargetStore:
@@ -131,25 +122,37 @@ def open_store(
         UserError: the disk has not enough room.
     """
     manifest = store_manifest(teacher, corpus, recipe)
-    name = f"{place.stem}-{manifest.key[:12]}"
-    usual = [root / "stores" / name for root in (place.beside, RUNS, Path())]
-    folder = place.asked or next((root for root in usual if (root / MANIFEST).exists()), usual[0])
+    folder = place.asked or _usual_folder(place, manifest)
     info = teacher.info
     embeddings = 2 * info.vocab_size * stored_columns(info.width)
     _require_space(folder, largest_size(corpus, recipe, teacher) + embeddings)
-    return SoftTargetStore.create_or_open(folder, manifest)
+    store = SoftTargetStore.create_or_open(folder, manifest)
+    if isinstance(corpus.items, SequenceFiles):
+        corpus.items.keep_in(folder / SEQUENCES)
+    return store
+
+
+def _usual_folder(place: StoreLocation, manifest: Manifest) -> Path:
+    """Where this store is, or is to be, if no place is asked for."""
+    usual = [root / f"{place.stem}-{manifest.key[:12]}" for root in place.roots]
+    if found := next((folder for folder in usual if (folder / MANIFEST).exists()), None):
+        return found
+    for folder in place.candidates():  # of an earlier version, whose keys were others
+        if (folder / MANIFEST).exists():
+            try:
+                if read_manifest(folder).holds(manifest):
+                    return folder
+            except StoreError:  # another store's trouble
+                continue
+    return usual[0]
 
 
 def largest_size(corpus: Corpus, recipe: Recipe, teacher: Teacher) -> int:
     """Bytes that the soft targets take at most: every sequence as long as it may be."""
-    longest = corpus.sampling.max_length
+    longest, tally = corpus.sampling.max_length, corpus.tally
     each = recipe.bytes_per_position(teacher.info.vocab_size, teacher.info.width)
-    tokens = positions = 0
-    for item in corpus.items:
-        length = longest if item.speaks else len(item.segments[0])
-        tokens += length
-        positions += length if item.keep is None else length - int((~item.keep).sum())
-    return 4 * tokens + positions * each
+    tokens = tally.tokens + longest * tally.spoken
+    return 4 * tokens + (tokens - tally.unlearnt) * each
 
 
 def _require_space(folder: Path, needed: int) -> None:

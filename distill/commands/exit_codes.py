@@ -38,6 +38,7 @@ EXIT_CODES = {
     "distill.errors.GradientsDoNotFlow": EXIT_OURS,
     "distill.errors.ProofFailed": EXIT_OURS,
     "distill.errors.TrainingAborted": EXIT_OURS,
+    "distill.errors.WorkersFailed": EXIT_OURS,
     "students.gguf.metadata.ExportError": EXIT_OURS,
     "students.model.fold.FoldError": EXIT_OURS,
     "teachers.errors.LibraryError": EXIT_OURS,

@@ -164,3 +164,26 @@ AsJson = Annotated[bool, typer.Option("--json", help="Everything as one JSON obj
 Page = Annotated[
     Path | None, typer.Option("--output", help="HTML file to write, which opens without a network.")
 ]
+Executor = Annotated[
+    str | None,
+    typer.Option(
+        metavar="local|slurm|ray",
+        help="Have several workers fill the store, started by datatrove: on this machine, as Slurm "
+        "jobs or on a Ray cluster. Default: this process alone.",
+    ),
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", help="How many workers, with --executor. Default: 1.")
+]
+Engine = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--engine",
+        metavar="NAME=VALUE",
+        help="An option of datatrove's executor, such as partition=gpu, time=24:00:00 or "
+        "cpus_per_task=32. Repeatable.",
+    ),
+]
+WorkedStore = Annotated[
+    Path, typer.Argument(metavar="STORE", help="Folder that `distill capture` fills.")
+]

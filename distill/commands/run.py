@@ -1,4 +1,4 @@
-"""``run``, ``capture``, ``train`` and ``plan``: from a teacher to a student."""
+"""``run``, ``capture``, ``status``, ``train`` and ``plan``: from a teacher to a student."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 import typer
 
 from distill.commands.options import (
+    AsJson,
     ConfigFile,
     Data,
+    Engine,
     Epochs,
+    Executor,
     Init,
     LoadIn4bit,
     LoraRank,
@@ -33,6 +36,8 @@ from distill.commands.options import (
     Teacher,
     Tokenizer,
     Vocab,
+    WorkedStore,
+    Workers,
 )
 
 if TYPE_CHECKING:
@@ -95,26 +100,59 @@ def capture(
     store: Store = None,
     seed: Seed = None,
     safety_labels: SafetyLabels = None,
+    executor: Executor = None,
+    workers: Workers = None,
+    engine: Engine = None,
     config: ConfigFile = None,
     set_: Settings = None,
 ) -> None:
     """Only the teacher's part: fill a store of soft targets, or continue one.
 
-    Under torchrun or accelerate launch each process captures its own shards of the same store.
+    Started any number of times on the same --store, on one machine or many, also by torchrun or a
+    job array, the processes share the work.
     """
     from distill.config.loading import load_config
+    from distill.errors import UserError
     from distill.pipeline.preflight import check_capture
 
     overrides = _capture_settings(teacher, vocab, data, samples, targets, seed)
     overrides["teacher.tokenizer"] = tokenizer
     overrides["safety.labels"] = safety_labels
     settings = load_config(config, overrides, set_ or [])
+    if executor is None and (workers is not None or engine):
+        raise UserError("--workers and --engine are for --executor local, slurm or ray")
+    if executor is not None:
+        from distill.pipeline.executors import capture_with, require_executor
+
+        count = 1 if workers is None else workers
+        require_executor(executor, store, count)
+        assert store is not None
+        with _checking() as (console, _):
+            check_capture(settings, store, data=False)
+        capture_with(executor, count, engine or [], settings, store, console)
+        return
     with _checking(every_process=True) as (console, progress):
         inputs = check_capture(settings, store, progress)
 
     from distill.pipeline.capture import capture_only
 
     capture_only(settings, store, console, inputs)
+
+
+@commands.command()
+def status(store: WorkedStore, as_json: AsJson = False) -> None:
+    """How far the capture of a store is: shards, speed, time left, who works, what failed."""
+    from dataclasses import asdict
+
+    from distill.pipeline.status import print_status, status_of
+    from distill.runtime.printable import json_line
+    from distill.runtime.progress import Console
+
+    found = status_of(store)
+    if as_json:
+        print(json_line(asdict(found)))
+        return
+    print_status(found, store, Console())
 
 
 @commands.command()

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.capture.corpus import Corpus, DataRows, Item, build_corpus
+from distill.capture.corpus import Corpus, build_corpus
+from distill.capture.data_rows import DataRows
 from distill.errors import UserError
 from distill.evaluation.candidates import Candidate, Candidates
 from distill.evaluation.inputs.request import DEFAULT_LENGTH, TextRequest
 from distill.runs.folder import HeldOut, RunFolder
 from teachers.base import GenerationRequest, Keep, Sampling, Teacher, Tokens, whole_masks
+from teachers.store.sequence_index import Item
 
 SHORTEST = 8  # tokens that a context or --max-length must have
 # Random streams that no run's sequence has: with a run's own seed and numbers, the teacher would
@@ -30,7 +32,7 @@ class Text:
     """
 
     description: str
-    items: list[Item]
+    items: Sequence[Item]
     sampling: Sampling
     skipped: int = 0
     notes: list[str] = field(default_factory=list)

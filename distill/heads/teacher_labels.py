@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.capture.capture import store_tasks
 from distill.heads.prompts import (
     SafetyPrompt,
     digest,
@@ -22,6 +23,7 @@ from distill.heads.prompts import (
     with_labels,
 )
 from distill.metrics.distributions import log_probability
+from distill.runtime import interrupts
 from distill.runtime.progress import Console
 from students.model.head_decisions import DECISIONS
 from teachers.base import Progress, Teacher, Tokens
@@ -100,19 +102,26 @@ def _shared_prefix(endings: Sequence[Tokens]) -> int:
 def keep_judgment(
     teacher: Teacher, prompts: list[SafetyPrompt], store: SoftTargetStore, console: Console
 ) -> list[SafetyPrompt]:
-    """The prompts with the teacher's labels, from the store or asked for now and kept there.
+    """The prompts with the teacher's labels, from the store or asked for now, by one process, and
+    kept there.
 
     Raises:
         UserError: it decides alike on too many prompts.
     """
-    kept = find_judgment(prompts, store)
-    if kept is None:
+
+    def find() -> list[SafetyPrompt] | None:
+        return find_judgment(prompts, store)
+
+    def make() -> list[SafetyPrompt]:
         with console.stage("Teacher judges", total=len(prompts)) as stage:
             labels = judge_prompts(teacher, prompts, lambda done: stage.update(done, "prompts"))
             store.write_file(_file_name(prompts), {"labels": labels})
             kept = with_labels(prompts, labels)
             decisions = Counter(DECISIONS[prompt.decision] for prompt in kept)
             stage.finish(", ".join(f"{decisions[name]} {name}" for name in DECISIONS))
+        return kept
+
+    kept = store_tasks(store).once(_file_name(prompts), find, make, interrupts.check)
     require_examples(kept, "as the teacher judges them")
     return kept
 

@@ -7,14 +7,16 @@ from pathlib import Path
 from rich.table import Table
 
 from distill.capture.capture import (
+    data_on_disk,
     fill_store,
     keep_teacher_record,
     load_teacher,
-    read_data,
+    store_tasks,
     text_of,
 )
 from distill.capture.corpus import Corpus
-from distill.capture.store_setup import StoreLocation, open_store, recipe_for
+from distill.capture.sequences.known import StoreLocation, known_vocabulary
+from distill.capture.store_setup import open_store, recipe_for
 from distill.capture.teachers import gguf_of, teacher_stem
 from distill.config.schema import RunConfig
 from distill.heads.prompts import SafetyPrompt
@@ -26,8 +28,8 @@ from distill.runtime.launch_environment import process_rank
 from distill.runtime.printable import markup
 from distill.runtime.progress import Console
 from distill.trimming.for_student import fitted
-from teachers.atomic_files import exclusive
 from teachers.base import Teacher
+from teachers.store.shard_records import totals
 from teachers.store.store import SoftTargetStore
 from teachers.store.teacher_record import TEACHER
 from teachers.targets.recipe import Recipe
@@ -36,7 +38,8 @@ from teachers.targets.recipe import Recipe
 def capture_only(
     config: RunConfig, where: Path | None, console: Console, inputs: Inputs | None = None
 ) -> SoftTargetStore:
-    """``distill capture``: fill a store, or this process's share of one, and print what is in it.
+    """``distill capture``: fill a store, together with all other processes that were started to,
+    and print what is in it.
 
     ``inputs``: what ``check_capture`` has read, if it was called.
 
@@ -45,21 +48,19 @@ def capture_only(
         used. OSError: the disk refuses.
     """
     inputs = inputs or check_capture(config, where)
-    share = process_rank()
     data, kept = inputs.take_data(), RUNS / "stores" if where is None else where.parent
+    place = StoreLocation(where, RUNS, teacher_stem(config.teacher))
+    known = known_vocabulary(place, config)
     with (
         load_teacher(config, console) as whole,
-        fitted(whole, config, data, kept, console) as teacher,
+        fitted(whole, config, data, kept, console, known) as teacher,
+        data_on_disk(config, teacher, place, console, data) as corpus,
     ):
-        corpus = read_data(config, teacher, console, data)
         del data
         recipe = recipe_for(config.targets, teacher, corpus, console)
-        store = open_store(
-            teacher, corpus, recipe, StoreLocation(where, RUNS, teacher_stem(config.teacher))
-        )
-        with exclusive(store.folder, share.rank):
-            fill(store, teacher, corpus, config, inputs.prompts, console)
-        if share.world == 1:
+        store = open_store(teacher, corpus, recipe, place)
+        fill(store, teacher, corpus, config, inputs.prompts, console)
+        if process_rank().rank == 0:
             _print_store(store, recipe, teacher, console)
     return store
 
@@ -72,14 +73,12 @@ def fill(
     prompts: list[SafetyPrompt] | None,
     console: Console,
 ) -> bool:
-    """Capture this process's share of what is missing, and in the first process what the store
-    keeps of the teacher beside soft targets; returns whether no soft targets were missing."""
-    share = process_rank()
-    reused = fill_store(teacher, corpus, store, console, share)
-    if share.rank == 0:
-        text = text_of(config, teacher.info)
-        keep_teacher_record(teacher, gguf_of(teacher), store, console, share, text)
-        labelled_prompts(config, prompts, teacher, store, console)
+    """Capture what is missing, and what the store keeps of the teacher beside soft targets,
+    together with all other processes that do so; returns whether no soft targets were missing."""
+    reused = fill_store(teacher, corpus, store, console)
+    text = text_of(config, teacher.info)
+    keep_teacher_record(teacher, gguf_of(teacher), store, console, text)
+    labelled_prompts(config, prompts, teacher, store, console)
     return reused
 
 
@@ -88,6 +87,7 @@ def _print_store(
 ) -> None:
     """What a finished store holds, as a table."""
     each = recipe.bytes_per_position(teacher.info.vocab_size, teacher.info.width)
+    whole = totals(store_tasks(store).records(), store.manifest)
     table = Table(
         title=markup(f"Soft targets of {teacher.info.name}"),
         title_justify="left",
@@ -97,8 +97,8 @@ def _print_store(
         ("kind", recipe.kind),
         *([("truncated", teacher.truncation)] if teacher.truncation else []),
         ("sequences", f"{len(store):,}"),
-        ("tokens", f"{int(store.lengths().sum()):,}"),
-        ("positions trained on", f"{store.positions():,}"),
+        ("tokens", f"{whole['tokens']:,}"),
+        ("positions trained on", f"{whole['positions']:,}"),
         ("bytes per position", f"{each}"),
         ("every logit would take", f"{4 * teacher.info.vocab_size:,} bytes per position"),
         ("on disk", human_bytes(store.bytes_on_disk())),

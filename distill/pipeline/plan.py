@@ -205,7 +205,7 @@ def _combine(
     peaks: dict[str, Peak],
 ) -> Plan:
     """Scale the probes up to the whole run."""
-    tokens = sum(probe.length if item.speaks else len(item.segments[0]) for item in corpus.items)
+    tokens = probe.length * corpus.spoken + corpus.tally.tokens
     learnt = probe.kept_share * (tokens - len(corpus))  # no sequence's first token
     batch_size = sequences_together(config, probe)
     validation = round(config.data.held_out * len(corpus))

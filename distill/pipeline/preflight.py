@@ -12,12 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.base_models.folder import base_folder
-from distill.capture.corpus import DataRows, read_rows
-from distill.capture.teachers import require_gguf, require_teachers, teacher_sources
+from distill.capture.data_rows import DataRows, read_rows
+from distill.capture.sequences.known import StoreLocation, find_sequences
+from distill.capture.teachers import (
+    require_gguf,
+    require_teachers,
+    teacher_sources,
+    teacher_stem,
+)
 from distill.config.schema import RunConfig
 from distill.errors import UserError
 from distill.heads.prompts import SafetyPrompt, read_safety_prompts
-from distill.runs.folder import RunFolder, RunPaths
+from distill.runs.folder import RUNS, RunFolder, RunPaths
 from distill.runtime.launch_environment import process_rank, require_trainable
 from distill.trimming.request import check_student_vocabulary
 from teachers.base import Progress, no_progress
@@ -30,7 +36,7 @@ class Inputs:
     """What was read for a run.
 
     ``prompts``: of the safety head, if there is to be one. ``data``: until somebody takes it;
-    ``None`` where the teacher generates it.
+    ``None`` where the teacher generates it, or a store has its tokens.
     """
 
     prompts: list[SafetyPrompt] | None = None
@@ -59,13 +65,18 @@ def check_run(config: RunConfig, places: RunPaths, progress: Progress = no_progr
         RunFolder(places.out).require_usable()
     if places.store is not None:
         require_store_folder(places.store)
-    return Inputs(read_safety_prompts(config), read_rows(config.data, progress))
+    beside = RUNS if places.out is None else places.out.parent
+    return Inputs(read_safety_prompts(config), _rows(config, places.store, beside, progress))
 
 
 def check_capture(
-    config: RunConfig, store: Path | None, progress: Progress = no_progress
+    config: RunConfig,
+    store: Path | None,
+    progress: Progress = no_progress,
+    *,
+    data: bool = True,
 ) -> Inputs:
-    """Refuse what ``distill capture`` cannot do.
+    """Refuse what ``distill capture`` cannot do; ``data``: also what is wrong with the data.
 
     Raises:
         UserError, StoreError, TeacherFileError: the input cannot be used.
@@ -76,7 +87,18 @@ def check_capture(
     check_student_vocabulary(config)
     if store is not None:
         require_store_folder(store)
-    return Inputs(read_safety_prompts(config), read_rows(config.data, progress))
+    prompts = read_safety_prompts(config)
+    return Inputs(prompts, _rows(config, store, RUNS, progress) if data else None)
+
+
+def _rows(
+    config: RunConfig, store: Path | None, beside: Path, progress: Progress
+) -> DataRows | None:
+    """The data, unless a store has its tokens."""
+    place = StoreLocation(store, beside, teacher_stem(config.teacher))
+    if find_sequences(place, config) is not None:
+        return None
+    return read_rows(config.data, progress)
 
 
 def check_train(config: RunConfig, out: Path | None) -> Inputs:

@@ -3,7 +3,6 @@ however slow they are."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 from dataclasses import dataclass, replace
@@ -132,8 +131,7 @@ def _sequences(
         room = min(longest, max(SHORTEST, tokens // FIRST_GROUP), max(FIRST_TOKENS, tokens))
         cut = [tuple(part[: room - 1] for part in one.segments) for one in items]
         items = [replace(one, segments=parts) for one, parts in zip(items, cut, strict=True)]
-    some = copy.copy(corpus)
-    some.items, some.sampling = items, replace(corpus.sampling, max_length=room)
+    some = Corpus(items, replace(corpus.sampling, max_length=room), [], [])
     if not some.spoken:
         lengths = np.cumsum([len(one.segments[0]) for one in items])
         count = max(1, int((lengths <= tokens).sum()))

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distill.base_models.base_model import Base
-from distill.capture.capture import describe_teacher, load_teacher, read_data
+from distill.capture.capture import data_on_disk, describe_teacher, load_teacher
 from distill.capture.ready_store import (
     find_teacher,
     open_full_store,
     require_complete,
     without_capture,
 )
-from distill.capture.store_setup import StoreLocation, open_store, recipe_for
+from distill.capture.sequences.known import StoreLocation, known_vocabulary
+from distill.capture.store_setup import open_store, recipe_for
 from distill.capture.teachers import gguf_of, teacher_stem, tokenizer_of, weights_of
 from distill.config.schema import RunConfig
 from distill.heads.prompts import SafetyPrompt, digest
@@ -64,33 +65,34 @@ def run(
     launch = Launch.join()
     data, beside = inputs.take_data(), places.out.parent if places.out is not None else RUNS
     kept = beside / "stores" if places.store is None else places.store.parent
+    stem = teacher_stem(config.teacher)
+    place = StoreLocation(places.store, beside, stem)
+    known = known_vocabulary(place, config)
     with (
         load_teacher(config, console) as whole,
-        fitted(whole, config, data, kept, console) as teacher,
+        fitted(whole, config, data, kept, console, known) as teacher,
+        data_on_disk(config, teacher, place, console, data) as corpus,
     ):
+        del data
         info, gguf = teacher.info, gguf_of(teacher)
         assert gguf is not None, "see require_gguf"
         tokenizer = tokenizer_of(config.teacher, gguf)
         weights = weights_of(teacher)
         resolved = resolve(config, info, tokenizer, weights, console)
-        corpus = read_data(config, teacher, console, data)
-        del data
         longest = corpus.sampling.max_length
         resolved = resolved.with_length(longest)
         config = resolved.config
         require_memory(resolved, info, longest, console)
-        stem = teacher_stem(config.teacher)
         work = Workspace(_choose(places.out, config, stem, launch), launch, console)
         recipe = recipe_for(config.targets, teacher, corpus, console)
         pair_layers(config.loss.layer_map, recipe.layers, resolved.layers, info.layers)
-        store = open_store(teacher, corpus, recipe, StoreLocation(places.store, beside, stem))
+        store = open_store(teacher, corpus, recipe, place)
 
         def capture() -> Source:
             # Now, not after hours, a prompt turns out to be too long.
             safety = safety_data(config, prompts, tokenizer, info)
-            with exclusive(store.folder, launch.share.rank):
-                reused = fill(store, teacher, corpus, config, prompts, console)
-                launch.wait()
+            reused = fill(store, teacher, corpus, config, prompts, console)
+            launch.wait()
             if not config.train.on_policy:
                 teacher.close()  # it is out of memory while the student trains
             labelled = labelled_prompts(config, prompts, None, store, console)

@@ -302,7 +302,8 @@ def _fit_safety_head(
         fitted = fit_safety_head(student, data, lambda done: stage.update(done, "prompts read"))
         score = fitted.cross_validation
         stage.finish(
-            f"{score.accuracy:.1%} of {score.prompts} prompts of authors or scenes left out decided rightly"
+            f"{score.accuracy:.1%} of {score.prompts:,} prompts decided rightly, whose author or "
+            "scene was left out"
         )
     student.replace_safety_head(fitted.head)
     if fitted.left_out:

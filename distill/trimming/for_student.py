@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,24 +15,26 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from distill.capture.corpus import Corpus, DataRows, build_corpus
+from distill.capture.corpus import Corpus, build_corpus
+from distill.capture.data_rows import DataRows
 from distill.capture.teachers import teacher_stem
 from distill.capture.tokenizer_only import metadata_entries, tokenizer_alone
 from distill.config.schema import RunConfig
 from distill.errors import UserError
-from distill.runtime.launch_environment import process_rank
 from distill.runtime.progress import Console, Stage
 from distill.trimming.file import write_reduced
 from distill.trimming.measure import teacher_mass
 from distill.trimming.request import TOKENS
 from distill.trimming.scripts import WORTH_A_WARNING, lost_scripts
 from distill.trimming.text import counted, spread
-from teachers.atomic_files import write_whole
+from teachers.atomic_files import temporary_name, write_whole
 from teachers.base import Teacher, Tokens
 from teachers.gguf.file import GGUFFile, read_gguf, tokenizer_fields
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.reduced import ReducedTeacher
+from teachers.store.manifest import TASKS
 from teachers.store.store import SoftTargetStore
+from teachers.store.tasks import Tasks
 from teachers.vocabulary.cut import VocabularyCut
 from teachers.vocabulary.reduced import VocabularyError
 from teachers.vocabulary.selection import Vocabulary, template_tokens
@@ -44,17 +44,22 @@ RULES = 1  # of the choice; to be counted up with whatever changes it
 SAMPLE_SHARE = 0.03  # of the text's tokens, on which the teacher is asked for its probabilities,
 SAMPLE_LEAST = 1024  # but at least so many, and at most as many as `distill trim` takes
 UNSEEN_EVERY = 8  # one in so many sequences is not looked at by the choice, and judges it
-WAIT_SECONDS, PATIENCE_SECONDS = 0.5, 600.0  # for the choice of a launch's first process
 
 
 @contextmanager
 def fitted(
-    teacher: Teacher, config: RunConfig, data: DataRows | None, folder: Path, console: Console
+    teacher: Teacher,
+    config: RunConfig,
+    data: DataRows | None,
+    folder: Path,
+    console: Console,
+    known: str = "",
 ) -> Iterator[Teacher]:
     """The teacher over the vocabulary that the settings ask for, or as it is.
 
     ``data``: see ``build_corpus``. ``folder``: where the choice, and the teacher's file with that
-    vocabulary, are kept and found again.
+    vocabulary, are kept and found again. ``known``: the key of the choice for this data, if a store
+    has it; then the data is not read for it.
 
     Raises:
         UserError, VocabularyError: it cannot be cut so.
@@ -64,7 +69,7 @@ def fitted(
         return
     assert isinstance(teacher, GGUFTeacher), "see check_student_vocabulary"
     with console.stage("Vocabulary", total=100) as stage:
-        cut = _cut(teacher, config, data, folder, stage)
+        cut = _kept(teacher, folder, known) or _cut(teacher, config, data, folder, stage)
         path = trimmed_file(teacher.file, cut, folder, teacher_stem(config.teacher))
         stage.finish(describe(cut))
     for script, share in cut.lost.items():
@@ -127,13 +132,33 @@ def trimmed_file(file: GGUFFile, cut: VocabularyCut, folder: Path, stem: str) ->
     path = folder / f"{stem}-{key[:12]}.gguf"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = temporary_name(path)
         try:
             write_reduced(file, cut.vocabulary, temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
     return path
+
+
+def _kept(teacher: GGUFTeacher, folder: Path, known: str) -> VocabularyCut | None:
+    """The choice of this key, if it is kept."""
+    for path in folder.glob("*.vocabulary") if known else ():
+        if (cut := _stored(path, teacher)) is not None and cut.key == known:
+            return cut
+    return None
+
+
+def _stored(path: Path, teacher: GGUFTeacher) -> VocabularyCut | None:
+    """A choice for this teacher; ``None`` where there is none, or it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        found = VocabularyCut.in_arrays(safetensors.numpy.load_file(path))
+    except (safetensors.SafetensorError, VocabularyError):
+        return None
+    fits = found is not None and found.vocabulary.old_size == teacher.info.vocab_size
+    return found if fits else None
 
 
 def _cut(
@@ -146,22 +171,17 @@ def _cut(
     parts = [RULES, teacher.info.sha256, corpus.digest(), asked, teacher.runtime]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     path = folder / f"{teacher_stem(config.teacher)}-{key[:12]}.vocabulary"
-    rank, waited = process_rank().rank, 0.0
-    while rank > 0 and not path.exists() and waited < PATIENCE_SECONDS:
-        stage.update(0, "waiting for the first process")
-        time.sleep(WAIT_SECONDS)
-        waited += WAIT_SECONDS
-    if path.exists():
-        try:
-            found = VocabularyCut.in_arrays(safetensors.numpy.load_file(path))
-            if found is not None and found.vocabulary.old_size == teacher.info.vocab_size:
-                return found
-        except (safetensors.SafetensorError, VocabularyError):
-            path.unlink()  # damaged: made again
-    cut = choose(teacher, corpus, asked, stage)
+
+    def make() -> VocabularyCut:
+        cut = choose(teacher, corpus, asked, stage)
+        write_whole(path, safetensors.numpy.save(cut.arrays()))
+        return cut
+
+    def waiting() -> None:
+        stage.update(0, "another process chooses")
+
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, safetensors.numpy.save(cut.arrays()))
-    return cut
+    return Tasks(folder / TASKS).once(path.name, lambda: _stored(path, teacher), make, waiting)
 
 
 def choose(teacher: GGUFTeacher, corpus: Corpus, asked: str, stage: Stage) -> VocabularyCut:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.capture.corpus import DataRows, read_rows
+from distill.capture.data_rows import DataRows, read_rows
 from distill.capture.teachers import teacher_sources
 from distill.config.schema import RunConfig
 from distill.config.sources import DataConfig

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.capture.corpus import DataRows
+from distill.capture.data_rows import DataRows
 from distill.errors import UserError
 from teachers.base import Progress, Teacher, Tokens
 from teachers.store.teacher_record import first_sequences

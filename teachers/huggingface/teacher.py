@@ -152,8 +152,8 @@ class HuggingFaceTeacher(Teacher):
     def runtime(self) -> str:
         device, kind = self.model.model.device.type, self.model.model.dtype
         return (
-            f"transformers {version('transformers')}, torch {version('torch')}, "
-            f"{torch.get_num_threads()} threads" + (f", {kind} on {device}" * (device != "cpu"))
+            f"transformers {version('transformers')}, torch {version('torch')}"
+            + f", {kind} on {device}" * (device != "cpu")
         )
 
     def memory(self) -> int:

@@ -287,13 +287,9 @@ class GGUFTeacher(WorkerTeacher):
 
     @property
     def runtime(self) -> str:
-        # Not which GPU or how large a batch, which move the last bits at most: processes of one
-        # launch differ in that.
         cache = self.options.cache_type
-        return (
-            f"llama-cpp-python {version('llama-cpp-python')}, {self.threads} threads, "
-            f"gpu_layers {self.options.gpu_layers}" + (f", {cache} cache" if cache else "")
-        )
+        made = f"llama-cpp-python {version('llama-cpp-python')}"
+        return made + (f", {cache} cache" if cache else "")
 
     def memory(self) -> int:
         return int(psutil.Process(self.worker.process_id).memory_info().rss)

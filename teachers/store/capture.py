@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -13,23 +13,24 @@ import torch
 from torch import Tensor
 
 from stability.precision import ieee_float32
-from teachers.atomic_files import is_held
+from teachers.atomic_files import remove_leftovers
 from teachers.base import (
-    SINGLE_PROCESS,
     Floats,
     GenerationRequest,
     Keep,
     LogitRule,
-    ProcessRank,
     Progress,
     Teacher,
     Tokens,
     no_progress,
     whole_masks,
 )
+from teachers.store.manifest import TASKS
+from teachers.store.shard_records import is_unchanged, shard_record, task_names
 from teachers.store.shared import SharedCodec
-from teachers.store.store import SoftTargetStore
-from teachers.targets.distributions import OutputHead, soft_capped
+from teachers.store.store import SHARED_CODEC, SoftTargetStore
+from teachers.store.tasks import Tasks
+from teachers.targets.distributions import Arrays, OutputHead, soft_capped
 from teachers.targets.recipe import Recipe
 from teachers.targets.state_codec import (
     FIT_LEAST,
@@ -54,8 +55,6 @@ LINEAR_TOLERANCE = 0.02
 CAUSAL_TOKENS = 17  # of the probe: the latter half is changed, the former half's logits may then
 CAUSAL_TOLERANCE = 0.02  # differ by so much of their spread (0 on a processor)
 WRITING_SHARE = 0.5  # of a shard's progress, where the teacher writes it before it scores it
-WAIT_SECONDS = 0.5
-PATIENCE_SECONDS = 60.0  # how long another process waits for a first one that is not there
 
 
 class CaptureError(ValueError):
@@ -84,11 +83,13 @@ class SequenceSource(Protocol):
 
 @dataclass(frozen=True)
 class CaptureSummary:
-    """Shards taken over from before, recaptured because damaged, and written."""
+    """Shards taken over from before, written by this process, and of these captured again because
+    damaged; and written meanwhile by others."""
 
     reused: int
     damaged: tuple[int, ...]
     written: int
+    others: int = 0
 
 
 _rules: WeakKeyDictionary[Teacher, LogitRule] = WeakKeyDictionary()  # measured before
@@ -99,101 +100,131 @@ def capture(
     source: SequenceSource,
     store: SoftTargetStore,
     report: Report,
-    share: ProcessRank = SINGLE_PROCESS,
+    tasks: Tasks | None = None,
 ) -> CaptureSummary:
-    """Fill ``store`` with the teacher's soft targets of every sequence of ``source`` (this
-    process's share).
+    """Fill ``store`` with the teacher's soft targets of every sequence of ``source``, together with
+    all other processes that do so; ``tasks``: of the store, where they differ from the usual.
 
     Raises:
         CaptureError: the teacher's logits are not its final hidden state times a matrix, which the
             store's recipe needs.
     """
-    recipe = store.manifest.recipe
-    if share.world == 1:
-        store.remove_leftovers()
-    mine = range(share.rank, store.manifest.shards, share.world)
-    states = {shard: store.state(shard) for shard in mine}
-    missing = [shard for shard in mine if states[shard] != "complete"]
-    sizes = {shard: stop - start for shard in mine for start, stop in [store.span(shard)]}
-    finished = sum(sizes[shard] for shard in mine if shard not in missing)
-    reached = float(finished)
+    tasks = tasks or Tasks(store.folder / TASKS)
+    for folder in (store.folder, store.folder / TASKS):
+        remove_leftovers(folder)
+    names = task_names(store.manifest)
+    numbers = {name: shard for shard, name in enumerate(names)}
+    records = tasks.records()
+    for name in set(names).difference(tasks.undone(names)):
+        if not is_unchanged(store, numbers[name], records.get(name)):
+            tasks.reopen(name)
+    work = _Work(teacher, source, store, report)
 
-    def tell(done: float, text: str) -> None:
-        nonlocal reached
-        reached = max(reached, done)
-        report(reached, text)
+    def done() -> int:
+        """How many shards are done, by whomever; progress goes on from there."""
+        left = [numbers[name] for name in tasks.undone(names)]
+        work.finished = len(store) - sum(stop - start for start, stop in map(store.span, left))
+        return len(names) - len(left)
 
-    bases: Mapping[str, Basis] = {}
-    first: list[Tokens] = []  # the first shard's, generated before it is known how to keep states
+    def waiting(count: int) -> None:
+        done()
+        work.tell(work.finished, f"other processes are at work on {count} shards")
+
+    reused = done()
     if store.needs_shared_codec:
-        codec, first = _shared_codec(teacher, source, store, tell, share)
-        bases = codec.bases
-    for shard in missing:
-        start, stop = store.span(shard)
+        work.find_codec(tasks)
+    written: list[int] = []
+    damaged: list[int] = []
+    for lease in tasks.each(names, waiting):
+        with lease:
+            done()
+            shard = numbers[lease.name]
+            arrays = store.read_shard(shard)
+            if arrays is not None:
+                reused += 1
+                lease.finish(shard_record(store, shard, arrays))
+                continue
+            damaged += [shard] * store.shard_path(shard).exists()
+            written.append(shard)
+            arrays = work.capture(shard)
+            lease.finish(shard_record(store, shard, arrays), int(arrays["lengths"].sum()))
+            work.tell(work.finished + len(arrays["lengths"]), "saved")
+    others = len(names) - reused - len(written)
+    return CaptureSummary(reused, tuple(sorted(damaged)), len(written), others)
+
+
+class _Work:
+    """What one process does of a capture: shard after shard, telling how far it is."""
+
+    def __init__(
+        self, teacher: Teacher, source: SequenceSource, store: SoftTargetStore, report: Report
+    ) -> None:
+        self.teacher, self.source, self.store, self.report = teacher, source, store, report
+        self.finished, self.reached = 0, 0.0  # sequences of whole shards; the most told
+        self.bases: Mapping[str, Basis] = {}
+        # The first shard's sequences, generated before it is known how to keep states.
+        self.first: list[Tokens] = []
+
+    def tell(self, done: float, text: str) -> None:
+        """Report so many finished sequences; never fewer than before."""
+        self.reached = max(self.reached, done)
+        self.report(self.reached, text)
+
+    def capture(self, shard: int) -> Arrays:
+        """Ask the teacher about one shard's sequences and write it; returns what it holds."""
+        teacher, source, store = self.teacher, self.source, self.store
+        recipe, (start, stop) = store.manifest.recipe, store.span(shard)
         keep = source.keep(start, stop)
 
-        def writing(part: float, base: int = finished) -> Progress:
-            return lambda done: tell(base + part * done, "the teacher writes")
+        def writing(part: float) -> Progress:
+            return lambda done: self.tell(self.finished + part * done, "the teacher writes")
 
         alone = shard == 0 and store.needs_shared_codec
         request = None if alone else source.generation_request(start, stop)
         if request is not None:
-            sequences, arrays = teacher.generate_and_score(request, recipe, bases, writing(1.0))
+            whole = writing(1.0)
+            sequences, arrays = teacher.generate_and_score(request, recipe, self.bases, whole)
         else:
-            sequences = first if shard == 0 else []
+            sequences = self.first if shard == 0 else []
             if not sequences:
                 sequences = source.take(teacher, start, stop, writing(WRITING_SHARE))
-            begin, rest = reached, finished + sizes[shard] - reached
+            begin = max(self.reached, float(self.finished))
+            rest = self.finished + (stop - start) - begin
             total = max(1, sum(len(tokens) - 1 for tokens in sequences))
 
-            def scored(positions: float, begin: float = begin, each: float = rest / total) -> None:
-                tell(begin + each * positions, "the teacher scores")
+            def scored(positions: float) -> None:
+                self.tell(begin + positions * rest / total, "the teacher scores")
 
-            arrays = teacher.score(sequences, recipe, bases, scored, keep)
-        store.write_shard(shard, sequences, arrays, keep)
-        finished += sizes[shard]
-        tell(finished, "saved")
-    damaged = tuple(shard for shard in missing if states[shard] == "damaged")
-    return CaptureSummary(len(states) - len(missing), damaged, len(missing))
+            arrays = teacher.score(sequences, recipe, self.bases, scored, keep)
+        return store.write_shard(shard, sequences, arrays, keep)
 
+    def find_codec(self, tasks: Tasks) -> None:
+        """The store's codec: as it is there, or fitted now, by one process for all."""
+        find, waiting = self.store.shared_codec, partial(self.tell, 0, "waiting for the codec")
+        self.bases = tasks.once(SHARED_CODEC, find, self._fit_codec, waiting).bases
 
-def _shared_codec(
-    teacher: Teacher,
-    source: SequenceSource,
-    store: SoftTargetStore,
-    report: Report,
-    share: ProcessRank,
-) -> tuple[SharedCodec, list[Tokens]]:
-    """The store's codec: as it is there, or fitted to the first shard's sequences by the first
-    process; and those sequences, where the teacher wrote them for it."""
-    alone = 0.0
-    while (codec := store.shared_codec()) is None and share.rank > 0:
-        report(0, "waiting for the first process")
-        time.sleep(WAIT_SECONDS)
-        alone = 0.0 if is_held(store.folder) else alone + WAIT_SECONDS
-        if alone > PATIENCE_SECONDS:
-            raise CaptureError(
-                f"process {share.rank} of {share.world} waits for the first one to begin store "
-                f"{store.folder}, and none is at work there; start all of them together"
+    def _fit_codec(self) -> SharedCodec:
+        """Fit it to the first shard's sequences, which the teacher may have to write for it."""
+        teacher, source, store = self.teacher, self.source, self.store
+        start, stop = store.span(0)
+        if store.state(0) == "complete":
+            sequences = [store.tokens(index) for index in range(start, stop)]
+        else:
+            sequences = self.first = source.take(
+                teacher,
+                start,
+                stop,
+                lambda done: self.tell(WRITING_SHARE * done, "the teacher writes"),
             )
-    if codec is not None:
-        return codec, []
-    start, stop = store.span(0)
-    written: list[Tokens] = []
-    if store.state(0) == "complete":
-        sequences = [store.tokens(index) for index in range(start, stop)]
-    else:
-        sequences = written = source.take(
-            teacher, start, stop, lambda done: report(WRITING_SHARE * done, "the teacher writes")
-        )
-    report(0, "fitting what is kept of hidden states")
-    # The first shard stands for the others. What it holds alone is known to every process.
-    keep = source.keep(start, stop)
-    positions = sum(mask.sum() for mask in whole_masks(sequences, keep)) * store.manifest.shards
-    limit = min(FIT_POSITIONS, max(FIT_LEAST, round(FIT_SHARE * positions)))
-    codec = fit_shared_codec(teacher, sequences, store.manifest.recipe, keep, limit=limit)
-    store.write_shared_codec(codec)
-    return codec, written
+        self.tell(0, "fitting what is kept of hidden states")
+        # The first shard stands for the others. What it holds alone is known to every process.
+        keep = source.keep(start, stop)
+        positions = sum(mask.sum() for mask in whole_masks(sequences, keep))
+        positions *= store.manifest.shards
+        limit = min(FIT_POSITIONS, max(FIT_LEAST, round(FIT_SHARE * positions)))
+        codec = fit_shared_codec(teacher, sequences, store.manifest.recipe, keep, limit=limit)
+        store.write_shared_codec(codec)
+        return codec
 
 
 @ieee_float32()

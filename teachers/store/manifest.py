@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from teachers.targets.recipe import Recipe
 # With what older versions do not know, another number: masks, and shards that name their codec.
 FORMAT, MASKED, SEALED = 2, 3, 4
 MANIFEST = "manifest.json"
+TASKS = "tasks"  # a folder in the store: who does what, see ``teachers.store.tasks``
+SEQUENCES = "sequences"  # a folder in the store: its tokens before they are asked about
+# What earlier versions counted to a store's identity, though it moves no more than the last bits.
+MACHINE = re.compile(r", (?:\d+ threads|gpu_layers -?\d+)")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,15 @@ class Manifest:
     def key(self) -> str:
         """SHA-256 of the identity, in hexadecimal."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    def holds(self, wanted: Manifest) -> bool:
+        """Whether a store of this manifest is the one wanted, on whatever machine it was begun."""
+        return self._without_machine() == wanted._without_machine()
+
+    def _without_machine(self) -> Manifest:
+        if not isinstance(runtime := self.identity.get("runtime"), str):
+            return self
+        return replace(self, identity=self.identity | {"runtime": MACHINE.sub("", runtime)})
 
     def to_json(self) -> str:
         """The text of ``manifest.json``."""
@@ -108,6 +122,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def difference(stored: Manifest, wanted: Manifest) -> str:
     """The first entry in which two manifests differ, in words."""
+    stored, wanted = stored._without_machine(), wanted._without_machine()
     keys = stored.identity.keys() | wanted.identity.keys()
     # A vocabulary first: the same text is other tokens in another.
     for key in sorted(keys, key=lambda key: (not key.startswith("vocab"), key)):
@@ -125,7 +140,9 @@ def require_store_folder(folder: Path) -> bool:
     Raises:
         StoreError: it holds other files.
     """
-    others = folder.is_dir() and not all(map(is_temporary, folder.iterdir()))
+    others = folder.is_dir() and not all(
+        is_temporary(path) or path.name in (TASKS, SEQUENCES) for path in folder.iterdir()
+    )
     there = (folder / MANIFEST).exists()  # after the listing: another process may write it just now
     if others and not there:
         raise StoreError(f"store folder {folder} holds other files; choose an empty or new folder")

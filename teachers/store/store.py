@@ -28,16 +28,18 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from teachers.atomic_files import LOCK, StoreError, is_temporary, write_whole
+from teachers.atomic_files import StoreError, write_whole
 from teachers.base import Keep, Tokens, whole_masks
 from teachers.store.manifest import (
     MANIFEST,
+    TASKS,
     Manifest,
     difference,
     read_manifest,
     require_store_folder,
 )
 from teachers.store.shared import SharedCodec
+from teachers.store.tasks import Tasks
 from teachers.targets.distributions import Arrays
 from teachers.targets.stored_arrays import Targets, array_names, typed
 
@@ -64,12 +66,17 @@ class SoftTargetStore:
         Raises:
             StoreError: the folder holds a store made from something else, or other files.
         """
-        # Another process of the same launch may have started the store a moment ago.
-        if not require_store_folder(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+
+        def find() -> Manifest | None:
+            return read_manifest(folder) if require_store_folder(folder) else None
+
+        def make() -> Manifest:
             write_whole(folder / MANIFEST, manifest.to_json().encode())
-        stored = read_manifest(folder)
-        if stored != manifest:
+            return manifest
+
+        # Other processes may start it at the same time, and perhaps from something else.
+        stored = find() or Tasks(folder / TASKS).once(MANIFEST, find, make, lambda: None)
+        if not stored.holds(manifest):
             raise StoreError(
                 f"store {folder} was made with {difference(stored, manifest)}; choose another "
                 "--store folder (this one is left as it is)"
@@ -93,8 +100,9 @@ class SoftTargetStore:
         sequences: Sequence[Tokens],
         targets: Arrays,
         keep: Sequence[Keep] | None = None,
-    ) -> None:
-        """Write one shard, whole or not at all; ``keep``: which predictions have targets.
+    ) -> Arrays:
+        """Write one shard, whole or not at all, and return all that it holds; ``keep``: which
+        predictions have targets.
 
         Raises:
             StoreError: numbers of sequences or positions do not fit.
@@ -122,6 +130,12 @@ class SoftTargetStore:
             self._need_codec()
             codec = self._codec_digest
         self.write_file(self.shard_path(shard).name, arrays, codec)
+        return arrays
+
+    def checksum(self, shard: int) -> str:
+        """The SHA-256 that a shard says it has, in hexadecimal."""
+        with safe_open(self.shard_path(shard), framework="numpy") as file:
+            return str((file.metadata() or {}).get("sha256", "")).partition(" ")[0]
 
     def write_file(self, name: str, arrays: Arrays, codec: str | None = None) -> None:
         """Write a file of arrays that proves itself, whole or not at all; ``codec``: the digest of
@@ -130,16 +144,10 @@ class SoftTargetStore:
         arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
         write_whole(path, safetensors.numpy.save(arrays, metadata=self._seal(path, arrays, codec)))
 
-    def remove_leftovers(self) -> None:
-        """Remove what killed writers left; only for a process that holds the folder alone."""
-        for path in self.folder.iterdir():
-            if is_temporary(path) and not path.name.startswith(LOCK):
-                path.unlink(missing_ok=True)
-
     def _seal(self, path: Path, arrays: Arrays, codec: str | None) -> dict[str, str]:
         """A file's metadata: one entry, as safetensors writes several in random order."""
         named = "" if codec is None else f"{NAMED}{codec}"
-        digest = _digest(arrays, named)
+        digest = array_digest(arrays, named)
         return {"sha256": f"{digest} store {self.manifest.key} {path.stem}{named}"}
 
     def write_shared_codec(self, codec: SharedCodec) -> None:
@@ -151,7 +159,8 @@ class SoftTargetStore:
         arrays = codec.arrays()
         for shard in range(self.manifest.shards):
             path = self.shard_path(shard)
-            if self.state(shard) == "complete" and self._codec_of(path) != _digest(arrays):
+            other = path.exists() and self._codec_of(path) != array_digest(arrays)
+            if other and self.state(shard) == "complete":
                 known = "" if self.manifest.names_codec else " for all that is known"
                 raise StoreError(
                     f"store {self.folder}: {SHARED_CODEC} is lost, and what was fitted again is "
@@ -167,6 +176,11 @@ class SoftTargetStore:
         if not path.exists():
             return "missing"
         return "damaged" if self.read_file(path.name) is None else "complete"
+
+    def read_shard(self, shard: int) -> Arrays | None:
+        """The arrays of a shard; ``None`` where it is missing or damaged."""
+        path = self.shard_path(shard)
+        return self.read_file(path.name) if path.exists() else None
 
     def read_file(self, name: str) -> Arrays | None:
         """The arrays of a file that is there, if its checksum, header and store key are right.
@@ -197,13 +211,16 @@ class SoftTargetStore:
         if self._codec is None and (self.folder / SHARED_CODEC).exists():
             arrays = self.read_file(SHARED_CODEC)
             if arrays is not None:
-                self._codec_digest = _digest(arrays)  # before what is looked for
+                self._codec_digest = array_digest(arrays)  # before what is looked for
                 self._codec = SharedCodec.from_arrays(arrays, self._recipe)
         return self._codec
 
     def _codec_of(self, path: Path) -> str | None:
-        with safe_open(path, framework="numpy") as file:
-            return _codec_named(file.metadata() or {})
+        try:
+            with safe_open(path, framework="numpy") as file:
+                return _codec_named(file.metadata() or {})
+        except SafetensorError:
+            return None
 
     def _require_codec(self, name: str, digest: str | None) -> None:
         """Raise ``StoreError`` if a file names another codec than the one that is there."""
@@ -326,7 +343,8 @@ class SoftTargetStore:
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
 
-def _digest(arrays: Arrays, before: str = "") -> str:
+def array_digest(arrays: Arrays, before: str = "") -> str:
+    """SHA-256, in hexadecimal, of arrays with their names, types and shapes, behind ``before``."""
     digest = hashlib.sha256(before.encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype.str} {array.shape}".encode())

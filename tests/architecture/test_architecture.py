@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 ORDER = (
     "stability.precision",
     "teachers.errors",
+    "teachers.machine",
     "teachers.atomic_files",
     "teachers.targets",
     "teachers",

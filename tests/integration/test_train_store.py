@@ -329,12 +329,11 @@ def test_a_damaged_store_is_one_line_and_exit_2(copy: Path, tmp_path: Path) -> N
 def test_a_half_captured_store_is_refused(
     tiny_teacher_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One share of two: which shards are missing, and what to do."""
+    """Which shards are missing, and what to do."""
     with monkeypatch.context() as patch:
         patch.setattr("distill.capture.store_setup.SEQUENCES_PER_SHARD", 8)
-        patch.setenv("WORLD_SIZE", "2")
-        patch.setenv("RANK", "0")
         store = capture_small(tiny_teacher_path, tmp_path / "store")
+    store.shard_path(1).unlink()
     with pytest.raises(StoreError, match=r"1 file missing \(shard-00001.*run the capture again"):
         train_small(store.folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()

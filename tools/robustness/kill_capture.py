@@ -1,40 +1,104 @@
-"""Kills a capture at random moments, again and again, and compares what comes out with an
-undisturbed store.
+"""Several workers fill one store while they are killed, stopped for longer than their lease and
+slowed down at random; what comes out is compared with the store of one undisturbed worker.
 
-python -m tools.robustness.kill_capture --kills 50
+python -m tools.robustness.kill_capture --kills 100 --workers 8
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
-TEXTS = 2000  # eight shards
+from teachers.atomic_files import is_temporary
+from teachers.store.manifest import TASKS
+from teachers.store.tasks import Tasks
+
+TEXTS = 4000  # sixteen shards
+LEASE_SECONDS = 6.0
+STALLS = 0.2  # of all disturbances: a worker is stopped, and goes on when its lease has expired
 
 
-def command(folder: Path, data: Path) -> list[str]:
-    """The capture as a user runs it."""
-    return [sys.executable, "-m", "distill", "capture", "--data", str(data), "--store", str(folder)]
+def start(folder: Path, data: Path, *, slow: bool = False) -> subprocess.Popen[bytes]:
+    """A capture as a user starts it."""
+    command = [sys.executable, "-m", "distill", "capture", "--data", str(data), "--store"]
+    settings = {"OMP_NUM_THREADS": "1", "DISTILL_LEASE_SECONDS": str(LEASE_SECONDS)}
+    return subprocess.Popen(
+        ["nice", "-n", "15" if slow else "0", *command, str(folder)],
+        env=os.environ | settings,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # with the teacher's process, which is disturbed with it
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a store but the lock."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    """Every file of a store but what says who does what."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and TASKS not in path.relative_to(folder).parts and not is_temporary(path)
+    }
+
+
+def disturbed(
+    folder: Path, data: Path, workers: int, kills: int, chance: random.Random
+) -> Counter[str]:
+    """Fill a store with workers of whom at most ``kills`` are killed; what was done to them."""
+    running = [start(folder, data, slow=number == 0) for number in range(workers)]
+    stalled: dict[int, float] = {}  # by process, when it goes on
+    counts: Counter[str] = Counter()
+    while any(worker.poll() is None for worker in running):
+        time.sleep(chance.uniform(0.2, 2.0))
+        now = time.monotonic()
+        for process in [one for one, until in stalled.items() if until < now]:
+            _signal(process, signal.SIGCONT)
+            del stalled[process]
+        makers = [lease.get("maker", {}) for lease in Tasks(folder / TASKS).leases().values()]
+        at_work = {maker.get("process") for maker in makers}
+        awake = [one for one in running if one.poll() is None and one.pid not in stalled]
+        awake = [one for one in awake if one.pid in at_work]  # not one that is just starting
+        if awake and counts["killed"] < kills:
+            victim = chance.choice(awake)
+            if chance.random() < STALLS:
+                _signal(victim.pid, signal.SIGSTOP)
+                stalled[victim.pid] = now + chance.uniform(0.5, 2.0) * LEASE_SECONDS
+                counts["stalled"] += 1
+            else:
+                _signal(victim.pid, signal.SIGKILL)
+                victim.wait()
+                counts["killed"] += 1
+        for place, worker in enumerate(running):
+            code = worker.poll()
+            assert code in (None, 0, -signal.SIGKILL), f"exit code {code}"
+            if code == -signal.SIGKILL:
+                running[place] = start(folder, data, slow=place == 0)
+    return counts
+
+
+def _signal(process: int, number: int) -> None:
+    """Send a signal to a worker and its teacher."""
+    try:
+        os.killpg(process, number)
+    except ProcessLookupError:  # it has just ended
+        return
 
 
 def main() -> None:
-    """Parse the command line, kill and compare."""
+    """Parse the command line, disturb and compare."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     chance = random.Random(options.seed)
@@ -48,30 +112,29 @@ def main() -> None:
         data.write_text("\n".join(json.dumps({"text": line}) for line in lines), encoding="utf-8")
         begin = time.monotonic()
         whole = Path(root) / "whole"
-        subprocess.run(command(whole, data), check=True, stdout=subprocess.DEVNULL)
-        duration = time.monotonic() - begin
-        expected, kills, stores = contents(whole), 0, 0
-        while kills < options.kills:
-            folder = Path(root) / f"killed-{stores}"
-            while True:
-                process = subprocess.Popen(
-                    command(folder, data), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-                )
-                try:
-                    code = process.wait(timeout=chance.uniform(0.25, 0.75) * duration)
-                except subprocess.TimeoutExpired:
-                    process.send_signal(signal.SIGKILL)
-                    process.wait()
-                    kills += 1
-                    continue
-                assert code == 0, f"exit code {code}"
-                break
-            result = contents(folder)
-            left = [name for name in result if name not in expected]
-            assert all(name.startswith(".") for name in left), left
-            assert {name: result[name] for name in expected} == expected, "a store differs"
+        assert start(whole, data).wait() == 0
+        print(f"one worker, undisturbed: {time.monotonic() - begin:.0f} s", flush=True)
+        expected, counts, stores = contents(whole), Counter[str](), 0
+        while counts["killed"] < options.kills:
+            folder, begin = Path(root) / f"store-{stores}", time.monotonic()
+            left = options.kills - counts["killed"]
+            counts += disturbed(folder, data, options.workers, left, chance)
             stores += 1
-            print(f"{kills} kills, {stores} stores, all equal to the undisturbed one", flush=True)
+            _compare(folder, expected)
+            print(
+                f"{counts['killed']} killed, {counts['stalled']} stalled, {stores} stores of "
+                f"{len(Tasks(folder / TASKS).records())} shards, equal to the undisturbed one; "
+                f"{time.monotonic() - begin:.0f} s",
+                flush=True,
+            )
+
+
+def _compare(folder: Path, expected: dict[str, bytes]) -> None:
+    """See that nothing is lost, nothing doubled, and every byte as without disturbance."""
+    assert contents(folder) == expected, "a store differs"
+    records = Tasks(folder / TASKS).records()
+    shards = [name for name in expected if name.startswith("shard-")]
+    assert len(records) == len(shards), "a shard is open"
 
 
 if __name__ == "__main__":

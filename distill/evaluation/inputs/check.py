@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from dataclasses import dataclass
 
-from distill.capture.corpus import DataRows, read_rows
+from distill.capture.data_rows import DataRows, read_rows
 from distill.errors import UserError
 from distill.evaluation.inputs.files import Files, find_files
 from distill.evaluation.inputs.request import Request

@@ -83,7 +83,8 @@ def test_ranks_capture_one_store(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """`distill capture` by two ranks: one complete store, which a third capture only looks at."""
+    """`distill capture` by two ranks: one complete store, which a third capture only looks at, and
+    what is missing of it beside soft targets is made by any."""
     monkeypatch.chdir(tmp_path)
     # The one that runs already stands for the teacher that each capture would start and close.
     monkeypatch.setattr(capture, "open_teacher", lambda config: tiny_teacher)
@@ -95,12 +96,8 @@ def test_ranks_capture_one_store(
         monkeypatch.setenv("RANK", rank)
         store = capture_only(config, None, Console())
     assert [store.state(shard) for shard in range(3)] == ["complete"] * 3
-    # Only the first process keeps what is the teacher's; the second leaves that to it.
     (store.folder / TEACHER).unlink()
-    for rank, there in (("1", False), ("0", True)):
-        monkeypatch.setenv("RANK", rank)
-        capture_only(config, None, Console())
-        assert (store.folder / TEACHER).exists() == there
+    capture_only(config, None, Console())  # whoever finds it missing
     assert require_teacher_record(store).info == tiny_teacher.info
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name)

@@ -14,7 +14,7 @@ import pytest
 from pyarrow import ipc, parquet
 
 from distill.capture import data_files, file_text
-from distill.capture.corpus import DataRows, read_rows
+from distill.capture.data_rows import DataRows, read_rows
 from distill.config.loading import load_config
 from distill.errors import UserError
 from teachers.tokenizer.rows import Conversation, Document

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.capture.corpus import DataRows
+from distill.capture.data_rows import DataRows
 from distill.commands.exit_codes import EXIT_CODES
 from distill.config.loading import load_config
 from distill.pipeline.preflight import Inputs

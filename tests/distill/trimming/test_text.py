@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill.capture.corpus import DataRows, read_rows
+from distill.capture.data_rows import DataRows, read_rows
 from distill.config.schema import DataConfig
 from distill.errors import UserError
 from distill.trimming.scripts import lost_scripts

@@ -2,8 +2,8 @@
 starts.
 
 Reads one line of JSON for each capture and forks for it, so that heavy modules are imported once.
-The child says ``held`` when it has the folder and ``capturing`` when it begins; on ``wait``, the
-parent tells how each child has ended.
+The child says ``held`` when it has the folder or the teacher, and ``capturing`` when it begins; on
+``wait``, the parent tells how each child has ended.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from teachers.atomic_files import exclusive
 from teachers.base import (
     GenerationRequest,
     Keep,
-    ProcessRank,
     Progress,
     Sampling,
     Teacher,
@@ -31,11 +30,13 @@ from teachers.base import (
 )
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.capture import capture
-from teachers.store.manifest import Manifest
+from teachers.store.manifest import TASKS, Manifest
 from teachers.store.store import SoftTargetStore
+from teachers.store.tasks import Tasks
 from teachers.targets.recipe import Recipe
 
 SEQUENCES, PER_SHARD = 14, 4
+LEASE_SECONDS = 1.0  # after which a process without a sign of life is given up
 RECIPE = Recipe(num_topk=6, sketch_bytes=24)
 
 
@@ -106,21 +107,22 @@ def die_at(sync: int) -> None:
 
 
 def work(order: dict[str, Any]) -> None:
-    """One capture, or only holding the folder until killed."""
-    folder, share = Path(order["folder"]), ProcessRank(*order.get("share", (0, 1)))
+    """One capture, or only holding a folder until killed."""
+    folder = Path(order["folder"])
     if "die_at" in order:
         die_at(order["die_at"])
-    with exclusive(folder, share.rank):
-        say("held")
-        if "teacher" not in order:
+    if "teacher" not in order:
+        with exclusive(folder, order["rank"]):
+            say("held")
             time.sleep(600)
-        source = Source(order.get("spoken", False))
-        with GGUFTeacher(Path(order["teacher"]), threads=1) as teacher:
-            store = begin(folder, teacher, source)
-            teacher.logits([np.arange(2, 5, dtype=np.int32)])  # loads what its process needs
-            say("capturing")
-            slow = order.get("slow", 0.0)
-            capture(teacher, source, store, lambda done, words: time.sleep(slow), share)
+    source = Source(order.get("spoken", False))
+    with GGUFTeacher(Path(order["teacher"]), threads=1) as teacher:
+        say("held")
+        store = begin(folder, teacher, source)
+        teacher.logits([np.arange(2, 5, dtype=np.int32)])  # loads what its process needs
+        say("capturing")
+        slow, tasks = order.get("slow", 0.0), Tasks(folder / TASKS, seconds=LEASE_SECONDS)
+        capture(teacher, source, store, lambda done, words: time.sleep(slow), tasks)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -16,8 +17,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -26,9 +29,9 @@ import torch
 from distill.capture.capture import fill_store
 from distill.runtime.progress import Console
 from teachers.atomic_files import StoreError, exclusive, is_temporary
-from teachers.base import ProcessRank
 from teachers.gguf.file import read_gguf
 from teachers.llama_cpp.teacher import GGUFTeacher
+from teachers.machine import host
 from teachers.store import capture as capture_module
 from teachers.store import store as store_module
 from teachers.store.capture import (
@@ -40,12 +43,21 @@ from teachers.store.capture import (
     probe_text,
     require_causal,
 )
-from teachers.store.manifest import MANIFEST
+from teachers.store.manifest import MANIFEST, TASKS
+from teachers.store.shard_records import is_unchanged, task_name, totals
 from teachers.store.store import SHARED_CODEC, SoftTargetStore
+from teachers.store.tasks import Maker, Tasks
 from teachers.store.teacher_record import make_teacher_record
 from teachers.targets.recipe import Recipe
 from teachers.targets.stored_arrays import typed
-from tests.support.children.capture_child import PER_SHARD, RECIPE, SEQUENCES, Source, begin
+from tests.support.children.capture_child import (
+    LEASE_SECONDS,
+    PER_SHARD,
+    RECIPE,
+    SEQUENCES,
+    Source,
+    begin,
+)
 from tests.support.stores import filled, quiet
 from tests.support.teachers import Bent, Peeking
 from tests.support.tiny_models import Tiny, write_tiny
@@ -64,7 +76,8 @@ SHARDS = range(-(-SEQUENCES // PER_SHARD))
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a store but locks and what a killed writer left behind."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if not is_temporary(path)}
+    files = [path for path in folder.iterdir() if path.is_file() and not is_temporary(path)]
+    return {path.name: path.read_bytes() for path in files}
 
 
 def flip(path: Path, place: int) -> None:
@@ -294,42 +307,71 @@ def test_a_damaged_shard_alone_is_captured_again(
         assert summary == CaptureSummary(len(SHARDS) - 1, (shard,), 1), row
 
 
+def test_what_is_remembered_is_not_trusted_blindly(
+    tmp_path: Path, tiny_teacher: GGUFTeacher, stored: Stored
+) -> None:
+    """A shard that is not as it was is looked at again, and so is one whose record is damaged or
+    lost; one that is as it was is not read."""
+    whole = stored(False, "sketch").folder
+    for damage in ("nonsense", "older", "gone", "all gone", "shard gone"):
+        folder = shutil.copytree(whole, tmp_path / damage)
+        store = begin(folder, tiny_teacher, Source())
+        record, shard = folder / TASKS / f"{task_name(1)}.done", store.shard_path(1)
+        if damage == "nonsense":
+            record.write_bytes(b"{")
+        elif damage == "older":
+            os.utime(shard, (1, 1))
+        elif damage == "gone":
+            record.unlink()
+        elif damage == "all gone":
+            shutil.rmtree(folder / TASKS)
+        else:
+            record.write_bytes(b"\xff")
+            shard.unlink()
+        written = int(damage == "shard gone")
+        with patch.object(store, "read_shard", wraps=store.read_shard) as reading:
+            summary = capture(tiny_teacher, Source(), store, quiet)
+        assert summary == CaptureSummary(len(SHARDS) - written, (), written), damage
+        read = [call.args[0] for call in reading.call_args_list]
+        assert read == (list(SHARDS) if damage == "all gone" else [1]), damage
+        assert contents(folder) == contents(whole), damage
+        records = Tasks(folder / TASKS).records()
+        assert all(is_unchanged(store, one, records[task_name(one)]) for one in SHARDS), damage
+
+
 # --- several processes
 
 
-def test_shares_are_the_whole(tmp_path: Path, tiny_teacher: GGUFTeacher, stored: Stored) -> None:
-    """Any number of ranks, more than there are shards too: the same files as from one process."""
-    for spoken, world in itertools.product((False, True), (2, 3, 9)):
-        source, folder, written = Source(spoken), tmp_path / f"{spoken}{world}", []
-        for rank in range(world):
-            shared = begin(folder, tiny_teacher, source)
-            summary = capture(tiny_teacher, source, shared, quiet, ProcessRank(rank, world))
-            written.append(summary.written)
-        assert written == [len(SHARDS[rank::world]) for rank in range(world)], (spoken, world)
-        assert contents(folder) == contents(stored(spoken, "sketch").folder), (spoken, world)
+def note(told: list[str], done: float, words: str, most: int = 1 << 20) -> None:
+    """A report that is kept; one too many is answered with Ctrl-C."""
+    told.append(words)
+    if len(told) > most:
+        raise KeyboardInterrupt
 
 
-def test_other_ranks_wait_for_the_companion(
-    tmp_path: Path, tiny_teacher: GGUFTeacher, monkeypatch: pytest.MonkeyPatch
+def test_what_another_process_does_is_waited_for(
+    tmp_path: Path, tiny_teacher: GGUFTeacher, stored: Stored
 ) -> None:
-    """They make none of their own and write nothing until it is there."""
-    monkeypatch.setattr(capture_module, "WAIT_SECONDS", 0.0)
-    told: list[str] = []
-
-    def impatient(done: int, words: str) -> None:
-        told.append(words)
-        if len(told) == 3:
-            raise KeyboardInterrupt
-
-    store, silent = begin(tmp_path / "store", tiny_teacher, Source()), Silent(tiny_teacher)
-    with pytest.raises(KeyboardInterrupt):
-        capture(silent, Source(), store, impatient, ProcessRank(1, 2))  # type: ignore[arg-type]
-    assert told == ["waiting for the first process"] * 3
-    assert set(contents(store.folder)) == {MANIFEST}
-    buckets = begin(tmp_path / "buckets", tiny_teacher, Source(), KINDS["buckets"])
-    assert capture(tiny_teacher, Source(), buckets, quiet, ProcessRank(1, 2)).written == len(
-        SHARDS[1::2]
-    )
+    """Also the companion; a process that takes the rest makes the same files, and one that dies
+    loses the shard it is at."""
+    for spoken, task in itertools.product((False, True), (SHARED_CODEC, task_name(1))):
+        source, row = Source(spoken), f"{spoken}{task}"
+        store = begin(tmp_path / row, tiny_teacher, source)
+        other = Tasks(store.folder / TASKS, Maker(machine="elsewhere"), seconds=LEASE_SECONDS)
+        lease = other.claim([task])
+        assert lease is not None
+        told: list[str] = []
+        if task == SHARED_CODEC:
+            silent: Any = Silent(tiny_teacher)
+            with pytest.raises(KeyboardInterrupt):
+                capture(silent, source, store, partial(note, told, most=3))
+            assert set(contents(store.folder)) == {MANIFEST}, row
+        lease._ended.set()  # no more signs of life
+        told = []
+        summary = capture(tiny_teacher, source, store, partial(note, told))
+        assert any("codec" in words or "other processes" in words for words in told), row
+        assert summary == CaptureSummary(0, (), len(SHARDS)), row
+        assert contents(store.folder) == contents(stored(spoken, "sketch").folder), row
 
 
 class Children:
@@ -384,7 +426,7 @@ def test_a_folder_is_held_by_one_process_of_each_rank(tmp_path: Path, children: 
     """A second one of the same rank is refused as long as the first lives, others are not."""
     folder = tmp_path / "store"
     for rank in (0, 1):
-        holder = children.start(folder, share=(rank, 3))
+        holder = children.start(folder, rank=rank)
         refused = pytest.raises(StoreError, match="store is in use by another process")
         with refused, exclusive(folder, rank):
             pass
@@ -399,12 +441,53 @@ def test_a_folder_is_held_by_one_process_of_each_rank(tmp_path: Path, children: 
 def test_two_processes_side_by_side(
     tmp_path: Path, children: Children, tiny_teacher: GGUFTeacher, stored: Stored
 ) -> None:
-    """Rank 1 begins first and waits; both together write what one process writes."""
-    order = {"teacher": str(tiny_teacher.file.path), "spoken": True}
-    for rank in (1, 0):
-        children.start(tmp_path / "shared", share=(rank, 2), **order)
+    """Both together write what one process writes, and it is known who wrote what."""
+    order = {"teacher": str(tiny_teacher.file.path), "spoken": True, "slow": SLOW}
+    for _ in range(2):
+        children.start(tmp_path / "shared", **order)
     assert children.ends(2) == [0, 0]
     assert contents(tmp_path / "shared") == contents(stored(True, "sketch").folder)
+    store = begin(tmp_path / "shared", tiny_teacher, Source(True))
+    records = Tasks(store.folder / TASKS).records()
+    assert list(records) == [task_name(shard) for shard in SHARDS]
+    makers = {record["maker"]["process"] for record in records.values()}
+    assert len(makers) == 2, "one process did everything"
+    for shard, record in enumerate(records.values()):
+        assert is_unchanged(store, shard, record) and record["maker"]["host"] == host()
+    whole = totals(records, store.manifest)
+    assert whole["sequences"] == SEQUENCES and whole["positions"] == store.positions()
+    assert whole["tokens"] == store.lengths().sum()
+
+
+def test_random_kills_and_stalls(
+    tmp_path: Path, children: Children, tiny_teacher: GGUFTeacher, stored: Stored
+) -> None:
+    """Eight processes, of which some are killed, some sleep beyond their lease and one is slow:
+    every byte is as from one process, and no shard is open."""
+    chance = random.Random(4)
+    folder, expected = tmp_path / "store", contents(stored(False, "sketch").folder)
+    order = {"teacher": str(tiny_teacher.file.path)}
+    for round_ in range(2):
+        victims = [
+            children.start(folder, slow=SLOW * (1 + 2 * (number == 7)), **order)
+            for number in range(8)
+        ]
+        time.sleep(chance.uniform(0.1, 0.5))
+        stalled = victims[:2]
+        for victim in stalled:
+            os.kill(victim, signal.SIGSTOP)
+        for victim in victims[2:4] if round_ else victims[2:]:
+            os.kill(victim, signal.SIGKILL)
+        time.sleep(1.5 * LEASE_SECONDS)
+        for victim in stalled:
+            os.kill(victim, signal.SIGCONT)
+        ends = children.ends(8)
+        assert set(ends) == {0, -signal.SIGKILL}, ends
+        assert contents(folder) == expected, round_
+        store, tasks = begin(folder, tiny_teacher, Source()), Tasks(folder / TASKS)
+        assert len(tasks.records()) == len(SHARDS) and not tasks.leases(), round_
+        for shard in SHARDS[round_:]:
+            store.shard_path(shard).unlink()
 
 
 def test_a_killed_capture_is_completed_by_a_rerun(
@@ -427,8 +510,7 @@ def test_a_killed_capture_is_completed_by_a_rerun(
         ends += children.ends()
         again = begin(folder, tiny_teacher, Source(spoken))
         done = completed(again)
-        with exclusive(folder):
-            summary = capture(tiny_teacher, Source(spoken), again, quiet)
+        summary = capture(tiny_teacher, Source(spoken), again, quiet)
         assert summary == CaptureSummary(done, (), len(SHARDS) - done), place
         assert contents(folder) == contents(stored(spoken, "sketch").folder), place
     assert -signal.SIGKILL in ends

@@ -86,7 +86,7 @@ def filled_by_kind(
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def with_flipped_bits(path: Path, every_bit: int, seed: int) -> Iterator[tuple[int, int]]:
@@ -252,6 +252,22 @@ def test_a_store_of_an_earlier_format_stays_one(tmp_path: Path) -> None:
         (folder / SHARED_CODEC).unlink()
         with pytest.raises(StoreError, match="is not for all that is known the one"):
             SoftTargetStore(folder, read_manifest(folder)).write_shared_codec(codec)
+
+
+def test_a_store_is_not_its_machines(tmp_path: Path) -> None:
+    """Earlier versions counted threads and GPUs to its identity: it is the same store without, is
+    continued under its own key, and what does change numbers still tells stores apart."""
+    runtime = "llama-cpp-python 0.3.36"
+    earlier = make_manifest(
+        runtime=f"{runtime}, 2 threads, gpu_layers -1, q8_0 cache; t, 8 threads"
+    )
+    store = SoftTargetStore.create_or_open(tmp_path, earlier)
+    wanted = make_manifest(runtime=f"{runtime}, q8_0 cache; t")
+    again = SoftTargetStore.create_or_open(tmp_path, wanted)
+    assert again.manifest.key == store.manifest.key == earlier.key != wanted.key
+    for other in (runtime, "llama-cpp-python 0.3.37, q8_0 cache; t"):
+        with pytest.raises(StoreError, match=f"runtime '{runtime}, q8_0 cache; t', not '{other}'"):
+            SoftTargetStore.create_or_open(tmp_path, make_manifest(runtime=other))
 
 
 def test_a_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,7 +175,8 @@ def test_a_flipped_byte_is_damage_and_is_made_again(
         assert find_teacher_record(kept) is None, place
         with pytest.raises(StoreError, match=rf"{TEACHER} .*damaged; run the capture again"):
             require_teacher_record(kept)
-        others = {file: file.stat().st_mtime_ns for file in kept.folder.iterdir() if file != path}
+        files = [file for file in kept.folder.iterdir() if file.is_file() and file != path]
+        others = {file: file.stat().st_mtime_ns for file in files}
         capsys.readouterr()
         keep_teacher_record(tiny_teacher, tiny_teacher.file.path, kept, Console())
         said = "".join(capsys.readouterr().out.split())

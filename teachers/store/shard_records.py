@@ -1,0 +1,63 @@
+"""What is remembered of each shard once it was written or checked: size, time and contents, so that
+nobody has to read all of it again to know that it is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from teachers.store.manifest import Manifest
+
+if TYPE_CHECKING:  # with PyTorch, which is not needed to see how far a capture is
+    from teachers.store.store import SoftTargetStore
+    from teachers.targets.distributions import Arrays
+
+OWN_ARRAYS = ("tokens", "lengths", "keep")  # of a shard, beside one row of a target per position
+
+
+def task_name(shard: int) -> str:
+    """The task of capturing a shard."""
+    return f"shard-{shard:05d}"
+
+
+def task_names(manifest: Manifest) -> list[str]:
+    """The tasks of all shards, in order."""
+    return [task_name(shard) for shard in range(manifest.shards)]
+
+
+def shard_record(store: SoftTargetStore, shard: int, arrays: Arrays) -> dict[str, Any]:
+    """What to remember of a shard that is whole; ``arrays``: it holds these."""
+    path = store.shard_path(shard)
+    about = path.stat()
+    lengths = arrays["lengths"]
+    targets = [rows for name, rows in arrays.items() if name not in OWN_ARRAYS]
+    return {
+        "bytes": about.st_size,
+        "mtime_ns": about.st_mtime_ns,
+        "sha256": store.checksum(shard),
+        "sequences": len(lengths),
+        "tokens": int(lengths.sum()),
+        "positions": len(targets[0]),
+    }
+
+
+def is_unchanged(store: SoftTargetStore, shard: int, record: Mapping[str, Any] | None) -> bool:
+    """Whether a shard is there as it was when the record was made."""
+    if record is None:
+        return False
+    try:
+        about = store.shard_path(shard).stat()
+    except FileNotFoundError:
+        return False
+    return record.get("bytes") == about.st_size and record.get("mtime_ns") == about.st_mtime_ns
+
+
+def totals(records: Mapping[str, Mapping[str, Any]], manifest: Manifest) -> dict[str, int]:
+    """Sequences, tokens, positions and bytes of all shards that are done."""
+    done = [records[name] for name in task_names(manifest) if name in records]
+    names = ("sequences", "tokens", "positions", "bytes")
+    return {name: sum(_count(record.get(name)) for record in done) for name in names}
+
+
+def _count(value: object) -> int:
+    return value if type(value) is int else 0
