@@ -183,10 +183,7 @@ BAD: list[tuple[str, str]] = [
     ('{"prompt": "x", "label": "DENY"}', r"label 'DENY' is none of"),
     ('{"prompt": "x", "label": 0}', r"label 0 is none of"),
     ('{"prompt": "x", "label": ["ALLOW"]}', r"label \['ALLOW'\] is none of"),
-    (
-        '{"prompt": "x", "label": "ALLOW", "scenario": 3}',
-        r"'scenario', 'language' and 'author' must be text",
-    ),
+    ('{"prompt": "x", "label": "ALLOW", "author": 3}', r"'language' and 'author' must be text"),
     ('{"prompt": "x", "label": "ALLOW", "language": []}', r"must be text"),
     ('{"prompt": "\\ud800", "label": "ALLOW"}', r"line 1: has a lone surrogate"),
     ('{"prompt": "x", "scenario": "\\udfff", "label": "ALLOW"}', r"line 1: has a lone surrogate"),
