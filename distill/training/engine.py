@@ -53,6 +53,7 @@ from students.model.interface import Student
 from students.weights import full_tensor, plain_weights, set_weights
 from teachers.base import ProcessRank
 
+WEIGH_EVERY = 4  # validation points, as the spectra of all matrices take as long as some steps
 REPLACEMENT = 8  # stream of random numbers that chooses batches in place of quarantined ones
 
 Report = Callable[[int, str], None]
@@ -183,6 +184,7 @@ def _run(loop: Loop, state: TrainingState, timer: CheckpointTimer, report: Repor
     """The loop itself: evaluate, save, stop, step, log."""
     config, plan = loop.job.config, loop.plan
     evaluate_at = evaluation_steps(len(plan), config.evaluations)
+    weigh_at = {*sorted(evaluate_at)[::WEIGH_EVERY], len(plan)}
     name = validation_kl(loop.job.data.store.manifest.recipe)
     if state.guard is not None:
         audited = loop.job.folder if loop.accelerator.is_main_process else None
@@ -191,7 +193,7 @@ def _run(loop: Loop, state: TrainingState, timer: CheckpointTimer, report: Repor
     while True:
         if state.step in evaluate_at and state.step not in state.scores:
             loop.record("held_out", state.step, vars(_evaluate(loop, state)))
-            if state.guard is not None:
+            if state.guard is not None and state.step in weigh_at:
                 loop.record("weights", state.step, state.guard.monitor.weigh(full_tensor))
         finished = state.step == len(plan) or is_exhausted(state.scores, config.patience)
         unsaved = finished and timer.trained_since_save(state.step)
