@@ -26,6 +26,7 @@ COLLAPSED = (
 )
 SMALLEST_SIDE = 16  # of a matrix whose rank says something
 USUAL_TAIL = (2.0, 6.0)  # exponents of well-trained layers (Martin and Mahoney 2021)
+HASH_TABLE = "safety_head.runs"
 NAMED = 3  # tensors named of those that something is said about
 
 
@@ -44,8 +45,9 @@ class MeasuredTensor:
 
     @property
     def dead(self) -> int:
-        """Rows and columns of nothing but zeros, in a matrix that is not all zeros."""
-        if self.figures.zero_share == 1.0:
+        """Rows and columns of nothing but zeros, in a matrix that is not all zeros; a hash table
+        has rows that nothing met."""
+        if self.figures.zero_share == 1.0 or self.name.endswith(HASH_TABLE):
             return 0
         return (self.figures.dead_rows or 0) + (self.figures.dead_columns or 0)
 

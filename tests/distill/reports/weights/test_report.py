@@ -131,6 +131,8 @@ def test_what_is_broken_is_found(tmp_path: Path) -> None:
     weights[down][7] = 0.0
     weights[value] = torch.outer(torch.arange(64.0), torch.arange(64.0))
     weights[gate] = torch.zeros(8, 28)
+    # Rows of a hash table are no units: some stay empty.
+    weights["safety_head.runs"] = torch.ones(64, 3).index_fill(0, torch.arange(9), 0.0)
     report = one(write_safetensors(tmp_path / "bad.safetensors", weights))
     check_facts(
         report.verdict[:4],
