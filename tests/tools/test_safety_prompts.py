@@ -30,7 +30,7 @@ def test_parts_are_large_and_balanced() -> None:
     for part, prompts in split_by_scenario(built_in_prompts()).items():
         counts = Counter((prompt.decision, prompt.language) for prompt in prompts)
         assert len(counts) == 6 and max(counts.values()) <= 1.15 * min(counts.values()), part
-        assert len(prompts) >= {"train": 6000, "validation": 12000, "test": 150}[part]
+        assert len(prompts) >= {"train": 6000, "validation": 16000, "test": 150}[part]
         assert len({prompt.text for prompt in prompts}) >= 0.98 * len(prompts), part
 
 
