@@ -33,8 +33,9 @@ FRESH = Path("tools/checks/fresh_safety_prompts.jsonl")
 
 
 def runs(text: str, language: str) -> set[str]:
-    """All runs of ``RUN`` words or characters of a prompt, without case and punctuation."""
-    plain = re.sub(r"[^\w\s]|_", "", text.lower())
+    """All runs of ``RUN`` words or characters of a prompt, without case and punctuation; words end
+    at a hyphen, not at an apostrophe."""
+    plain = re.sub(r"_|[^\w\s]", " ", text.lower().replace("'", ""))
     units = plain.split() if language == "en" else list(re.sub(r"\s", "", plain))
     length = RUN[language]
     starts = range(len(units) - length + 1)
