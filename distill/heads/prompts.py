@@ -37,7 +37,8 @@ Part = Literal["train", "validation", "test"]
 # Of every five scenarios.
 SPLIT: tuple[Part, ...] = ("train", "validation", "train", "test", "train")
 MAX_FILE_BYTES = 64 << 20
-GRAMMAR_WEIGHT = 0.2  # of a prompt that a grammar wrote, to one that a person wrote (benchmarks.md)
+GRAMMAR_WEIGHT = 0.2  # of a prompt that a grammar wrote, to another's (docs/benchmarks.md)
+JUDGED_AUTHORS = ("w", "u")  # of the built-in prompts, whose a teacher is asked about
 COLUMNS = ("prompt", "label", "scenario", "language", "author")
 
 
@@ -66,7 +67,7 @@ class SafetyPrompt:
 
 def built_in_prompts() -> list[SafetyPrompt]:
     """The prompts that come with the program, English and Japanese: a grammar's to learn from,
-    others written by hand to learn from and to fit probabilities to, and others again to measure
+    others of many authors to learn from and to fit probabilities to, and others again to measure
     on (``tools/safety_prompts``)."""
     content = resources.files("distill.heads").joinpath("prompts.jsonl.gz").read_bytes()
     lines = json_lines(gzip.decompress(content).decode().split("\n"), "safety prompts")
@@ -81,9 +82,13 @@ def built_in_prompts() -> list[SafetyPrompt]:
 
 
 def prompts_by_hand() -> list[SafetyPrompt]:
-    """The built-in prompts that people wrote, of no fixed part: few enough for a teacher to
+    """The built-in prompts of a few authors, of no fixed part: few enough for a teacher to
     judge."""
-    return [replace(prompt, part=None) for prompt in built_in_prompts() if prompt.part != "train"]
+    return [
+        replace(prompt, part=None)
+        for prompt in built_in_prompts()
+        if prompt.part == "test" or prompt.author in JUDGED_AUTHORS
+    ]
 
 
 def read_prompts(path: Path, *, labelled: bool = True, divided: bool = True) -> list[SafetyPrompt]:

@@ -4,8 +4,8 @@ states and the prompts' token runs, calibrated on authors that were left out.
 N prompts, F features, B buckets, C = 3 decisions (``students.model.safety_head``).
 
 Every prompt that probabilities are fitted to and the cross-validation counts is predicted by a head
-that has seen no prompt of its author (of its scene, where authors are not known): people put things
-in words of their own, and a head knows those of its authors too well. The exported head has learnt
+that has seen no prompt of its author (of its scene, where authors are not known): each author has
+ways of putting things, and a head knows those of its own too well. The exported head has learnt
 from all of them.
 """
 

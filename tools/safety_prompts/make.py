@@ -5,8 +5,8 @@
 Three parts, none of which shares a scene or a run of words with another:
 
 - ``train``: of the grammar, whose worlds are its scenes;
-- ``validation``: ``text/written_en.jsonl`` and ``text/written_ja.jsonl``, 16,200 prompts written by
-  hand by 28 authors, none of them the grammar's; what is learnt from them counts
+- ``validation``: ``text/written_en.jsonl`` and ``text/written_ja.jsonl``, 16,200 prompts written
+  line by line by 28 authors, language models in roles of their own; what is learnt from them counts
   more, and probabilities are fitted to them, author by author;
 - ``test``: ``tools/checks/fresh_safety_prompts.jsonl``, by an author who saw none of the others, to
   be replaced by another's whenever somebody has looked at which of them fail.

