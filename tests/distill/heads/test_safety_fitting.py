@@ -141,3 +141,19 @@ def test_a_large_student_reads_some_of_the_prompts(monkeypatch: pytest.MonkeyPat
     read: list[int] = []
     assert fit_safety_head(student, data, read.append).cross_validation.prompts == 120
     assert max(read) < 300
+
+
+def test_rarity_is_in_the_heads_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file's head weighs each run as the fit did, its rarity included: the same direction."""
+    generator = torch.Generator().manual_seed(0)
+    rarity = torch.rand(safety_fitting.BUCKETS, generator=generator) + 0.05
+    fitted, fit = [], safety_fitting._fit
+    monkeypatch.setattr(safety_fitting, "_rarity", lambda rows: rarity)
+    monkeypatch.setattr(
+        safety_fitting, "_fit", lambda *args: fitted.append(fit(*args)) or fitted[-1]
+    )
+    head = fit_safety_head(make_student(16, 2, VOCAB, heads=True), data_of("words", 60, 70)).head
+    assert head is not None and head.runs is not None
+    wanted = fitted[-1].runs * rarity[:, None]
+    alike = torch.nn.functional.cosine_similarity(head.runs.flatten(), wanted.flatten(), dim=0)
+    assert float(alike) > 0.995  # kept in 8 bits
