@@ -27,14 +27,14 @@ def trim(
         Path,
         typer.Option(
             help="Text of the kind the model is for: rows (JSON, Parquet, CSV), plain text, or a "
-            "folder of them. Its last tenth is held out, to judge the result."
+            "folder of them. A tenth, in stretches all over it, is held out to judge the result."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="GGUF file to write.")],
     tokens: Annotated[
         int,
         typer.Option(
-            help="Tokens of the text that the model reads to choose by; a quarter as many to judge."
+            help="Tokens of the text that the model reads to choose by; half as many to judge."
         ),
     ] = 8192,
     as_json: AsJson = False,

@@ -23,8 +23,8 @@ FEWEST = 64
 
 @dataclass(frozen=True)
 class TrimRequest:
-    """``tokens``: of the text that the teacher reads to choose by; a quarter as many of held-out
-    text judge the result."""
+    """``tokens``: of the text that the teacher reads to choose by; half as many of held-out text
+    judge the result."""
 
     teacher: Path
     data: Path
@@ -35,7 +35,7 @@ class TrimRequest:
     @property
     def judged_tokens(self) -> int:
         """Of held-out text, for the bits per byte."""
-        return self.tokens // 4
+        return self.tokens // 2
 
     @property
     def card(self) -> Path:

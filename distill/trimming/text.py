@@ -1,4 +1,4 @@
-"""The text that a vocabulary is cut by, in pieces, and its last part, which it is judged on."""
+"""The text that a vocabulary is cut by, in pieces, and the parts of it that judge the result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from teachers.tokenizer.rows import Conversation
 
 PIECE = 1500  # characters, or fewer to the end of a line: a few hundred tokens
 MOST_CHARACTERS = 1 << 25  # of the data that are read; what stands behind is left out
-HELD_OUT = 10  # one part of so many, the last, is held out
+HELD_OUT = 10  # one part of so many is held out,
+STRETCHES = 10  # in so many stretches over the text: its end alone may be of another subject
 LONGEST = 1024  # tokens that are predicted together
 TOKENIZED_TOGETHER = 256  # pieces
 DECODED_TOKENS = 8_192  # of validation text, on which vocabularies are compared
@@ -60,13 +61,31 @@ def text_of(data: DataRows, teacher: Teacher) -> TrimText:
         if characters > MOST_CHARACTERS:
             break
         pieces.append(piece)
-    count = max(1, len(pieces) // HELD_OUT)
     if len(pieces) < 2:
         raise UserError(
             f"--data: {characters} characters are too little text to choose tokens by and "
             f"to judge them on; give {2 * PIECE} or more"
         )
-    return TrimText(pieces[:-count], pieces[-count:], characters <= MOST_CHARACTERS)
+    held_out = _stretches(len(pieces))
+    return TrimText(
+        [piece for place, piece in enumerate(pieces) if place not in held_out],
+        [pieces[place] for place in sorted(held_out)],
+        characters <= MOST_CHARACTERS,
+    )
+
+
+def _stretches(count: int) -> set[int]:
+    """Which of ``count`` pieces are held out: the end of each of ``STRETCHES`` equal parts, each
+    several pieces long where there are enough, so that few of them are from the middle of what
+    the choice has read."""
+    wanted = max(1, count // HELD_OUT)
+    parts = min(STRETCHES, wanted)
+    held_out: set[int] = set()
+    for part in range(parts):
+        length = wanted * (part + 1) // parts - wanted * part // parts
+        end = count * (part + 1) // parts
+        held_out.update(range(end - length, end))
+    return held_out
 
 
 def _pieces(data: DataRows, teacher: Teacher) -> Iterator[Piece]:

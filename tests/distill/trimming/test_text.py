@@ -29,14 +29,18 @@ def rows_of(path: Path) -> DataRows:
 
 
 def test_pieces_are_the_text(tmp_path: Path, example_gguf: GGUFTeacher) -> None:
-    """Plain text in pieces that end with lines; conversations as the template writes them; the
-    last tenth held out."""
+    """Plain text in pieces that end with lines; conversations as the template writes them; a tenth
+    held out, in stretches over all of it."""
     lines = [f"line {number} " + "word " * (number % 40) + "\n" for number in range(3000)]
     lines.insert(7, "x" * 5000 + "\n")
     (tmp_path / "a.txt").write_text("".join(lines))
     text = text_of(rows_of(tmp_path / "a.txt"), example_gguf)
-    pieces = [piece.text for piece in (*text.training, *text.held_out)]
-    assert "".join(pieces) == "".join(lines) and text.whole
+    whole, held = "".join(lines), [piece.text for piece in text.held_out]
+    pieces = sorted((p.text for p in (*text.training, *text.held_out)), key=whole.index)
+    assert "".join(pieces) == whole and text.whole
+    places = [pieces.index(one) / len(pieces) for one in held]
+    in_each = [sum(n <= 10 * place < n + 1 for place in places) for n in range(10)]
+    assert max(in_each) - min(in_each) <= 1, "the same share of each part of the text"
     assert max(map(len, pieces)) <= PIECE and len(text.held_out) == len(pieces) // 10
     ended = sum(piece.endswith("\n") for piece in pieces)
     assert ended > len(pieces) - 8, "but for the long line"
