@@ -133,9 +133,10 @@ class GuardConfig(Section):
 class TrainConfig(Section):
     """The training loop. ``epochs``; ``batch_size``: sequences per optimizer step, over all
     processes, or in its place ``batch_tokens``: up to so many tokens; ``accumulation``: into how
-    many micro-batches a process divides its part of them;
-    ``learning_rate``: peak (none: 0.5 / width, less from the teacher's weights, see
-    ``distill.initialization.start``); ``schedule``: after the warm-up a cosine, a straight line, or
+    many micro-batches a process divides its part of them; ``optimizer``: adamw, muon (for the
+    matrices of layers), or auto, whichever pays for the size of a step; ``learning_rate``: peak
+    (none: 0.5 / width, less from the teacher's weights, see ``distill.initialization.start``);
+    ``schedule``: after the warm-up a cosine, a straight line, or
     wsd (constant until the last ``decay`` of the steps, then a cosine down); ``warmup``: share of
     the steps; ``min_lr``: share of the peak it ends at; ``max_grad_norm``; ``weight_decay``: of
     matrices only; ``precision``: ``bf16`` autocast, ``fp32``, or ``auto``; ``evaluations``: how
@@ -153,6 +154,7 @@ class TrainConfig(Section):
     batch_size: Count = 16
     batch_tokens: Annotated[int, Field(ge=16)] | None = None
     accumulation: Count = 1
+    optimizer: Literal["auto", "adamw", "muon"] = "auto"
     learning_rate: Positive | None = None
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
     decay: Fraction = 0.2

@@ -83,6 +83,7 @@ class TrainingPart:
     held_out: list[HeldOutPoint]
     learning_rate: float | None = None
     padding: float | None = None
+    optimizer: str = "adamw"
 
 
 @dataclass(frozen=True)

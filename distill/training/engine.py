@@ -36,7 +36,13 @@ from distill.training.distributed import (
 )
 from distill.training.embedding_rows import only_used_rows
 from distill.training.guard_hooks import build_guard, event_line, tensors_of, write_events
-from distill.training.optimizer import build_optimizer, build_schedule, parameter_groups
+from distill.training.optimizer import (
+    Muon,
+    build_optimizer,
+    build_schedule,
+    parameter_groups,
+    tokens_of_a_step,
+)
 from distill.training.summary import TrainingSummary
 from distill.training.validation import (
     ValidationScore,
@@ -140,7 +146,9 @@ def train(
         trained = copy.deepcopy(student) if is_sharded(accelerator) else student
         model = prepared(accelerator, TrainingModule(trained, job.objective), config)
         plan = data.batches(config.epochs, config.batch_size)
-        optimizer = build_optimizer(model, config, width)
+        tokens = tokens_of_a_step(data.store.lengths(), plan)
+        narrow = accelerator.mixed_precision == "bf16"
+        optimizer = build_optimizer(model, config, width, tokens, narrow=narrow)
         schedule = build_schedule(optimizer, config, len(plan))
         state = TrainingState(trained, optimizer, schedule, job.objective)
         if config.guard.enabled:
@@ -174,6 +182,7 @@ def train(
         continued_from=timer.from_step,
         scores=tuple(sorted(state.scores.items())),
         precision="bf16" if accelerator.mixed_precision == "bf16" else "fp32",
+        optimizer="muon" if isinstance(optimizer, Muon) else "adamw",
         best=best_step(state.scores),
         planned=len(plan),
         padding=data.padding(plan, config.accumulation * accelerator.num_processes, student.packs),

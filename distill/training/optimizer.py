@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-from torch import nn
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_wsd_schedule
@@ -18,6 +22,23 @@ from distill.training.validation import validation_score
 from students.model.interface import Student
 
 BETAS = (0.9, 0.95)
+MOMENTUM = 0.95
+# Root mean square of the elements of an orthogonalized update at learning rate 1, about that of
+# AdamW's updates: one rate suits both (docs/benchmarks.md).
+UPDATE_SIZE = 0.6
+# Coefficients (a, b, c) of x ← a·x + b·x³ + c·x⁵ for singular values between 1e-3 and 1, each step
+# the best of its degree after those before it (Polar Express, Amsel et al. 2025,
+# arXiv:2505.16932), and the margin that keeps rounding within that interval.
+POLAR = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+)
+MARGIN = 1.01
+# Muon is chosen where making updates orthogonal takes at most this share of a step's products: it
+# learns as much from about half as many tokens.
+MOST_OF_A_STEP = 0.4
+STEPS_LOOKED_AT = 64
 # The matrices of layers and projectors. Decay would pull both rotations towards the identity (and
 # towards commuting); norms and embeddings do not gain from it.
 DECAYED = ("_proj.weight",)
@@ -49,17 +70,138 @@ def decays(name: str) -> bool:
     return name.endswith(DECAYED) or (PROJECTORS in name and name.endswith(".weight"))
 
 
-def build_optimizer(module: nn.Module, config: TrainConfig, width: int) -> AdamW:
-    """AdamW (Loshchilov & Hutter 2019) over what a training module trains; decay on matrices
-    only."""
-    parameters = [(name, one) for name, one in module.named_parameters() if one.requires_grad]
-    decayed = [one for name, one in parameters if decays(name)]
-    others = [one for name, one in parameters if not decays(name)]
-    groups = [
+def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """About U Vᵀ of the singular value decomposition U S Vᵀ of ``matrix [M, N]``: the matrix with
+    its singular values between 0.15 and 1.9, if they were within a factor of 1,000, by products in
+    ``dtype``; a matrix of zeros stays one. More exact ones did not learn better."""
+    wide = matrix.shape[0] <= matrix.shape[1]
+    value = (matrix if wide else matrix.T).to(dtype)
+    value = value / (MARGIN * value.norm() + 1e-30)
+    for a, b, c in POLAR:
+        a, b, c = a / MARGIN, b / MARGIN**3, c / MARGIN**5
+        gram = value @ value.T
+        value = torch.addmm(value, torch.addmm(gram, gram, gram, beta=b, alpha=c), value, beta=a)
+    return value if wide else value.T
+
+
+class Muon(AdamW):
+    """AdamW, but that groups with ``orthogonal`` set take Muon's steps (Jordan 2024): Nesterov's
+    momentum of the gradient, made orthogonal, so that every direction of a matrix moves alike.
+
+    The state of such a matrix is ``momentum`` and ``step``, which AdamW's loading of states wants.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], rate: float, dtype: torch.dtype, **settings: Any
+    ) -> None:
+        """``rate``: of all groups; ``dtype``: of the products that make updates orthogonal."""
+        self.dtype = dtype
+        super().__init__([{"orthogonal": False, **group} for group in groups], rate, **settings)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of every group."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["orthogonal"]]
+        try:
+            loss: float | None = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["orthogonal"]:
+                self._orthogonal_step(group)
+        return loss
+
+    @torch.no_grad()
+    def _orthogonal_step(self, group: dict[str, Any]) -> None:
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            state = self.state[weight]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+                state["momentum"] = torch.zeros_like(weight)
+            state["step"] += 1
+            momentum = state["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
+            ahead = _whole(weight.grad.lerp(momentum, MOMENTUM))
+            direction = _like(orthogonalized(ahead, self.dtype), weight)
+            size = UPDATE_SIZE * math.sqrt(max(weight.shape))
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.add_(direction, alpha=-group["lr"] * size)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, of which FSDP may have given this process a part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(tensor: Tensor, weight: Tensor) -> Tensor:
+    """A tensor that every process has, sharded as ``weight`` is."""
+    tensor = tensor.to(weight.dtype)
+    if isinstance(weight, DTensor):
+        return distribute_tensor(tensor, weight.device_mesh, weight.placements, src_data_rank=None)
+    return tensor
+
+
+def takes_orthogonal_steps(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon is for a parameter of this name: the matrices of a new student's layers."""
+    return parameter.ndim == 2 and name.endswith(DECAYED)
+
+
+def choose_optimizer(module: nn.Module, config: TrainConfig, tokens: float) -> str:
+    """The configured optimizer, or the one that pays with ``tokens`` per step: Muon where its
+    products are at most ``MOST_OF_A_STEP`` of those of forward and backward pass."""
+    matrices = [
+        one.shape
+        for name, one in module.named_parameters()
+        if one.requires_grad and takes_orthogonal_steps(name, one)
+    ]
+    if config.optimizer != "auto":
+        return config.optimizer
+    parameters = sum(one.numel() for one in module.parameters() if one.ndim == 2)
+    products = sum(
+        len(POLAR) * (4 * min(shape) ** 2 * max(shape) + 2 * min(shape) ** 3) for shape in matrices
+    )
+    return "muon" if 0 < products <= MOST_OF_A_STEP * 6 * parameters * tokens else "adamw"
+
+
+def tokens_of_a_step(lengths: NDArray[Any], plan: Sequence[list[int]]) -> float:
+    """Tokens of an optimizer step, on average over the first of them."""
+    some = plan[:STEPS_LOOKED_AT]
+    return float(sum(lengths[step].sum() for step in some)) / max(1, len(some))
+
+
+def build_optimizer(
+    module: nn.Module,
+    config: TrainConfig,
+    width: int,
+    tokens: float = 0.0,
+    *,
+    narrow: bool = False,
+) -> AdamW:
+    """AdamW (Loshchilov & Hutter 2019) over what a training module trains, or Muon for the matrices
+    of its layers and AdamW for the rest (``choose_optimizer``); decay on matrices only.
+
+    ``tokens``: of a step, on average; ``narrow``: training computes in bfloat16, and so does Muon.
+    """
+    orthogonal: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    muon = choose_optimizer(module, config, tokens) == "muon"
+    for name, one in module.named_parameters():
+        if one.requires_grad:
+            chosen = decayed if decays(name) else others
+            (orthogonal if muon and takes_orthogonal_steps(name, one) else chosen).append(one)
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=peak_learning_rate(config, width), betas=BETAS, fused=True)
+    rate = peak_learning_rate(config, width)
+    if not muon:
+        return AdamW(groups, rate, betas=BETAS, fused=True)
+    groups.append({"params": orthogonal, "weight_decay": config.weight_decay, "orthogonal": True})
+    groups = [group for group in groups if group["params"]]
+    dtype = torch.bfloat16 if narrow else torch.float32
+    return Muon(groups, rate, dtype, betas=BETAS, fused=True)
 
 
 def build_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> LambdaLR:

@@ -21,6 +21,7 @@ class TrainingSummary:
     continued_from: int
     scores: tuple[tuple[int, ValidationScore], ...]
     precision: str
+    optimizer: str
     best: int
     planned: int
     padding: float
@@ -46,5 +47,6 @@ class TrainingSummary:
             "tokens_seen": self.tokens_seen,
             "continued_from_step": self.continued_from,
             "precision": self.precision,
+            "optimizer": self.optimizer,
             "padding": round(self.padding, 4),
         }

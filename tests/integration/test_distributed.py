@@ -43,6 +43,7 @@ RUN = {
 SHORT = RUN | {"batch_size": 8, "epochs": 1}
 RUNS = {
     "whole": SHORT,
+    "muon": SHORT | {"optimizer": "muon"},
     "micro": SHORT | {"accumulation": 4},
     "ragged": RUN | {"batch_size": 3, "accumulation": 2},  # a process has one sequence, not two
     "single": RUN | {"batch_size": 1, "epochs": 1},  # one process has none at all
@@ -52,7 +53,7 @@ RUNS = {
     "checkpointed": SHORT | {"gradient_checkpointing": True},
     "stopped": RUN | {"learning_rate": 0.1, "epochs": 4, "evaluations": 13, "patience": 2},
 }
-UNTIED = RUN | {"untied": True}  # where rows of the embedding are left out
+UNTIED = RUN | {"untied": True, "optimizer": "muon"}  # rows of the embedding are left out
 CUT = UNTIED | {"stop_at": 5}
 
 

@@ -105,8 +105,8 @@ class Harm:
         named = self.student.named_parameters()
         self.digests[step] = digest({name: local(weight.detach()) for name, weight in named})
 
-    def build_optimizer(self, *arguments: Any) -> Optimizer:
-        self.optimizer = BUILD_OPTIMIZER(*arguments)
+    def build_optimizer(self, *arguments: Any, **options: Any) -> Optimizer:
+        self.optimizer = BUILD_OPTIMIZER(*arguments, **options)
         return self.optimizer
 
     def build_guard(self, *arguments: Any) -> Guard:

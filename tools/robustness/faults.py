@@ -97,8 +97,8 @@ class Injector:
         """Meanwhile the engine's optimizer is known here."""
         real = engine.build_optimizer
 
-        def build(*arguments: Any) -> Optimizer:
-            self.optimizer = real(*arguments)
+        def build(*arguments: Any, **options: Any) -> Optimizer:
+            self.optimizer = real(*arguments, **options)
             return self.optimizer
 
         with patch.object(engine, "build_optimizer", build):

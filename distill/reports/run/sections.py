@@ -37,6 +37,7 @@ from distill.runs.records import (
 from distill.runtime.format import MISSING, figure, human_bytes, human_count, number, share
 from students.model.head_decisions import DECISIONS
 
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon for the matrices of layers, AdamW for the rest"}
 LANGUAGES = {"all": "all languages", "en": "English", "ja": "Japanese"}
 
 
@@ -490,6 +491,7 @@ def environment_section(results: Results, seed: int | None) -> Section:
             f"thread{'s' if result.threads != 1 else ''}",
         ],
         ["precision of training", results.training.precision],
+        ["optimizer", OPTIMIZERS.get(results.training.optimizer, results.training.optimizer)],
         *([["padding in training", share(padding)]] if padding is not None else []),
         *([name, version] for name, version in result.packages.items()),
         *([["llama.cpp ran", results.llama_cpp.text]] if results.llama_cpp.text else []),

@@ -42,10 +42,11 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store of one worker."""
+    """The store of one worker, with as many threads as each of two on two cores has."""
     folder = tmp_path_factory.mktemp("whole") / "store"
     given = [sys.executable, "-m", "distill", "capture", *flags, "--store", str(folder)]
-    subprocess.run(given, check=True, stdout=subprocess.DEVNULL)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(given, check=True, stdout=subprocess.DEVNULL, env=one_thread)
     return folder
 
 

@@ -1,0 +1,101 @@
+"""Muon against its definition, and when it is chosen."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from distill.config.schema import TrainConfig
+from distill.training.optimizer import (
+    Muon,
+    build_optimizer,
+    choose_optimizer,
+    orthogonalized,
+    takes_orthogonal_steps,
+    tokens_of_a_step,
+)
+from tests.support.students import make_student
+
+MUON = TrainConfig(optimizer="muon", weight_decay=0.1)
+
+
+def test_orthogonalized_against_singular_values() -> None:
+    """Directions are those of the decomposition, and values that were 300 apart are within 0.15
+    and 1.9; zeros stay zeros, a scale changes nothing; bfloat16 differs by its rounding."""
+    draw = torch.Generator().manual_seed(0)
+    for rows, columns in ((8, 8), (24, 8), (8, 40), (64, 171), (1, 5)):
+        u, _, v = torch.linalg.svd(
+            torch.randn(rows, columns, generator=draw, dtype=torch.float64), full_matrices=False
+        )
+        values = torch.logspace(0, -2.5, len(v), dtype=torch.float64)
+        matrix = (u * values) @ v
+        result = orthogonalized(matrix.float(), torch.float32).double()
+        moved = u.T @ result @ v.T
+        assert torch.allclose(moved, moved.diag().diag(), atol=1e-3), (rows, columns)
+        assert moved.diag().min() > 0.15 and moved.diag().max() < 1.9, (rows, columns)
+        same = orthogonalized(1e-6 * matrix.float(), torch.float32).double()
+        assert torch.allclose(same, result, atol=1e-3), (rows, columns)
+        narrow = orthogonalized(matrix.float(), torch.bfloat16).double()
+        assert (narrow - result).norm() < 0.2 * result.norm(), (rows, columns)
+    assert not orthogonalized(torch.zeros(4, 6), torch.float32).any()
+
+
+def test_steps_of_muon_and_of_adamw() -> None:
+    """Two steps of each parameter from the definitions: matrices by momentum of the gradient made
+    orthogonal, at the size that is said; all others as AdamW alone would."""
+    student, alone = make_student(16, 1, 48), make_student(16, 1, 48)
+    ours, adamw = build_optimizer(student, MUON, 16), build_optimizer(alone, TrainConfig(), 16)
+    assert isinstance(ours, Muon) and not isinstance(adamw, Muon)
+    rate, expected, momenta = 0.5 / 16, {}, {}
+    before = {name: one.detach().double() for name, one in student.named_parameters()}
+    for step in range(2):
+        draw = torch.Generator().manual_seed(step)
+        for (name, one), other in zip(student.named_parameters(), alone.parameters(), strict=True):
+            one.grad = torch.randn(one.shape, generator=draw)
+            other.grad = one.grad.clone()
+            if takes_orthogonal_steps(name, one):
+                gradient = one.grad.double()
+                momentum = 0.95 * momenta.get(name, 0.0) + 0.05 * gradient
+                momenta[name] = momentum
+                ahead = 0.05 * gradient + 0.95 * momentum
+                ahead = orthogonalized(ahead.float(), torch.float32).double()
+                weight = expected.get(name, before[name])
+                size = 0.6 * math.sqrt(max(one.shape))
+                expected[name] = weight * (1 - rate * 0.1) - rate * size * ahead
+        ours.step()
+        adamw.step()
+    assert len(expected) == 7
+    others = dict(alone.named_parameters())
+    for name, one in student.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(one.detach().double(), expected[name], rtol=1e-4, atol=1e-5)
+            moved = (expected[name] - before[name]).square().mean().sqrt()
+            assert 0.3 * rate < moved < 2 * rate, name
+        else:
+            assert torch.equal(one, others[name]), name
+    again = build_optimizer(student, MUON, 16)
+    again.load_state_dict(ours.state_dict())
+    for one in student.parameters():
+        assert all(
+            torch.equal(again.state[one][key], ours.state[one][key]) for key in ours.state[one]
+        )
+
+
+def test_muon_is_chosen_where_it_pays() -> None:
+    """By the tokens of a step; never for a student without matrices of its own."""
+    student = make_student(64, 2, 512)
+    for tokens, config, expected in (
+        (0.0, TrainConfig(), "adamw"),
+        (16.0, TrainConfig(), "adamw"),
+        (4096.0, TrainConfig(), "muon"),
+        (4096.0, TrainConfig(optimizer="adamw"), "adamw"),
+        (0.0, MUON, "muon"),
+    ):
+        assert choose_optimizer(student, config, tokens) == expected, (tokens, config.optimizer)
+    for parameter in student.model.layers.parameters():
+        parameter.requires_grad_(False)
+    assert choose_optimizer(student, TrainConfig(), 4096.0) == "adamw"
+    lengths = np.array([3, 5, 7], dtype=np.int32)
+    assert tokens_of_a_step(lengths, [[0, 1], [2]]) == 7.5
