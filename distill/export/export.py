@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from distill.config.schema import Quant
 from distill.errors import ProofFailed, UserError
 from distill.evaluation.scorers import student_scorer
+from distill.export.importance import DATASET, ImportanceOf, MeanSquares
 from distill.export.proof import answers, proof_sequences, prove, prove_quantized
 from distill.runs.folder import HeldOut
 from distill.runs.proof_record import Proof
@@ -36,7 +35,6 @@ from students.model.interface import Student
 from teachers.gguf.file import read_gguf
 
 ORIGIN = ("teacher_name", "teacher_sha256", "base_name", "base_sha256")
-IMPORTANCE_DATASET = "training text of the run"
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ class Export:
     """What is to be exported: the student, the teacher's tokenizer metadata, what the files say of
     themselves.
 
-    ``merged``: a student made of a base, merged already. ``importance``: mean squares by matrix for
-    the quantizer (``students.gguf.imatrix``), if there are any.
+    ``merged``: a student made of a base, merged already. ``importance``: how to get mean squares by
+    matrix (``students.gguf.imatrix``) for a quantizer that takes them, if there is a way.
     """
 
     student: Student
@@ -53,7 +51,7 @@ class Export:
     names: ExportNames
     held_out: HeldOut
     merged: PreTrainedModel | None = None
-    importance: Mapping[str, NDArray[np.float32]] | None = None
+    importance: ImportanceOf | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +88,11 @@ def origin_of(identity: Mapping[str, str]) -> dict[str, str]:
     return {key: identity[key] for key in ORIGIN if key in identity}
 
 
+def takes_importance(quant: Quant) -> bool:
+    """Whether llama.cpp's quantizer weighs by an importance matrix for this type."""
+    return FILE_TYPES[Quantization.parse(quant).file_type].weighted
+
+
 def export_proved(
     export: Export,
     wanted: Mapping[Quant, Path],
@@ -118,6 +121,10 @@ def export_proved(
         model = _write(export, temporary, kept)
         chosen = proof_sequences(export.held_out.sequences, model.config.vocab_size)
         expected = answers(student_scorer(model), chosen, kept)
+        importance: MeanSquares = {}
+        if export.importance is not None and any(map(takes_importance, wanted)):
+            progress("importance matrix")
+            importance = export.importance(model)
         del model
         timed = "f32" in wanted
         proof, reference = prove(temporary, expected, export.held_out, kept, timed=timed)
@@ -128,11 +135,11 @@ def export_proved(
             done("f32", original, proof)
         quantized = {quant: path for quant, path in wanted.items() if quant != "f32"}
         if quantized:
-            _require_fit(export, original, quantized)
+            _require_fit(importance, original, quantized)
         for quant, path in quantized.items():
             progress(quant)
             with _temporary(path, quant) as made:
-                _quantize(original, made, quant, export)
+                _quantize(original, made, quant, importance)
                 try:
                     proofs[quant] = prove_quantized(made, quant, reference, export.held_out)
                 except ProofFailed as failure:
@@ -143,7 +150,7 @@ def export_proved(
     return Proofs(proof, {quant: proofs[quant] for quant in wanted if quant in proofs}, failed)
 
 
-def _require_fit(export: Export, original: Path, quants: Iterable[Quant]) -> None:
+def _require_fit(importance: MeanSquares, original: Path, quants: Iterable[Quant]) -> None:
     """See that the types of rows asked for, and the importance matrix, are of this model."""
     matrices = {
         name: info.shape
@@ -156,7 +163,7 @@ def _require_fit(export: Export, original: Path, quants: Iterable[Quant]) -> Non
                 f"{quant}: this student's output matrix is its embedding; give the type of its "
                 "rows as embedding="
             )
-    for name, values in (export.importance or {}).items():
+    for name, values in importance.items():
         if name not in matrices or matrices[name][1] != len(values):
             raise UserError(
                 f"the importance matrix is not of this student ({name} with {len(values)} "
@@ -180,20 +187,26 @@ def _write(export: Export, path: Path, kept: MappedTensors) -> Any:
     return student
 
 
-def _quantize(source: Path, target: Path, quant: Quant, export: Export) -> None:
+def _quantize(source: Path, target: Path, quant: Quant, importance: MeanSquares) -> None:
     chosen = Quantization.parse(quant)
     tensors = read_gguf(source).tensors
     rows = chosen.row_types(tensors[EMBEDDING].shape[1], OUTPUT not in tensors)
-    importance = export.importance if FILE_TYPES[chosen.file_type].weighted else None
+    if not takes_importance(quant):
+        importance = {}
     labels: dict[str, int | str] = {}
     if importance:
         labels = {
-            "quantize.imatrix.dataset": IMPORTANCE_DATASET,
+            "quantize.imatrix.dataset": DATASET,
             "quantize.imatrix.entries_count": len(importance),
         }
     with _naming(target):
         quantize_gguf(
-            source, target, chosen.file_type, rows=rows, importance=importance, labels=labels
+            source,
+            target,
+            chosen.file_type,
+            rows=rows,
+            importance=importance or None,
+            labels=labels,
         )
 
 

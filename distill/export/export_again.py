@@ -8,15 +8,19 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.table import Table
 
 from distill.capture.tokenizer_only import tokenizer_entries
 from distill.config.schema import Quant
-from distill.errors import UserError
 from distill.evaluation.cost import UNSTEADY
-from distill.export.export import Export, Proofs, export_proved, origin_of
+from distill.export.export import (
+    Export,
+    Proofs,
+    export_proved,
+    origin_of,
+    takes_importance,
+)
+from distill.export.importance import importance_of
 from distill.export.student_folder import load_student
 from distill.reports.card.card import update_card
 from distill.runs.audit_events import record_export
@@ -27,11 +31,10 @@ from distill.runs.provenance import read_lineage
 from distill.runtime.format import human_bytes
 from distill.runtime.printable import markup
 from distill.runtime.progress import Console
-from students.gguf.file_types import FILE_TYPES, Quantization
-from students.gguf.imatrix import read_mean_squares
+from students.gguf.file_types import Quantization
 from students.gguf.metadata import ExportNames
 from teachers.atomic_files import exclusive
-from teachers.gguf.file import TeacherFileError, read_gguf
+from teachers.gguf.file import read_gguf
 
 
 def export_run(
@@ -65,12 +68,15 @@ def _export_run(
     student = load_student(folder)
     tokenizer = read_gguf(folder.tokenizer, model=False)
     name = str(tokenizer.value("general.name", "student"))
+    importance = None
+    if imatrix and any(map(takes_importance, wanted)):
+        importance = importance_of(folder, student.config.vocab_size, console, keep=writable)
     export = Export(
         student,
         tokenizer_entries(tokenizer),
         ExportNames(name, origin_of(folder.read_identity()), read_lineage(folder)),
         folder.read_held_out(student.config.vocab_size),
-        importance=_importance(folder, list(wanted), console) if imatrix else None,
+        importance=importance,
     )
     files: list[ExportedFile] = []
     with console.stage("Export and prove", total=len(wanted)) as stage:
@@ -115,31 +121,6 @@ def _export_run(
     console.rich.print(_table(name, proofs, files))
     proofs.require(folder.path)
     return files
-
-
-def _importance(
-    folder: RunFolder, quants: Sequence[Quant], console: Console
-) -> dict[str, NDArray[np.float32]] | None:
-    """The run's importance matrix, as mean squares by matrix, where one of the types takes one.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    if not any(FILE_TYPES[Quantization.parse(quant).file_type].weighted for quant in quants):
-        return None
-    if not folder.importance.exists():  # the run is older than they are
-        console.note(
-            "this run has no importance matrix (imatrix.gguf), so the quantizer goes without"
-        )
-        return None
-    try:
-        file = read_gguf(folder.importance, model=False)
-        return read_mean_squares({name: file.tensor(name) for name in file.tensors})
-    except (TeacherFileError, ValueError) as error:
-        raise UserError(
-            f"{folder.importance} is damaged ({error}); delete it, or leave it out with "
-            "--no-imatrix"
-        ) from None
 
 
 def _table(name: str, proofs: Proofs, files: Sequence[ExportedFile]) -> Table:

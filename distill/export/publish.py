@@ -1,9 +1,7 @@
-"""From a trained student to what a run gives away: importance matrix, proved GGUF file,
-Modelfile, plain folder."""
+"""From a trained student to what a run gives away: proved GGUF file, Modelfile, plain folder."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +13,8 @@ from transformers import PreTrainedModel
 from distill.base_models.base_model import Base
 from distill.capture.tokenizer_only import metadata_entries
 from distill.config.schema import RunConfig
-from distill.export.export import IMPORTANCE_DATASET, Export, Proofs, export_proved, origin_of
+from distill.export.export import Export, Proofs, export_proved, origin_of
+from distill.export.importance import calibration_text, importance_of
 from distill.export.ollama_modelfile import write_modelfile
 from distill.export.student_folder import save_student
 from distill.export.transformers_folder import publish_plain, save_plain
@@ -24,16 +23,12 @@ from distill.runs.exports import describe_file, record_files
 from distill.runs.folder import HeldOut, RunFolder
 from distill.runs.proof_record import Proof
 from distill.runs.provenance import lineage_of
-from distill.runtime.format import human_bytes, human_count
+from distill.runtime.format import human_bytes
 from distill.runtime.progress import Console
 from students.adapter.adapter import AdaptedStudent
 from students.adapter.merge import merge
-from students.gguf.architectures import architecture_of, to_gguf_name
-from students.gguf.imatrix import measure_importance, write_importance
 from students.gguf.metadata import ExportNames
 from students.mapped_tensors import MappedTensors
-from students.model.decoder import SO8TForCausalLM
-from students.model.fold import to_llama
 from students.model.interface import Student
 from teachers.gguf.file import Field, read_gguf
 from teachers.store.store import SoftTargetStore
@@ -43,8 +38,6 @@ MORE_EXACT = (
     "f16",
     "f32",
 )  # than any other type; an F32 file is the one that PyTorch is compared to
-# Enough for means of squares, and not more than a minute or two of computing even for a large base.
-IMPORTANCE_TOKENS, IMPORTANCE_LEAST, IMPORTANCE_FLOPS = 16_384, 2_048, 2e13
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,11 @@ def publish(publication: Publication, folder: RunFolder, console: Console) -> Pr
     names = ExportNames(publication.name, origin_of(folder.read_identity()), lineage)
     with MappedTensors(folder.path) as kept:
         merged = merge(student, kept.keep) if isinstance(student, AdaptedStudent) else None
-        importance = _importance(publication, merged, folder, console)
+        model: Any = student if merged is None else merged
+        parameters = sum(one.numel() for one in model.parameters())
+        text = calibration_text(publication.store, publication.train, parameters)
+        folder.write_calibration(text)
+        importance = importance_of(folder, student.config.vocab_size, console, keep=True)
         export = Export(student, tokenizer, names, publication.held_out, merged, importance)
         proofs = _export(export, config.export.quant, folder, console)
         proof = proofs.only
@@ -97,7 +94,9 @@ def publish(publication: Publication, folder: RunFolder, console: Console) -> Pr
         for warning in warnings:
             console.warn(f"Modelfile: {warning}")
         record_files(folder, [describe_file(folder.gguf, proof.quant, proof, importance=True)])
-        written = [folder.gguf, folder.modelfile, folder.importance, folder.exports]
+        written = [folder.gguf, folder.modelfile, folder.calibration_file, folder.exports]
+        if folder.importance.exists():
+            written.append(folder.importance)
         record_export(folder.path, written, proof.quant, proof.to_json())
         _plain_folder(publication, merged, folder, console)
     return proofs
@@ -120,38 +119,6 @@ def _export(export: Export, wanted: str, folder: RunFolder, console: Console) ->
         proofs.require(folder.path)
         stage.finish(_describe(proofs.only, proofs.original, folder))
     return proofs
-
-
-def evenly_spaced(lengths: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:
-    """About as many sequences as make so many tokens, evenly from the first to the last."""
-    count = min(len(lengths), max(1, round(tokens / float(lengths.mean()))))
-    return np.linspace(0, len(lengths) - 1, count).astype(np.int64)
-
-
-def _importance(
-    publication: Publication, merged: PreTrainedModel | None, folder: RunFolder, console: Console
-) -> dict[str, NDArray[np.float32]]:
-    """Measure the importance matrix on training text and keep it in the run."""
-    student, store = publication.student, publication.store
-    if merged is not None:
-        model, gguf_name = merged, architecture_of(merged.config).to_gguf_name
-    else:
-        assert isinstance(student, SO8TForCausalLM)
-        model, gguf_name = to_llama(student), to_gguf_name
-    affordable = int(IMPORTANCE_FLOPS / (2 * model.num_parameters()))
-    tokens = min(IMPORTANCE_TOKENS, max(IMPORTANCE_LEAST, affordable))
-    some = evenly_spaced(store.lengths()[publication.train], tokens)
-    chosen = [store.tokens(int(index)) for index in publication.train[some]]
-    with console.stage("Importance", total=len(chosen)) as stage:
-        importance = measure_importance(model, chosen, gguf_name, stage.update)
-        temporary = folder.importance.with_name(f".{folder.importance.name}.{os.getpid()}.tmp")
-        write_importance(importance, temporary, [IMPORTANCE_DATASET])
-        temporary.replace(folder.importance)
-        stage.finish(
-            f"{human_count(importance.tokens)} tokens of training text, for quantizers: "
-            f"{folder.importance}"
-        )
-    return importance.mean_squares()
 
 
 def _plain_folder(

@@ -3,9 +3,10 @@
 ``config.json`` (as resolved), ``identity.json`` (teacher and soft targets), ``metrics.jsonl``,
 ``beginning.safetensors`` (weights that training begins at, until the run is finished),
 ``checkpoints/``, ``student/`` (PyTorch weights and ``tokenizer.gguf``), ``held_out.json``,
-``imatrix.gguf``, ``student.gguf``, ``exports.json`` (what is known of it and of later exports),
-``Modelfile``, ``transformers/`` (the plain model), and last ``results.json``: a folder with results
-is a finished run. ``report.html`` shows all of it, ``README.md`` is the model card, ``audit.jsonl``
+``calibration.json`` (training text for an importance matrix; ``imatrix.gguf`` once one was needed),
+``student.gguf``, ``exports.json`` (what is known of it and of later exports), ``Modelfile``,
+``transformers/`` (the plain model), and last ``results.json``: a folder with results is a finished
+run. ``report.html`` shows all of it, ``README.md`` is the model card, ``audit.jsonl``
 the log.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,7 @@ class RunFolder:
         self.identity_file = path / "identity.json"
         self.results_file = path / "results.json"
         self.held_out_file = path / "held_out.json"
+        self.calibration_file = path / "calibration.json"
         self.student = path / "student"
         self.tokenizer = self.student / "tokenizer.gguf"
         self.gguf = path / "student.gguf"
@@ -181,6 +184,25 @@ class RunFolder:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"{self.held_out_file} is damaged ({error}); run distill again"
+            ) from None
+
+    def write_calibration(self, sequences: Sequence[Tokens]) -> None:
+        """Keep some training text, on which a later export can measure an importance matrix."""
+        content = {"sequences": [tokens.tolist() for tokens in sequences]}
+        write_whole(self.calibration_file, json.dumps(content).encode())
+
+    def read_calibration(self, vocab_size: int) -> list[Tokens]:
+        """The content of ``calibration.json``; raises ``UserError`` if it is damaged."""
+        content = self.read_json(self.calibration_file)
+        try:
+            sequences = [_tokens(ids, vocab_size) for ids in content["sequences"]]
+            if not sequences or not min(map(len, sequences)):
+                raise ValueError("it holds an empty sequence, or none")
+            return sequences
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(
+                f"{self.calibration_file} is damaged ({error}); delete it, and the quantizer goes "
+                "without an importance matrix"
             ) from None
 
     def _write(self, path: Path, content: Any) -> None:

@@ -53,7 +53,7 @@ def test_the_folder_holds_what_is_promised(finished: RunFolder) -> None:
     names = {path.name for path in finished.path.iterdir()} - {".lock", ".lock.audit"}
     written = "config.json identity.json metrics.jsonl checkpoints student"
     kept = "audit.jsonl audit.head held_out.json student.gguf results.json report.html README.md"
-    more = "imatrix.gguf exports.json Modelfile transformers"
+    more = "calibration.json exports.json Modelfile transformers"
     assert names == {*written.split(), *kept.split(), *more.split()}
     assert load_config(finished.config_file, {}, []) == finished.read_config()
 

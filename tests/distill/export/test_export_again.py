@@ -157,8 +157,14 @@ def test_the_files_say_where_they_come_from(finished: RunFolder, elsewhere: Else
     assert rows == ["student.gguf"]  # what lies elsewhere is not the run's
 
 
-def test_the_importance_matrix_is_of_training_text(finished: RunFolder) -> None:
-    """It is in the run, and has a row for every matrix of the file."""
+def test_the_importance_matrix_is_of_training_text(copy: RunFolder) -> None:
+    """It is measured when a type takes one, kept in the run, and has a row for every matrix."""
+    copy.importance.unlink(missing_ok=True)
+    export(copy, "f16")
+    assert not copy.importance.exists()
+    [file_of_type] = export(copy, "q4_0")
+    assert file_of_type.imatrix
+    finished, made = copy, copy.importance.read_bytes()
     file, model = read_gguf(finished.importance, model=False), read_gguf(finished.gguf)
     matrices = {name for name, info in model.tensors.items() if len(info.shape) == 2}
     sums = {name.removesuffix(".in_sum2") for name in file.tensors if name.endswith(".in_sum2")}
@@ -166,6 +172,12 @@ def test_the_importance_matrix_is_of_training_text(finished: RunFolder) -> None:
     lengths = [len(tokens) for tokens in finished.read_held_out(10**6).sequences]
     tokens = float(file.tensor("blk.0.attn_q.weight.counts")[0, 0])
     assert tokens + sum(lengths) <= finished.read_results()["soft_targets"]["tokens"]
+    export(copy, "iq4_nl")
+    assert copy.importance.read_bytes() == made
+    copy.importance.unlink()
+    copy.calibration_file.write_text('{"sequences": [[999999]]}')
+    with pytest.raises(UserError, match=r"calibration\.json is damaged"):
+        export(copy, "q4_0")
 
 
 def test_without_a_matrix(copy: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +185,7 @@ def test_without_a_matrix(copy: RunFolder, capsys: pytest.CaptureFixture[str]) -
     [file] = export(copy, "q4_0", imatrix=False)
     plain = (copy.path / file.file).read_bytes()
     assert not file.imatrix
+    export(copy, "iq4_nl")
     copy.importance.write_bytes(copy.importance.read_bytes()[:200])
     with pytest.raises(UserError, match=r"imatrix\.gguf is damaged.*--no-imatrix"):
         export(copy, "q4_0")
@@ -181,9 +194,10 @@ def test_without_a_matrix(copy: RunFolder, capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(UserError, match=r"not of this student .*--no-imatrix"):
         export(copy, "q4_0")
     copy.importance.unlink()
+    copy.calibration_file.unlink()
     [again] = export(copy, "q4_0")
     assert not again.imatrix and (copy.path / again.file).read_bytes() == plain
-    assert "no importance matrix" in said(capsys)
+    assert "no text to measure an importance matrix on" in said(capsys)
 
 
 def test_one_that_fails_does_not_take_the_others_with_it(

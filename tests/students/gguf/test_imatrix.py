@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.export.publish import evenly_spaced
+from distill.export.importance import evenly_spaced
 from students.gguf.architectures import architecture_of, to_gguf_name
 from students.gguf.imatrix import (
     Importance,
