@@ -228,6 +228,23 @@ def known_kl(logits: Tensor, targets: Targets, temperature: float) -> Tensor:
     return divergence(logits, targets, temperature)
 
 
+def known_scores(logits: Tensor, targets: Targets, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``known_kl`` at temperature 1, whether the student's most probable token is the teacher's,
+    and ``cross_entropy``: ``[N, V]`` and labels ``[N]`` → three of ``[N]``, in as few passes over
+    the logits as that takes."""
+    best = targets.best()[..., None]
+    same = logits.gather(-1, best).squeeze(-1) == logits.amax(dim=-1)
+    if not isinstance(targets, CompactTargets):
+        return known_kl(logits, targets, 1.0), same, cross_entropy(logits, labels)
+    buckets = _buckets(logits, targets.topk_ids, 1.0)
+    kl = FORMS["forward_kl"].value(
+        teacher_buckets(targets, 1.0), F.log_softmax(buckets, dim=-1), FORWARD_KL
+    )
+    counts = labels != IGNORE_INDEX
+    chosen = _wide(logits).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+    return kl, same, torch.where(counts, buckets.logsumexp(dim=-1) - chosen, 0.0)
+
+
 def dense_forward_kl(
     teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0
 ) -> Tensor:
@@ -246,12 +263,17 @@ def bucket_log_probs(logits: Tensor, topk_ids: Tensor, temperature: float) -> Te
     and there are no others; in nats. The tail is summed over its own tokens, not taken as 1 − Σ:
     that keeps its value and its gradient exact also where a student has almost nothing there.
     """
-    scaled = _wide(logits) / temperature
+    return F.log_softmax(_buckets(logits, topk_ids, temperature), dim=-1)
+
+
+def _buckets(logits: Tensor, topk_ids: Tensor, temperature: float) -> Tensor:
+    """``bucket_log_probs`` but for a number that all of a row have in common."""
+    scaled = _wide(logits) if temperature == 1.0 else _wide(logits) / temperature
     buckets = scaled.gather(-1, topk_ids)
     if topk_ids.shape[-1] < logits.shape[-1]:
         tail = scaled.scatter(-1, topk_ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
         buckets = torch.cat((buckets, tail), dim=-1)
-    return F.log_softmax(buckets, dim=-1)
+    return buckets
 
 
 def teacher_buckets(targets: CompactTargets, temperature: float) -> Tensor:

@@ -17,8 +17,6 @@ from stability.precision import float64
 from students.model.interface import Student
 from teachers.targets.recipe import Recipe
 
-TEMPERATURE = 1.0
-
 
 @dataclass(frozen=True)
 class ValidationScore:
@@ -66,11 +64,7 @@ def _sums(student: Student, batch: Batch) -> Tensor:
             span = slice(start, start + together)
             logits = head_logits(states[span], student.output_matrix())
             targets = batch.targets.select(span)
-            values = (
-                divergences.known_kl(logits, targets, TEMPERATURE),
-                logits.argmax(dim=-1) == targets.best(),
-                divergences.cross_entropy(logits, labels[span]),
-            )
+            values = divergences.known_scores(logits, targets, labels[span])
             sums.append(torch.stack([float64(value).sum() for value in values]))
     return torch.stack(sums).sum(dim=0)
 

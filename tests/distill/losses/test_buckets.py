@@ -18,6 +18,7 @@ from distill.losses.divergences import (
     dense_forward_kl,
     divergence,
     known_kl,
+    known_scores,
 )
 from teachers.targets.distributions import CompactTargets
 from tests.support.references import (
@@ -93,6 +94,24 @@ def test_known_kl_against_the_reference() -> None:
             count, atol = (4, 2e-6 + slack(temperature)) if few else (20, 2e-6)
             expected = reference_bucket_kl(rows(teacher), rows(student), count, temperature)
             np.testing.assert_allclose(got.numpy(), expected, rtol=1e-4, atol=atol)
+
+
+def test_what_is_quoted_of_a_validation_point() -> None:
+    """KL, same top token and cross-entropy, together as apart; 0 for labels that do not count."""
+    teacher, student = drawn(8), drawn(8, seed=1)
+    teacher[:3] += 2 * student[:3]  # some with the same top token
+    labels = torch.arange(8) % 20
+    labels[5] = IGNORE_INDEX
+    same = rows(teacher).argmax(-1) == rows(student).argmax(-1)
+    assert 0 < same.sum() < 8
+    for kind in ("buckets", *SHAPED):
+        targets = shaped(kind, teacher)
+        got, agreement, entropy = known_scores(student, targets, labels)
+        torch.testing.assert_close(got, known_kl(student, targets, 1.0), rtol=0, atol=0)
+        assert agreement.tolist() == same.tolist(), kind
+        expected = -np.log(probabilities(rows(student), 1.0)[np.arange(8), labels.clamp(min=0)])
+        expected[5] = 0.0
+        np.testing.assert_allclose(entropy.numpy(), expected, rtol=1e-5, atol=1e-6, err_msg=kind)
 
 
 def test_kl_of_all_needs_the_shape_of_the_tail() -> None:
