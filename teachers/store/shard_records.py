@@ -4,6 +4,7 @@ nobody has to read all of it again to know that it is whole."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teachers.store.manifest import Manifest
@@ -14,10 +15,17 @@ if TYPE_CHECKING:  # with PyTorch, which is not needed to see how far a capture 
 
 OWN_ARRAYS = ("tokens", "lengths", "keep")  # of a shard, beside one row of a target per position
 
+READ_BACK = "read_back"  # in a shard's record: all of it was read since it was written, and right
+
 
 def task_name(shard: int) -> str:
     """The task of capturing a shard."""
     return f"shard-{shard:05d}"
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """Where a shard of a store lies."""
+    return folder / f"{task_name(shard)}.safetensors"
 
 
 def task_names(manifest: Manifest) -> list[str]:

@@ -178,6 +178,14 @@ class Tasks:
         """What is known of each task that is done; nothing of one whose file is damaged."""
         return self._all(DONE)
 
+    def record(self, name: str) -> dict[str, Any]:
+        """The same of one task."""
+        return _content(self.files.read(name + DONE) or b"")
+
+    def set_record(self, name: str, record: dict[str, Any]) -> None:
+        """Write what is known of a task that is done."""
+        self.files.write(name + DONE, _json(record))
+
     def failures(self) -> dict[str, dict[str, Any]]:
         """The last error that each task has met."""
         return self._all(FAILED)
@@ -231,7 +239,7 @@ class Lease:
         tasks = self._tasks
         tasks.tokens += tokens
         content = {"maker": asdict(tasks.maker), "begun": self._begun, "ended": time.time()}
-        tasks.files.write(self.name + DONE, _json(content | record))
+        tasks.set_record(self.name, content | record)
 
     def release(self) -> None:
         """Leave the task: to whoever wants it, unless it is done."""
