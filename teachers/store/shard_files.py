@@ -1,4 +1,4 @@
-"""All shards of a store: a few of them open, and what is known of sequences without their targets."""
+"""All shards of a store: a few open, and what is known of sequences without their targets."""
 
 from __future__ import annotations
 
