@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -143,6 +144,10 @@ class SoftTargetStore:
         """The SHA-256 that a shard says it has, in hexadecimal."""
         with safe_open(self.shard_path(shard), framework="numpy") as file:
             return str((file.metadata() or {}).get("sha256", "")).partition(" ")[0]
+
+    def record_of(self, shard: int, arrays: Arrays) -> dict[str, Any]:
+        """What to remember of a shard that is whole and holds these arrays."""
+        return shard_record(self.shard_path(shard), self.checksum(shard), arrays)
 
     def write_file(self, name: str, arrays: Arrays, codec: str | None = None) -> None:
         """Write a file of arrays that proves itself, whole or not at all; ``codec``: the digest of
@@ -326,11 +331,11 @@ class SoftTargetStore:
         if not self._sound[shard]:
             tasks, name = Tasks(self.folder / TASKS), task_name(shard)
             record = tasks.record(name)
-            if not (record.get(READ_BACK) and is_unchanged(self, shard, record)):
+            if not (record.get(READ_BACK) and is_unchanged(self.shard_path(shard), record)):
                 arrays = self.read_shard(shard)
                 if arrays is None:
                     return "damaged" if self.shard_path(shard).exists() else "missing"
-                known = record | shard_record(self, shard, arrays) | {READ_BACK: True}
+                known = record | self.record_of(shard, arrays) | {READ_BACK: True}
                 with suppress(OSError):  # of a store that nobody may write to: read again next time
                     tasks.set_record(name, known)
             self._sound[shard] = True
