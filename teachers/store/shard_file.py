@@ -86,7 +86,7 @@ class ShardFile:
 
     def _read(self, place: int, buffer: NDArray[np.uint8]) -> None:
         """Fill a buffer with the bytes at some place."""
-        view, done = memoryview(buffer), 0
+        view, done = buffer.data, 0
         with self._reading:
             self._file.seek(place)
             while done < len(view):

@@ -1,10 +1,13 @@
 """How long a training takes from the command to its first steps, and in how much memory: on a
 simulated store, whose soft targets are zeros in sparse files, against one of a single shard.
 
-python -m tools.bench.train_start --tokens 1e9 [--store FOLDER]
+python -m tools.bench.train_start --tokens 1e9 [--fresh] [--store FOLDER]
 
-Every shard is valid: its tokens are random, its checksum is right. ``--store``: where the simulated
-store is kept and found again (tokens of 4 bytes are all that it takes on disk).
+Tokens are random, and no sequence is like another. The records of the simulated store say that its
+shards have been read back; with ``--fresh`` they do not, and each gets its checksum, which takes
+the simulation 0.4 s of a processor per million tokens. ``--store``: where the simulated store is
+kept and found again (4 bytes a token are all that it takes on disk). Beside the time stands the
+processor's, which other work on the machine does not change much.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +33,10 @@ import torch
 from distill.config.loading import load_config
 from distill.pipeline.capture import capture_only
 from distill.runtime.progress import Console
-from teachers.store.manifest import MANIFEST, Manifest, read_manifest
-from teachers.store.shard_records import OWN_ARRAYS
+from teachers.store.manifest import MANIFEST, TASKS, Manifest, read_manifest
+from teachers.store.shard_records import OWN_ARRAYS, READ_BACK, task_name
 from teachers.store.store import SHARED_CODEC, SoftTargetStore, array_digest
+from teachers.store.tasks import Tasks
 from teachers.store.teacher_record import TEACHER
 from teachers.targets.distributions import Arrays
 from tools.machine import machine, machine_line
@@ -39,7 +44,6 @@ from tools.machine import machine, machine_line
 LENGTH = 512  # tokens of a sequence
 PER_SHARD = 256  # sequences
 STEPS = 10  # that are waited for
-BLOCK = 1 << 16  # bytes of a file that are left out if they are zeros
 SETTINGS = ["--student-size", "128x2", "--safety-labels", "none", "--set", "student.init=random"]
 
 
@@ -51,7 +55,7 @@ def begin(folder: Path) -> SoftTargetStore:
     return capture_only(config, folder, Console(quiet=True))
 
 
-def simulate(folder: Path, shards: int, real: SoftTargetStore) -> SoftTargetStore:
+def simulate(folder: Path, shards: int, real: SoftTargetStore, fresh: bool) -> None:
     """A store of so many shards, with the codec and the teacher's record of a real one."""
     folder.mkdir(parents=True)
     manifest = Manifest(real.manifest.identity, shards * PER_SHARD, PER_SHARD)
@@ -67,50 +71,65 @@ def simulate(folder: Path, shards: int, real: SoftTargetStore) -> SoftTargetStor
         if name not in OWN_ARRAYS
     }
     codec = array_digest(real.read_file(SHARED_CODEC) or {})
+    tasks = Tasks(folder / TASKS)
     vocab_size = int(manifest.identity["vocab_size"])
 
+    lengths = np.full(PER_SHARD, LENGTH)
+    first: Arrays = {"tokens": np.zeros(PER_SHARD * LENGTH, np.int32), "lengths": lengths, **zeros}
+    seal = store._seal(store.shard_path(0), first, codec)
+    whole = safetensors.numpy.save(first, metadata=seal)
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    about = json.loads(whole[8:begin])
+
     def write(shard: int) -> None:
-        draw = np.random.default_rng(shard)
-        tokens = draw.integers(0, vocab_size, PER_SHARD * LENGTH, np.int32)
-        arrays: Arrays = {"tokens": tokens, "lengths": np.full(PER_SHARD, LENGTH), **zeros}
-        path = store.shard_path(shard)
-        seal = store._seal(path, arrays, codec)
-        write_sparse(path, safetensors.numpy.save(arrays, metadata=seal))
+        path, draw = store.shard_path(shard), np.random.default_rng(shard)
+        arrays = first | {"tokens": draw.integers(0, vocab_size, len(first["tokens"]), np.int32)}
+        own = store._seal(path, arrays if fresh else {}, codec)
+        header = whole[:begin].replace(seal["sha256"].encode(), own["sha256"].encode())
+        with path.open("wb") as file:
+            file.write(header)
+            for name in ("tokens", "lengths"):
+                file.seek(begin + about[name]["data_offsets"][0])
+                file.write(arrays[name].tobytes())
+            file.truncate(len(whole))
+        if not fresh:
+            size = path.stat()
+            known = {"bytes": size.st_size, "mtime_ns": size.st_mtime_ns, READ_BACK: True}
+            tasks.set_record(task_name(shard), known)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for shard, _ in enumerate(pool.map(write, range(shards)), 1):
             if shard % 500 == 0:
                 print(f"{shard:,} of {shards:,} shards are simulated", flush=True)
-    return store
 
 
-def write_sparse(path: Path, data: bytes) -> None:
-    """Write a file without its zeros."""
-    with path.open("wb") as file:
-        for start in range(0, len(data), BLOCK):
-            block = data[start : start + BLOCK]
-            if block.count(0) != len(block):
-                file.seek(start)
-                file.write(block)
-        file.truncate(len(data))
+@dataclass(frozen=True)
+class Start:
+    """Seconds from the command to its first logged step, and of the processors until then; seconds
+    of a step after it; the most memory of all, in bytes."""
+
+    seconds: float
+    processors: float
+    step: float
+    memory: float
 
 
-def measure(store: Path, out: Path) -> tuple[float, float, float]:
-    """Seconds from the command to its first step, seconds of a step after it, and the most memory
-    until then, in bytes."""
+def measure(store: Path, out: Path) -> Start:
+    """Start a training, and end it after some steps."""
     command = [sys.executable, "-m", "distill", "train", str(store), "--out", str(out), *SETTINGS]
     with (out.with_suffix(".log")).open("wb") as log:
         begun = time.perf_counter()
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
-            first = _wait(process, lambda: steps_of(out) >= 1) - begun
-            last = _wait(process, lambda: steps_of(out) > STEPS) - begun
+            first = _wait(process, lambda: steps_of(out) >= 1)
+            spent = psutil.Process(process.pid).cpu_times()
+            last = _wait(process, lambda: steps_of(out) > STEPS)
             memory = peak_of(process.pid)
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
                 process.wait()
-    return first, (last - first) / STEPS, memory
+    return Start(first - begun, spent.user + spent.system, (last - first) / STEPS, memory)
 
 
 def _wait(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> float:
@@ -145,30 +164,28 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=float, default=1e9)
+    parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--store", type=Path)
     options = parser.parse_args()
     print(machine_line(machine(torch.get_num_threads())))
     shards = -(-int(options.tokens) // (LENGTH * PER_SHARD))
     with tempfile.TemporaryDirectory() as root:
         place = Path(root)
-        real, small, large = (
-            begin(place / "real"),
-            place / "small",
-            options.store or place / "large",
-        )
-        simulate(small, 1, real)
+        real, small = begin(place / "real"), place / "small"
+        large = options.store or place / "large"
+        simulate(small, 1, real, options.fresh)
         if not large.exists():
-            simulate(large, shards, real)
-        ends = []
-        for name, store in (("small", small), ("large", large), ("large again", large)):
-            ends.append(measure(store, place / f"run-{len(ends)}"))
-            seconds, step, memory = ends[-1]
-            sequences = read_manifest(store).sequences
+            simulate(large, shards, real, options.fresh)
+        starts: list[Start] = []
+        for name, store in (("small", small), ("large", large)):
+            starts.append(start := measure(store, place / f"run-{name}"))
             print(
-                f"{name}: {sequences * LENGTH:,} tokens, first step after {seconds:.1f} s, "
-                f"{step:.3f} s a step, {memory / 1e6:,.0f} MB at most"
+                f"{name}: {read_manifest(store).sequences * LENGTH:,} tokens, first step after "
+                f"{start.seconds:.1f} s ({start.processors:.1f} s of the processors), "
+                f"{start.step:.3f} s a step, {start.memory / 1e6:,.0f} MB at most",
+                flush=True,
             )
-        more = max(end[2] for end in ends[1:]) - ends[0][2]
+        more = starts[1].memory - starts[0].memory
         print(f"the large store takes {more / 1e6:,.0f} MB more")
 
 
