@@ -12,10 +12,10 @@ from distill.errors import UserError
 from distill.runtime.format import human_bytes
 from distill.runtime.progress import Console
 from teachers import example_teacher
-from teachers.atomic_files import StoreError
 from teachers.base import TeacherInfo
 from teachers.gguf.file import file_sha256, read_gguf
 from teachers.store.manifest import filled_manifest
+from teachers.store.shard_files import unusable
 from teachers.store.store import SHARED_CODEC, SoftTargetStore
 from teachers.store.teacher_record import TeacherRecord, require_teacher_record
 from teachers.targets.recipe import Recipe
@@ -27,6 +27,8 @@ LOOKED_AT = {
     "data": {"held_out"},
     "targets": set[str](),
 }
+
+CHECKED_AT_START = 64  # shards
 
 
 def without_capture(config: RunConfig, recipe: Recipe, console: Console) -> RunConfig:
@@ -69,25 +71,26 @@ def open_full_store(folder: Path) -> tuple[SoftTargetStore, TeacherRecord]:
 
 
 def require_complete(store: SoftTargetStore, console: Console) -> None:
-    """Check every file that training reads; ``StoreError`` names one that is missing or damaged."""
+    """Check that every file that training reads is there, and of a small store that all are whole;
+    ``StoreError`` names one that is missing or damaged.
+
+    The shards of a large store are checked when targets are first read from them, each once.
+    """
     shards = store.manifest.shards
     with console.stage("Check targets", total=shards) as stage:
-        bad: dict[str, list[str]] = {"missing": [], "damaged": []}
-        for shard in range(shards):
-            if (state := store.state(shard)) != "complete":
-                bad[state].append(store.shard_path(shard).name)
+        names = [store.shard_path(shard).name for shard in range(shards)]
+        there = {path.name for path in store.folder.iterdir()}
+        bad = {"missing": [name for name in names if name not in there], "damaged": list[str]()}
+        for shard in range(shards if shards <= CHECKED_AT_START else 0):
+            if names[shard] in there and store.known_state(shard) != "complete":
+                bad["damaged"].append(names[shard])
             stage.update(shard + 1)
         if store.needs_shared_codec and store.shared_codec() is None:
             bad["damaged" if (store.folder / SHARED_CODEC).exists() else "missing"].append(
                 SHARED_CODEC
             )
-        for state, names in bad.items():
-            if names:
-                raise StoreError(
-                    f"store {store.folder} has {len(names)} file{'s' * (len(names) > 1)} {state} "
-                    f"({names[0]}{', …' * (len(names) > 1)}); run the capture again where the "
-                    "teacher is, which makes just that, or copy the store again"
-                )
+        if any(bad.values()):
+            raise unusable(store.folder, bad)
         size = human_bytes(store.bytes_on_disk())
         stage.finish(f"{len(store)} sequences, {trained_on(store)}, {size} in {store.folder}")
 

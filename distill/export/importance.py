@@ -39,7 +39,7 @@ def calibration_text(
     return [store.tokens(int(index)) for index in train[some]]
 
 
-def evenly_spaced(lengths: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:
+def evenly_spaced(lengths: NDArray[np.int32], tokens: int) -> NDArray[np.int64]:
     """About as many sequences as make so many tokens, evenly from the first to the last."""
     count = min(len(lengths), max(1, round(tokens / float(lengths.mean()))))
     return np.linspace(0, len(lengths) - 1, count).astype(np.int64)

@@ -54,7 +54,7 @@ from distill.runtime.device import release_memory, training_device, why_float32
 from distill.runtime.format import human_count
 from distill.runtime.launch import Launch
 from distill.runtime.progress import Console
-from distill.training.data import TrainingData, split
+from distill.training.data import Plan, TrainingData, split
 from distill.training.engine import TrainingJob, train
 from distill.training.gradient_check import probe_gradients
 from distill.training.on_policy import OnPolicyBatches
@@ -168,8 +168,9 @@ def prepare(source: Source, work: Workspace) -> Prepared:
         record_capture(work.folder.path, store, source.reused, kept)
     parts = split(store, config.data.held_out, config.seed)
     data = TrainingData(store, parts, config.seed, batch_tokens=config.train.batch_tokens)
+    steps = len(_batches(config, data))
     if source.safety is not None:
-        every, together = config.safety.rhythm(len(_batches(config, data)))
+        every, together = config.safety.rhythm(steps)
         prompts = source.safety.train
         data = replace(data, prompts=prompts, prompts_every=every, prompts_together=together)
     indices = data.split.held_out.tolist()
@@ -184,7 +185,6 @@ def prepare(source: Source, work: Workspace) -> Prepared:
             if not name.startswith(SAFETY)  # which gets another shape once training is over
         }
     validation = data.held_out(config.train.batch_size, torch.device("cpu"), student.packs)
-    steps = len(_batches(config, data))
     rate = initial_learning_rate(config.train, student, config.student.init, validation, steps)
     rate = work.launch.agreed(rate)
     gradients: dict[str, Any] = {}
@@ -193,8 +193,8 @@ def prepare(source: Source, work: Workspace) -> Prepared:
     return Prepared(source, data, held_out, student, initial, rate, gradients)
 
 
-def _batches(config: RunConfig, data: TrainingData) -> list[list[int]]:
-    return data.batches(config.train.epochs, config.train.batch_size)
+def _batches(config: RunConfig, data: TrainingData) -> Plan:
+    return Plan(data, config.train.epochs, config.train.batch_size)
 
 
 def _initialize(source: Source, data: TrainingData, work: Workspace) -> Student:
@@ -238,15 +238,13 @@ def train_student(prepared: Prepared, work: Workspace) -> Trained:
         )
     settings = config.train.model_copy(update={"learning_rate": prepared.learning_rate})
     job = TrainingJob(student, data, objective, settings, work.folder.path)
-    lengths = data.store.lengths()
-    sizes = [lengths[batch].sum() for batch in _batches(config, data)]
-    done = np.cumsum([0, *sizes]) / sum(sizes)  # of the work, by tokens
+    plan = _batches(config, data)
     if slower := why_float32(settings, training_device()):
         work.console.note(slower)
-    with work.console.stage("Train", total=len(sizes)) as stage:
+    with work.console.stage("Train", total=len(plan)) as stage:
 
         def report(step: int, note: str) -> None:
-            stage.update(step, note, float(done[step]))
+            stage.update(step, note, plan.share(step))
 
         try:
             summary = train(job, report, on_policy, work.console.warn)

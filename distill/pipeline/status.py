@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from distill.runtime.printable import markup
 from distill.runtime.progress import Console
 from teachers.store.manifest import MANIFEST, TASKS, read_manifest
 from teachers.store.shard_records import task_names, totals
-from teachers.store.tasks import Tasks
+from teachers.store.tasks import GIVEN_UP, Tasks
 
 SHOWN = 5  # failures
 SILENT_SECONDS = 30.0  # after which it is said how long nothing was heard
@@ -49,13 +49,15 @@ class Failure:
 
 @dataclass(frozen=True)
 class Status:
-    """``done``, ``claimed`` and ``open`` shards of all; ``seconds_left``: ``None`` where nothing is
-    known of the speed."""
+    """``done``, ``claimed``, ``open`` and ``given_up`` shards of all; ``tokens_per_second``: now,
+    or of a finished store from its first shard's beginning to its last one's end (0: not known);
+    ``seconds_left``: ``None`` where nothing is known of the speed."""
 
     shards: int
     done: int
     claimed: int
     open: int
+    given_up: int
     sequences: int
     tokens: int
     tokens_per_second: float
@@ -76,6 +78,8 @@ def status_of(folder: Path) -> Status:
     records, leases, failures = tasks.records(), tasks.leases(), tasks.failures()
     # A process that died over what another has made since leaves its lease behind.
     leases = {task: lease for task, lease in leases.items() if not (folder / task).exists()}
+    hopeless = {task for task, one in failures.items() if one.get(GIVEN_UP)} - records.keys()
+    leases = {task: lease for task, lease in leases.items() if task not in hopeless}
     workers = [_worker(task, lease, records) for task, lease in leases.items()]
     failed = [
         Failure(task, _text(one, "host"), str(one.get("words", "")), task in records)
@@ -83,12 +87,15 @@ def status_of(folder: Path) -> Status:
     ]
     speed = sum(worker.speed or 0.0 for worker in workers)
     if not (folder / MANIFEST).exists():  # the data is being read
-        return Status(0, 0, 0, 0, 0, 0, 0.0, None, workers, failed)
+        return Status(0, 0, 0, 0, 0, 0, 0, 0.0, None, workers, failed)
     manifest = read_manifest(folder)
     names = task_names(manifest)
     there = {path.stem for path in folder.glob("shard-*.safetensors")}
     claimed = sum(name in leases for name in names)
     done = sum(name in there and name not in leases for name in names)
+    lost = sum(name in hopeless and name not in there for name in names)
+    if done == manifest.shards:
+        speed = _average(list(records.values()))
     whole = totals(records, manifest)
     seconds = None
     if speed and whole["sequences"]:
@@ -98,7 +105,8 @@ def status_of(folder: Path) -> Status:
         manifest.shards,
         done,
         claimed,
-        manifest.shards - done - claimed,
+        manifest.shards - done - claimed - lost,
+        lost,
         whole["sequences"],
         whole["tokens"],
         speed,
@@ -115,13 +123,18 @@ def print_status(status: Status, folder: Path, console: Console) -> None:
     console.rich.print(
         f"{markup(str(folder))}: {status.done:,} of {status.shards:,} shards done ({share:.1%}), "
         f"{status.claimed:,} at work, {status.open:,} open"
+        + f", {status.given_up:,} given up"
+        * bool(status.given_up)
         if status.shards
         else f"{markup(str(folder))}: the data is being read"
     )
     if status.shards:
-        console.rich.print(
-            f"{human_count(status.tokens)} tokens, {status.tokens_per_second:,.0f} tokens/s{left}"
-        )
+        finished = status.done == status.shards
+        speed = f", {status.tokens_per_second:,.0f} tokens/s" + " on average" * finished
+        if finished:
+            left = ""
+            speed *= bool(status.tokens_per_second)
+        console.rich.print(f"{human_count(status.tokens)} tokens{speed}{left}")
     table = Table("host", "process", "processor", "threads", "works on", "for", "tokens/s")
     for worker in status.workers:
         silent = f", silent for {human_time(worker.silent)}"
@@ -141,6 +154,14 @@ def print_status(status: Status, folder: Path, console: Console) -> None:
         console.warn(f"{failure.task} failed on {failure.host}{after}: {failure.words}")
     if len(status.failures) > SHOWN:
         console.note(f"{len(status.failures) - SHOWN} more tasks have failed")
+
+
+def _average(records: Sequence[Mapping[str, Any]]) -> float:
+    """Tokens per second over all that was done; 0 where that is not known."""
+    begun = min((_number(one.get("begun")) for one in records), default=0.0)
+    ended = max((_number(one.get("ended")) for one in records), default=0.0)
+    tokens = sum(_number(one.get("tokens")) for one in records)
+    return tokens / (ended - begun) if 0 < begun < ended else 0.0
 
 
 def _worker(

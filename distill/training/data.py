@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import overload
 
 import numpy as np
 import torch
@@ -22,6 +24,10 @@ from teachers.store.store import SoftTargetStore
 from teachers.targets.stored_arrays import join
 
 MAX_HELD_OUT = 128
+WINDOW = 64  # shards whose sequences are shuffled together
+WINDOWS_KEPT = 4  # in memory: at a border two are looked at, and where a batch is replaced others
+AHEAD = 64  # steps, by which a shard is read back before it is needed
+ORDER, SHARDS = 2, 9  # streams of random numbers
 SORTED_TOGETHER = 16  # batches whose sequences are sorted by length together, to pad less
 
 
@@ -41,44 +47,120 @@ def split(store: SoftTargetStore, share: float, seed: int) -> Split:
     Raises:
         UserError: fewer than two different sequences.
     """
-    copies: dict[bytes, list[int]] = {}
-    for index in range(len(store)):
-        copies.setdefault(store.tokens(index).tobytes(), []).append(index)
-    groups = list(copies.values())
-    if len(groups) < 2:
+    contents = store.files.contents()
+    firsts = np.sort(np.unique(contents, return_index=True)[1])  # of the copies of each
+    if len(firsts) < 2:
         raise UserError(
-            f"only {len(groups)} different sequence in {len(store)}; give more varied data"
+            f"only {len(firsts)} different sequence in {len(store)}; give more varied data"
         )
-    order = np.random.default_rng([seed, 1]).permutation(len(groups))
-    count = min(MAX_HELD_OUT, len(groups) - 1, max(1, round(share * len(groups))))
-    held_out = [groups[group][0] for group in order[:count]]
-    train = [index for group in order[count:] for index in groups[group]]
-    return Split(np.sort(train), np.sort(held_out))
+    order = np.random.default_rng([seed, 1]).permutation(len(firsts))
+    count = min(MAX_HELD_OUT, len(firsts) - 1, max(1, round(share * len(firsts))))
+    held_out = firsts[order[:count]]
+    train = np.flatnonzero(~np.isin(contents, contents[held_out]))
+    return Split(train, np.sort(held_out))
 
 
-def epoch_order(
-    train: NDArray[np.int64],
-    lengths: NDArray[np.int64],
+def shuffled(
+    sequences: NDArray[np.int64],
+    lengths: NDArray[np.int32],
     batch_size: int,
-    seed: int,
-    epoch: int,
+    random: np.random.Generator,
     batch_tokens: int | None = None,
 ) -> list[NDArray[np.int64]]:
-    """The batches of one epoch as sequence indices; depends on nothing but its arguments.
+    """Batches of some sequences, by index; depends on nothing but its arguments.
 
     Sequences of like length share a batch of so many, or of up to ``batch_tokens``; batches come in
     random order. The last, smaller batch is kept.
     """
-    random = np.random.default_rng([seed, 2, epoch])
-    order = random.permutation(train)
-    sizes = lengths if batch_tokens else np.ones_like(lengths)
+    order = random.permutation(sequences)
+    own = lengths[order]
+    sizes = own if batch_tokens else np.ones_like(own)
     budget = batch_tokens or batch_size
     batches = []
-    for span in budget_slices(sizes[order].tolist(), budget * SORTED_TOGETHER):
+    for span in budget_slices(sizes.tolist(), budget * SORTED_TOGETHER):
         group = order[span]
         group = group[np.argsort(lengths[group], kind="stable")]
-        batches += [group[part] for part in budget_slices(sizes[group].tolist(), budget)]
+        fitting = lengths[group] if batch_tokens else sizes[span]
+        batches += [group[part] for part in budget_slices(fitting.tolist(), budget)]
     return [batches[index] for index in random.permutation(len(batches))]
+
+
+class Plan(Sequence[list[int]]):
+    """Sequence indices of every optimizer step over all epochs, made when they are asked for.
+
+    In every epoch the shards come in another order; the sequences of ``window`` of them are
+    shuffled together. A store of no more shards than that is shuffled as a whole. In memory is what
+    is at hand, and two numbers of each window of each epoch.
+    """
+
+    def __init__(
+        self, data: TrainingData, epochs: int, batch_size: int, window: int | None = None
+    ) -> None:
+        self.data, self.batch_size = data, batch_size
+        manifest = data.store.manifest
+        self._lengths = data.store.lengths()
+        starts = np.arange(manifest.shards + 1) * manifest.sequences_per_shard
+        self._firsts = np.searchsorted(data.split.train, starts)
+        self._each = -(-manifest.shards // (window or WINDOW))  # windows of an epoch
+        self._made = lru_cache(WINDOWS_KEPT)(self._make)
+        counts, tokens = [0], [0]
+        for number in range(epochs * self._each):
+            sequences = self._sequences(number)
+            by_number = -(-len(sequences) // batch_size)
+            counts.append(len(self._make(number)[0]) if data.batch_tokens else by_number)
+            tokens.append(int(self._lengths[sequences].sum()))
+        self._steps, self._tokens = np.cumsum(counts), np.cumsum(tokens)  # before each window
+
+    def __len__(self) -> int:
+        return int(self._steps[-1])
+
+    @overload
+    def __getitem__(self, chosen: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, chosen: slice) -> list[list[int]]: ...
+    def __getitem__(self, chosen: int | slice) -> list[int] | list[list[int]]:
+        if isinstance(chosen, slice):
+            return [self[step] for step in range(*chosen.indices(len(self)))]
+        step = chosen + len(self) * (chosen < 0)
+        if not 0 <= step < len(self):
+            raise IndexError(chosen)
+        number, place = self._find(step)
+        indices: list[int] = self._made(number)[0][place].tolist()
+        return indices
+
+    def share(self, steps: int) -> float:
+        """The share of all tokens that so many steps have seen."""
+        if steps == len(self):
+            return 1.0
+        number, place = self._find(steps)
+        seen = self._tokens[number] + self._made(number)[1][place]
+        return float(seen / self._tokens[-1])
+
+    def _find(self, step: int) -> tuple[int, int]:
+        """The window of a step, and its place there."""
+        number = int(np.searchsorted(self._steps, step, side="right")) - 1
+        return number, step - int(self._steps[number])
+
+    def _sequences(self, number: int) -> NDArray[np.int64]:
+        """The training sequences of a window, ascending."""
+        epoch, window = divmod(number, self._each)
+        shards = np.arange(len(self._firsts) - 1)
+        if self._each > 1:
+            shards = np.random.default_rng([self.data.seed, SHARDS, epoch]).permutation(shards)
+        some = np.sort(np.array_split(shards, self._each)[window])
+        firsts = self._firsts
+        return np.concatenate(
+            [self.data.split.train[firsts[shard] : firsts[shard + 1]] for shard in some]
+        )
+
+    def _make(self, number: int) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
+        """The batches of a window, and the tokens before each."""
+        epoch, window = divmod(number, self._each)
+        random = np.random.default_rng([self.data.seed, ORDER, epoch, window])
+        batches = shuffled(
+            self._sequences(number), self._lengths, self.batch_size, random, self.data.batch_tokens
+        )
+        return batches, np.cumsum([0, *(self._lengths[batch].sum() for batch in batches)])
 
 
 def load_batch(
@@ -139,18 +221,11 @@ class TrainingData:
     prompts_together: int = 0
     batch_tokens: int | None = None
 
-    def batches(self, epochs: int, batch_size: int) -> list[list[int]]:
+    def batches(self, epochs: int, batch_size: int) -> Sequence[list[int]]:
         """Sequence indices of every optimizer step, over all epochs."""
-        lengths = self.store.lengths()
-        return [
-            batch.tolist()
-            for epoch in range(epochs)
-            for batch in epoch_order(
-                self.split.train, lengths, batch_size, self.seed, epoch, self.batch_tokens
-            )
-        ]
+        return Plan(self, epochs, batch_size)
 
-    def padding(self, plan: list[list[int]], parts: int, pack: bool) -> float:
+    def padding(self, plan: Sequence[list[int]], parts: int, pack: bool) -> float:
         """The share of all positions computed in ``plan`` that are padding, with every step divided
         into ``parts``."""
         lengths, used, computed = self.store.lengths(), 0, 0
@@ -183,8 +258,9 @@ class StepLoader(AbstractContextManager["StepLoader"]):
     """Loads one process's micro-batches of one optimizer step after another into main memory.
 
     ``read``: makes the batch of some sequences for the step after so many others. ``on_gpu``: a GPU
-    trains, and reads the batches from memory by itself; ``ahead``: if so, a thread loads those of
-    the step that is expected next. ``read`` then depends on nothing but its arguments.
+    trains, and reads the batches from memory by itself; ``ahead``: a thread loads those of the step
+    that is expected next, and reads what is to be checked of later ones. ``read`` then depends on
+    nothing but its arguments.
     """
 
     def __init__(
@@ -199,7 +275,8 @@ class StepLoader(AbstractContextManager["StepLoader"]):
     ) -> None:
         self.data, self.read, self.accumulation, self.process = data, read, accumulation, process
         self.on_gpu = on_gpu
-        self._thread = ThreadPoolExecutor(1, "loader") if on_gpu and ahead else None
+        self._thread = ThreadPoolExecutor(1, "loader") if ahead else None
+        self._unchecked: dict[int, None] = {}  # shards, in the order in which they are needed
         self._expected: tuple[int, list[int]] | None = None
         self._loading: Future[list[tuple[MicroBatch, Batch]]] | None = None
 
@@ -214,11 +291,26 @@ class StepLoader(AbstractContextManager["StepLoader"]):
             return self._loading.result()
         return self.load(step, sequences)
 
-    def expect(self, step: int, sequences: list[int]) -> None:
-        """Tell which step probably comes next."""
+    def expect(self, step: int, sequences: list[int], later: Sequence[int] = ()) -> None:
+        """Tell which step probably comes next, and which sequences ``AHEAD`` steps later."""
         if self._thread is not None:
             self._expected = step, sequences
             self._loading = self._thread.submit(self.load, step, sequences)
+            self._thread.submit(self._check, later)
+
+    def _check(self, later: Sequence[int]) -> None:
+        """Read one shard back in good time, if it has not been: a window's shards are needed nearly
+        all at once. Of the processes of a launch each reads others, and finds in the store what
+        those have read. That one is damaged is said where its targets are wanted."""
+        store, process = self.data.store, self.process
+        for index in later:
+            shard = index // store.manifest.sequences_per_shard
+            if shard % process.world == process.rank and not store.is_known(shard):
+                self._unchecked[shard] = None
+        if self._unchecked:
+            shard = next(iter(self._unchecked))
+            del self._unchecked[shard]
+            store.known_state(shard)
 
     def __exit__(self, *_: object) -> None:
         if self._thread is not None:

@@ -130,11 +130,12 @@ def plain_again(student: Student) -> None:
 
 @contextmanager
 def float32_products(
-    lengths: NDArray[np.int64], student: Student, device: torch.device
+    lengths: NDArray[np.int32], student: Student, device: torch.device
 ) -> Iterator[None]:
     """Products of float32 matrices in float32, backward passes and compiled layers included; by
     oneDNN on a CPU where sequences are packed or too short for fused attention."""
-    fast = max(lengths) <= SHORT_ON_CPU or (student.packs and min(lengths) < max(lengths))
+    longest = int(lengths.max())
+    fast = longest <= SHORT_ON_CPU or (student.packs and int(lengths.min()) < longest)
     with (
         ieee_float32(),
         onednn_for_float32() if fast and device.type == "cpu" else nullcontext(),

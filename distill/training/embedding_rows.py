@@ -40,10 +40,8 @@ class UsedRows(nn.Module):
 
 def used_tokens(store: SoftTargetStore, prompts: Iterable[NDArray[np.int32]] = ()) -> Tensor:
     """The tokens that occur in a store or in ``prompts``, ascending, and 0, the padding."""
-    seen = np.zeros(int(store.manifest.identity["vocab_size"]), dtype=bool)
+    seen = store.files.occurring().copy()
     seen[0] = True
-    for index in range(len(store)):
-        seen[store.tokens(index)] = True
     for tokens in prompts:
         seen[tokens] = True
     return torch.from_numpy(np.flatnonzero(seen))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from distill.runs.metrics_log import MetricsFile
 from distill.runtime.launch_environment import require_trainable
 from distill.training.checkpoint import TrainingState, load_newest, save_checkpoint
 from distill.training.checkpoint_timer import CheckpointTimer
-from distill.training.data import StepLoader, TrainingData, load_batch
+from distill.training.data import AHEAD, StepLoader, TrainingData, load_batch
 from distill.training.distributed import (
     TrainingModule,
     build_accelerator,
@@ -88,7 +88,7 @@ class Loop:
     job: TrainingJob
     accelerator: Accelerator
     model: nn.Module
-    plan: list[list[int]]
+    plan: Sequence[list[int]]
     loader: StepLoader
     metrics: MetricsFile
     warn: Callable[[str], None]
@@ -309,8 +309,9 @@ def _gradients(loop: Loop, state: TrainingState) -> tuple[dict[str, Tensor], int
     loop.model.train()
     accelerator = loop.accelerator
     batches = loop.loader.take(state.step, _sequences(loop, state))
-    if state.step + 1 < len(loop.plan):
-        loop.loader.expect(state.step + 1, loop.plan[state.step + 1])
+    if (following := state.step + 1) < len(loop.plan):
+        later = loop.plan[min(following + AHEAD, len(loop.plan) - 1)]
+        loop.loader.expect(following, loop.plan[following], later)
     counts = torch.tensor(
         [
             (batch.count() * part.counts, batch.padding, batch.tokens.numel())

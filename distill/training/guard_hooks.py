@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def build_guard(
 
 def write_events(
     guard: Guard,
-    plan: list[list[int]],
+    plan: Sequence[list[int]],
     metrics: MetricsFile,
     folder: Path | None,
     tell: Callable[[str], None],

@@ -26,7 +26,7 @@ from teachers.base import (
     whole_masks,
 )
 from teachers.store.manifest import TASKS
-from teachers.store.shard_records import is_unchanged, shard_record, task_names
+from teachers.store.shard_records import is_unchanged, task_names
 from teachers.store.shared import SharedCodec
 from teachers.store.store import SHARED_CODEC, SoftTargetStore
 from teachers.store.tasks import Tasks
@@ -116,7 +116,7 @@ def capture(
     numbers = {name: shard for shard, name in enumerate(names)}
     records = tasks.records()
     for name in set(names).difference(tasks.undone(names)):
-        if not is_unchanged(store, numbers[name], records.get(name)):
+        if not is_unchanged(store.shard_path(numbers[name]), records.get(name)):
             tasks.reopen(name)
     work = _Work(teacher, source, store, report)
 
@@ -142,12 +142,12 @@ def capture(
             arrays = store.read_shard(shard)
             if arrays is not None:
                 reused += 1
-                lease.finish(shard_record(store, shard, arrays))
+                lease.finish(store.record_of(shard, arrays))
                 continue
             damaged += [shard] * store.shard_path(shard).exists()
             written.append(shard)
             arrays = work.capture(shard)
-            lease.finish(shard_record(store, shard, arrays), int(arrays["lengths"].sum()))
+            lease.finish(store.record_of(shard, arrays), int(arrays["lengths"].sum()))
             work.tell(work.finished + len(arrays["lengths"]), "saved")
     others = len(names) - reused - len(written)
     return CaptureSummary(reused, tuple(sorted(damaged)), len(written), others)

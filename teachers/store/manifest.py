@@ -39,6 +39,11 @@ class Manifest:
         """Number of shards of the complete store."""
         return -(-self.sequences // self.sequences_per_shard)
 
+    def span(self, shard: int) -> tuple[int, int]:
+        """First and one-past-last sequence of a shard."""
+        start = shard * self.sequences_per_shard
+        return start, min(self.sequences, start + self.sequences_per_shard)
+
     @property
     def masked(self) -> bool:
         """Whether only some predictions have targets, and each shard says which."""

@@ -4,15 +4,17 @@ nobody has to read all of it again to know that it is whole."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teachers.store.manifest import Manifest
 
 if TYPE_CHECKING:  # with PyTorch, which is not needed to see how far a capture is
-    from teachers.store.store import SoftTargetStore
     from teachers.targets.distributions import Arrays
 
 OWN_ARRAYS = ("tokens", "lengths", "keep")  # of a shard, beside one row of a target per position
+
+READ_BACK = "read_back"  # in a shard's record: all of it was read since it was written, and right
 
 
 def task_name(shard: int) -> str:
@@ -20,33 +22,37 @@ def task_name(shard: int) -> str:
     return f"shard-{shard:05d}"
 
 
+def shard_path(folder: Path, shard: int) -> Path:
+    """Where a shard of a store lies."""
+    return folder / f"{task_name(shard)}.safetensors"
+
+
 def task_names(manifest: Manifest) -> list[str]:
     """The tasks of all shards, in order."""
     return [task_name(shard) for shard in range(manifest.shards)]
 
 
-def shard_record(store: SoftTargetStore, shard: int, arrays: Arrays) -> dict[str, Any]:
-    """What to remember of a shard that is whole; ``arrays``: it holds these."""
-    path = store.shard_path(shard)
+def shard_record(path: Path, sha256: str, arrays: Arrays) -> dict[str, Any]:
+    """What to remember of a shard that is whole; ``arrays``: it holds these, with that checksum."""
     about = path.stat()
     lengths = arrays["lengths"]
     targets = [rows for name, rows in arrays.items() if name not in OWN_ARRAYS]
     return {
         "bytes": about.st_size,
         "mtime_ns": about.st_mtime_ns,
-        "sha256": store.checksum(shard),
+        "sha256": sha256,
         "sequences": len(lengths),
         "tokens": int(lengths.sum()),
         "positions": len(targets[0]),
     }
 
 
-def is_unchanged(store: SoftTargetStore, shard: int, record: Mapping[str, Any] | None) -> bool:
+def is_unchanged(path: Path, record: Mapping[str, Any] | None) -> bool:
     """Whether a shard is there as it was when the record was made."""
     if record is None:
         return False
     try:
-        about = store.shard_path(shard).stat()
+        about = path.stat()
     except FileNotFoundError:
         return False
     return record.get("bytes") == about.st_size and record.get("mtime_ns") == about.st_mtime_ns

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,14 @@ from teachers.store.manifest import (
     read_manifest,
     require_store_folder,
 )
+from teachers.store.shard_files import ShardFiles, unusable
+from teachers.store.shard_records import (
+    READ_BACK,
+    is_unchanged,
+    shard_path,
+    shard_record,
+    task_name,
+)
 from teachers.store.shared import SharedCodec
 from teachers.store.tasks import Tasks
 from teachers.targets.distributions import Arrays
@@ -56,8 +64,8 @@ class SoftTargetStore:
         self._recipe = manifest.recipe
         self._codec: SharedCodec | None = None
         self._codec_digest = ""
-        self._open_shards: dict[int, Any] = {}
-        self._starts: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self.files = ShardFiles(folder, manifest, self._accept)
+        self._sound = np.zeros(manifest.shards, np.bool_)  # which shards are known to be whole
 
     @classmethod
     def create_or_open(cls, folder: Path, manifest: Manifest) -> SoftTargetStore:
@@ -87,12 +95,11 @@ class SoftTargetStore:
 
     def shard_path(self, shard: int) -> Path:
         """Where a shard lies."""
-        return self.folder / f"shard-{shard:05d}.safetensors"
+        return shard_path(self.folder, shard)
 
     def span(self, shard: int) -> tuple[int, int]:
         """First and one-past-last sequence of a shard."""
-        start = shard * self.manifest.sequences_per_shard
-        return start, min(self.manifest.sequences, start + self.manifest.sequences_per_shard)
+        return self.manifest.span(shard)
 
     def write_shard(
         self,
@@ -124,7 +131,8 @@ class SoftTargetStore:
         }
         if self.manifest.masked:
             arrays["keep"] = np.packbits(np.concatenate(masks))
-        self._open_shards.pop(shard, None)
+        self.files = ShardFiles(self.folder, self.manifest, self._accept)
+        self._sound[shard] = False
         codec = None
         if self.needs_shared_codec and self.manifest.names_codec:
             self._need_codec()
@@ -136,6 +144,10 @@ class SoftTargetStore:
         """The SHA-256 that a shard says it has, in hexadecimal."""
         with safe_open(self.shard_path(shard), framework="numpy") as file:
             return str((file.metadata() or {}).get("sha256", "")).partition(" ")[0]
+
+    def record_of(self, shard: int, arrays: Arrays) -> dict[str, Any]:
+        """What to remember of a shard that is whole and holds these arrays."""
+        return shard_record(self.shard_path(shard), self.checksum(shard), arrays)
 
     def write_file(self, name: str, arrays: Arrays, codec: str | None = None) -> None:
         """Write a file of arrays that proves itself, whole or not at all; ``codec``: the digest of
@@ -231,44 +243,23 @@ class SoftTargetStore:
                 "--store folder"
             )
 
+    def _accept(self, path: Path, metadata: Mapping[str, str]) -> None:
+        self._require_codec(path.name, _codec_named(metadata))
+
     # -- reading
 
     def __len__(self) -> int:
         return self.manifest.sequences
 
-    def _shard(self, shard: int) -> tuple[Any, NDArray[np.int64], NDArray[np.int64]]:
-        """An open shard with the first token and first position row of each of its sequences."""
-        if shard not in self._open_shards:
-            path = self.shard_path(shard)
-            file = safe_open(path, framework="numpy")
-            self._require_codec(path.name, _codec_named(file.metadata() or {}))
-            lengths = file.get_tensor("lengths")
-            tokens = np.concatenate(([0], np.cumsum(lengths)))
-            rows = np.concatenate(([0], np.cumsum(lengths - 1)))
-            if self.manifest.masked:
-                bits = np.unpackbits(file.get_tensor("keep"), count=int(rows[-1]))
-                rows = np.concatenate(([0], np.cumsum(bits, dtype=np.int64)))[rows]
-            # Last what is looked for: another thread may read too.
-            self._starts[shard] = (tokens, rows)
-            self._open_shards[shard] = file
-        return self._open_shards[shard], *self._starts[shard]
-
     def tokens(self, index: int) -> Tokens:
         """Token ids of one sequence, ``[n]``."""
-        shard, position = divmod(index, self.manifest.sequences_per_shard)
-        file, starts, _ = self._shard(shard)
-        rows: Tokens = file.get_slice("tokens")[starts[position] : starts[position + 1]]
-        return rows
+        file, place = self.files.at(index)
+        return file.tokens(place)
 
     def keep(self, index: int) -> Keep:
         """Which of one sequence's n − 1 predictions have targets, ``[n − 1]``."""
-        shard, position = divmod(index, self.manifest.sequences_per_shard)
-        file, starts, _ = self._shard(shard)
-        first, last = starts[position] - position, starts[position + 1] - position - 1
-        if not self.manifest.masked:
-            return np.ones(last - first, dtype=np.bool_)
-        bits = np.unpackbits(file.get_slice("keep")[first // 8 : -(-last // 8)])
-        return bits[first % 8 :][: last - first].astype(np.bool_)
+        file, place = self.files.at(index)
+        return file.keep(place)
 
     def targets(self, index: int) -> Targets:
         """Soft targets of one sequence's kept positions; only these rows are read from disk.
@@ -324,19 +315,39 @@ class SoftTargetStore:
 
     def _rows(self, index: int, names: list[str]) -> Arrays:
         """The rows of one sequence in some arrays."""
-        shard, position = divmod(index, self.manifest.sequences_per_shard)
-        file, _, starts = self._shard(shard)
-        first, last = starts[position], starts[position + 1]
-        return {name: file.get_slice(name)[first:last] for name in names}
+        shard = int(index) // self.manifest.sequences_per_shard
+        if (state := self.known_state(shard)) != "complete":
+            raise unusable(self.folder, {state: [self.shard_path(shard).name]})
+        file, place = self.files.at(index)
+        return file.rows(place, names)
 
-    def lengths(self) -> NDArray[np.int64]:
+    def is_known(self, shard: int) -> bool:
+        """Whether this process knows that a shard is whole."""
+        return bool(self._sound[shard])
+
+    def known_state(self, shard: int) -> str:
+        """As ``state``, but a shard is read for it once: that it is whole is remembered in the
+        store for as long as the file stays as it is."""
+        if not self._sound[shard]:
+            tasks, name = Tasks(self.folder / TASKS), task_name(shard)
+            record = tasks.record(name)
+            if not (record.get(READ_BACK) and is_unchanged(self.shard_path(shard), record)):
+                arrays = self.read_shard(shard)
+                if arrays is None:
+                    return "damaged" if self.shard_path(shard).exists() else "missing"
+                known = record | self.record_of(shard, arrays) | {READ_BACK: True}
+                with suppress(OSError):  # of a store that nobody may write to: read again next time
+                    tasks.set_record(name, known)
+            self._sound[shard] = True
+        return "complete"
+
+    def lengths(self) -> NDArray[np.int32]:
         """Number of tokens of every sequence, in order."""
-        starts = [self._shard(shard)[1] for shard in range(self.manifest.shards)]
-        return np.concatenate([np.diff(start) for start in starts])
+        return self.files.lengths()
 
     def positions(self) -> int:
         """Number of predictions that have targets, over all sequences."""
-        return sum(int(self._shard(shard)[2][-1]) for shard in range(self.manifest.shards))
+        return self.files.positions()
 
     def bytes_on_disk(self) -> int:
         """Size of all shards present."""

@@ -4,9 +4,10 @@ A task is claimed by creating ``NAME.0000.lease``, of which a file system lets o
 the first. While it works, its process writes the lease anew again and again. One that stays as it
 is for as long as it says itself has expired: whoever creates ``NAME.0001.lease`` takes it over,
 again one process alone. ``NAME.done`` says that a task is done, by whom, and what came of it;
-``NAME.failed`` the last words of a process that an error ended. Times are measured by the watching
-process's own clock, so that clocks need not agree. That a task is done twice is possible (a process
-that slept too long works on) and does no harm: both write the same bytes.
+``NAME.failed`` the last words of a process that an error ended. A task at which one process after
+another dies without a word is given up, which ``NAME.failed`` says too. Times are measured by the
+watching process's own clock, so that clocks need not agree. That a task is done twice is possible
+(a process that slept too long works on) and does no harm: both write the same bytes.
 """
 
 from __future__ import annotations
@@ -31,12 +32,16 @@ from teachers.store.task_files import TaskFiles
 LEASE_SECONDS = 60.0  # without a sign of life, after which a task is anybody's again
 LEASE_VARIABLE = "DISTILL_LEASE_SECONDS"  # in the environment: another such time
 SHORTEST_LEASE, LONGEST_LEASE = 1.0, 86_400.0
+TAKEOVERS = 3  # of one task; if the process after that dies too, the task is given up
+TAKEOVERS_VARIABLE = "DISTILL_TAKEOVERS"  # in the environment: another such number
+MOST_TAKEOVERS = 9999  # a lease's name has four digits
 BEATS = 6  # signs of life in that time
 FIRST_WAIT, LONGEST_WAIT = 0.2, 2.0  # seconds between looks at what others do
 TOGETHER = 16  # files read at once: a network's delay counts once
 WORDS = 500  # characters kept of what a process said last
 LEASE = re.compile(r"(?P<task>.+)\.(?P<generation>\d{4})\.lease")
 DONE, FAILED = ".done", ".failed"
+GIVEN_UP = "given_up"  # in what is said of a failed task: nobody tries it again
 
 Result = TypeVar("Result")
 
@@ -60,14 +65,21 @@ class Tasks:
     not as long as the environment says.
 
     Raises:
-        StoreError: the environment says no such time.
+        StoreError: the environment says no such time, or no such number of takeovers.
     """
 
     def __init__(
         self, location: str | Path, maker: Maker | None = None, seconds: float | None = None
     ) -> None:
-        self.files = TaskFiles(location)
-        self.maker, self.seconds = maker or Maker(), seconds or _lease_seconds()
+        self.files, self.location = TaskFiles(location), location
+        self.maker = maker or Maker()
+        self.seconds = seconds or _environment(
+            LEASE_VARIABLE, LEASE_SECONDS, (SHORTEST_LEASE, LONGEST_LEASE), "seconds"
+        )
+        self._takeovers = _environment(
+            TAKEOVERS_VARIABLE, TAKEOVERS, (0, MOST_TAKEOVERS), "takeovers of a task"
+        )
+        self._given_up: list[str] = []  # of the tasks that were last looked at
         self.begun, self.tokens = time.monotonic(), 0  # when this process began, what it has done
         self._watched: dict[
             str, tuple[bytes | None, float]
@@ -89,12 +101,39 @@ class Tasks:
         for name in free:
             if (lease := self._take(name, 0)) is not None:
                 return lease
+        self._given_up = []
         for name in left:
             if name in held and self._expired(name, held[name]):
+                if held[name] >= self._takeovers:
+                    self._give_up(name, held[name])
+                    continue
                 lease = self._take(name, held[name] + 1)
                 if lease is not None:
                     return lease
         return None
+
+    def _give_up(self, name: str, generation: int) -> None:
+        """Say that a task has ended all who tried it."""
+        self._given_up.append(name)
+        if (before := _content(self.files.read(name + FAILED) or b"")).get(GIVEN_UP):
+            return
+        last = _content(self.files.read(lease_name(name, generation)) or b"").get("maker")
+        words = f"{generation + 1} processes in turn have died at it without a word"
+        if before:
+            words += f"; one before them said: {before.get('words')}"
+        content = {"maker": last, "ended": time.time(), "words": words, GIVEN_UP: True}
+        self.files.write(name + FAILED, _json(content))
+
+    def _require_hope(self, names: Sequence[str]) -> None:
+        """Raise ``StoreError`` if all these tasks are given up."""
+        if names and set(names) <= set(self._given_up):
+            count, first = len(names), names[0]
+            words = _content(self.files.read(first + FAILED) or b"").get("words")
+            others = f" (and {count - 1} more)" if count > 1 else ""
+            raise StoreError(
+                f"{first}{others} was given up: {words}. Find out why (too little memory?), remove "
+                f"{self.location}/{first}.* and run the same command again"
+            )
 
     def _take(self, name: str, generation: int) -> Lease | None:
         lease = Lease(self, name, generation)
@@ -126,13 +165,18 @@ class Tasks:
     def each(self, names: Sequence[str], waiting: Callable[[int], None]) -> Iterator[Lease]:
         """Leases of some tasks, one after another, each to be used in a ``with`` block, until all
         are done, by whomever; ``waiting`` is told how many are not, as long as others work on
-        these."""
+        these.
+
+        Raises:
+            StoreError: those that are left were given up.
+        """
         pause = FIRST_WAIT
         while left := self.undone(names):
             if (lease := self.claim(left)) is not None:
                 pause = FIRST_WAIT
                 yield lease
                 continue
+            self._require_hope(left)
             waiting(len(left))
             time.sleep(pause)
             pause = min(LONGEST_WAIT, 1.5 * pause)
@@ -162,6 +206,7 @@ class Tasks:
                     return lease
                 lease.release()
                 return found
+            self._require_hope([name])
             waiting()
             time.sleep(pause)
             pause = min(LONGEST_WAIT, 1.5 * pause)
@@ -177,6 +222,14 @@ class Tasks:
     def records(self) -> dict[str, dict[str, Any]]:
         """What is known of each task that is done; nothing of one whose file is damaged."""
         return self._all(DONE)
+
+    def record(self, name: str) -> dict[str, Any]:
+        """The same of one task."""
+        return _content(self.files.read(name + DONE) or b"")
+
+    def set_record(self, name: str, record: dict[str, Any]) -> None:
+        """Write what is known of a task that is done."""
+        self.files.write(name + DONE, _json(record))
 
     def failures(self) -> dict[str, dict[str, Any]]:
         """The last error that each task has met."""
@@ -231,7 +284,7 @@ class Lease:
         tasks = self._tasks
         tasks.tokens += tokens
         content = {"maker": asdict(tasks.maker), "begun": self._begun, "ended": time.time()}
-        tasks.files.write(self.name + DONE, _json(content | record))
+        tasks.set_record(self.name, content | record)
 
     def release(self) -> None:
         """Leave the task: to whoever wants it, unless it is done."""
@@ -302,18 +355,19 @@ class Lease:
         )
 
 
-def _lease_seconds() -> float:
-    given = os.environ.get(LEASE_VARIABLE, str(LEASE_SECONDS))
+def _environment(variable: str, usual: float, limits: tuple[float, float], what: str) -> float:
+    """A number that the environment may set otherwise."""
+    given = os.environ.get(variable, str(usual))
     try:
-        seconds = float(given)
+        number = float(given)
     except ValueError:
-        seconds = 0.0
-    if not SHORTEST_LEASE <= seconds <= LONGEST_LEASE:
+        number = -1.0
+    if not limits[0] <= number <= limits[1]:
         raise StoreError(
-            f"{LEASE_VARIABLE}={given!r} in the environment: give {SHORTEST_LEASE:.0f} to "
-            f"{LONGEST_LEASE:.0f} seconds"
+            f"{variable}={given!r} in the environment: give {limits[0]:.0f} to {limits[1]:.0f} "
+            f"{what}"
         )
-    return seconds
+    return number
 
 
 def lease_name(task: str, generation: int) -> str:

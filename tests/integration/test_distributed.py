@@ -161,6 +161,16 @@ def test_several_processes_learn_what_one_does(several: Path, one: Path, store: 
         assert_same_run(several / name, one / "plain")
 
 
+def test_each_process_reads_its_own_part(several: Path, one: Path) -> None:
+    """Of the soft targets that are trained on, in an epoch: no sequence is read by both."""
+    (whole,) = (json.loads(path.read_text()) for path in (one / "whole").glob("read-*.json"))
+    for name in ("whole", "micro"):
+        first, second = (
+            json.loads((several / name / f"read-{rank}.json").read_text()) for rank in (0, 1)
+        )
+        assert first and second and sorted(first + second) == whole, name
+
+
 def test_the_runs_are_what_they_should_be(one: Path) -> None:
     """The run with patience stops early, before its last weights; others go to the end."""
     stopped = summary_of(one / "stopped")

@@ -91,7 +91,7 @@ def join(folder: Path) -> tuple[int, int]:
     names = task_names(manifest)
     numbers = {name: shard for shard, name in enumerate(names)}
     for name, record in tasks.records().items():
-        assert is_unchanged(store, numbers[name], record)
+        assert is_unchanged(store.shard_path(numbers[name]), record)
     lease = tasks.claim(tasks.undone(names))
     assert lease is not None
     with lease:

@@ -7,7 +7,7 @@ step does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,7 +66,7 @@ class Injector:
     """
 
     def __init__(
-        self, store: SoftTargetStore, fault: Fault, place: Place, plan: list[list[int]]
+        self, store: SoftTargetStore, fault: Fault, place: Place, plan: Sequence[list[int]]
     ) -> None:
         self.store, self.fault, self.place = store, fault, place
         self._spoilt = {tuple(plan[place.step + offset]): offset for offset in range(fault.steps)}

@@ -31,6 +31,7 @@ def start(folder: Path, data: Path, *, slow: bool = False) -> subprocess.Popen[b
     """A capture as a user starts it."""
     command = [sys.executable, "-m", "distill", "capture", "--data", str(data), "--store"]
     settings = {"OMP_NUM_THREADS": "1", "DISTILL_LEASE_SECONDS": str(LEASE_SECONDS)}
+    settings["DISTILL_TAKEOVERS"] = "9999"  # nobody is to blame but this program
     return subprocess.Popen(
         ["nice", "-n", "15" if slow else "0", *command, str(folder)],
         env=os.environ | settings,

@@ -117,7 +117,7 @@ class FirstSteps(TrainingData):
 
     steps: int = 0
 
-    def batches(self, epochs: int, batch_size: int) -> list[list[int]]:
+    def batches(self, epochs: int, batch_size: int) -> Sequence[list[int]]:
         """See ``TrainingData.batches``."""
         return super().batches(epochs, batch_size)[: self.steps]
 

@@ -171,6 +171,11 @@ def test_the_status_of_a_store(whole: Path, tmp_path: Path) -> None:
     said = " ".join(says("status", store).split())
     assert "2 of 3 shards done (66.7%), 1 at work, 0 open" in said and "by hand" in said
     lease.release()
+    tasks.files.write("shard-00002.0003.lease", b'{"seconds": 60.0}')
+    tasks.files.write("shard-00002.failed", b'{"words": "4 have died", "given_up": true}')
+    said = " ".join(says("status", store).split())
+    assert "0 at work, 0 open, 1 given up" in said and "4 have died" in said
+    assert "tokens/s on average" in says("status", whole)
 
 
 def test_a_store_that_cannot_be_worked_on(

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from distill.errors import UserError
-from distill.training.data import MAX_HELD_OUT, epoch_order, load_batch, micro_batches, split
+from distill.training.data import MAX_HELD_OUT, load_batch, micro_batches, shuffled, split
 from teachers.store.store import SoftTargetStore
 from teachers.targets.distributions import CompactTargets, DenseTargets, HiddenTargets
 from teachers.targets.recipe import Recipe
@@ -84,6 +85,19 @@ def test_training_always_keeps_a_sequence(tmp_path: Path) -> None:
         parts = split(make_store(tmp_path / f"{count}-{share}", varied(count)), share, 0)
         assert len(parts.train) >= 1 and len(parts.held_out) >= 1, (count, share)
         assert len(parts.train) + len(parts.held_out) == count, (count, share)
+
+
+def epoch_order(
+    train: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    size: int,
+    seed: int,
+    epoch: int,
+    most: int | None = None,
+) -> list[NDArray[np.int64]]:
+    """The batches of an epoch of a store that fits a window."""
+    random = np.random.default_rng([seed, 2, epoch])
+    return shuffled(train, lengths.astype(np.int32), size, random, most)
 
 
 def test_an_epoch_covers_every_sequence_once() -> None:

@@ -36,6 +36,7 @@ from distill.training.engine import TrainingJob, train
 from students.weights import plain_weights
 from teachers.store.manifest import read_manifest
 from teachers.store.store import SoftTargetStore
+from teachers.targets.stored_arrays import Targets
 from tests.integration import test_guard_distributed as guarded
 from tests.support import training
 from tests.support.students import make_student
@@ -78,6 +79,13 @@ def run(store_folder: Path, folder: Path, settings: dict[str, Any]) -> None:
         if step == stop_at:
             raise Stopped
 
+    read: set[int] = set()
+    targets = SoftTargetStore.targets
+
+    def reading(self: SoftTargetStore, index: int) -> Targets:
+        read.add(int(index))
+        return targets(self, index)
+
     folder.mkdir(parents=True, exist_ok=True)
     seconds, share = (
         (0.0, float("inf"))
@@ -85,10 +93,15 @@ def run(store_folder: Path, folder: Path, settings: dict[str, Any]) -> None:
         else (checkpoint_timer.CHECKPOINT_SECONDS, checkpoint_timer.SAVING_SHARE)
     )
     try:
-        with patch.multiple(checkpoint_timer, CHECKPOINT_SECONDS=seconds, SAVING_SHARE=share):
+        with (
+            patch.multiple(checkpoint_timer, CHECKPOINT_SECONDS=seconds, SAVING_SHARE=share),
+            patch.object(SoftTargetStore, "targets", reading),
+        ):
             summary = train(TrainingJob(student, data, objective, config, folder), report)
     except Stopped:
         return
+    trained = sorted(read.difference(data.split.held_out.tolist()))
+    (folder / f"read-{PartialState().process_index}.json").write_text(json.dumps(trained))
     if PartialState().is_main_process:
         safetensors.torch.save_file(plain_weights(student), folder / "final.safetensors")
         content = {name: getattr(summary, name) for name in ("best", "steps", "continued_from")}

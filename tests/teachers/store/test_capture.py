@@ -336,7 +336,9 @@ def test_what_is_remembered_is_not_trusted_blindly(
         assert read == (list(SHARDS) if damage == "all gone" else [1]), damage
         assert contents(folder) == contents(whole), damage
         records = Tasks(folder / TASKS).records()
-        assert all(is_unchanged(store, one, records[task_name(one)]) for one in SHARDS), damage
+        assert all(
+            is_unchanged(store.shard_path(one), records[task_name(one)]) for one in SHARDS
+        ), damage
 
 
 # --- several processes
@@ -453,7 +455,7 @@ def test_two_processes_side_by_side(
     makers = {record["maker"]["process"] for record in records.values()}
     assert len(makers) == 2, "one process did everything"
     for shard, record in enumerate(records.values()):
-        assert is_unchanged(store, shard, record) and record["maker"]["host"] == host()
+        assert is_unchanged(store.shard_path(shard), record) and record["maker"]["host"] == host()
     whole = totals(records, store.manifest)
     assert whole["sequences"] == SEQUENCES and whole["positions"] == store.positions()
     assert whole["tokens"] == store.lengths().sum()

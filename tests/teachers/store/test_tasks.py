@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import fsspec
 import psutil
 import pytest
 
+from teachers.atomic_files import StoreError
 from teachers.machine import machine
-from teachers.store.tasks import DONE, FAILED, Lease, Maker, Tasks, lease_name
+from teachers.store.tasks import DONE, FAILED, GIVEN_UP, Lease, Maker, Tasks, lease_name
 
 NAMES = [f"part-{number}" for number in range(12)]
 OTHER = Maker(host="elsewhere", machine="elsewhere.0", process=1)
@@ -116,6 +119,33 @@ def test_a_process_that_ended_on_this_machine_is_replaced_at_once(
         assert (again is not None) == at_once, maker
         if again is not None:
             again.release()
+
+
+def test_a_task_that_kills_everyone_is_given_up(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After three takeovers, once nothing else is left to do; it is named, and tried again when its
+    files are removed. The environment may say another number."""
+    tasks, done = Tasks(place, seconds=SHORT), []
+    lease = json.dumps({"maker": asdict(OTHER), "seconds": 0.0}).encode()
+    for generation in range(4):
+        tasks.files.create(lease_name(NAMES[0], generation), lease)
+    with pytest.raises(StoreError, match=r"part-0 was given up: 4 processes .* remove .*again"):
+        for one in tasks.each(NAMES[:3], lambda left: None):
+            with one:
+                one.finish({})
+                done.append(one.name)
+    assert done == NAMES[1:3]
+    (failure,) = tasks.failures().values()
+    assert failure[GIVEN_UP] and failure["maker"]["host"] == "elsewhere"
+    monkeypatch.setenv("DISTILL_TAKEOVERS", "4")
+    (taken,) = itertools.islice(Tasks(place).each(NAMES[:1], lambda left: None), 1)
+    assert taken.generation == 4
+    taken.release()
+    tasks.files.remove(NAMES[0] + FAILED)
+    (taken,) = itertools.islice(tasks.each(NAMES[:1], lambda left: None), 1)
+    assert taken.generation == 0
+    taken.release()
 
 
 def test_failures_are_told_and_tried_last(place: str) -> None:

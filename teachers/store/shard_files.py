@@ -1,0 +1,121 @@
+"""All shards of a store: a few open, and what is known of sequences without their targets."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teachers.atomic_files import StoreError
+from teachers.store.manifest import Manifest
+from teachers.store.shard_file import ShardFile, UnreadableShard
+from teachers.store.shard_records import shard_path
+from teachers.store.tasks import TOGETHER
+
+OPEN_SHARDS = 128
+Result = TypeVar("Result")
+
+
+class ShardFiles:
+    """The shards in a folder; ``accept`` gets each file's path and metadata when it is opened, and
+    may raise.
+
+    Raises:
+        StoreError: a shard that is looked at is missing or damaged.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, accept: Callable[[Path, Mapping[str, str]], None]
+    ) -> None:
+        self.folder, self.manifest, self._accept = folder, manifest, accept
+        self._open_shards: dict[int, ShardFile] = {}  # the one used last comes last
+        self._choosing = threading.Lock()  # threads read too
+        self._lengths: NDArray[np.int32] | None = None
+        self._positions = 0
+        self._occurring: NDArray[np.bool_] | None = None
+
+    def _open(self, shard: int) -> ShardFile:
+        path, (start, stop) = shard_path(self.folder, shard), self.manifest.span(shard)
+        try:
+            file = ShardFile(path, stop - start, self.manifest.masked)
+        except FileNotFoundError:
+            raise unusable(self.folder, {"missing": [path.name]}) from None
+        except UnreadableShard:
+            raise unusable(self.folder, {"damaged": [path.name]}) from None
+        self._accept(path, file.metadata)
+        return file
+
+    def at(self, index: int) -> tuple[ShardFile, int]:
+        """The shard of a sequence, which stays open as long as no ``OPEN_SHARDS`` others are used,
+        and which sequence it is there."""
+        shard, place = divmod(int(index), self.manifest.sequences_per_shard)
+        with self._choosing:
+            file = self._open_shards.pop(shard, None)
+        file = file or self._open(shard)
+        with self._choosing:
+            self._open_shards[shard] = file
+            while len(self._open_shards) > OPEN_SHARDS:
+                del self._open_shards[next(iter(self._open_shards))]
+        return file, place
+
+    def _each(self, look: Callable[[ShardFile], Result]) -> Iterator[tuple[slice, Result]]:
+        """What is seen in every shard, and whose sequences these are; in order, but several are
+        looked at together, as a network's delay then counts once."""
+
+        def seen(shard: int) -> tuple[slice, Result]:
+            try:
+                return slice(*self.manifest.span(shard)), look(self._open(shard))
+            except UnreadableShard:
+                name = shard_path(self.folder, shard).name
+                raise unusable(self.folder, {"damaged": [name]}) from None
+
+        with ThreadPoolExecutor(TOGETHER) as pool:
+            yield from pool.map(seen, range(self.manifest.shards))
+
+    def lengths(self) -> NDArray[np.int32]:
+        """Number of tokens of every sequence, in order."""
+        if self._lengths is None:
+            lengths, positions = np.empty(self.manifest.sequences, np.int32), 0
+            for span, (some, kept) in self._each(lambda file: (file.lengths, file.positions())):
+                lengths[span] = some
+                positions += kept
+            self._lengths, self._positions = lengths, positions
+        return self._lengths
+
+    def positions(self) -> int:
+        """Number of predictions that have targets, over all sequences."""
+        self.lengths()
+        return self._positions
+
+    def contents(self) -> NDArray[np.uint64]:
+        """A hash of every sequence's tokens, in order; reads all of them, not their targets."""
+        size = int(self.manifest.identity["vocab_size"])
+        hashes = np.empty(self.manifest.sequences, np.uint64)
+        occurring = np.zeros(size, np.bool_)
+        for span, (some, there) in self._each(lambda file: file.contents(size)):
+            hashes[span] = some
+            occurring |= there
+        self._occurring = occurring
+        return hashes
+
+    def occurring(self) -> NDArray[np.bool_]:
+        """Which tokens of the vocabulary occur in the sequences ``[V]``."""
+        if self._occurring is None:
+            self.contents()
+        assert self._occurring is not None
+        return self._occurring
+
+
+def unusable(folder: Path, names: Mapping[str, Sequence[str]]) -> StoreError:
+    """What to say of a store's files by what is wrong with them, ``missing`` or ``damaged``."""
+    state, files = next((state, files) for state, files in names.items() if files)
+    return StoreError(
+        f"store {folder} has {len(files)} file{'s' * (len(files) > 1)} {state} "
+        f"({files[0]}{', …' * (len(files) > 1)}); run the capture again where the teacher is, "
+        "which makes just that, or copy the store again"
+    )
