@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from tools.bench import packing, step
-from tools.bench.headline import DONE, ENDED, Job, Timing, sequences_of_text, stages_and_gaps
-from tools.bench.live_distillation import LiveJob, LlamaShape, live_loss, make_teacher, run
 from tools.bench.step import StepJob, Trainee, make_material
 from tools.machine import peak_memory
+from tools.peers.headline import DONE, ENDED, Job, Timing, sequences_of_text, stages_and_gaps
+from tools.peers.live_distillation import LiveJob, LlamaShape, live_loss, make_teacher, run
 
 TINY = StepJob(size="32x1", batch=2, tokens=9, vocab_size=200, teacher_width=16, precision="fp32")
 
