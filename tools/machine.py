@@ -87,12 +87,20 @@ def child_environment(threads: int) -> dict[str, str]:
 @dataclass(frozen=True)
 class Timing:
     """One process: its start as ``time.time()``; seconds until the wanted file was there, until
-    each line was printed, and until the process ended."""
+    each line was printed, and until the process ended; what it took of the processor, its own
+    children included."""
 
     begin: float
     done: float
     lines: dict[str, float]
     ended: float
+    cpu_seconds: float
+
+
+def children_seconds() -> float:
+    """Seconds of processor time of all child processes that have ended, and of theirs."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def timed(
@@ -109,7 +117,7 @@ def timed(
         RuntimeError: it failed; says what it printed last.
     """
     log, lines = folder / "log.txt", dict[str, float]()
-    done = None
+    done, before = None, children_seconds()
     with log.open("wb") as stream:
         begin = time.time()
         process = subprocess.Popen(
@@ -132,7 +140,8 @@ def timed(
     if process.returncode != 0 or not wanted.exists():
         last = log.read_text(encoding="utf-8", errors="replace")[-2000:]
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{last}")
-    return Timing(begin, ended if done is None else done, lines, ended)
+    used = children_seconds() - before
+    return Timing(begin, ended if done is None else done, lines, ended, used)
 
 
 def write_json(path: Path, content: Any) -> None:

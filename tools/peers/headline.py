@@ -21,7 +21,8 @@ T = 3 throughout, α 0.7, β 0.3.
   live is. Its divergence is at T = 1 and has no cross-entropy beside it.
 
 All have the same number of threads, take turns, and find their files in the page cache. Medians
-count. What is not measured: making the random teachers and the data.
+count; where the machine does other work beside, the processor time says more than the clock. What
+is not measured: making the random teachers and the data.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ from tools.peers.trl_environment import TRAINING, trl_python
 HELD_OUT = 1
 EXPORT = "Export and prove"
 DONE, ENDED = "to the finished student", "to the end of the process"
+PROCESSOR = "processor time of all threads"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 CHARACTERS_AT_ONCE = 64
 
@@ -105,7 +107,8 @@ class Material:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of one run of one side: its parts in order, and the two times that count."""
+    """Seconds of one run of one side: its parts in order, the two times that count, and the
+    processor's."""
 
     parts: dict[str, float]
     done: float
@@ -256,7 +259,7 @@ def stages_and_gaps(stages: dict[str, float], timing: Timing) -> dict[str, float
             parts[DONE] = timing.done
         last = ends[0] if ends else last + seconds
     parts["end"] = timing.ended - last
-    return parts | {DONE: timing.done, ENDED: timing.ended}
+    return parts | {DONE: timing.done, ENDED: timing.ended, PROCESSOR: timing.cpu_seconds}
 
 
 def measure_ours(job: Job, material: Material, folder: Path) -> Measured:
@@ -351,6 +354,7 @@ def _measure_other(job: Job, command: list[str], folder: Path) -> Measured:
         parts[name], last = moment - last, moment
     done = last - timing.begin
     parts |= {DONE: done, "end": timing.ended - done, ENDED: timing.ended}
+    parts[PROCESSOR] = timing.cpu_seconds
     return Measured(parts, done, timing.ended, result | {"precision": job.live_precision})
 
 
@@ -389,7 +393,7 @@ def summary(runs: dict[str, list[Measured]]) -> dict[str, Any]:
     result: dict[str, Any] = {side: medians(measured) for side, measured in runs.items()}
     for side in runs.keys() - {"ours"} if "ours" in runs else ():
         result[f"ours / {side}"] = {
-            name: result["ours"][name] / result[side][name] for name in (DONE, ENDED)
+            name: result["ours"][name] / result[side][name] for name in (DONE, ENDED, PROCESSOR)
         }
     return result
 
@@ -411,7 +415,7 @@ def show(
         table.add_column("from – to", justify="right")
         for name, seconds in result[side].items():
             every = [run.parts[name] for run in measured]
-            style = "bold" if name in (DONE, ENDED) else ""
+            style = "bold" if name in (DONE, ENDED, PROCESSOR) else ""
             table.add_row(
                 name, f"{seconds:.2f}", f"{min(every):.2f} – {max(every):.2f}", style=style
             )

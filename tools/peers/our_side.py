@@ -4,7 +4,6 @@ taken from it: the training sequences and the student before its first step."""
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import tempfile
 import time
@@ -21,7 +20,7 @@ from distill.runs.folder import RunFolder
 from distill.runtime.launch import Launch
 from distill.runtime.progress import Console
 from students.model.decoder import SO8TForCausalLM
-from tools.machine import child_environment
+from tools.machine import child_environment, children_seconds
 
 
 @dataclass(frozen=True)
@@ -39,17 +38,16 @@ def taken_by(command: Sequence[str], log: Path, threads: int) -> Taken:
     Raises:
         RuntimeError: it failed; says what it printed last.
     """
-    before, begin = os.times(), time.time()
+    before, begin = children_seconds(), time.time()
     with log.open("wb") as stream:
         result = subprocess.run(
             command, env=child_environment(threads), stdout=stream, stderr=subprocess.STDOUT
         )
-    seconds, after = time.time() - begin, os.times()
+    seconds = time.time() - begin
     if result.returncode != 0:
         last = log.read_text(encoding="utf-8", errors="replace")[-2000:]
         raise RuntimeError(f"{' '.join(command)} ended with {result.returncode}:\n{last}")
-    used = (after.children_user, after.children_system, -before.children_user)
-    return Taken(seconds, sum(used) - before.children_system)
+    return Taken(seconds, children_seconds() - before)
 
 
 def prepared_again(run: Path) -> Prepared:
