@@ -33,6 +33,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GgufConfig,
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
@@ -85,7 +86,10 @@ def padded(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 def load_models(job: dict[str, Any], marks: dict[str, float]) -> tuple[Any, Any]:
     """Teacher and student; writes into ``marks`` when each was there."""
     narrow = torch.float32 if job["precision"] == "fp32" else torch.bfloat16
-    gguf = {"gguf_file": job["teacher_gguf"]} if job.get("teacher_gguf") else {}
+    gguf: dict[str, Any] = {}
+    if job.get("teacher_gguf"):  # as plain matrices: products of packed blocks are slower
+        plain = GgufConfig(dequantize=True)
+        gguf = {"gguf_file": job["teacher_gguf"], "quantization_config": plain}
     teacher = AutoModelForCausalLM.from_pretrained(job["teacher"], dtype=narrow, **gguf)
     marks["load the teacher"] = time.time()
     own = torch.bfloat16 if job["precision"] == "bf16" else torch.float32
