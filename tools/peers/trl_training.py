@@ -87,7 +87,7 @@ def load_models(job: dict[str, Any], marks: dict[str, float]) -> tuple[Any, Any]
     """Teacher and student; writes into ``marks`` when each was there."""
     narrow = torch.float32 if job["precision"] == "fp32" else torch.bfloat16
     gguf: dict[str, Any] = {}
-    if job.get("teacher_gguf"):  # as plain matrices: products of packed blocks are slower
+    if job.get("teacher_gguf"):  # unpacked: kernels for packed blocks compute in float32
         plain = GgufConfig(dequantize=True)
         gguf = {"gguf_file": job["teacher_gguf"], "quantization_config": plain}
     teacher = AutoModelForCausalLM.from_pretrained(job["teacher"], dtype=narrow, **gguf)
