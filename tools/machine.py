@@ -6,10 +6,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +26,7 @@ from teachers.llama_cpp.library.build import processor
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "llama-cpp-python", "accelerate", "numpy", "safetensors")
 SAMPLE_SECONDS = 0.002
+WATCH_SECONDS = 0.01
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -80,6 +82,66 @@ def child_environment(threads: int) -> dict[str, str]:
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One process: its start as ``time.time()``; seconds until the wanted file was there, until
+    each line was printed, and until the process ended; what it took of the processor, its own
+    children included."""
+
+    begin: float
+    done: float
+    lines: dict[str, float]
+    ended: float
+    cpu_seconds: float
+
+
+def children_seconds() -> float:
+    """Seconds of processor time of all child processes that have ended, and of theirs."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def timed(
+    command: list[str],
+    folder: Path,
+    threads: int,
+    wanted: Path,
+    watch: Callable[[int], None] = lambda process: None,
+) -> Timing:
+    """Run a command in ``folder`` and watch for its lines and for ``wanted``; ``watch`` gets the
+    process's id again and again.
+
+    Raises:
+        RuntimeError: it failed; says what it printed last.
+    """
+    log, lines = folder / "log.txt", dict[str, float]()
+    done, before = None, children_seconds()
+    with log.open("wb") as stream:
+        begin = time.time()
+        process = subprocess.Popen(
+            command, cwd=folder, env=child_environment(threads), stdout=stream, stderr=stream
+        )
+        try:
+            while process.poll() is None:
+                now = time.time() - begin
+                if done is None and wanted.exists():
+                    done = now
+                for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+                    lines.setdefault(line, now)
+                watch(process.pid)
+                time.sleep(WATCH_SECONDS)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        ended = time.time() - begin
+    if process.returncode != 0 or not wanted.exists():
+        last = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{last}")
+    used = children_seconds() - before
+    return Timing(begin, ended if done is None else done, lines, ended, used)
 
 
 def write_json(path: Path, content: Any) -> None:

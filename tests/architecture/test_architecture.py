@@ -71,6 +71,7 @@ ORDER = (
     "tools.safety_prompts",
     "tools.models",
     "tools.bench",
+    "tools.peers",
     "tools.studies",
     "tools.robustness",
     "tools.checks",

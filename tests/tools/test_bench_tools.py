@@ -13,10 +13,18 @@ import pytest
 import torch
 
 from tools.bench import packing, step
-from tools.bench.headline import DONE, ENDED, Job, Timing, sequences_of_text, stages_and_gaps
-from tools.bench.live_distillation import LiveJob, LlamaShape, live_loss, make_teacher, run
 from tools.bench.step import StepJob, Trainee, make_material
 from tools.machine import peak_memory
+from tools.peers.headline import (
+    DONE,
+    ENDED,
+    PROCESSOR,
+    Job,
+    Timing,
+    sequences_of_text,
+    stages_and_gaps,
+)
+from tools.peers.live_distillation import LiveJob, LlamaShape, live_loss, make_teacher, run
 
 TINY = StepJob(size="32x1", batch=2, tokens=9, vocab_size=200, teacher_width=16, precision="fp32")
 
@@ -107,11 +115,13 @@ def test_sequences_have_exactly_the_length_asked_for() -> None:
 
 def test_parts_add_up_to_the_whole() -> None:
     """Stages, what lies before each, and the end; the finished file lies within them."""
-    timing = Timing(0.0, 9.5, {"✓ Train   2.0 s": 5.0, "✓ Export and prove   3.0 s  x": 9.6}, 11.0)
+    timing = Timing(
+        0.0, 9.5, {"✓ Train   2.0 s": 5.0, "✓ Export and prove   3.0 s  x": 9.6}, 11.0, 20.0
+    )
     parts = stages_and_gaps({"Train": 2.0, "Export and prove": 3.0}, timing)
     assert parts["before: Train"] == pytest.approx(3.0)
     assert parts["before: Export and prove"] == pytest.approx(1.6)
-    whole = sum(value for name, value in parts.items() if name not in (DONE, ENDED))
+    whole = sum(value for name, value in parts.items() if name not in (DONE, ENDED, PROCESSOR))
     assert whole == pytest.approx(11.0)
     assert parts[DONE] == 9.5 and parts[ENDED] == 11.0
 

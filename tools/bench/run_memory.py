@@ -21,8 +21,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from tools.bench.headline import Timing, timed
-from tools.machine import child_command, machine, machine_line, write_json
+from tools.machine import Timing, child_command, machine, machine_line, timed, write_json
 from tools.models.make_base import make_large
 from tools.models.random_teacher import shape_of, write
 

@@ -1,9 +1,9 @@
-"""The headline job on both sides in one run: ``distill run`` against live ``transformers`` models.
+"""The headline job on all sides in one run: ``distill run`` against live ``transformers`` models.
 
-Over 400 lines because both sides of the job, their measuring and their tables belong together.
+Over 400 lines because the sides of the job, their measuring and their tables belong together.
 
-    python -m tools.bench.headline [--teacher FILE.gguf] [--only ours|live] [--repeats 3] [--json
-    FILE]
+    python -m tools.peers.headline [--teacher FILE.gguf] [--only ours live trl] [--repeats 3]
+        [--trl-python PYTHON] [--json FILE]
 
 The job: a teacher of 1024×8 (168 M random parameters, V = 32,064; Q8_0 for us, bfloat16 for the
 other side), a student of 512×4 (45 M, untied), 100 sequences × 64 tokens × 5 epochs, batches of 4,
@@ -13,13 +13,16 @@ T = 3 throughout, α 0.7, β 0.3.
   from the start of the process until the exported and proved ``student.gguf`` has its name, and
   until the process ends (the evaluation is then done too). One sequence more is in the data,
   because one is held out.
-- live: ``tools.bench.live_distillation``, a re-creation of TRL's GKD trainer at its forward-KL end,
+- live: ``tools.peers.live_distillation``, a re-creation of TRL's GKD trainer at its forward-KL end,
   from the start of the process (imports included) until the trained student is saved in
   safetensors, and until the process ends. The teacher is loaded from a checkpoint that was saved
   before, as ours is.
+- trl: ``tools.peers.trl_training``, TRL's ``GKDTrainer`` itself in its own environment, measured as
+  live is. Its divergence is at T = 1 and has no cross-entropy beside it.
 
-Both have the same number of threads, take turns, and find their files in the page cache. Medians
-count. What is not measured: making the random teachers and the data.
+All have the same number of threads, take turns, and find their files in the page cache. Medians
+count; where the machine does other work beside, the processor time says more than the clock. What
+is not measured: making the random teachers and the data.
 """
 
 from __future__ import annotations
@@ -29,7 +32,6 @@ import json
 import statistics
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from distill.errors import UserError
 from distill.initialization.shape import likeness
 from students.model.build import student_config
 from students.model.shape import parse_size
@@ -47,14 +50,23 @@ from students.model.sizes import decoder_parameters
 from teachers.base import Teacher, Tokens
 from teachers.gguf.file import GGUFFile, read_gguf
 from teachers.llama_cpp.teacher import GGUFTeacher
-from tools.bench.live_distillation import PRECISIONS, LiveJob, LlamaShape, make_teacher
-from tools.machine import child_command, child_environment, machine, machine_line, write_json
+from tools.machine import (
+    Timing,
+    child_command,
+    child_environment,
+    machine,
+    machine_line,
+    timed,
+    write_json,
+)
 from tools.models.random_teacher import QUANTS, shape_of, write
+from tools.peers.live_distillation import PRECISIONS, LiveJob, LlamaShape, make_teacher
+from tools.peers.trl_environment import TRAINING, trl_python
 
 HELD_OUT = 1
 EXPORT = "Export and prove"
 DONE, ENDED = "to the finished student", "to the end of the process"
-WATCH_SECONDS = 0.01
+PROCESSOR = "processor time of all threads"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 CHARACTERS_AT_ONCE = 64
 
@@ -75,6 +87,7 @@ class Job:
     threads: int = 1
     settings: tuple[str, ...] = ()
     live_precision: str = "autocast"
+    trl_python: Path | None = None
 
     @property
     def steps(self) -> int:
@@ -94,7 +107,8 @@ class Material:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of one run of one side: its parts in order, and the two times that count."""
+    """Seconds of one run of one side: its parts in order, the two times that count, and the
+    processor's."""
 
     parts: dict[str, float]
     done: float
@@ -181,7 +195,7 @@ def prepare(job: Job, folder: Path) -> Material:
         feed_forward=like.intermediate_size,
         context_length=like.max_position_embeddings,
     )
-    for module in ("distill", "tools.bench.live_distillation"):
+    for module in ("distill", "tools.peers.live_distillation"):
         subprocess.run(
             child_command(module, "--help"),
             env=child_environment(job.threads),
@@ -229,57 +243,6 @@ def our_command(job: Job, material: Material, out: Path) -> list[str]:
     )
 
 
-@dataclass(frozen=True)
-class Timing:
-    """One process: its start as ``time.time()``; seconds until the wanted file was there, until
-    each line was printed, and until the process ended."""
-
-    begin: float
-    done: float
-    lines: dict[str, float]
-    ended: float
-
-
-def timed(
-    command: list[str],
-    folder: Path,
-    threads: int,
-    wanted: Path,
-    watch: Callable[[int], None] = lambda process: None,
-) -> Timing:
-    """Run a command in ``folder`` and watch for its lines and for ``wanted``; ``watch`` gets the
-    process's id again and again.
-
-    Raises:
-        RuntimeError: it failed; says what it printed last.
-    """
-    log, lines = folder / "log.txt", dict[str, float]()
-    done = None
-    with log.open("wb") as stream:
-        begin = time.time()
-        process = subprocess.Popen(
-            command, cwd=folder, env=child_environment(threads), stdout=stream, stderr=stream
-        )
-        try:
-            while process.poll() is None:
-                now = time.time() - begin
-                if done is None and wanted.exists():
-                    done = now
-                for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-                    lines.setdefault(line, now)
-                watch(process.pid)
-                time.sleep(WATCH_SECONDS)
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-        ended = time.time() - begin
-    if process.returncode != 0 or not wanted.exists():
-        last = log.read_text(encoding="utf-8", errors="replace")[-2000:]
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{last}")
-    return Timing(begin, ended if done is None else done, lines, ended)
-
-
 def stages_and_gaps(stages: dict[str, float], timing: Timing) -> dict[str, float]:
     """The stages of a run in order, what lies before each, and the two times that count.
 
@@ -296,7 +259,7 @@ def stages_and_gaps(stages: dict[str, float], timing: Timing) -> dict[str, float
             parts[DONE] = timing.done
         last = ends[0] if ends else last + seconds
     parts["end"] = timing.ended - last
-    return parts | {DONE: timing.done, ENDED: timing.ended}
+    return parts | {DONE: timing.done, ENDED: timing.ended, PROCESSOR: timing.cpu_seconds}
 
 
 def measure_ours(job: Job, material: Material, folder: Path) -> Measured:
@@ -330,7 +293,7 @@ def measure_ours(job: Job, material: Material, folder: Path) -> Measured:
 
 
 def measure_live(job: Job, material: Material, folder: Path) -> Measured:
-    """One whole run with live models.
+    """One whole run with live models, written anew.
 
     Raises:
         RuntimeError: it failed, or did other work than this job.
@@ -350,7 +313,38 @@ def measure_live(job: Job, material: Material, folder: Path) -> Measured:
         precision=job.live_precision,
     )
     spec.write(folder / "job.json")
-    command = child_command("tools.bench.live_distillation", folder / "job.json")
+    command = child_command("tools.peers.live_distillation", folder / "job.json")
+    return _measure_other(job, command, folder)
+
+
+def measure_trl(job: Job, material: Material, folder: Path) -> Measured:
+    """One whole run of TRL's trainer.
+
+    Raises:
+        RuntimeError: it failed, or did other work than this job.
+    """
+    tokens, shape = folder / "tokens.json", folder / "shape"
+    write_json(tokens, np.load(material.tokens).tolist())
+    material.student.config().save_pretrained(shape)
+    spec = {
+        "tokens": str(tokens),
+        "teacher": str(material.live_teacher),
+        "student": str(shape),
+        "random_seed": 0,
+        "out": str(folder / "student"),
+        "marks": str(folder / "marks.json"),
+        "epochs": job.epochs,
+        "batch_size": job.batch_size,
+        "learning_rate": 0.5 / material.student.width,
+        "precision": job.live_precision,
+    }
+    write_json(folder / "job.json", spec)
+    command = [str(job.trl_python), *TRAINING, str(folder / "job.json")]
+    return _measure_other(job, command, folder)
+
+
+def _measure_other(job: Job, command: list[str], folder: Path) -> Measured:
+    """A process that writes its student and then ``marks.json`` into ``folder``."""
     timing = timed(command, folder, job.threads, folder / "marks.json")
     result = json.loads((folder / "marks.json").read_text(encoding="utf-8"))
     if result["steps"] != job.steps or not (folder / "student" / "model.safetensors").exists():
@@ -360,12 +354,14 @@ def measure_live(job: Job, material: Material, folder: Path) -> Measured:
         parts[name], last = moment - last, moment
     done = last - timing.begin
     parts |= {DONE: done, "end": timing.ended - done, ENDED: timing.ended}
+    parts[PROCESSOR] = timing.cpu_seconds
     return Measured(parts, done, timing.ended, result | {"precision": job.live_precision})
 
 
 SIDES: dict[str, Callable[[Job, Material, Path], Measured]] = {
     "ours": measure_ours,
     "live": measure_live,
+    "trl": measure_trl,
 }
 
 
@@ -393,11 +389,11 @@ def medians(runs: list[Measured]) -> dict[str, float]:
 
 
 def summary(runs: dict[str, list[Measured]]) -> dict[str, Any]:
-    """Medians of every part, and ours as a share of live where both were measured."""
+    """Medians of every part, and ours as a share of each other side's where both were measured."""
     result: dict[str, Any] = {side: medians(measured) for side, measured in runs.items()}
-    if len(runs) == len(SIDES):
-        result["ours / live"] = {
-            name: result["ours"][name] / result["live"][name] for name in (DONE, ENDED)
+    for side in runs.keys() - {"ours"} if "ours" in runs else ():
+        result[f"ours / {side}"] = {
+            name: result["ours"][name] / result[side][name] for name in (DONE, ENDED, PROCESSOR)
         }
     return result
 
@@ -419,7 +415,7 @@ def show(
         table.add_column("from – to", justify="right")
         for name, seconds in result[side].items():
             every = [run.parts[name] for run in measured]
-            style = "bold" if name in (DONE, ENDED) else ""
+            style = "bold" if name in (DONE, ENDED, PROCESSOR) else ""
             table.add_row(
                 name, f"{seconds:.2f}", f"{min(every):.2f} – {max(every):.2f}", style=style
             )
@@ -429,8 +425,9 @@ def show(
         f"{job.batch_size}; "
         f"{repeats} runs of each side"
     )
-    for name, ratio in result.get("ours / live", {}).items():
-        console.print(f"[bold]ours / live, {name}: {ratio:.3f}[/] ({1 / ratio:.2f} times as fast)")
+    for sides in sorted(result.keys() - runs.keys()):
+        for name, ratio in result[sides].items():
+            console.print(f"[bold]{sides}, {name}: {ratio:.3f}[/] ({1 / ratio:.2f} times as fast)")
 
 
 def options() -> argparse.ArgumentParser:
@@ -452,7 +449,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", choices=sorted(SIDES))
+    parser.add_argument("--only", choices=list(SIDES), nargs="+", default=list(SIDES))
+    parser.add_argument("--trl-python", type=Path, help="a Python with TRL; else one is made")
     parser.add_argument("--live-precision", choices=PRECISIONS, default="autocast")
     parser.add_argument(
         "--set", action="append", default=[], help="a further setting of `distill run`"
@@ -464,7 +462,12 @@ def options() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and measure."""
-    chosen = options().parse_args(arguments)
+    parser = options()
+    chosen = parser.parse_args(arguments)
+    try:
+        python = trl_python(chosen.trl_python) if "trl" in chosen.only else None
+    except UserError as error:
+        parser.error(str(error))
     found_machine = machine(chosen.threads)
     console = Console(width=110)
     console.print(machine_line(found_machine))
@@ -483,15 +486,15 @@ def main(arguments: list[str] | None = None) -> None:
             threads=chosen.threads,
             settings=tuple(chosen.set),
             live_precision=chosen.live_precision,
+            trl_python=python,
         )
-        sides = [chosen.only] if chosen.only else list(SIDES)
-        runs = compare(job, prepare(job, folder), sides, chosen.repeats)
+        runs = compare(job, prepare(job, folder), chosen.only, chosen.repeats)
     result = summary(runs)
     show(job, runs, result, console)
     if chosen.json:
         content = {
             "machine": found_machine,
-            "job": vars(job) | {"teacher": str(teacher)},
+            "job": vars(job) | {"teacher": str(teacher), "trl_python": str(python)},
             "medians": result,
             "runs": {side: [vars(run) for run in measured] for side, measured in runs.items()},
         }

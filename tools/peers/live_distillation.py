@@ -1,7 +1,7 @@
 """Distillation as it is usually done: teacher and student are live ``transformers`` models in one
 process.
 
-The other side of ``tools.bench.headline``, which starts it: a re-creation, from its published
+The other side of ``tools.peers.headline``, which starts it: a re-creation, from its published
 definition, of what TRL's GKD trainer does with fixed sequences at the forward-KL end of the
 generalised Jensen-Shannon divergence (Agarwal et al. 2024,
 https://huggingface.co/docs/trl/gkd_trainer): both models' logits ``[B, T, V]`` of every batch,
@@ -10,7 +10,7 @@ divergence, element by element. Cross-entropy is added with the weights of our o
 the real trainer does beyond that (its data loader, callbacks, logging, masks, checkpoints,
 re-computation of activations) is left out, in its favour.
 
-    python -m tools.bench.live_distillation SPEC.json      (written by tools.bench.headline)
+    python -m tools.peers.live_distillation SPEC.json      (written by tools.peers.headline)
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class LlamaShape:
     context_length: int
     tied: bool = False
 
-    def model(self) -> LlamaForCausalLM:
-        """Such a model with random float32 weights."""
-        config = LlamaConfig(
+    def config(self) -> LlamaConfig:
+        """Such a model's settings."""
+        return LlamaConfig(
             vocab_size=self.vocab_size,
             hidden_size=self.width,
             num_hidden_layers=self.layers,
@@ -59,7 +59,10 @@ class LlamaShape:
             max_position_embeddings=self.context_length,
             tie_word_embeddings=self.tied,
         )
-        return LlamaForCausalLM(config)
+
+    def model(self) -> LlamaForCausalLM:
+        """Such a model with random float32 weights."""
+        return LlamaForCausalLM(self.config())
 
 
 @dataclass(frozen=True)
