@@ -29,13 +29,17 @@ DATASET = "training text of the run"
 TOKENS, LEAST, FLOPS = 16_384, 2_048, 2e13
 
 
+def calibration_tokens(parameters: int) -> int:
+    """How many tokens a model of so many parameters is measured on."""
+    return min(TOKENS, max(LEAST, int(FLOPS / (2 * parameters))))
+
+
 def calibration_text(
     store: SoftTargetStore, train: NDArray[np.int64], parameters: int
 ) -> list[Tokens]:
     """Training sequences, evenly from the first to the last, on which a model of so many
     parameters is to be measured."""
-    tokens = min(TOKENS, max(LEAST, int(FLOPS / (2 * parameters))))
-    some = evenly_spaced(store.lengths()[train], tokens)
+    some = evenly_spaced(store.lengths()[train], calibration_tokens(parameters))
     return [store.tokens(int(index)) for index in train[some]]
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.initialization.products import are_narrow, linear
 from distill.initialization.ridge import corrections
 from distill.initialization.structured_pruning import (
     Projection,
@@ -41,7 +42,10 @@ VALIDATION_SHARE = 8
 
 
 class LayerFitter:
-    """Fits ``student`` from bottom to top on the ``tokens [N]`` of sequences of ``lengths``."""
+    """Fits ``student`` from bottom to top on the ``tokens [N]`` of sequences of ``lengths``.
+
+    ``strengths``: see ``corrections``.
+    """
 
     def __init__(
         self,
@@ -49,20 +53,23 @@ class LayerFitter:
         projection: Projection,
         tokens: Tensor,
         lengths: Sequence[int],
+        strengths: Sequence[float] | None = None,
     ) -> None:
         self.student = student
         self.projection = projection
         self.lengths = list(lengths)
+        self.strengths = strengths
         self.validation = _validation_tokens(self.lengths)
         self.state = student.model.embed_tokens.weight.detach()[tokens]
+        self.narrow = are_narrow(student.config.hidden_size)
 
     @torch.no_grad()
     def fit(self, number: int, pruned: PrunedLayer, after: Tensor) -> None:
         """Set all weights of layer ``number``; ``after [N, D]``: the teacher's stream at the end of
         its span."""
-        layer, down = self._layer(number), self.projection.down
-        self.state = self._attention(layer, pruned, pruned.middle @ down)
-        self.state = self._feed_forward(layer, pruned, after @ down)
+        layer = self._layer(number)
+        self.state = self._attention(layer, pruned, self._projected(pruned.middle))
+        self.state = self._feed_forward(layer, pruned, self._projected(after))
 
     @torch.no_grad()
     def silence(self, number: int) -> None:
@@ -100,23 +107,27 @@ class LayerFitter:
         return layer
 
     @torch.no_grad()
-    def calibrate_temperature(self, rows: Tensor, expected: Tensor) -> None:
-        """Scale the final norm to the least KL from the teacher.
+    def calibrate_temperature(self, rows: Tensor, expected: Tensor) -> float:
+        """Scale the final norm to the least KL from the teacher, which is returned, in nats per
+        token.
 
         ``expected [n, V]``: the teacher's logits at the tokens ``rows [n]``. A confident wrong
         student is worse than a uniform one.
         """
         norm = self.student.model.norm
         states = _normed(self.state[rows], norm.eps) * norm.weight
-        cross_entropy = dict.fromkeys(STRENGTHS, 0.0)
+        cross_entropy, entropy = dict.fromkeys(STRENGTHS, 0.0), 0.0
         for start in range(0, len(rows), ROWS_TOGETHER):  # a large vocabulary is a megabyte a row
             block = slice(start, start + ROWS_TOGETHER)
             ours = states[block] @ self.student.lm_head.weight.T
             theirs = expected[block].softmax(dim=-1)
+            entropy += float(torch.special.entr(theirs).sum(dim=-1).double().sum())
             for strength in STRENGTHS:
                 ours_log = (strength * ours).log_softmax(dim=-1)
                 cross_entropy[strength] -= float((theirs * ours_log).sum(dim=-1).double().sum())
-        norm.weight.mul_(min(STRENGTHS, key=cross_entropy.__getitem__))
+        best = min(STRENGTHS, key=cross_entropy.__getitem__)
+        norm.weight.mul_(best)
+        return (cross_entropy[best] - entropy) / max(1, len(rows))
 
     # -- one half of a layer -------------------------------------------------------------------
 
@@ -141,7 +152,7 @@ class LayerFitter:
         rotations = attention.gate().detach()
         inverse = (rotations[1].double() @ rotations[0].double()).mT
         attention.o_proj.weight.copy_(so8.rotate_columns(weight, inverse))
-        return self.state + mixed @ weight.T
+        return self.state + self._through(mixed, weight)
 
     def _feed_forward(self, layer: DecoderLayer, pruned: PrunedLayer, target: Tensor) -> Tensor:
         """Set the feed-forward part; returns the student's stream after the layer."""
@@ -154,7 +165,7 @@ class LayerFitter:
         weight = self._fit_output(active, self.projection.down.T @ pruned.down, target)
         mlp.down_proj.weight.zero_()  # units beyond the teacher's are silent
         mlp.down_proj.weight[:, :count] = weight
-        return self.state + active @ weight.T
+        return self.state + self._through(active, weight)
 
     def _fit_inputs(
         self,
@@ -169,22 +180,22 @@ class LayerFitter:
         heads that the teacher normalizes, which one factor a head replaces.
         """
         first, errors = [], []
-        for linear, rows in targets:
+        for matrix, rows in targets:
             # Weights of directions beyond the teacher's, which are silent, stay random: else these
             # directions could not learn.
             known = min(self.projection.down.shape)
-            weight = linear.weight[rows.rows]
+            weight = matrix.weight[rows.rows]
             weight[:, :known] = self._folded(rows.weight, gain)[:, :known]
-            output = inputs @ weight.T
+            output = self._through(inputs, weight)
             if head_width is not None:
-                weight = weight * _head_factors(output, rows, head_width)[:, None]
-                output = inputs @ weight.T
+                factors = _head_factors(output, rows, head_width)
+                weight, output = weight * factors[:, None], output * factors
             first.append(weight)
             errors.append(rows.target - output)
-        changes = corrections(inputs, errors, self.validation)
-        for (linear, rows), weight, change in zip(targets, first, changes, strict=True):
-            linear.weight[rows.rows] = weight + change
-        return [inputs @ linear.weight.T for linear, _ in targets]
+        changes = corrections(inputs, errors, self.validation, strengths=self.strengths)
+        for (matrix, rows), weight, change in zip(targets, first, changes, strict=True):
+            matrix.weight[rows.rows] = weight + change
+        return [self._through(inputs, matrix.weight) for matrix, _ in targets]
 
     def _fit_output(self, inputs: Tensor, first: Tensor, target: Tensor) -> Tensor:
         """Correct ``first [S, I]``, which adds ``inputs [N, I]`` to the stream, towards ``target``.
@@ -192,9 +203,20 @@ class LayerFitter:
         The error of ``target [N, S]`` counts relative to the stream's RMS, as later layers see it
         normalized.
         """
-        error = target - self.state - inputs @ first.T
+        error = target - self.state - self._through(inputs, first)
         rms = root_mean_square(target)[:, 0].clamp_min(1e-30)
-        return first + corrections(inputs, [error], self.validation, 1.0 / rms)[0]
+        found = corrections(inputs, [error], self.validation, 1.0 / rms, self.strengths)
+        return first + found[0]
+
+    def _through(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        return linear(inputs, weight, narrow=self.narrow)
+
+    def _projected(self, states: Tensor) -> Tensor:
+        """The teacher's stream ``[N, D]`` in the student's coordinates, ``[N, S]``."""
+        down = self.projection.down
+        if self.projection.narrows:
+            return states @ down
+        return F.pad(states, (0, down.shape[1] - len(down)))
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The student's attention within each sequence, before its output matrix, ``[N, H·W]``."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.initialization.products import linear
 from teachers.base import Floats, Tokens
 from teachers.gguf.llama_weights import LayerWeights, LlamaFacts, LlamaWeights
 
@@ -72,8 +73,11 @@ def embed(teacher: LlamaWeights, sequences: Sequence[Tokens]) -> Tensor:
 
 
 @torch.no_grad()
-def trace(teacher: LlamaWeights, sequences: Sequence[Tokens]) -> Iterator[LayerTrace]:
-    """Run ``sequences`` through all layers, one after another.
+def trace(
+    teacher: LlamaWeights, sequences: Sequence[Tokens], *, narrow: bool = False
+) -> Iterator[LayerTrace]:
+    """Run ``sequences`` through all layers, one after another; ``narrow``: with products of
+    bfloat16.
 
     Raises:
         TeacherFileError: a weight is not finite or cannot be read.
@@ -81,7 +85,7 @@ def trace(teacher: LlamaWeights, sequences: Sequence[Tokens]) -> Iterator[LayerT
     """
     lengths, state = [len(tokens) for tokens in sequences], embed(teacher, sequences)
     for number in range(teacher.facts.layers):
-        layer = _layer(number, teacher.layer(number), teacher.facts, state, lengths)
+        layer = _layer(number, teacher.layer(number), teacher.facts, state, lengths, narrow)
         yield layer
         state = layer.after
 
@@ -115,19 +119,28 @@ def logit_blocks(teacher: LlamaWeights, states: Tensor) -> Iterator[tuple[Tensor
 
 
 def _layer(
-    number: int, weights: LayerWeights, facts: LlamaFacts, state: Tensor, lengths: Sequence[int]
+    number: int,
+    weights: LayerWeights,
+    facts: LlamaFacts,
+    state: Tensor,
+    lengths: Sequence[int],
+    narrow: bool,
 ) -> LayerTrace:
+    def through(x: Tensor, weight: Floats, bias: Floats | None = None) -> Tensor:
+        offset = None if bias is None else torch.from_numpy(bias)
+        return linear(x, torch.from_numpy(weight), offset, narrow=narrow)
+
     inputs = _normed(state, weights.input_norm, facts.rms_eps)
-    query = _head_normed(_linear(inputs, weights.q_proj, weights.q_bias), weights.q_norm, facts)
-    key = _head_normed(_linear(inputs, weights.k_proj, weights.k_bias), weights.k_norm, facts)
-    value = _linear(inputs, weights.v_proj, weights.v_bias)
+    query = _head_normed(through(inputs, weights.q_proj, weights.q_bias), weights.q_norm, facts)
+    key = _head_normed(through(inputs, weights.k_proj, weights.k_bias), weights.k_norm, facts)
+    value = through(inputs, weights.v_proj, weights.v_bias)
     mixed = _attend(query, key, value, number, facts, lengths)
-    added, mixed_scale = _added(_linear(mixed, weights.o_proj), weights.o_norm, facts)
+    added, mixed_scale = _added(through(mixed, weights.o_proj), weights.o_norm, facts)
     middle = state + added
     inputs = _normed(middle, weights.post_norm, facts.rms_eps)
-    gate, up = _linear(inputs, weights.gate_proj), _linear(inputs, weights.up_proj)
+    gate, up = through(inputs, weights.gate_proj), through(inputs, weights.up_proj)
     active = (F.gelu(gate, approximate="tanh") if facts.gelu else F.silu(gate)) * up
-    added, active_scale = _added(_linear(active, weights.down_proj), weights.down_norm, facts)
+    added, active_scale = _added(through(active, weights.down_proj), weights.down_norm, facts)
     return LayerTrace(
         number,
         weights,
@@ -152,10 +165,6 @@ def _added(x: Tensor, gain: Floats | None, facts: LlamaFacts) -> tuple[Tensor, T
         return x, torch.ones(len(x), 1)
     scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + facts.rms_eps)
     return x * scale * torch.from_numpy(gain), scale
-
-
-def _linear(x: Tensor, weight: Floats, bias: Floats | None = None) -> Tensor:
-    return F.linear(x, torch.from_numpy(weight), None if bias is None else torch.from_numpy(bias))
 
 
 def _normed(x: Tensor, gain: Floats, eps: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -110,16 +111,27 @@ class Plan(Sequence[list[int]]):
             counts.append(len(self._make(number)[0]) if data.batch_tokens else by_number)
             tokens.append(int(self._lengths[sequences].sum()))
         self._steps, self._tokens = np.cumsum(counts), np.cumsum(tokens)  # before each window
+        self._count, self._total = int(self._steps[-1]), int(self._tokens[-1])
+
+    def first(self, steps: int | None) -> Plan:
+        """The plan of so many first steps; ``None``: of all."""
+        if steps is None or steps >= len(self):
+            return self
+        plan = copy.copy(self)
+        plan._count, plan._total = steps, self._seen(steps)
+        return plan
 
     def __len__(self) -> int:
-        return int(self._steps[-1])
+        return self._count
 
     @overload
     def __getitem__(self, chosen: int) -> list[int]: ...
     @overload
-    def __getitem__(self, chosen: slice) -> list[list[int]]: ...
-    def __getitem__(self, chosen: int | slice) -> list[int] | list[list[int]]:
+    def __getitem__(self, chosen: slice) -> Sequence[list[int]]: ...
+    def __getitem__(self, chosen: int | slice) -> list[int] | Sequence[list[int]]:
         if isinstance(chosen, slice):
+            if chosen.start is None and chosen.step is None:
+                return self.first(chosen.indices(len(self))[1])
             return [self[step] for step in range(*chosen.indices(len(self)))]
         step = chosen + len(self) * (chosen < 0)
         if not 0 <= step < len(self):
@@ -132,9 +144,12 @@ class Plan(Sequence[list[int]]):
         """The share of all tokens that so many steps have seen."""
         if steps == len(self):
             return 1.0
+        return self._seen(steps) / self._total
+
+    def _seen(self, steps: int) -> int:
+        """The tokens of so many steps, not all that there are."""
         number, place = self._find(steps)
-        seen = self._tokens[number] + self._made(number)[1][place]
-        return float(seen / self._tokens[-1])
+        return int(self._tokens[number] + self._made(number)[1][place])
 
     def _find(self, step: int) -> tuple[int, int]:
         """The window of a step, and its place there."""

@@ -145,7 +145,7 @@ def train(
         # FSDP shards a module for good, so it gets a copy; the student gets the weights at the end.
         trained = copy.deepcopy(student) if is_sharded(accelerator) else student
         model = prepared(accelerator, TrainingModule(trained, job.objective), config)
-        plan = data.batches(config.epochs, config.batch_size)
+        plan = data.batches(config.epochs, config.batch_size)[: config.steps]
         tokens = tokens_of_a_step(data.store.lengths(), plan)
         narrow = accelerator.mixed_precision == "bf16"
         optimizer = build_optimizer(model, config, width, tokens, narrow=narrow)
