@@ -119,7 +119,7 @@ class FirstSteps(TrainingData):
 
     def batches(self, epochs: int, batch_size: int) -> Sequence[list[int]]:
         """See ``TrainingData.batches``."""
-        return super().batches(epochs, batch_size)[: self.steps]
+        return list(super().batches(epochs, batch_size)[: self.steps])
 
 
 class Trial:

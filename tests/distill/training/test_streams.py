@@ -53,7 +53,9 @@ def test_a_window_at_a_time(tmp_path: Path) -> None:
         data = data_of(store, tokens)
         plan, again = (Plan(data, 2, 3, window=4) for _ in range(2))
         steps = list(plan)
-        assert steps == plan[:] == again[::-1][::-1] and steps[-1] == plan[-1]
+        assert steps == list(plan[:]) == again[::-1][::-1] and steps[-1] == plan[-1]
+        assert [list(plan[:n]) for n in (0, 5, -1)] == [steps[:n] for n in (0, 5, -1)]
+        assert plan[:5].share(5) == 1.0 and list(plan[:900]) == steps
         orders, place = [], 0
         for _ in range(2):
             seen: list[int] = []
