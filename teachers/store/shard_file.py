@@ -7,6 +7,7 @@ length (8 bytes), the header (JSON), the arrays.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import threading
@@ -26,8 +27,7 @@ TYPES = {
     **{"U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1", "BOOL": "?"},
 }
 LENGTH_BYTES = 8
-HASHED_TOGETHER = 1 << 20  # tokens
-HASH_SEED = 0
+READ_TOGETHER = 1 << 20  # tokens
 
 
 class UnreadableShard(ValueError):
@@ -128,25 +128,20 @@ class ShardFile:
         first, last = self._rows[place], self._rows[place + 1]
         return {name: self.slice(name, first, last) for name in names}
 
-    def contents(self, vocab_size: int) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+    def contents(self, vocab_size: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """A hash of each sequence's tokens ``[n]``, the same for equal ones alone (but for one pair
-        in 2^64), and which tokens of the vocabulary occur ``[V]``.
+        in 2^64) and for this process only, and which tokens of the vocabulary occur ``[V]``.
 
         Raises:
             UnreadableShard: a token is not of the vocabulary.
         """
-        hashes = np.empty(len(self.lengths), np.uint64)
-        occurs = np.zeros(vocab_size, np.bool_)
-        draw = np.random.default_rng(HASH_SEED)
-        longest = int(self.lengths.max())
-        factors = draw.integers(0, 2**64, longest, np.uint64)  # of the first places, always these
-        for some in budget_slices(self.lengths.tolist(), HASHED_TOGETHER):
-            tokens = self.slice("tokens", self._tokens[some.start], self._tokens[some.stop])
+        hashes, occurs = np.empty(len(self.lengths), np.int64), np.zeros(vocab_size, np.bool_)
+        for some in budget_slices(self.lengths.tolist(), READ_TOGETHER):
+            edges = self._tokens[some.start : some.stop + 1]
+            tokens = self.slice("tokens", edges[0], edges[-1])
             if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
                 raise UnreadableShard("it holds tokens that are not of the vocabulary")
             occurs[tokens] = True
-            begins = self._tokens[some] - self._tokens[some.start]
-            places = np.arange(len(tokens)) - np.repeat(begins, self.lengths[some])
-            products = (tokens.astype(np.uint64) + np.uint64(1)) * factors[places]
-            hashes[some] = np.add.reduceat(products, begins)
+            parts = itertools.pairwise((edges - edges[0]).tolist())
+            hashes[some] = [hash(tokens[begin:end].tobytes()) for begin, end in parts]
         return hashes, occurs

@@ -92,10 +92,11 @@ class ShardFiles:
         self.lengths()
         return self._positions
 
-    def contents(self) -> NDArray[np.uint64]:
-        """A hash of every sequence's tokens, in order; reads all of them, not their targets."""
+    def contents(self) -> NDArray[np.int64]:
+        """A hash of every sequence's tokens, in order, for this process only; reads all of them,
+        not their targets."""
         size = int(self.manifest.identity["vocab_size"])
-        hashes = np.empty(self.manifest.sequences, np.uint64)
+        hashes = np.empty(self.manifest.sequences, np.int64)
         occurring = np.zeros(size, np.bool_)
         for span, (some, there) in self._each(lambda file: file.contents(size)):
             hashes[span] = some
