@@ -329,17 +329,11 @@ def test_a_damaged_store_is_one_line_and_exit_2(copy: Path, tmp_path: Path) -> N
 def test_a_damaged_shard_of_a_large_store_is_found_when_it_is_read(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not at the start, but before its targets are used; missing ones still at the start."""
+    """Before its targets are used."""
+    flip(copy / SHARD)
     monkeypatch.setattr("distill.capture.ready_store.CHECKED_AT_START", 0)
-    shard = copy / SHARD
-    flip(shard)
     with pytest.raises(StoreError, match=r"1 file damaged \(shard-00000.*run the capture again"):
         train_small(copy, tmp_path / "run")
-    assert not list((tmp_path / "run").glob("metrics.jsonl"))
-    shard.rename(copy / "shard-00001.safetensors")
-    with pytest.raises(StoreError, match=r"1 file missing \(shard-00000"):
-        train_small(copy, tmp_path / "other")
-    assert not (tmp_path / "other").exists()
 
 
 def test_a_half_captured_store_is_refused(
