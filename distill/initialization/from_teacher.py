@@ -28,7 +28,6 @@ from distill.initialization.structured_pruning import (
 )
 from distill.initialization.teacher_trace import (
     VOCABULARY_ROWS,
-    LayerTrace,
     final_states,
     logit_blocks,
     trace,
@@ -39,7 +38,7 @@ from students.model.decoder import SO8TForCausalLM
 from students.model.sizes import layer_parameters
 from teachers.base import Tokens
 from teachers.gguf.file import GGUFFile, TeacherFileError
-from teachers.gguf.llama_weights import LlamaFacts, LlamaWeights
+from teachers.gguf.llama_weights import LlamaWeights
 from teachers.targets.threads import one_thread
 
 # Tokens of text that the regressions see: more are better (docs/benchmarks.md), but a teacher of
@@ -47,12 +46,10 @@ from teachers.targets.threads import one_thread
 MOST_TOKENS, LEAST_TOKENS = 16_384, 4_096
 TOKEN_PARAMETERS = 1.5e12
 TRACE_BYTES = 512 << 20  # of one layer's activations; about three times as much is in use at once
-SURVEY_SHARE, SURVEYED = 4, 2048  # the first pass sees one part in so many; so many tokens at least
+SURVEY_SHARE = 4  # the first pass sees one part in so many
 CALIBRATION_TOKENS = 256  # for the temperature
 LONGEST = 1024  # tokens of a sequence that are used
-PRODUCTS_OF_FIT = (
-    6  # with each of the student's weights for each token: outputs, moments, all twice
-)
+PRODUCTS_OF_FIT = 6  # with each of the student's weights for each token: outputs and moments
 
 Report = Callable[[int, str], None]
 """Called with the number of finished student layers and the current step."""
@@ -98,52 +95,17 @@ def student_from_teacher(
     """
     teacher = require_usable_weights(config, file)
     student = build_student(config, seed)
-    text = some_text(sequences, _token_budget(teacher), seed)
+    text = _some_text(sequences, _token_budget(teacher), seed)
     if not text:
         raise UnusableTeacher(f"there is no text on which to fit the student to {file.path}")
-    moment = None
-    if config.hidden_size < teacher.facts.width:
-        moment = survey(teacher, config.tie_word_embeddings, text, report)
-    projection = projection_of(teacher, config, moment)
-    table_scale = fill_table(teacher, student, projection)
+    projection = _projection(teacher, config, text, report)
+    table_scale = _fill_table(teacher, student, projection)
     tokens = torch.from_numpy(np.concatenate(text).astype(np.int64))
     fitter = LayerFitter(student, projection, tokens, [len(part) for part in text])
-    spans, last = SpanFitter(fitter, teacher.facts, config.num_hidden_layers), torch.empty(0)
-    for layer in trace(teacher, text, narrow=are_narrow(teacher.facts.width)):
-        report(spans.done, f"layer {layer.number + 1} of the teacher's {teacher.facts.layers}")
-        spans.see(layer)
-        last = layer.after
-    for number in range(spans.done, config.num_hidden_layers):
-        fitter.silence(number)
-    report(config.num_hidden_layers, "the student starts from the teacher's weights")
-    finish(teacher, fitter, last, table_scale)
+    last = _fit_layers(teacher, fitter, text, report)
+    _finish(teacher, fitter, last, table_scale)
     balance(student)
     return student
-
-
-class SpanFitter:
-    """Fits a student of so many ``layers`` as the teacher's go by, one after another.
-
-    ``fitter``: whose student has them, or a single one that stands for each in its turn.
-    """
-
-    def __init__(self, fitter: LayerFitter, facts: LlamaFacts, layers: int) -> None:
-        self.fitter, self.facts = fitter, facts
-        self.spans = layer_spans(facts.layers, layers)
-        self.done = 0
-        self._pruned: PrunedLayer | None = None
-
-    def see(self, layer: LayerTrace) -> None:
-        """The teacher's next layer."""
-        span, config = self.spans[self.done], self.fitter.student.config
-        with one_thread():
-            if layer.number == span.start:
-                self._pruned = prune_layer(layer, self.facts, self.fitter.projection, config)
-            if layer.number == span.stop - 1:
-                assert self._pruned is not None
-                number = min(self.done, config.num_hidden_layers - 1)
-                self.fitter.fit(number, self._pruned, layer.after)
-                self.done += 1
 
 
 def fit_work(config: SO8TConfig, file: GGUFFile) -> float:
@@ -156,7 +118,7 @@ def fit_work(config: SO8TConfig, file: GGUFFile) -> float:
     return 2.0 * tokens * ((1 + surveyed) * theirs + PRODUCTS_OF_FIT * ours)
 
 
-def fill_table(teacher: LlamaWeights, student: SO8TForCausalLM, projection: Projection) -> float:
+def _fill_table(teacher: LlamaWeights, student: SO8TForCausalLM, projection: Projection) -> float:
     """Fill the student's token embeddings; returns their scale relative to the output's.
 
     A tied student of an untied teacher gets the output matrix at the input's scale: the first
@@ -181,9 +143,8 @@ def fill_table(teacher: LlamaWeights, student: SO8TForCausalLM, projection: Proj
     return scale
 
 
-def finish(teacher: LlamaWeights, fitter: LayerFitter, last: Tensor, table_scale: float) -> float:
-    """Set final norm and output matrix; ``last [N, D]``: the teacher's stream after its layers.
-    Returns the KL from the teacher on some validation tokens, in nats per token."""
+def _finish(teacher: LlamaWeights, fitter: LayerFitter, last: Tensor, table_scale: float) -> None:
+    """Set final norm and output matrix; ``last [N, D]``: the teacher's stream after its layers."""
     student, config = fitter.student, fitter.student.config
     gain = torch.from_numpy(teacher.final_norm())
     with one_thread():
@@ -199,31 +160,52 @@ def finish(teacher: LlamaWeights, fitter: LayerFitter, last: Tensor, table_scale
         expected[:, block] = part
         if matrix is not None:
             student.lm_head.weight.data[block] = rows @ matrix
-    return fitter.calibrate_temperature(tokens, expected) if len(tokens) else math.inf
+    if len(tokens):
+        fitter.calibrate_temperature(tokens, expected)
 
 
-def survey(teacher: LlamaWeights, tied: bool, text: Sequence[Tokens], report: Report) -> Tensor:
-    """The second moment ``[D, D]`` of the teacher's stream, scaled, in all layers: of its principal
-    directions, which a student at least as wide as its teacher does not need."""
+def _fit_layers(
+    teacher: LlamaWeights, fitter: LayerFitter, text: Sequence[Tokens], report: Report
+) -> Tensor:
+    """The second pass; returns the teacher's stream after its last layer, ``[N, D]``."""
+    config, count = fitter.student.config, teacher.facts.layers
+    spans = layer_spans(count, config.num_hidden_layers)
+    pruned: PrunedLayer | None = None
+    after = torch.empty(0)
+    done = 0
+    for layer in trace(teacher, text, narrow=are_narrow(teacher.facts.width)):
+        report(done, f"layer {layer.number + 1} of the teacher's {count}")
+        span = spans[done]
+        with one_thread():
+            if layer.number == span.start:
+                pruned = prune_layer(layer, teacher.facts, fitter.projection, config)
+            if layer.number == span.stop - 1:
+                assert pruned is not None
+                fitter.fit(done, pruned, layer.after)
+                done += 1
+        after = layer.after
+    for number in range(done, config.num_hidden_layers):
+        fitter.silence(number)
+    report(config.num_hidden_layers, "the student starts from the teacher's weights")
+    return after
+
+
+def _projection(
+    teacher: LlamaWeights, config: SO8TConfig, text: Sequence[Tokens], report: Report
+) -> Projection:
+    """The first pass, which a student at least as wide as its teacher does not need."""
     facts = teacher.facts
-    scale, _ = stream_scale(torch.from_numpy(teacher.final_norm()), tied)
+    if config.hidden_size >= facts.width:
+        return identity_projection(facts.width, config.hidden_size)
+    gain = torch.from_numpy(teacher.final_norm())
+    scale, signs = stream_scale(gain, config.tie_word_embeddings)
     moment = torch.zeros(facts.width, facts.width, dtype=torch.float64)
-    some = _first(text, max(SURVEYED, sum(map(len, text)) // SURVEY_SHARE))
+    some = _first(text, sum(map(len, text)) // SURVEY_SHARE)
     for layer in trace(teacher, some, narrow=are_narrow(facts.width)):
         report(0, f"looks at layer {layer.number + 1} of the teacher's {facts.layers}")
         if layer.number == 0:
             moment += stream_moment(layer.before, scale)
         moment += stream_moment(layer.after, scale)
-    return moment
-
-
-def projection_of(teacher: LlamaWeights, config: SO8TConfig, moment: Tensor | None) -> Projection:
-    """Between the streams; ``moment``: see ``survey``, of a narrower student."""
-    if config.hidden_size >= teacher.facts.width:
-        return identity_projection(teacher.facts.width, config.hidden_size)
-    assert moment is not None
-    gain = torch.from_numpy(teacher.final_norm())
-    scale, signs = stream_scale(gain, config.tie_word_embeddings)
     with one_thread():
         return principal_projection(moment, scale, signs, config.hidden_size)
 
@@ -236,7 +218,7 @@ def _token_budget(teacher: LlamaWeights) -> int:
     return int(min(MOST_TOKENS, max(LEAST_TOKENS, affordable)))
 
 
-def some_text(sequences: Sequence[Tokens], budget: int, seed: int) -> list[Tokens]:
+def _some_text(sequences: Sequence[Tokens], budget: int, seed: int) -> list[Tokens]:
     """A random sample of the sequences with about ``budget`` tokens."""
     order = np.random.default_rng([seed, 5]).permutation(len(sequences))
     return _first(
