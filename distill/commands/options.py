@@ -153,6 +153,15 @@ StoreTeacher = Annotated[
         "here.",
     ),
 ]
+BudgetTime = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="TIME",
+        help="What the whole run may take, such as 90s, 20m, 1h or 1h30m: decides --samples and "
+        "--epochs by a short probe.",
+    ),
+]
 Memory = Annotated[
     str | None,
     typer.Option(

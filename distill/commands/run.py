@@ -11,6 +11,7 @@ import typer
 
 from distill.commands.options import (
     AsJson,
+    BudgetTime,
     ConfigFile,
     Data,
     Engine,
@@ -61,6 +62,7 @@ def run(
     out: Out = None,
     samples: Samples = None,
     epochs: Epochs = None,
+    budget: BudgetTime = None,
     seed: Seed = None,
     targets: Targets = None,
     quant: StudentQuant = None,
@@ -81,12 +83,13 @@ def run(
     overrides |= _base_settings(student_base, lora_r, load_in_4bit, config)
     overrides |= _student_settings(student_size, init, epochs, quant, safety_labels)
     settings, places = load_config(config, overrides, set_ or [], preset), RunPaths(out, store)
+    seconds = _seconds(budget)
     with _checking() as (console, progress):
-        inputs = check_run(settings, places, progress)
+        inputs = check_run(settings, places, progress, seconds)
 
     from distill.pipeline.run import run as run_pipeline
 
-    run_pipeline(settings, places, console, inputs)
+    run_pipeline(settings, places, console, inputs, seconds)
 
 
 @commands.command()
@@ -203,6 +206,7 @@ def plan(
     data: Data = None,
     samples: Samples = None,
     epochs: Epochs = None,
+    budget: BudgetTime = None,
     targets: Targets = None,
     seed: Seed = None,
     init: Init = None,
@@ -225,13 +229,25 @@ def plan(
         limit = None if memory is None else parse_memory(memory)
     except ValueError as error:
         raise UserError(f"--memory {error}") from None
+    seconds = _seconds(budget)
     settings = load_config(config, overrides, set_ or [], preset)
     with _checking() as (console, progress):
-        inputs = check_plan(settings, progress)
+        inputs = check_plan(settings, progress, seconds)
 
     from distill.pipeline.plan import plan_run
 
-    plan_run(settings, console, limit, inputs)
+    plan_run(settings, console, limit, inputs, seconds)
+
+
+def _seconds(budget: str | None) -> float | None:
+    """The value of ``--budget``."""
+    from distill.config.units import parse_duration
+    from distill.errors import UserError
+
+    try:
+        return None if budget is None else parse_duration(budget)
+    except ValueError as error:
+        raise UserError(f"--budget {error}") from None
 
 
 @contextmanager

@@ -131,7 +131,8 @@ class GuardConfig(Section):
 
 
 class TrainConfig(Section):
-    """The training loop. ``epochs``; ``batch_size``: sequences per optimizer step, over all
+    """The training loop. ``epochs``; ``steps``: of the optimizer at most (none: all of the epochs);
+    ``batch_size``: sequences per optimizer step, over all
     processes, or in its place ``batch_tokens``: up to so many tokens; ``accumulation``: into how
     many micro-batches a process divides its part of them;
     ``learning_rate``: peak (none: 0.5 / width, less from the teacher's weights, see
@@ -150,6 +151,7 @@ class TrainConfig(Section):
     """
 
     epochs: Count = 8
+    steps: Count | None = None
     batch_size: Count = 16
     batch_tokens: Annotated[int, Field(ge=16)] | None = None
     accumulation: Count = 1

@@ -1,4 +1,4 @@
-"""Values of the command line: amounts of memory and lists of file types."""
+"""Values of the command line: amounts of memory, durations and lists of file types."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from students.gguf.file_types import FILE_TYPES, Quantization
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
+
+_NUMBER = r"(\d{1,8}(?:\.\d{1,9})?)"
+_DURATION = "".join(rf"\s*(?:{_NUMBER}\s*{unit})?" for unit in "hms") + r"\s*"
 
 
 def parse_quants(text: str) -> tuple[Quant, ...]:
@@ -40,3 +44,14 @@ def parse_memory(text: str) -> int:
             "800MB (kB, MB, GB, TB; KiB, MiB, GiB, TiB)"
         )
     return size
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a time such as ``90s``, ``20m``, ``1h`` or ``1h30m``; ``ValueError`` if it is
+    none."""
+    match = re.fullmatch(_DURATION, text, re.IGNORECASE | re.ASCII)
+    parts = [] if match is None else [float(part or 0) for part in match.groups()]
+    seconds = sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
+    if seconds <= 0:
+        raise ValueError(f"{text!r} is no time; write for example 90s, 20m, 1h or 1h30m")
+    return seconds

@@ -12,6 +12,7 @@ from all of them.
 from __future__ import annotations
 
 import hashlib
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from distill.heads.prompts import SafetyPrompt
 from distill.heads.safety_data import SafetyData
 from distill.losses.batch import padded
 from distill.metrics.safety import SafetyScore, fit_temperature, score_decisions
+from distill.runtime.progress import Console
 from students.model.head_decisions import DECISIONS
 from students.model.heads import decide, rounded_runs
 from students.model.interface import Student
@@ -42,6 +44,7 @@ READ_FLOPS = 1e13  # that reading the prompts of a part may cost
 DRAWN = 11  # stream of random numbers
 MIN_CALIBRATED = 64  # fewer prompts would make a calibration worse
 BATCH_TOKENS = 4096  # read at once, padding included
+TIMED = 128  # prompts by which the time that all take is told
 
 Progress = Callable[[int], None]
 
@@ -132,6 +135,25 @@ def fit_safety_head(
     return SafetyFit(head, score)
 
 
+def with_safety_head(
+    student: Student, data: SafetyData | None, console: Console
+) -> SafetyFit | None:
+    """Fit the safety head where there is to be one, or take it away if it is of no use."""
+    if data is None:
+        return None
+    with console.stage("Fit safety", total=len(data.train) + len(data.validation)) as stage:
+        fitted = fit_safety_head(student, data, lambda done: stage.update(done, "prompts read"))
+        score = fitted.cross_validation
+        stage.finish(
+            f"{score.accuracy:.1%} of {score.prompts:,} prompts decided rightly, whose author or "
+            "scene was left out"
+        )
+    student.replace_safety_head(fitted.head)
+    if fitted.left_out:
+        console.note(f"the student gets no safety head: {fitted.left_out}")
+    return fitted
+
+
 def why_useless(score: SafetyScore) -> str:
     """Why a head with this score is not worth exporting; empty if it is."""
     assert score.cost is not None and score.cost_escalating is not None
@@ -168,6 +190,17 @@ def read_prompts(
         features |= zip(some, torch.stack(found).cpu(), strict=True)  # one copy from a GPU
         progress(len(features))
     return torch.stack([features[index] for index in range(len(prompts))])
+
+
+def reading_seconds(student: Student, data: SafetyData) -> float:
+    """How long ``fit_safety_head`` will read prompts, by a few of them."""
+    shape = SafetyShape((student.config.num_hidden_layers // 2,), mean=True, buckets=BUCKETS)
+    few = data.train.some(range(min(TIMED, len(data.train))))
+    start = time.perf_counter()
+    read_prompts(student, shape, few, lambda done: None)
+    each = (time.perf_counter() - start) / sum(map(len, few.tokens))
+    parts = (_affordable(student, part) for part in (data.train, data.validation))
+    return each * sum(len(tokens) for part in parts for tokens in part.tokens)
 
 
 def _affordable(student: Student, prompts: PromptSet) -> PromptSet:

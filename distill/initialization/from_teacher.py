@@ -34,6 +34,7 @@ from distill.initialization.teacher_trace import (
 from students.model.build import build_student
 from students.model.config import SO8TConfig
 from students.model.decoder import SO8TForCausalLM
+from students.model.sizes import layer_parameters
 from teachers.base import Tokens
 from teachers.gguf.file import GGUFFile, TeacherFileError
 from teachers.gguf.llama_weights import LlamaWeights
@@ -47,6 +48,7 @@ TRACE_BYTES = 512 << 20  # of one layer's activations; about three times as much
 SURVEY_SHARE = 4  # the first pass sees one part in so many
 CALIBRATION_TOKENS = 256  # for the temperature
 LONGEST = 1024  # tokens of a sequence that are used
+PRODUCTS_OF_FIT = 6  # with each of the student's weights for each token: outputs and moments
 
 Report = Callable[[int, str], None]
 """Called with the number of finished student layers and the current step."""
@@ -103,6 +105,16 @@ def student_from_teacher(
     _finish(teacher, fitter, last, table_scale)
     balance(student)
     return student
+
+
+def fit_work(config: SO8TConfig, file: GGUFFile) -> float:
+    """About how many operations ``student_from_teacher`` takes, given enough text."""
+    teacher = require_usable_weights(config, file)
+    facts, tokens = teacher.facts, _token_budget(teacher)
+    theirs = file.parameters - (1 if facts.tied else 2) * facts.vocab_size * facts.width
+    ours = config.num_hidden_layers * layer_parameters(config)
+    surveyed = 1 / SURVEY_SHARE if config.hidden_size < facts.width else 0.0
+    return 2.0 * tokens * ((1 + surveyed) * theirs + PRODUCTS_OF_FIT * ours)
 
 
 def _fill_table(teacher: LlamaWeights, student: SO8TForCausalLM, projection: Projection) -> float:

@@ -2,75 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
+import itertools
+from dataclasses import dataclass, replace
 
 from rich.table import Table
 
-from distill.base_models.base_model import load_base_student
 from distill.base_models.memory_advice import how_to_fit
-from distill.base_models.memory_check import describe_base, memory_rows
-from distill.base_models.memory_estimate import TrainingMemory, memory_of
+from distill.base_models.memory_estimate import memory_of
 from distill.base_models.new_student_memory import memory_of_new
-from distill.capture.capture import load_teacher, read_data
 from distill.capture.corpus import Corpus
-from distill.capture.store_setup import recipe_for
-from distill.capture.teachers import gguf_of, tokenizer_of, weights_of
 from distill.config.schema import RunConfig
 from distill.errors import UserError
-from distill.initialization.shape import describe_parameters
+from distill.heads.prompts import SafetyPrompt
 from distill.metrics.closeness import BOUNDS
-from distill.pipeline.disk import (
-    Disk,
-    StudentNumbers,
-    TeacherFiles,
-    checkpoint_bytes,
-    run_files,
-    teacher_files,
-)
-from distill.pipeline.memory import TRAINING, WORKER_BYTES, Models, Peak, own_memory, stage_peaks
+from distill.pipeline.budget.budget import budget_table, elapsed, recommend, with_allocation
+from distill.pipeline.budget.measure import Measured, TrainingProbe, measure
+from distill.pipeline.disk import Disk, TeacherFiles, checkpoint_bytes, run_files
+from distill.pipeline.memory import TRAINING, WORKER_BYTES, Models, Peak, stage_peaks
 from distill.pipeline.preflight import Inputs, check_plan
-from distill.pipeline.probes import (
-    TeacherProbe,
-    probe_teacher,
-    sequences_together,
-    step_seconds,
-)
-from distill.pipeline.resolve import Resolved, resolve
+from distill.pipeline.probes import TeacherProbe, sequences_together
+from distill.pipeline.resolve import Resolved
 from distill.reports.verdict import expected_words
 from distill.runs.folder import RUNS
 from distill.runs.records import read_records
-from distill.runtime.device import device_memory, free_device_memory, training_device
 from distill.runtime.format import human_bytes, human_count, human_time
 from distill.runtime.printable import markup
 from distill.runtime.progress import Console
-from distill.trimming.for_student import fitted
-from students.model.build import build_student
-from students.model.config import SO8TConfig
-from students.model.interface import Student
 from teachers.base import TeacherInfo
 
-INITIALIZATIONS = {
-    "teacher": "the teacher's weights",
-    "embeddings": "random weights, the teacher's token embeddings",
-    "random": "random weights",
-}
-
-
-@dataclass(frozen=True)
-class TrainingProbe:
-    """The student's numbers, the memory that training takes, seconds of an optimizer step on the
-    first sequences of the teacher's probe.
-
-    ``step_seconds``: not known of a student that does not fit where it would train. ``rows``: the
-    student as rows of a table.
-    """
-
-    numbers: StudentNumbers
-    memory: TrainingMemory
-    step_seconds: float | None
-    rows: list[tuple[str, str]]
+AS_LONG_AGAIN = 1.15  # a run starts and probes as this has, then loads the teacher once more
 
 
 @dataclass(frozen=True)
@@ -96,50 +56,37 @@ class Plan:
 
 
 def plan_run(
-    config: RunConfig, console: Console, memory: int | None = None, inputs: Inputs | None = None
+    config: RunConfig,
+    console: Console,
+    memory: int | None = None,
+    inputs: Inputs | None = None,
+    budget: float | None = None,
 ) -> Plan:
     """Measure a little of everything and print what the whole will take; nothing is written.
 
     ``memory``: bytes that training is to fit into; where it does not, what would help is printed.
-    ``inputs``: what ``check_plan`` has read, if it was called.
+    ``inputs``: what ``check_plan`` has read, if it was called. ``budget``: seconds, for which
+    samples and epochs are recommended.
 
     Raises:
         UserError, TeacherFileError, TeacherError, CaptureError: the input cannot be used.
     """
-    inputs = inputs or check_plan(config)
-    device = training_device()
-    free = free_device_memory(device)
-    data = inputs.take_data()
-    with (
-        TemporaryDirectory() as folder,
-        load_teacher(config, console) as whole,
-        fitted(whole, config, data, Path(folder), console) as teacher,
-    ):
-        info, gguf = teacher.info, gguf_of(teacher)
-        # What cannot be is refused before anything is measured.
-        tokenizer = {}
-        if config.student.base is not None:
-            assert gguf is not None, "see require_gguf"
-            tokenizer = tokenizer_of(config.teacher, gguf)
-        resolved = resolve(config, info, tokenizer, weights_of(teacher), console)
-        corpus = read_data(config, teacher, console, data)
-        resolved = resolved.with_length(corpus.sampling.max_length)
-        config = resolved.config
-        if resolved.base is not None:
-            describe_base(resolved.base, config, info.vocab_size, console)
-        recipe = recipe_for(config.targets, teacher, corpus, console)
-        with console.stage("Probe teacher", total=100) as stage:
-            probe = probe_teacher(teacher, corpus, recipe, stage)
-            files = teacher_files(teacher, gguf, probe, len(corpus))
-            stage.finish(f"{1 / probe.seconds_per_token:,.0f} tokens/s")
-        on_device = max(0, free - free_device_memory(device))
-    process = own_memory()
-    student = _probe_student(resolved, info, probe, console)
-    weights = 0 if on_device else info.file_bytes
+    inputs = inputs or check_plan(config, budget=budget)
+    measured = measure(config, inputs.take_data(), console, budget)
+    if budget is not None:
+        measured = _within(budget, measured, inputs.prompts, console)
+    config, info, corpus, student = (
+        measured.config,
+        measured.info,
+        measured.corpus,
+        measured.student,
+    )
+    probe, resolved = measured.probe, measured.resolved
+    weights = 0 if measured.on_device else info.file_bytes
     models = Models(
-        process=process,
+        process=measured.process,
         teacher=probe.memory_bytes,
-        on_device=on_device,
+        on_device=measured.on_device,
         worker=max(WORKER_BYTES, probe.memory_bytes - weights),
         training=student.memory,
         exported=student.numbers.exported,
@@ -147,9 +94,9 @@ def plan_run(
         longest=corpus.sampling.max_length,
         scored=round(config.data.held_out * len(corpus)) * corpus.sampling.max_length,
     )
-    plan = _combine(config, corpus, probe, files, student, stage_peaks(models, config))
+    plan = _combine(config, corpus, probe, measured.files, student, stage_peaks(models, config))
     title = f"{info.name} → {config.student.label} SO8T: what a run takes"
-    targets = f"{recipe.kind}, {probe.position_bytes} bytes a token trained on"
+    targets = f"{measured.recipe.kind}, {probe.position_bytes} bytes a token trained on"
     _print(plan, title, targets, student.rows, console)
     for words in _closeness(config, info, plan, console):
         console.note(words)
@@ -158,42 +105,20 @@ def plan_run(
     return plan
 
 
-def _probe_student(
-    resolved: Resolved, info: TeacherInfo, probe: TeacherProbe, console: Console
-) -> TrainingProbe:
-    config, base, shape = resolved.config, resolved.base, resolved.shape
-    if base is None:
-        assert shape is not None
-        memory = memory_of_new(shape, config)
-        numbers = StudentNumbers(memory.base_numbers, memory.trained_numbers)
-        rows = _rows_of_shape(shape, info)
-        rows.append(("starts from", INITIALIZATIONS[config.student.init]))
-    else:
-        memory = memory_of(base.config, config, info.vocab_size)
-        numbers = StudentNumbers(memory.base_numbers, memory.trained_numbers, base.dtype.itemsize)
-        rows = _rows_of_base(resolved, memory)
-    rows += [(f"  {name}", size) for name, size in memory_rows(memory)]
-    device = training_device()
-    if memory.total > device_memory(device)[0]:
-        return TrainingProbe(numbers, memory, None, rows)
-    student: Student
-    if base is not None:
-        student = load_base_student(base, config, info.vocab_size)
-    else:
-        assert shape is not None
-        student = build_student(shape, config.seed).to(device)
-    return TrainingProbe(numbers, memory, _time_steps(student, probe, config, console), rows)
-
-
-def _time_steps(
-    student: Student, probe: TeacherProbe, config: RunConfig, console: Console
-) -> float:
-    """Seconds of an optimizer step."""
-    with console.stage("Probe student") as stage:
-        seconds = step_seconds(student, probe, config)
-        count = probe.batch.lengths[: config.train.batch_size].sum().item()
-        stage.finish(f"{count / seconds:,.0f} tokens/s")
-    return seconds
+def _within(
+    budget: float, measured: Measured, prompts: list[SafetyPrompt] | None, console: Console
+) -> Measured:
+    """The same for as much text as fits into ``budget`` seconds, which is printed."""
+    allocation, _ = recommend(measured, budget, prompts, AS_LONG_AGAIN * elapsed())
+    console.rich.print(budget_table(allocation, budget))
+    config = with_allocation(measured.config, allocation)
+    corpus = measured.corpus
+    some = itertools.islice(itertools.cycle(corpus.items), allocation.samples)
+    return replace(
+        measured,
+        resolved=replace(measured.resolved, config=config),
+        corpus=Corpus(list(some), corpus.sampling, corpus.notes, corpus.warnings),
+    )
 
 
 def _combine(
@@ -207,13 +132,13 @@ def _combine(
     """Scale the probes up to the whole run."""
     tokens = probe.length * corpus.spoken + corpus.tally.tokens
     learnt = probe.kept_share * (tokens - len(corpus))  # no sequence's first token
-    batch_size = sequences_together(config, probe)
+    batch_size = sequences_together(config, probe.batch)
     validation = round(config.data.held_out * len(corpus))
     steps = config.train.epochs * -(-(len(corpus) - validation) // batch_size)
+    steps = min(steps, config.train.steps or steps)
     seconds = student.step_seconds
-    if seconds is not None:  # of a step on the probe's sequences, which may be fewer or shorter
-        measured = probe.batch.lengths[:batch_size].sum().item()
-        seconds *= steps * batch_size * tokens / len(corpus) / measured
+    if seconds is not None:
+        seconds *= steps * batch_size * tokens / len(corpus)
     targets = round(tokens * (probe.kept_share * probe.position_bytes + 4))
     exports, records = run_files(config, files, student.numbers, steps, tokens)
     checkpoints = checkpoint_bytes(config, student.numbers, steps, seconds)
@@ -280,34 +205,6 @@ def _print(
     ):
         table.add_row(name, markup(value))
     console.rich.print(table)
-
-
-def _rows_of_shape(shape: SO8TConfig, info: TeacherInfo) -> list[tuple[str, str]]:
-    """A new student as rows of a table."""
-    matrices = "one matrix" if shape.tie_word_embeddings else "two matrices"
-    return [
-        ("student", describe_parameters(shape, info)),
-        ("width, layers", f"{shape.hidden_size}, {shape.num_hidden_layers}"),
-        ("heads", f"{shape.num_attention_heads}"),
-        ("key/value heads", f"{shape.num_key_value_heads}"),
-        ("head width", f"{shape.head_dim}"),
-        ("feed-forward width", f"{shape.intermediate_size}"),
-        ("context", f"{shape.max_position_embeddings:,} tokens"),
-        ("embedding and output", f"{matrices}, {shape.vocab_size:,} tokens"),
-    ]
-
-
-def _rows_of_base(resolved: Resolved, memory: TrainingMemory) -> list[tuple[str, str]]:
-    """The student that is made of a base, and its memory by purpose, as rows of a table."""
-    base, config = resolved.base, resolved.config
-    assert base is not None
-    kind = "NF4, double quantization" if base.load_in_4bit else "as it is"
-    numbers, share = memory.base_numbers, memory.trained_numbers / memory.base_numbers
-    return [
-        ("base", f"{base.config.model_type}, {human_count(numbers)} parameters, {kind}"),
-        ("trained", f"{human_count(memory.trained_numbers)} parameters, {share:.2%}"),
-        ("layers checkpointed", "yes" if config.train.gradient_checkpointing else "no"),
-    ]
 
 
 def _memory_rows(peaks: dict[str, Peak]) -> list[tuple[str, str]]:

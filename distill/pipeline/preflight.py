@@ -23,6 +23,7 @@ from distill.capture.teachers import (
 from distill.config.schema import RunConfig
 from distill.errors import UserError
 from distill.heads.prompts import SafetyPrompt, read_safety_prompts
+from distill.runs.decisions import Decisions, decided_before
 from distill.runs.folder import RUNS, RunFolder, RunPaths
 from distill.runtime.launch_environment import process_rank, require_trainable
 from distill.trimming.request import check_student_vocabulary
@@ -36,11 +37,13 @@ class Inputs:
     """What was read for a run.
 
     ``prompts``: of the safety head, if there is to be one. ``data``: until somebody takes it;
-    ``None`` where the teacher generates it, or a store has its tokens.
+    ``None`` where the teacher generates it, or a store has its tokens. ``decided``: the settings of
+    this very run and what they were decided by, where an earlier process has.
     """
 
     prompts: list[SafetyPrompt] | None = None
     data: DataRows | None = None
+    decided: tuple[RunConfig, Decisions] | None = None
 
     def take_data(self) -> DataRows | None:
         """The data, which may be large and is not kept here any longer."""
@@ -48,8 +51,13 @@ class Inputs:
         return taken
 
 
-def check_run(config: RunConfig, places: RunPaths, progress: Progress = no_progress) -> Inputs:
-    """Refuse what ``distill run`` cannot do.
+def check_run(
+    config: RunConfig,
+    places: RunPaths,
+    progress: Progress = no_progress,
+    budget: float | None = None,
+) -> Inputs:
+    """Refuse what ``distill run`` cannot do, in ``budget`` seconds if that is given.
 
     Raises:
         UserError, StoreError, TeacherFileError: the input cannot be used.
@@ -65,8 +73,16 @@ def check_run(config: RunConfig, places: RunPaths, progress: Progress = no_progr
         RunFolder(places.out).require_usable()
     if places.store is not None:
         require_store_folder(places.store)
+    if budget is not None:
+        _check_budget(config)
+        if world > 1:
+            raise UserError("--budget is for one process; give --samples and --epochs to several")
+    decided = decided_before(config, budget, places, teacher_stem(config.teacher))
+    if decided is not None:
+        config = decided[0]
     beside = RUNS if places.out is None else places.out.parent
-    return Inputs(read_safety_prompts(config), _rows(config, places.store, beside, progress))
+    rows = _rows(config, places.store, beside, progress)
+    return Inputs(read_safety_prompts(config), rows, decided)
 
 
 def check_capture(
@@ -124,8 +140,10 @@ def check_train(config: RunConfig, out: Path | None) -> Inputs:
     return Inputs(read_safety_prompts(config))
 
 
-def check_plan(config: RunConfig, progress: Progress = no_progress) -> Inputs:
-    """Refuse what ``distill plan`` cannot do; it reads no prompts.
+def check_plan(
+    config: RunConfig, progress: Progress = no_progress, budget: float | None = None
+) -> Inputs:
+    """Refuse what ``distill plan`` cannot do; it reads prompts only for a ``budget``.
 
     Raises:
         UserError, TeacherFileError: the input cannot be used.
@@ -136,7 +154,22 @@ def check_plan(config: RunConfig, progress: Progress = no_progress) -> Inputs:
     require_teachers(config.teacher)
     check_student_vocabulary(config)
     _check_student(config)
-    return Inputs(data=read_rows(config.data, progress))
+    prompts = None
+    if budget is not None:
+        _check_budget(config)
+        require_gguf(config.teacher)
+        prompts = read_safety_prompts(config)
+    return Inputs(prompts, read_rows(config.data, progress))
+
+
+def _check_budget(config: RunConfig) -> None:
+    """Refuse settings of what ``--budget`` decides."""
+    given = sorted({"epochs", "steps"} & config.train.model_fields_set)
+    given += ["samples"] if config.data.samples is not None else []
+    if given:
+        raise UserError(
+            f"--budget decides samples, epochs and steps; leave it out, or {' and '.join(given)}"
+        )
 
 
 def check_serve(config: RunConfig) -> None:

@@ -13,12 +13,14 @@ import torch
 from distill.base_models.memory_estimate import DIRECTIONS
 from distill.capture.corpus import Corpus
 from distill.capture.store_setup import largest_size, store_manifest
-from distill.config.schema import RunConfig
+from distill.config.schema import LossConfig, RunConfig
 from distill.losses.batch import Batch, arrange, padded
 from distill.losses.objective import Objective
 from distill.runtime.device import choose_precision
 from distill.runtime.progress import Stage
+from distill.training.distributed import TrainingModule
 from distill.training.optimizer import build_optimizer
+from distill.training.validation import validation_score
 from stability.precision import ieee_float32
 from students.model.interface import Student
 from teachers.base import GenerationRequest, Teacher, Tokens, whole_masks
@@ -57,11 +59,17 @@ class TeacherProbe:
     codec_bytes: int
 
 
-def probe_teacher(teacher: Teacher, corpus: Corpus, recipe: Recipe, stage: Stage) -> TeacherProbe:
+def probe_teacher(
+    teacher: Teacher,
+    corpus: Corpus,
+    recipe: Recipe,
+    stage: Stage,
+    most: float = TEACHER_SECONDS,
+) -> TeacherProbe:
     """Capture a few sequences as the run would, and time it: as many, and as much of each, as
-    ``TEACHER_SECONDS`` are enough for."""
+    ``most`` seconds are enough for."""
     info, longest = teacher.info, corpus.sampling.max_length
-    some, sequences = _sequences(teacher, corpus, recipe, stage)
+    some, sequences = _sequences(teacher, corpus, recipe, stage, most)
     room, count = some.sampling.max_length, len(sequences)
     request = some.generation_request(0, count)
     keep = some.keep(0, count)
@@ -118,14 +126,13 @@ def _sketch_bytes(recipe: Recipe, vocab_size: int, width: int) -> int:
 
 
 def _sequences(
-    teacher: Teacher, corpus: Corpus, recipe: Recipe, stage: Stage
+    teacher: Teacher, corpus: Corpus, recipe: Recipe, stage: Stage, most: float
 ) -> tuple[Corpus, list[Tokens]]:
     """The corpus cut to what the time is enough for, and its sequences. What the teacher writes is
     written in growing groups, each as long as those before allow."""
-    tokens = int(TEACHER_SECONDS / _first_speed(teacher, corpus, recipe, stage))
+    tokens = int(most / _first_speed(teacher, corpus, recipe, stage))
     longest = corpus.sampling.max_length
-    most = store_manifest(teacher, corpus, recipe).sequences_per_shard
-    items = corpus.items[:most]
+    items = corpus.items[: store_manifest(teacher, corpus, recipe).sequences_per_shard]
     room = longest
     if tokens < FIRST_GROUP * longest:
         room = min(longest, max(SHORTEST, tokens // FIRST_GROUP), max(FIRST_TOKENS, tokens))
@@ -140,7 +147,7 @@ def _sequences(
     start, size = time.perf_counter(), max(1, min(FIRST_GROUP, tokens // room, len(items)))
 
     def used() -> float:
-        return (time.perf_counter() - start) / TEACHER_SECONDS
+        return (time.perf_counter() - start) / most
 
     while size > 0:
         first = len(sequences)
@@ -174,43 +181,55 @@ def _first_speed(teacher: Teacher, corpus: Corpus, recipe: Recipe, stage: Stage)
 
 
 @ieee_float32()
-def step_seconds(student: Student, probe: TeacherProbe, config: RunConfig) -> float:
-    """Seconds of an optimizer step on a batch of the run's size; of a part of it where a whole one
-    takes too long."""
-    most = min(sequences_together(config, probe), len(probe.batch.lengths))
+def step_seconds(
+    student: Student, batch: Batch, config: RunConfig, most: float = STUDENT_SECONDS
+) -> float:
+    """Seconds of a token in an optimizer step of the run's size, or of a part of it where a whole
+    one takes too long; ``most``: that measuring may take, about."""
+    together = min(sequences_together(config, batch), len(batch.lengths))
     objective = Objective(config.loss)
     optimizer = build_optimizer(student, config.train, student.config.hidden_size)
     student.checkpoint_activations(bool(config.train.gradient_checkpointing))
 
     def step(rows: int) -> float:
         """Seconds of a token."""
-        batch = _part(probe.batch, rows, student.packs).to(student.device)
+        part = _part(batch, rows, student.packs).to(student.device)
         device, width = student.device, student.config.hidden_size
         narrow = choose_precision(config.train, width, device) == "bf16"
-        total, start = max(1, batch.count()), time.perf_counter()
+        total, start = max(1, part.count()), time.perf_counter()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow):
-            loss, _ = objective(student, batch, total=total, share=1.0, fraction=0.5)
+            loss, _ = objective(student, part, total=total, share=1.0, fraction=0.5)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         objective.after_step()
-        return (time.perf_counter() - start) / int(batch.lengths.sum())
+        return (time.perf_counter() - start) / int(part.lengths.sum())
 
     start = time.perf_counter()
-    lengths = probe.batch.lengths
-    alone = step(1) * int(lengths[0])
-    rows = min(most, max(1, int(STUDENT_SECONDS / FULL_STEPS / alone)))
+    alone = step(1) * int(batch.lengths[0])
+    rows = min(together, max(1, int(most / FULL_STEPS / alone)))
     times = [step(rows)]
-    while len(times) <= FULL_STEPS and time.perf_counter() - start < STUDENT_SECONDS:
+    while len(times) <= FULL_STEPS and time.perf_counter() - start < most:
         times.append(step(rows))
-    return min(times) * int(lengths[:most].sum())
+    return min(times)
 
 
-def sequences_together(config: RunConfig, probe: TeacherProbe) -> int:
-    """How many sequences an optimizer step learns from, if they are as long as the probe's."""
+def scoring_seconds(student: Student, batch: Batch) -> float:
+    """Seconds of a token in a scoring of validation sequences, by one of a batch."""
+    one, times = _part(batch, 1, student.packs).to(student.device), []
+    module = TrainingModule(student, Objective(LossConfig()))
+    for _ in range(2):  # the first time more has to be set up
+        start = time.perf_counter()
+        validation_score(module, [one])
+        times.append((time.perf_counter() - start) / int(one.lengths.sum()))
+    return min(times)
+
+
+def sequences_together(config: RunConfig, batch: Batch) -> int:
+    """How many sequences an optimizer step learns from, if they are as long as these."""
     if config.train.batch_tokens is None:
         return config.train.batch_size
-    lengths = probe.batch.lengths
+    lengths = batch.lengths
     return max(1, round(config.train.batch_tokens * len(lengths) / int(lengths.sum())))
 
 

@@ -21,6 +21,7 @@ from distill.config.schema import RunConfig
 from distill.heads.prompts import SafetyPrompt, digest
 from distill.heads.safety_data import labelled_prompts, safety_data
 from distill.losses.hidden_states import pair_layers
+from distill.pipeline.budget.budget import Budget, elapsed, settle
 from distill.pipeline.capture import fill
 from distill.pipeline.final_table import print_results
 from distill.pipeline.preflight import Inputs, check_run, check_train
@@ -35,9 +36,11 @@ from distill.pipeline.stages import (
     train_student,
 )
 from distill.runs.audit_events import record_start
+from distill.runs.decisions import Decisions
 from distill.runs.folder import RUNS, RunFolder, RunPaths, choose_folder
 from distill.runtime.device import training_device
 from distill.runtime.environment import environment
+from distill.runtime.format import human_time
 from distill.runtime.launch import Launch
 from distill.runtime.progress import Console
 from distill.trimming.for_student import fitted, require_same_vocabulary, trimmed_file
@@ -49,18 +52,24 @@ from teachers.store.teacher_record import require_teacher_record
 
 
 def run(
-    config: RunConfig, places: RunPaths, console: Console, inputs: Inputs | None = None
+    config: RunConfig,
+    places: RunPaths,
+    console: Console,
+    inputs: Inputs | None = None,
+    seconds: float | None = None,
 ) -> RunFolder:
     """Do a whole run, or what is left of it, and return its folder.
 
-    ``inputs``: what ``check_run`` has read, if it was called.
+    ``inputs``: what ``check_run`` has read, if it was called. ``seconds``: what it may take since
+    this process was started, which then decides samples, epochs and steps.
 
     Raises:
         UserError, StoreError, TeacherFileError, TeacherError: the input cannot be used.
         TrainingAborted, ProofFailed: training or export went wrong.
         OSError: the disk refuses.
     """
-    inputs = inputs or check_run(config, places)
+    inputs = inputs or check_run(config, places, budget=seconds)
+    config, decisions, budget = _decide(config, inputs, seconds, console)
     prompts = inputs.prompts
     launch = Launch.join()
     data, beside = inputs.take_data(), places.out.parent if places.out is not None else RUNS
@@ -83,7 +92,8 @@ def run(
         resolved = resolved.with_length(longest)
         config = resolved.config
         require_memory(resolved, info, longest, console)
-        work = Workspace(_choose(places.out, config, stem, launch), launch, console)
+        folder = _choose(places.out, config, stem, launch)
+        work = Workspace(folder, launch, console, decisions, budget)
         recipe = recipe_for(config.targets, teacher, corpus, console)
         pair_layers(config.loss.layer_map, recipe.layers, resolved.layers, info.layers)
         store = open_store(teacher, corpus, recipe, place)
@@ -103,7 +113,23 @@ def run(
             )
 
         _work_in(work, config, _identity(info, store, prompts, resolved.base), capture)
+    if budget is not None and inputs.decided is None:
+        console.note(f"took {human_time(elapsed())} of {human_time(budget.seconds)}")
     return work.folder
+
+
+def _decide(
+    config: RunConfig, inputs: Inputs, seconds: float | None, console: Console
+) -> tuple[RunConfig, Decisions, Budget | None]:
+    """The settings with what ``seconds`` decide, by what was decided before or by measuring."""
+    if inputs.decided is not None:
+        config, decisions = inputs.decided
+        found = decisions.budget
+        return config, decisions, None if found is None else Budget.from_json(found)
+    if seconds is None:
+        return config, Decisions(config.model_dump(mode="json")), None
+    settled, budget = settle(config, seconds, inputs.data, inputs.prompts, console)
+    return settled, Decisions(config.model_dump(mode="json"), budget.to_json()), budget
 
 
 def train_from_store(
@@ -184,6 +210,8 @@ def _work_in(
     with exclusive(folder.path, launch.share.rank):
         if launch.first:
             folder.claim(config, identity)
+            if work.decisions is not None and work.decisions.any:
+                work.decisions.keep_in(folder)
             record_start(folder, config.model_dump(mode="json"), identity, environment())
         launch.wait()
         if not folder.finished:

@@ -41,14 +41,16 @@ from distill.heads.fitting import (
     score_heads,
 )
 from distill.heads.safety_data import SafetyData
-from distill.heads.safety_fitting import SafetyFit, fit_safety_head
+from distill.heads.safety_fitting import SafetyFit, with_safety_head
 from distill.inference.reasoning import digests
 from distill.initialization.start import begin
 from distill.losses.objective import build_objective
 from distill.metrics.closeness import kl_name
+from distill.pipeline.budget.budget import Budget, with_steps
 from distill.pipeline.resolve import Resolved
 from distill.reports.build import write_run_report
-from distill.runs.audit_events import record_capture, record_training
+from distill.runs.audit_events import record_capture, record_settings, record_training
+from distill.runs.decisions import Decisions
 from distill.runs.folder import HeldOut, RunFolder
 from distill.runtime.device import release_memory, training_device, why_float32
 from distill.runtime.format import human_count
@@ -80,11 +82,14 @@ INITIALIZATION_SEQUENCES = 512  # of training text that initialization may look 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where a run works: its folder, the processes of its launch, the console."""
+    """Where a run works: its folder, the processes of its launch, the console; what it has decided
+    by measuring, and its time, if that is limited."""
 
     folder: RunFolder
     launch: Launch
     console: Console
+    decisions: Decisions | None = None
+    budget: Budget | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,13 @@ def prepare(source: Source, work: Workspace) -> Prepared:
         record_capture(work.folder.path, store, source.reused, kept)
     parts = split(store, config.data.held_out, config.seed)
     data = TrainingData(store, parts, config.seed, batch_tokens=config.train.batch_tokens)
+    student = _initialize(source, data, work)
+    if work.budget is not None and config.train.steps is None:
+        about = (student, data, source.safety)
+        resolved = with_steps(work.budget, source.resolved, *about, work.console)
+        source, config = replace(source, resolved=resolved), resolved.config
+        work.folder.write_json(work.folder.config_file, config.model_dump(mode="json"))
+        record_settings(work.folder)
     if source.safety is not None:
         every, together = config.safety.rhythm(len(_batches(config, data)))
         prompts = source.safety.train
@@ -175,7 +187,6 @@ def prepare(source: Source, work: Workspace) -> Prepared:
     indices = data.split.held_out.tolist()
     keep = [store.keep(index) for index in indices] if store.manifest.masked else None
     held_out = HeldOut([store.tokens(index) for index in indices], lines, keep)
-    student = _initialize(source, data, work)
     initial: dict[str, Tensor] = {}
     if source.resolved.base is not None:
         initial = {
@@ -194,7 +205,7 @@ def prepare(source: Source, work: Workspace) -> Prepared:
 
 
 def _batches(config: RunConfig, data: TrainingData) -> list[list[int]]:
-    return data.batches(config.train.epochs, config.train.batch_size)
+    return data.batches(config.train.epochs, config.train.batch_size)[: config.train.steps]
 
 
 def _initialize(source: Source, data: TrainingData, work: Workspace) -> Student:
@@ -278,7 +289,7 @@ def publish_student(trained: Trained, work: Workspace) -> Published:
     source, data = prepared.source, prepared.data
     for_calibration, for_scores = halves(data.split.held_out.tolist())
     calibrate(prepared.student, source.store, for_calibration)
-    fitted = _fit_safety_head(prepared.student, source.safety, work.console)
+    fitted = with_safety_head(prepared.student, source.safety, work.console)
     publication = Publication(
         prepared.student,
         source.config,
@@ -290,25 +301,6 @@ def publish_student(trained: Trained, work: Workspace) -> Published:
     )
     proofs = publish(publication, work.folder, work.console)
     return Published(trained, proofs, for_scores, fitted)
-
-
-def _fit_safety_head(
-    student: Student, data: SafetyData | None, console: Console
-) -> SafetyFit | None:
-    """Fit the safety head where there is to be one, or take it away if it is of no use."""
-    if data is None:
-        return None
-    with console.stage("Fit safety", total=len(data.train) + len(data.validation)) as stage:
-        fitted = fit_safety_head(student, data, lambda done: stage.update(done, "prompts read"))
-        score = fitted.cross_validation
-        stage.finish(
-            f"{score.accuracy:.1%} of {score.prompts:,} prompts decided rightly, whose author or "
-            "scene was left out"
-        )
-    student.replace_safety_head(fitted.head)
-    if fitted.left_out:
-        console.note(f"the student gets no safety head: {fitted.left_out}")
-    return fitted
 
 
 def evaluate_student(published: Published, work: Workspace) -> Evaluated:

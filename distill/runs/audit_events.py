@@ -46,6 +46,12 @@ def record_start(
     append(folder.path, [(STARTED, {**about, "files": files})])
 
 
+def record_settings(folder: RunFolder) -> None:
+    """Settings that were left to what is measured are fixed, and their file is written anew."""
+    files = _described(folder.path, [folder.config_file])
+    append(folder.path, [("settings_fixed", {"files": files})])
+
+
 def record_capture(
     folder: Path, store: SoftTargetStore, reused: bool, reasoning_sha256: Sequence[str] = ()
 ) -> None:

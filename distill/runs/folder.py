@@ -1,6 +1,7 @@
 """A run's folder: what is in it, whose it is, and reading it back.
 
-``config.json`` (as resolved), ``identity.json`` (teacher and soft targets), ``metrics.jsonl``,
+``config.json`` (as resolved), ``identity.json`` (teacher and soft targets), ``decisions.json`` (if
+something was decided by measuring: ``distill.runs.decisions``), ``metrics.jsonl``,
 ``beginning.safetensors`` (weights that training begins at, until the run is finished),
 ``checkpoints/``, ``student/`` (PyTorch weights and ``tokenizer.gguf``), ``held_out.json``,
 ``imatrix.gguf``, ``student.gguf``, ``exports.json`` (what is known of it and of later exports),
@@ -57,6 +58,7 @@ class RunFolder:
         self.path = path
         self.config_file = path / "config.json"
         self.identity_file = path / "identity.json"
+        self.decisions_file = path / "decisions.json"
         self.results_file = path / "results.json"
         self.held_out_file = path / "held_out.json"
         self.student = path / "student"
@@ -88,7 +90,7 @@ class RunFolder:
         """Raise ``UserError`` unless the folder is, or can become, this run's; changes nothing."""
         self.require_usable()
         if self.config_file.exists() and (
-            difference := _first_difference(self.read_config(), config)
+            difference := first_difference(self.read_config(), config)
         ):
             raise UserError(
                 f"--out {self.path} holds another run ({difference}); choose another folder. "
@@ -103,8 +105,8 @@ class RunFolder:
         if not self.config_file.exists() or not self.identity_file.exists():
             # In this order: a folder with settings and no identity yet is still known to be this
             # run's.
-            self._write(self.config_file, config.model_dump(mode="json"))
-            self._write(self.identity_file, identity)
+            self.write_json(self.config_file, config.model_dump(mode="json"))
+            self.write_json(self.identity_file, identity)
             return
         recorded = self.read_json(self.identity_file)
         for key, value in identity.items():
@@ -136,12 +138,12 @@ class RunFolder:
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Write ``results.json``, which finishes the run."""
-        self._write(self.results_file, results)
+        self.write_json(self.results_file, results)
 
     def is_of(self, config: RunConfig) -> bool:
         """Whether the folder is a run with these settings; an unreadable one is not."""
         try:
-            return not _first_difference(self.read_config(), config)
+            return not first_difference(self.read_config(), config)
         except UserError:
             return False
 
@@ -183,7 +185,8 @@ class RunFolder:
                 f"{self.held_out_file} is damaged ({error}); run distill again"
             ) from None
 
-    def _write(self, path: Path, content: Any) -> None:
+    def write_json(self, path: Path, content: Any) -> None:
+        """Write one of the run's JSON files."""
         write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
     def read_json(self, path: Path) -> dict[str, Any]:
@@ -219,7 +222,7 @@ def _tokens(ids: Any, vocab_size: int) -> Tokens:
     return tokens
 
 
-def _first_difference(existing: RunConfig, wanted: RunConfig) -> str:
+def first_difference(existing: RunConfig, wanted: RunConfig) -> str:
     """The first setting that differs, as a message; empty where all are equal."""
     there, here = (flatten(config.model_dump(mode="json")) for config in (existing, wanted))
     for key in {**here, **there}:

@@ -139,7 +139,7 @@ def train(
         # FSDP shards a module for good, so it gets a copy; the student gets the weights at the end.
         trained = copy.deepcopy(student) if is_sharded(accelerator) else student
         model = prepared(accelerator, TrainingModule(trained, job.objective), config)
-        plan = data.batches(config.epochs, config.batch_size)
+        plan = data.batches(config.epochs, config.batch_size)[: config.steps]
         optimizer = build_optimizer(model, config, width)
         schedule = build_schedule(optimizer, config, len(plan))
         state = TrainingState(trained, optimizer, schedule, job.objective)

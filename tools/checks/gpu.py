@@ -41,7 +41,7 @@ from distill.base_models.new_student_memory import estimate_new
 from distill.commands.exit_codes import EXIT_OURS, EXIT_USER
 from distill.config.loading import load_config
 from distill.config.schema import RunConfig
-from distill.pipeline.probes import TeacherProbe, step_seconds
+from distill.pipeline.probes import step_seconds
 from distill.pipeline.run import run
 from distill.runs.folder import RunPaths
 from distill.runtime.device import device_memory
@@ -148,12 +148,12 @@ def check_base(sizes: Sizes, device: torch.device, folder: Path) -> Figures:
     config = _alone(config, together)
     with peak_memory(device) as peak:
         student = load_base_student(opened, config, vocab_size)
-        seconds = step_seconds(student, _probe_of(job), config)
+        seconds = step_seconds(student, make_material(job)[0], config)
     estimate = total(config)
     figures: Figures = {
         "layers": layers,
         "sequences at once": together,
-        "tokens a second": together * sizes.length / seconds,
+        "tokens a second": 1 / seconds,
         "peak": peak.most,
         "estimated": estimate,
         "estimate / peak": estimate / peak.most,
@@ -176,12 +176,6 @@ def _alone(config: RunConfig, together: int) -> RunConfig:
     """The settings of a step that is one micro-batch."""
     train = config.train.model_copy(update={"batch_size": together, "accumulation": 1})
     return config.model_copy(update={"train": train})
-
-
-def _probe_of(job: StepJob) -> TeacherProbe:
-    """A batch with targets drawn at random, as if a teacher had been probed."""
-    batch, _ = make_material(job)
-    return TeacherProbe(batch, [], job.tokens, 1.0, 0.0, 0, 0, 0, 0)
 
 
 def _within(figures: Figures) -> Figures:

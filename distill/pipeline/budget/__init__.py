@@ -1,0 +1,1 @@
+"""``--budget``: how much text and how many steps fit into a time."""

@@ -1,0 +1,187 @@
+"""A run within a time: samples and epochs before it starts, the number of steps before it trains.
+
+The clock begins with the process. What was decided is in the run's settings and its
+``decisions.json``, so that a run that is continued decides nothing again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+from rich.table import Table
+
+from distill.capture.data_rows import DataRows
+from distill.config.schema import LossConfig, RunConfig
+from distill.errors import UserError
+from distill.evaluation.scorers import other_weights
+from distill.heads.prompts import SafetyPrompt
+from distill.heads.safety_data import SafetyData
+from distill.heads.safety_fitting import reading_seconds
+from distill.losses.objective import Objective
+from distill.pipeline.budget.allocation import (
+    Allocation,
+    Costs,
+    TooShort,
+    allocate,
+    stages,
+    steps_within,
+)
+from distill.pipeline.budget.costs import (
+    FITTED_PROMPT,
+    expected_costs,
+    text_in,
+    text_of,
+    with_measured,
+)
+from distill.pipeline.budget.measure import Measured, measure
+from distill.pipeline.probes import step_seconds
+from distill.pipeline.resolve import Resolved
+from distill.runtime.format import human_time
+from distill.runtime.progress import Console
+from distill.training.data import TrainingData, load_batch
+from distill.training.distributed import TrainingModule
+from distill.training.embedding_rows import only_used_rows
+from distill.training.validation import validation_score
+from students.model.interface import Student
+
+BEFORE = ("start", "capture", "head start")  # stages that are over when the steps are fixed
+AGAIN = ("Load teacher", "Read data", "Vocabulary")  # what the run does once more after the probes
+PROBED_STEPS = 8.0  # seconds that the very student's steps are timed for
+
+
+def elapsed() -> float:
+    """Seconds since this process was started."""
+    return time.time() - psutil.Process().create_time()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """``seconds`` of a whole run, and its expected costs."""
+
+    seconds: float
+    costs: Costs
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is recorded."""
+        return {"seconds": self.seconds, "costs": asdict(self.costs)}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Budget:
+        """As it was recorded."""
+        return cls(float(content["seconds"]), Costs(**content["costs"]))
+
+
+def recommend(
+    measured: Measured, seconds: float, prompts: Sequence[SafetyPrompt] | None, start: float
+) -> tuple[Allocation, Costs]:
+    """Samples, epochs and steps that fill ``seconds``, and what was reckoned with; ``start``:
+    seconds until the capture begins.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    if measured.student.step_seconds is None:
+        raise UserError("--budget: this machine has not the memory to train that student")
+    costs = expected_costs(measured, prompts, start)
+    try:
+        return allocate(seconds, text_of(measured), costs), costs
+    except TooShort as error:
+        raise UserError(
+            f"--budget: {human_time(seconds)} are too short for this teacher and student; {error}"
+        ) from None
+
+
+def settle(
+    config: RunConfig,
+    seconds: float,
+    data: DataRows | None,
+    prompts: Sequence[SafetyPrompt] | None,
+    console: Console,
+) -> tuple[RunConfig, Budget]:
+    """The settings with as much text as fits into ``seconds``, and what that is expected to cost.
+
+    Raises:
+        UserError, TeacherFileError, TeacherError, CaptureError: the input cannot be used, or
+        there is no such run.
+    """
+    measured = measure(config, data, console, seconds)
+    start = elapsed() + sum(console.seconds.get(stage, 0.0) for stage in AGAIN)
+    allocation, costs = recommend(measured, seconds, prompts, start)
+    console.rich.print(budget_table(allocation, seconds))
+    resolved = measured.config
+    student = config.student.model_copy(update={"size": resolved.student.size})
+    settled = config.model_copy(update={"student": student}) if resolved.student.size else config
+    return with_allocation(settled, allocation), Budget(seconds, costs)
+
+
+def with_allocation(config: RunConfig, allocation: Allocation) -> RunConfig:
+    """The settings with samples and epochs; the steps are fixed later."""
+    data = config.data.model_copy(update={"samples": allocation.samples})
+    train = config.train.model_copy(update={"epochs": allocation.epochs})
+    return config.model_copy(update={"data": data, "train": train})
+
+
+def budget_table(allocation: Allocation, seconds: float) -> Table:
+    """What fits into a time."""
+    table = Table(title=f"In {human_time(seconds)}", title_justify="left", show_header=False)
+    epochs = f"--samples {allocation.samples} --epochs {allocation.epochs}"
+    table.add_row("recommended", f"{epochs} ({allocation.steps:,} steps)")
+    for name, part in allocation.seconds.items():
+        table.add_row(f"  {name}", f"about {human_time(part)}")
+    table.add_row("whole run", f"about {human_time(allocation.total)}")
+    if allocation.total < 0.9 * seconds:
+        table.add_row("", "there is no more text, and nothing to gain from this one in more time")
+    return table
+
+
+def with_steps(
+    budget: Budget,
+    resolved: Resolved,
+    student: Student,
+    data: TrainingData,
+    safety: SafetyData | None,
+    console: Console,
+) -> Resolved:
+    """The settings with the number of steps for which there is time left, by what the very student
+    takes on the very text."""
+    config, lengths = resolved.config, data.store.lengths()
+    batches = data.batches(1, config.train.batch_size)
+    text = text_in(config, lengths, -(-len(data.split.train) // len(batches)))
+    with console.stage("Fix steps") as stage:
+        costs = _costs_of(student, budget, config, data, safety)
+        rest = stages(costs, text, len(lengths), 0)
+        left = budget.seconds - elapsed() - sum(rest[name] for name in rest if name not in BEFORE)
+        steps = steps_within(left, text, costs, len(lengths))
+        epochs = -(-steps // text.steps(len(lengths)))
+        expected = stages(costs, text, len(lengths), steps)
+        after = {name: part for name, part in expected.items() if name not in BEFORE}
+        parts = ", ".join(f"{name} {human_time(part)}" for name, part in after.items())
+        stage.finish(f"{steps:,} steps, {steps / text.steps(len(lengths)):.2f} epochs; {parts}")
+    train = config.train.model_copy(update={"steps": steps, "epochs": epochs})
+    return resolved.with_train(train)
+
+
+def _costs_of(
+    student: Student,
+    budget: Budget,
+    config: RunConfig,
+    data: TrainingData,
+    safety: SafetyData | None,
+) -> Costs:
+    """The expected costs, with those that the student can be asked for measured."""
+    start = time.perf_counter()
+    module = TrainingModule(student, Objective(LossConfig()))
+    validation_score(module, data.held_out(config.train.batch_size, student.device, student.packs))
+    read = (time.perf_counter() - start) / float(data.store.lengths()[data.split.held_out].sum())
+    batch = load_batch(data.store, data.batches(1, config.train.batch_size)[0], student.packs)
+    with other_weights(student, {}), only_used_rows(student, data.used_tokens()):
+        training = step_seconds(student, batch, config, PROBED_STEPS)
+    reading = 0.0
+    if safety is not None:
+        reading = reading_seconds(student, safety)
+        reading += FITTED_PROMPT * (len(safety.train) + len(safety.validation))
+    return with_measured(budget.costs, training, read, reading)

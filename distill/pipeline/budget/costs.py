@@ -1,0 +1,121 @@
+"""What the stages of a run cost, by the probes, and again by what has been measured since.
+
+The constants are rough: they weigh stages that are short beside capture and training.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from distill.config.schema import RunConfig
+from distill.export.publish import IMPORTANCE_FLOPS, IMPORTANCE_LEAST, IMPORTANCE_TOKENS
+from distill.heads.prompts import SafetyPrompt
+from distill.heads.safety_fitting import READ_FLOPS
+from distill.pipeline.budget.allocation import Costs, Text
+from distill.pipeline.budget.measure import Measured
+from distill.pipeline.probes import sequences_together
+from distill.training.engine import WEIGH_EVERY
+from stability.precision import ieee_float32
+
+MORE_THAN_STEPS = 1.05  # checkpoints, snapshots and the guard's probes, in proportion
+PROVED_FILES, EXACT_DECODE = 2, 3.0  # files of an export; exact logits against fast ones
+COMPARED, COMPARED_EXACTLY = 1e-8, 2.5e-8  # seconds of one logit in float32, in float64
+FITTED_PROMPT = 1.3e-3  # seconds that the safety head's regressions take for each prompt
+WEIGHED = 4e-8  # seconds of a number among the trained ones
+CHARACTERS = 4  # of a token
+OPENED = 4.0  # seconds of files written, llama.cpp started and timed
+PRODUCT = 1024  # rows and columns of the matrices by which float32 is timed
+
+
+def expected_costs(
+    measured: Measured, prompts: Sequence[SafetyPrompt] | None, start: float
+) -> Costs:
+    """By the probes; ``start``: seconds until the capture begins."""
+    info, student = measured.info, measured.student
+    assert student.step_seconds is not None and student.scoring_seconds is not None
+    read, exported, vocabulary = student.scoring_seconds, student.numbers.exported, info.vocab_size
+    capture = measured.probe.seconds_per_token
+    decode = capture * min(1.0, exported / max(info.parameters, exported))
+    shape = measured.resolved.shape
+    width = info.width if shape is None else shape.hidden_size
+    layers = max(0.1, 1.0 - vocabulary * width / exported)  # share of the parameters
+    important = min(IMPORTANCE_TOKENS, max(IMPORTANCE_LEAST, IMPORTANCE_FLOPS / (2 * exported)))
+    safety = 0.0
+    if prompts:
+        tokens = sum(len(prompt.text) for prompt in prompts) / CHARACTERS
+        tokens = min(tokens, READ_FLOPS / max(1.0, 2.0 * layers * exported))
+        safety = tokens * read * layers + FITTED_PROMPT * len(prompts)
+    return Costs(
+        start=start,
+        capture=capture,
+        head_start=measured.fit_work / product_speed(),
+        training=student.step_seconds * MORE_THAN_STEPS,
+        read=read,
+        weigh=WEIGHED * student.numbers.trained,
+        safety=safety,
+        export=read + PROVED_FILES * (EXACT_DECODE * decode + vocabulary * COMPARED_EXACTLY),
+        exports=important * read * layers + OPENED,
+        evaluation=capture + 2 * read + decode + 3 * vocabulary * COMPARED,
+        evaluations=OPENED,
+    )
+
+
+def text_of(measured: Measured) -> Text:
+    """What there is to learn from."""
+    config, corpus, probe = measured.config, measured.corpus, measured.probe
+    endless = config.data.path is None
+    tokens = probe.length * corpus.spoken + corpus.tally.tokens
+    return Text(
+        sequences=None if endless else len(corpus),
+        length=tokens / len(corpus),
+        together=sequences_together(config, probe.batch),
+        held_out=config.data.held_out,
+        **_watching(config),
+    )
+
+
+def _watching(config: RunConfig) -> dict[str, int]:
+    """How often training stops to look; once more for the learning rate."""
+    points = config.train.evaluations
+    return {"scorings": points + 1, "weighings": 1 + points // WEIGH_EVERY}
+
+
+def text_in(config: RunConfig, lengths: NDArray[np.int64], together: int) -> Text:
+    """The same of a store, whose sequences have these ``lengths``."""
+    return Text(
+        sequences=len(lengths),
+        length=float(lengths.mean()),
+        together=together,
+        held_out=config.data.held_out,
+        **_watching(config),
+    )
+
+
+def with_measured(costs: Costs, training: float, read: float, safety: float) -> Costs:
+    """The costs with what has been measured of the very student: see ``Costs``."""
+    slower = read / costs.read
+    return replace(
+        costs,
+        training=training * MORE_THAN_STEPS,
+        read=read,
+        safety=safety,
+        export=costs.export * slower,
+        exports=costs.exports * slower,
+    )
+
+
+@ieee_float32()
+def product_speed() -> float:
+    """Products per second in float32, of this process's threads."""
+    matrix, seconds = torch.ones(PRODUCT, PRODUCT), []
+    for _ in range(3):
+        begin = time.perf_counter()
+        torch.mm(matrix, matrix)
+        seconds.append(time.perf_counter() - begin)
+    return 2 * PRODUCT**3 / min(seconds)

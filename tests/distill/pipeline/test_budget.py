@@ -1,0 +1,127 @@
+"""``--budget``: arithmetic with pretended speeds; what was decided is not decided again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+import distill.pipeline.run
+from distill.config.loading import load_config
+from distill.config.units import parse_duration
+from distill.errors import UserError
+from distill.pipeline.budget.allocation import (
+    LEAST_STEPS,
+    MOST_EPOCHS,
+    Costs,
+    Text,
+    TooShort,
+    allocate,
+    stages,
+)
+from distill.pipeline.budget.budget import Budget
+from distill.pipeline.preflight import check_run
+from distill.pipeline.run import run
+from distill.runs.audit_verify import verify
+from distill.runs.folder import RunFolder, RunPaths
+from distill.runtime.progress import Console
+from tests.support.runs import interrupted, small_config
+
+COSTS = Costs(
+    start=10.0,
+    capture=0.001,
+    head_start=20.0,
+    training=0.0015,
+    read=0.0005,
+    weigh=1.0,
+    safety=30.0,
+    export=0.002,
+    exports=5.0,
+    evaluation=0.003,
+    evaluations=5.0,
+)
+TEXT = Text(sequences=1000, length=256, together=16, held_out=0.03, scorings=13, weighings=4)
+
+
+def test_durations() -> None:
+    for text, seconds in (
+        ("90s", 90),
+        ("20m", 1200),
+        ("1h", 3600),
+        ("1h30m", 5400),
+        (" 1 H 0.5m 3s ", 3633),
+    ):
+        assert parse_duration(text) == seconds, text
+    for text in ("", "10", "-1h", "0s", "1m1h", "1d", "h"):
+        with pytest.raises(ValueError, match="no time; write for example 90s, 20m"):
+            parse_duration(text)
+            pytest.fail(f"{text!r} is accepted")
+
+
+def test_allocation() -> None:
+    """Fresh text first; text that is dear to capture is learnt from several times, and so is all of
+    it where time is left, five times at most; the time is used and not exceeded."""
+    dear, endless = replace(COSTS, capture=0.006), replace(TEXT, sequences=None)
+    for costs, text, minutes, samples, epochs in (
+        (COSTS, TEXT, 6, range(200, 999), 1),
+        (COSTS, TEXT, 20, range(1000, 1001), 3),
+        (COSTS, TEXT, 600, range(1000, 1001), MOST_EPOCHS),
+        (COSTS, endless, 600, range(10_000, 99_999), 1),
+        (dear, TEXT, 20, range(200, 999), 4),
+    ):
+        found = allocate(60.0 * minutes, text, costs)
+        assert found.samples in samples and found.epochs == epochs, (minutes, found)
+        assert found.steps <= epochs * text.steps(found.samples)
+        assert found.total <= 60.0 * minutes
+        if minutes < 600 or text is endless:
+            assert found.total > 0.95 * 60.0 * minutes, (minutes, found)
+        assert found.seconds == stages(costs, text, found.samples, found.steps)
+
+
+def test_a_time_that_is_too_short_says_the_least() -> None:
+    with pytest.raises(
+        TooShort, match=r"the least is about 1m\d+s, 30s of that for safety head"
+    ) as caught:
+        allocate(30.0, TEXT, COSTS)
+    assert allocate(240.0, TEXT, COSTS).steps >= LEAST_STEPS, caught.value
+
+
+def test_what_a_budget_decides_is_not_given(tmp_path: Path) -> None:
+    for settings in (["train.epochs=2"], ["data.samples=9"], ["train.steps=3"]):
+        with pytest.raises(UserError, match="--budget decides samples, epochs and steps"):
+            check_run(load_config(None, {}, settings), RunPaths(out=tmp_path / "run"), budget=60.0)
+
+
+def test_a_run_that_is_continued_decides_nothing_again(
+    tiny_teacher_path: Path, tmp_path: Path
+) -> None:
+    """Samples are kept from the start, steps from the first step on; another budget is refused; the
+    log says that the settings' file is another."""
+    plain = small_config(tiny_teacher_path)
+    data = plain.data.model_copy(update={"samples": None})
+    train = plain.train.model_copy(update={"batch_size": 4})
+    train = type(train).model_construct(train.model_fields_set - {"epochs"}, **dict(train))
+    config = plain.model_copy(update={"data": data, "train": train})
+    with_samples = config.model_copy(update={"data": data.model_copy(update={"samples": 40})})
+    places = RunPaths(out=tmp_path / "run")
+    settled = (with_samples, Budget(3600.0, COSTS))
+    with (
+        patch.object(distill.pipeline.run, "settle", return_value=settled),
+        patch("distill.pipeline.budget.budget.elapsed", return_value=0.0),
+        patch("distill.pipeline.budget.budget.steps_within", return_value=6),
+        interrupted(at=3),
+    ):
+        run(config, places, Console(), seconds=3600.0)
+    folder = RunFolder(places.out or Path())
+    kept = folder.read_config()
+    assert (kept.data.samples, kept.train.steps, kept.train.epochs) == (40, 6, 1)
+    with pytest.raises(UserError, match="--budget is 3600 s there, 60 s here"):
+        run(config, places, Console(), seconds=60.0)
+    run(config, places, Console(), seconds=3600.0)
+    results = folder.read_results()["training"]
+    assert (results["planned_steps"], results["continued_from_step"]) == (6, 2)
+    assert folder.read_config() == kept and verify(folder.path).intact
+    # The recorded settings are the same run, without a budget.
+    check_run(kept, places)
