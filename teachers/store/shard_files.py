@@ -18,6 +18,7 @@ from teachers.store.shard_records import shard_path
 from teachers.store.tasks import TOGETHER
 
 OPEN_SHARDS = 128
+AT_HAND = 2 * TOGETHER  # of what was seen in shards: all of it would grow with the store
 Result = TypeVar("Result")
 
 
@@ -74,8 +75,11 @@ class ShardFiles:
                 name = shard_path(self.folder, shard).name
                 raise unusable(self.folder, {"damaged": [name]}) from None
 
+        self._open(0)  # what is read to accept one is read once, not by all threads
+        shards = range(self.manifest.shards)
         with ThreadPoolExecutor(TOGETHER) as pool:
-            yield from pool.map(seen, range(self.manifest.shards))
+            for start in range(0, len(shards), AT_HAND):
+                yield from pool.map(seen, shards[start : start + AT_HAND])
 
     def lengths(self) -> NDArray[np.int32]:
         """Number of tokens of every sequence, in order."""
