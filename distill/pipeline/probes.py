@@ -25,8 +25,8 @@ from teachers.base import GenerationRequest, Teacher, Tokens, whole_masks
 from teachers.store.capture import fit_shared_codec
 from teachers.store.shared import SharedCodec
 from teachers.targets.distributions import Arrays
+from teachers.targets.fit_codec import FIT_LEAST
 from teachers.targets.recipe import Recipe
-from teachers.targets.state_codec import FIT_LEAST
 from teachers.targets.stored_arrays import typed
 
 TEACHER_SECONDS, STUDENT_SECONDS = 12.0, 12.0  # that one pass of a probe may take, about

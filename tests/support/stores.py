@@ -1,13 +1,16 @@
-"""Small stores of soft targets."""
+"""Small stores of soft targets, and hidden states like a model's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from teachers.base import Keep, Tokens
 from teachers.llama_cpp.teacher import GGUFTeacher
@@ -20,6 +23,8 @@ from teachers.targets.state_codec import Basis
 from teachers.targets.stored_arrays import Targets
 from tests.support.children.capture_child import RECIPE, Source, begin
 from tests.support.teachers import BigramTeacher
+
+Array = NDArray[np.float64]
 
 
 def write_store(
@@ -78,3 +83,34 @@ def filled(
     """A captured store, opened afresh."""
     summary = capture(teacher, source, begin(folder, teacher, source, recipe), quiet)
     return begin(folder, teacher, source, recipe), summary
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Seeded float32."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(positions: int, width: int, seed: int = 0, decay: float = 0.9) -> Tensor:
+    """States with a mean and a falling spectrum along random directions, float32 ``[N, D]``."""
+    directions = torch.linalg.qr(normal(width, width, seed=seed + 100))[0]
+    spectrum = torch.tensor([3.0 * decay**i for i in range(width)])
+    mean = 2.0 * normal(width, seed=seed + 200)
+    states: Tensor = (normal(positions, width, seed=seed) * spectrum) @ directions + mean
+    return states
+
+
+def rotation(width: int, seed: int) -> Array:
+    """A random orthonormal matrix."""
+    return np.linalg.qr(normal(width, width, seed=seed).double().numpy())[0]
+
+
+def lopsided_metric(width: int) -> Array:
+    """Some directions, not those in which the states vary most, count a thousand times more."""
+    turn = rotation(width, 17)
+    metric: Array = turn * np.logspace(0, 3, width) @ turn.T
+    return metric
+
+
+def rows_of(matrix: Tensor) -> Callable[[int, int], NDArray[np.float32]]:
+    """The callback through which an output matrix is read."""
+    return lambda start, stop: matrix[start:stop].numpy()
