@@ -94,7 +94,9 @@ def probe_teacher(teacher: Teacher, corpus: Corpus, recipe: Recipe, stage: Stage
         kept_share=batch.count() / int((lengths - 1).sum()),
         seconds_per_token=seconds / max(1, int(lengths.sum())),
         memory_bytes=teacher.memory(),
-        position_bytes=recipe.bytes_per_position(info.vocab_size, info.width),
+        position_bytes=recipe.bytes_per_position(info.vocab_size, info.width)
+        if fitted is not recipe
+        else -(-_bytes(arrays) // batch.count()),
         store_limit=largest_size(corpus, recipe, teacher),
         codec_bytes=_bytes(codec.arrays())
         + (0 if fitted is recipe else _sketch_bytes(recipe, info.vocab_size, info.width)),

@@ -12,8 +12,9 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,8 +76,7 @@ class Basis:
 
     def to(self, device: torch.device) -> Basis:
         """The same basis on another device, where states are to be encoded."""
-        parts = (self.mean, self.encode, self.decode, self.steps, self.bits)
-        return Basis(*(part.to(device) for part in parts), self.signed)
+        return replace(self, **{part: getattr(self, part).to(device) for part in PARTS})
 
     def arrays(self, name: str) -> Arrays:
         """The basis as named arrays, for a store or the worker."""
@@ -94,7 +94,7 @@ class Basis:
         """
         if f"{name}_wide" in arrays:
             arrays = _of_format_4(arrays, name)
-        parts = [arrays[f"{name}_{part}"] for part in PARTS]
+        parts: list[NDArray[Any]] = [arrays[f"{name}_{part}"] for part in PARTS]
         _, encode, _, steps, bits = parts
         signed = int(arrays.get(f"{name}_signed", np.zeros(1, np.int64))[0])
         width, count = encode.shape if encode.ndim == 2 else (0, 0)
@@ -108,8 +108,8 @@ class Basis:
             or not 0 <= signed <= int((bits == MOST_BITS).sum())
         ):
             raise ValueError(f"{name}: no basis of hidden states")
-        tensors = (torch.from_numpy(np.array(part)) for part in parts)
-        return cls(*tensors, signed)
+        mean, encoder, decoder, steps_of, bits_of = (torch.from_numpy(np.array(p)) for p in parts)
+        return cls(mean, encoder, decoder, steps_of, bits_of, signed)
 
     def encoded(self, states: Tensor) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
         """``states [N, D]`` → codes ``[N, B]`` and each position's scale ``[N]``, which multiplies

@@ -17,7 +17,13 @@ from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.capture import CaptureSummary, capture, fit_shared_codec
 from teachers.store.manifest import Manifest
 from teachers.store.store import SoftTargetStore
-from teachers.targets.distributions import CompactTargets, DenseTargets, HiddenTargets, OutputHead
+from teachers.targets.distributions import (
+    Arrays,
+    CompactTargets,
+    DenseTargets,
+    HiddenTargets,
+    OutputHead,
+)
 from teachers.targets.recipe import Recipe
 from teachers.targets.state_codec import Basis
 from teachers.targets.stored_arrays import Targets
@@ -114,3 +120,29 @@ def lopsided_metric(width: int) -> Array:
 def rows_of(matrix: Tensor) -> Callable[[int, int], NDArray[np.float32]]:
     """The callback through which an output matrix is read."""
     return lambda start, stop: matrix[start:stop].numpy()
+
+
+def basis_of_format_4(
+    name: str, width: int, wide: int, narrow: int, random: np.random.Generator
+) -> Arrays:
+    """How stores up to format 4 keep a basis: ``wide`` directions of a byte, ``narrow`` of half."""
+    eye = np.eye(width, wide + narrow, dtype=np.float32)
+    return {
+        f"{name}_mean": np.zeros(width, np.float32),
+        f"{name}_encode": eye,
+        f"{name}_decode": eye.T.copy(),
+        f"{name}_ranges": random.uniform(0.5, 3.0, wide + narrow).astype(np.float32),
+        f"{name}_wide": np.array([wide], dtype=np.int64),
+    }
+
+
+def of_format_4(codes: list[list[int]], wide: int, ranges: list[float]) -> list[list[float]]:
+    """Coordinates as stores up to format 4 mean them: bytes of range / 127 in two's complement,
+    then two nibbles a byte, the first one high, each the middle of a sixteenth of the range."""
+    rows = []
+    for row in codes:
+        values = [(code - 256 if code > 127 else code) / 127 for code in row[:wide]]
+        for byte in row[wide:]:
+            values += [(nibble - 7.5) / 8 for nibble in divmod(byte, 16)]
+        rows.append([value * limit for value, limit in zip(values, ranges, strict=True)])
+    return rows

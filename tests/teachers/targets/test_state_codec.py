@@ -13,7 +13,7 @@ from teachers.targets import state_codec
 from teachers.targets.distributions import Arrays
 from teachers.targets.fit_codec import fit_basis, tail_metric
 from teachers.targets.state_codec import PARTS, SCALES, Basis, bases_in
-from tests.support.stores import correlated, normal, rows_of
+from tests.support.stores import basis_of_format_4, correlated, normal, of_format_4, rows_of
 
 
 def plain_basis(bits: list[int], steps: list[float]) -> Basis:
@@ -144,31 +144,12 @@ def test_what_is_no_basis_is_refused() -> None:
             basis.coordinates(other, scales)
 
 
-def of_format_4(codes: list[list[int]], wide: int, ranges: list[float]) -> list[list[float]]:
-    """Coordinates as stores up to format 4 mean them: bytes of range / 127 in two's complement,
-    then two nibbles a byte, the first one high, each the middle of a sixteenth of the range."""
-    rows = []
-    for row in codes:
-        values = [(code - 256 if code > 127 else code) / 127 for code in row[:wide]]
-        for byte in row[wide:]:
-            values += [(nibble - 7.5) / 8 for nibble in divmod(byte, 16)]
-        rows.append([value * limit for value, limit in zip(values, ranges, strict=True)])
-    return rows
-
-
 def test_codes_of_earlier_formats_are_read_and_written() -> None:
     """As their own writer left them, for every byte; new ones for the same store mean the same."""
     random = np.random.default_rng(0)
     for wide, narrow in ((3, 4), (0, 6), (5, 0)):
-        ranges = random.uniform(0.5, 3.0, wide + narrow).astype(np.float32)
-        eye = np.eye(wide + narrow, dtype=np.float32)
-        arrays: Arrays = {
-            "final_mean": np.zeros(wide + narrow, np.float32),
-            "final_encode": eye,
-            "final_decode": eye,
-            "final_ranges": ranges,
-            "final_wide": np.array([wide], dtype=np.int64),
-        }
+        arrays = basis_of_format_4("final", wide + narrow, wide, narrow, random)
+        ranges = arrays["final_ranges"]
         basis = Basis.from_arrays(arrays, "final")
         codes = random.integers(0, 256, (300, wide + narrow // 2)).astype(np.uint8)
         scales = random.uniform(1.0, 2.0, 300).astype(np.float16)
