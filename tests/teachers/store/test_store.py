@@ -198,6 +198,23 @@ def test_a_companion_reads_as_it_was_written(tmp_path: Path, kind: str) -> None:
     assert len(opened.layer_states(0)) == len(KINDS[kind].layers)
 
 
+def test_a_sketch_may_be_multiplied_narrowly(tmp_path: Path) -> None:
+    """Within ``head_on``, and near what it is otherwise; whole states, and what comes after, not."""
+    for kind, narrow in (("sketch", torch.bfloat16), ("hidden", torch.float32)):
+        _, _, store = filled_by_kind(tmp_path / kind, kind)
+        before = store.targets(1).log_probs(1.0)
+        with store.head_on(torch.device("cpu"), torch.bfloat16):
+            read = store.targets(1)
+            assert not isinstance(read, DenseTargets) and read.head is not None
+            assert read.head.matrix.dtype == narrow and read.head.bias.dtype == torch.float32
+            room = torch.empty(len(before), 50)
+            raw = read.head_logits(room)
+            assert raw is room, "no other buffer"
+            within = read.log_probs(1.0, raw)
+        torch.testing.assert_close(within, before, atol=0.05, rtol=0)
+        assert torch.equal(store.targets(1).log_probs(1.0), before), kind
+
+
 def test_another_codec_is_refused(tmp_path: Path) -> None:
     """One that its shards were not written with: whole and of this store, it decodes them wrongly.
     It is refused where it is read, and where it would be written in the lost one's place."""
