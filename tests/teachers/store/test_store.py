@@ -199,7 +199,7 @@ def test_a_companion_reads_as_it_was_written(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_sketch_may_be_multiplied_narrowly(tmp_path: Path) -> None:
-    """Within ``head_on``, and near what it is otherwise; whole states, and what comes after, not."""
+    """Within ``head_on``, and near what it is otherwise; whole states and later reads are not."""
     for kind, narrow in (("sketch", torch.bfloat16), ("hidden", torch.float32)):
         _, _, store = filled_by_kind(tmp_path / kind, kind)
         before = store.targets(1).log_probs(1.0)
