@@ -20,12 +20,12 @@ from students.gguf.config_values import head_width
 from students.model.head_decisions import DECISIONS
 from students.model.heads import VERIFICATION_UNITS
 from students.model.shape import GROUP, PARAMETERS_PER_BLOCK
-from teachers.targets.recipe import default_sketch_bytes
+from teachers.targets.recipe import compact_recipe
 
 NF4_BLOCK = 64  # numbers that share a scale
 SCALE_BLOCK = 256  # scales that share a scale, with double quantization
 NF4_TABLES, SCALE_TABLES = 4 * 16, 4 * 256 + 4  # bytes for each matrix
-DIRECTIONS = 1.5  # of a sketch, for each of its bytes, where it is not fitted yet
+DIRECTIONS = 2.5  # of a sketch, for each of its bytes, where it is not fitted yet
 LOGITS_COPIES = 5  # float32 buffers of a chunk: logits, the teacher's, and those of the losses
 PROMPT_TOKENS = 64  # of one of the safety head's prompts, roughly
 SNAPSHOT_COPIES = 3  # weights and two moments
@@ -396,5 +396,5 @@ def settings_of(
 def _head_columns(targets: TargetsConfig, vocab_size: int) -> int:
     if targets.kind != "compact":
         return 0
-    usual = default_sketch_bytes(targets.num_topk, vocab_size, width=vocab_size)
+    usual = compact_recipe(targets.num_topk, vocab_size, width=vocab_size).sketch_bytes
     return round(DIRECTIONS * (usual if targets.sketch_bytes is None else targets.sketch_bytes))

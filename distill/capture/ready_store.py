@@ -41,6 +41,7 @@ def without_capture(config: RunConfig, recipe: Recipe, console: Console) -> RunC
     for section, kept in LOOKED_AT.items():
         given = getattr(config, section)
         known = asdict(recipe) if section == "targets" else {}
+        known.pop("sketch_kl", None)  # follows from the settings, and is none
         changes[section] = type(given)(**known, **{name: getattr(given, name) for name in kept})
         for name, field in type(given).model_fields.items():
             if getattr(given, name) not in (field.default, getattr(changes[section], name)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from teachers.store.manifest import MANIFEST, SEQUENCES, Manifest, read_manifest
 from teachers.store.sequences import SequenceFiles
 from teachers.store.store import SoftTargetStore
 from teachers.store.teacher_record import TEACHER
-from teachers.targets.recipe import Recipe, default_sketch_bytes
-from teachers.targets.state_codec import FIT_RULES
+from teachers.targets.fit_codec import FIT_RULES
+from teachers.targets.recipe import Recipe, compact_recipe
 
 SEQUENCES_PER_SHARD = 256
 SHARD_BYTES = 256 << 20
@@ -55,19 +56,14 @@ def recipe_for(
         console.warn(f"soft targets are truncated: {teacher.truncation}")
     text = probe_text(teacher, source)
     require_causal(teacher, text)
-    sketch = config.sketch_bytes
-    if config.kind == "compact" and sketch is None:
-        sketch = default_sketch_bytes(config.num_topk, info.vocab_size, info.width)
-        if sketch and (teacher.truncation or not _has_sketch(teacher, text)):
+    recipe = Recipe(config.kind, config.num_topk, min(config.sketch_bytes or 0, info.width))
+    if config.kind == "compact" and config.sketch_bytes is None:
+        recipe = compact_recipe(config.num_topk, info.vocab_size, info.width)
+        if recipe.has_sketch and (teacher.truncation or not _has_sketch(teacher, text)):
             console.note(f"no sketch of the tail: {info.name} ({info.architecture}) has none")
-            sketch = 0
-    return Recipe(
-        config.kind,
-        config.num_topk,
-        min(sketch or 0, info.width),
-        tuple(sorted(set(config.layers))),
-        config.layer_bytes,
-    )
+            recipe = replace(recipe, sketch_bytes=0, sketch_kl=0.0)
+    layers = tuple(sorted(set(config.layers)))
+    return replace(recipe, layers=layers, layer_bytes=config.layer_bytes)
 
 
 def _has_sketch(teacher: Teacher, text: Tokens) -> bool:

@@ -36,7 +36,8 @@ class TargetsConfig(Section):
 
     ``kind``: compact (top-k, the tail's mass and a sketch of its shape), hidden (the final hidden
     state, which gives every logit back) or dense (every logit). ``num_topk``: tokens stored
-    exactly. ``sketch_bytes``: for the tail's shape (none: the rest of 200 a token; 0: no sketch).
+    exactly. ``sketch_bytes``: for the tail's shape (none: the rest of 200 a token, more where that
+    is too few; 0: no sketch).
     ``layers``: teacher layers whose output is stored too, from 0; ``layer_bytes``: bytes of each.
     """
 

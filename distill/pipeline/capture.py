@@ -87,6 +87,12 @@ def _print_store(
 ) -> None:
     """What a finished store holds, as a table."""
     each = recipe.bytes_per_position(teacher.info.vocab_size, teacher.info.width)
+    codec = store.shared_codec()
+    sketch = None if codec is None else codec.sketch
+    shape = []
+    if sketch is not None:
+        each -= recipe.sketch_bytes - int(sketch["bytes"])
+        shape = [("of that, the tail's shape", f"{sketch['bytes']}, to a KL of {sketch['kl']:.2g}")]
     whole = totals(store_tasks(store).records(), store.manifest)
     table = Table(
         title=markup(f"Soft targets of {teacher.info.name}"),
@@ -100,6 +106,7 @@ def _print_store(
         ("tokens", f"{whole['tokens']:,}"),
         ("positions trained on", f"{whole['positions']:,}"),
         ("bytes per position", f"{each}"),
+        *shape,
         ("every logit would take", f"{4 * teacher.info.vocab_size:,} bytes per position"),
         ("on disk", human_bytes(store.bytes_on_disk())),
         ("of that, the teacher's own", human_bytes((store.folder / TEACHER).stat().st_size)),

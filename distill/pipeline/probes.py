@@ -27,8 +27,8 @@ from teachers.base import GenerationRequest, Teacher, Tokens, whole_masks
 from teachers.store.capture import fit_shared_codec
 from teachers.store.shared import SharedCodec
 from teachers.targets.distributions import Arrays
+from teachers.targets.fit_codec import FIT_LEAST
 from teachers.targets.recipe import Recipe
-from teachers.targets.state_codec import FIT_LEAST
 from teachers.targets.stored_arrays import typed
 
 TEACHER_SECONDS, STUDENT_SECONDS = 12.0, 12.0  # that one pass of a probe may take, about
@@ -102,7 +102,9 @@ def probe_teacher(
         kept_share=batch.count() / int((lengths - 1).sum()),
         seconds_per_token=seconds / max(1, int(lengths.sum())),
         memory_bytes=teacher.memory(),
-        position_bytes=recipe.bytes_per_position(info.vocab_size, info.width),
+        position_bytes=recipe.bytes_per_position(info.vocab_size, info.width)
+        if fitted is not recipe
+        else -(-_bytes(arrays) // batch.count()),
         store_limit=largest_size(corpus, recipe, teacher),
         codec_bytes=_bytes(codec.arrays())
         + (0 if fitted is recipe else _sketch_bytes(recipe, info.vocab_size, info.width)),

@@ -50,7 +50,7 @@ def build_results(
     published, summary = evaluated.published, evaluated.published.trained.summary
     prepared = published.trained.prepared
     source, student, store = prepared.source, prepared.student, prepared.source.store
-    proof = published.proofs.only
+    proof, codec = published.proofs.only, store.shared_codec()
     cut = source.teacher_record.cut
     return {
         "teacher": {
@@ -71,6 +71,7 @@ def build_results(
             "positions": store.positions(),
             "bytes": store.bytes_on_disk(),
             "reused": source.reused,
+            "sketch": None if codec is None else codec.sketch,
             **store.manifest.identity,
         },
         "training": {

@@ -56,7 +56,8 @@ class StudentPart:
 @dataclass(frozen=True)
 class StorePart:
     """The soft targets that the student learnt from, at ``positions`` of the tokens (older runs:
-    all). ``truncation``: what they lack of the teacher's distributions, if anything."""
+    all). ``truncation``: what they lack of the teacher's distributions, if anything; ``sketch``:
+    ``bytes`` of the tail's shape, and the mean KL of what comes back from the teacher's own."""
 
     folder: str
     sequences: int
@@ -67,6 +68,7 @@ class StorePart:
     recipe: dict[str, Any] = field(default_factory=dict)
     corpus_sha256: str | None = None
     truncation: str | None = None
+    sketch: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from teachers.llama_cpp.wire import unpack_ragged
 from teachers.remote.answers import answer_limit, rows_wanted
 from teachers.remote.protocol import MAX_ANSWER_BYTES, MAX_SEQUENCES, Arrays, Model
 from teachers.targets.recipe import Recipe
+from teachers.targets.state_codec import PARTS, Basis
 
 
 class _Message(BaseModel):
@@ -202,29 +203,8 @@ def _require_layers(layers: tuple[int, ...] | list[int], model: Model) -> None:
 
 def _require_basis(name: str, arrays: Arrays, width: int) -> set[str]:
     """Check the code of a hidden state (``teachers.targets.state_codec.Basis``); its arrays."""
-    parts = {
-        part: arrays.get(f"{name}_{part}")
-        for part in ("mean", "encode", "decode", "ranges", "wide")
-    }
-    if missing := [part for part, array in parts.items() if array is None]:
+    if missing := [part for part in PARTS if f"{name}_{part}" not in arrays]:
         raise ValueError(f"no {name}_{missing[0]}")
-    count = arrays[f"{name}_ranges"].size
-    shapes: dict[str, tuple[int, ...]] = {
-        "mean": (width,),
-        "encode": (width, count),
-        "decode": (count, width),
-        "ranges": (count,),
-    }
-    for part, shape in shapes.items():
-        array: Any = parts[part]
-        if array.dtype != np.float32 or array.shape != shape or not np.isfinite(array).all():
-            raise ValueError(f"{name}_{part} that is not float32 {list(shape)}, all finite")
-    wide: Any = parts["wide"]
-    if (
-        wide.dtype != np.int64
-        or wide.shape != (1,)
-        or not 0 <= wide[0] <= count
-        or (count - wide[0]) % 2
-    ):
-        raise ValueError(f"{name}_wide that divides no {count} directions")
-    return {f"{name}_{part}" for part in parts}
+    if len(Basis.from_arrays(arrays, name).mean) != width:
+        raise ValueError(f"{name}_mean of another width than {width}")
+    return {f"{name}_{part}" for part in (*PARTS, "signed")} & arrays.keys()

@@ -141,7 +141,8 @@ def train(
     accelerator = build_accelerator(config, width, folder)
     # Text that the student generates may contain any token.
     lean = nullcontext() if on_policy is not None else only_used_rows(student, data.used_tokens())
-    with lean, data.store.head_on(accelerator.device):
+    narrow = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    with lean, data.store.head_on(accelerator.device, narrow):
         # FSDP shards a module for good, so it gets a copy; the student gets the weights at the end.
         trained = copy.deepcopy(student) if is_sharded(accelerator) else student
         model = prepared(accelerator, TrainingModule(trained, job.objective), config)

@@ -50,8 +50,8 @@ def _recipe_shapes(recipe: Recipe, arrays: Arrays, model: Model) -> Shapes:
     shapes = kinds[recipe.kind]
     coded = {"sketch": "final"} if recipe.has_sketch else {}
     for name, basis in (coded | {f"layer{one}": f"layer{one}" for one in recipe.layers}).items():
-        wide, directions = int(arrays[f"{basis}_wide"][0]), len(arrays[f"{basis}_ranges"])
-        shapes[name] = (np.uint8, (wide + (directions - wide) // 2,))
+        bits = int(arrays[f"{basis}_bits"].sum(dtype=np.int64))
+        shapes[name] = (np.uint8, (-(-bits // 8),))
         shapes[f"{name}_scale"] = (np.float16, ())
     return shapes
 

@@ -31,17 +31,15 @@ from teachers.store.shared import SharedCodec
 from teachers.store.store import SHARED_CODEC, SoftTargetStore
 from teachers.store.tasks import Tasks
 from teachers.targets.distributions import Arrays, OutputHead, soft_capped
-from teachers.targets.recipe import Recipe
-from teachers.targets.state_codec import (
+from teachers.targets.fit_codec import (
     FIT_LEAST,
     FIT_POSITIONS,
     FIT_SHARE,
-    METRIC_POSITIONS,
-    Basis,
     fit_basis,
-    output_parts,
-    tail_metric,
+    fit_sketch,
 )
+from teachers.targets.recipe import Recipe
+from teachers.targets.state_codec import Basis, output_parts
 
 Report = Callable[[float, str], None]
 """Called with the number of finished sequences (over the whole store), those of the shard at work
@@ -252,13 +250,10 @@ def fit_shared_codec(
     rows_of = teacher.states(chosen, recipe.layers, keep=None if keep is None else masks)
     states = {name: torch.from_numpy(values) for name, values in rows_of.items()}
     bases: dict[str, Basis] = {}
-    head = None
-    final = states["final"]
+    head = known = None
     if recipe.has_sketch:
-        some = final[:: max(1, len(final) // METRIC_POSITIONS)][:METRIC_POSITIONS]
-        metric = tail_metric(some, rows, vocab_size, rule.cap)
-        bases["final"] = fit_basis(final, metric, min(recipe.sketch_bytes, final.shape[1]))
-        head = bases["final"].head(rows, vocab_size, rule.cap)
+        sketch = fit_sketch(states["final"], rows, vocab_size, recipe, rule.cap)
+        bases["final"], head, known = sketch.basis, sketch.head, sketch.kl
     elif recipe.needs_states:
         matrix = torch.cat([part.half() for _, part in output_parts(rows, vocab_size)])
         # As it will be read back.
@@ -266,7 +261,7 @@ def fit_shared_codec(
     for layer in recipe.layers:
         name = f"layer{layer}"
         bases[name] = fit_basis(states[name], None, min(recipe.layer_bytes, states[name].shape[1]))
-    return SharedCodec(bases, head)
+    return SharedCodec(bases, head, known)
 
 
 def probe_text(teacher: Teacher, source: SequenceSource) -> Tokens:

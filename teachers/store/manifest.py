@@ -12,8 +12,9 @@ from typing import Any
 from teachers.atomic_files import StoreError, is_temporary
 from teachers.targets.recipe import Recipe
 
-# With what older versions do not know, another number: masks, and shards that name their codec.
-FORMAT, MASKED, SEALED = 2, 3, 4
+# With what older versions do not know, another number: masks; shards that name their codec; codes
+# of states in which each direction has bits of its own.
+FORMAT, MASKED, SEALED, CODED = 2, 3, 4, 5
 MANIFEST = "manifest.json"
 TASKS = "tasks"  # a folder in the store: who does what, see ``teachers.store.tasks``
 SEQUENCES = "sequences"  # a folder in the store: its tokens before they are asked about
@@ -81,8 +82,9 @@ class Manifest:
     def to_json(self) -> str:
         """The text of ``manifest.json``."""
         sealed = self.names_codec and self.has_codec
+        newest = CODED if self.recipe.has_sketch or self.recipe.layers else SEALED
         content = {
-            "format": SEALED if sealed else MASKED if self.masked else FORMAT,
+            "format": newest if sealed else MASKED if self.masked else FORMAT,
             "identity": self.identity,
             "sequences": self.sequences,
             "sequences_per_shard": self.sequences_per_shard,
@@ -99,16 +101,16 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         content = json.loads(path.read_text())
-        if content["format"] not in (FORMAT, MASKED, SEALED):
+        if content["format"] not in (FORMAT, MASKED, SEALED, CODED):
             raise StoreError(
                 f"store {folder} has format {content['format']}, this version reads {FORMAT} to "
-                f"{SEALED}"
+                f"{CODED}"
             )
         manifest = Manifest(
             dict(content["identity"]),
             int(content["sequences"]),
             int(content["sequences_per_shard"]),
-            names_codec=content["format"] == SEALED,
+            names_codec=content["format"] >= SEALED,
         )
         if manifest.sequences < 1 or manifest.sequences_per_shard < 1:
             raise ValueError("it counts no sequences")

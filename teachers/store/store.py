@@ -5,11 +5,12 @@ targets, …) and how the sequences are split into shards. ``shard-00000.safeten
 consecutive sequences: their ``tokens`` and ``lengths``, and one row of each target array per
 position (a sequence of n tokens has n − 1 positions, of which a masked store keeps those that are
 set in ``keep``, eight to a byte). ``companion.safetensors`` is the shared codec: how hidden states
-are encoded, and the output matrix that turns them into logits; every shard names the one that it
-was written with by its SHA-256 (from format 4 on). ``teacher.safetensors`` is what else a student
-takes from its teacher (see ``teachers.store.teacher_record``), so that a store can be used without
-its teacher. Each file's header carries a SHA-256 over its arrays and the store's key, so it proves
-itself and writers need no common state.
+are encoded (from format 5 on with bits of its own for each direction), and the output matrix that
+turns them into logits; every shard names the one that it was written with by its SHA-256 (from
+format 4 on). ``teacher.safetensors`` is what else a student takes from its teacher (see
+``teachers.store.teacher_record``), so that a store can be used without its teacher. Each file's
+header carries a SHA-256 over its arrays and the store's key, so it proves itself and writers need
+no common state.
 """
 
 from __future__ import annotations
@@ -224,8 +225,16 @@ class SoftTargetStore:
             arrays = self.read_file(SHARED_CODEC)
             if arrays is not None:
                 self._codec_digest = array_digest(arrays)  # before what is looked for
-                self._codec = SharedCodec.from_arrays(arrays, self._recipe)
+                self._codec = self._codec_in(arrays)
         return self._codec
+
+    def _codec_in(self, arrays: Arrays) -> SharedCodec | None:
+        try:
+            codec = SharedCodec.from_arrays(arrays, self._recipe)
+        except (KeyError, IndexError, TypeError, ValueError):  # sealed, but not by this program
+            return None
+        vocab_size = int(self.manifest.identity["vocab_size"])
+        return codec if codec.head is None or len(codec.head.bias) == vocab_size else None
 
     def _codec_of(self, path: Path) -> str | None:
         try:
@@ -281,29 +290,44 @@ class SoftTargetStore:
         if self._recipe.needs_states:
             codec = self._need_codec()
             basis, head = codec.bases.get("final"), codec.head
-        return typed(arrays, self._recipe, int(self.manifest.identity["vocab_size"]), basis, head)
+        vocab_size = int(self.manifest.identity["vocab_size"])
+        with self._known_codes():
+            return typed(arrays, self._recipe, vocab_size, basis, head)
 
     def typed_layers(self, arrays: Arrays) -> dict[int, Tensor]:
         """The layer states kept in such an answer, float32 ``[N, R]`` each."""
         states = {}
         for layer in self._recipe.layers:
             name, basis = f"layer{layer}", self._need_codec().bases[f"layer{layer}"]
-            states[layer] = basis.coordinates(arrays[name], arrays[f"{name}_scale"])  # type: ignore[arg-type]
+            with self._known_codes():
+                states[layer] = basis.coordinates(arrays[name], arrays[f"{name}_scale"])  # type: ignore[arg-type]
         return states
 
     @contextmanager
-    def head_on(self, device: torch.device) -> Iterator[None]:
+    def _known_codes(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:  # sealed, but not by this program
+            raise StoreError(
+                f"store {self.folder}: a shard is damaged ({error}); capture into another --store "
+                "folder"
+            ) from None
+
+    @contextmanager
+    def head_on(self, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[None]:
         """Within, targets have the head that turns codes into logits on ``device``: it is large,
-        and common to all of them."""
+        and common to all of them. That of a sketch has its matrix in ``dtype``."""
         codec = self.shared_codec()
         if codec is None or codec.head is None:
             yield
             return
-        self._codec = replace(codec, head=codec.head.to(device))
+        head = codec.head.to(device, dtype if self._recipe.has_sketch else None)
+        self._codec = replace(codec, head=head)
+        del codec, head  # the only one in memory: as it was, it is read again
         try:
             yield
         finally:
-            self._codec = codec
+            self._codec = None
 
     def _need_codec(self) -> SharedCodec:
         codec = self.shared_codec()

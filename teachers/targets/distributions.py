@@ -56,8 +56,8 @@ class OutputHead:
     capped to ``cap · tanh(z / cap)`` where there is a ``cap`` (0: none).
 
     ``matrix [V, R]`` and ``bias [V]``, float32: the teacher's output matrix with its logit scale,
-    or its projection on the directions a low-rank code keeps. Logits without a cap are defined up
-    to a constant of the position.
+    or its projection on the directions a code keeps. The matrix may be narrower: then so is the
+    product. Logits without a cap are defined up to a constant of the position.
     """
 
     matrix: Tensor
@@ -66,17 +66,22 @@ class OutputHead:
 
     def logits(self, coordinates: Tensor, out: Tensor | None = None) -> Tensor:
         """``[..., R]`` → ``[..., V]``; with ``out``, ``[N, R]`` into it."""
-        if out is None:
+        if self.matrix.dtype != self.bias.dtype:
+            out = torch.add(coordinates.to(self.matrix.dtype) @ self.matrix.T, self.bias, out=out)
+        elif out is None:
             out = torch.nn.functional.linear(coordinates, self.matrix, self.bias)
         else:
             torch.addmm(self.bias, coordinates, self.matrix.T, out=out)
         return soft_capped(out, self.cap)
 
-    def to(self, device: torch.device) -> OutputHead:
-        """The same head on another device."""
-        if self.matrix.device == device:
-            return self
-        return replace(self, matrix=self.matrix.to(device), bias=self.bias.to(device))
+    def only(self, kept: Tensor) -> OutputHead:
+        """The head of those coordinates alone that are set in ``kept [R]``."""
+        return replace(self, matrix=self.matrix[:, kept].contiguous())
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> OutputHead:
+        """The same head on another device, with its matrix in ``dtype``."""
+        matrix, bias = self.matrix.to(device, dtype), self.bias.to(device)
+        return self if matrix is self.matrix else replace(self, matrix=matrix, bias=bias)
 
 
 def soft_capped(logits: Tensor, cap: float) -> Tensor:

@@ -182,16 +182,19 @@ def test_every_kind_of_targets_is_learnt_from(
         assert set(shared_codec.bases) == {"layer0", "layer1"}
         for layer, states in store.layer_states(0).items():
             basis = shared_codec.bases[f"layer{layer}"]
-            assert states.shape == (len(store.tokens(0)) - 1, len(basis.ranges))
+            assert states.shape == (len(store.tokens(0)) - 1, len(basis.steps))
             assert basis.bytes_per_position <= 8
 
 
-def test_the_default_is_topk_and_a_sketch_in_200_bytes(finished: RunFolder) -> None:
+def test_the_default_is_topk_and_a_sketch_as_small_as_it_may_be(finished: RunFolder) -> None:
     """What a store keeps of a position when nothing is said about it."""
-    recipe = read_manifest(Path(finished.read_results()["soft_targets"]["folder"])).recipe
+    results = finished.read_results()["soft_targets"]
+    recipe = read_manifest(Path(results["folder"])).recipe
     assert (recipe.kind, recipe.num_topk, recipe.layers) == ("compact", 16, ())
     assert recipe.sketch_bytes == 64  # one byte for each of the teacher's 64 directions
     assert recipe.bytes_per_position(1024, 64) == 16 * 4 + 6 * 4 + 64 + 2 <= 200
+    assert 0.0 <= results["sketch"]["kl"] <= recipe.sketch_kl
+    assert 0 < results["sketch"]["bytes"] <= recipe.sketch_bytes
 
 
 def test_a_finished_runs_folder_is_left_alone(

@@ -31,7 +31,7 @@ from teachers.base import TeacherInfo
 from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.capture import CaptureError, fit_shared_codec, logit_rule
-from teachers.targets.recipe import Recipe, default_sketch_bytes
+from teachers.targets.recipe import Recipe, compact_recipe
 from teachers.targets.state_codec import Basis
 from tools.checked_llama import llama_cpp_as_checked
 from tools.models.random_teacher import shape_of, write
@@ -122,9 +122,8 @@ def capture_seconds(
             random.integers(300, info.vocab_size, length + 1).astype(np.int32)
             for _ in range(sequences)
         ]
-        sketch = default_sketch_bytes(16, info.vocab_size, info.width)
         recipes = {
-            "compact, sketch": Recipe("compact", 16, sketch),
+            "compact, sketch": compact_recipe(16, info.vocab_size, info.width),
             "compact, no sketch": Recipe("compact", 16, 0),
             "hidden": Recipe("hidden"),
         }

@@ -20,7 +20,7 @@ from teachers import example_teacher
 from teachers.base import GenerationRequest, Sampling, Tokens
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.capture import fit_shared_codec
-from teachers.targets.recipe import Recipe, default_sketch_bytes
+from teachers.targets.recipe import compact_recipe
 from teachers.tokenizer.conversation import opening_segments
 from tools.bench.capture import quiet
 from tools.checked_llama import llama_cpp_as_checked
@@ -82,7 +82,7 @@ def main() -> None:
         forced = len(opening[0])
         request = GenerationRequest([opening] * options.together, sampling)
         info = teacher.info
-        recipe = Recipe("compact", 16, default_sketch_bytes(16, info.vocab_size, info.width))
+        recipe = compact_recipe(16, info.vocab_size, info.width)
         bases = fit_shared_codec(teacher, teacher.generate(request), recipe).bases
         one = rate(
             lambda: [

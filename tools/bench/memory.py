@@ -20,7 +20,7 @@ from rich.table import Table
 
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.capture import fit_shared_codec
-from teachers.targets.recipe import Recipe, default_sketch_bytes
+from teachers.targets.recipe import compact_recipe
 from tools.models.random_teacher import PRESETS, write
 
 
@@ -43,7 +43,7 @@ def measure(path: Path, sequences: int, length: int) -> None:
             random.integers(300, info.vocab_size, length + 1).astype(np.int32)
             for _ in range(sequences)
         ]
-        recipe = Recipe("compact", 16, default_sketch_bytes(16, info.vocab_size, info.width))
+        recipe = compact_recipe(16, info.vocab_size, info.width)
         bases = fit_shared_codec(teacher, data, recipe).bases
         fitted = time.monotonic()
         teacher.score(data, recipe, bases)

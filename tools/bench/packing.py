@@ -46,8 +46,8 @@ from teachers.base import Tokens
 from teachers.store.manifest import Manifest
 from teachers.store.shared import SharedCodec
 from teachers.store.store import SoftTargetStore
-from teachers.targets.recipe import Recipe, default_sketch_bytes
-from teachers.targets.state_codec import METRIC_POSITIONS, fit_basis, tail_metric
+from teachers.targets.fit_codec import fit_sketch
+from teachers.targets.recipe import compact_recipe
 from teachers.targets.stored_arrays import Answer, reduce
 from tools.machine import machine, machine_line, write_json
 
@@ -95,19 +95,16 @@ def make_store(job: PackingJob, folder: Path) -> SoftTargetStore:
     def output_rows(start: int, stop: int) -> np.ndarray:
         return matrix[start:stop].numpy()
 
-    recipe = Recipe(
-        "compact", NUM_TOPK, default_sketch_bytes(NUM_TOPK, job.vocab_size, TEACHER_WIDTH)
-    )
-    metric = tail_metric(states[:METRIC_POSITIONS], output_rows, job.vocab_size)
-    basis = fit_basis(states, metric, recipe.sketch_bytes)
+    recipe = compact_recipe(NUM_TOPK, job.vocab_size, TEACHER_WIDTH)
+    sketch = fit_sketch(states, output_rows, job.vocab_size, recipe)
     identity = {"recipe": recipe.to_json(), "vocab_size": job.vocab_size, "lengths": "chat-like"}
     store = SoftTargetStore.create_or_open(folder, Manifest(identity, len(rows), PER_SHARD))
-    store.write_shared_codec(SharedCodec({"final": basis}, basis.head(output_rows, job.vocab_size)))
+    store.write_shared_codec(SharedCodec({"final": sketch.basis}, sketch.head, sketch.kl))
     for shard in range(store.manifest.shards):
         some = rows[slice(*store.span(shard))]
         known = states[np.concatenate([row[:-1] for row in some])]
         answer = Answer(known @ matrix.T, known)
-        store.write_shard(shard, some, reduce(answer, recipe, {"final": basis}))
+        store.write_shard(shard, some, reduce(answer, recipe, {"final": sketch.basis}))
     return store
 
 

@@ -33,7 +33,7 @@ from teachers.remote.tail import estimated_tail
 from teachers.remote.teacher import ServedTeacher
 from teachers.store.capture import fit_shared_codec
 from teachers.targets.distributions import CompactTargets
-from teachers.targets.recipe import NODES, Recipe, default_sketch_bytes
+from teachers.targets.recipe import NODES, compact_recipe
 from tools.bench.capture import best_times
 
 TOPK = 16
@@ -72,9 +72,8 @@ def some_text(teacher: GGUFTeacher, text: Path | None, count: int, length: int) 
 def throughput(teacher: GGUFTeacher, server: Connection, text: list[Tokens], rounds: int) -> Table:
     """Tokens per second, directly, through the server, and through its OpenAI route."""
     remote, info = ServedTeacher(server), teacher.info
-    sketch = default_sketch_bytes(TOPK, info.vocab_size, info.width)
-    recipe = Recipe("compact", TOPK, sketch)
-    bases = fit_shared_codec(teacher, text, recipe).bases if sketch else {}
+    recipe = compact_recipe(TOPK, info.vocab_size, info.width)
+    bases = fit_shared_codec(teacher, text, recipe).bases if recipe.has_sketch else {}
     request = {"max_tokens": 0, "prompt_logprobs": TOPK}
     request["prompt"] = [tokens.tolist() for tokens in text]  # type: ignore[assignment]
     contenders: dict[str, Callable[[], object]] = {

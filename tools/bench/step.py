@@ -57,8 +57,8 @@ from students.model.build import build_student, student_config
 from students.model.decoder import SO8TForCausalLM
 from students.model.shape import parse_size
 from teachers.targets.distributions import CompactTargets, OutputHead
-from teachers.targets.recipe import Recipe, default_sketch_bytes
-from teachers.targets.state_codec import FIT_POSITIONS, METRIC_POSITIONS, fit_basis, tail_metric
+from teachers.targets.fit_codec import FIT_POSITIONS, fit_sketch
+from teachers.targets.recipe import compact_recipe
 from teachers.targets.stored_arrays import Answer, join, reduce, typed
 from tools.machine import (
     child_command,
@@ -127,19 +127,17 @@ def make_material(job: StepJob) -> tuple[Batch, Tensor]:
 def compact_targets(states: Tensor, logits: Tensor, matrix: Tensor, job: StepJob) -> CompactTargets:
     """Fit, reduce and read back, a sequence at a time, as capture and store do."""
     vocab_size, width = matrix.shape
-    recipe = Recipe("compact", NUM_TOPK, default_sketch_bytes(NUM_TOPK, vocab_size, width))
+    recipe = compact_recipe(NUM_TOPK, vocab_size, width)
 
     def rows(start: int, stop: int) -> np.ndarray:
         return matrix[start:stop].numpy()
 
     fitting = states[:: max(1, len(states) // FIT_POSITIONS)][:FIT_POSITIONS]
-    metric = tail_metric(fitting[:METRIC_POSITIONS], rows, vocab_size)
-    basis = fit_basis(fitting, metric, recipe.sketch_bytes)
-    head = basis.head(rows, vocab_size)
+    sketch = fit_sketch(fitting, rows, vocab_size, recipe)
     parts = []
     for some, said in zip(states.split(job.tokens - 1), logits.split(job.tokens - 1), strict=True):
-        arrays = reduce(Answer(said, some), recipe, {"final": basis})
-        parts.append(typed(arrays, recipe, vocab_size, basis, head))
+        arrays = reduce(Answer(said, some), recipe, {"final": sketch.basis})
+        parts.append(typed(arrays, recipe, vocab_size, sketch.basis, sketch.head))
     joined = join(parts)
     assert isinstance(joined, CompactTargets)
     return joined

@@ -1,11 +1,11 @@
-"""How right stored soft targets are: error of the LM-head gradient against the dense one, at T = 1,
-2, 3.
+"""How right stored soft targets are: KL from the teacher's own distribution, and the error of the
+LM-head gradient against the dense one, at T = 1, 2, 3.
 
-    python -m tools.studies.fidelity [TEACHER.gguf] [TEXT] [--student RUN/student]
+    python -m tools.studies.fidelity [TEACHER.gguf] [TEXT] [--student RUN/student] [--positions N]
 
 Without a text the teacher speaks; without a teacher it is the example teacher.
 
-Every way of storing gets the same 2,048 positions of validation text and the same student; what is
+Every way of storing gets the same positions of validation text and the same student; what is
 compared is ‖g − g_dense‖ / ‖g_dense‖ for the gradient of the KL in the output matrix (weight) and
 in the student's hidden states (hidden). The student is the one a run would begin with, or a trained
 one.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +34,13 @@ from teachers.gguf.embeddings import principal_scores
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.capture import fit_shared_codec
 from teachers.targets.distributions import CompactTargets, HiddenTargets
-from teachers.targets.recipe import Recipe, default_sketch_bytes
+from teachers.targets.recipe import Recipe, compact_recipe
 from teachers.targets.stored_arrays import Answer, Targets, reduce, typed
 from teachers.tokenizer.conversation import opening_segments
 
-POSITIONS = 2048
+FITTED = 6144  # positions of other text, for the codes; of them as many as a capture takes
 LENGTH = 257
+SIZES = (64, 110, 160, 208, 256, 320)  # bytes of a sketch
 TEMPERATURES = (1.0, 2.0, 3.0)
 ROWS = 128
 
@@ -101,23 +103,28 @@ def sampled(
 
 def errors(
     student: Tensor, matrix: Tensor, logits: Tensor, ways: Probabilities
-) -> list[tuple[float, float]]:
-    """Relative gradient errors (weight, hidden) at each temperature: ``student [N, D]``,
-    ``matrix [V, D]``."""
+) -> list[tuple[float, float, float]]:
+    """At each temperature the KL(teacher ‖ what is stored) in nats, and the relative gradient
+    errors (weight, hidden): ``student [N, D]``, ``matrix [V, D]``."""
     result = []
     for temperature in TEMPERATURES:
         weight, exact = torch.zeros_like(matrix), torch.zeros_like(matrix)
-        off = size = 0.0
+        off = size = lost = 0.0
         for start in range(0, len(student), ROWS):
             rows = slice(start, start + ROWS)
             own = (student[rows] @ matrix.T / temperature).softmax(dim=-1)
-            dense = own - (logits[rows] / temperature).softmax(dim=-1)
-            values = own - ways(rows, temperature, own)
+            teacher = (logits[rows] / temperature).softmax(dim=-1)
+            stored = ways(rows, temperature, own)
+            lost += float(
+                (teacher * (teacher / stored.clamp(min=1e-30)).clamp(min=1e-30).log()).sum()
+            )
+            dense, values = own - teacher, own - stored
             exact += dense.T @ student[rows]
             weight += values.T @ student[rows]
             off += float((((values - dense) @ matrix) ** 2).sum())
             size += float(((dense @ matrix) ** 2).sum())
-        result.append((float((weight - exact).norm() / exact.norm()), (off / size) ** 0.5))
+        gradient = float((weight - exact).norm() / exact.norm())
+        result.append((lost / len(student), gradient, (off / size) ** 0.5))
     return result
 
 
@@ -149,8 +156,8 @@ def student_states(
     return torch.cat(rows), model.lm_head.weight.detach(), "trained" if path else "untrained"
 
 
-def read_sequences(teacher: GGUFTeacher, text: Path | None) -> list[Tokens]:
-    """Enough sequences to fit on one half and test on the other."""
+def read_sequences(teacher: GGUFTeacher, text: Path | None, positions: int) -> list[Tokens]:
+    """Enough sequences to fit on some (``FITTED`` positions) and test on the others."""
     if text is None:
         opening = opening_segments(teacher)
         assert opening is not None, "this teacher has no token to start from; give it a text"
@@ -158,34 +165,38 @@ def read_sequences(teacher: GGUFTeacher, text: Path | None) -> list[Tokens]:
     tokens = teacher.tokenize(
         [text.read_text(encoding="utf-8")], add_special=False, parse_special=False
     )[0]
-    sequences = [tokens[start : start + LENGTH] for start in range(0, 3 * POSITIONS, LENGTH)]
+    pieces = range(0, FITTED + positions + LENGTH, LENGTH)
+    sequences = [tokens[start : start + LENGTH] for start in pieces]
     return [piece for piece in sequences if len(piece) > 1]
 
 
-def measure(path: Path, text: Path | None, student: Path | None, width: int) -> None:
+def measure(
+    path: Path, text: Path | None, student: Path | None, width: int, positions: int
+) -> None:
     """Compare the ways of storing and print the table."""
     with GGUFTeacher(path) as teacher:
         info = teacher.info
-        sequences = read_sequences(teacher, text)
-        fitting, testing = sequences[: len(sequences) // 2], sequences[len(sequences) // 2 :]
-        logits = torch.from_numpy(teacher.logits(testing))[:POSITIONS]
-        states = torch.from_numpy(teacher.states(testing)["final"])[:POSITIONS]
+        sequences = read_sequences(teacher, text, positions)
+        share = FITTED / (FITTED + positions)
+        fitting = sequences[: round(share * len(sequences))]
+        testing = sequences[len(fitting) :]
+        logits = torch.from_numpy(teacher.logits(testing))[:positions]
+        states = torch.from_numpy(teacher.states(testing)["final"])[:positions]
         hidden, matrix, kind = student_states(student, teacher, testing, width)
         ways: list[tuple[str, int, Probabilities]] = []
-        for count, sketch in ((16, None), (8, None), (32, 64)):
-            budget = (
-                default_sketch_bytes(count, info.vocab_size, info.width)
-                if sketch is None
-                else sketch
-            )
-            recipe = Recipe("compact", count, budget)
+        usual = compact_recipe(16, info.vocab_size, info.width)
+        asked = [usual, replace(usual, num_topk=8)]
+        asked += [Recipe("compact", 16, size) for size in SIZES if size <= info.width]
+        for number, recipe in enumerate(asked):
             made = fit_shared_codec(teacher, fitting, recipe)
             arrays = reduce(Answer(logits, states), recipe, made.bases)
             targets = typed(arrays, recipe, info.vocab_size, made.bases["final"], made.head)
-            assert isinstance(targets, CompactTargets)
-            size = recipe.bytes_per_position(info.vocab_size, info.width)
-            ways.append((f"compact: top-{count} + sketch of {budget}", size, _exact(targets)))
-            if count == 16:
+            assert isinstance(targets, CompactTargets) and targets.coordinates is not None
+            size = sum(rows[0].nbytes for rows in arrays.values())
+            directions = f"{targets.coordinates.shape[1]} directions"
+            name = f"compact: top-{recipe.num_topk}, {arrays['sketch'].shape[1]} on {directions}"
+            ways.append((name, size, _exact(targets)))
+            if not number:
                 samples = sampled(targets, logits, 8, sketched=True, seed=0)
                 ways.append(("  + 8 samples correcting the sketch", size + 32, samples))
         recipe = Recipe("hidden")
@@ -194,29 +205,21 @@ def measure(path: Path, text: Path | None, student: Path | None, width: int) -> 
         whole = typed(arrays, recipe, info.vocab_size, None, made.head)
         head = whole.head if isinstance(whole, HiddenTargets) else None
         assert head is not None
-        unrounded = HiddenTargets(states, head)
-        ways.append(
-            ("final state in float32 (llama.cpp rounds it)", 4 * info.width, _exact(unrounded))
-        )
-        ways.append(
-            ("hidden", recipe.bytes_per_position(info.vocab_size, info.width), _exact(whole))
-        )
-        plain = CompactTargets.from_logits(logits, 32)
+        floor = _exact(HiddenTargets(states, head))
+        ways.append(("final state in float32 (llama.cpp rounds it)", 4 * info.width, floor))
+        size = recipe.bytes_per_position(info.vocab_size, info.width)
+        ways.append(("hidden", size, _exact(whole)))
+        plain, few = (CompactTargets.from_logits(logits, count) for count in (32, 16))
         ways.append(("top-32 + tail bucket", 32 * 4 + 24, bucketed(plain)))
-        few = CompactTargets.from_logits(logits, 16)
-        ways.append(
-            (
-                "top-16 + 48 tail samples",
-                16 * 4 + 24 + 96,
-                sampled(few, logits, 48, sketched=False, seed=0),
-            )
-        )
+        samples = sampled(few, logits, 48, sketched=False, seed=0)
+        ways.append(("top-16 + 48 tail samples", 16 * 4 + 24 + 96, samples))
         ways.append(("top-32, renormalised", 32 * 4, truncated(logits, 32)))
-    table = Table("stored", "bytes/token", *(f"T={t:g} weight · hidden" for t in TEMPERATURES))
+    columns = (f"T={t:g} KL · weight · hidden" for t in TEMPERATURES)
+    table = Table("stored", "bytes/token", *columns)
     for name, size, way in ways:
-        result = errors(hidden[:POSITIONS], matrix, logits, way)
-        table.add_row(name, str(size), *(f"{weight:.3f} · {state:.3f}" for weight, state in result))
-    console = Console(width=120)
+        result = errors(hidden[:positions], matrix, logits, way)
+        table.add_row(name, str(size), *(" · ".join(f"{one:.4f}" for one in row) for row in result))
+    console = Console(width=140)
     console.print(
         f"{info.name}, {len(logits)} positions, {kind} student of width {matrix.shape[1]}"
     )
@@ -237,8 +240,9 @@ def main() -> None:
     parser.add_argument("text", type=Path, nargs="?")
     parser.add_argument("--student", type=Path, help="folder of a trained student")
     parser.add_argument("--width", type=int, default=128, help="width of the untrained student")
+    parser.add_argument("--positions", type=int, default=2048, help="of text to compare on")
     options = parser.parse_args()
-    measure(options.teacher, options.text, options.student, options.width)
+    measure(options.teacher, options.text, options.student, options.width, options.positions)
 
 
 if __name__ == "__main__":

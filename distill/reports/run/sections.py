@@ -136,6 +136,9 @@ def _store_words(store: StorePart) -> str:
     if kind is not None:
         topk = f" (top {store.recipe.get('num_topk')})" if kind == "compact" else ""
         words.append(f"kind {kind}{topk}")
+    if store.sketch is not None:
+        size, kl = store.sketch["bytes"], store.sketch["kl"]
+        words.append(f"the tail's shape in {size:g} bytes, to a KL of {kl:.2g}")
     if store.truncation:
         words.append(f"truncated: {store.truncation}")
     words.append("captured before" if store.reused else "captured by this run")

@@ -105,4 +105,8 @@ def test_ranks_capture_one_store(
     assert capture_only(config, None, Console()).folder == store.folder
     said = " ".join(capsys.readouterr().out.replace("│", "").split())
     assert "skipped" in said and "sequences 600" in said
-    assert f"bytes per position {store.manifest.recipe.bytes_per_position(1024, 64)} every" in said
+    codec = store.shared_codec()
+    assert codec is not None and codec.sketch is not None
+    each, kl = int(codec.sketch["bytes"]), codec.sketch["kl"]
+    assert f"bytes per position {16 * 4 + 24 + 2 + each} of that, the tail's shape {each}," in said
+    assert f"to a KL of {kl:.2g} every" in said

@@ -99,7 +99,10 @@ def test_a_plan_says_what_a_run_takes(
         plan = plan_run(load_config(None, overrides | {"targets.kind": kind}, []), Console())
         assert plan.tokens == total, kind
         assert plan.steps == 3 * -(-68 // 16), kind
-        assert plan.store_bytes == plan.store_limit == plan.tokens * per_token, kind
+        assert plan.store_limit == plan.tokens * per_token, kind
+        # Of the sketch that may take 64 bytes a token only what helps is kept.
+        least = plan.store_limit - 64 * plan.tokens * (kind == "compact")
+        assert least <= plan.store_bytes <= plan.store_limit, kind
         assert plan.train_seconds is not None and plan.train_seconds > 0, kind
         assert min(plan.capture_seconds, *(one.main for one in plan.peaks.values())) > 0, kind
         assert sorted(tmp_path.iterdir()) == before, kind

@@ -62,7 +62,7 @@ def random_store(folder: Path, vocab: int, lengths: Sequence[int]) -> SoftTarget
     eye, ones = torch.eye(RANK), torch.ones(RANK)
     matrix = torch.from_numpy(draw.normal(size=(vocab, RANK)).astype(np.float16)).float()
     head = OutputHead(matrix, torch.zeros(vocab))
-    basis = Basis(torch.zeros(RANK), eye, eye, ones, RANK)
+    basis = Basis(torch.zeros(RANK), eye, eye, ones, torch.full((RANK,), 8, dtype=torch.uint8))
     store.write_shared_codec(SharedCodec({"final": basis}, head))
     store.write_shard(0, [draw.integers(vocab, size=n).astype(np.int32) for n in lengths], arrays)
     return store

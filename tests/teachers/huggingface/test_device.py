@@ -14,8 +14,8 @@ from teachers.errors import SettingRefused
 from teachers.huggingface import generation
 from teachers.huggingface.device import batch_room, cache_room, teacher_device
 from teachers.huggingface.teacher import HuggingFaceTeacher
+from teachers.targets.fit_codec import fit_basis, tail_metric
 from teachers.targets.recipe import Recipe
-from teachers.targets.state_codec import fit_basis, tail_metric
 from tests.support.pretended_gpu import to_gpu, watch
 from tests.support.tiny_checkpoint import BOS, make_folder, texts
 

@@ -23,8 +23,8 @@ from teachers.huggingface.model import FloatHead, batches
 from teachers.huggingface.teacher import HuggingFaceTeacher
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.store.capture import CaptureError, logit_rule
+from teachers.targets.fit_codec import fit_basis, tail_metric
 from teachers.targets.recipe import Recipe
-from teachers.targets.state_codec import fit_basis, tail_metric
 from teachers.targets.stored_arrays import typed
 from teachers.tokenizer.chat_template import render_chat
 from teachers.tokenizer.conversation import conversation_tokens, opening_segments

@@ -32,7 +32,6 @@ from teachers.atomic_files import StoreError, exclusive, is_temporary
 from teachers.gguf.file import read_gguf
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.machine import host
-from teachers.store import capture as capture_module
 from teachers.store import store as store_module
 from teachers.store.capture import (
     PROBE_TOKENS,
@@ -48,6 +47,7 @@ from teachers.store.shard_records import is_unchanged, task_name, totals
 from teachers.store.store import SHARED_CODEC, SoftTargetStore
 from teachers.store.tasks import Maker, Tasks
 from teachers.store.teacher_record import make_teacher_record
+from teachers.targets import fit_codec
 from teachers.targets.recipe import Recipe
 from teachers.targets.stored_arrays import typed
 from tests.support.children.capture_child import (
@@ -275,7 +275,7 @@ def test_a_lost_companion_that_comes_out_otherwise_is_refused(
     folder = shutil.copytree(stored(True, "sketch").folder, tmp_path / "store")
     (folder / SHARED_CODEC).unlink()
     before = times(folder)
-    monkeypatch.setattr(capture_module, "METRIC_POSITIONS", 2)
+    monkeypatch.setattr(fit_codec, "METRIC_POSITIONS", 2)
     with pytest.raises(StoreError, match=f"{SHARED_CODEC} is lost") as told:
         filled(folder, tiny_teacher, source)
     assert "shard-00000" in str(told.value) and "another --store folder" in str(told.value)

@@ -24,8 +24,9 @@ from teachers.store.manifest import MANIFEST, Manifest, read_manifest
 from teachers.store.store import SHARED_CODEC, SoftTargetStore
 from teachers.targets.distributions import Arrays, CompactTargets, DenseTargets, HiddenTargets
 from teachers.targets.recipe import Recipe
+from teachers.targets.state_codec import PARTS
 from teachers.targets.stored_arrays import Answer, reduce
-from tests.support.stores import write_store
+from tests.support.stores import basis_of_format_4, of_format_4, write_store
 from tests.support.teachers import BigramTeacher
 
 LENGTHS = (2, 7, 3, 5, 2, 4, 9)
@@ -174,8 +175,7 @@ def test_a_companion_reads_as_it_was_written(tmp_path: Path, kind: str) -> None:
     assert read is not None and written.head is not None and read.head is not None
     assert set(read.bases) == set(written.bases)
     for name, basis in written.bases.items():
-        assert read.bases[name].wide == basis.wide
-        for part in ("mean", "encode", "decode", "ranges"):
+        for part in PARTS:
             found, expected = getattr(read.bases[name], part), getattr(basis, part)
             assert torch.equal(found, expected), (name, part)
     assert torch.equal(read.head.matrix, written.head.matrix.half().float())
@@ -196,6 +196,23 @@ def test_a_companion_reads_as_it_was_written(tmp_path: Path, kind: str) -> None:
     path.write_bytes(whole)
     assert opened.shared_codec() is not None
     assert len(opened.layer_states(0)) == len(KINDS[kind].layers)
+
+
+def test_a_sketch_may_be_multiplied_narrowly(tmp_path: Path) -> None:
+    """Within ``head_on``, and near what it is otherwise; whole states and later reads are not."""
+    for kind, narrow in (("sketch", torch.bfloat16), ("hidden", torch.float32)):
+        _, _, store = filled_by_kind(tmp_path / kind, kind)
+        before = store.targets(1).log_probs(1.0)
+        with store.head_on(torch.device("cpu"), torch.bfloat16):
+            read = store.targets(1)
+            assert not isinstance(read, DenseTargets) and read.head is not None
+            assert read.head.matrix.dtype == narrow and read.head.bias.dtype == torch.float32
+            room = torch.empty(len(before), 50)
+            raw = read.head_logits(room)
+            assert raw is room, "no other buffer"
+            within = read.log_probs(1.0, raw)
+        torch.testing.assert_close(within, before, atol=0.05, rtol=0)
+        assert torch.equal(store.targets(1).log_probs(1.0), before), kind
 
 
 def test_another_codec_is_refused(tmp_path: Path) -> None:
@@ -228,7 +245,7 @@ def test_a_store_of_an_earlier_format_stays_one(tmp_path: Path) -> None:
     be shown to be the one."""
     for kind, masked in (("sketch", False), ("hidden", True)):
         _, _, newer = filled_by_kind(tmp_path / "new" / kind, kind)
-        assert json.loads((newer.folder / MANIFEST).read_text())["format"] == 4
+        assert json.loads((newer.folder / MANIFEST).read_text())["format"] == 5
         identity = newer.manifest.identity | ({"train_on": "assistant"} if masked else {})
         earlier = replace(newer.manifest, identity=identity, names_codec=False)
         folder, codec = tmp_path / kind, newer.shared_codec()
@@ -252,6 +269,74 @@ def test_a_store_of_an_earlier_format_stays_one(tmp_path: Path) -> None:
         (folder / SHARED_CODEC).unlink()
         with pytest.raises(StoreError, match="is not for all that is known the one"):
             SoftTargetStore(folder, read_manifest(folder)).write_shared_codec(codec)
+
+
+def test_a_store_of_format_4_is_read(tmp_path: Path) -> None:
+    """Bytes and half bytes for the directions of states, as its own version wrote them."""
+    _, _, newer = filled_by_kind(tmp_path / "new", "sketch")
+    folder, random, names = (
+        tmp_path / "old",
+        np.random.default_rng(4),
+        ("final", "layer0", "layer1"),
+    )
+    folder.mkdir()
+    content = json.loads((newer.folder / MANIFEST).read_text()) | {"format": 4}
+    (folder / MANIFEST).write_text(json.dumps(content))
+    store = SoftTargetStore(folder, read_manifest(folder))
+    codec: Arrays = {
+        "head_matrix": np.ones((50, 7), np.float16),
+        "head_bias": np.zeros(50, np.float32),
+    }
+    for name in names:
+        codec |= basis_of_format_4(name, 8, 3, 4, random)
+    store.write_file(SHARED_CODEC, codec)
+    arrays = newer.read_file(newer.shard_path(0).name)
+    assert arrays is not None
+    rows = len(arrays["tail"])
+    for name in ("sketch", "layer0", "layer1"):
+        arrays[name] = random.integers(0, 256, (rows, 5)).astype(np.uint8)
+        arrays[f"{name}_scale"] = np.full(rows, 1.5, np.float16)
+    targets = {name: array for name, array in arrays.items() if name not in ("tokens", "lengths")}
+    store.write_shard(0, [newer.tokens(index) for index in range(PER_SHARD)], targets)
+    store = SoftTargetStore(folder, read_manifest(folder))
+    assert store.state(0) == "complete" and store.manifest.names_codec
+    read, states = store.targets(0), store.layer_states(0)
+    assert isinstance(read, CompactTargets) and read.coordinates is not None
+    for name, found in (("final", read.coordinates), ("layer0", states[0]), ("layer1", states[1])):
+        codes = arrays["sketch" if name == "final" else name][: LENGTHS[0] - 1].tolist()
+        expected = 1.5 * np.array(of_format_4(codes, 3, codec[f"{name}_ranges"].tolist()))
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_sealed_by_others_but_damaged(tmp_path: Path) -> None:
+    """Checksums prove what was written, not that it makes sense: a codec with impossible bits, or
+    of another vocabulary, counts as damaged; codes of another length are refused."""
+    _, _, store = filled_by_kind(tmp_path / "store", "sketch")
+    codec = store.read_file(SHARED_CODEC)
+    assert codec is not None
+    for change in (
+        {"final_bits": np.full_like(codec["final_bits"], 9)},
+        {"final_bits": codec["final_bits"][:-1]},
+        {"layer1_steps": -codec["layer1_steps"]},  # type: ignore[operator]
+        {"head_matrix": codec["head_matrix"][:, :-1]},
+        {"head_matrix": codec["head_matrix"][:-1], "head_bias": codec["head_bias"][:-1]},
+        {"final_mean": None},
+    ):
+        changed = {name: rows for name, rows in (codec | change).items() if rows is not None}
+        store.write_file(SHARED_CODEC, changed)
+        with pytest.raises(StoreError, match=f"{SHARED_CODEC} is missing or damaged"):
+            SoftTargetStore(store.folder, store.manifest)._need_codec()
+    store.write_file(SHARED_CODEC, codec)
+    opened = SoftTargetStore(store.folder, store.manifest)
+    arrays = opened.read_shard(0)
+    assert arrays is not None
+    arrays["sketch"], arrays["layer0"] = arrays["sketch"][:, :-1], arrays["layer0"][:, :-1]
+    targets = {name: rows for name, rows in arrays.items() if name not in ("tokens", "lengths")}
+    opened.write_shard(0, [opened.tokens(index) for index in range(PER_SHARD)], targets)
+    again = SoftTargetStore(store.folder, store.manifest)
+    for ask in (again.targets, again.layer_states):
+        with pytest.raises(StoreError, match="of another basis"):
+            ask(0)
 
 
 def test_a_store_is_not_its_machines(tmp_path: Path) -> None:

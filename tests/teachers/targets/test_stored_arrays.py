@@ -20,14 +20,21 @@ from teachers.targets.distributions import (
     HiddenTargets,
     OutputHead,
 )
-from teachers.targets.recipe import Recipe, compact_bytes, default_sketch_bytes
-from teachers.targets.state_codec import Basis, fit_basis
+from teachers.targets.fit_codec import fit_basis
+from teachers.targets.recipe import (
+    MOST_SKETCH_BYTES,
+    SKETCH_KL,
+    Recipe,
+    compact_bytes,
+    compact_recipe,
+)
+from teachers.targets.state_codec import Basis
 from teachers.targets.stored_arrays import Answer, Targets, array_names, reduce, typed
 
 WIDTH, POSITIONS, VOCAB = 24, 7, 100
 RECIPES = [
     Recipe(),
-    Recipe(num_topk=5, sketch_bytes=11),
+    Recipe(num_topk=5, sketch_bytes=11, sketch_kl=0.25),
     Recipe(num_topk=1, sketch_bytes=500, layers=(0, 3), layer_bytes=9),
     Recipe(num_topk=5000),
     Recipe("hidden"),
@@ -74,7 +81,7 @@ def head_of(vocab_size: int, width: int) -> OutputHead:
 
 def typed_again(arrays: Arrays, recipe: Recipe, bases: dict[str, Basis]) -> Targets:
     """The targets of ``arrays``, with any output matrix."""
-    width = len(bases["final"].ranges) if "final" in bases else WIDTH
+    width = len(bases["final"].steps) if "final" in bases else WIDTH
     return typed(arrays, recipe, VOCAB, bases.get("final"), head_of(VOCAB, width))
 
 
@@ -96,7 +103,7 @@ def test_different_recipes_have_different_json() -> None:
     """Every setting that changes the bytes is part of a store's identity."""
     compact = Recipe(layers=(1,), sketch_bytes=8)
     changes: list[dict[str, Any]] = [{}, {"num_topk": 15}, {"sketch_bytes": 9}, {"layers": (2,)}]
-    changes += [{"layer_bytes": 127}, {"kind": "hidden"}, {"kind": "dense"}]
+    changes += [{"sketch_kl": 0.5}, {"layer_bytes": 127}, {"kind": "hidden"}, {"kind": "dense"}]
     written = {json.dumps(replace(compact, **change).to_json()) for change in changes}
     assert len(written) == len(changes)
 
@@ -109,6 +116,7 @@ def test_what_is_no_recipe_is_refused() -> None:
         "kind": ["sparse", None],
         "num_topk": [-1, "16", 2.5],
         "sketch_bytes": [-1],
+        "sketch_kl": [-0.1, 1, "0.1", float("nan"), float("inf")],
         "layer_bytes": [-8],
         "layers": [["first"], 3, None],
     }
@@ -119,6 +127,9 @@ def test_what_is_no_recipe_is_refused() -> None:
                 Recipe.from_json(content | {name: value})
                 pytest.fail(f"{name} = {value!r} passes")
         less = Recipe().to_json()
+        if name == "sketch_kl":  # which stores of earlier formats lack
+            assert name not in less
+            continue
         del less[name]
         with pytest.raises(KeyError):
             Recipe.from_json(less)
@@ -170,16 +181,15 @@ def test_bytes_by_hand() -> None:
         assert recipe.bytes_per_position(1000, 64) == expected, recipe
 
 
-def test_the_default_sketch_fills_two_hundred_bytes() -> None:
-    """Never more; exactly, where the width allows; never negative; none where there is no tail."""
-    for row in product((8, 64, 4096), (1, 16, 29, 48, 1000), (10, 1000, 65_536, 131_072)):
-        width, count, vocab_size = row
-        given = default_sketch_bytes(count, vocab_size, width)
-        recipe = Recipe(num_topk=count, sketch_bytes=given)
-        assert 0 <= given <= width, row
-        assert given == 0 or recipe.bytes_per_position(vocab_size, width) <= 200, row
-        left = 200 - (count * (4 if vocab_size <= 65_536 else 6) + 24 + 2)
-        assert given == (min(left, width) if left > 0 and count < vocab_size else 0), row
+def test_the_usual_recipe() -> None:
+    """A sketch as small as it may be, under a cap and of a byte a direction at most; none where
+    there is no tail."""
+    for width, count, vocab_size in product((8, 64, 4096), (1, 16, 1000), (10, 1000, 131_072)):
+        recipe = compact_recipe(count, vocab_size, width)
+        assert recipe.num_topk == count and recipe.has_sketch == (count < vocab_size)
+        if recipe.has_sketch:
+            assert recipe.sketch_bytes == min(width, MOST_SKETCH_BYTES)
+            assert recipe.sketch_kl == SKETCH_KL
 
 
 # --- compact
@@ -212,7 +222,7 @@ def test_the_sketch_survives_storage() -> None:
     """Coordinates as the basis rounds them, with the head they belong to."""
     recipe, answer = RECIPES[1], answer_of()
     basis, states = BASES[1]["final"], parts_of(answer)[1]
-    head = head_of(VOCAB, len(basis.ranges))
+    head = head_of(VOCAB, len(basis.steps))
     targets = typed(reduce(answer, recipe, BASES[1]), recipe, VOCAB, basis, head)
     assert isinstance(targets, CompactTargets) and targets.head is head
     assert targets.coordinates is not None
