@@ -51,7 +51,7 @@ RUNS = {
     "heads-micro": SHORT | {"accumulation": 4, "heads": True},
     "heads-single": RUN | {"batch_size": 1, "epochs": 1, "heads": True},
     "checkpointed": SHORT | {"gradient_checkpointing": True},
-    "stopped": RUN | {"learning_rate": 0.1, "epochs": 4, "evaluations": 13, "patience": 2},
+    "stopped": RUN | {"learning_rate": 0.05, "epochs": 4, "evaluations": 13, "patience": 2},
 }
 UNTIED = RUN | {"untied": True, "optimizer": "muon"}  # rows of the embedding are left out
 CUT = UNTIED | {"stop_at": 5}

@@ -14,7 +14,7 @@ from distill.config.loading import load_config
 from distill.config.schema import TargetsConfig
 from distill.config.sources import TeacherConfig
 from distill.errors import UserError
-from distill.pipeline import plan as plan_module
+from distill.pipeline.budget import measure
 from distill.pipeline.plan import plan_run
 from distill.runtime.format import human_time
 from distill.runtime.progress import Console
@@ -108,7 +108,7 @@ def test_a_plan_says_what_a_run_takes(
         assert sorted(tmp_path.iterdir()) == before, kind
         assert "what a run takes" in capsys.readouterr().out, kind
         # The one that runs already stands for the teacher that the other plans would start.
-        monkeypatch.setattr(plan_module, "load_teacher", lambda config, console: tiny_teacher)
+        monkeypatch.setattr(measure, "load_teacher", lambda config, console: tiny_teacher)
         monkeypatch.setattr(GGUFTeacher, "__exit__", lambda *_: None)
 
 
