@@ -31,11 +31,21 @@ def watch() -> None:
 
     def raise_again(found: Any) -> None:
         if isinstance(found.exc_value, KeyboardInterrupt):
-            threading.Timer(AGAIN_SECONDS, _thread.interrupt_main).start()
+            threading.Timer(AGAIN_SECONDS, _interrupt).start()
         else:
             before(found)
 
     sys.unraisablehook = raise_again
+
+
+def _interrupt() -> None:
+    """Raise KeyboardInterrupt in the main thread, also where it waits for something."""
+    if sys.platform == "win32":
+        _thread.interrupt_main()  # which a wait does not notice before its end
+    else:
+        ident = threading.main_thread().ident
+        assert ident is not None
+        signal.pthread_kill(ident, signal.SIGINT)
 
 
 def ignore() -> None:
