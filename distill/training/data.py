@@ -273,9 +273,9 @@ class StepLoader(AbstractContextManager["StepLoader"]):
     """Loads one process's micro-batches of one optimizer step after another into main memory.
 
     ``read``: makes the batch of some sequences for the step after so many others. ``on_gpu``: a GPU
-    trains, and reads the batches from memory by itself; ``ahead``: a thread loads those of the step
-    that is expected next, and reads what is to be checked of later ones. ``read`` then depends on
-    nothing but its arguments.
+    trains, and reads the batches from memory by itself; ``ahead``: if so, a thread loads those of
+    the step that is expected next, and reads what is to be checked of later ones. ``read`` then
+    depends on nothing but its arguments.
     """
 
     def __init__(
@@ -290,7 +290,7 @@ class StepLoader(AbstractContextManager["StepLoader"]):
     ) -> None:
         self.data, self.read, self.accumulation, self.process = data, read, accumulation, process
         self.on_gpu = on_gpu
-        self._thread = ThreadPoolExecutor(1, "loader") if ahead else None
+        self._thread = ThreadPoolExecutor(1, "loader") if on_gpu and ahead else None
         self._unchecked: dict[int, None] = {}  # shards, in the order in which they are needed
         self._expected: tuple[int, list[int]] | None = None
         self._loading: Future[list[tuple[MicroBatch, Batch]]] | None = None

@@ -8,6 +8,7 @@ import threading
 import tracemalloc
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -200,9 +201,10 @@ def test_processes_divide_the_reading_back(tmp_path: Path, monkeypatch: pytest.M
             lambda indices, step, store=store: Batch(*([None] * 3)),  # type: ignore[arg-type]
             accumulation=1,
             process=ProcessRank(rank, 2),
-            on_gpu=False,
+            on_gpu=True,
             ahead=True,
         )
+        monkeypatch.setattr(Batch, "pinned", lambda batch: batch)
         with loader:
             for step in range(3):
                 loader.expect(step, [0], [0, 15, 5, 9])
@@ -216,7 +218,7 @@ def test_processes_divide_the_reading_back(tmp_path: Path, monkeypatch: pytest.M
 def test_what_goes_wrong_in_the_thread_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the training, which ends, and the thread with it."""
+    """By the training, which ends, and the thread with it; as on a GPU, which alone gets one."""
     data = make_data(tmp_path)
     bad = set(data.batches(2, 4)[5])
     threads = set()
@@ -227,7 +229,12 @@ def test_what_goes_wrong_in_the_thread_is_raised(
             raise StoreError("store: 1 file damaged")
         return load_batch(store, indices, pack)
 
+    def on_gpu(*arguments: Any, **options: Any) -> StepLoader:
+        return StepLoader(*arguments, **(options | {"on_gpu": True}))
+
     monkeypatch.setattr(engine, "load_batch", load)
+    monkeypatch.setattr(engine, "StepLoader", on_gpu)
+    monkeypatch.setattr(Batch, "pinned", lambda batch: batch)
     with pytest.raises(StoreError, match="1 file damaged"):
         run_with(data, tmp_path / "run")
     assert any(name.startswith("loader") for name in threads)
