@@ -16,12 +16,12 @@ from distill.capture.store_setup import largest_size, store_manifest
 from distill.config.schema import LossConfig, RunConfig
 from distill.losses.batch import Batch, arrange, padded
 from distill.losses.objective import Objective
+from distill.runtime.cpu import keep_freed_memory
 from distill.runtime.device import choose_precision
 from distill.runtime.progress import Stage
-from distill.training.distributed import TrainingModule
+from distill.training.distributed import TrainingModule, float32_products
 from distill.training.optimizer import build_optimizer
 from distill.training.validation import validation_score
-from stability.precision import ieee_float32
 from students.model.interface import Student
 from teachers.base import GenerationRequest, Teacher, Tokens, whole_masks
 from teachers.store.capture import fit_shared_codec
@@ -37,6 +37,7 @@ FIRST_GROUP = 4  # sequences that a teacher writes first, so that it is seen how
 SHORTEST = 32  # tokens that sequences are cut to where that many would take too long
 FIT_WORK = 2e12  # multiplications of a metric V·D² that take too long for a probe
 FULL_STEPS = 2
+WARM_SECONDS = 2.0  # that short steps are repeated for
 
 
 @dataclass(frozen=True)
@@ -182,38 +183,48 @@ def _first_speed(teacher: Teacher, corpus: Corpus, recipe: Recipe, stage: Stage)
     return seconds
 
 
-@ieee_float32()
 def step_seconds(
     student: Student, batch: Batch, config: RunConfig, most: float = STUDENT_SECONDS
 ) -> float:
     """Seconds of a token in an optimizer step of the run's size, or of a part of it where a whole
-    one takes too long; ``most``: that measuring may take, about."""
+    one takes too long; ``most``: that measuring may take, about.
+
+    The first steps are slower (memory is asked for, kernels are chosen), so it is what most of the
+    later ones take.
+    """
     together = min(sequences_together(config, batch), len(batch.lengths))
+    device, width = student.device, student.config.hidden_size
+    if device.type == "cpu":
+        keep_freed_memory()  # as training does
+    narrow = choose_precision(config.train, width, device) == "bf16"
     objective = Objective(config.loss)
-    optimizer = build_optimizer(student, config.train, student.config.hidden_size)
+    tokens = float(batch.lengths[:together].sum())
+    optimizer = build_optimizer(student, config.train, width, tokens, narrow=narrow)
     student.checkpoint_activations(bool(config.train.gradient_checkpointing))
 
     def step(rows: int) -> float:
         """Seconds of a token."""
-        part = _part(batch, rows, student.packs).to(student.device)
-        device, width = student.device, student.config.hidden_size
-        narrow = choose_precision(config.train, width, device) == "bf16"
-        total, start = max(1, part.count()), time.perf_counter()
+        start = time.perf_counter()
+        part = _part(batch, rows, student.packs).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow):
-            loss, _ = objective(student, part, total=total, share=1.0, fraction=0.5)
+            loss, _ = objective(student, part, total=max(1, part.count()), share=1.0, fraction=0.5)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         objective.after_step()
+        loss.item()  # a device has then done it all
         return (time.perf_counter() - start) / int(part.lengths.sum())
 
     start = time.perf_counter()
-    alone = step(1) * int(batch.lengths[0])
-    rows = min(together, max(1, int(most / FULL_STEPS / alone)))
-    times = [step(rows)]
-    while len(times) <= FULL_STEPS and time.perf_counter() - start < most:
-        times.append(step(rows))
-    return min(times)
+    with float32_products(batch.lengths.numpy(), student, device):
+        alone = step(1) * int(batch.lengths[0])
+        rows = min(together, max(1, int(most / FULL_STEPS / alone)))
+        times = [step(rows)]
+        while len(times) <= FULL_STEPS or time.perf_counter() - start < WARM_SECONDS:
+            if time.perf_counter() - start > most:
+                break
+            times.append(step(rows))
+    return float(np.median(times[len(times) // 2 :]))
 
 
 def scoring_seconds(student: Student, batch: Batch) -> float:
