@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import pytest
 
-from distill.capture.tokenizer_only import tokenizer_entries
+from distill.capture.temporary_files.tokenizer_only import tokenizer_entries
 from distill.cli import main
 from students.gguf.metadata import ExportNames
 from students.gguf.writer import write_gguf

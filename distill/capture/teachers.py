@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from distill.capture.temporary_files.widened import widened
 from distill.config.sources import TeacherConfig
 from distill.errors import UserError
 from teachers import example_teacher
@@ -20,7 +21,7 @@ from teachers.gguf.file import Field, read_gguf, tokenizer_fields
 from teachers.gguf.split import model_stem
 from teachers.huggingface.folder import check_folder, check_tokenizer_folder
 from teachers.llama_cpp.library.kernels import LoadOptions
-from teachers.llama_cpp.teacher import GGUFTeacher, WorkerTeacher
+from teachers.llama_cpp.teacher import GGUFTeacher, Widened, WorkerTeacher
 from teachers.llama_cpp.worker import require_loadable
 from teachers.reduced import ReducedTeacher
 from teachers.remote.completions import (
@@ -137,8 +138,10 @@ def _require_fitting(config: TeacherConfig) -> None:
     sources = teacher_sources(config)
     served = [isinstance(source, Address) for source in sources]
     # Each is of no use, and so perhaps a mistake, where there is no teacher of its kind.
-    here = ("gpu_layers", "main_gpu", "tensor_split", "cache_type", "batch_tokens", "sequences")
-    useless: dict[str, str] = dict.fromkeys(here, "runs here; set it where its server is started")
+    here = ("gpu_layers", "main_gpu", "tensor_split", "cache_type", "weights_as")
+    here_too = ("batch_tokens", "sequences")
+    where_it_is = "runs here; set it where its server is started"
+    useless: dict[str, str] = dict.fromkeys((*here, *here_too), where_it_is)
     if not all(served):
         useless = {}
     if not any(served):
@@ -154,7 +157,7 @@ def _require_fitting(config: TeacherConfig) -> None:
                 f"teacher.load_in_4bit is for transformers folders; {source} is already as it is "
                 "quantised"
             )
-        for name in ("tensor_split", "cache_type"):
+        for name in ("tensor_split", "cache_type", "weights_as"):
             if folder and getattr(config, name):
                 raise UserError(
                     f"teacher.{name} is for GGUF files, which llama.cpp runs; {source} is a "
@@ -206,7 +209,16 @@ def _open_one(path: Path | Address, config: TeacherConfig) -> Teacher:
         batch_tokens=config.batch_tokens,
         sequences=config.sequences,
     )
-    return GGUFTeacher(path, options)
+    if config.weights_as is None:
+        return GGUFTeacher(path, options)
+    with ExitStack() as stack:
+        copy = stack.enter_context(widened(read_gguf(path), config.weights_as))
+        removal = stack.pop_all().close
+    try:
+        return GGUFTeacher(path, options, widened=Widened(copy, config.weights_as, removal))
+    except BaseException:
+        removal()
+        raise
 
 
 def _connection(address: Address, config: TeacherConfig) -> Connection:
@@ -234,7 +246,7 @@ def _open_served(address: Address, config: TeacherConfig) -> Teacher:
     path = _own_tokenizer(address, config)
     if path.is_dir():
         return CompletionsTeacher(connection, folder_tokenizer(path))
-    from distill.capture.tokenizer_only import tokenizer_alone, tokenizer_entries
+    from distill.capture.temporary_files.tokenizer_only import tokenizer_alone, tokenizer_entries
 
     file = read_gguf(path, model=False)
     tokens = file.value("tokenizer.ggml.tokens")

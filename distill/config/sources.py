@@ -40,8 +40,9 @@ class TeacherConfig(Section):
     ``gpu_layers``: layers on a GPU where llama.cpp has one, −1 for all. ``main_gpu``: the one GPU
     to use, from 0 (none: each process of a launch its own; one alone all of them, by their free
     memory), or ``tensor_split``: the share of the layers for each. ``cache_type``: of the numbers
-    in the KV cache. ``batch_tokens``: computed at once; ``sequences``: decoded together, at most
-    (both none: by the memory).
+    in the KV cache. ``weights_as``: a quantised file's matrices are written out as this type while
+    they are needed, and llama.cpp computes with them. ``batch_tokens``: computed at once;
+    ``sequences``: decoded together, at most (both none: by the memory).
     """
 
     path: str | None = None
@@ -51,6 +52,7 @@ class TeacherConfig(Section):
     main_gpu: Annotated[int, Field(ge=0)] | None = None
     tensor_split: tuple[NonNegative, ...] = ()
     cache_type: Literal["f32", "f16", "bf16", "q8_0"] | None = None
+    weights_as: Literal["f16", "bf16", "f32"] | None = None
     batch_tokens: Annotated[int, Field(ge=32, le=1 << 16)] | None = None
     sequences: Count | None = None
     mix_with: tuple[str, ...] = ()

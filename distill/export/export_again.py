@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from distill.capture.tokenizer_only import tokenizer_entries
+from distill.capture.temporary_files.tokenizer_only import tokenizer_entries
 from distill.config.schema import Quant
 from distill.evaluation.cost import UNSTEADY
 from distill.export.export import (

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from distill.base_models.base_model import Base
-from distill.capture.tokenizer_only import metadata_entries
+from distill.capture.temporary_files.tokenizer_only import metadata_entries
 from distill.config.schema import RunConfig
 from distill.export.export import Export, Proofs, export_proved, origin_of
 from distill.export.importance import calibration_text, importance_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distill.capture.tokenizer_only import metadata_entries, tokenizer_alone
+from distill.capture.temporary_files.tokenizer_only import metadata_entries, tokenizer_alone
 from distill.config.schema import RunConfig
 from distill.errors import UserError
 from distill.heads.prompt_set import PromptSet

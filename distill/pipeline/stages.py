@@ -317,8 +317,9 @@ def evaluate_student(published: Published, work: Workspace) -> Evaluated:
         with console.stage("Evaluate", total=positions) as stage, _exported(source, work) as file:
             models["exported"] = llama_scorer(file)
             if source.config.store is None and not source.store.manifest.truncation:
+                asked = source.config.teacher.model_copy(update={"weights_as": None})
                 with (
-                    open_teacher(source.config.teacher) as whole,
+                    open_teacher(asked) as whole,  # the file itself, as its users run it
                     reduced(whole, cut, source.gguf) as teacher,
                 ):
                     keep = [source.store.keep(index) for index in indices]

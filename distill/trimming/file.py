@@ -10,7 +10,7 @@ import numpy as np
 from gguf import GGUFWriter
 from numpy.typing import NDArray
 
-from distill.capture.tokenizer_only import metadata_entries
+from distill.capture.temporary_files.tokenizer_only import metadata_entries
 from students.gguf.architectures import EMBEDDING, OUTPUT
 from students.gguf.metadata import add_tokenizer
 from teachers.base import no_progress

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from distill.capture.corpus import Corpus, build_corpus
 from distill.capture.data_rows import DataRows
 from distill.capture.teachers import teacher_stem
-from distill.capture.tokenizer_only import metadata_entries, tokenizer_alone
+from distill.capture.temporary_files.tokenizer_only import metadata_entries, tokenizer_alone
 from distill.config.schema import RunConfig
 from distill.errors import UserError
 from distill.runtime.progress import Console, Stage

@@ -1,4 +1,4 @@
-"""Quantize a student's F32 file with llama.cpp's own quantizer, in a process of its own."""
+"""Quantize a GGUF file with llama.cpp's own quantizer, in a process of its own."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def quantize_gguf(
     rows: Mapping[str, str] | None = None,
     importance: Mapping[str, NDArray[np.float32]] | None = None,
     labels: Mapping[str, int | str] | None = None,
+    requantize: bool = False,
     threads: int = 0,
     progress: Callable[[int, int], None] = lambda done, tensors: None,
 ) -> None:
@@ -45,8 +46,8 @@ def quantize_gguf(
     ``rows``: what those of the embedding and of the output matrix are stored as (``ROW_TYPES``), by
     ``Quantization.row_types``; none: what llama.cpp takes.
     ``importance``: mean square of each matrix column's input, by the matrix's name, for weighted
-    types. ``labels``: metadata to add. ``threads`` 0: one per processor. ``progress`` gets the
-    tensors done and their total.
+    types. ``labels``: metadata to add. ``requantize``: ``source`` may be quantized itself.
+    ``threads`` 0: one per processor. ``progress`` gets the tensors done and their total.
 
     Raises:
         ExportError: llama.cpp refuses the file or dies on it.
@@ -63,6 +64,7 @@ def quantize_gguf(
         "target": os.fsencode(target).hex(),
         "file_type": int(FILE_TYPES[quant].number),
         "rows": {matrix: int(ROW_TYPES[kind].storage) for matrix, kind in (rows or {}).items()},
+        "requantize": requantize,
         "threads": threads,
         "labels": dict(labels or {}),
     }

@@ -1,9 +1,8 @@
 """The process of llama.cpp's quantizer, which may abort on a bad file.
 
-Standard input: one JSON line (``source``, ``target``, ``file_type``, ``rows``, ``threads``,
-``labels``), then
-the importance matrix as safetensors. Standard output: one JSON line for every finished tensor, and
-``{"status": …}`` last.
+Standard input: one JSON line (``source``, ``target``, ``file_type``, ``rows``, ``requantize``,
+``threads``, ``labels``), then the importance matrix as safetensors. Standard output: one JSON line
+for every finished tensor, and ``{"status": …}`` last.
 """
 
 from __future__ import annotations
@@ -42,6 +41,7 @@ def main() -> None:
     parameters = native.llama_model_quantize_default_params()
     parameters.ftype = request["file_type"]
     parameters.nthread = request["threads"]
+    parameters.allow_requantize = request["requantize"]
     parameters.token_embedding_type = request["rows"].get("embedding", native.GGML_TYPE_COUNT)
     parameters.output_tensor_type = request["rows"].get("output", native.GGML_TYPE_COUNT)
     keep: list[Any] = []  # what llama.cpp reads from this process's memory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -124,6 +124,11 @@ class WorkerTeacher(Teacher):
     file: GGUFFile
     worker: Asked
 
+    @property
+    def computed(self) -> GGUFFile:
+        """The file that llama.cpp computes with."""
+        return self.file
+
     def tokenize(
         self, texts: Sequence[str], *, add_special: bool, parse_special: bool
     ) -> list[Tokens]:
@@ -224,13 +229,14 @@ class WorkerTeacher(Teacher):
         return {name: values.astype(np.float32, copy=False) for name, values in arrays.items()}
 
     def output_rows(self, start: int, stop: int) -> Floats:
-        return output_rows(self.file, start, stop)
+        return output_rows(self.computed, start, stop)
 
     def logit_rules(self) -> Sequence[LogitRule]:
-        return logit_rules(self.file, self.info.width)
+        return logit_rules(self.computed, self.info.width)
 
     def rounded_states(self, states: Floats) -> Floats:
-        return rounded_states(states, self.file.tensors[output_name(self.file)].type)
+        kind = self.computed.tensors[output_name(self.computed)].type
+        return rounded_states(states, kind)
 
     def last_states(self, prompts: Sequence[Tokens]) -> Floats:
         """Exact final hidden states ``[P, D]`` of the last tokens of P prompts of ≥ 1 token."""
@@ -262,16 +268,31 @@ class WorkerTeacher(Teacher):
         self.worker.close()
 
 
+@dataclass(frozen=True)
+class Widened:
+    """A copy of a teacher's file whose matrices are of floating-point type ``kind``, and what
+    removes it."""
+
+    path: Path
+    kind: str
+    remove: Callable[[], None]
+
+
 class GGUFTeacher(WorkerTeacher):
     """Runs a GGUF file through llama.cpp in a process of its own. Use as a context manager."""
 
     worker: Worker
 
     def __init__(
-        self, path: Path, options: LoadOptions | None = None, *, threads: int | None = None
+        self,
+        path: Path,
+        options: LoadOptions | None = None,
+        *,
+        threads: int | None = None,
+        widened: Widened | None = None,
     ) -> None:
         """Check the file's header, then load it; without ``options`` on the processor alone, as
-        whatever is to be exact needs it.
+        whatever is to be exact needs it. ``widened``: what llama.cpp computes with in its place.
 
         Raises:
             TeacherFileError: the header is missing, damaged or not a language model's.
@@ -281,15 +302,28 @@ class GGUFTeacher(WorkerTeacher):
         self.file = read_gguf(path)
         self.threads = threads or _usual_threads()
         self.options = options or LoadOptions()
-        path = self.file.path  # a split model's first part, which llama.cpp wants
-        self.worker = Worker(path, threads=self.threads, options=self.options, file=self.file)
+        self.widened = widened
+        self._computed = self.file if widened is None else read_gguf(widened.path)
+        path = self.computed.path  # a split model's first part, which llama.cpp wants
+        self.worker = Worker(path, threads=self.threads, options=self.options, file=self.computed)
         self.info = info_of(self.file, self.worker.description, self.file.sha256)
 
     @property
     def runtime(self) -> str:
         cache = self.options.cache_type
         made = f"llama-cpp-python {version('llama-cpp-python')}"
-        return made + (f", {cache} cache" if cache else "")
+        made += f", {cache} cache" if cache else ""
+        return made + (f", weights as {self.widened.kind}" if self.widened else "")
+
+    @property
+    def computed(self) -> GGUFFile:
+        return self._computed
+
+    def close(self) -> None:
+        """See ``Teacher.close``."""
+        super().close()
+        if self.widened is not None:
+            self.widened.remove()
 
     def memory(self) -> int:
         return int(psutil.Process(self.worker.process_id).memory_info().rss)

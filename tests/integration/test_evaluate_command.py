@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from distill.capture.corpus import build_corpus
-from distill.capture.tokenizer_only import tokenizer_entries
+from distill.capture.temporary_files.tokenizer_only import tokenizer_entries
 from distill.config.loading import load_config
 from distill.errors import UserError
 from distill.evaluation import cost, greedy, lm_eval_adapter

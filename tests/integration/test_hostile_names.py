@@ -9,7 +9,7 @@ import pytest
 import yaml
 from gguf import GGUFValueType
 
-from distill.capture.tokenizer_only import tokenizer_entries
+from distill.capture.temporary_files.tokenizer_only import tokenizer_entries
 from distill.export.export_again import export_run
 from distill.pipeline.capture import capture_only
 from distill.pipeline.plan import plan_run

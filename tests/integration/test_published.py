@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from distill.capture.tokenizer_only import metadata_entries
+from distill.capture.temporary_files.tokenizer_only import metadata_entries
 from distill.export.ollama_modelfile import write_modelfile
 from distill.export.transformers_folder import publish_plain
 from distill.export.transformers_tokenizer import write_plain_tokenizer

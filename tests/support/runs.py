@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import distill.pipeline.stages
-from distill.capture.tokenizer_only import tokenizer_entries
+from distill.capture.temporary_files.tokenizer_only import tokenizer_entries
 from distill.config.loading import load_config
 from distill.config.schema import RunConfig
 from distill.pipeline.run import run

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from distill.capture.tokenizer_only import tokenizer_entries
+from distill.capture.temporary_files.tokenizer_only import tokenizer_entries
 from students.gguf.metadata import ExportNames
 from students.gguf.writer import write_base_gguf
 from teachers import example_teacher

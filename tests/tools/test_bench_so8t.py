@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from students.model.fold import fold
+from tests.support.runs import PLAIN_PROMPTS
 from tests.support.students import make_student
 from tools.bench.so8t_cost import SIDES, freeze_identity, ratios, take_gates_out
 from tools.studies.so8t import command_line, main, open_ablation
@@ -59,6 +60,7 @@ def test_ablation_runs_and_is_not_made_again(
     path = tmp_path / "results.jsonl"
     options = "--epochs 2 --only full,no-gates,no-heads --seeds 0"
     options += " --set train.batch_size=2 --set train.precision=fp32"
+    options += f" --set safety.labels={PLAIN_PROMPTS}"
     command = ["ablation", *store, *options.split(), "--json", str(path)]
     main(command)
     lines = [json.loads(line) for line in path.read_text().splitlines()]

@@ -30,7 +30,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from distill.capture.tokenizer_only import tokenizer_entries
+from distill.capture.temporary_files.tokenizer_only import tokenizer_entries
 from distill.commands.exit_codes import EXIT_OURS, EXIT_USER, one_line
 from distill.errors import UserError
 from distill.export.student_folder import load_student

@@ -1,8 +1,9 @@
 """``distill run`` against TRL's ``GKDTrainer`` on a real teacher, in equal time.
 
     python -m tools.peers.equal_time TEACHER.gguf --data TEXT --out FOLDER
-        [--student-size 25% --samples 400 --epochs 3] [--rates 1e-4,3e-4,1e-3]
-        [--trial-seconds 150] [--clock wall|processor] [--trl-python PYTHON]
+        [--student-size 25% --samples 400 --epochs 3 | --budget 20m] [--set KEY=VALUE ...]
+        [--rates 1e-4,3e-4,1e-3] [--trial-seconds 150] [--clock wall|processor]
+        [--trl-python PYTHON]
 
 Ours is the command as a user starts it, everything included: capture, head start, training, heads,
 export, proof, evaluation. TRL's trainer then gets as many seconds, from the start of its process to
@@ -51,14 +52,14 @@ SAVING_SECONDS = 2.0  # kept of TRL's time for writing its student
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared, and ``folder``, where everything is kept."""
+    """What is compared, and ``folder``, where everything is kept. ``ours``: more options of our
+    run."""
 
     teacher: Path
     data: Path
     folder: Path
     size: str
-    samples: int
-    epochs: int
+    ours: list[str]
     batch_size: int
     precision: str
     clock: str
@@ -94,8 +95,7 @@ def run_ours(job: Comparison) -> Taken:
         command = child_command(
             "distill", "run", "--teacher", job.teacher, "--student-size", job.size
         )
-        command += ["--data", str(job.data), "--samples", str(job.samples)]
-        command += ["--epochs", str(job.epochs), "--out", str(job.run)]
+        command += ["--data", str(job.data), *job.ours, "--out", str(job.run)]
         write_json(record, asdict(taken_by(command, job.folder / "ours.log", job.threads)))
     return Taken(**json.loads(record.read_text(encoding="utf-8")))
 
@@ -214,6 +214,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--student-size", default="25%")
     parser.add_argument("--samples", type=int, default=400)
     parser.add_argument("--epochs", type=int, default=3, help="of our run")
+    parser.add_argument("--budget", help="of our run, which then chooses samples and epochs")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE, of our run")
     parser.add_argument("--batch-size", type=int, default=16, help="of TRL's training")
     parser.add_argument("--precision", choices=("autocast", "bf16", "fp32"), default="autocast")
     parser.add_argument("--rates", type=rates_of, default=[1e-4, 3e-4, 1e-3], help="for TRL")
@@ -225,6 +227,9 @@ def main(arguments: list[str] | None = None) -> None:
     for path in (chosen.teacher, chosen.data):
         if not path.exists():
             parser.error(f"{path} is not there")
+    amount = ["--samples", str(chosen.samples), "--epochs", str(chosen.epochs)]
+    if chosen.budget is not None:
+        amount = ["--budget", chosen.budget]
     console = Console(width=110)
     try:
         python = trl_python(chosen.trl_python)
@@ -234,8 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
             data=chosen.data.resolve(),
             folder=chosen.out.resolve(),
             size=chosen.student_size,
-            samples=chosen.samples,
-            epochs=chosen.epochs,
+            ours=[*amount, *(word for one in chosen.set for word in ("--set", one))],
             batch_size=chosen.batch_size,
             precision=chosen.precision,
             clock=chosen.clock,

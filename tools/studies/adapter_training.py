@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from distill.base_models.base_model import load_base_student
 from distill.capture.ready_store import open_full_store
-from distill.capture.tokenizer_only import metadata_entries
+from distill.capture.temporary_files.tokenizer_only import metadata_entries
 from distill.config.loading import load_config
 from distill.config.schema import RunConfig
 from distill.export.export import Export, export_proved

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +20,12 @@ from distill.pipeline.budget import measure
 from distill.pipeline.plan import plan_run
 from distill.runtime.format import human_time
 from distill.runtime.progress import Console
+from students.gguf.quantize import quantize_gguf
 from teachers import example_teacher
 from teachers.ensemble import EnsembleError, EnsembleTeacher
+from teachers.gguf.file import read_gguf
 from teachers.huggingface.teacher import HuggingFaceTeacher
+from teachers.llama_cpp.first_decode import LEAST_ALLOWED_KL, mean_kl
 from teachers.llama_cpp.teacher import GGUFTeacher
 from teachers.targets.recipe import Recipe
 from tests.support.children.capture_child import Source
@@ -45,13 +50,66 @@ def test_a_folder_is_a_transformers_teacher(tmp_path: Path) -> None:
     with open_teacher(config) as teacher:
         assert isinstance(teacher, HuggingFaceTeacher) and "transformers" in teacher.runtime
         assert gguf_of(teacher) is None
-    for setting in ({"tensor_split": (1.0, 1.0)}, {"cache_type": "q8_0"}):
+    files_only = {"tensor_split": (1.0, 1.0), "cache_type": "q8_0", "weights_as": "f16"}
+    for setting in ({name: value} for name, value in files_only.items()):
         with pytest.raises(UserError, match=f"{next(iter(setting))} is for GGUF files"):
             open_teacher(config.model_copy(update=setting))
     with pytest.raises(UserError, match="distill capture"):
         require_gguf(config)
     mixed = TeacherConfig(path=str(tmp_path / "model"), mix_with=("other.gguf",))
     require_gguf(mixed)
+
+
+def test_a_quantised_file_computed_as_floating_point(tmp_path: Path) -> None:
+    """The same weights and facts, other products: nearly the file's logits, and soft targets of
+    their own name; the copy goes with the teacher."""
+    path, config = example_teacher(), TeacherConfig(weights_as="f16")
+    tokens = np.arange(300, 340, dtype=np.int32)
+    with GGUFTeacher(path) as teacher, open_teacher(config) as other:
+        assert isinstance(other, GGUFTeacher) and other.info == teacher.info
+        assert gguf_of(other) == path and other.file.path == path
+        assert other.runtime == f"{teacher.runtime}, weights as f16"
+        copy = read_gguf(other.computed.path)
+        matrices = [name for name, one in teacher.file.tensors.items() if len(one.shape) == 2]
+        assert len(matrices) > 10
+        for name in matrices:
+            rows = teacher.file.rows(name, 0, 8)
+            assert copy.tensors[name].type.name == "F16", name
+            np.testing.assert_array_equal(copy.rows(name, 0, 8), rows.astype(np.float16), name)
+        file, floating = (one.logits([tokens]) for one in (teacher, other))
+        assert 0.0 < mean_kl(file, floating) < LEAST_ALLOWED_KL
+        states = other.states([tokens], exact=True)["final"]
+        product = states @ other.output_rows(0, other.info.vocab_size).T
+        np.testing.assert_allclose(other.logits([tokens], exact=True), product, atol=0.02)
+        assert copy.path.exists()
+    assert not copy.path.parent.exists()
+    with pytest.raises(UserError, match="weights_as = f16 is for quantised teachers"):
+        open_teacher(TeacherConfig(path=str(copy_as(path, "f32", tmp_path)), weights_as="f16"))
+    assert not list(Path(tempfile.gettempdir()).glob("distill-teacher-*/*-f32-f16.gguf"))
+
+
+def copy_as(path: Path, kind: str, folder: Path) -> Path:
+    """A file's matrices as another type, in a file that stays."""
+    target = folder / f"{path.stem}-{kind}.gguf"
+    quantize_gguf(path, target, kind, requantize=True)
+    return target
+
+
+@pytest.mark.parametrize("what", ["memory", "disk"])
+def test_no_room_for_the_copy(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that says how much it takes, before anything is written."""
+    if what == "memory":
+        little = SimpleNamespace(available=1000)
+        monkeypatch.setattr(
+            "distill.capture.temporary_files.widened.psutil.virtual_memory", lambda: little
+        )
+    else:
+        little = SimpleNamespace(free=1000)
+        monkeypatch.setattr(
+            "distill.capture.temporary_files.widened.shutil.disk_usage", lambda folder: little
+        )
+    with pytest.raises(UserError, match=r"weights_as = f32 takes about 19.* MB.*1.0 kB are free"):
+        open_teacher(TeacherConfig(weights_as="f32"))
 
 
 def test_several_are_mixed(tiny_teacher_path: Path) -> None:

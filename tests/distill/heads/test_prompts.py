@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill.capture.tokenizer_only import tokenizer_alone, tokenizer_entries
+from distill.capture.temporary_files.tokenizer_only import tokenizer_alone, tokenizer_entries
 from distill.config.loading import load_config
 from distill.errors import UserError
 from distill.heads import prompt_set as prompt_set_module

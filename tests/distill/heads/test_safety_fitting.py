@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.capture.tokenizer_only import tokenizer_entries
+from distill.capture.temporary_files.tokenizer_only import tokenizer_entries
 from distill.heads import safety_fitting
 from distill.heads.gguf_heads import chances_of, heads_in
 from distill.heads.prompt_set import PromptSet

@@ -30,7 +30,7 @@ from tests.support.teachers import certainty_of
 
 pytestmark = pytest.mark.usefixtures("llama_here")
 THRESHOLDS, TRUST = (0.4, 0.55), 0.75
-PROMPTS = [prompt.text for prompt in built_in_prompts()[::210]]
+PROMPTS = [prompt.text for prompt in built_in_prompts()[::900]]
 PROMPTS += ["Hi", "[/bold] [red]not markup[/] \\[x]"]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.capture.tokenizer_only import tokenizer_entries
+from distill.capture.temporary_files.tokenizer_only import tokenizer_entries
 from distill.config.schema import LossConfig, TrainConfig
 from distill.evaluation.scorers import student_scorer
 from distill.heads.fitting import calibrate

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import distill.trimming.trim
-from distill.capture.tokenizer_only import metadata_entries
+from distill.capture.temporary_files.tokenizer_only import metadata_entries
 from distill.export.ollama_modelfile import modelfile
 from distill.trimming.request import TrimRequest, check_trim
 from distill.trimming.text import text_of

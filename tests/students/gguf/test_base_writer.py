@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import MistralConfig, PreTrainedModel
 
-from distill.capture.tokenizer_only import tokenizer_entries
+from distill.capture.temporary_files.tokenizer_only import tokenizer_entries
 from students.gguf import writer
 from students.gguf.architectures import ARCHITECTURES, UnmappedTensor
 from students.gguf.config_values import context_length, require_exportable

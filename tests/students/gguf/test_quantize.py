@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize
 
-from distill.capture.tokenizer_only import tokenizer_entries
+from distill.capture.temporary_files.tokenizer_only import tokenizer_entries
 from students.gguf.file_types import FILE_TYPES, ROW_TYPES, Quantization
 from students.gguf.metadata import ExportError, ExportNames
 from students.gguf.provenance import Lineage, Source

@@ -10,7 +10,7 @@ import torch
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM
 
-from distill.capture.tokenizer_only import tokenizer_entries
+from distill.capture.temporary_files.tokenizer_only import tokenizer_entries
 from distill.config.schema import Quant
 from distill.errors import ProofFailed
 from distill.evaluation.scorers import student_scorer

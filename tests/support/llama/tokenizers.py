@@ -14,7 +14,7 @@ from gguf import TokenType
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from distill.capture.tokenizer_only import metadata_entries
+from distill.capture.temporary_files.tokenizer_only import metadata_entries
 from students.gguf.metadata import ExportNames
 from students.gguf.writer import write_gguf
 from students.model.build import build_student, student_config

@@ -12,7 +12,7 @@ import pytest
 from gguf import GGUFValueType
 
 from distill.capture.teachers import open_teacher, tokenizer_of
-from distill.capture.tokenizer_only import tokenizer_entries
+from distill.capture.temporary_files.tokenizer_only import tokenizer_entries
 from distill.config.sources import TeacherConfig
 from students.gguf.metadata import ExportNames
 from students.gguf.writer import write_gguf

@@ -1,0 +1,1 @@
+"""GGUF files that are made for the time of a capture."""
