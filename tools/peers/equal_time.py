@@ -42,6 +42,7 @@ from teachers.errors import TeacherError
 from teachers.gguf.file import TeacherFileError
 from tools.machine import child_command, machine, machine_line, write_json
 from tools.peers.judge import REPORTED, judge, reported, table_of
+from tools.peers.live_distillation import PRECISIONS, faster_precision
 from tools.peers.our_side import Taken, taken_by, write_beginning
 from tools.peers.trl_environment import TRAINING, trl_python
 
@@ -217,7 +218,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--budget", help="of our run, which then chooses samples and epochs")
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE, of our run")
     parser.add_argument("--batch-size", type=int, default=16, help="of TRL's training")
-    parser.add_argument("--precision", choices=("autocast", "bf16", "fp32"), default="autocast")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default=faster_precision(), help="of TRL's training"
+    )
     parser.add_argument("--rates", type=rates_of, default=[1e-4, 3e-4, 1e-3], help="for TRL")
     parser.add_argument("--trial-seconds", type=float, default=150.0, help="of each of its trials")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="by which time is equal")

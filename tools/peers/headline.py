@@ -60,7 +60,13 @@ from tools.machine import (
     write_json,
 )
 from tools.models.random_teacher import QUANTS, shape_of, write
-from tools.peers.live_distillation import PRECISIONS, LiveJob, LlamaShape, make_teacher
+from tools.peers.live_distillation import (
+    PRECISIONS,
+    LiveJob,
+    LlamaShape,
+    faster_precision,
+    make_teacher,
+)
 from tools.peers.trl_environment import TRAINING, trl_python
 
 HELD_OUT = 1
@@ -451,7 +457,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", choices=list(SIDES), nargs="+", default=list(SIDES))
     parser.add_argument("--trl-python", type=Path, help="a Python with TRL; else one is made")
-    parser.add_argument("--live-precision", choices=PRECISIONS, default="autocast")
+    parser.add_argument("--live-precision", choices=PRECISIONS, default=faster_precision())
     parser.add_argument(
         "--set", action="append", default=[], help="a further setting of `distill run`"
     )
