@@ -17,6 +17,7 @@ from distill.config.sources import TeacherConfig
 from distill.errors import UserError
 from teachers import example_teacher
 from teachers.base import Teacher, TeacherInfo
+from teachers.errors import TeacherError
 from teachers.gguf.file import Field, read_gguf, tokenizer_fields
 from teachers.gguf.split import model_stem
 from teachers.huggingface.folder import check_folder, check_tokenizer_folder
@@ -211,14 +212,30 @@ def _open_one(path: Path | Address, config: TeacherConfig) -> Teacher:
     )
     if config.weights_as is None:
         return GGUFTeacher(path, options)
+    return _open_widened(path, config.weights_as, options)
+
+
+def _open_widened(path: Path, kind: str, options: LoadOptions) -> GGUFTeacher:
     with ExitStack() as stack:
-        copy = stack.enter_context(widened(read_gguf(path), config.weights_as))
-        removal = stack.pop_all().close
+        copy = stack.enter_context(widened(read_gguf(path), kind))
+        removal = stack.pop_all()
     try:
-        return GGUFTeacher(path, options, widened=Widened(copy, config.weights_as, removal))
+        teacher = GGUFTeacher(path, options, widened=Widened(copy, kind, removal.close))
     except BaseException:
-        removal()
+        removal.close()
         raise
+    try:
+        teacher.worker.options()  # the first decode: numbers too large for the type show here
+    except TeacherError as error:
+        teacher.close()
+        raise UserError(
+            f"teacher.weights_as = {kind}: llama.cpp cannot compute with the copy of {path.name} "
+            f"({error}); leave it out, or take bf16, which holds larger numbers"
+        ) from None
+    except BaseException:
+        teacher.close()
+        raise
+    return teacher
 
 
 def _connection(address: Address, config: TeacherConfig) -> Connection:

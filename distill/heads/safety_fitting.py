@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.heads.prompt_set import PromptSet
-from distill.heads.prompts import SafetyPrompt
+from distill.heads.prompts import SafetyPrompt, split_by_scenario
 from distill.heads.safety_data import SafetyData
 from distill.losses.batch import padded
 from distill.metrics.safety import SafetyScore, fit_temperature, score_decisions
@@ -39,12 +39,14 @@ RUNS_DECAY, STATES_DECAY = 0.02, 30.0
 # Of L-BFGS, which has converged by then: from nothing, and from the fit without these scenes.
 ITERATIONS, MORE_ITERATIONS = 60, 45
 FOLDS = 5
+CHARACTERS = 3.4  # of a token, chat template included
 COMMON = 8.0  # the unit of a run's rarity, which RUNS_DECAY is made for
 READ_FLOPS = 1e13  # that reading the prompts of a part may cost
 DRAWN = 11  # stream of random numbers
 MIN_CALIBRATED = 64  # fewer prompts would make a calibration worse
 BATCH_TOKENS = 4096  # read at once, padding included
 TIMED = 128  # prompts by which the time that all take is told
+FITTED_PROMPT = 1.3e-3  # seconds that the regressions take for each prompt
 
 Progress = Callable[[int], None]
 
@@ -192,15 +194,29 @@ def read_prompts(
     return torch.stack([features[index] for index in range(len(prompts))])
 
 
-def reading_seconds(student: Student, data: SafetyData) -> float:
-    """How long ``fit_safety_head`` will read prompts, by a few of them."""
+def fitting_seconds(student: Student, data: SafetyData) -> float:
+    """How long ``fit_safety_head`` will take, by reading a few prompts."""
     shape = SafetyShape((student.config.num_hidden_layers // 2,), mean=True, buckets=BUCKETS)
-    few = data.train.some(range(min(TIMED, len(data.train))))
-    start = time.perf_counter()
-    read_prompts(student, shape, few, lambda done: None)
-    each = (time.perf_counter() - start) / sum(map(len, few.tokens))
-    parts = (_affordable(student, part) for part in (data.train, data.validation))
-    return each * sum(len(tokens) for part in parts for tokens in part.tokens)
+    parts = [_affordable(student, part) for part in (data.train, data.validation)]
+    for count in (TIMED // 8, TIMED):  # the first time more has to be set up
+        step = max(1, len(parts[0]) // count)  # short ones and long ones
+        few = parts[0].some(range(0, len(parts[0]), step))
+        start = time.perf_counter()
+        read_prompts(student, shape, few, lambda done: None)
+        each = (time.perf_counter() - start) / sum(map(len, few.tokens))
+    tokens = sum(len(tokens) for part in parts for tokens in part.tokens)
+    return each * tokens + FITTED_PROMPT * sum(map(len, parts))
+
+
+def expected_fitting(prompts: Sequence[SafetyPrompt], layers: float, reading: float) -> float:
+    """The same before there is a student: of prompts as text, a student with ``layers`` parameters
+    in its layers, and ``reading`` seconds of a token."""
+    parts, seconds = split_by_scenario(prompts), 0.0
+    for part in (parts["train"], parts["validation"]):
+        tokens = sum(len(prompt.text) for prompt in part) / CHARACTERS
+        share = min(1.0, READ_FLOPS / max(1.0, 2.0 * layers * tokens))
+        seconds += share * (tokens * reading + FITTED_PROMPT * len(part))
+    return seconds
 
 
 def _affordable(student: Student, prompts: PromptSet) -> PromptSet:

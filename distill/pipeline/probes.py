@@ -36,6 +36,8 @@ FIRST_TOKENS = 8  # by which a teacher's speed is guessed
 FIRST_GROUP = 4  # sequences that a teacher writes first, so that it is seen how fast it is
 SHORTEST = 32  # tokens that sequences are cut to where that many would take too long
 FIT_WORK = 2e12  # multiplications of a metric V·D² that take too long for a probe
+READ_ROWS, READ_TOKENS = 64, 64
+READ_WORK = 5e10  # operations of one reading, at most
 FULL_STEPS = 2
 WARM_SECONDS = 2.0  # that short steps are repeated for
 
@@ -201,6 +203,7 @@ def step_seconds(
     tokens = float(batch.lengths[:together].sum())
     optimizer = build_optimizer(student, config.train, width, tokens, narrow=narrow)
     student.checkpoint_activations(bool(config.train.gradient_checkpointing))
+    student.train()
 
     def step(rows: int) -> float:
         """Seconds of a token."""
@@ -235,6 +238,21 @@ def scoring_seconds(student: Student, batch: Batch) -> float:
         start = time.perf_counter()
         validation_score(module, [one])
         times.append((time.perf_counter() - start) / int(one.lengths.sum()))
+    return min(times)
+
+
+@torch.no_grad()
+def reading_seconds(student: Student) -> float:
+    """Seconds of a token in the student's layers, by rows as long as a prompt."""
+    layers = sum(parameter.numel() for parameter in student.layers().parameters())
+    rows = max(1, min(READ_ROWS, int(READ_WORK / (2 * layers * READ_TOKENS))))
+    tokens = torch.zeros(rows, READ_TOKENS, dtype=torch.int64, device=student.device)
+    student.eval()
+    times = []
+    for _ in range(3):  # the first time more has to be set up
+        start = time.perf_counter()
+        student(tokens, with_logits=False).last_hidden_state.sum().item()
+        times.append((time.perf_counter() - start) / tokens.numel())
     return min(times)
 
 

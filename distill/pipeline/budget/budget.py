@@ -20,7 +20,7 @@ from distill.errors import UserError
 from distill.evaluation.scorers import other_weights
 from distill.heads.prompts import SafetyPrompt
 from distill.heads.safety_data import SafetyData
-from distill.heads.safety_fitting import reading_seconds
+from distill.heads.safety_fitting import fitting_seconds
 from distill.losses.objective import Objective
 from distill.pipeline.budget.allocation import (
     Allocation,
@@ -31,7 +31,6 @@ from distill.pipeline.budget.allocation import (
     steps_within,
 )
 from distill.pipeline.budget.costs import (
-    FITTED_PROMPT,
     expected_costs,
     text_in,
     text_of,
@@ -180,8 +179,5 @@ def _costs_of(
     batch = load_batch(data.store, data.batches(1, config.train.batch_size)[0], student.packs)
     with other_weights(student, {}), only_used_rows(student, data.used_tokens()):
         training = step_seconds(student, batch, config, PROBED_STEPS)
-    reading = 0.0
-    if safety is not None:
-        reading = reading_seconds(student, safety)
-        reading += FITTED_PROMPT * (len(safety.train) + len(safety.validation))
-    return with_measured(budget.costs, training, read, reading)
+    fitting = 0.0 if safety is None else fitting_seconds(student, safety)
+    return with_measured(budget.costs, training, read, fitting)

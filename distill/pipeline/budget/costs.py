@@ -17,7 +17,7 @@ from distill.config.schema import RunConfig
 from distill.export.export import takes_importance
 from distill.export.importance import calibration_tokens
 from distill.heads.prompts import SafetyPrompt
-from distill.heads.safety_fitting import READ_FLOPS
+from distill.heads.safety_fitting import expected_fitting
 from distill.pipeline.budget.allocation import Costs, Text
 from distill.pipeline.budget.measure import Measured
 from distill.pipeline.probes import sequences_together
@@ -27,9 +27,7 @@ from stability.precision import ieee_float32
 MORE_THAN_STEPS = 1.05  # checkpoints, snapshots and the guard's probes, in proportion
 PROVED_FILES, EXACT_DECODE = 2, 3.0  # files of an export; exact logits against fast ones
 COMPARED, COMPARED_EXACTLY = 1e-8, 2.5e-8  # seconds of one logit in float32, in float64
-FITTED_PROMPT = 1.3e-3  # seconds that the safety head's regressions take for each prompt
 WEIGHED = 4e-8  # seconds of a number among the trained ones
-CHARACTERS = 4  # of a token
 OPENED = 4.0  # seconds of files written, llama.cpp started and timed
 PRODUCT = 1024  # rows and columns of the matrices by which float32 is timed
 
@@ -40,6 +38,7 @@ def expected_costs(
     """By the probes; ``start``: seconds until the capture begins."""
     info, student = measured.info, measured.student
     assert student.step_seconds is not None and student.scoring_seconds is not None
+    assert student.reading_seconds is not None
     read, exported, vocabulary = student.scoring_seconds, student.numbers.exported, info.vocab_size
     capture = measured.probe.seconds_per_token
     decode = capture * min(1.0, exported / max(info.parameters, exported))
@@ -50,9 +49,7 @@ def expected_costs(
     important = calibration_tokens(int(exported)) if weighed else 0
     safety = 0.0
     if prompts:
-        tokens = sum(len(prompt.text) for prompt in prompts) / CHARACTERS
-        tokens = min(tokens, READ_FLOPS / max(1.0, 2.0 * layers * exported))
-        safety = tokens * read * layers + FITTED_PROMPT * len(prompts)
+        safety = expected_fitting(prompts, layers * exported, student.reading_seconds)
     return Costs(
         start=start,
         capture=capture,

@@ -25,6 +25,7 @@ from distill.pipeline.probes import (
     TEACHER_SECONDS,
     TeacherProbe,
     probe_teacher,
+    reading_seconds,
     scoring_seconds,
     step_seconds,
 )
@@ -51,16 +52,17 @@ INITIALIZATIONS = {
 @dataclass(frozen=True)
 class TrainingProbe:
     """The student's numbers, the memory that training takes, seconds of a token in an optimizer
-    step and of one in a scoring.
+    step, in a scoring, and where only the layers compute.
 
-    Both are not known of a student that does not fit where it would train. ``rows``: the student as
-    rows of a table.
+    These are not known of a student that does not fit where it would train. ``rows``: the student
+    as rows of a table.
     """
 
     numbers: StudentNumbers
     memory: TrainingMemory
     step_seconds: float | None
     scoring_seconds: float | None
+    reading_seconds: float | None
     rows: list[tuple[str, str]]
 
 
@@ -148,7 +150,7 @@ def _probe_student(
     rows += [(f"  {name}", size) for name, size in memory_rows(memory)]
     device = training_device()
     if memory.total > device_memory(device)[0]:
-        return TrainingProbe(numbers, memory, None, None, rows)
+        return TrainingProbe(numbers, memory, None, None, None, rows)
     student: Student
     if base is not None:
         student = load_base_student(base, config, info.vocab_size)
@@ -157,9 +159,10 @@ def _probe_student(
         student = build_student(shape, config.seed).to(device)
     with console.stage("Probe student") as stage:
         reading = scoring_seconds(student, probe.batch)
+        layers = reading_seconds(student)
         seconds = step_seconds(student, probe.batch, config, most)
         stage.finish(f"{1 / seconds:,.0f} tokens/s")
-    return TrainingProbe(numbers, memory, seconds, reading, rows)
+    return TrainingProbe(numbers, memory, seconds, reading, layers, rows)
 
 
 def _rows_of_shape(shape: SO8TConfig, info: TeacherInfo) -> list[tuple[str, str]]:

@@ -23,10 +23,13 @@ from distill.runtime.progress import Console
 from students.gguf.quantize import quantize_gguf
 from teachers import example_teacher
 from teachers.ensemble import EnsembleError, EnsembleTeacher
+from teachers.errors import TeacherError
 from teachers.gguf.file import read_gguf
 from teachers.huggingface.teacher import HuggingFaceTeacher
 from teachers.llama_cpp.first_decode import LEAST_ALLOWED_KL, mean_kl
+from teachers.llama_cpp.library.kernels import LoadOptions
 from teachers.llama_cpp.teacher import GGUFTeacher
+from teachers.llama_cpp.worker import Worker
 from teachers.targets.recipe import Recipe
 from tests.support.children.capture_child import Source
 from tests.support.tiny_checkpoint import make_folder
@@ -86,6 +89,20 @@ def test_a_quantised_file_computed_as_floating_point(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="weights_as = f16 is for quantised teachers"):
         open_teacher(TeacherConfig(path=str(copy_as(path, "f32", tmp_path)), weights_as="f16"))
     assert not list(Path(tempfile.gettempdir()).glob("distill-teacher-*/*-f32-f16.gguf"))
+
+
+def test_numbers_too_large_for_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the copy's first decode fails, the setting is named, not the file; no copy stays."""
+    made: list[Path] = []
+
+    def fails(worker: Worker) -> LoadOptions:
+        made.append(worker.path)
+        raise TeacherError("llama.cpp computes logits that are not finite")
+
+    monkeypatch.setattr(Worker, "options", fails)
+    with pytest.raises(UserError, match=r"weights_as = f16: .* not finite\); .* take bf16"):
+        open_teacher(TeacherConfig(weights_as="f16"))
+    assert len(made) == 1 and made[0].name == "teacher-f16.gguf" and not made[0].exists()
 
 
 def copy_as(path: Path, kind: str, folder: Path) -> Path:

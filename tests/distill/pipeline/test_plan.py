@@ -60,7 +60,13 @@ def test_disk(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_share_that_is_trained_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of conversations: the answers' tokens, as the store then holds them."""
+    """Of conversations: the answers' tokens, as the store then holds them. A copy of the teacher in
+    floating point is recommended where it is faster by far."""
+    speeds = {"Q8_0": 100.0, "F16": 250.0}
+    monkeypatch.setattr(
+        "distill.pipeline.plan.scoring_speed",
+        lambda teacher, sequences: speeds[teacher.computed.tensors["token_embd.weight"].type.name],
+    )
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"Please order {n} boxes. " * 3, "completion": "Ordered."} for n in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -72,4 +78,6 @@ def test_share_that_is_trained_on(
     learnt = sum(int(item.keep.sum()) for item in corpus.items if item.keep is not None)
     share = learnt / sum(len(item.segments[0]) for item in corpus.items)
     assert 0.0 < share < 0.5 and plan.trained_share == pytest.approx(share)
-    assert f"{share:.0%} trained on" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{share:.0%} trained on" in said
+    assert "2.5 times as fast with --set teacher.weights_as=f16, which takes 9.5 MB" in said
