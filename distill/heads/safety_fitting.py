@@ -45,7 +45,7 @@ READ_FLOPS = 1e13  # that reading the prompts of a part may cost
 DRAWN = 11  # stream of random numbers
 MIN_CALIBRATED = 64  # fewer prompts would make a calibration worse
 BATCH_TOKENS = 4096  # read at once, padding included
-TIMED = 128  # prompts by which the time that all take is told
+TIMED, TIMED_FLOPS = 1024, 1e11  # prompts by which the time of all is told, or fewer of them
 FITTED_PROMPT = 1.3e-3  # seconds that the regressions take for each prompt
 
 Progress = Callable[[int], None]
@@ -198,8 +198,9 @@ def fitting_seconds(student: Student, data: SafetyData) -> float:
     """How long ``fit_safety_head`` will take, by reading a few prompts."""
     shape = SafetyShape((student.config.num_hidden_layers // 2,), mean=True, buckets=BUCKETS)
     parts = [_affordable(student, part) for part in (data.train, data.validation)]
-    for count in (TIMED // 8, TIMED):  # the first time more has to be set up
-        step = max(1, len(parts[0]) // count)  # short ones and long ones
+    affordable = min(TIMED, int(TIMED_FLOPS / _reading_flops(student, parts[0])))
+    for count in (TIMED // 16, affordable):  # the first time more has to be set up
+        step = -(-len(parts[0]) // max(1, count))  # short ones and long ones
         few = parts[0].some(range(0, len(parts[0]), step))
         start = time.perf_counter()
         read_prompts(student, shape, few, lambda done: None)
@@ -221,12 +222,17 @@ def expected_fitting(prompts: Sequence[SafetyPrompt], layers: float, reading: fl
 
 def _affordable(student: Student, prompts: PromptSet) -> PromptSet:
     """As many of the prompts as a student reads in reasonable time, drawn from all of them."""
-    each = 2.0 * sum(parameter.numel() for parameter in student.layers().parameters())
-    count = int(READ_FLOPS / (each * max(1, sum(map(len, prompts.tokens)) / len(prompts))))
+    count = int(READ_FLOPS / _reading_flops(student, prompts))
     if count >= len(prompts):
         return prompts
     chosen = np.random.default_rng([prompts.seed, DRAWN]).permutation(len(prompts))[:count]
     return prompts.some(sorted(chosen.tolist()))
+
+
+def _reading_flops(student: Student, prompts: PromptSet) -> float:
+    """Operations of the layers on one of the prompts, on average."""
+    each = 2.0 * sum(parameter.numel() for parameter in student.layers().parameters())
+    return each * max(1.0, sum(map(len, prompts.tokens)) / len(prompts))
 
 
 def _left_out_together(prompts: Sequence[SafetyPrompt]) -> list[str]:

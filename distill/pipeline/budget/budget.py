@@ -172,10 +172,13 @@ def _costs_of(
     safety: SafetyData | None,
 ) -> Costs:
     """The expected costs, with those that the student can be asked for measured."""
-    start = time.perf_counter()
     module = TrainingModule(student, Objective(LossConfig()))
-    validation_score(module, data.held_out(config.train.batch_size, student.device, student.packs))
-    read = (time.perf_counter() - start) / float(data.store.lengths()[data.split.held_out].sum())
+    for _ in range(2):  # the first time shards are read back
+        start = time.perf_counter()
+        validation = data.held_out(config.train.batch_size, student.device, student.packs)
+        validation_score(module, validation)
+        seconds = time.perf_counter() - start
+    read = seconds / float(data.store.lengths()[data.split.held_out].sum())
     batch = load_batch(data.store, data.batches(1, config.train.batch_size)[0], student.packs)
     with other_weights(student, {}), only_used_rows(student, data.used_tokens()):
         training = step_seconds(student, batch, config, PROBED_STEPS)
