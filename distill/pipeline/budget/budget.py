@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
+import torch
 from rich.table import Table
 
 from distill.capture.data_rows import DataRows
@@ -39,6 +40,7 @@ from distill.pipeline.budget.costs import (
 from distill.pipeline.budget.measure import Measured, measure
 from distill.pipeline.probes import step_seconds
 from distill.pipeline.resolve import Resolved
+from distill.runtime.device import choose_precision
 from distill.runtime.format import human_time
 from distill.runtime.progress import Console
 from distill.training.data import TrainingData, load_batch
@@ -171,7 +173,18 @@ def _costs_of(
     data: TrainingData,
     safety: SafetyData | None,
 ) -> Costs:
-    """The expected costs, with those that the student can be asked for measured."""
+    """The expected costs, with those that the student can be asked for measured, as training does
+    it."""
+    device = student.device
+    precision = choose_precision(config.train, student.config.hidden_size, device)
+    with data.store.head_on(device, torch.bfloat16 if precision == "bf16" else None):
+        training, read = _measured_costs(student, config, data)
+    fitting = 0.0 if safety is None else fitting_seconds(student, safety)
+    return with_measured(budget.costs, training, read, fitting)
+
+
+def _measured_costs(student: Student, config: RunConfig, data: TrainingData) -> tuple[float, float]:
+    """Seconds of a token in a step, and in a scoring."""
     module = TrainingModule(student, Objective(LossConfig()))
     for _ in range(2):  # the first time shards are read back
         start = time.perf_counter()
@@ -182,5 +195,4 @@ def _costs_of(
     batch = load_batch(data.store, data.batches(1, config.train.batch_size)[0], student.packs)
     with other_weights(student, {}), only_used_rows(student, data.used_tokens()):
         training = step_seconds(student, batch, config, PROBED_STEPS)
-    fitting = 0.0 if safety is None else fitting_seconds(student, safety)
-    return with_measured(budget.costs, training, read, fitting)
+    return training, read
