@@ -39,7 +39,6 @@ RUNS_DECAY, STATES_DECAY = 0.02, 30.0
 # Of L-BFGS, which has converged by then: from nothing, and from the fit without these scenes.
 ITERATIONS, MORE_ITERATIONS = 60, 45
 FOLDS = 5
-CHARACTERS = 3.4  # of a token, chat template included
 COMMON = 8.0  # the unit of a run's rarity, which RUNS_DECAY is made for
 READ_FLOPS = 1e13  # that reading the prompts of a part may cost
 DRAWN = 11  # stream of random numbers
@@ -209,12 +208,14 @@ def fitting_seconds(student: Student, data: SafetyData) -> float:
     return each * tokens + FITTED_PROMPT * sum(map(len, parts))
 
 
-def expected_fitting(prompts: Sequence[SafetyPrompt], layers: float, reading: float) -> float:
-    """The same before there is a student: of prompts as text, a student with ``layers`` parameters
-    in its layers, and ``reading`` seconds of a token."""
+def expected_fitting(
+    prompts: Sequence[SafetyPrompt], length: float, layers: float, reading: float
+) -> float:
+    """The same before there is a student: of prompts of ``length`` tokens, a student with
+    ``layers`` parameters in its layers, and ``reading`` seconds of a token."""
     parts, seconds = split_by_scenario(prompts), 0.0
     for part in (parts["train"], parts["validation"]):
-        tokens = sum(len(prompt.text) for prompt in part) / CHARACTERS
+        tokens = length * len(part)
         share = min(1.0, READ_FLOPS / max(1.0, 2.0 * layers * tokens))
         seconds += share * (tokens * reading + FITTED_PROMPT * len(part))
     return seconds

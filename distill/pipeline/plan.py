@@ -78,7 +78,7 @@ def plan_run(
         UserError, TeacherFileError, TeacherError, CaptureError: the input cannot be used.
     """
     inputs = inputs or check_plan(config, budget=budget)
-    measured = measure(config, inputs.take_data(), console, budget)
+    measured = measure(config, inputs.take_data(), console, budget, inputs.prompts)
     if budget is not None:
         measured = _within(budget, measured, inputs.prompts, console)
     config, info, corpus, student = (

@@ -109,7 +109,7 @@ def settle(
         UserError, TeacherFileError, TeacherError, CaptureError: the input cannot be used, or
         there is no such run.
     """
-    measured = measure(config, data, console, seconds)
+    measured = measure(config, data, console, seconds, prompts)
     start = elapsed() + sum(console.seconds.get(stage, 0.0) for stage in AGAIN)
     allocation, costs = recommend(measured, seconds, prompts, start)
     console.rich.print(budget_table(allocation, seconds))

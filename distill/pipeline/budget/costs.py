@@ -49,7 +49,9 @@ def expected_costs(
     important = calibration_tokens(int(exported)) if weighed else 0
     safety = 0.0
     if prompts:
-        safety = expected_fitting(prompts, layers * exported, student.reading_seconds)
+        safety = expected_fitting(
+            prompts, measured.prompt_length, layers * exported, student.reading_seconds
+        )
     return Costs(
         start=start,
         capture=capture,

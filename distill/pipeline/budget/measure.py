@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +17,7 @@ from distill.capture.data_rows import DataRows
 from distill.capture.store_setup import recipe_for
 from distill.capture.teachers import gguf_of, tokenizer_of, weights_of
 from distill.config.schema import RunConfig
+from distill.heads.prompts import SafetyPrompt, request_tokens
 from distill.initialization.from_teacher import fit_work
 from distill.initialization.shape import describe_parameters
 from distill.pipeline.disk import StudentNumbers, TeacherFiles, teacher_files
@@ -41,6 +43,7 @@ from teachers.base import TeacherInfo
 from teachers.gguf.file import read_gguf
 from teachers.targets.recipe import Recipe
 
+PROMPTS_APART = 97  # every so many-th of the safety head's prompts is measured
 PROBE_SHARE = 0.03  # of a budget may go into each probe
 INITIALIZATIONS = {
     "teacher": "the teacher's weights",
@@ -70,7 +73,7 @@ class TrainingProbe:
 class Measured:
     """What the probes found. ``fit_work``: operations of the first weights, where they are the
     teacher's; ``process``: this process's memory without a student, ``on_device``: the teacher's on
-    the device."""
+    the device. ``prompt_length``: tokens of one of the safety head's prompts, on average."""
 
     resolved: Resolved
     info: TeacherInfo
@@ -82,6 +85,7 @@ class Measured:
     student: TrainingProbe
     process: int
     on_device: int
+    prompt_length: float
 
     @property
     def config(self) -> RunConfig:
@@ -89,9 +93,14 @@ class Measured:
 
 
 def measure(
-    config: RunConfig, data: DataRows | None, console: Console, budget: float | None = None
+    config: RunConfig,
+    data: DataRows | None,
+    console: Console,
+    budget: float | None = None,
+    prompts: Sequence[SafetyPrompt] | None = None,
 ) -> Measured:
-    """Probe teacher and student; ``budget``: seconds of which only a part may go into that.
+    """Probe teacher and student; ``budget``: seconds of which only a part may go into that;
+    ``prompts``: of the safety head, whose length is then known.
 
     Raises:
         UserError, TeacherFileError, TeacherError, CaptureError: the input cannot be used.
@@ -126,10 +135,24 @@ def measure(
             files = teacher_files(teacher, gguf, probe, len(corpus))
             stage.finish(f"{1 / probe.seconds_per_token:,.0f} tokens/s")
         on_device = max(0, free - free_device_memory(device))
+        some = [prompt.text for prompt in (prompts or [])[::PROMPTS_APART]]
+        lengths = [len(tokens) for tokens in request_tokens(teacher, some)] if some else [0]
     process = own_memory()
     most = STUDENT_SECONDS if share is None else min(share, STUDENT_SECONDS)
     student = _probe_student(resolved, info, probe, console, most)
-    return Measured(resolved, info, work, corpus, recipe, probe, files, student, process, on_device)
+    return Measured(
+        resolved=resolved,
+        info=info,
+        fit_work=work,
+        corpus=corpus,
+        recipe=recipe,
+        probe=probe,
+        files=files,
+        student=student,
+        process=process,
+        on_device=on_device,
+        prompt_length=sum(lengths) / len(lengths),
+    )
 
 
 def _probe_student(
