@@ -7,11 +7,14 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from torch.optim import AdamW
 
 import distill.pipeline.run
 from distill.config.loading import load_config
 from distill.config.units import parse_duration
 from distill.errors import UserError
+from distill.heads.prompts import built_in_prompts, split_by_scenario
+from distill.heads.safety_fitting import FITTED_PROMPT, READ_FLOPS, expected_fitting
 from distill.pipeline.budget.allocation import (
     LEAST_STEPS,
     MOST_EPOCHS,
@@ -23,11 +26,14 @@ from distill.pipeline.budget.allocation import (
 )
 from distill.pipeline.budget.budget import Budget
 from distill.pipeline.preflight import check_run
+from distill.pipeline.probes import step_seconds
 from distill.pipeline.run import run
 from distill.runs.audit_verify import verify
 from distill.runs.folder import RunFolder, RunPaths
 from distill.runtime.progress import Console
+from distill.training.data import load_batch
 from tests.support.runs import interrupted, small_config
+from tests.support.training import fresh_student, make_data
 
 COSTS = Costs(
     start=10.0,
@@ -125,3 +131,44 @@ def test_a_run_that_is_continued_decides_nothing_again(
     assert folder.read_config() == kept and verify(folder.path).intact
     # The recorded settings are the same run, without a budget.
     check_run(kept, places)
+
+
+def test_steps_are_timed_as_training_makes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the run's optimizer for a step of that many tokens, over and over for a while; of slow
+    first steps and quick later ones the later count. The student is as it was but for its steps."""
+    data, student, asked = make_data(tmp_path), fresh_student(), []
+    batch = load_batch(data.store, data.split.train[:16].tolist(), student.packs)
+    config = load_config(None, {"student.size": "16x2"}, ["train.optimizer=muon"])
+    seconds = iter([0.1, 0.3, 0.3, *[0.1] * 50])  # of each step, by the clock of the probe alone
+    now = [0.0]
+
+    class Slow(AdamW):
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            now[0] += next(seconds)
+            super().step()
+
+    def recorded(module: object, train: object, width: int, tokens: float, *, narrow: bool) -> Slow:
+        asked.append((width, tokens, narrow))
+        return Slow(student.parameters(), 0.0)
+
+    monkeypatch.setattr("distill.pipeline.probes.build_optimizer", recorded)
+    monkeypatch.setattr("distill.pipeline.probes.time.perf_counter", lambda: now[0])
+    each = step_seconds(student, batch, config, most=60.0)
+    tokens = int(batch.lengths.sum())
+    assert asked == [(16, float(tokens), False)] and student.training
+    assert each == pytest.approx(0.1 / tokens)
+
+
+def test_the_safety_head_is_expected_by_its_prompts() -> None:
+    """In proportion to prompts and tokens, until the student reads a part of them only."""
+    prompts = built_in_prompts()
+    parts = split_by_scenario(prompts)
+    count = len(parts["train"]) + len(parts["validation"])
+    for length, reading in ((50.0, 1e-5), (50.0, 2e-5), (100.0, 1e-5)):
+        wanted = count * (length * reading + FITTED_PROMPT)
+        assert expected_fitting(prompts, length, 1.0, reading) == pytest.approx(wanted)
+    layers = READ_FLOPS / (2 * 50 * len(parts["train"])) * 4  # a quarter of that part is read
+    fewer = (len(parts["train"]) / 4 * 2) * (50 * 1e-5 + FITTED_PROMPT)
+    assert expected_fitting(prompts, 50.0, layers, 1e-5) == pytest.approx(fewer)
