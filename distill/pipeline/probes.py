@@ -189,7 +189,7 @@ def step_seconds(
     student: Student, batch: Batch, config: RunConfig, most: float = STUDENT_SECONDS
 ) -> float:
     """Seconds of a token in an optimizer step of the run's size, or of a part of it where a whole
-    one takes too long; ``most``: that measuring may take, about.
+    one takes too long. ``batch``: not packed yet; ``most``: that measuring may take, about.
 
     The first steps are slower (memory is asked for, kernels are chosen), so it is what most of the
     later ones take.
@@ -266,6 +266,7 @@ def sequences_together(config: RunConfig, batch: Batch) -> int:
 
 def _part(batch: Batch, rows: int, pack: bool) -> Batch:
     """The first rows of a batch, no longer than they are, as a step computes them."""
+    assert batch.rooms is None, "a packed batch's rows are not its sequences"
     lengths = batch.lengths[:rows].tolist()
     count = sum(lengths) - len(lengths)
     keep = None if batch.keep is None else batch.keep[:count]

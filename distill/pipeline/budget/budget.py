@@ -192,7 +192,7 @@ def _measured_costs(student: Student, config: RunConfig, data: TrainingData) -> 
         validation_score(module, validation)
         seconds = time.perf_counter() - start
     read = seconds / float(data.store.lengths()[data.split.held_out].sum())
-    batch = load_batch(data.store, data.batches(1, config.train.batch_size)[0], student.packs)
+    batch = load_batch(data.store, data.batches(1, config.train.batch_size)[0], pack=False)
     with other_weights(student, {}), only_used_rows(student, data.used_tokens()):
         training = step_seconds(student, batch, config, PROBED_STEPS)
     return training, read

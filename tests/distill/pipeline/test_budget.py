@@ -139,7 +139,7 @@ def test_steps_are_timed_as_training_makes_them(
     """With the run's optimizer for a step of that many tokens, over and over for a while; of slow
     first steps and quick later ones the later count. The student is as it was but for its steps."""
     data, student, asked = make_data(tmp_path), fresh_student(), []
-    batch = load_batch(data.store, data.split.train[:16].tolist(), student.packs)
+    batch = load_batch(data.store, data.split.train[:16].tolist(), pack=False)
     config = load_config(None, {"student.size": "16x2"}, ["train.optimizer=muon"])
     seconds = iter([0.1, 0.3, 0.3, *[0.1] * 50])  # of each step, by the clock of the probe alone
     now = [0.0]
