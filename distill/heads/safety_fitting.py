@@ -198,7 +198,7 @@ def fitting_seconds(student: Student, data: SafetyData) -> float:
     shape = SafetyShape((student.config.num_hidden_layers // 2,), mean=True, buckets=BUCKETS)
     parts = [_affordable(student, part) for part in (data.train, data.validation)]
     affordable = min(TIMED, int(TIMED_FLOPS / _reading_flops(student, parts[0])))
-    for count in (TIMED // 16, affordable):  # the first time more has to be set up
+    for count in (affordable // 16, affordable):  # the first time more has to be set up
         step = -(-len(parts[0]) // max(1, count))  # short ones and long ones
         few = parts[0].some(range(0, len(parts[0]), step))
         start = time.perf_counter()

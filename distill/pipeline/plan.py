@@ -33,6 +33,7 @@ from distill.runtime.printable import markup
 from distill.runtime.progress import Console
 from teachers import example_teacher
 from teachers.base import TeacherInfo
+from teachers.errors import TeacherError
 from teachers.gguf.file import read_gguf
 
 WORTH_A_COPY = 1.2  # times as fast, that a copy of the teacher is recommended from
@@ -176,9 +177,13 @@ def _faster_as_floating_point(measured: Measured, console: Console) -> str | Non
         return None
     speeds = []
     with console.stage("Try float16") as stage:
-        for kind in (None, "f16"):
-            with open_teacher(asked.model_copy(update={"weights_as": kind})) as teacher:
-                speeds.append(scoring_speed(teacher, measured.probe.sequences))
+        try:
+            for kind in (None, "f16"):
+                with open_teacher(asked.model_copy(update={"weights_as": kind})) as teacher:
+                    speeds.append(scoring_speed(teacher, measured.probe.sequences))
+        except (UserError, TeacherError, OSError) as error:  # of the copy: the file was probed
+            stage.finish(f"not possible: {error}")
+            return None
         stage.finish(f"{speeds[0]:,.0f} tokens/s with the file, {speeds[1]:,.0f} with a copy")
     if speeds[1] < WORTH_A_COPY * speeds[0]:
         return None
