@@ -44,7 +44,7 @@ READ_FLOPS = 1e13  # that reading the prompts of a part may cost
 DRAWN = 11  # stream of random numbers
 MIN_CALIBRATED = 64  # fewer prompts would make a calibration worse
 BATCH_TOKENS = 4096  # read at once, padding included
-TIMED, TIMED_FLOPS = 1024, 1e11  # prompts by which the time of all is told, or fewer of them
+TIMED, TIMED_FLOPS = 1024, 2e11  # prompts by which the time of all is told, or fewer of them
 FITTED_PROMPT = 1.3e-3  # seconds that the regressions take for each prompt
 
 Progress = Callable[[int], None]
@@ -197,10 +197,9 @@ def fitting_seconds(student: Student, data: SafetyData) -> float:
     """How long ``fit_safety_head`` will take, by reading a few prompts."""
     shape = SafetyShape((student.config.num_hidden_layers // 2,), mean=True, buckets=BUCKETS)
     parts = [_affordable(student, part) for part in (data.train, data.validation)]
-    affordable = min(TIMED, int(TIMED_FLOPS / _reading_flops(student, parts[0])))
-    for count in (affordable // 16, affordable):  # the first time more has to be set up
-        step = -(-len(parts[0]) // max(1, count))  # short ones and long ones
-        few = parts[0].some(range(0, len(parts[0]), step))
+    count = max(1, min(TIMED, int(TIMED_FLOPS / _reading_flops(student, parts[0]))))
+    few = parts[0].some(range(0, len(parts[0]), -(-len(parts[0]) // count)))  # short and long ones
+    for _ in range(2):  # the first time more has to be set up
         start = time.perf_counter()
         read_prompts(student, shape, few, lambda done: None)
         each = (time.perf_counter() - start) / sum(map(len, few.tokens))

@@ -188,39 +188,46 @@ def _first_speed(teacher: Teacher, corpus: Corpus, recipe: Recipe, stage: Stage)
 def step_seconds(
     student: Student, batch: Batch, config: RunConfig, most: float = STUDENT_SECONDS
 ) -> float:
-    """Seconds of a token in an optimizer step of the run's size, or of a part of it where a whole
-    one takes too long. ``batch``: not packed yet; ``most``: that measuring may take, about.
+    """Seconds of a token in an optimizer step of the run's size. ``batch``: not packed yet;
+    ``most``: that measuring may take, about.
 
-    The first steps are slower (memory is asked for, kernels are chosen), so it is what most of the
+    Where a whole step takes too long, one of fewer sequences stands for it: its forward and
+    backward pass take as long for each token, its update (Muon's products) as long in all. The
+    first steps are slower (memory is asked for, kernels are chosen), so it is what most of the
     later ones take.
     """
-    together = min(sequences_together(config, batch), len(batch.lengths))
+    whole = sequences_together(config, batch)
+    together = min(whole, len(batch.lengths))
     device, width = student.device, student.config.hidden_size
     if device.type == "cpu":
         keep_freed_memory()  # as training does
     narrow = choose_precision(config.train, width, device) == "bf16"
     objective = Objective(config.loss)
-    tokens = float(batch.lengths[:together].sum())
+    tokens = whole * float(batch.lengths[:together].float().mean())
     optimizer = build_optimizer(student, config.train, width, tokens, narrow=narrow)
     student.checkpoint_activations(bool(config.train.gradient_checkpointing))
     student.train()
 
     def step(rows: int) -> float:
-        """Seconds of a token."""
+        """Seconds of a token, in a step of all sequences."""
         start = time.perf_counter()
         part = _part(batch, rows, student.packs).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow):
             loss, _ = objective(student, part, total=max(1, part.count()), share=1.0, fraction=0.5)
         loss.backward()
+        loss.item()  # a device has then done it all
+        passed = time.perf_counter()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         objective.after_step()
-        loss.item()  # a device has then done it all
-        return (time.perf_counter() - start) / int(part.lengths.sum())
+        loss.item()
+        update = time.perf_counter() - passed
+        return (passed - start) / int(part.lengths.sum()) + update / tokens
 
     start = time.perf_counter()
     with float32_products(batch.lengths.numpy(), student, device):
-        alone = step(1) * int(batch.lengths[0])
+        step(1)
+        alone = time.perf_counter() - start
         rows = min(together, max(1, int(most / FULL_STEPS / alone)))
         times = [step(rows)]
         while len(times) <= FULL_STEPS or time.perf_counter() - start < WARM_SECONDS:

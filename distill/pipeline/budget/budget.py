@@ -51,7 +51,7 @@ from students.model.interface import Student
 
 BEFORE = ("start", "capture", "head start")  # stages that are over when the steps are fixed
 AGAIN = ("Load teacher", "Read data", "Vocabulary")  # what the run does once more after the probes
-PROBED_STEPS = 8.0  # seconds that the very student's steps are timed for
+PROBED_STEPS, PROBED_SHARE = 8.0, 0.025  # seconds that the very student's steps are timed for
 
 
 def elapsed() -> float:
@@ -178,13 +178,16 @@ def _costs_of(
     device = student.device
     precision = choose_precision(config.train, student.config.hidden_size, device)
     with data.store.head_on(device, torch.bfloat16 if precision == "bf16" else None):
-        training, read = _measured_costs(student, config, data)
+        most = max(PROBED_STEPS, PROBED_SHARE * budget.seconds)
+        training, read = _measured_costs(student, config, data, most)
     fitting = 0.0 if safety is None else fitting_seconds(student, safety)
     return with_measured(budget.costs, training, read, fitting)
 
 
-def _measured_costs(student: Student, config: RunConfig, data: TrainingData) -> tuple[float, float]:
-    """Seconds of a token in a step, and in a scoring."""
+def _measured_costs(
+    student: Student, config: RunConfig, data: TrainingData, most: float
+) -> tuple[float, float]:
+    """Seconds of a token in a step, timed for about ``most`` seconds, and in a scoring."""
     module = TrainingModule(student, Objective(LossConfig()))
     for _ in range(2):  # the first time shards are read back
         start = time.perf_counter()
@@ -194,5 +197,5 @@ def _measured_costs(student: Student, config: RunConfig, data: TrainingData) -> 
     read = seconds / float(data.store.lengths()[data.split.held_out].sum())
     batch = load_batch(data.store, data.batches(1, config.train.batch_size)[0], pack=False)
     with other_weights(student, {}), only_used_rows(student, data.used_tokens()):
-        training = step_seconds(student, batch, config, PROBED_STEPS)
+        training = step_seconds(student, batch, config, most)
     return training, read
