@@ -20,6 +20,7 @@ from students.model.build import build_student, student_config
 from students.model.shape import parse_size
 from teachers.base import TokenizedLines
 from teachers.llama_cpp.teacher import GGUFTeacher
+from tests.support.runs import FEW_PROMPTS
 from tests.support.teachers import shared_file
 
 pytestmark = pytest.mark.usefixtures("llama_here")
@@ -56,6 +57,7 @@ def test_a_real_teacher_speaks_and_is_learnt_from(tmp_path: Path) -> None:
         "train.evaluations=3",
         "train.batch_size=8",
         "data.held_out=0.1",
+        f"safety.labels={FEW_PROMPTS}",
     ]
     overrides = {
         "teacher.path": str(shared_file("teachers/stories260K.gguf")),

@@ -19,6 +19,7 @@ from tools.studies.so8t_ablation import all_variants, effective_rank, rises, ver
 
 pytestmark = pytest.mark.usefixtures("llama_here")
 TOY = ["--size", "16x1", "--samples", "24", "--max-length", "24"]
+TOY += ["--set", f"safety.labels={PLAIN_PROMPTS}"]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,6 @@ def test_ablation_runs_and_is_not_made_again(
     path = tmp_path / "results.jsonl"
     options = "--epochs 2 --only full,no-gates,no-heads --seeds 0"
     options += " --set train.batch_size=2 --set train.precision=fp32"
-    options += f" --set safety.labels={PLAIN_PROMPTS}"
     command = ["ablation", *store, *options.split(), "--json", str(path)]
     main(command)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
