@@ -1,27 +1,35 @@
-"""A student's weights as a plain state dict."""
+"""A student's weights as a plain state dict.
+
+Whether FSDP has sharded a tensor is told by its attributes, not by its class: importing that takes
+as long as PyTorch, for commands too that train nothing.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from students.model.interface import Student
+if TYPE_CHECKING:
+    from students.model.interface import Student
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor, on this process; a collective call for all that hold a part."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def laid_out_like(whole: Tensor, tensor: Tensor) -> Tensor:
     """A whole tensor, distributed as ``tensor`` is if that is."""
-    if not isinstance(tensor, DTensor):
+    layout: Any = tensor
+    if not hasattr(layout, "placements"):
         return whole
-    return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole.to(tensor.device), layout.device_mesh, layout.placements)
 
 
 Weights = dict[str, Tensor]

@@ -95,13 +95,15 @@ class SafetyConfig(Section):
     ESCALATE, REFUSE), teacher (its own judgment of the prompts, as probabilities), or none.
     ``prompts``: JSONL file for the teacher to judge (none: the built-in ones). ``passes``: prompts
     in training altogether, at most ``together`` in a step; if they need not be in every step, they
-    come in every n-th.
+    come in every n-th. ``most_read``: prompts of each part that the trained student reads for its
+    head (none: what 10¹³ operations are enough for; with --budget, a tenth of its time).
     """
 
     labels: str = "builtin"
     prompts: str | None = None
     passes: Count = 1024
     together: Count = 16
+    most_read: Count | None = None
 
     def rhythm(self, steps: int) -> tuple[int, int]:
         """Prompts come in every n-th of ``steps`` steps, and how many then: (n, count)."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserError
-from distill.evaluation.scorers import Scorer, groups, next_tokens, perplexity
+from distill.evaluation.scorers import Scorer, perplexity
 from distill.metrics.distributions import (
     COMPARED,
     Floats,
@@ -18,8 +18,10 @@ from distill.metrics.distributions import (
     by_sequence,
     calibration_error,
     compare,
+    groups,
     joined,
     mean_figures,
+    next_tokens,
     predict,
 )
 from distill.metrics.intervals import Figure

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,18 +18,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.losses import divergences
-from distill.metrics.closeness import WHOLE_VOCABULARY, kl_over
-from distill.metrics.distributions import by_sequence, intervals
+from distill.metrics.closeness import STORED_TARGETS, TEACHER, WHOLE_VOCABULARY, kl_over
+from distill.metrics.distributions import by_sequence, groups, intervals, next_tokens
 from stability.precision import ieee_float32
 from students.mapped_tensors import MappedTensors
-from students.model.interface import Student
 from students.weights import set_weights
-from teachers.base import Keep, Teacher, Tokens, budget_slices, whole_masks
+from teachers.base import Keep, Teacher, Tokens, whole_masks
 from teachers.store.store import SoftTargetStore
 from teachers.targets.stored_arrays import Targets, join
 
-LOGITS_BYTES = 128 << 20  # one model's logits held at a time
-TEACHER, STORED_TARGETS = "teacher", "stored soft targets"
+if TYPE_CHECKING:
+    from students.model.interface import Student
 
 Scorer = Callable[[Sequence[Tokens]], Tensor]
 """Next-token logits of all positions of some sequences, ``[N, V]`` float32 (n − 1 rows for n
@@ -214,11 +214,6 @@ def _teachers_surprise(targets: Targets, labels: Tensor) -> float | None:
     return -float(chosen.double().sum())
 
 
-def next_tokens(sequences: Sequence[Tokens]) -> Tensor:
-    """The actual next token of every position, ``[N]``."""
-    return torch.from_numpy(np.concatenate([tokens[1:] for tokens in sequences]).astype(np.int64))
-
-
 def _sums(kl: Tensor, best: Tensor, logits: Tensor, labels: Tensor, masks: Sequence[Keep]) -> Sums:
     """KL, agreement and surprise summed over the kept positions of each sequence."""
     same = (best == logits.argmax(dim=-1)).double()
@@ -239,9 +234,3 @@ def _score(sums: Sums, masks: Sequence[Keep]) -> Score:
     low, high = ends["cross_entropy"]
     ends["perplexity"] = (perplexity(low), perplexity(high))
     return Score(kl, agreement, cross_entropy, ends)
-
-
-def groups(sequences: Sequence[Tokens], vocab_size: int) -> Iterator[slice]:
-    """Groups of sequences whose logits fit into ``LOGITS_BYTES`` (at least one each)."""
-    room = LOGITS_BYTES // (4 * vocab_size)
-    return budget_slices([len(tokens) for tokens in sequences], room)

@@ -15,7 +15,7 @@ import hashlib
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ def fit_safety_head(
     than escalating everything.
     """
     shape = SafetyShape((student.config.num_hidden_layers // 2,), mean=True, buckets=BUCKETS)
-    train, validation = _affordable(student, data.train), _affordable(student, data.validation)
+    train, validation = data.train, data.validation
     states = read_prompts(student, shape, train, progress)
     more = read_prompts(student, shape, validation, lambda done: progress(len(train) + done))
     mean, scale = states.mean(dim=0), states.std(dim=0).clamp_min(1e-6) * states.shape[1] ** 0.5
@@ -137,11 +137,13 @@ def fit_safety_head(
 
 
 def with_safety_head(
-    student: Student, data: SafetyData | None, console: Console
+    student: Student, data: SafetyData | None, most: int | None, console: Console
 ) -> SafetyFit | None:
-    """Fit the safety head where there is to be one, or take it away if it is of no use."""
+    """Fit the safety head where there is to be one, or take it away if it is of no use; ``most``:
+    see ``affordable``."""
     if data is None:
         return None
+    data = affordable(student, data, most)
     with console.stage("Fit safety", total=len(data.train) + len(data.validation)) as stage:
         fitted = fit_safety_head(student, data, lambda done: stage.update(done, "prompts read"))
         score = fitted.cross_validation
@@ -196,7 +198,7 @@ def read_prompts(
 def fitting_seconds(student: Student, data: SafetyData) -> float:
     """How long ``fit_safety_head`` will take, by reading a few prompts."""
     shape = SafetyShape((student.config.num_hidden_layers // 2,), mean=True, buckets=BUCKETS)
-    parts = [_affordable(student, part) for part in (data.train, data.validation)]
+    parts = [data.train, data.validation]
     count = max(1, min(TIMED, int(TIMED_FLOPS / _reading_flops(student, parts[0]))))
     few = parts[0].some(range(0, len(parts[0]), -(-len(parts[0]) // count)))  # short and long ones
     for _ in range(2):  # the first time more has to be set up
@@ -220,9 +222,14 @@ def expected_fitting(
     return seconds
 
 
-def _affordable(student: Student, prompts: PromptSet) -> PromptSet:
-    """As many of the prompts as a student reads in reasonable time, drawn from all of them."""
-    count = int(READ_FLOPS / _reading_flops(student, prompts))
+def affordable(student: Student, data: SafetyData, most: int | None) -> SafetyData:
+    """As many of each part's prompts as a student reads in reasonable time, at most ``most``."""
+    train, validation = (_drawn(student, part, most) for part in (data.train, data.validation))
+    return replace(data, train=train, validation=validation)
+
+
+def _drawn(student: Student, prompts: PromptSet, most: int | None) -> PromptSet:
+    count = int(READ_FLOPS / _reading_flops(student, prompts)) if most is None else most
     if count >= len(prompts):
         return prompts
     chosen = np.random.default_rng([prompts.seed, DRAWN]).permutation(len(prompts))[:count]

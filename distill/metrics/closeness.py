@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 WHOLE_VOCABULARY = "whole vocabulary"
+TEACHER, STORED_TARGETS = "teacher", "stored soft targets"  # what a student is compared with
 LEAST_POINTS = 6  # of a curve with three parameters, below which nothing is said
 TELLING_POINTS = 10  # below which nothing is said of what cannot be reached (docs/verdict.md)
 FARTHEST = 10.0  # times the tokens trained on: what lies beyond is not a number to rely on

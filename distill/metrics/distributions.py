@@ -25,7 +25,9 @@ from torch import Tensor
 
 from distill.metrics.calibration import expected_calibration_error
 from distill.metrics.intervals import Figure
+from teachers.base import Tokens, budget_slices
 
+LOGITS_BYTES = 128 << 20  # one model's logits held at a time
 COMPARED = ("kl", "reverse_kl", "top1", "top5", "acceptance")
 CHUNK_LOGITS = 1 << 20  # of one model at a time in float64: 8 MB
 TOP = 5
@@ -166,3 +168,14 @@ def mean_figures(sums: Floats, counts: Sequence[int]) -> list[Figure]:
     if edges is None:
         return [Figure(mean) for mean in means]
     return [Figure(*row) for row in zip(means, *edges.tolist(), strict=True)]
+
+
+def next_tokens(sequences: Sequence[Tokens]) -> Tensor:
+    """The actual next token of every position, ``[N]``."""
+    return torch.from_numpy(np.concatenate([tokens[1:] for tokens in sequences]).astype(np.int64))
+
+
+def groups(sequences: Sequence[Tokens], vocab_size: int) -> Iterator[slice]:
+    """Groups of sequences whose logits fit into ``LOGITS_BYTES`` (at least one each)."""
+    room = LOGITS_BYTES // (4 * vocab_size)
+    return budget_slices([len(tokens) for tokens in sequences], room)

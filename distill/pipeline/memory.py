@@ -12,8 +12,8 @@ import psutil
 
 from distill.base_models.memory_estimate import TrainingMemory
 from distill.config.schema import RunConfig
-from distill.evaluation.scorers import LOGITS_BYTES
 from distill.export.proof import PROOF_BYTES
+from distill.metrics.distributions import LOGITS_BYTES
 from distill.pipeline.disk import exported_bytes
 
 CAPTURE, INITIALIZATION, TRAINING = "capture", "initialization", "training"

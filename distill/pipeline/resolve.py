@@ -13,7 +13,7 @@ from distill.base_models.base_model import Base, open_base
 from distill.base_models.memory_check import judge_base, require_fit
 from distill.base_models.memory_estimate import least_memory, snapshot_bytes
 from distill.base_models.new_student_memory import memory_of_new
-from distill.config.schema import RunConfig, TrainConfig
+from distill.config.schema import RunConfig
 from distill.errors import UserError
 from distill.initialization.shape import describe_parameters, student_shape, student_size
 from distill.initialization.start import resolve_initialization
@@ -40,10 +40,6 @@ class Resolved:
         """The same with the length of sequences that the data has led to."""
         data = self.config.data.model_copy(update={"max_length": longest})
         return replace(self, config=self.config.model_copy(update={"data": data}))
-
-    def with_train(self, train: TrainConfig) -> Resolved:
-        """The same with other settings of training."""
-        return replace(self, config=self.config.model_copy(update={"train": train}))
 
     @property
     def layers(self) -> int:

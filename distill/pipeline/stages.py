@@ -56,7 +56,7 @@ from distill.runtime.device import release_memory, training_device, why_float32
 from distill.runtime.format import human_count
 from distill.runtime.launch import Launch
 from distill.runtime.progress import Console
-from distill.training.data import Plan, TrainingData, split
+from distill.training.data import Plan, TrainingData, split, watched_tokens
 from distill.training.engine import TrainingJob, train
 from distill.training.gradient_check import probe_gradients
 from distill.training.on_policy import OnPolicyBatches
@@ -180,7 +180,9 @@ def prepare(source: Source, work: Workspace) -> Prepared:
         source, config = replace(source, resolved=resolved), resolved.config
         work.folder.write_json(work.folder.config_file, config.model_dump(mode="json"))
         record_settings(work.folder)
-    steps = len(_batches(config, data))
+    plan = _batches(config, data)
+    steps, points = len(plan), config.train.evaluations
+    data = replace(data, watched=watched_tokens(plan.tokens, points))
     if source.safety is not None:
         every, together = config.safety.rhythm(steps)
         prompts = source.safety.train
@@ -288,7 +290,9 @@ def publish_student(trained: Trained, work: Workspace) -> Published:
     source, data = prepared.source, prepared.data
     for_calibration, for_scores = halves(data.split.held_out.tolist())
     calibrate(prepared.student, source.store, for_calibration)
-    fitted = with_safety_head(prepared.student, source.safety, work.console)
+    fitted = with_safety_head(
+        prepared.student, source.safety, source.config.safety.most_read, work.console
+    )
     publication = Publication(
         prepared.student,
         source.config,

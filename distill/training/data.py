@@ -25,6 +25,8 @@ from teachers.store.store import SoftTargetStore
 from teachers.targets.stored_arrays import join
 
 MAX_HELD_OUT = 128
+WATCH_SHARE = 0.03  # of the tokens of a training, that all its validation points may score together
+WATCH_LEAST = 1024  # tokens of a point, below which it says little
 WINDOW = 64  # shards whose sequences are shuffled together
 WINDOWS_KEPT = 4  # in memory: at a border two are looked at, and where a batch is replaced others
 AHEAD = 64  # steps, by which a shard is read back before it is needed
@@ -112,6 +114,11 @@ class Plan(Sequence[list[int]]):
             tokens.append(int(self._lengths[sequences].sum()))
         self._steps, self._tokens = np.cumsum(counts), np.cumsum(tokens)  # before each window
         self._count, self._total = int(self._steps[-1]), int(self._tokens[-1])
+
+    @property
+    def tokens(self) -> int:
+        """All that its steps see."""
+        return self._total
 
     def first(self, steps: int | None) -> Plan:
         """The plan of so many first steps; ``None``: of all."""
@@ -226,7 +233,8 @@ def micro_batches(
 class TrainingData:
     """The store, its split, the seed of the order, and prompts for the safety head: in every
     ``prompts_every``-th optimizer step ``prompts_together`` of them. ``batch_tokens``: of an
-    optimizer step at most, instead of a number of sequences."""
+    optimizer step at most, instead of a number of sequences. ``watched``: tokens of the validation
+    sequences that training scores, about; none: of all."""
 
     store: SoftTargetStore
     split: Split
@@ -235,6 +243,7 @@ class TrainingData:
     prompts_every: int = 1
     prompts_together: int = 0
     batch_tokens: int | None = None
+    watched: float | None = None
 
     def batches(self, epochs: int, batch_size: int) -> Sequence[list[int]]:
         """Sequence indices of every optimizer step, over all epochs."""
@@ -263,10 +272,21 @@ class TrainingData:
     def held_out(
         self, batch_size: int, device: torch.device, pack: bool = False
     ) -> Iterator[Batch]:
-        """The validation sequences in batches."""
+        """The validation sequences in batches, as many of them as are ``watched``."""
         indices = self.split.held_out
+        if self.watched is not None:
+            share = self.watched / int(self.store.lengths()[indices].sum())
+            count = max(1, min(len(indices), int(share * len(indices))))
+            indices = indices[np.linspace(0, len(indices) - 1, count).round().astype(int)]
         for start in range(0, len(indices), batch_size):
             yield load_batch(self.store, indices[start : start + batch_size], pack).to(device)
+
+
+def watched_tokens(trained: float, points: int) -> float:
+    """Validation tokens that each of so many points in a training on ``trained`` tokens scores, at
+    most. One of them costs less than one of a step, which goes back too, unless steps compute in
+    bfloat16."""
+    return max(WATCH_LEAST, WATCH_SHARE * trained / points)
 
 
 class StepLoader(AbstractContextManager["StepLoader"]):

@@ -20,6 +20,7 @@ from distill.losses.objective import Objective
 from distill.training.distributed import TrainingModule
 from distill.training.validation import validation_score
 from students.model.interface import Student
+from students.weights import full_tensor
 
 BETAS = (0.9, 0.95)
 MOMENTUM = 0.95
@@ -122,16 +123,11 @@ class Muon(AdamW):
                 state["momentum"] = torch.zeros_like(weight)
             state["step"] += 1
             momentum = state["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
-            ahead = _whole(weight.grad.lerp(momentum, MOMENTUM))
+            ahead = full_tensor(weight.grad.lerp(momentum, MOMENTUM))
             direction = _like(orthogonalized(ahead, self.dtype), weight)
             size = UPDATE_SIZE * math.sqrt(max(weight.shape))
             weight.mul_(1 - group["lr"] * group["weight_decay"])
             weight.add_(direction, alpha=-group["lr"] * size)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, of which FSDP may have given this process a part."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _like(tensor: Tensor, weight: Tensor) -> Tensor:

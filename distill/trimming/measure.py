@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.errors import ProofFailed, UserError
-from distill.evaluation.scorers import groups, next_tokens
 from distill.losses.divergences import cross_entropy
+from distill.metrics.distributions import groups, next_tokens
 from distill.trimming.text import Piece, tokenized, windows
 from teachers.base import Teacher, Tokens
 from teachers.llama_cpp.library.kernels import LoadOptions

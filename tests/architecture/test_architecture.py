@@ -239,21 +239,32 @@ def test_only_the_workers_modules_touch_llama_cpp() -> None:
     }
 
 
-def test_parent_process_does_not_load_llama_cpp() -> None:
-    """Importing the parent's side must not pull the native library in, however indirectly."""
-    waiting = ["distill.pipeline.run", "distill.pipeline.plan", "distill.commands.app"]
-    waiting += ["teachers.huggingface.teacher", "teachers.ensemble"]
+def test_what_a_process_does_not_load() -> None:
+    """However indirectly: llama.cpp in the parent process, where a damaged file would end it; and
+    what only training needs in the other commands, whose start and memory it would double."""
+    parents = ["distill.pipeline.run", "distill.pipeline.plan", "distill.commands.app"]
+    parents += ["teachers.huggingface.teacher", "teachers.ensemble"]
+    reached = _reached(parents, {"llama_cpp"})
+    assert len(reached) > 100 and "teachers.llama_cpp.worker" in reached
+    without = ["distill.pipeline.capture", "distill.evaluation.compare", "distill.trimming.trim"]
+    without += ["distill.reports.build", "distill.serving.serve", "distill.inference.judge_command"]
+    assert "torch" in _reached(without, {"transformers", "accelerate", "torch.distributed"})
+
+
+def _reached(waiting: list[str], unwanted: set[str]) -> dict[str, str]:
+    """The modules that importing some brings, each with one that imports it."""
     reached: dict[str, str] = dict.fromkeys(waiting, "asked for")
     while waiting:
         name = waiting.pop()
         parts = name.split(".")
         packages = {".".join(parts[:count]) for count in range(1, len(parts))}
         for other in packages | imported(name, at_once=True):
-            assert other.partition(".")[0] != "llama_cpp", (name, reached[name])
-            if other in modules() and other not in reached:
+            heads = {other.partition(".")[0], ".".join(other.split(".")[:2])}
+            assert not heads & unwanted, (name, other, reached[name])
+            if other not in reached:
                 reached[other] = name
-                waiting.append(other)
-    assert len(reached) > 100 and "teachers.llama_cpp.worker" in reached
+                waiting += [other] * (other in modules())
+    return reached
 
 
 def test_data_files_are_installed() -> None:

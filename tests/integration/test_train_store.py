@@ -14,15 +14,10 @@ from safetensors.torch import load_file
 from distill.config.loading import load_config
 from distill.config.schema import RunConfig
 from distill.errors import UserError
-from distill.evaluation.scorers import (
-    STORED_TARGETS,
-    evaluate,
-    evaluate_stored,
-    llama_scorer,
-    student_scorer,
-)
+from distill.evaluation.scorers import evaluate, evaluate_stored, llama_scorer, student_scorer
 from distill.export.export_again import export_run
 from distill.losses import divergences
+from distill.metrics.closeness import STORED_TARGETS
 from distill.pipeline.capture import capture_only
 from distill.pipeline.run import run, train_from_store
 from distill.runs.folder import RunFolder, RunPaths

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distill.training.data import MAX_HELD_OUT
+from distill.training.data import MAX_HELD_OUT, WATCH_SHARE, watched_tokens
 
 MOST_EPOCHS = 5  # text that was seen so often teaches little more
 LEAST_STEPS = 2
@@ -78,13 +78,13 @@ class TooShort(ValueError):
 def stages(costs: Costs, text: Text, samples: int, steps: int) -> dict[str, float]:
     """Expected seconds of each stage."""
     validation = text.validation(samples) * text.length
-    trained = steps * text.together * text.length * costs.training
-    watched = text.scorings * validation * costs.read + text.weighings * costs.weigh
+    tokens = steps * text.together * text.length
+    watched = min(validation, watched_tokens(tokens, text.scorings)) * text.scorings * costs.read
     return {
         "start": costs.start,
         "capture": samples * text.length * costs.capture,
         "head start": costs.head_start,
-        "training": trained + watched,
+        "training": tokens * costs.training + watched + text.weighings * costs.weigh,
         "safety head": costs.safety,
         "export and proof": min(EXPORT_TOKENS, validation) * costs.export + costs.exports,
         "evaluation": validation * costs.evaluation + costs.evaluations,
@@ -134,7 +134,8 @@ def allocate(seconds: float, text: Text, costs: Costs) -> Allocation:
 
 def steps_within(seconds: float, text: Text, costs: Costs, samples: int) -> int:
     """Steps that fit into ``seconds`` that are left for nothing else, up to ``MOST_EPOCHS``."""
-    steps = int(seconds / (text.together * text.length * costs.training))
+    each = costs.training + WATCH_SHARE * costs.read
+    steps = int(seconds / (text.together * text.length * each))
     return max(LEAST_STEPS, min(steps, MOST_EPOCHS * text.steps(samples)))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import psutil
@@ -21,7 +21,7 @@ from distill.errors import UserError
 from distill.evaluation.scorers import other_weights
 from distill.heads.prompts import SafetyPrompt
 from distill.heads.safety_data import SafetyData
-from distill.heads.safety_fitting import fitting_seconds
+from distill.heads.safety_fitting import affordable, fitting_seconds
 from distill.losses.objective import Objective
 from distill.pipeline.budget.allocation import (
     Allocation,
@@ -51,6 +51,7 @@ from students.model.interface import Student
 
 BEFORE = ("start", "capture", "head start")  # stages that are over when the steps are fixed
 AGAIN = ("Load teacher", "Read data", "Vocabulary")  # what the run does once more after the probes
+SAFETY_SHARE = 0.1  # of the time, that the safety head may take
 PROBED_STEPS, PROBED_SHARE = 8.0, 0.025  # seconds that the very student's steps are timed for
 
 
@@ -88,6 +89,7 @@ def recommend(
     if measured.student.step_seconds is None:
         raise UserError("--budget: this machine has not the memory to train that student")
     costs = expected_costs(measured, prompts, start)
+    costs = replace(costs, safety=min(costs.safety, SAFETY_SHARE * seconds))
     try:
         return allocate(seconds, text_of(measured), costs), costs
     except TooShort as error:
@@ -148,12 +150,14 @@ def with_steps(
     console: Console,
 ) -> Resolved:
     """The settings with the number of steps for which there is time left, by what the very student
-    takes on the very text."""
+    takes on the very text, and how many prompts its safety head is fitted to."""
     config, lengths = resolved.config, data.store.lengths()
     batches = data.batches(1, config.train.batch_size)
     text = text_in(config, lengths, -(-len(data.split.train) // len(batches)))
     with console.stage("Fix steps") as stage:
-        costs = _costs_of(student, budget, config, data, safety)
+        costs = _costs_of(student, budget, config, data)
+        if safety is not None:
+            config, costs = with_prompts(config, costs, student, safety, budget)
         rest = stages(costs, text, len(lengths), 0)
         left = budget.seconds - elapsed() - sum(rest[name] for name in rest if name not in BEFORE)
         steps = steps_within(left, text, costs, len(lengths))
@@ -163,16 +167,26 @@ def with_steps(
         parts = ", ".join(f"{name} {human_time(part)}" for name, part in after.items())
         stage.finish(f"{steps:,} steps, {steps / text.steps(len(lengths)):.2f} epochs; {parts}")
     train = config.train.model_copy(update={"steps": steps, "epochs": epochs})
-    return resolved.with_train(train)
+    return replace(resolved, config=config.model_copy(update={"train": train}))
 
 
-def _costs_of(
-    student: Student,
-    budget: Budget,
-    config: RunConfig,
-    data: TrainingData,
-    safety: SafetyData | None,
-) -> Costs:
+def with_prompts(
+    config: RunConfig, costs: Costs, student: Student, safety: SafetyData, budget: Budget
+) -> tuple[RunConfig, Costs]:
+    """The settings with as many prompts for the safety head as there is time for, and the costs
+    with it."""
+    some = affordable(student, safety, config.safety.most_read)
+    seconds, allowed = fitting_seconds(student, some), SAFETY_SHARE * budget.seconds
+    if config.safety.most_read is not None or seconds <= allowed:
+        return config, replace(costs, safety=seconds)
+    parts = len(some.train), len(some.validation)
+    most = max(1, int(allowed / seconds * sum(parts) / len(parts)))
+    of_safety = config.safety.model_copy(update={"most_read": most})
+    seconds *= sum(min(most, part) for part in parts) / sum(parts)
+    return config.model_copy(update={"safety": of_safety}), replace(costs, safety=seconds)
+
+
+def _costs_of(student: Student, budget: Budget, config: RunConfig, data: TrainingData) -> Costs:
     """The expected costs, with those that the student can be asked for measured, as training does
     it."""
     device = student.device
@@ -180,8 +194,7 @@ def _costs_of(
     with data.store.head_on(device, torch.bfloat16 if precision == "bf16" else None):
         most = max(PROBED_STEPS, PROBED_SHARE * budget.seconds)
         training, read = _measured_costs(student, config, data, most)
-    fitting = 0.0 if safety is None else fitting_seconds(student, safety)
-    return with_measured(budget.costs, training, read, fitting)
+    return with_measured(budget.costs, training, read)
 
 
 def _measured_costs(

@@ -98,14 +98,13 @@ def text_in(config: RunConfig, lengths: NDArray[np.int32], together: int) -> Tex
     )
 
 
-def with_measured(costs: Costs, training: float, read: float, safety: float) -> Costs:
+def with_measured(costs: Costs, training: float, read: float) -> Costs:
     """The costs with what has been measured of the very student: see ``Costs``."""
     slower = read / costs.read
     return replace(
         costs,
         training=training * MORE_THAN_STEPS,
         read=read,
-        safety=safety,
         export=costs.export * slower,
         exports=costs.exports * slower,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.capture.data_files import SUFFIXES, suffix_of
-from distill.evaluation.scorers import STORED_TARGETS
+from distill.metrics.closeness import STORED_TARGETS
 from distill.reports.card.facts import CardFacts
 from distill.reports.document import Section, Table
 from distill.reports.render.markdown import last_part, without_folders

@@ -12,9 +12,8 @@ from collections.abc import Iterable
 from pathlib import PureWindowsPath
 from typing import Any
 
-from distill.evaluation.scorers import STORED_TARGETS
 from distill.heads.prompts import BUILT_IN, TEACHER
-from distill.metrics.closeness import kl_name
+from distill.metrics.closeness import STORED_TARGETS, kl_name
 from distill.metrics.intervals import Ratio
 from distill.metrics.safety import FIRST, SafetyScore, first_ratios, ratios
 from distill.metrics.verification import CASCADE_GOAL, VerificationPart, cascade_goal

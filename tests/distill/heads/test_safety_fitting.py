@@ -14,7 +14,7 @@ from distill.heads.gguf_heads import chances_of, heads_in
 from distill.heads.prompt_set import PromptSet
 from distill.heads.prompts import SafetyPrompt
 from distill.heads.safety_data import SafetyData
-from distill.heads.safety_fitting import fit_safety_head, read_prompts
+from distill.heads.safety_fitting import affordable, fit_safety_head, read_prompts
 from students.gguf.metadata import ExportNames
 from students.gguf.writer import write_gguf
 from students.model.heads import Heads
@@ -139,8 +139,11 @@ def test_a_large_student_reads_some_of_the_prompts(monkeypatch: pytest.MonkeyPat
     tokens = sum(map(len, data.validation.tokens)) / len(data.validation)
     monkeypatch.setattr(safety_fitting, "READ_FLOPS", each * tokens * 120.5)
     read: list[int] = []
-    assert fit_safety_head(student, data, read.append).cross_validation.prompts == 120
-    assert max(read) < 300
+    some = affordable(student, data, None)
+    assert fit_safety_head(student, some, read.append).cross_validation.prompts == 120
+    assert max(read) == len(some.train) + 120 < 300
+    fewer = affordable(student, data, 40)
+    assert (len(fewer.train), len(fewer.validation)) == (40, 40)
 
 
 def test_rarity_is_in_the_heads_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from distill.errors import UserError
-from distill.evaluation import scorers
 from distill.evaluation.cost import Cost, measure_cost
 from distill.evaluation.fidelity import score_text
 from distill.evaluation.greedy import greedy_prompts
@@ -203,7 +202,7 @@ def test_a_text_in_groups_is_the_text_in_one_piece(monkeypatch: pytest.MonkeyPat
     models = {name: scorer(seed) for seed, name in enumerate(("t", "a", "b"))}
     done: list[int] = []
     whole = score_text("t", models, SEQUENCES, 23)
-    monkeypatch.setattr(scorers, "LOGITS_BYTES", 4 * 23 * 20)
+    monkeypatch.setattr(distributions, "LOGITS_BYTES", 4 * 23 * 20)
     parts = score_text("t", models, SEQUENCES, 23, done.append)
     assert (
         done[-1] == 3 * sum(len(tokens) - 1 for tokens in SEQUENCES)

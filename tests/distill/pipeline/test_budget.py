@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 from torch.optim import AdamW
 
@@ -13,7 +14,9 @@ import distill.pipeline.run
 from distill.config.loading import load_config
 from distill.config.units import parse_duration
 from distill.errors import UserError
-from distill.heads.prompts import built_in_prompts, split_by_scenario
+from distill.heads.prompt_set import PromptSet
+from distill.heads.prompts import SafetyPrompt, built_in_prompts, split_by_scenario
+from distill.heads.safety_data import SafetyData
 from distill.heads.safety_fitting import FITTED_PROMPT, READ_FLOPS, expected_fitting
 from distill.pipeline.budget.allocation import (
     LEAST_STEPS,
@@ -24,7 +27,7 @@ from distill.pipeline.budget.allocation import (
     allocate,
     stages,
 )
-from distill.pipeline.budget.budget import Budget
+from distill.pipeline.budget.budget import SAFETY_SHARE, Budget, with_prompts
 from distill.pipeline.preflight import check_run
 from distill.pipeline.probes import step_seconds
 from distill.pipeline.run import run
@@ -33,6 +36,7 @@ from distill.runs.folder import RunFolder, RunPaths
 from distill.runtime.progress import Console
 from distill.training.data import load_batch
 from tests.support.runs import interrupted, small_config
+from tests.support.students import make_student
 from tests.support.training import fresh_student, make_data
 
 COSTS = Costs(
@@ -159,6 +163,31 @@ def test_steps_are_timed_as_training_makes_them(
     tokens = int(batch.lengths.sum())
     assert asked == [(16, float(tokens), False)] and student.training
     assert each == pytest.approx(0.1 / tokens)
+
+
+def test_the_safety_head_takes_a_share_of_the_time(tmp_path: Path) -> None:
+    """As many prompts of each part as fit into it, unless a number is given."""
+    one = SafetyPrompt("0", "a scene", "a prompt", (1.0, 0.0, 0.0))
+    parts = [PromptSet([one] * count, [np.ones(9, np.int32)] * count, 0) for count in (300, 100, 9)]
+    student, data = make_student(16, 2, 1024, heads=True), SafetyData("ours", "0", *parts)
+    settings = small_config(tmp_path)
+    given = settings.model_copy(
+        update={"safety": settings.safety.model_copy(update={"most_read": 50})}
+    )
+
+    def seconds(student: object, some: SafetyData) -> float:
+        return 0.1 * (len(some.train) + len(some.validation))
+
+    with patch("distill.pipeline.budget.budget.fitting_seconds", seconds):
+        for config, allowed, most, taken in (
+            (settings, 40.0, None, 40.0),
+            (settings, 10.0, 50, 10.0),
+            (settings, 32.0, 160, 26.0),  # one part has fewer
+            (given, 1.0, 50, 10.0),
+        ):
+            budget = Budget(allowed / SAFETY_SHARE, COSTS)
+            found, costs = with_prompts(config, COSTS, student, data, budget)
+            assert (found.safety.most_read, costs.safety) == (most, pytest.approx(taken)), allowed
 
 
 def test_the_safety_head_is_expected_by_its_prompts() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,17 @@ import torch
 from numpy.typing import NDArray
 
 from distill.errors import UserError
-from distill.training.data import MAX_HELD_OUT, load_batch, micro_batches, shuffled, split
+from distill.training.data import (
+    MAX_HELD_OUT,
+    WATCH_LEAST,
+    WATCH_SHARE,
+    TrainingData,
+    load_batch,
+    micro_batches,
+    shuffled,
+    split,
+    watched_tokens,
+)
 from teachers.store.store import SoftTargetStore
 from teachers.targets.distributions import CompactTargets, DenseTargets, HiddenTargets
 from teachers.targets.recipe import Recipe
@@ -75,6 +86,26 @@ def test_split_depends_on_the_seed_alone(tmp_path: Path) -> None:
     assert sorted([*first.train, *first.held_out]) == list(range(40))
     parts = split(make_store(tmp_path / "many", varied(300), per_shard=300), 0.9, 0)
     assert len(parts.held_out) == MAX_HELD_OUT == 128 and len(parts.train) == 172
+
+
+def test_validation_points_are_a_small_part_of_training(tmp_path: Path) -> None:
+    """All points together score a share of the tokens trained on, each the same sequences from all
+    over the validation part; a short training those of a readable point, and no limit means all."""
+    store = make_store(tmp_path, varied(60))
+    data = TrainingData(store, split(store, 0.4, 0), 0)
+    every = [tuple(store.tokens(index).tolist()) for index in data.split.held_out]
+    for watched, count in ((None, 24), (1e9, 24), (0.5, 1), (sum(map(len, every)) / 3, 8)):
+        limited = replace(data, watched=watched)
+        found = [
+            tuple(row[:length].tolist())
+            for batch in limited.held_out(5, torch.device("cpu"))
+            for row, length in zip(batch.tokens, batch.lengths, strict=True)
+        ]
+        assert len(found) == count and set(found) <= set(every), watched
+        assert count < 2 or (found[0], found[-1]) == (every[0], every[-1]), watched
+    for trained, points in ((1e6, 12), (1e8, 100)):
+        assert points * watched_tokens(trained, points) == pytest.approx(WATCH_SHARE * trained)
+    assert watched_tokens(1000.0, 12) == WATCH_LEAST
 
 
 def test_training_always_keeps_a_sequence(tmp_path: Path) -> None:
