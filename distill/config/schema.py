@@ -96,7 +96,7 @@ class SafetyConfig(Section):
     ``prompts``: JSONL file for the teacher to judge (none: the built-in ones). ``passes``: prompts
     in training altogether, at most ``together`` in a step; if they need not be in every step, they
     come in every n-th. ``most_read``: prompts of each part that the trained student reads for its
-    head (none: what 10¹³ operations are enough for; with --budget, a tenth of its time).
+    head (none: what 2·10¹² operations are enough for; with --budget, a tenth of its time).
     """
 
     labels: str = "builtin"

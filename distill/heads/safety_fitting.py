@@ -15,7 +15,7 @@ import hashlib
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ RUNS_DECAY, STATES_DECAY = 0.02, 30.0
 ITERATIONS, MORE_ITERATIONS = 60, 45
 FOLDS = 5
 COMMON = 8.0  # the unit of a run's rarity, which RUNS_DECAY is made for
-READ_FLOPS = 1e13  # that reading the prompts of a part may cost
+READ_FLOPS = 2e12  # that reading prompts of a part may cost: more help little beside token runs
 DRAWN = 11  # stream of random numbers
 MIN_CALIBRATED = 64  # fewer prompts would make a calibration worse
 BATCH_TOKENS = 4096  # read at once, padding included
@@ -61,11 +61,24 @@ class SafetyFit:
 
 
 @dataclass(frozen=True)
+class Read:
+    """The prompts of two parts that the student reads, by number, ascending."""
+
+    train: list[int]
+    validation: list[int]
+
+    def __len__(self) -> int:
+        return len(self.train) + len(self.validation)
+
+
+@dataclass(frozen=True)
 class _Examples:
-    """Prompts as a head sees them: standardized ``states [N, F]``, ``runs [N, B]`` (sparse),
-    ``labels [N, 3]``, and what each counts, ``weights [N]``."""
+    """Prompts as a head sees them: standardized ``states [R, F]`` of those that are read, which are
+    the ``read [R]`` among all, ``runs [N, B]`` (sparse), ``labels [N, 3]``, and what each counts,
+    ``weights [N]``."""
 
     states: Tensor
+    read: Tensor
     runs: Tensor
     labels: Tensor
     weights: Tensor
@@ -73,7 +86,8 @@ class _Examples:
     def logits(self, head: _Linear) -> Tensor:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that sparse rows are a beta feature
-            return head.bias + self.states @ head.states + self.runs @ head.runs
+            by_runs = head.bias + self.runs @ head.runs
+        return by_runs.index_add(0, self.read, self.states @ head.states)
 
 
 @dataclass(frozen=True)
@@ -86,19 +100,34 @@ class _Linear:
 
 
 def fit_safety_head(
-    student: Student, data: SafetyData, progress: Progress = lambda done: None
+    student: Student,
+    data: SafetyData,
+    progress: Progress = lambda done: None,
+    read: Read | None = None,
 ) -> SafetyFit:
     """Fit a safety head to the student as it is; ``progress`` counts prompts read.
+
+    ``read``: the prompts that the student reads. Of the others token runs alone are known, which
+    all are fitted to; their states stand at the mean. The probabilities and the cross-validation
+    are those of prompts that are read.
 
     It is left out if on prompts of authors (or scenes) it had not seen its decisions cost no less
     than escalating everything.
     """
     shape = SafetyShape((student.config.num_hidden_layers // 2,), mean=True, buckets=BUCKETS)
     train, validation = data.train, data.validation
-    states = read_prompts(student, shape, train, progress)
-    more = read_prompts(student, shape, validation, lambda done: progress(len(train) + done))
-    mean, scale = states.mean(dim=0), states.std(dim=0).clamp_min(1e-6) * states.shape[1] ** 0.5
-    every = (torch.cat((states, more)) - mean) / scale
+    read = read or affordable(student, data)
+    first = read_prompts(student, shape, train.some(read.train), progress)
+    more = read_prompts(
+        student,
+        shape,
+        validation.some(read.validation),
+        lambda done: progress(len(read.train) + done),
+    )
+    mean, scale = first.mean(dim=0), first.std(dim=0).clamp_min(1e-6) * first.shape[1] ** 0.5
+    states = (torch.cat((first, more)) - mean) / scale
+    numbers = [*read.train, *(len(train) + place for place in read.validation)]
+    row_of = dict(zip(numbers, range(len(numbers)), strict=True))
     rows = [token_runs(tokens, BUCKETS) for tokens in (*train.tokens, *validation.tokens)]
     labels = torch.from_numpy(np.concatenate((train.labels, validation.labels)))
     weights = torch.tensor([one.weight for one in (*train.prompts, *validation.prompts)])
@@ -106,19 +135,22 @@ def fit_safety_head(
 
     def examples(chosen: Sequence[int]) -> _Examples:
         runs = _sparse([rows[i] for i in chosen], rarity)
-        return _Examples(every[list(chosen)], runs, labels[chosen], weights[chosen])
+        seen = [place for place, number in enumerate(chosen) if number in row_of]
+        own = states[[row_of[chosen[place]] for place in seen]]
+        return _Examples(own, torch.tensor(seen), runs, labels[chosen], weights[chosen])
 
     known = list(range(len(train)))
     start = _fit(examples(known))
     logits = torch.zeros(len(validation), len(DECISIONS))
     folds = _folds(_left_out_together(validation.prompts))
     for fold in range(FOLDS):
-        out = [place for place, own in enumerate(folds) if own == fold]
+        out = [place for place in read.validation if folds[place] == fold]
         if out:
             others = [len(train) + place for place, own in enumerate(folds) if own != fold]
             left = examples([len(train) + place for place in out])
             logits[out] = left.logits(_fit(examples(known + others), start))
-    truth = torch.from_numpy(validation.labels).argmax(dim=-1)
+    logits = logits[read.validation]
+    truth = torch.from_numpy(validation.labels[read.validation]).argmax(dim=-1)
     temperature = fit_temperature(logits, truth) if len(truth) >= MIN_CALIBRATED else 1.0
     chances = (logits / temperature).softmax(dim=-1)
     score = score_decisions(chances, truth, decide(chances))
@@ -143,9 +175,13 @@ def with_safety_head(
     see ``affordable``."""
     if data is None:
         return None
-    data = affordable(student, data, most)
-    with console.stage("Fit safety", total=len(data.train) + len(data.validation)) as stage:
-        fitted = fit_safety_head(student, data, lambda done: stage.update(done, "prompts read"))
+    read = affordable(student, data, most)
+    with console.stage("Fit safety", total=len(read)) as stage:
+
+        def told(done: int) -> None:
+            stage.update(done, "prompts read")
+
+        fitted = fit_safety_head(student, data, told, read)
         score = fitted.cross_validation
         stage.finish(
             f"{score.accuracy:.1%} of {score.prompts:,} prompts decided rightly, whose author or "
@@ -195,45 +231,54 @@ def read_prompts(
     return torch.stack([features[index] for index in range(len(prompts))])
 
 
-def fitting_seconds(student: Student, data: SafetyData) -> float:
-    """How long ``fit_safety_head`` will take, by reading a few prompts."""
+@dataclass(frozen=True)
+class FittingTime:
+    """Seconds that ``fit_safety_head`` takes: ``each`` prompt to read, and ``rest``."""
+
+    each: float
+    rest: float
+
+
+def fitting_time(student: Student, data: SafetyData) -> FittingTime:
+    """What the fit will take, by reading a few prompts."""
     shape = SafetyShape((student.config.num_hidden_layers // 2,), mean=True, buckets=BUCKETS)
-    parts = [data.train, data.validation]
-    count = max(1, min(TIMED, int(TIMED_FLOPS / _reading_flops(student, parts[0]))))
-    few = parts[0].some(range(0, len(parts[0]), -(-len(parts[0]) // count)))  # short and long ones
+    prompts = data.train
+    count = max(1, min(TIMED, int(TIMED_FLOPS / _reading_flops(student, prompts))))
+    few = prompts.some(range(0, len(prompts), -(-len(prompts) // count)))  # short and long ones
     for _ in range(2):  # the first time more has to be set up
         start = time.perf_counter()
         read_prompts(student, shape, few, lambda done: None)
         each = (time.perf_counter() - start) / sum(map(len, few.tokens))
+    parts = data.train, data.validation
+    count = sum(map(len, parts))
     tokens = sum(len(tokens) for part in parts for tokens in part.tokens)
-    return each * tokens + FITTED_PROMPT * sum(map(len, parts))
+    return FittingTime(each * tokens / count, FITTED_PROMPT * count)
 
 
 def expected_fitting(
     prompts: Sequence[SafetyPrompt], length: float, layers: float, reading: float
 ) -> float:
-    """The same before there is a student: of prompts of ``length`` tokens, a student with
+    """Seconds of the fit before there is a student: of prompts of ``length`` tokens, a student with
     ``layers`` parameters in its layers, and ``reading`` seconds of a token."""
     parts, seconds = split_by_scenario(prompts), 0.0
     for part in (parts["train"], parts["validation"]):
         tokens = length * len(part)
         share = min(1.0, READ_FLOPS / max(1.0, 2.0 * layers * tokens))
-        seconds += share * (tokens * reading + FITTED_PROMPT * len(part))
+        seconds += share * tokens * reading + FITTED_PROMPT * len(part)
     return seconds
 
 
-def affordable(student: Student, data: SafetyData, most: int | None) -> SafetyData:
-    """As many of each part's prompts as a student reads in reasonable time, at most ``most``."""
-    train, validation = (_drawn(student, part, most) for part in (data.train, data.validation))
-    return replace(data, train=train, validation=validation)
+def affordable(student: Student, data: SafetyData, most: int | None = None) -> Read:
+    """As many of each part's prompts as a student reads in reasonable time, or ``most``."""
+    return Read(*(_drawn(student, part, most) for part in (data.train, data.validation)))
 
 
-def _drawn(student: Student, prompts: PromptSet, most: int | None) -> PromptSet:
-    count = int(READ_FLOPS / _reading_flops(student, prompts)) if most is None else most
-    if count >= len(prompts):
-        return prompts
-    chosen = np.random.default_rng([prompts.seed, DRAWN]).permutation(len(prompts))[:count]
-    return prompts.some(sorted(chosen.tolist()))
+def _drawn(student: Student, prompts: PromptSet, most: int | None) -> list[int]:
+    enough = max(MIN_CALIBRATED, int(READ_FLOPS / _reading_flops(student, prompts)))
+    count = enough if most is None else most
+    order = np.random.default_rng([prompts.seed, DRAWN]).permutation(len(prompts))
+    drawn: list[int] = sorted(order[:count].tolist())
+    return drawn
 
 
 def _reading_flops(student: Student, prompts: PromptSet) -> float:
@@ -308,8 +353,8 @@ def _fit(examples: _Examples, start: _Linear | None = None) -> _Linear:
 
         def loss() -> Tensor:
             optimizer.zero_grad()
-            logits = bias + examples.states @ states
-            logits = logits + _SparseProduct.apply(examples.runs, transposed, runs)
+            logits = bias + _SparseProduct.apply(examples.runs, transposed, runs)
+            logits = logits.index_add(0, examples.read, examples.states @ states)
             pull = STATES_DECAY * states.square().sum() + RUNS_DECAY * runs.square().sum()
             losses = F.cross_entropy(logits, examples.labels, reduction="none")
             value = (examples.weights @ losses + pull) / count

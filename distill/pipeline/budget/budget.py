@@ -21,7 +21,7 @@ from distill.errors import UserError
 from distill.evaluation.scorers import other_weights
 from distill.heads.prompts import SafetyPrompt
 from distill.heads.safety_data import SafetyData
-from distill.heads.safety_fitting import affordable, fitting_seconds
+from distill.heads.safety_fitting import FITTED_PROMPT, affordable, fitting_time
 from distill.losses.objective import Objective
 from distill.pipeline.budget.allocation import (
     Allocation,
@@ -52,6 +52,7 @@ from students.model.interface import Student
 BEFORE = ("start", "capture", "head start")  # stages that are over when the steps are fixed
 AGAIN = ("Load teacher", "Read data", "Vocabulary")  # what the run does once more after the probes
 SAFETY_SHARE = 0.1  # of the time, that the safety head may take
+LEAST_READ = 128  # prompts of each part, without which its probabilities mean nothing
 PROBED_STEPS, PROBED_SHARE = 8.0, 0.025  # seconds that the very student's steps are timed for
 
 
@@ -89,7 +90,8 @@ def recommend(
     if measured.student.step_seconds is None:
         raise UserError("--budget: this machine has not the memory to train that student")
     costs = expected_costs(measured, prompts, start)
-    costs = replace(costs, safety=min(costs.safety, SAFETY_SHARE * seconds))
+    most = max(SAFETY_SHARE * seconds, FITTED_PROMPT * len(prompts or ()))
+    costs = replace(costs, safety=min(costs.safety, most))
     try:
         return allocate(seconds, text_of(measured), costs), costs
     except TooShort as error:
@@ -175,15 +177,15 @@ def with_prompts(
 ) -> tuple[RunConfig, Costs]:
     """The settings with as many prompts for the safety head as there is time for, and the costs
     with it."""
-    some = affordable(student, safety, config.safety.most_read)
-    seconds, allowed = fitting_seconds(student, some), SAFETY_SHARE * budget.seconds
-    if config.safety.most_read is not None or seconds <= allowed:
-        return config, replace(costs, safety=seconds)
-    parts = len(some.train), len(some.validation)
-    most = max(1, int(allowed / seconds * sum(parts) / len(parts)))
-    of_safety = config.safety.model_copy(update={"most_read": most})
-    seconds *= sum(min(most, part) for part in parts) / sum(parts)
-    return config.model_copy(update={"safety": of_safety}), replace(costs, safety=seconds)
+    time, of_safety = fitting_time(student, safety), config.safety
+    read = affordable(student, safety, of_safety.most_read)
+    allowed = SAFETY_SHARE * budget.seconds - time.rest
+    if of_safety.most_read is None and len(read) * time.each > allowed:
+        most = max(LEAST_READ, int(allowed / time.each / 2))
+        of_safety = of_safety.model_copy(update={"most_read": most})
+        read = affordable(student, safety, most)
+    costs = replace(costs, safety=len(read) * time.each + time.rest)
+    return config.model_copy(update={"safety": of_safety}), costs
 
 
 def _costs_of(student: Student, budget: Budget, config: RunConfig, data: TrainingData) -> Costs:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from distill.config.schema import RunConfig
 from distill.export.export import takes_importance
 from distill.export.importance import calibration_tokens
-from distill.heads.prompts import SafetyPrompt
+from distill.heads.prompts import SafetyPrompt, split_by_scenario
 from distill.heads.safety_fitting import expected_fitting
 from distill.pipeline.budget.allocation import Costs, Text
 from distill.pipeline.budget.measure import Measured
@@ -47,11 +47,11 @@ def expected_costs(
     layers = max(0.1, 1.0 - vocabulary * width / exported)  # share of the parameters
     weighed = takes_importance(measured.resolved.config.export.quant)
     important = calibration_tokens(int(exported)) if weighed else 0
-    safety = 0.0
+    safety = tested = 0.0
     if prompts:
-        safety = expected_fitting(
-            prompts, measured.prompt_length, layers * exported, student.reading_seconds
-        )
+        reading = student.reading_seconds
+        safety = expected_fitting(prompts, measured.prompt_length, layers * exported, reading)
+        tested = len(split_by_scenario(prompts)["test"]) * measured.prompt_length * reading
     return Costs(
         start=start,
         capture=capture,
@@ -63,7 +63,7 @@ def expected_costs(
         export=read + PROVED_FILES * (EXACT_DECODE * decode + vocabulary * COMPARED_EXACTLY),
         exports=important * read * layers + OPENED,
         evaluation=capture + 2 * read + decode + 3 * vocabulary * COMPARED,
-        evaluations=OPENED,
+        evaluations=OPENED + tested,
     )
 
 

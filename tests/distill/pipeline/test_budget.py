@@ -17,7 +17,7 @@ from distill.errors import UserError
 from distill.heads.prompt_set import PromptSet
 from distill.heads.prompts import SafetyPrompt, built_in_prompts, split_by_scenario
 from distill.heads.safety_data import SafetyData
-from distill.heads.safety_fitting import FITTED_PROMPT, READ_FLOPS, expected_fitting
+from distill.heads.safety_fitting import FITTED_PROMPT, READ_FLOPS, FittingTime, expected_fitting
 from distill.pipeline.budget.allocation import (
     LEAST_STEPS,
     MOST_EPOCHS,
@@ -27,7 +27,7 @@ from distill.pipeline.budget.allocation import (
     allocate,
     stages,
 )
-from distill.pipeline.budget.budget import SAFETY_SHARE, Budget, with_prompts
+from distill.pipeline.budget.budget import LEAST_READ, SAFETY_SHARE, Budget, with_prompts
 from distill.pipeline.preflight import check_run
 from distill.pipeline.probes import step_seconds
 from distill.pipeline.run import run
@@ -175,15 +175,13 @@ def test_the_safety_head_takes_a_share_of_the_time(tmp_path: Path) -> None:
         update={"safety": settings.safety.model_copy(update={"most_read": 50})}
     )
 
-    def seconds(student: object, some: SafetyData) -> float:
-        return 0.1 * (len(some.train) + len(some.validation))
-
-    with patch("distill.pipeline.budget.budget.fitting_seconds", seconds):
+    pretended = FittingTime(each=0.1, rest=5.0)
+    with patch("distill.pipeline.budget.budget.fitting_time", lambda *_: pretended):
         for config, allowed, most, taken in (
-            (settings, 40.0, None, 40.0),
-            (settings, 10.0, 50, 10.0),
-            (settings, 32.0, 160, 26.0),  # one part has fewer
-            (given, 1.0, 50, 10.0),
+            (settings, 45.0, None, 45.0),
+            (settings, 37.0, 160, 31.0),  # one part has fewer
+            (settings, 6.0, LEAST_READ, 5.0 + 22.8),
+            (given, 1.0, 50, 15.0),
         ):
             budget = Budget(allowed / SAFETY_SHARE, COSTS)
             found, costs = with_prompts(config, COSTS, student, data, budget)
@@ -199,5 +197,5 @@ def test_the_safety_head_is_expected_by_its_prompts() -> None:
         wanted = count * (length * reading + FITTED_PROMPT)
         assert expected_fitting(prompts, length, 1.0, reading) == pytest.approx(wanted)
     layers = READ_FLOPS / (2 * 50 * len(parts["train"])) * 4  # a quarter of that part is read
-    fewer = (len(parts["train"]) / 4 * 2) * (50 * 1e-5 + FITTED_PROMPT)
+    fewer = (len(parts["train"]) / 4 * 2) * 50 * 1e-5 + count * FITTED_PROMPT
     assert expected_fitting(prompts, 50.0, layers, 1e-5) == pytest.approx(fewer)
