@@ -103,7 +103,7 @@ class SafetyConfig(Section):
     prompts: str | None = None
     passes: Count = 1024
     together: Count = 16
-    most_read: Count | None = None
+    most_read: Annotated[int, Field(ge=64)] | None = None
 
     def rhythm(self, steps: int) -> tuple[int, int]:
         """Prompts come in every n-th of ``steps`` steps, and how many then: (n, count)."""
@@ -144,8 +144,8 @@ class TrainConfig(Section):
     wsd (constant until the last ``decay`` of the steps, then a cosine down); ``warmup``: share of
     the steps; ``min_lr``: share of the peak it ends at; ``max_grad_norm``; ``weight_decay``: of
     matrices only; ``precision``: ``bf16`` autocast, ``fp32``, or ``auto``; ``evaluations``: how
-    often validation KL is measured, first and last step included; ``patience``: stop after so many
-    of them without a better one (none: never).
+    often validation KL is measured, first and last step included, on a part of the validation
+    text; ``patience``: stop after so many of them without a better one (none: never).
 
     ``gradient_checkpointing``: compute layers again in the backward pass instead of keeping what
     they computed (none: only for a student made of a base); ``compile``: torch.compile.

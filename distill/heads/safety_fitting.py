@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.heads.prompt_set import PromptSet
-from distill.heads.prompts import SafetyPrompt, split_by_scenario
+from distill.heads.prompts import SafetyPrompt
 from distill.heads.safety_data import SafetyData
 from distill.losses.batch import padded
 from distill.metrics.safety import SafetyScore, fit_temperature, score_decisions
@@ -40,6 +40,7 @@ RUNS_DECAY, STATES_DECAY = 0.02, 30.0
 ITERATIONS, MORE_ITERATIONS = 60, 45
 FOLDS = 5
 COMMON = 8.0  # the unit of a run's rarity, which RUNS_DECAY is made for
+LEAST_READ = 256  # prompts of a part, without which the cross-validation says little
 READ_FLOPS = 2e12  # that reading prompts of a part may cost: more help little beside token runs
 DRAWN = 11  # stream of random numbers
 MIN_CALIBRATED = 64  # fewer prompts would make a calibration worse
@@ -108,8 +109,8 @@ def fit_safety_head(
     """Fit a safety head to the student as it is; ``progress`` counts prompts read.
 
     ``read``: the prompts that the student reads. Of the others token runs alone are known, which
-    all are fitted to; their states stand at the mean. The probabilities and the cross-validation
-    are those of prompts that are read.
+    all are fitted to; their states stand at the mean of all that are read. The probabilities and
+    the cross-validation are those of prompts that are read.
 
     It is left out if on prompts of authors (or scenes) it had not seen its decisions cost no less
     than escalating everything.
@@ -124,20 +125,24 @@ def fit_safety_head(
         validation.some(read.validation),
         lambda done: progress(len(read.train) + done),
     )
-    mean, scale = first.mean(dim=0), first.std(dim=0).clamp_min(1e-6) * first.shape[1] ** 0.5
-    states = (torch.cat((first, more)) - mean) / scale
+    states = torch.cat((first, more))
     numbers = [*read.train, *(len(train) + place for place in read.validation)]
     row_of = dict(zip(numbers, range(len(numbers)), strict=True))
     rows = [token_runs(tokens, BUCKETS) for tokens in (*train.tokens, *validation.tokens)]
     labels = torch.from_numpy(np.concatenate((train.labels, validation.labels)))
     weights = torch.tensor([one.weight for one in (*train.prompts, *validation.prompts)])
+    mean, spread = _moments(states, weights[numbers])
+    scale = spread.clamp_min(1e-6) * states.shape[1] ** 0.5
+    states = (states - mean) / scale
     rarity = _rarity(rows)
 
     def examples(chosen: Sequence[int]) -> _Examples:
         runs = _sparse([rows[i] for i in chosen], rarity)
         seen = [place for place, number in enumerate(chosen) if number in row_of]
         own = states[[row_of[chosen[place]] for place in seen]]
-        return _Examples(own, torch.tensor(seen), runs, labels[chosen], weights[chosen])
+        return _Examples(
+            own, torch.tensor(seen, dtype=torch.int64), runs, labels[chosen], weights[chosen]
+        )
 
     known = list(range(len(train)))
     start = _fit(examples(known))
@@ -243,7 +248,7 @@ def fitting_time(student: Student, data: SafetyData) -> FittingTime:
     """What the fit will take, by reading a few prompts."""
     shape = SafetyShape((student.config.num_hidden_layers // 2,), mean=True, buckets=BUCKETS)
     prompts = data.train
-    count = max(1, min(TIMED, int(TIMED_FLOPS / _reading_flops(student, prompts))))
+    count = max(1, min(TIMED, int(TIMED_FLOPS / reading_flops(student, data))))
     few = prompts.some(range(0, len(prompts), -(-len(prompts) // count)))  # short and long ones
     for _ in range(2):  # the first time more has to be set up
         start = time.perf_counter()
@@ -255,36 +260,49 @@ def fitting_time(student: Student, data: SafetyData) -> FittingTime:
     return FittingTime(each * tokens / count, FITTED_PROMPT * count)
 
 
-def expected_fitting(
-    prompts: Sequence[SafetyPrompt], length: float, layers: float, reading: float
-) -> float:
-    """Seconds of the fit before there is a student: of prompts of ``length`` tokens, a student with
-    ``layers`` parameters in its layers, and ``reading`` seconds of a token."""
-    parts, seconds = split_by_scenario(prompts), 0.0
-    for part in (parts["train"], parts["validation"]):
-        tokens = length * len(part)
-        share = min(1.0, READ_FLOPS / max(1.0, 2.0 * layers * tokens))
-        seconds += share * tokens * reading + FITTED_PROMPT * len(part)
-    return seconds
+def expected_fitting_time(counts: Sequence[int], length: float, reading: float) -> FittingTime:
+    """The same before there is a student: of parts with so many prompts of ``length`` tokens, and
+    ``reading`` seconds of a token."""
+    return FittingTime(length * reading, FITTED_PROMPT * sum(counts))
+
+
+def prompts_within(
+    seconds: float, time: FittingTime, counts: Sequence[int], flops: float
+) -> int | None:
+    """How many prompts of each part a student may read for the fit to take ``seconds``, of which
+    reading gets half at least; ``None``: as many as it reads without a limit (``flops``: of one).
+    """
+    allowed = max(seconds - time.rest, seconds / 2)
+    if time.each * sum(readable(counts, flops, None)) <= allowed:
+        return None
+    return max(LEAST_READ, int(allowed / time.each / len(counts)))
+
+
+def readable(counts: Sequence[int], flops: float, most: int | None) -> list[int]:
+    """How many prompts of each part are read: ``most`` of so many, or what does not take too long;
+    ``flops``: of one."""
+    enough = max(LEAST_READ, int(READ_FLOPS / flops)) if most is None else most
+    return [min(count, enough) for count in counts]
 
 
 def affordable(student: Student, data: SafetyData, most: int | None = None) -> Read:
-    """As many of each part's prompts as a student reads in reasonable time, or ``most``."""
-    return Read(*(_drawn(student, part, most) for part in (data.train, data.validation)))
+    """The prompts to read, drawn from all; ``most``: of each part."""
+    parts = (data.train, data.validation)
+    counts = readable([len(part) for part in parts], reading_flops(student, data), most)
+    return Read(*(_drawn(*both) for both in zip(parts, counts, strict=True)))
 
 
-def _drawn(student: Student, prompts: PromptSet, most: int | None) -> list[int]:
-    enough = max(MIN_CALIBRATED, int(READ_FLOPS / _reading_flops(student, prompts)))
-    count = enough if most is None else most
+def _drawn(prompts: PromptSet, count: int) -> list[int]:
     order = np.random.default_rng([prompts.seed, DRAWN]).permutation(len(prompts))
     drawn: list[int] = sorted(order[:count].tolist())
     return drawn
 
 
-def _reading_flops(student: Student, prompts: PromptSet) -> float:
-    """Operations of the layers on one of the prompts, on average."""
+def reading_flops(student: Student, data: SafetyData) -> float:
+    """Operations of the layers on a prompt, on average."""
     each = 2.0 * sum(parameter.numel() for parameter in student.layers().parameters())
-    return each * max(1.0, sum(map(len, prompts.tokens)) / len(prompts))
+    rows = [*data.train.tokens, *data.validation.tokens]
+    return each * sum(map(len, rows)) / len(rows)
 
 
 def _left_out_together(prompts: Sequence[SafetyPrompt]) -> list[str]:
@@ -301,6 +319,13 @@ def _folds(names: Sequence[str]) -> list[int]:
     order = sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).digest())
     fold = {name: place % FOLDS for place, name in enumerate(order)}
     return [fold[name] for name in names]
+
+
+def _moments(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation ``[F]`` of ``values [N, F]``, each counted so often."""
+    shares = weights / weights.sum()
+    mean = shares @ values
+    return mean, (shares @ (values - mean).square()).sqrt()
 
 
 def _rarity(rows: Sequence[Tensor]) -> Tensor:

@@ -137,6 +137,10 @@ def capture_with(
     settings.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
     if name == "slurm" and (activate := Path(sys.prefix) / "bin" / "activate").exists():
         given.setdefault("env_command", f"source {activate}")
+    if name == "local":
+        _hush()
+    elif name == "ray":
+        _hush("ERROR")  # it only warns of what went wrong, and _require_full says that
     engine = made(
         pipeline=[CaptureWorker(settings, store.absolute(), name == "local")],
         tasks=workers,
@@ -150,18 +154,20 @@ def capture_with(
         console.note(f"workers queued: {workers}; see `distill status {store}`")
         return
     with console.stage("Capture") as stage, _watching(store, stage):
-        if name == "local":
-            _hush()
         engine.run()
         stage.finish(f"{workers} workers, soft targets in {store}")
     _require_full(store, folder)
 
 
-def _hush() -> None:
-    """Keep datatrove's log off the terminal: its errors are raised, and the workers have logs."""
+def _hush(level: str = "") -> None:
+    """Keep datatrove's log off the terminal, but for ``level`` and above: workers have logs of
+    their own, and its errors are raised."""
     from loguru import logger
 
-    logger.disable("datatrove")
+    if level:
+        logger.configure(handlers=[{"sink": sys.stderr, "level": level}])
+    else:
+        logger.disable("datatrove")
 
 
 @contextmanager
@@ -211,7 +217,7 @@ def _given(options: Sequence[str], executor: Any, name: str) -> dict[str, Any]:
 def _require_full(store: Path, folder: Path) -> None:
     """See that the workers have filled the store."""
     status = status_of(store)
-    codes = {log: int(log.with_suffix(".code").read_text()) for log in folder.glob("worker-*.log")}
+    codes = {log: _code(log) for log in folder.glob("worker-*.log")}
     failed = {log: code for log, code in sorted(codes.items()) if code}
     if status.shards and status.done == status.shards and not all(codes.values()):
         return
@@ -221,6 +227,12 @@ def _require_full(store: Path, folder: Path) -> None:
     if failed and set(failed.values()) == {2}:
         raise UserError(message)
     raise WorkersFailed(f"{message}; run the same command again, nothing saved is lost")
+
+
+def _code(log: Path) -> int:
+    """How a worker ended; -9 where not even who waited for it has lived to write it down."""
+    code = log.with_suffix(".code")
+    return int(code.read_text()) if code.exists() else -9
 
 
 def _last_words(log: Path, code: int) -> str:

@@ -56,7 +56,7 @@ from distill.runtime.device import release_memory, training_device, why_float32
 from distill.runtime.format import human_count
 from distill.runtime.launch import Launch
 from distill.runtime.progress import Console
-from distill.training.data import Plan, TrainingData, split, watched_tokens
+from distill.training.data import Plan, TrainingData, split
 from distill.training.engine import TrainingJob, train
 from distill.training.gradient_check import probe_gradients
 from distill.training.on_policy import OnPolicyBatches
@@ -182,7 +182,7 @@ def prepare(source: Source, work: Workspace) -> Prepared:
         record_settings(work.folder)
     plan = _batches(config, data)
     steps, points = len(plan), config.train.evaluations
-    data = replace(data, watched=watched_tokens(plan.tokens, points))
+    data = data.watching(plan.tokens, points)
     if source.safety is not None:
         every, together = config.safety.rhythm(steps)
         prompts = source.safety.train

@@ -72,7 +72,7 @@ KNOWN = {
         *("clip_limit", "second_difference", "rotation_error", "min_commutator"),
         *("mean_commutator", "rotation_drift", "padding"),
     },
-    "held_out": {"kl", "agreement", "cross_entropy"},
+    "held_out": {"kl", "agreement", "cross_entropy", "sequences"},
     "weights": set[str](),
     "probe": {"information", "output_entropy"},
 }
@@ -88,12 +88,14 @@ ROLLBACK, ABORT, CLIP = "rollback", "abort", "clip"
 @dataclass(frozen=True)
 class HeldOutPoint:
     """Validation scores after ``step`` steps (see
-    ``distill.training.validation.ValidationScore``)."""
+    ``distill.training.validation.ValidationScore``), over so many ``sequences``: older runs do not
+    say."""
 
     step: int
     kl: float | None
     agreement: float | None
     cross_entropy: float | None
+    sequences: float | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ class Metrics:
             elif kind == "held_out":
                 while self.held_out and self.held_out[-1].step >= step:
                     self.held_out.pop()
-                names = ("kl", "agreement", "cross_entropy")
+                names = ("kl", "agreement", "cross_entropy", "sequences")
                 self.held_out.append(HeldOutPoint(step, *map(values.get, names)))
             else:
                 lines = self.weights if kind == "weights" else self.probe

@@ -26,7 +26,8 @@ from teachers.targets.stored_arrays import join
 
 MAX_HELD_OUT = 128
 WATCH_SHARE = 0.03  # of the tokens of a training, that all its validation points may score together
-WATCH_LEAST = 1024  # tokens of a point, below which it says little
+WATCH_LEAST, WATCH_SEQUENCES = 1024, 4  # positions and sequences, without which a point says little
+WATCHED = 12  # stream of random numbers
 WINDOW = 64  # shards whose sequences are shuffled together
 WINDOWS_KEPT = 4  # in memory: at a border two are looked at, and where a batch is replaced others
 AHEAD = 64  # steps, by which a shard is read back before it is needed
@@ -233,8 +234,8 @@ def micro_batches(
 class TrainingData:
     """The store, its split, the seed of the order, and prompts for the safety head: in every
     ``prompts_every``-th optimizer step ``prompts_together`` of them. ``batch_tokens``: of an
-    optimizer step at most, instead of a number of sequences. ``watched``: tokens of the validation
-    sequences that training scores, about; none: of all."""
+    optimizer step at most, instead of a number of sequences. ``watched``: the validation
+    sequences that training scores, ascending; none: all."""
 
     store: SoftTargetStore
     split: Split
@@ -243,7 +244,7 @@ class TrainingData:
     prompts_every: int = 1
     prompts_together: int = 0
     batch_tokens: int | None = None
-    watched: float | None = None
+    watched: NDArray[np.int64] | None = None
 
     def batches(self, epochs: int, batch_size: int) -> Sequence[list[int]]:
         """Sequence indices of every optimizer step, over all epochs."""
@@ -269,24 +270,38 @@ class TrainingData:
         some = np.linspace(0, len(indices) - 1, min(len(indices), SEQUENCES)).astype(int)
         return load_batch(self.store, indices[some])
 
+    @property
+    def watched_count(self) -> int:
+        """Validation sequences that training scores."""
+        return len(self.split.held_out if self.watched is None else self.watched)
+
+    def watching(self, trained: float, points: int) -> TrainingData:
+        """The same, of whose validation sequences each of so many points scores some: those that a
+        share of the ``trained`` tokens pays for, and enough to say something.
+
+        Drawn by the seed alone: another number of them has the same ones first.
+        """
+        drawn = np.random.default_rng([self.seed, WATCHED]).permutation(self.split.held_out)
+        store, lengths = self.store, self.store.lengths()[drawn]
+        kept = (
+            [store.keep(index).sum() for index in drawn] if store.manifest.masked else lengths - 1
+        )
+        paid = int((np.cumsum(lengths) <= watched_tokens(trained, points)).sum())
+        enough = int((np.cumsum(kept) < WATCH_LEAST).sum()) + 1
+        return replace(self, watched=np.sort(drawn[: max(paid, enough, WATCH_SEQUENCES)]))
+
     def held_out(
         self, batch_size: int, device: torch.device, pack: bool = False
     ) -> Iterator[Batch]:
         """The validation sequences in batches, as many of them as are ``watched``."""
-        indices = self.split.held_out
-        if self.watched is not None:
-            share = self.watched / int(self.store.lengths()[indices].sum())
-            count = max(1, min(len(indices), int(share * len(indices))))
-            indices = indices[np.linspace(0, len(indices) - 1, count).round().astype(int)]
+        indices = self.split.held_out if self.watched is None else self.watched
         for start in range(0, len(indices), batch_size):
             yield load_batch(self.store, indices[start : start + batch_size], pack).to(device)
 
 
 def watched_tokens(trained: float, points: int) -> float:
-    """Validation tokens that each of so many points in a training on ``trained`` tokens scores, at
-    most. One of them costs less than one of a step, which goes back too, unless steps compute in
-    bfloat16."""
-    return max(WATCH_LEAST, WATCH_SHARE * trained / points)
+    """Validation tokens that each of so many points may score in a training on ``trained``."""
+    return WATCH_SHARE * trained / points
 
 
 class StepLoader(AbstractContextManager["StepLoader"]):

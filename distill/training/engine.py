@@ -66,8 +66,7 @@ Report = Callable[[int, str], None]
 """Receives the number of finished steps and one line on the state of training."""
 
 OnPolicyLoader = Callable[[Student, list[int], int], Batch]
-"""Loads sequences of the store, by index, for a step, some of them continued by the student
-(``distill.training.on_policy``)."""
+"""Loads sequences of the store, by index, for a step; the student continues some of them."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,8 @@ def _run(loop: Loop, state: TrainingState, timer: CheckpointTimer, report: Repor
         state.guard.on_probe = lambda step, reading: loop.record("probe", step, reading.flat())
     while True:
         if state.step in evaluate_at and state.step not in state.scores:
-            loop.record("held_out", state.step, vars(_evaluate(loop, state)))
+            scored = {"sequences": loop.job.data.watched_count}
+            loop.record("held_out", state.step, vars(_evaluate(loop, state)) | scored)
             if state.guard is not None and state.step in weigh_at:
                 loop.record("weights", state.step, state.guard.monitor.weigh(full_tensor))
         finished = state.step == len(plan) or is_exhausted(state.scores, config.patience)
@@ -235,7 +235,7 @@ def _require_trained(state: TrainingState) -> None:
 
 
 def _evaluate(loop: Loop, state: TrainingState) -> ValidationScore:
-    """Score the validation sequences, and keep a copy of the weights if they are the best yet."""
+    """Score the watched sequences, and keep a copy of the weights if they are the best yet."""
     device = loop.accelerator.device
     size, pack = loop.job.config.batch_size, state.student.packs
     score = validation_score(loop.model, loop.job.data.held_out(size, device, pack))

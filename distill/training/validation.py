@@ -1,5 +1,5 @@
-"""How close the student is to the teacher on validation sequences during training; early stopping
-and the best step follow from it."""
+"""How close the student is to the teacher on some validation sequences during training; early
+stopping and the best step follow from it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from teachers.targets.recipe import Recipe
 
 @dataclass(frozen=True)
 class ValidationScore:
-    """How close the student is to the teacher on the validation sequences, per token, at T = 1.
+    """How close the student is to the teacher on some validation sequences, per token, at T = 1.
 
     ``kl``: in nats, over k + 1 buckets for compact targets and over the whole vocabulary for
     others (``validation_kl`` says which); ``agreement``: share of positions with the same most

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distill.training.data import MAX_HELD_OUT, WATCH_SHARE, watched_tokens
+from distill.training.data import MAX_HELD_OUT, WATCH_LEAST, WATCH_SEQUENCES, watched_tokens
 
 MOST_EPOCHS = 5  # text that was seen so often teaches little more
 LEAST_STEPS = 2
@@ -36,14 +36,14 @@ class Costs:
 class Text:
     """What there is to learn from. ``sequences`` at most (none: as many as are asked for) of
     ``length`` tokens, on average; ``together`` in a step; ``held_out``: share for validation;
-    ``scorings``: how often these are scored in training, ``weighings``: how often all matrices
-    are weighed."""
+    ``points``: how often some of these are scored in training, ``weighings``: how often all
+    matrices are weighed."""
 
     sequences: int | None
     length: float
     together: int
     held_out: float
-    scorings: int
+    points: int
     weighings: int
 
     def validation(self, samples: int) -> int:
@@ -79,12 +79,15 @@ def stages(costs: Costs, text: Text, samples: int, steps: int) -> dict[str, floa
     """Expected seconds of each stage."""
     validation = text.validation(samples) * text.length
     tokens = steps * text.together * text.length
-    watched = min(validation, watched_tokens(tokens, text.scorings)) * text.scorings * costs.read
+    least = max(WATCH_LEAST, WATCH_SEQUENCES * text.length)
+    watched = min(validation, max(least, watched_tokens(tokens, text.points)))
     return {
         "start": costs.start,
         "capture": samples * text.length * costs.capture,
         "head start": costs.head_start,
-        "training": tokens * costs.training + watched + text.weighings * costs.weigh,
+        "training": tokens * costs.training
+        + (text.points + 1) * watched * costs.read  # once more for the learning rate
+        + text.weighings * costs.weigh,
         "safety head": costs.safety,
         "export and proof": min(EXPORT_TOKENS, validation) * costs.export + costs.exports,
         "evaluation": validation * costs.evaluation + costs.evaluations,
@@ -134,8 +137,7 @@ def allocate(seconds: float, text: Text, costs: Costs) -> Allocation:
 
 def steps_within(seconds: float, text: Text, costs: Costs, samples: int) -> int:
     """Steps that fit into ``seconds`` that are left for nothing else, up to ``MOST_EPOCHS``."""
-    each = costs.training + WATCH_SHARE * costs.read
-    steps = int(seconds / (text.together * text.length * each))
+    steps = int(seconds / (text.together * text.length * costs.training))
     return max(LEAST_STEPS, min(steps, MOST_EPOCHS * text.steps(samples)))
 
 

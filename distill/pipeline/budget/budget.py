@@ -21,7 +21,7 @@ from distill.errors import UserError
 from distill.evaluation.scorers import other_weights
 from distill.heads.prompts import SafetyPrompt
 from distill.heads.safety_data import SafetyData
-from distill.heads.safety_fitting import FITTED_PROMPT, affordable, fitting_time
+from distill.heads.safety_fitting import fitting_time, prompts_within, readable, reading_flops
 from distill.losses.objective import Objective
 from distill.pipeline.budget.allocation import (
     Allocation,
@@ -32,6 +32,7 @@ from distill.pipeline.budget.allocation import (
     steps_within,
 )
 from distill.pipeline.budget.costs import (
+    SAFETY_SHARE,
     expected_costs,
     text_in,
     text_of,
@@ -51,8 +52,6 @@ from students.model.interface import Student
 
 BEFORE = ("start", "capture", "head start")  # stages that are over when the steps are fixed
 AGAIN = ("Load teacher", "Read data", "Vocabulary")  # what the run does once more after the probes
-SAFETY_SHARE = 0.1  # of the time, that the safety head may take
-LEAST_READ = 128  # prompts of each part, without which its probabilities mean nothing
 PROBED_STEPS, PROBED_SHARE = 8.0, 0.025  # seconds that the very student's steps are timed for
 
 
@@ -89,9 +88,7 @@ def recommend(
     """
     if measured.student.step_seconds is None:
         raise UserError("--budget: this machine has not the memory to train that student")
-    costs = expected_costs(measured, prompts, start)
-    most = max(SAFETY_SHARE * seconds, FITTED_PROMPT * len(prompts or ()))
-    costs = replace(costs, safety=min(costs.safety, most))
+    costs = expected_costs(measured, prompts, start, seconds)
     try:
         return allocate(seconds, text_of(measured), costs), costs
     except TooShort as error:
@@ -177,14 +174,12 @@ def with_prompts(
 ) -> tuple[RunConfig, Costs]:
     """The settings with as many prompts for the safety head as there is time for, and the costs
     with it."""
-    time, of_safety = fitting_time(student, safety), config.safety
-    read = affordable(student, safety, of_safety.most_read)
-    allowed = SAFETY_SHARE * budget.seconds - time.rest
-    if of_safety.most_read is None and len(read) * time.each > allowed:
-        most = max(LEAST_READ, int(allowed / time.each / 2))
-        of_safety = of_safety.model_copy(update={"most_read": most})
-        read = affordable(student, safety, most)
-    costs = replace(costs, safety=len(read) * time.each + time.rest)
+    time, most = fitting_time(student, safety), config.safety.most_read
+    counts, flops = (len(safety.train), len(safety.validation)), reading_flops(student, safety)
+    if most is None:
+        most = prompts_within(SAFETY_SHARE * budget.seconds, time, counts, flops)
+    costs = replace(costs, safety=time.rest + time.each * sum(readable(counts, flops, most)))
+    of_safety = config.safety.model_copy(update={"most_read": most})
     return config.model_copy(update={"safety": of_safety}), costs
 
 
@@ -203,13 +198,13 @@ def _measured_costs(
     student: Student, config: RunConfig, data: TrainingData, most: float
 ) -> tuple[float, float]:
     """Seconds of a token in a step, timed for about ``most`` seconds, and in a scoring."""
-    module = TrainingModule(student, Objective(LossConfig()))
+    module, data = TrainingModule(student, Objective(LossConfig())), data.watching(0.0, 1)
     for _ in range(2):  # the first time shards are read back
         start = time.perf_counter()
         validation = data.held_out(config.train.batch_size, student.device, student.packs)
         validation_score(module, validation)
         seconds = time.perf_counter() - start
-    read = seconds / float(data.store.lengths()[data.split.held_out].sum())
+    read = seconds / float(data.store.lengths()[data.watched].sum())
     batch = load_batch(data.store, data.batches(1, config.train.batch_size)[0], pack=False)
     with other_weights(student, {}), only_used_rows(student, data.used_tokens()):
         training = step_seconds(student, batch, config, most)

@@ -17,13 +17,14 @@ from distill.config.schema import RunConfig
 from distill.export.export import takes_importance
 from distill.export.importance import calibration_tokens
 from distill.heads.prompts import SafetyPrompt, split_by_scenario
-from distill.heads.safety_fitting import expected_fitting
+from distill.heads.safety_fitting import expected_fitting_time, prompts_within, readable
 from distill.pipeline.budget.allocation import Costs, Text
 from distill.pipeline.budget.measure import Measured
 from distill.pipeline.probes import sequences_together
 from distill.training.engine import WEIGH_EVERY
 from stability.precision import ieee_float32
 
+SAFETY_SHARE = 0.1  # of the time, that the safety head is to take
 MORE_THAN_STEPS = 1.05  # checkpoints, snapshots and the guard's probes, in proportion
 PROVED_FILES, EXACT_DECODE = 2, 3.0  # files of an export; exact logits against fast ones
 COMPARED, COMPARED_EXACTLY = 1e-8, 2.5e-8  # seconds of one logit in float32, in float64
@@ -33,9 +34,9 @@ PRODUCT = 1024  # rows and columns of the matrices by which float32 is timed
 
 
 def expected_costs(
-    measured: Measured, prompts: Sequence[SafetyPrompt] | None, start: float
+    measured: Measured, prompts: Sequence[SafetyPrompt] | None, start: float, seconds: float
 ) -> Costs:
-    """By the probes; ``start``: seconds until the capture begins."""
+    """By the probes; ``start``: seconds until the capture begins; ``seconds``: of the run."""
     info, student = measured.info, measured.student
     assert student.step_seconds is not None and student.scoring_seconds is not None
     assert student.reading_seconds is not None
@@ -50,8 +51,15 @@ def expected_costs(
     safety = tested = 0.0
     if prompts:
         reading = student.reading_seconds
-        safety = expected_fitting(prompts, measured.prompt_length, layers * exported, reading)
-        tested = len(split_by_scenario(prompts)["test"]) * measured.prompt_length * reading
+        length, parts = measured.prompt_length, split_by_scenario(prompts)
+        counts = len(parts["train"]), len(parts["validation"])
+        time = expected_fitting_time(counts, length, reading)
+        flops = 2.0 * layers * exported * length
+        most = measured.config.safety.most_read
+        if most is None:
+            most = prompts_within(SAFETY_SHARE * seconds, time, counts, flops)
+        safety = time.rest + time.each * sum(readable(counts, flops, most))
+        tested = len(parts["test"]) * time.each
     return Costs(
         start=start,
         capture=capture,
@@ -82,9 +90,9 @@ def text_of(measured: Measured) -> Text:
 
 
 def _watching(config: RunConfig) -> dict[str, int]:
-    """How often training stops to look; once more for the learning rate."""
+    """How often training stops to look."""
     points = config.train.evaluations
-    return {"scorings": points + 1, "weighings": 1 + points // WEIGH_EVERY}
+    return {"points": points, "weighings": 1 + points // WEIGH_EVERY}
 
 
 def text_in(config: RunConfig, lengths: NDArray[np.int32], together: int) -> Text:

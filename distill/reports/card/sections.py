@@ -184,7 +184,9 @@ def checksums(files: list[ExportedFile]) -> str:
 def limits(facts: CardFacts) -> list[str]:
     """What the figures do not say, as far as the records tell."""
     results, evaluation = facts.results, facts.results.evaluation
-    flattered = " The best step was chosen on it too." if len(results.training.held_out) > 1 else ""
+    flattered = (
+        " The best step was chosen on a part of it." if len(results.training.held_out) > 1 else ""
+    )
     result = [
         "The measurements say how near the model is to its teacher, not whether what it generates "
         "is true, "

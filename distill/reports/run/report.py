@@ -199,6 +199,11 @@ def compare(first: Report, second: Report) -> Comparison:
         )
     elif (first.seed, _held_out_share(ours)) != (second.seed, _held_out_share(theirs)):
         cautions.append("Another seed or data.held_out chose other validation text.")
+    elif _watched(first) != _watched(second):
+        cautions.append(
+            "In training, validation scored more of the same text in one than in the other, so "
+            "their curves differ by that too."
+        )
     if first.results is not None and second.results is not None:
         one, other = first.results.evaluation, second.results.evaluation
         if (one.against, one.kl_over) != (other.against, other.kl_over):
@@ -212,6 +217,11 @@ def compare(first: Report, second: Report) -> Comparison:
                 "bits per byte can be compared."
             )
     return Comparison(first, second, differences, cautions)
+
+
+def _watched(report: Report) -> set[float | None]:
+    """Of how many sequences its validation points are."""
+    return {point.sequences for point in report.held_out}
 
 
 def thinned(values: list[float | None], limit: int = CURVE_POINTS) -> list[int]:

@@ -15,9 +15,15 @@ from distill.config.loading import load_config
 from distill.config.units import parse_duration
 from distill.errors import UserError
 from distill.heads.prompt_set import PromptSet
-from distill.heads.prompts import SafetyPrompt, built_in_prompts, split_by_scenario
+from distill.heads.prompts import SafetyPrompt
 from distill.heads.safety_data import SafetyData
-from distill.heads.safety_fitting import FITTED_PROMPT, READ_FLOPS, FittingTime, expected_fitting
+from distill.heads.safety_fitting import (
+    LEAST_READ,
+    READ_FLOPS,
+    FittingTime,
+    prompts_within,
+    readable,
+)
 from distill.pipeline.budget.allocation import (
     LEAST_STEPS,
     MOST_EPOCHS,
@@ -27,7 +33,8 @@ from distill.pipeline.budget.allocation import (
     allocate,
     stages,
 )
-from distill.pipeline.budget.budget import LEAST_READ, SAFETY_SHARE, Budget, with_prompts
+from distill.pipeline.budget.budget import Budget, with_prompts
+from distill.pipeline.budget.costs import SAFETY_SHARE
 from distill.pipeline.preflight import check_run
 from distill.pipeline.probes import step_seconds
 from distill.pipeline.run import run
@@ -52,7 +59,7 @@ COSTS = Costs(
     evaluation=0.003,
     evaluations=5.0,
 )
-TEXT = Text(sequences=1000, length=256, together=16, held_out=0.03, scorings=13, weighings=4)
+TEXT = Text(sequences=1000, length=256, together=16, held_out=0.03, points=12, weighings=4)
 
 
 def test_durations() -> None:
@@ -166,36 +173,29 @@ def test_steps_are_timed_as_training_makes_them(
 
 
 def test_the_safety_head_takes_a_share_of_the_time(tmp_path: Path) -> None:
-    """As many prompts of each part as fit into it, unless a number is given."""
+    """As many prompts of each part are read as fit into it, unless a number is given."""
     one = SafetyPrompt("0", "a scene", "a prompt", (1.0, 0.0, 0.0))
-    parts = [PromptSet([one] * count, [np.ones(9, np.int32)] * count, 0) for count in (300, 100, 9)]
-    student, data = make_student(16, 2, 1024, heads=True), SafetyData("ours", "0", *parts)
+    parts = [PromptSet([one] * count, [np.ones(9, np.int32)] * count, 0) for count in (3000, 1000)]
+    student, data = make_student(16, 2, 1024, heads=True), SafetyData("ours", "0", *parts, parts[1])
     settings = small_config(tmp_path)
-    given = settings.model_copy(
-        update={"safety": settings.safety.model_copy(update={"most_read": 50})}
-    )
-
-    pretended = FittingTime(each=0.1, rest=5.0)
+    safety = settings.safety.model_copy(update={"most_read": 70})
+    given = settings.model_copy(update={"safety": safety})
+    pretended = FittingTime(each=0.01, rest=5.0)
     with patch("distill.pipeline.budget.budget.fitting_time", lambda *_: pretended):
-        for config, allowed, most, taken in (
+        for config, seconds, most, taken in (
             (settings, 45.0, None, 45.0),
-            (settings, 37.0, 160, 31.0),  # one part has fewer
-            (settings, 6.0, LEAST_READ, 5.0 + 22.8),
-            (given, 1.0, 50, 15.0),
+            (settings, 37.0, 1600, 31.0),  # one part has fewer
+            (settings, 11.0, 300, 11.0),
+            (settings, 1.0, LEAST_READ, 5.0 + 2 * LEAST_READ * 0.01),
+            (given, 1.0, 70, 6.4),
         ):
-            budget = Budget(allowed / SAFETY_SHARE, COSTS)
+            budget = Budget(seconds / SAFETY_SHARE, COSTS)
             found, costs = with_prompts(config, COSTS, student, data, budget)
-            assert (found.safety.most_read, costs.safety) == (most, pytest.approx(taken)), allowed
-
-
-def test_the_safety_head_is_expected_by_its_prompts() -> None:
-    """In proportion to prompts and tokens, until the student reads a part of them only."""
-    prompts = built_in_prompts()
-    parts = split_by_scenario(prompts)
-    count = len(parts["train"]) + len(parts["validation"])
-    for length, reading in ((50.0, 1e-5), (50.0, 2e-5), (100.0, 1e-5)):
-        wanted = count * (length * reading + FITTED_PROMPT)
-        assert expected_fitting(prompts, length, 1.0, reading) == pytest.approx(wanted)
-    layers = READ_FLOPS / (2 * 50 * len(parts["train"])) * 4  # a quarter of that part is read
-    fewer = (len(parts["train"]) / 4 * 2) * 50 * 1e-5 + count * FITTED_PROMPT
-    assert expected_fitting(prompts, 50.0, layers, 1e-5) == pytest.approx(fewer)
+            assert (found.safety.most_read, costs.safety) == (most, pytest.approx(taken)), seconds
+    flops = READ_FLOPS / 1000
+    assert readable((3000, 500), flops, None) == [1000, 500]
+    assert readable((3000, 500), READ_FLOPS, None) == [LEAST_READ, LEAST_READ]
+    assert prompts_within(15.0, pretended, (3000, 500), flops) == 500
+    assert prompts_within(20.0, pretended, (3000, 500), flops) is None
+    mostly_fitted = FittingTime(each=0.001, rest=7.0)  # half at least is for reading
+    assert prompts_within(2.0, mostly_fitted, (3000, 3000), flops) == 500

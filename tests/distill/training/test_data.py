@@ -15,14 +15,12 @@ from numpy.typing import NDArray
 from distill.errors import UserError
 from distill.training.data import (
     MAX_HELD_OUT,
-    WATCH_LEAST,
     WATCH_SHARE,
     TrainingData,
     load_batch,
     micro_batches,
     shuffled,
     split,
-    watched_tokens,
 )
 from teachers.store.store import SoftTargetStore
 from teachers.targets.distributions import CompactTargets, DenseTargets, HiddenTargets
@@ -89,23 +87,28 @@ def test_split_depends_on_the_seed_alone(tmp_path: Path) -> None:
 
 
 def test_validation_points_are_a_small_part_of_training(tmp_path: Path) -> None:
-    """All points together score a share of the tokens trained on, each the same sequences from all
-    over the validation part; a short training those of a readable point, and no limit means all."""
-    store = make_store(tmp_path, varied(60))
-    data = TrainingData(store, split(store, 0.4, 0), 0)
-    every = [tuple(store.tokens(index).tolist()) for index in data.split.held_out]
-    for watched, count in ((None, 24), (1e9, 24), (0.5, 1), (sum(map(len, every)) / 3, 8)):
-        limited = replace(data, watched=watched)
-        found = [
-            tuple(row[:length].tolist())
-            for batch in limited.held_out(5, torch.device("cpu"))
-            for row, length in zip(batch.tokens, batch.lengths, strict=True)
-        ]
-        assert len(found) == count and set(found) <= set(every), watched
-        assert count < 2 or (found[0], found[-1]) == (every[0], every[-1]), watched
-    for trained, points in ((1e6, 12), (1e8, 100)):
-        assert points * watched_tokens(trained, points) == pytest.approx(WATCH_SHARE * trained)
-    assert watched_tokens(1000.0, 12) == WATCH_LEAST
+    """All points together score a share of the tokens trained on, each the same sequences: in a
+    longer training these and others. A short one has those of a point that says something: so many
+    positions that are learnt, and so many sequences."""
+    texts = [[*divmod(number, 20), *[number % 7] * 98] for number in range(200)]
+    store = make_store(tmp_path / "whole", texts, per_shard=50)
+    data, before = TrainingData(store, split(store, 0.5, 0), 0), set[int]()
+    for trained, points, count in ((0.0, 5, 11), (1e5, 2, 15), (2e5, 2, 30), (1e9, 12, 100)):
+        limited = data.watching(trained, points)
+        assert limited.watched is not None and limited.watched_count == count, trained
+        now = set(limited.watched.tolist())
+        assert before <= now <= set(data.split.held_out.tolist())
+        found = list(limited.held_out(4, torch.device("cpu")))
+        assert sum(len(batch.lengths) for batch in found) == count
+        assert count in (11, 100) or points * count * 100 == WATCH_SHARE * trained
+        before = now
+    assert len(next(data.held_out(100, torch.device("cpu"))).lengths) == 100  # no limit
+    masks = [np.arange(99) < 5 for _ in texts]
+    rows = [np.array(row, dtype=np.int32) for row in texts]
+    masked = write_store(
+        tmp_path / "masked", BigramTeacher(20, 8, seed=3), rows, KINDS["buckets"][0], 50, masks
+    )
+    assert replace(data, store=masked).watching(0.0, 5).watched_count == 100  # 5 positions each
 
 
 def test_training_always_keeps_a_sequence(tmp_path: Path) -> None:
