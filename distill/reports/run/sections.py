@@ -345,10 +345,15 @@ def safety_section(safety: SafetyPart) -> Section:
     origin = {BUILT_IN: "come with the program", TEACHER: "are the teacher's own judgment"}
     prompts, scenarios = safety.prompts, safety.scenarios
     labels = origin.get(safety.labels_from, f"come from {PureWindowsPath(safety.labels_from).name}")
+    others, crossed = prompts.get("validation", 0), safety.cross_validation
+    read = others if crossed is None else crossed.prompts
+    calibrated = f"{read:,} of these, which the student has read" if read < others else "these"
     words = [
-        f"Labels {labels}. Fitted to {prompts.get('train', 0):,} prompts and "
-        f"{prompts.get('validation', 0):,} others, to which its probabilities are calibrated, "
-        "scene by scene left out. All figures but those of the cross-validation are over "
+        f"Labels {labels}. Fitted to {prompts.get('train', 0):,} prompts and {others:,} others; "
+        f"its probabilities are calibrated on {calibrated}, each predicted by a head that had seen "
+        "none of its author or scene. "
+        + ("Of prompts that it has not read, the words alone count. " if read < others else "")
+        + "All figures but those of the cross-validation are over "
         f"{safety.test.prompts:,} held-out prompts of {scenarios.get('test', 0):,} scenarios, none "
         "of which the student has seen.",
         "The 95 % intervals take prompts as independent. Several prompts tell the same scenario, "
