@@ -11,6 +11,7 @@ def main() -> None:
     """Run the command line and exit with 0 (done), 2 (the user's input), 1 (ours) or 130
     (interrupted)."""
     interrupts.watch()
+    interrupts.end_with_starter()
     try:
         from distill.commands.app import run_command
 

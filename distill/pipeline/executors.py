@@ -23,6 +23,7 @@ from typing import Any
 from distill.config.schema import RunConfig
 from distill.errors import UserError, WorkersFailed
 from distill.pipeline.status import status_of
+from distill.runtime import interrupts
 from distill.runtime.progress import Console
 from teachers.launch import own_cores
 from teachers.store.manifest import TASKS
@@ -48,7 +49,7 @@ class CaptureWorker:
 
     def __init__(self, settings: Path, store: Path, shared: bool) -> None:
         self.settings, self.store, self.shared = str(settings), str(store), shared
-        self.folder = str(Path.cwd())
+        self.folder, self.starter = str(Path.cwd()), interrupts.starter()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Taken over by a process of datatrove's pool, which would write to our terminal."""
@@ -69,6 +70,7 @@ class CaptureWorker:
         environment = dict(os.environ)
         if self.shared:
             environment |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
+            environment[interrupts.STARTED_BY] = self.starter
             environment.setdefault("OMP_NUM_THREADS", str(max(1, own_cores() // world_size)))
         log = Path(self.settings).with_name(f"worker-{rank:05d}.log")
         with log.open("wb") as output:

@@ -8,14 +8,18 @@ next reports progress.
 from __future__ import annotations
 
 import _thread
+import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 EXIT_INTERRUPTED = 130
 AGAIN_SECONDS = 0.05
+STARTED_BY = "DISTILL_STARTED_BY"  # number and time of creation of a process
+STARTER_SECONDS = 1.0
 _seen = False
 
 
@@ -46,6 +50,37 @@ def _interrupt() -> None:
         ident = threading.main_thread().ident
         assert ident is not None
         signal.pthread_kill(ident, signal.SIGINT)
+
+
+def starter() -> str:
+    """This process, as ``STARTED_BY`` tells a worker."""
+    return f"{os.getpid()} {_created(os.getpid())}"
+
+
+def end_with_starter() -> None:
+    """End as by Ctrl-C once the process that ``STARTED_BY`` names is gone: one that is killed takes
+    none of its workers with it."""
+    number, _, created = os.environ.get(STARTED_BY, "").partition(" ")
+    if not created:
+        return
+
+    def wait() -> None:
+        while str(_created(int(number))) == created:
+            time.sleep(STARTER_SECONDS)
+        _interrupt()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _created(number: int) -> float | None:
+    """When that process was created; ``None`` where there is none."""
+    import psutil  # with a start of its own, which most commands can do without
+
+    try:
+        process = psutil.Process(number)
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except psutil.NoSuchProcess:
+        return None
 
 
 def ignore() -> None:

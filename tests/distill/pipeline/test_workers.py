@@ -10,10 +10,14 @@ import random
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
+from distill.pipeline.status import status_of
 from teachers.store.manifest import MANIFEST, SEQUENCES, TASKS
 from teachers.store.sequence_index import INDEX
 from teachers.store.task_files import TaskFiles
@@ -74,6 +78,33 @@ def test_local_workers(flags: list[str], whole: Path, tmp_path: Path) -> None:
     (bad := tmp_path / "bad.jsonl").write_text('{"text": "a"}\n[3]\n')
     complaint = refuses_after("capture", *flags[:2], "--data", bad, *failing)
     assert "2 of 2 workers failed" in complaint and "bad.jsonl" in complaint
+
+
+@needs_datatrove
+def test_local_workers_end_with_their_command(flags: list[str], tmp_path: Path) -> None:
+    """Also where it is killed and can tell them nothing; what is saved counts."""
+    store = tmp_path / "a store of its own"
+    given = ["--store", str(store), "--executor", "local", "--workers", "2"]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "distill", "capture", *flags, *given], stdout=subprocess.DEVNULL
+    )
+
+    def workers() -> list[psutil.Process]:
+        found = psutil.process_iter(["cmdline"])
+        own = {str(store), "--config"}  # the command's own settings are not in a file
+        return [one for one in found if own <= set(one.info["cmdline"] or ())]
+
+    def until(over: Callable[[], bool]) -> None:
+        end = time.monotonic() + 60
+        while not over():
+            assert time.monotonic() < end, workers()
+            time.sleep(0.05)
+
+    until(lambda: len(list(store.glob(f"{TASKS}/engine/worker-*.log"))) == 2)
+    started.kill()
+    started.wait()
+    until(lambda: not workers())
+    assert status_of(store).done < SHARDS
 
 
 def refuses_after(*words: object) -> str:
