@@ -278,6 +278,16 @@ def prompts_within(
     return max(LEAST_READ, int(allowed / time.each / len(counts)))
 
 
+def fitting_within(
+    seconds: float, time: FittingTime, counts: Sequence[int], flops: float, most: int | None
+) -> tuple[int | None, float]:
+    """How many prompts of each part to read, ``most`` where that is given, and how long the fit
+    then takes; the rest as in ``prompts_within``."""
+    if most is None:
+        most = prompts_within(seconds, time, counts, flops)
+    return most, time.rest + time.each * sum(readable(counts, flops, most))
+
+
 def readable(counts: Sequence[int], flops: float, most: int | None) -> list[int]:
     """How many prompts of each part are read: ``most`` of so many, or what does not take too long;
     ``flops``: of one."""

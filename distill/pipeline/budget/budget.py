@@ -21,7 +21,7 @@ from distill.errors import UserError
 from distill.evaluation.scorers import other_weights
 from distill.heads.prompts import SafetyPrompt
 from distill.heads.safety_data import SafetyData
-from distill.heads.safety_fitting import fitting_time, prompts_within, readable, reading_flops
+from distill.heads.safety_fitting import fitting_time, fitting_within, reading_flops
 from distill.losses.objective import Objective
 from distill.pipeline.budget.allocation import (
     Allocation,
@@ -176,11 +176,9 @@ def with_prompts(
     with it."""
     time, most = fitting_time(student, safety), config.safety.most_read
     counts, flops = (len(safety.train), len(safety.validation)), reading_flops(student, safety)
-    if most is None:
-        most = prompts_within(SAFETY_SHARE * budget.seconds, time, counts, flops)
-    costs = replace(costs, safety=time.rest + time.each * sum(readable(counts, flops, most)))
+    most, taken = fitting_within(SAFETY_SHARE * budget.seconds, time, counts, flops, most)
     of_safety = config.safety.model_copy(update={"most_read": most})
-    return config.model_copy(update={"safety": of_safety}), costs
+    return config.model_copy(update={"safety": of_safety}), replace(costs, safety=taken)
 
 
 def _costs_of(student: Student, budget: Budget, config: RunConfig, data: TrainingData) -> Costs:

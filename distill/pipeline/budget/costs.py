@@ -17,7 +17,7 @@ from distill.config.schema import RunConfig
 from distill.export.export import takes_importance
 from distill.export.importance import calibration_tokens
 from distill.heads.prompts import SafetyPrompt, split_by_scenario
-from distill.heads.safety_fitting import expected_fitting_time, prompts_within, readable
+from distill.heads.safety_fitting import expected_fitting_time, fitting_within
 from distill.pipeline.budget.allocation import Costs, Text
 from distill.pipeline.budget.measure import Measured
 from distill.pipeline.probes import sequences_together
@@ -56,9 +56,7 @@ def expected_costs(
         time = expected_fitting_time(counts, length, reading)
         flops = 2.0 * layers * exported * length
         most = measured.config.safety.most_read
-        if most is None:
-            most = prompts_within(SAFETY_SHARE * seconds, time, counts, flops)
-        safety = time.rest + time.each * sum(readable(counts, flops, most))
+        _, safety = fitting_within(SAFETY_SHARE * seconds, time, counts, flops, most)
         tested = len(parts["test"]) * time.each
     return Costs(
         start=start,
