@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from distill.base_models.folder import base_folder
+from distill.base_models.gguf_model import configuration, load_weights
+from distill.base_models.source import BaseSource, base_source, digest_of, path_of
 from distill.base_models.vocabulary_match import VocabularyMatch, compare_vocabularies
 from distill.config.schema import RunConfig
 from distill.errors import UserError
@@ -23,26 +24,31 @@ from students.gguf.config_values import context_length, head_width, require_expo
 from students.gguf.metadata import ExportError
 from students.model.shape import GROUP
 from teachers.gguf.file import Field, TeacherFileError
+from teachers.gguf.llama_weights import LlamaWeights
 from teachers.huggingface.checkpoint import load_model
-from teachers.huggingface.folder import ModelFolder
 from teachers.tokenizer.gguf_metadata import TokenizerConversionError
 from teachers.tokenizer.tokenizer_json import build_tokenizer
 
 
 @dataclass(frozen=True)
 class Base:
-    """A folder that can become a student: what its ``config.json`` says, and how its vocabulary
-    meets the teacher's.
+    """A model that can become a student: what it says of itself, and how its vocabulary meets the
+    teacher's.
 
     ``no_tokenizer``: why the teacher's tokenizer cannot be written for transformers; ``None`` where
     it can.
     """
 
-    folder: ModelFolder
+    source: BaseSource
     config: Any
     match: VocabularyMatch
     load_in_4bit: bool
     no_tokenizer: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """Its folder or file."""
+        return path_of(self.source)
 
     @property
     def layers(self) -> int:
@@ -64,29 +70,29 @@ class Base:
     @cached_property
     def sha256(self) -> str:
         """Digest of configuration, weights and how they are loaded."""
-        return self.folder.sha256(load_in_4bit=self.load_in_4bit)
+        return digest_of(self.source, self.load_in_4bit)
 
 
 def open_base(
     config: RunConfig, tokenizer: Mapping[str, Field], vocab_size: int, what: str = "--student-base"
 ) -> Base:
-    """Look at the folder that ``config.student.base`` names, which errors call ``what``.
+    """Look at the folder or file that ``config.student.base`` names, which errors call ``what``.
 
     ``tokenizer``: the teacher's, as GGUF metadata, of ``vocab_size`` tokens.
 
     Raises:
-        UserError: it is no such folder, cannot be exported, has another vocabulary, or a shape
+        UserError: it is no such model, cannot be exported, has another vocabulary, or a shape
         without whole gates.
     """
     assert config.student.base is not None
     path = Path(config.student.base)
-    folder = base_folder(path, what)
+    source = base_source(path, config.student.load_in_4bit, what)
     try:
-        settings = AutoConfig.from_pretrained(path, local_files_only=True)
+        settings = _settings(source)
     # Settings that transformers cannot make sense of.
     except (OSError, ValueError, KeyError, TypeError) as error:
         text = " ".join(str(error).split())[:200]
-        raise UserError(f"{what} {path}: config.json cannot be used: {text}") from None
+        raise UserError(f"{what} {path}: its configuration cannot be used: {text}") from None
     try:
         require_exportable(settings)
     except ExportError as error:
@@ -98,7 +104,8 @@ def open_base(
             "the SO(8) gates need; choose another base"
         )
     try:
-        match = compare_vocabularies(tokenizer, path, int(settings.vocab_size), vocab_size)
+        theirs = source.file.fields if isinstance(source, LlamaWeights) else path
+        match = compare_vocabularies(tokenizer, theirs, int(settings.vocab_size), vocab_size)
     except UserError as error:
         raise UserError(f"{what} {path}: {error}") from None
     obstacle = None
@@ -106,7 +113,33 @@ def open_base(
         build_tokenizer(tokenizer)
     except TokenizerConversionError as error:
         obstacle = " ".join(str(error).split())
-    return Base(folder, settings, match, config.student.load_in_4bit, obstacle)
+    return Base(source, settings, match, config.student.load_in_4bit, obstacle)
+
+
+def _settings(source: BaseSource) -> Any:
+    if isinstance(source, LlamaWeights):
+        return configuration(source)
+    return AutoConfig.from_pretrained(source.path, local_files_only=True)
+
+
+def load_base(base: Base, device: torch.device, dtype: torch.dtype) -> Any:
+    """The base's model as transformers has it, for inference.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    try:
+        if isinstance(base.source, LlamaWeights):
+            return load_weights(base.source, device, dtype)
+        return load_model(
+            base.source,
+            device,
+            dtype,
+            load_in_4bit=base.load_in_4bit,
+            double_quantization=True,
+        )
+    except TeacherFileError as error:
+        raise UserError(f"--student-base: {error}") from None
 
 
 def load_base_student(base: Base, config: RunConfig, vocab_size: int) -> AdaptedStudent:
@@ -114,19 +147,10 @@ def load_base_student(base: Base, config: RunConfig, vocab_size: int) -> Adapted
     bytes.
 
     Raises:
-        UserError: transformers or bitsandbytes cannot load the folder.
+        UserError: transformers or bitsandbytes cannot load it.
     """
     device = training_device()
-    try:
-        model = load_model(
-            base.folder,
-            device,
-            base_dtype(device, load_in_4bit=base.load_in_4bit),
-            load_in_4bit=base.load_in_4bit,
-            double_quantization=True,
-        )
-    except TeacherFileError as error:
-        raise UserError(f"--student-base: {error}") from None
+    model = load_base(base, device, base_dtype(device, load_in_4bit=base.load_in_4bit))
     if base.match.rows_to_add:
         _add_rows(model, vocab_size)
     settings = AdapterSettings(
@@ -142,7 +166,7 @@ def load_base_student(base: Base, config: RunConfig, vocab_size: int) -> Adapted
             verification_head=config.verification_head,
         )
     except ValueError as error:
-        raise UserError(f"--student-base {base.folder.path}: {error}") from None
+        raise UserError(f"--student-base {base.path}: {error}") from None
 
 
 @torch.no_grad()

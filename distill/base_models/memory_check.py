@@ -22,7 +22,7 @@ def describe_base(base: Base, config: RunConfig, vocab_size: int, console: Conso
     memory = memory_of(base.config, config, vocab_size)
     kind = "in NF4" if base.load_in_4bit else "as it is"
     console.note(
-        f"student: {base.folder.path.name} ({base.config.model_type}, "
+        f"student: {base.path.name} ({base.config.model_type}, "
         f"{human_count(memory.base_numbers)} parameters, {kind}) with LoRA of rank "
         f"{config.student.lora_rank} and SO(8) gates, {human_count(memory.trained_numbers)} "
         f"trained; about {human_bytes(memory.total)} of memory"
@@ -51,12 +51,12 @@ def judge_base(base: Base, config: RunConfig, vocab_size: int, console: Console)
     ignored = architecture_of(base.config).ignores_window
     if ignored and window is not None and window < longest:
         raise UserError(
-            f"{base.folder.path} looks back {window} tokens (sliding_window), which llama.cpp does "
+            f"{base.path} looks back {window} tokens (sliding_window), which llama.cpp does "
             f"not do for {base.config.model_type}; sequences have up to {longest}; set "
             f"data.max_length={window} or less"
         )
     require_fit(
-        f"training {base.folder.path}",
+        f"training {base.path}",
         config,
         lambda settings: memory_of(base.config, settings, vocab_size),
     )

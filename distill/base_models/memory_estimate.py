@@ -132,8 +132,8 @@ class TrainingMemory:
 
 @dataclass(frozen=True)
 class _Shape:
-    """A base's sizes; ``matrices`` are (rows, columns) of one layer's, ``vectors`` the numbers of
-    its norms and biases."""
+    """A base's sizes, and of a layer: (rows, columns) of its ``matrices``, how many ``norms`` of D
+    there are, the numbers of all ``vectors``."""
 
     width: int
     layers: int
@@ -145,6 +145,7 @@ class _Shape:
     tied: bool
     fused: bool
     head_norms: bool
+    norms: int
     matrices: tuple[tuple[int, int], ...]
     vectors: int
 
@@ -184,7 +185,8 @@ def _shape(base: Any, vocab_size: int) -> _Shape:
         inputs, hidden = [(attention + 2 * keys, width)], [(2 * inner, width)]
     else:
         inputs, hidden = [(attention, width), (keys, width), (keys, width)], [(inner, width)] * 2
-    vectors = 2 * width + (2 * one if head_norms else 0)
+    norms = sum("layernorm" in name for name in names)
+    vectors = norms * width + 2 * one * head_norms
     if "self_attn.q_proj.bias" in names and "self_attn.o_proj.bias" not in names:  # always there
         vectors += attention + 2 * keys
     elif getattr(base, "attention_bias", False):
@@ -202,6 +204,7 @@ def _shape(base: Any, vocab_size: int) -> _Shape:
         tied=bool(base.tie_word_embeddings),
         fused=fused,
         head_norms=head_norms,
+        norms=norms,
         matrices=(*inputs, (width, attention), *hidden, (width, inner)),
         vectors=vectors,
     )
@@ -216,19 +219,17 @@ def estimate(base: Any, training: TrainingSettings) -> TrainingMemory:
     - adapters: LoRA, gates with where they began, heads, in float32; gradients once, moments twice
       what is trained.
     - snapshots: weights, moments and buffers of the guard's.
-    - activations: of a layer, see ``_layer_activations``. With checkpointing one layer's, and the L
-      layers' inputs, n·D each; without, all layers'. And the last norm's input in float32 and
-      output, the gates' rotations (one float64 and three float32 matrices of 8 × 8 for each block),
-      and LoRA's weights as autocast narrows them.
+    - activations: with checkpointing one layer's (``_layer_activations``) and the L layers' inputs,
+      n·D each; without, all layers'. And the last norm's input in float32 and output, the gates'
+      rotations (a float64 and three float32 matrices of 8 × 8 for each block), narrowed LoRA.
     - temporary: of the backward pass of one layer: gradients on their way through the feed-forward
       part, 3·I + 2·D for each token, and the largest matrix as unpacked from NF4.
     - loss: a chunk of logits (``distill.losses.chunked_lm_head.chunk_size``) in ``LOGITS_COPIES``
       float32 buffers and once narrow; the last states and their gradient, n·D each; narrow copies
       of states and matrix where they were not narrow; the matrix of the teacher's sketches.
 
-    Not in it: what CUDA and its libraries take for themselves, projectors of the hidden-state loss,
-    keys and values while a student writes. Attention keeps no matrix of tokens × tokens (PyTorch's
-    fused kernels).
+    Not in it: CUDA's own, projectors of the hidden-state loss, keys and values while a student
+    writes. Attention keeps no matrix of tokens × tokens (PyTorch's fused kernels).
     """
     shape = _shape(base, training.vocab_size)
     blocks = shape.layers * shape.attention // GROUP
@@ -294,16 +295,15 @@ def _activations(shape: _Shape, training: TrainingSettings) -> int:
 def _layer_activations(shape: _Shape, training: TrainingSettings, tokens: int) -> int:
     """What one layer keeps of its forward pass, in bytes.
 
-    For each token: norms 2·(D + 1) float32 (and A + H + K·W + K where queries and keys have norms);
-    attention 2·A + 2·K·W, and A + K·W where the values are part of a fused projection, as the base
-    computes, and H float32; the gate's input A in float32 where it was not; feed-forward 3·I;
-    LoRA's inputs, the columns of all matrices, as each has a copy of its own, and r for each
-    matrix. Without autocast over a base in float32 there is one input for all matrices that share
-    it, as there is over NF4 on a GPU. For the layer: its matrices as autocast narrows them, unless
-    in NF4.
+    For each token: each norm's D + 1 float32 (and A + H + K·W + K where queries and keys have
+    norms); attention 2·A + 2·K·W, and A + K·W where values are part of a fused projection, as the
+    base computes, and H float32; the gate's input A in float32 where it was not; feed-forward 3·I;
+    LoRA's inputs, the columns of all matrices, as each has its own copy (over a float32 base
+    without autocast, or NF4 on a GPU, those of one input share it), and r for each matrix. For the
+    layer: its matrices as autocast narrows them, unless in NF4.
     """
     narrow, lora = training.base_bytes, training.lora_bytes
-    norms = 8 * (shape.width + 1)
+    norms = 4 * shape.norms * (shape.width + 1)
     if shape.head_norms:
         norms += 4 * (shape.attention + shape.heads + shape.keys + shape.kv_heads)
     attention = (3 if shape.fused else 2) * (shape.attention + shape.keys)

@@ -85,13 +85,17 @@ def _id(number: int | None) -> str:
 
 
 def compare_vocabularies(
-    fields: Mapping[str, Field], tokenizer: Path | Any, base_rows: int, teacher_rows: int
+    fields: Mapping[str, Field],
+    tokenizer: Path | Mapping[str, Field] | Any,
+    base_rows: int,
+    teacher_rows: int,
 ) -> VocabularyMatch:
     """Compare a GGUF teacher's vocabulary with a base model's, id by id.
 
     Args:
         fields: the teacher's metadata (the ``tokenizer.*`` entries at least).
-        tokenizer: the base model's, as ``load_tokenizer`` gives it, or the folder it is in.
+        tokenizer: the base model's: the folder it is in, as ``load_tokenizer`` gives it, or GGUF
+            metadata as ``fields``.
         base_rows: rows of the base model's embedding.
         teacher_rows: rows of the teacher's.
 
@@ -101,11 +105,9 @@ def compare_vocabularies(
     try:
         texts, kinds = read_tokens(fields)
         theirs = read_roles(fields, len(texts))
-        if isinstance(tokenizer, Path):
-            tokenizer = load_tokenizer(ModelFolder(tokenizer, {}, ()), base_rows)
+        base, own = _tokens_and_roles(tokenizer, base_rows)
     except (TokenizerConversionError, TeacherFileError) as error:
         raise UserError(str(error)) from None
-    base = {number: text for text, number in tokenizer.get_vocab().items()}
     if max(base, default=-1) >= base_rows:
         raise UserError(
             f"the base's tokenizer has {max(base) + 1:,} tokens, its embedding only {base_rows:,} "
@@ -131,7 +133,7 @@ def compare_vocabularies(
             different.append(number)
     if different:
         raise UserError(_difference(texts, base, different, teacher_rows))
-    roles = {role: (getattr(tokenizer, f"{role}_token_id"), theirs.get(role)) for role in _ROLES}
+    roles = {role: (own.get(role), theirs.get(role)) for role in _ROLES}
     return VocabularyMatch(
         common=common,
         padding=padding,
@@ -142,6 +144,19 @@ def compare_vocabularies(
         ),
         roles={role: pair for role, pair in roles.items() if pair[0] != pair[1]},
     )
+
+
+def _tokens_and_roles(
+    tokenizer: Path | Mapping[str, Field] | Any, rows: int
+) -> tuple[dict[int, str], dict[str, int | None]]:
+    """A base's tokens by their ids, and the ids of those of ``_ROLES``."""
+    if isinstance(tokenizer, Mapping):
+        texts = read_tokens(tokenizer)[0]
+        return dict(enumerate(texts)), dict(read_roles(tokenizer, len(texts)))
+    if isinstance(tokenizer, Path):
+        tokenizer = load_tokenizer(ModelFolder(tokenizer, {}, ()), rows)
+    base = {number: text for text, number in tokenizer.get_vocab().items()}
+    return base, {role: getattr(tokenizer, f"{role}_token_id") for role in _ROLES}
 
 
 def _is_padding(text: str, kind: TokenType) -> bool:

@@ -107,9 +107,10 @@ StudentBase = Annotated[
     Path | None,
     typer.Option(
         "--student-base",
-        metavar="FOLDER",
-        help="A transformers model with the teacher's vocabulary (llama, phi3, qwen2, qwen3) that "
-        "becomes the student: frozen, with LoRA and SO(8) gates. In place of --student-size.",
+        metavar="FOLDER|FILE",
+        help="A model with the teacher's vocabulary that becomes the student: frozen, with LoRA "
+        "and SO(8) gates, in place of --student-size. A transformers folder or a GGUF file (llama, "
+        "phi3, qwen2, qwen3, gemma3), the teacher's own too; --vocab cuts that of a file.",
     ),
 ]
 LoraRank = Annotated[

@@ -195,7 +195,8 @@ class StudentConfig(Section):
         """A short name: its size, or its base and the rank of LoRA."""
         if self.base is None:
             return self.size
-        return f"{Path(self.base).resolve().name}-lora{self.lora_rank}"
+        name = Path(self.base).resolve().name.removesuffix(".gguf")
+        return f"{name}-lora{self.lora_rank}"
 
     @property
     def chosen(self) -> ChosenShape:

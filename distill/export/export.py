@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 
 from distill.config.schema import Quant
 from distill.errors import ProofFailed, UserError
-from distill.evaluation.scorers import student_scorer
 from distill.export.importance import DATASET, ImportanceOf, MeanSquares
-from distill.export.proof import answers, proof_sequences, prove, prove_quantized
+from distill.export.proof import expected_of, proof_sequences, prove, prove_quantized
 from distill.runs.folder import HeldOut
 from distill.runs.proof_record import Proof
 from students.adapter.adapter import AdaptedStudent
@@ -120,7 +119,7 @@ def export_proved(
         progress("f32")
         model = _write(export, temporary, kept)
         chosen = proof_sequences(export.held_out.sequences, model.config.vocab_size)
-        expected = answers(student_scorer(model), chosen, kept)
+        expected = expected_of(model, chosen, kept)
         importance: MeanSquares = {}
         if export.importance is not None and any(map(takes_importance, wanted)):
             progress("importance matrix")

@@ -71,7 +71,7 @@ def publish(publication: Publication, folder: RunFolder, console: Console) -> Pr
     student, config = publication.student, publication.config
     tokenizer = metadata_entries(publication.teacher_record.tokenizer)
     folder.write_held_out(publication.held_out)
-    base_name = publication.base.folder.path.resolve().name if publication.base else None
+    base_name = publication.base.path.resolve().name if publication.base else None
     lineage = lineage_of(publication.teacher_record, publication.store, base_name)
     save_student(student, folder, tokenizer, publication.name, lineage)
     names = ExportNames(publication.name, origin_of(folder.read_identity()), lineage)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.base_models.folder import base_folder
+from distill.base_models.source import base_source
 from distill.capture.data_rows import DataRows, read_rows
 from distill.capture.sequences.known import StoreLocation, find_sequences
 from distill.capture.teachers import (
@@ -194,4 +194,4 @@ def _require_no_store(config: RunConfig) -> None:
 
 def _check_student(config: RunConfig) -> None:
     if config.student.base is not None:
-        base_folder(Path(config.student.base))
+        base_source(Path(config.student.base), config.student.load_in_4bit)

@@ -43,10 +43,16 @@ from distill.runtime.environment import environment
 from distill.runtime.format import human_time
 from distill.runtime.launch import Launch
 from distill.runtime.progress import Console
-from distill.trimming.for_student import fitted, require_same_vocabulary, trimmed_file
+from distill.trimming.for_student import (
+    fitted,
+    require_same_vocabulary,
+    trimmed_file,
+    with_cut_base,
+)
 from teachers.atomic_files import exclusive
 from teachers.base import TeacherInfo
 from teachers.gguf.file import read_gguf
+from teachers.reduced import cut_of
 from teachers.store.store import SoftTargetStore
 from teachers.store.teacher_record import require_teacher_record
 
@@ -87,6 +93,7 @@ def run(
         assert gguf is not None, "see require_gguf"
         tokenizer = tokenizer_of(config.teacher, gguf)
         weights = weights_of(teacher)
+        config = with_cut_base(config, cut_of(teacher), kept)
         resolved = resolve(config, info, tokenizer, weights, console)
         longest = corpus.sampling.max_length
         resolved = resolved.with_length(longest)
@@ -153,8 +160,9 @@ def train_from_store(
     config = without_capture(config, store.manifest.recipe, console)
     gguf, cut = find_teacher(config.teacher.path, info), teacher_record.cut
     require_same_vocabulary(config, cut, store)
+    kept = (out.parent if out is not None else RUNS) / "stores"
+    config = with_cut_base(config, cut, kept)
     if gguf is not None and cut is not None:
-        kept = (out.parent if out is not None else RUNS) / "stores"
         gguf = trimmed_file(read_gguf(gguf), cut, kept, teacher_stem(config.teacher))
     console.note(f"soft targets of {describe_teacher(info)}")
     resolved = resolve(config, info, tokenizer, gguf, console)
@@ -193,7 +201,7 @@ def _identity(
     """What a run's folder must not be continued without."""
     of_base = {}
     if base is not None:
-        of_base = {"base_name": base.folder.path.resolve().name, "base_sha256": base.sha256}
+        of_base = {"base_name": base.path.resolve().name, "base_sha256": base.sha256}
     return of_base | {
         "teacher_name": info.name,
         "teacher_sha256": info.sha256,

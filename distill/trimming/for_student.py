@@ -27,6 +27,7 @@ from distill.trimming.measure import teacher_mass
 from distill.trimming.request import TOKENS
 from distill.trimming.scripts import WORTH_A_WARNING, lost_scripts
 from distill.trimming.text import counted, spread
+from students.gguf.architectures import EMBEDDING
 from teachers.atomic_files import temporary_name, write_whole
 from teachers.base import Teacher, Tokens
 from teachers.gguf.file import GGUFFile, read_gguf, tokenizer_fields
@@ -139,6 +140,30 @@ def trimmed_file(file: GGUFFile, cut: VocabularyCut, folder: Path, stem: str) ->
         finally:
             temporary.unlink(missing_ok=True)
     return path
+
+
+def with_cut_base(config: RunConfig, cut: VocabularyCut | None, folder: Path) -> RunConfig:
+    """The settings with a base model in a GGUF file cut to the student's vocabulary as well, which
+    is kept in ``folder``.
+
+    Raises:
+        UserError: the base has not as many tokens as the teacher.
+        TeacherFileError, VocabularyError: it cannot be cut.
+    """
+    base = config.student.base
+    if cut is None or base is None or not (path := Path(base)).is_file():
+        return config
+    file, size = read_gguf(path), cut.vocabulary.old_size
+    rows = file.tensors[EMBEDDING].shape[0]
+    if rows == len(cut.vocabulary):  # as an earlier run has cut it, perhaps: will be compared
+        return config
+    if rows != size:
+        raise UserError(
+            f"--student-base {path} has {rows:,} tokens, the teacher {size:,}: --vocab cuts both "
+            "alike; use a base with the teacher's vocabulary"
+        )
+    student = {"base": str(trimmed_file(file, cut, folder, path.stem).absolute())}
+    return config.model_copy(update={"student": config.student.model_copy(update=student)})
 
 
 def _kept(teacher: GGUFTeacher, folder: Path, known: str) -> VocabularyCut | None:

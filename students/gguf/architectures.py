@@ -1,7 +1,6 @@
 """The model types whose GGUF architecture computes the same in llama.cpp; all others are refused.
 
-A new one is one entry of ``ARCHITECTURES``; its name is the same in transformers and in GGUF.
-Letters: D width, H heads, W head width.
+A new one is one entry of ``ARCHITECTURES``. Letters: D width, H heads, W head width.
 """
 
 from __future__ import annotations
@@ -39,6 +38,12 @@ _OTHER_BIASES = {
     "self_attn.o_proj.bias": "attn_output.bias",
     **{f"mlp.{name}_proj.bias": f"ffn_{name}.bias" for name in ("gate", "up", "down")},
 }
+_GEMMA3 = {
+    **{key: name for key, name in _SHARED.items() if key != "post_attention_layernorm.weight"},
+    "post_attention_layernorm.weight": "post_attention_norm.weight",
+    "pre_feedforward_layernorm.weight": "ffn_norm.weight",
+    "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
+}
 _HEAD_NORMS = {f"self_attn.{name}_norm.weight": f"attn_{name}_norm.weight" for name in "qk"}
 
 
@@ -58,6 +63,12 @@ class Architecture:
     need not be D. ``partial_rotary``: a head may be turned in part. ``ignores_window``: llama.cpp
     has the key of a sliding window (older versions refuse a file without it), but computes none.
     ``refused_flags``: configuration values that add what llama.cpp does not compute.
+
+    ``model_type``: transformers' name where it is another. ``activation``: of the feed-forward
+    part, by transformers' name. ``norm_offset``: what the file adds to the gains of norms.
+    ``window_period``: of so many layers all but the last attend to a sliding window, with a rotary
+    base of their own (0: llama.cpp has no windows for it). ``wide_query_layers``: a model of this
+    depth divides attention scores by √(D/H), all others by √W.
     """
 
     name: str
@@ -68,6 +79,11 @@ class Architecture:
     partial_rotary: bool = False
     ignores_window: bool = False
     refused_flags: tuple[str, ...] = ()
+    model_type: str = ""
+    activation: str = "silu"
+    norm_offset: float = 0.0
+    window_period: int = 0
+    wide_query_layers: int = 0
 
     def to_gguf_name(self, name: str) -> str:
         """GGUF name of a transformers tensor.
@@ -97,7 +113,7 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    architecture.name: architecture
+    architecture.model_type or architecture.name: architecture
     for architecture in (
         Architecture(
             "llama",
@@ -123,6 +139,23 @@ ARCHITECTURES = {
             own_head_width=True,
             refused_flags=("attention_bias",),
         ),
+        Architecture(
+            "gemma3",
+            _GEMMA3 | _SPLIT | _HEAD_NORMS,
+            rope_types=("default", "linear"),
+            own_head_width=True,
+            refused_flags=(
+                "attention_bias",
+                "attn_logit_softcapping",
+                "final_logit_softcapping",
+                "use_bidirectional_attention",
+            ),
+            model_type="gemma3_text",
+            activation="gelu_pytorch_tanh",
+            norm_offset=1.0,
+            window_period=6,
+            wide_query_layers=62,
+        ),
     )
 }
 # A folded SO8T student is a Llama without biases.
@@ -131,7 +164,7 @@ to_gguf_name, from_gguf_name = FOLDED.to_gguf_name, FOLDED.from_gguf_name
 
 
 def architecture_of(config: Any) -> Architecture:
-    """The architecture of a transformers configuration.
+    """The architecture of a transformers configuration, by its model type.
 
     Raises:
         ExportError: there is none that computes the same.

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from students.gguf.architectures import architecture_of
+from students.gguf.architectures import Architecture, architecture_of
 from students.gguf.metadata import ExportError
-from students.gguf.rope_scaling import rope_scaling, rope_theta, rope_type
+from students.gguf.rope_scaling import (
+    rope_parameters,
+    rope_scaling,
+    rope_theta,
+    rope_type,
+    window_theta,
+)
+
+SLIDING, FULL = "sliding_attention", "full_attention"  # transformers' names of kinds of layers
 
 
 def head_width(config: Any) -> int:
@@ -22,7 +30,7 @@ def rotary_dimensions(config: Any) -> int:
     Raises:
         ExportError: ``partial_rotary_factor`` is not above 0 and at most 1.
     """
-    share = config.rope_parameters.get("partial_rotary_factor")
+    share = rope_parameters(config).get("partial_rotary_factor")
     if share is None:
         return head_width(config)
     if type(share) not in (int, float) or not 0 < share <= 1:
@@ -30,6 +38,26 @@ def rotary_dimensions(config: Any) -> int:
             f"partial_rotary_factor is {share!r}; a number above 0 and at most 1 is needed"
         )
     return int(head_width(config) * share)
+
+
+def window_of(config: Any) -> int:
+    """How many of the latest tokens a layer with a sliding window attends to, as the file says it;
+    0: none has one.
+
+    Raises:
+        ExportError: other layers have one than in llama.cpp.
+    """
+    period, window = architecture_of(config).window_period, getattr(config, "sliding_window", None)
+    kinds = list(getattr(config, "layer_types", None) or [])
+    if not period or window is None or SLIDING not in kinds:
+        return 0
+    usual = [FULL if number % period == period - 1 else SLIDING for number in range(len(kinds))]
+    if kinds != usual:
+        raise ExportError(
+            f"layer_types of a {config.model_type} model can be exported where all attend to all "
+            f"tokens, or all but every {period}th to a window; here it is otherwise"
+        )
+    return int(window)
 
 
 def context_length(config: Any) -> int:
@@ -43,9 +71,12 @@ def context_length(config: Any) -> int:
     """
     context = int(config.max_position_embeddings)
     window = getattr(config, "sliding_window", None)
-    if architecture_of(config).ignores_window:
+    architecture = architecture_of(config)
+    if architecture.ignores_window:
         return context if window is None else min(context, int(window))
-    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if architecture.window_period:
+        return context
+    sliding = SLIDING in (getattr(config, "layer_types", None) or ())
     if sliding and window is not None and window < context:
         raise ExportError(
             f"sliding windows of {window} tokens cannot be exported for {config.model_type}; a "
@@ -64,9 +95,11 @@ def require_exportable(config: Any) -> None:
     """
     architecture = architecture_of(config)
     name = architecture.name
-    if config.hidden_act != "silu":
+    field = "hidden_activation" if hasattr(config, "hidden_activation") else "hidden_act"
+    if (activation := getattr(config, field)) != architecture.activation:
         raise ExportError(
-            f"hidden_act is {config.hidden_act!r}; only a {name} model with 'silu' can be exported"
+            f"{field} is {activation!r}; only a {name} model with {architecture.activation!r} can "
+            "be exported"
         )
     for flag in architecture.refused_flags:
         if getattr(config, flag, False):
@@ -80,6 +113,7 @@ def require_exportable(config: Any) -> None:
             f"{heads} heads of width {width} do not fill the model's {config.hidden_size}, which a "
             f"{name} file needs"
         )
+    _require_query_scale(config, architecture)
     kind = rope_type(config)
     if kind not in architecture.rope_types:
         raise ExportError(
@@ -96,3 +130,19 @@ def require_exportable(config: Any) -> None:
     rope_theta(config)
     rope_scaling(config, dimensions)
     context_length(config)
+    if window_of(config):
+        window_theta(config)
+
+
+def _require_query_scale(config: Any, architecture: Architecture) -> None:
+    """Gemma states what attention scores are divided by the root of; the file does not."""
+    stated = getattr(config, "query_pre_attn_scalar", None)
+    if stated is None:
+        return
+    wide = config.num_hidden_layers == architecture.wide_query_layers
+    usual = config.hidden_size // config.num_attention_heads if wide else head_width(config)
+    if stated != usual:
+        raise ExportError(
+            f"query_pre_attn_scalar is {stated!r}; a {config.model_type} model of "
+            f"{config.num_hidden_layers} layers can be exported with {usual}"
+        )

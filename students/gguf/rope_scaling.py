@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from students.gguf.architectures import architecture_of
 from students.gguf.metadata import ExportError
 
+_KINDS = ("full_attention", "sliding_attention")  # transformers' names of kinds of layers
 YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # llama.cpp's own, and transformers'
 
 
@@ -35,29 +37,56 @@ class RopeScaling:
     tensors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
+def rope_parameters(config: Any) -> Mapping[str, Any]:
+    """The rotary parameters of a transformers configuration, of its layers that attend to all
+    tokens where those with a sliding window have others.
+
+    Raises:
+        ExportError: there are none, or other sets than these two.
+    """
+    parameters = config.rope_parameters
+    windows = architecture_of(config).window_period > 0
+    if windows and isinstance(parameters, Mapping) and set(parameters) == set(_KINDS):
+        parameters = parameters[_KINDS[0]]
+    if not isinstance(parameters, Mapping) or any(
+        isinstance(value, Mapping) for value in parameters.values()
+    ):
+        only = "a set for each kind of layer" if windows else "one set for all layers"
+        raise ExportError(f"rope_parameters is {_short(parameters)}; only {only} can be exported")
+    return parameters
+
+
 def rope_theta(config: Any) -> float:
     """Base of the rotary frequencies of a transformers configuration.
 
     Raises:
         ExportError: it is missing or no number above 1.
     """
-    return _number(config.rope_parameters, "rope_theta", above=1.0)
+    return _number(rope_parameters(config), "rope_theta", above=1.0)
+
+
+def window_theta(config: Any) -> float:
+    """The same of layers with a sliding window, whose rotary embedding is never stretched.
+
+    Raises:
+        ExportError: it is, or there is no such base.
+    """
+    parameters = config.rope_parameters.get(_KINDS[1])
+    if not isinstance(parameters, Mapping) or parameters.get("rope_type") != "default":
+        raise ExportError(
+            f"rope_parameters of layers with a sliding window are {_short(parameters)}; only "
+            "rope_type 'default' can be exported"
+        )
+    return _number(parameters, "rope_theta", above=1.0)
 
 
 def rope_type(config: Any) -> str:
     """Name of the scaling, ``default`` where there is none.
 
     Raises:
-        ExportError: the configuration has no common rotary parameters of all layers.
+        ExportError: see ``rope_parameters``.
     """
-    parameters = config.rope_parameters
-    if not isinstance(parameters, Mapping) or any(
-        isinstance(value, Mapping) for value in parameters.values()
-    ):
-        raise ExportError(
-            f"rope_parameters is {_short(parameters)}; only one set for all layers can be exported"
-        )
-    return str(parameters.get("rope_type") or "default")
+    return str(rope_parameters(config).get("rope_type") or "default")
 
 
 def rope_scaling(config: Any, dimensions: int) -> RopeScaling:
@@ -66,7 +95,7 @@ def rope_scaling(config: Any, dimensions: int) -> RopeScaling:
     Raises:
         ExportError: a kind of scaling that GGUF does not have, or invalid parameters.
     """
-    kind, parameters = rope_type(config), config.rope_parameters
+    kind, parameters = rope_type(config), rope_parameters(config)
     if kind == "default":
         return RopeScaling()
     if kind == "linear":
@@ -85,7 +114,7 @@ def rope_scaling(config: Any, dimensions: int) -> RopeScaling:
 
 def _llama3_factors(config: Any, dimensions: int) -> NDArray[np.float32]:
     """Llama 3.1's rule: stretch long waves by ``factor``, keep short ones, mix those between."""
-    parameters = config.rope_parameters
+    parameters = rope_parameters(config)
     factor = _number(parameters, "factor", above=0.0)
     low = _number(parameters, "low_freq_factor", above=0.0)
     high = _number(parameters, "high_freq_factor", above=low)
@@ -97,7 +126,7 @@ def _llama3_factors(config: Any, dimensions: int) -> NDArray[np.float32]:
 
 
 def _longrope(config: Any, dimensions: int) -> RopeScaling:
-    parameters = config.rope_parameters
+    parameters = rope_parameters(config)
     original = int(_number(parameters, "original_max_position_embeddings", above=1.0))
     tensors = {}
     for name in ("long", "short"):

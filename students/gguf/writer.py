@@ -23,6 +23,7 @@ from students.gguf.config_values import (
     head_width,
     require_exportable,
     rotary_dimensions,
+    window_of,
 )
 from students.gguf.file_types import FILE_TYPES
 from students.gguf.metadata import (
@@ -35,7 +36,7 @@ from students.gguf.metadata import (
     require_format,
 )
 from students.gguf.provenance import add_lineage
-from students.gguf.rope_scaling import RopeScaling, rope_scaling, rope_theta
+from students.gguf.rope_scaling import RopeScaling, rope_scaling, rope_theta, window_theta
 from students.model import so8
 from students.model.decoder import SO8TForCausalLM
 from students.model.fold import fold, llama_config
@@ -56,12 +57,14 @@ class _Model:
 class _Entry:
     """One tensor under its name in the file.
 
-    ``permuted_heads``: how many heads its rows are to be permuted by, 0: not at all.
+    ``permuted_heads``: how many heads its rows are to be permuted by, 0: not at all. ``offset`` is
+    added to all its values.
     """
 
     name: str
     tensor: Tensor
     permuted_heads: int = 0
+    offset: float = 0.0
 
     def array(self) -> NDArray[np.float32]:
         """The values as the file holds them, before quantization."""
@@ -69,6 +72,8 @@ class _Entry:
         if self.permuted_heads:
             rows = permute_for_rope(values.reshape(len(values), -1), self.permuted_heads)
             values = rows.reshape(values.shape)
+        if self.offset:
+            values = values + np.float32(self.offset)
         return np.ascontiguousarray(values)
 
 
@@ -171,7 +176,8 @@ def _entries(model: _Model) -> Iterator[_Entry]:
         if gguf_name == OUTPUT and torch.equal(tensor, model.state["model.embed_tokens.weight"]):
             continue  # tied: llama.cpp takes the embedding where there is no output matrix
         heads = permuted.get(name.split(".")[-2], 0) if architecture.permuted else 0
-        yield _Entry(gguf_name, tensor, heads)
+        offset = architecture.norm_offset if gguf_name.endswith("norm.weight") else 0.0
+        yield _Entry(gguf_name, tensor, heads, offset)
 
 
 def _add_shape(writer: GGUFWriter, model: _Model, scaling: RopeScaling) -> None:
@@ -193,6 +199,9 @@ def _add_shape(writer: GGUFWriter, model: _Model, scaling: RopeScaling) -> None:
     writer.add_rope_freq_base(rope_theta(config))
     if model.architecture.ignores_window:
         writer.add_sliding_window(config.sliding_window or 0)
+    if window := window_of(config):
+        writer.add_sliding_window(window)
+        writer.add_rope_freq_base_swa(window_theta(config))
     adders = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
     for key, value in scaling.values.items():
         adders[type(value)](f"{model.architecture.name}.{key}", value)

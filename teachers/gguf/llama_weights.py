@@ -170,10 +170,12 @@ class LlamaWeights:
                     get[part] = None if rows is None else half_split(rows, heads)
         return LayerWeights(**{ours: get.get(name) for name, ours in LAYER_NAMES.items()})  # type: ignore[arg-type]
 
-    def embedding_rows(self, start: int, stop: int) -> Floats:
-        """Rows of the token embedding as they enter the stream, ``[stop − start, D]``."""
+    def embedding_rows(self, start: int, stop: int, *, scaled: bool = True) -> Floats:
+        """Rows of the token embedding as they enter the stream, ``[stop − start, D]``, or not
+        ``scaled``, as the file has them."""
         rows = self._finite(EMBEDDING, self.file.rows(EMBEDDING, start, stop))
-        rows *= self.facts.embedding_scale
+        if scaled:
+            rows *= self.facts.embedding_scale
         return rows
 
     def output_rows(self, start: int, stop: int) -> Floats:

@@ -101,7 +101,7 @@ def check_folder(path: Path, *, weights: bool = True) -> ModelFolder:
     """
     if not path.exists():
         raise TeacherFileError(
-            f"{path} does not exist; give the folder of a transformers checkpoint"
+            f"{path} does not exist; give the folder of a transformers checkpoint, or a GGUF file"
         )
     if not path.is_dir():
         raise TeacherFileError(

@@ -31,7 +31,7 @@ from teachers.gguf.file import Field, read_gguf, tokenizer_fields
 from teachers.llama_cpp.teacher import GGUFTeacher
 from tests.conftest import command, not_refused
 from tests.support.runs import PLAIN_PROMPTS, SMALL, interrupted
-from tests.support.tiny_models import make_base
+from tests.support.tiny_models import Tiny, make_base, write_tiny
 
 pytestmark = pytest.mark.usefixtures("llama_here")
 SETTINGS = [one for one in SMALL if not one.startswith("student.init")]
@@ -282,6 +282,32 @@ def test_a_damaged_adapter_is_refused(finished: RunFolder, tmp_path: Path) -> No
             pytest.fail(change.__name__)
 
 
+def test_the_teachers_own_file_is_a_base_and_loses_the_same_tokens(
+    tiny_teacher_path: Path, tmp_path: Path
+) -> None:
+    """It begins at its teacher, but for what became of dropped tokens; it is exported again, too,
+    from the file that is kept."""
+    settings = ["student.vocab=75%", "train.learning_rate=0.001"]
+    config = base_config(tiny_teacher_path, tiny_teacher_path, *settings, four_bits=False)
+    done = run(config, RunPaths(out=tmp_path / "run"), Console())
+    results = done.read_results()
+    assert results["student"]["architecture"] == "llama"
+    assert results["student"]["size"].startswith("tiny-")
+    scores = [results["evaluation"][when]["kl"] for when in ("before", "after", "exported")]
+    assert 0 < min(scores) <= max(scores) < 0.3, scores
+    kept = Path(done.read_config().student.base or "")
+    assert kept.parent == tmp_path / "stores" and kept.exists()
+    [proof] = export_run(done, ["f32"], tmp_path / "again.gguf", Console())
+    file, base = read_gguf(tmp_path / "again.gguf"), read_gguf(kept)
+    assert proof.max_logit_difference <= 1e-3
+    tokens = file.value("tokenizer.ggml.tokens")
+    assert len(tokens) == 768 and tokens == base.value("tokenizer.ggml.tokens")
+    with GGUFTeacher(done.gguf, threads=1) as student:
+        assert student.info.vocab_size == 768
+    # The same command goes on where it is, and finds the file again.
+    assert run(config, RunPaths(out=tmp_path / "run"), Console()).finished
+
+
 def change_config(base: Path, copy: Path, **changes: object) -> Path:
     shutil.copytree(base, copy)
     config = json.loads((copy / "config.json").read_text())
@@ -312,11 +338,18 @@ def test_bad_input_is_one_line_and_exit_2(
     gptq = {"quantization_config": {"quant_method": "gptq"}}
     quantized = change_config(base, tmp_path / "quantized", **gptq)
     foreign = swap_tokens(base, tmp_path / "foreign")
+    odd_heads = Tiny(heads=3, kv_heads=1, head_width=12)
     start = ["run", "--teacher", str(tiny_teacher_path)]
     plan = ["plan", "--teacher", str(tiny_teacher_path)]
     cases: list[tuple[list[str], Path | str | None, list[str]]] = [
         (start, "nowhere", ["nowhere", "does not exist"]),
-        (start, tiny_teacher_path, ["is not a folder"]),
+        ([*start, "--load-in-4bit"], tiny_teacher_path, ["--load-in-4bit", "GGUF file"]),
+        (start, write_tiny(tmp_path / "gemma.gguf", Tiny("gemma")), ["is a gemma", "qwen3"]),
+        (
+            start,
+            write_tiny(tmp_path / "odd.gguf", Tiny(heads=3, kv_heads=1, head_width=12)),
+            ["divisible by 8"],
+        ),
         (start, other, ["gpt_neox", "llama, phi3, qwen2"]),
         (start, scaled, ["gelu"]),
         (start, narrow, ["60", "divisible by 8"]),

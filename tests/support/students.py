@@ -59,14 +59,16 @@ def make_student(
     return student
 
 
-KINDS = ("llama", "phi3", "qwen2", "qwen3")
 ROWS, VOCAB = 104, 96  # the bases have more rows than the teacher has tokens
-NAMES = {
-    "llama": ("Llama", "q k v o gate up down"),
-    "phi3": ("Phi3", "qkv o gate_up down"),
-    "qwen2": ("Qwen2", "q k v o gate up down"),
-    "qwen3": ("Qwen3", "q k v o gate up down"),
+SPLIT = "q k v o gate up down"
+MATRICES = {
+    "llama": SPLIT,
+    "phi3": "qkv o gate_up down",
+    "qwen2": SPLIT,
+    "qwen3": SPLIT,
+    "gemma3_text": SPLIT,
 }
+KINDS = tuple(MATRICES)
 needs_nf4 = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
 )
@@ -77,11 +79,10 @@ every_quant = pytest.mark.parametrize("quant", ["plain", pytest.param("nf4", mar
 def make_base(kind: str = "llama", **changes: Any) -> Any:
     """A small model with lively weights, untied unless asked for."""
     shape = SHAPE | {"vocab_size": ROWS}
-    if kind == "qwen3":
+    if kind in ("qwen3", "gemma3_text"):
         shape["head_dim"] = 32  # an attention output wider than the residual stream
-    name = NAMES[kind][0]
-    config = getattr(transformers, f"{name}Config")(**(shape | changes))
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    config = transformers.AutoConfig.for_model(kind, **(shape | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

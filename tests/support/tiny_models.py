@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     Phi3Config,
     PreTrainedModel,
@@ -91,6 +92,30 @@ class Tiny:
     caps: tuple[float, float] | None = None
     rank: int | None = None
     seed: int = 0
+
+
+TEACHERS = {
+    "llama": Tiny(),
+    "llama, tied, biases, rotary factors": Tiny(tied=True, biases=True, rope_factors=True, seed=1),
+    "llama, heads wider than the stream": Tiny(heads=6, kv_heads=3, seed=2),
+    "phi3": Tiny("phi3", width=64, seed=3),
+    "phi3, tied, short factors, scaled": Tiny(
+        "phi3", width=64, tied=True, rope_factors=True, attention_factor=1.2, seed=4
+    ),
+    "qwen2": Tiny("qwen2", width=64, biases=True, seed=5),
+    "qwen3": Tiny("qwen3", head_width=24, seed=6),
+    "llama, linear scaling": Tiny(rope_scale=4.0, seed=7),
+    "gemma": Tiny("gemma", tied=True, kv_heads=1, seed=8),
+    "gemma2, windows, caps": Tiny(
+        "gemma2", tied=True, layers=4, window=8, caps=(3.0, 4.0), head_width=24, seed=9
+    ),
+    "gemma3, windows, two rotary bases": Tiny(
+        "gemma3", tied=True, layers=7, kv_heads=1, window=8, rope_scale=8.0, seed=10
+    ),
+    "gemma3, no windows": Tiny("gemma3", tied=True, seed=11),
+}
+# llama.cpp looks tanh-GELU up in a table of 16-bit floats.
+TOLERANCE = {"gemma": 0.02, "gemma2": 0.02, "gemma3": 0.02}
 
 
 def canonical(tiny: Tiny) -> dict[str, Array]:
@@ -263,7 +288,13 @@ def write_tiny(
 
 
 NAMES = ExportNames("tested base", {"base_name": "tiny"})
-CONFIGS = {"llama": LlamaConfig, "phi3": Phi3Config, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CONFIGS = {
+    "llama": LlamaConfig,
+    "phi3": Phi3Config,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma3": Gemma3TextConfig,
+}
 ORIGINAL = 256  # llama.cpp rounds a context's room up to multiples of this
 
 
@@ -287,6 +318,19 @@ FACTORS = {
 }
 LONGROPE = {"original_max_position_embeddings": ORIGINAL, **scaled("longrope", **FACTORS)}
 PARTIAL = scaled("default", partial_rotary_factor=0.75)
+
+
+def gemma3(**changes: Any) -> dict[str, Any]:
+    """Settings of a Gemma 3 with seven layers, of which the sixth has no window."""
+    rotary = {
+        "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 4.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2000.0},
+    }
+    sizes = {"num_hidden_layers": 7, "head_dim": 24, "query_pre_attn_scalar": 24}
+    windows = {"sliding_window": 64, "rope_parameters": rotary, "pad_token_id": None}
+    return sizes | windows | changes
+
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama tied": ("llama", TIED),
@@ -302,6 +346,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 tied linear": ("qwen2", TIED | LINEAR),
     "qwen2 yarn": ("qwen2", yarn(attention_factor=1.4)),
     "qwen3": ("qwen3", {"head_dim": 32}),
+    "gemma3 tied": ("gemma3", gemma3() | TIED),
+    "gemma3 no window": ("gemma3", gemma3(layer_types=["full_attention"] * 7)),
     "qwen3 tied yarn": ("qwen3", TIED | {"head_dim": 16} | yarn(mscale=1.0, mscale_all_dim=0.5)),
 }
 TOKENIZER = tokenizer_entries(read_gguf(example_teacher()))

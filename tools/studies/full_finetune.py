@@ -4,6 +4,7 @@ compares LoRA with."""
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel
 
-from distill.base_models.base_model import Base
+from distill.base_models.base_model import Base, load_base
 from distill.config.schema import RunConfig
 from distill.errors import TrainingAborted
 from distill.losses.objective import Objective
@@ -27,7 +28,6 @@ from students.model.decoder import SHORT_ON_CPU
 from students.model.gate import SO8Gate
 from students.model.interface import SO8TOutput, Student
 from students.model.shape import GROUP
-from teachers.huggingface.checkpoint import load_model
 
 NO_TERMS = {"lambda_so8t": 0.0, "lambda_safety": 0.0, "lambda_verification": 0.0}
 
@@ -117,7 +117,7 @@ class WholeBase(Student):
 
 def load_whole(base: Base, vocab_size: int) -> WholeBase:
     """The base in float32, every weight of it to be trained, where this process trains."""
-    model = load_model(base.folder, training_device(), torch.float32, load_in_4bit=False)
+    model = load_base(replace(base, load_in_4bit=False), training_device(), torch.float32)
     return WholeBase(model, vocab_size).to(training_device())
 
 

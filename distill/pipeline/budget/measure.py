@@ -35,12 +35,13 @@ from distill.pipeline.resolve import Resolved, resolve
 from distill.runtime.device import device_memory, free_device_memory, training_device
 from distill.runtime.format import human_count
 from distill.runtime.progress import Console
-from distill.trimming.for_student import fitted
+from distill.trimming.for_student import fitted, with_cut_base
 from students.model.build import build_student
 from students.model.config import SO8TConfig
 from students.model.interface import Student
 from teachers.base import TeacherInfo
 from teachers.gguf.file import read_gguf
+from teachers.reduced import cut_of
 from teachers.targets.recipe import Recipe
 
 PROMPTS_APART = 97  # every so many-th of the safety head's prompts is measured
@@ -107,39 +108,40 @@ def measure(
     """
     share = None if budget is None else PROBE_SHARE * budget
     free = free_device_memory(device := training_device())
-    with (
-        TemporaryDirectory() as folder,
-        load_teacher(config, console) as whole,
-        fitted(whole, config, data, Path(folder), console) as teacher,
-    ):
-        info, gguf = teacher.info, gguf_of(teacher)
-        # What cannot be is refused before anything is measured.
-        tokenizer = {}
-        if config.student.base is not None:
-            assert gguf is not None, "see require_gguf"
-            tokenizer = tokenizer_of(config.teacher, gguf)
-        corpus = read_data(config, teacher, console, data)
-        resolved = resolve(config, info, tokenizer, weights_of(teacher), console)
-        resolved = resolved.with_length(corpus.sampling.max_length)
-        config = resolved.config
-        if resolved.base is not None:
-            describe_base(resolved.base, config, info.vocab_size, console)
-        recipe = recipe_for(config.targets, teacher, corpus, console)
-        work, weights = 0.0, weights_of(teacher)
-        if config.student.init == "teacher" and resolved.shape is not None:
-            assert weights is not None
-            work = fit_work(resolved.shape, read_gguf(weights))
-        with console.stage("Probe teacher", total=100) as stage:
-            most = TEACHER_SECONDS if share is None else min(share, TEACHER_SECONDS)
-            probe = probe_teacher(teacher, corpus, recipe, stage, most)
-            files = teacher_files(teacher, gguf, probe, len(corpus))
-            stage.finish(f"{1 / probe.seconds_per_token:,.0f} tokens/s")
-        on_device = max(0, free - free_device_memory(device))
-        some = [prompt.text for prompt in (prompts or [])[::PROMPTS_APART]]
-        lengths = [len(tokens) for tokens in request_tokens(teacher, some)] if some else [0]
-    process = own_memory()
-    most = STUDENT_SECONDS if share is None else min(share, STUDENT_SECONDS)
-    student = _probe_student(resolved, info, probe, console, most)
+    with TemporaryDirectory() as folder:  # a base that was cut is read from it at the end
+        with (
+            load_teacher(config, console) as whole,
+            fitted(whole, config, data, Path(folder), console) as teacher,
+        ):
+            info, gguf = teacher.info, gguf_of(teacher)
+            # What cannot be is refused before anything is measured.
+            tokenizer = {}
+            if config.student.base is not None:
+                assert gguf is not None, "see require_gguf"
+                tokenizer = tokenizer_of(config.teacher, gguf)
+                config = with_cut_base(config, cut_of(teacher), Path(folder))
+            corpus = read_data(config, teacher, console, data)
+            resolved = resolve(config, info, tokenizer, weights_of(teacher), console)
+            resolved = resolved.with_length(corpus.sampling.max_length)
+            config = resolved.config
+            if resolved.base is not None:
+                describe_base(resolved.base, config, info.vocab_size, console)
+            recipe = recipe_for(config.targets, teacher, corpus, console)
+            work, weights = 0.0, weights_of(teacher)
+            if config.student.init == "teacher" and resolved.shape is not None:
+                assert weights is not None
+                work = fit_work(resolved.shape, read_gguf(weights))
+            with console.stage("Probe teacher", total=100) as stage:
+                most = TEACHER_SECONDS if share is None else min(share, TEACHER_SECONDS)
+                probe = probe_teacher(teacher, corpus, recipe, stage, most)
+                files = teacher_files(teacher, gguf, probe, len(corpus))
+                stage.finish(f"{1 / probe.seconds_per_token:,.0f} tokens/s")
+            on_device = max(0, free - free_device_memory(device))
+            some = [prompt.text for prompt in (prompts or [])[::PROMPTS_APART]]
+            lengths = [len(tokens) for tokens in request_tokens(teacher, some)] if some else [0]
+        process = own_memory()
+        most = STUDENT_SECONDS if share is None else min(share, STUDENT_SECONDS)
+        student = _probe_student(resolved, info, probe, console, most)
     return Measured(
         resolved=resolved,
         info=info,

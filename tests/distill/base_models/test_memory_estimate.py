@@ -54,7 +54,7 @@ PHI_3_5_MINI = {  # of the published config.json; its longrope factors take no m
 
 def config_of(kind: str, **changes: Any) -> Any:
     shape = SHAPE | {"vocab_size": 512} | SIZES["small"]
-    if kind == "qwen3":
+    if kind in ("qwen3", "gemma3_text"):
         shape["head_dim"] = 48  # an attention output wider than the residual stream
     return transformers.AutoConfig.for_model(kind, **(shape | changes))
 
@@ -163,6 +163,7 @@ CASES = [
     Case("llama", "plain", torch.float32),
     Case("qwen2", "plain", torch.float32, NARROW),
     Case("phi3", "plain", NARROW, NARROW),
+    Case("gemma3_text", "plain", torch.float32),
     pytest.param(Case("phi3", "double", NARROW, NARROW), marks=needs_nf4),
     pytest.param(Case("qwen3", "nf4", NARROW), marks=needs_nf4),
 ]

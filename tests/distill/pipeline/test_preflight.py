@@ -115,7 +115,7 @@ CASES: list[tuple[str, int, str]] = [
     ("run --set safety.prompts={few.jsonl}", 2, "is for safety.labels=teacher"),
     # A base
     ("run --student-base {missing}", 2, "--student-base: "),
-    ("run --student-base {garbage.gguf}", 2, "is not a folder"),
+    ("run --student-base {garbage.gguf}", 2, "is not a GGUF file"),
     ("plan --student-base {empty}", 2, "has no config.json"),
     # Where it goes, and the launch
     ("run --out {garbage.gguf}", 2, "is a file"),

@@ -24,7 +24,7 @@ from students.model.safety_head import SafetyHead, SafetyShape, shape_of
 from students.weights import set_weights
 from tests.support.students import (
     KINDS,
-    NAMES,
+    MATRICES,
     ROWS,
     VOCAB,
     apart,
@@ -98,7 +98,7 @@ def test_starts_as_its_base(quant: str, tmp_path: Path) -> None:
 
 def test_lora_is_in_every_matrix() -> None:
     """Four or seven matrices of a layer; names without wrappers; float32 over any base."""
-    for kind, (_, matrices) in NAMES.items():
+    for kind, matrices in MATRICES.items():
         student = make_adapted(make_base(kind).to(torch.bfloat16))
         names = student.parameters_by_kind()
         short = [name + "_proj" for name in matrices.split()]

@@ -19,31 +19,17 @@ from teachers.gguf.llama_weights import LlamaWeights, NotALlama
 from teachers.llama_cpp.teacher import GGUFTeacher
 from tests.support.real import real_teacher
 from tests.support.teachers import shared_file
-from tests.support.tiny_models import VOCABULARY, Tiny, canonical, stored, write_tiny
+from tests.support.tiny_models import (
+    TEACHERS,
+    TOLERANCE,
+    VOCABULARY,
+    Tiny,
+    canonical,
+    stored,
+    write_tiny,
+)
 
 LENGTHS = (33, 2, 7)
-TINY = {
-    "llama": Tiny(),
-    "llama, tied, biases, rotary factors": Tiny(tied=True, biases=True, rope_factors=True, seed=1),
-    "llama, heads wider than the stream": Tiny(heads=6, kv_heads=3, seed=2),
-    "phi3": Tiny("phi3", width=64, seed=3),
-    "phi3, tied, short factors, scaled": Tiny(
-        "phi3", width=64, tied=True, rope_factors=True, attention_factor=1.2, seed=4
-    ),
-    "qwen2": Tiny("qwen2", width=64, biases=True, seed=5),
-    "qwen3": Tiny("qwen3", head_width=24, seed=6),
-    "llama, linear scaling": Tiny(rope_scale=4.0, seed=7),
-    "gemma": Tiny("gemma", tied=True, kv_heads=1, seed=8),
-    "gemma2, windows, caps": Tiny(
-        "gemma2", tied=True, layers=4, window=8, caps=(3.0, 4.0), head_width=24, seed=9
-    ),
-    "gemma3, windows, two rotary bases": Tiny(
-        "gemma3", tied=True, layers=7, kv_heads=1, window=8, rope_scale=8.0, seed=10
-    ),
-    "gemma3, no windows": Tiny("gemma3", tied=True, seed=11),
-}
-# llama.cpp looks tanh-GELU up in a table of 16-bit floats.
-TOLERANCE = {"gemma": 0.02, "gemma2": 0.02, "gemma3": 0.02}
 
 
 # transformers' names of the norms in Gemma 2 and 3, and in Gemma
@@ -118,7 +104,7 @@ def some_sequences(vocab_size: int, lengths: tuple[int, ...] = LENGTHS) -> list[
 @pytest.mark.needs_gguf
 def test_forward_pass_is_llama_cpps(tmp_path: Path) -> None:
     """Float32 files: nothing but the order of additions lies between the two."""
-    for name, tiny in TINY.items():
+    for name, tiny in TEACHERS.items():
         path = write_tiny(tmp_path / "tiny.gguf", tiny)
         sequences = some_sequences(VOCABULARY)
         with GGUFTeacher(path, threads=1) as teacher:
@@ -132,7 +118,7 @@ def test_forward_pass_is_llama_cpps(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_forward_pass_of_gemmas_is_transformers(tmp_path: Path) -> None:
     """In float32 to the order of additions; its norms keep their gain less one."""
-    for name, tiny in TINY.items():
+    for name, tiny in TEACHERS.items():
         if not tiny.architecture.startswith("gemma"):
             continue
         model = gemma(tiny)
@@ -174,7 +160,7 @@ def test_forward_pass_of_gemma_3() -> None:
 
 def test_weights_are_the_canonical_ones(tmp_path: Path) -> None:
     """Splitting and reordering give back exactly what was written."""
-    for name, tiny in TINY.items():
+    for name, tiny in TEACHERS.items():
         weights = LlamaWeights(read_gguf(write_tiny(tmp_path / "tiny.gguf", tiny)))
         expected = canonical(tiny)
         for layer in range(tiny.layers):
@@ -192,7 +178,7 @@ def test_weights_are_the_canonical_ones(tmp_path: Path) -> None:
 
 def test_trace_is_consistent(tmp_path: Path) -> None:
     """Each layer begins where the one before ended, sequences are apart, and parts add up."""
-    weights = LlamaWeights(read_gguf(write_tiny(tmp_path / "trace.gguf", TINY["qwen2"])))
+    weights = LlamaWeights(read_gguf(write_tiny(tmp_path / "trace.gguf", TEACHERS["qwen2"])))
     sequences = some_sequences(VOCABULARY)
     alone = list(trace(weights, sequences[:1]))
     before = embed(weights, sequences)
