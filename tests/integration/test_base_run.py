@@ -345,11 +345,7 @@ def test_bad_input_is_one_line_and_exit_2(
         (start, "nowhere", ["nowhere", "does not exist"]),
         ([*start, "--load-in-4bit"], tiny_teacher_path, ["--load-in-4bit", "GGUF file"]),
         (start, write_tiny(tmp_path / "gemma.gguf", Tiny("gemma")), ["is a gemma", "qwen3"]),
-        (
-            start,
-            write_tiny(tmp_path / "odd.gguf", Tiny(heads=3, kv_heads=1, head_width=12)),
-            ["divisible by 8"],
-        ),
+        (start, write_tiny(tmp_path / "odd.gguf", odd_heads), ["36", "divisible by 8"]),
         (start, other, ["gpt_neox", "llama, phi3, qwen2"]),
         (start, scaled, ["gelu"]),
         (start, narrow, ["60", "divisible by 8"]),
