@@ -198,7 +198,8 @@ def prepare(source: Source, work: Workspace) -> Prepared:
             if not name.startswith(SAFETY)  # which gets another shape once training is over
         }
     validation = data.held_out(config.train.batch_size, torch.device("cpu"), student.packs)
-    rate = initial_learning_rate(config.train, student, config.student.init, validation, steps)
+    init = config.student.init if source.resolved.base is None else "base"
+    rate = initial_learning_rate(config.train, student, init, validation, steps)
     rate = work.launch.agreed(rate)
     gradients: dict[str, Any] = {}
     if isinstance(student, AdaptedStudent):

@@ -107,12 +107,14 @@ class Plan(Sequence[list[int]]):
         self._firsts = np.searchsorted(data.split.train, starts)
         self._each = -(-manifest.shards // (window or WINDOW))  # windows of an epoch
         self._made = lru_cache(WINDOWS_KEPT)(self._make)
+        before = np.concatenate([[0], np.cumsum(self._lengths[data.split.train], dtype=np.int64)])
+        of_shards = np.diff(before[self._firsts])
         counts, tokens = [0], [0]
         for number in range(epochs * self._each):
-            sequences = self._sequences(number)
-            by_number = -(-len(sequences) // batch_size)
+            shards = self._shards(number)
+            by_number = -(-int(np.diff(self._firsts)[shards].sum()) // batch_size)
             counts.append(len(self._make(number)[0]) if data.batch_tokens else by_number)
-            tokens.append(int(self._lengths[sequences].sum()))
+            tokens.append(int(of_shards[shards].sum()))
         self._steps, self._tokens = np.cumsum(counts), np.cumsum(tokens)  # before each window
         self._count, self._total = int(self._steps[-1]), int(self._tokens[-1])
 
@@ -164,16 +166,21 @@ class Plan(Sequence[list[int]]):
         number = int(np.searchsorted(self._steps, step, side="right")) - 1
         return number, step - int(self._steps[number])
 
-    def _sequences(self, number: int) -> NDArray[np.int64]:
-        """The training sequences of a window, ascending."""
+    def _shards(self, number: int) -> NDArray[np.int64]:
+        """The shards of a window, ascending."""
         epoch, window = divmod(number, self._each)
         shards = np.arange(len(self._firsts) - 1)
         if self._each > 1:
             shards = np.random.default_rng([self.data.seed, SHARDS, epoch]).permutation(shards)
-        some = np.sort(np.array_split(shards, self._each)[window])
-        firsts = self._firsts
+        each, more = divmod(len(shards), self._each)  # the first windows have one more
+        start = window * each + min(window, more)
+        return np.sort(shards[start : start + each + (window < more)])
+
+    def _sequences(self, number: int) -> NDArray[np.int64]:
+        """The training sequences of a window, ascending."""
+        train, firsts = self.data.split.train, self._firsts
         return np.concatenate(
-            [self.data.split.train[firsts[shard] : firsts[shard + 1]] for shard in some]
+            [train[firsts[shard] : firsts[shard + 1]] for shard in self._shards(number)]
         )
 
     def _make(self, number: int) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:

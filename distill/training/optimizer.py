@@ -245,13 +245,16 @@ def initial_learning_rate(
     """The peak learning rate of a training of ``steps``: as configured, or one that suits the
     student's initialization.
 
-    From the teacher's weights it is √KL / 2 of the usual one, at most half of it, with the
-    student's first KL on the validation batches, in nats per token; of that √(steps / 64) where
-    there are fewer than 64 steps; at least a fiftieth.
+    Of a base (``init`` is "base") it is √KL of the usual one, with the student's first KL on the
+    validation batches, in nats per token: one near its teacher would be led away from it first.
+    From the teacher's weights it is half of that, and of it √(steps / 64) where there are fewer
+    than 64 steps. It is at least a fiftieth and at most the usual one.
     """
     share = 1.0
-    if config.learning_rate is None and init == "teacher":
+    if config.learning_rate is None and init in ("teacher", "base"):
         score = validation_score(TrainingModule(student, Objective(LossConfig())), validation)
-        wanted = FROM_TEACHER_RATE * min(1.0, math.sqrt(max(0.0, score.kl)))
-        share = max(MIN_RATE, wanted * min(1.0, math.sqrt(steps / MANY_STEPS)))
+        wanted = min(1.0, math.sqrt(max(0.0, score.kl)))
+        if init == "teacher":
+            wanted *= FROM_TEACHER_RATE * min(1.0, math.sqrt(steps / MANY_STEPS))
+        share = max(MIN_RATE, wanted)
     return share * peak_learning_rate(config, student.config.hidden_size)

@@ -106,7 +106,7 @@ def test_the_nearer_to_the_teacher_the_lower_the_rate(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """√KL / 2 of the usual one from a teacher's weights, between a fiftieth and a half, and less
-    where there are few steps."""
+    where there are few steps; √KL of it for a base, whatever the steps."""
     store = open_full_store(setting.store)[0]
     batches = [load_batch(store, range(4))]
     vocab_size = int(store.manifest.identity["vocab_size"])
@@ -132,6 +132,8 @@ def test_the_nearer_to_the_teacher_the_lower_the_rate(
             "distill.training.optimizer.validation_score", lambda *_, score=score: score
         )
         assert rate() == pytest.approx(share * usual), kl
+        of_base = max(0.02, min(1.0, 2 * share)) if kl > 0.01 else 0.02
+        assert rate("base") == rate("base", steps=2) == pytest.approx(of_base * usual), kl
 
 
 def test_every_beginning_is_what_it_says(setting: Setting, tmp_path: Path) -> None:
