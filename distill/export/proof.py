@@ -54,8 +54,8 @@ class Expected:
     """What an F32 file is to give: logits ``[n, V]`` of each sequence of a proof.
 
     ``allowed``: how far it may be off, in logits at most and in nats on average. Beyond what
-    float32 explains that is what llama.cpp's table of GELU moves them by, for a value beside the
-    edge of one of its entries may get the next one.
+    float32 explains that is twice what llama.cpp's table of GELU moves them by: an entry is off by
+    half a step at most, and a value beside an entry's edge may get the next one, a whole step away.
     """
 
     logits: Sequence[Tensor]
@@ -74,7 +74,7 @@ def expected_of(model: Any, sequences: Sequence[Tokens], kept: MappedTensors) ->
         answers = [kept.keep(scorer([tokens])) for tokens in sequences]
     for one, other in zip(exact, answers, strict=True):
         moved.add(one, other)
-    found = moved.max_difference, moved.kl / max(1, moved.positions)
+    found = 2 * moved.max_difference, 4 * moved.kl / max(1, moved.positions)  # a KL is of squares
     return Expected(answers, (max(allowed[0], found[0]), max(allowed[1], found[1])))
 
 

@@ -12,8 +12,7 @@ import pytest
 from distill.evaluation import cost, greedy
 from distill.evaluation.compare import evaluate_files
 from distill.evaluation.inputs.request import Request, TextRequest
-from distill.evaluation.scorers import student_scorer
-from distill.export.proof import answers, prove, prove_quantized
+from distill.export.proof import expected_of, prove, prove_quantized
 from distill.inference.chat import ChatSettings
 from distill.inference.chat_screen import chat_with
 from distill.inference.judge import Judge
@@ -48,7 +47,7 @@ def evaluated(file: Path, gpu_layers: int) -> None:
 def proved(file: Path, student: SO8TForCausalLM) -> None:
     """Both proofs: of the F32 file, and of one made of it."""
     with MappedTensors(file.parent) as kept:
-        expected = answers(student_scorer(student), HELD_OUT.sequences, kept)
+        expected = expected_of(student, HELD_OUT.sequences, kept)
         _, found = prove(file, expected, HELD_OUT, kept)
         prove_quantized(file, "q8_0", found, HELD_OUT)
 

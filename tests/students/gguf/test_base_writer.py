@@ -21,12 +21,16 @@ from numpy.typing import NDArray
 from transformers import MistralConfig, PreTrainedModel
 
 from distill.capture.temporary_files.tokenizer_only import tokenizer_entries
+from distill.errors import ProofFailed
+from distill.export.proof import expected_of, prove
+from distill.runs.folder import HeldOut, TokenizedLines
 from students.gguf import writer
 from students.gguf.architectures import ARCHITECTURES, UnmappedTensor
 from students.gguf.config_values import context_length, require_exportable
 from students.gguf.metadata import ExportError
 from students.gguf.rope_scaling import RopeScaling
 from students.gguf.table_gelu import computed_as_llama_cpp, uses_table
+from students.mapped_tensors import MappedTensors
 from students.model.heads import Heads, VerificationHead, head_values, read_heads
 from students.model.safety_head import SafetyHead
 from teachers.gguf.file import read_gguf
@@ -141,6 +145,25 @@ def test_a_gelu_is_looked_up(exported: dict[str, Job]) -> None:
             found = differences(job)[0]
         assert found < 0.5 * exact and found < moved < 0.1, (case, found, exact, moved)
         assert np.array_equal(job.logits(), without), case
+
+
+def test_a_gemma_is_proved_by_what_the_table_explains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama_here: None
+) -> None:
+    """Its file passes; one whose norms are off by a thousandth does not."""
+    model, kind = made("gemma3 tied"), ARCHITECTURES["gemma3_text"]
+    path = export(model, tmp_path / "right.gguf")
+    draw = np.random.default_rng(0)
+    sequences = [draw.integers(3, VOCAB, size=200).astype(np.int32) for _ in range(3)]
+    held_out = HeldOut(sequences, TokenizedLines([], []))
+    with MappedTensors(tmp_path) as kept:
+        expected = expected_of(model, sequences, kept)
+        assert 1e-3 < expected.allowed[0] < 0.1
+        prove(path, expected, held_out, kept, timed=False)
+        monkeypatch.setitem(ARCHITECTURES, "gemma3_text", replace(kind, norm_offset=0.999))
+        wrong = export(model, tmp_path / "wrong.gguf")
+        with pytest.raises(ProofFailed, match="differ from PyTorch"):
+            prove(wrong, expected, held_out, kept, timed=False)
 
 
 def test_a_file_that_leaves_something_out_is_another_model(

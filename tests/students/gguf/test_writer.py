@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM
 from distill.capture.temporary_files.tokenizer_only import tokenizer_entries
 from distill.config.schema import Quant
 from distill.errors import ProofFailed
-from distill.evaluation.scorers import student_scorer
 from distill.export.export import Export, Proofs, export_proved
-from distill.export.proof import answers, proof_sequences, prove
+from distill.export.proof import expected_of, proof_sequences, prove
 from distill.runs.folder import HeldOut
 from distill.runs.proof_record import Proof
 from students.gguf.architectures import from_gguf_name
@@ -145,7 +144,7 @@ def test_another_model_fails_the_proof(tmp_path: Path) -> None:
         student.gates()[1].safety += 0.05
     sequences = held_out().sequences
     with MappedTensors(tmp_path) as kept:
-        expected = answers(student_scorer(student), proof_sequences(sequences, VOCAB), kept)
+        expected = expected_of(student, proof_sequences(sequences, VOCAB), kept)
         with pytest.raises(ProofFailed, match="differ from PyTorch"):
             prove(path, expected, HeldOut(sequences, TokenizedLines([], [])), kept)
 
