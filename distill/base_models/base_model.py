@@ -89,8 +89,7 @@ def open_base(
     source = base_source(path, config.student.load_in_4bit, what)
     try:
         settings = _settings(source)
-    # Settings that transformers cannot make sense of.
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a configuration of untrusted values fails in every way there is
         text = " ".join(str(error).split())[:200]
         raise UserError(f"{what} {path}: its configuration cannot be used: {text}") from None
     try:

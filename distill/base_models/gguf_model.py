@@ -38,7 +38,6 @@ def configuration(weights: LlamaWeights) -> Any:
     """
     facts, file, architecture = weights.facts, weights.file, _architecture(weights)
     roles = read_roles(file.fields, len(read_tokens(file.fields)[0]))
-    context = file.value(f"{file.architecture}.context_length")
     stretch = facts.rotary_factors[0]
     rotary: dict[str, Any] = {"rope_type": "default", "rope_theta": facts.rope_theta}
     if stretch != 1.0:
@@ -52,7 +51,7 @@ def configuration(weights: LlamaWeights) -> Any:
         "num_key_value_heads": facts.kv_heads,
         "head_dim": facts.head_width,
         "rms_norm_eps": facts.rms_eps,
-        "max_position_embeddings": context,
+        "max_position_embeddings": facts.context,
         "tie_word_embeddings": facts.tied,
         "rope_parameters": rotary,
         **{f"{role}_token_id": roles.get(role) for role in ("bos", "eos", "pad")},
@@ -62,7 +61,7 @@ def configuration(weights: LlamaWeights) -> Any:
         local = {"rope_type": "default", "rope_theta": facts.window_theta}
         settings |= {
             "layer_types": kinds,
-            "sliding_window": facts.window or context,  # transformers asks for one in any case
+            "sliding_window": facts.window or facts.context,  # one is asked for anyhow
             "rope_parameters": {"full_attention": rotary, "sliding_attention": local},
             "query_pre_attn_scalar": facts.query_width,
         }

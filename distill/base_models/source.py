@@ -61,6 +61,8 @@ def _weights(path: Path, load_in_4bit: bool) -> LlamaWeights:
             f"{path} stretches its rotary embeddings by factors from which their settings cannot "
             f"be told; {folder}"
         )
+    if not facts.context:
+        raise TeacherFileError(f"{path} does not state its context_length; convert it again")
     if load_in_4bit:
         raise TeacherFileError(f"--load-in-4bit cannot read the GGUF file {path}; {folder}")
     return weights

@@ -40,7 +40,7 @@ class NotALlama(TeacherFileError):
 
 @dataclass(frozen=True)
 class LlamaFacts:
-    """The shape of a Llama and its constants.
+    """The shape of a Llama and its constants. ``context``: tokens it was made for, 0 if unknown.
 
     ``rotary_factors`` ``[W / 2]``: what the angle of each rotary pair is divided by, as llama.cpp
     does within the context the model was first trained for; ``rotary_scale``: what cosine and sine
@@ -69,6 +69,7 @@ class LlamaFacts:
     window: int
     window_period: int
     window_theta: float | None
+    context: int = 0
 
     def window_of(self, layer: int) -> int | None:
         """How many of the latest tokens a layer attends to; ``None``: all."""
@@ -258,6 +259,7 @@ class LlamaWeights:
             embedding_scale=width**0.5 if features.scaled_embedding else 1.0,
             gelu=features.gelu,
             query_width=width // heads if layers == features.wide_query_layers else head_width,
+            context=self._count("context_length", 0, 0),
             caps=(self._cap("attn", features.caps[0]), self._cap("final", features.caps[1])),
             **self._windows(),
         )

@@ -335,6 +335,7 @@ def test_bad_input_is_one_line_and_exit_2(
     scaled = change_config(base, tmp_path / "scaled", hidden_act="gelu")
     odd = {"hidden_size": 60, "num_attention_heads": 5, "num_key_value_heads": 1}
     narrow = change_config(base, tmp_path / "narrow", **odd)
+    typed = change_config(base, tmp_path / "typed", num_hidden_layers="two")
     gptq = {"quantization_config": {"quant_method": "gptq"}}
     quantized = change_config(base, tmp_path / "quantized", **gptq)
     foreign = swap_tokens(base, tmp_path / "foreign")
@@ -348,6 +349,7 @@ def test_bad_input_is_one_line_and_exit_2(
         (start, write_tiny(tmp_path / "odd.gguf", odd_heads), ["36", "divisible by 8"]),
         (start, other, ["gpt_neox", "llama, phi3, qwen2"]),
         (start, scaled, ["gelu"]),
+        (start, typed, ["num_hidden_layers", "cannot be used"]),
         (start, narrow, ["60", "divisible by 8"]),
         (start, quantized, ["quantized already", "--load-in-4bit"]),
         (start, foreign, ["2 of 1,024 tokens differ", "first token 300"]),

@@ -83,7 +83,11 @@ def test_a_real_gemma_is_read_whole() -> None:
 def test_what_a_file_cannot_be(tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(b"GGUF" + bytes(40))
+    short = write_tiny(tmp_path / "short.gguf", TEACHERS["qwen3"], values={"context_length": 0})
+    odd = write_tiny(tmp_path / "odd.gguf", TEACHERS["qwen3"], values={"context_length": "many"})
     for path, four_bits, words in (
+        (short, False, "does not state its context_length"),
+        (odd, False, "context_length is 'many'"),
         (damaged, False, "damaged.gguf"),
         (tmp_path / "nowhere.gguf", False, "does not exist; give .* GGUF file"),
         (example_teacher(), True, "--load-in-4bit cannot read the GGUF file"),
