@@ -17,8 +17,14 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from students.gguf.architectures import ARCHITECTURES, EMBEDDING, OUTPUT, Architecture
-from students.gguf.config_values import FULL, SLIDING
+from students.gguf.architectures import (
+    ARCHITECTURES,
+    EMBEDDING,
+    FULL,
+    OUTPUT,
+    SLIDING,
+    Architecture,
+)
 from teachers.base import Floats
 from teachers.gguf.llama_weights import LAYER_NAMES, LayerWeights, LlamaWeights
 from teachers.tokenizer.gguf_metadata import read_roles, read_tokens
@@ -62,7 +68,7 @@ def configuration(weights: LlamaWeights) -> Any:
         settings |= {
             "layer_types": kinds,
             "sliding_window": facts.window or facts.context,  # one is asked for anyhow
-            "rope_parameters": {"full_attention": rotary, "sliding_attention": local},
+            "rope_parameters": {FULL: rotary, SLIDING: local},
             "query_pre_attn_scalar": facts.query_width,
         }
     if architecture.name == "llama" and "blk.0.attn_q.bias" in file.tensors:

@@ -13,6 +13,7 @@ from typing import Any
 from students.gguf.metadata import ExportError
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of kinds of layers
 _GLOBAL = {
     "model.embed_tokens.weight": EMBEDDING,
     "model.norm.weight": "output_norm.weight",

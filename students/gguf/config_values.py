@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from students.gguf.architectures import Architecture, architecture_of
+from students.gguf.architectures import FULL, SLIDING, Architecture, architecture_of
 from students.gguf.metadata import ExportError
 from students.gguf.rope_scaling import (
     rope_parameters,
@@ -13,8 +13,6 @@ from students.gguf.rope_scaling import (
     rope_type,
     window_theta,
 )
-
-SLIDING, FULL = "sliding_attention", "full_attention"  # transformers' names of kinds of layers
 
 
 def head_width(config: Any) -> int:

@@ -21,10 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from students.gguf.architectures import architecture_of
+from students.gguf.architectures import FULL, SLIDING, architecture_of
 from students.gguf.metadata import ExportError
 
-_KINDS = ("full_attention", "sliding_attention")  # transformers' names of kinds of layers
 YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # llama.cpp's own, and transformers'
 
 
@@ -46,8 +45,8 @@ def rope_parameters(config: Any) -> Mapping[str, Any]:
     """
     parameters = config.rope_parameters
     windows = architecture_of(config).window_period > 0
-    if windows and isinstance(parameters, Mapping) and set(parameters) == set(_KINDS):
-        parameters = parameters[_KINDS[0]]
+    if windows and isinstance(parameters, Mapping) and set(parameters) == {FULL, SLIDING}:
+        parameters = parameters[FULL]
     if not isinstance(parameters, Mapping) or any(
         isinstance(value, Mapping) for value in parameters.values()
     ):
@@ -71,7 +70,7 @@ def window_theta(config: Any) -> float:
     Raises:
         ExportError: it is, or there is no such base.
     """
-    parameters = config.rope_parameters.get(_KINDS[1])
+    parameters = config.rope_parameters.get(SLIDING)
     if not isinstance(parameters, Mapping) or parameters.get("rope_type") != "default":
         raise ExportError(
             f"rope_parameters of layers with a sliding window are {_short(parameters)}; only "

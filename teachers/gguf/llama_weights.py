@@ -69,7 +69,7 @@ class LlamaFacts:
     window: int
     window_period: int
     window_theta: float | None
-    context: int = 0
+    context: int
 
     def window_of(self, layer: int) -> int | None:
         """How many of the latest tokens a layer attends to; ``None``: all."""
