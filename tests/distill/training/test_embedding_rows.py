@@ -65,11 +65,15 @@ def lean(data: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> SO8TFo
     return train(data, tmp_path_factory.mktemp("lean"))
 
 
-def test_used_tokens(data: TrainingData) -> None:
-    """Every token of every sequence, ascending, and 0 for padding."""
+def test_used_tokens(data: TrainingData, tmp_path: Path) -> None:
+    """Every token of every sequence, ascending, and 0 for padding; of each shard, and once is
+    enough."""
     assert used_tokens(data.store).tolist() == data.used_tokens().tolist() == [0, *USED]
     prompts = [np.array([46, 3], np.int32), np.array([5], np.int32)]
     assert used_tokens(data.store, prompts).tolist() == sorted({0, 5, 46, *USED})
+    rows = [np.array([first, 3, 3], np.int32) for first in (9, 4, 40)]
+    once = write_store(tmp_path, BigramTeacher(VOCAB, WIDTH), rows, RECIPES["buckets"], 1)
+    assert used_tokens(once).tolist() == [0, 3, 4, 9, 40]
 
 
 def test_the_same_student_as_with_all_rows(
