@@ -9,6 +9,7 @@ import io
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,6 +41,13 @@ from tests.support.students import make_student
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What the check of llama.cpp finds is the tests' own, in this process and in those that it starts.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="distill-tests-")
+
+
+def pytest_configure() -> None:
+    """Hear Ctrl-C, which tests send to themselves and to what they start: a shell without job
+    control has commands in the background ignore it."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure() -> None:
