@@ -51,7 +51,7 @@ def split(store: SoftTargetStore, share: float, seed: int) -> Split:
     Raises:
         UserError: fewer than two different sequences.
     """
-    contents = store.files.contents()
+    contents = store.files.overview.hashes
     firsts = np.sort(np.unique(contents, return_index=True)[1])  # of the copies of each
     if len(firsts) < 2:
         raise UserError(

@@ -40,7 +40,7 @@ class UsedRows(nn.Module):
 
 def used_tokens(store: SoftTargetStore, prompts: Iterable[NDArray[np.int32]] = ()) -> Tensor:
     """The tokens that occur in a store or in ``prompts``, ascending, and 0, the padding."""
-    seen = store.files.occurring().copy()
+    seen = store.files.overview.occurring.copy()
     seen[0] = True
     for tokens in prompts:
         seen[tokens] = True

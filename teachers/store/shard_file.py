@@ -7,7 +7,6 @@ length (8 bytes), the header (JSON), the arrays.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import threading
@@ -19,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from teachers.base import Keep, Tokens, budget_slices
+from teachers.base import Keep, Tokens
+from teachers.store.shard_contents import CONTENTS, contents_of, hashes_and_tokens
 from teachers.targets.distributions import Arrays
 
 TYPES = {
@@ -27,7 +27,6 @@ TYPES = {
     **{"U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1", "BOOL": "?"},
 }
 LENGTH_BYTES = 8
-READ_TOGETHER = 1 << 20  # tokens
 
 
 class UnreadableShard(ValueError):
@@ -35,13 +34,14 @@ class UnreadableShard(ValueError):
 
 
 class ShardFile:
-    """One shard, open. ``masked``: it says which predictions have targets.
+    """One shard, open. ``masked``: it says which predictions have targets; ``vocab_size``: of the
+    teacher.
 
     Raises:
         UnreadableShard: the file is no such shard, or cut. FileNotFoundError: there is none.
     """
 
-    def __init__(self, path: Path, sequences: int, masked: bool) -> None:
+    def __init__(self, path: Path, sequences: int, masked: bool, vocab_size: int) -> None:
         self._file = path.open("rb", buffering=0)
         self._reading = threading.Lock()  # a place in a file belongs to all threads
         weakref.finalize(self, self._file.close)
@@ -57,7 +57,7 @@ class ShardFile:
         right = lengths.shape == (sequences,) and bool((lengths > 0).all())
         if not right or int(lengths.sum()) != total:
             raise UnreadableShard("its lengths do not fit its tokens")
-        self._masked = masked
+        self._masked, self._vocab_size = masked, vocab_size
         self._tokens = np.concatenate(([0], np.cumsum(lengths)))
         self._rows = np.concatenate(([0], np.cumsum(lengths - 1)))
         if masked:
@@ -113,7 +113,13 @@ class ShardFile:
 
     def tokens(self, place: int) -> Tokens:
         """Token ids of one sequence, ``[n]``."""
-        return self.slice("tokens", self._tokens[place], self._tokens[place + 1])
+        return self._known(self.slice("tokens", self._tokens[place], self._tokens[place + 1]))
+
+    def _known(self, tokens: Tokens) -> Tokens:
+        """The same tokens, all of the vocabulary."""
+        if int(tokens.min()) < 0 or int(tokens.max()) >= self._vocab_size:
+            raise UnreadableShard("it holds tokens that are not of the vocabulary")
+        return tokens
 
     def keep(self, place: int) -> Keep:
         """Which of one sequence's n − 1 predictions have targets, ``[n − 1]``."""
@@ -128,20 +134,14 @@ class ShardFile:
         first, last = self._rows[place], self._rows[place + 1]
         return {name: self.slice(name, first, last) for name in names}
 
-    def contents(self, vocab_size: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """A hash of each sequence's tokens ``[n]``, the same for equal ones alone (but for one pair
-        in 2^64) and for this process only, and which tokens of the vocabulary occur ``[V]``.
-
-        Raises:
-            UnreadableShard: a token is not of the vocabulary.
-        """
-        hashes, occurs = np.empty(len(self.lengths), np.int64), np.zeros(vocab_size, np.bool_)
-        for some in budget_slices(self.lengths.tolist(), READ_TOGETHER):
-            edges = self._tokens[some.start : some.stop + 1]
-            tokens = self.slice("tokens", edges[0], edges[-1])
-            if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
-                raise UnreadableShard("it holds tokens that are not of the vocabulary")
-            occurs |= np.bincount(tokens, minlength=vocab_size) > 0  # twice as fast as by index
-            parts = itertools.pairwise((edges - edges[0]).tolist())
-            hashes[some] = [hash(tokens[begin:end].tobytes()) for begin, end in parts]
-        return hashes, occurs
+    def contents(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """A hash of each sequence's tokens ``[n]``, and which tokens of the vocabulary occur
+        ``[V]``; as the shard says, or from its tokens where an earlier version wrote it."""
+        arrays = {name: self.array(name) for name in CONTENTS if name in self._arrays}
+        if len(arrays) < len(CONTENTS):
+            tokens = self._known(self.array("tokens"))
+            arrays = contents_of(tokens, self.lengths, self._vocab_size)
+        try:
+            return hashes_and_tokens(arrays, len(self.lengths), self._vocab_size)
+        except ValueError as error:
+            raise UnreadableShard(str(error)) from None

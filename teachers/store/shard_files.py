@@ -5,13 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from teachers.atomic_files import StoreError
+from teachers.base import Tokens
 from teachers.store.manifest import Manifest
 from teachers.store.shard_file import ShardFile, UnreadableShard
 from teachers.store.shard_records import shard_path
@@ -20,6 +24,18 @@ from teachers.store.tasks import TOGETHER
 OPEN_SHARDS = 128
 AT_HAND = 2 * TOGETHER  # of what was seen in shards: all of it would grow with the store
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Overview:
+    """Of all sequences in order: number of tokens ``[n]``, a hash of them that only copies share
+    ``[n]`` (but for one pair in 2^64). Which tokens of the vocabulary occur ``[V]``;
+    ``positions``: how many predictions have targets."""
+
+    lengths: NDArray[np.int32]
+    hashes: NDArray[np.int64]
+    occurring: NDArray[np.bool_]
+    positions: int
 
 
 class ShardFiles:
@@ -36,14 +52,12 @@ class ShardFiles:
         self.folder, self.manifest, self._accept = folder, manifest, accept
         self._open_shards: dict[int, ShardFile] = {}  # the one used last comes last
         self._choosing = threading.Lock()  # threads read too
-        self._lengths: NDArray[np.int32] | None = None
-        self._positions = 0
-        self._occurring: NDArray[np.bool_] | None = None
+        self._vocab_size = int(manifest.identity["vocab_size"])
 
     def _open(self, shard: int) -> ShardFile:
         path, (start, stop) = shard_path(self.folder, shard), self.manifest.span(shard)
         try:
-            file = ShardFile(path, stop - start, self.manifest.masked)
+            file = ShardFile(path, stop - start, self.manifest.masked, self._vocab_size)
         except FileNotFoundError:
             raise unusable(self.folder, {"missing": [path.name]}) from None
         except UnreadableShard:
@@ -64,16 +78,28 @@ class ShardFiles:
                 del self._open_shards[next(iter(self._open_shards))]
         return file, place
 
+    def tokens(self, index: int) -> Tokens:
+        """Token ids of one sequence, ``[n]``."""
+        file, place = self.at(index)
+        with self._damaged(index // self.manifest.sequences_per_shard):
+            return file.tokens(place)
+
+    @contextmanager
+    def _damaged(self, shard: int) -> Iterator[None]:
+        """Say of what cannot be read that it is damaged."""
+        try:
+            yield
+        except UnreadableShard:
+            name = shard_path(self.folder, shard).name
+            raise unusable(self.folder, {"damaged": [name]}) from None
+
     def _each(self, look: Callable[[ShardFile], Result]) -> Iterator[tuple[slice, Result]]:
         """What is seen in every shard, and whose sequences these are; in order, but several are
         looked at together, as a network's delay then counts once."""
 
         def seen(shard: int) -> tuple[slice, Result]:
-            try:
+            with self._damaged(shard):
                 return slice(*self.manifest.span(shard)), look(self._open(shard))
-            except UnreadableShard:
-                name = shard_path(self.folder, shard).name
-                raise unusable(self.folder, {"damaged": [name]}) from None
 
         self._open(0)  # what is read to accept one is read once, not by all threads
         shards = range(self.manifest.shards)
@@ -81,39 +107,22 @@ class ShardFiles:
             for start in range(0, len(shards), AT_HAND):
                 yield from pool.map(seen, shards[start : start + AT_HAND])
 
-    def lengths(self) -> NDArray[np.int32]:
-        """Number of tokens of every sequence, in order."""
-        if self._lengths is None:
-            lengths, positions = np.empty(self.manifest.sequences, np.int32), 0
-            for span, (some, kept) in self._each(lambda file: (file.lengths, file.positions())):
-                lengths[span] = some
-                positions += kept
-            self._lengths, self._positions = lengths, positions
-        return self._lengths
-
-    def positions(self) -> int:
-        """Number of predictions that have targets, over all sequences."""
-        self.lengths()
-        return self._positions
-
-    def contents(self) -> NDArray[np.int64]:
-        """A hash of every sequence's tokens, in order, for this process only; reads all of them,
-        not their targets."""
-        size = int(self.manifest.identity["vocab_size"])
-        hashes = np.empty(self.manifest.sequences, np.int64)
-        occurring = np.zeros(size, np.bool_)
-        for span, (some, there) in self._each(lambda file: file.contents(size)):
-            hashes[span] = some
+    @cached_property
+    def overview(self) -> Overview:
+        """What all shards say of their sequences; each is opened once, and no targets are read."""
+        sequences = self.manifest.sequences
+        lengths, hashes = np.empty(sequences, np.int32), np.empty(sequences, np.int64)
+        occurring, positions = np.zeros(self._vocab_size, np.bool_), 0
+        look: Callable[[ShardFile], Any] = lambda file: (  # noqa: E731
+            file.lengths,
+            file.positions(),
+            *file.contents(),
+        )
+        for span, (some, kept, own, there) in self._each(look):
+            lengths[span], hashes[span] = some, own
             occurring |= there
-        self._occurring = occurring
-        return hashes
-
-    def occurring(self) -> NDArray[np.bool_]:
-        """Which tokens of the vocabulary occur in the sequences ``[V]``."""
-        if self._occurring is None:
-            self.contents()
-        assert self._occurring is not None
-        return self._occurring
+            positions += kept
+        return Overview(lengths, hashes, occurring, positions)
 
 
 def unusable(folder: Path, names: Mapping[str, Sequence[str]]) -> StoreError:

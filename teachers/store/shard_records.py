@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teachers.store.manifest import Manifest
+from teachers.store.shard_contents import CONTENTS
 
 if TYPE_CHECKING:  # with PyTorch, which is not needed to see how far a capture is
     from teachers.targets.distributions import Arrays
 
-OWN_ARRAYS = ("tokens", "lengths", "keep")  # of a shard, beside one row of a target per position
+# Of a shard, beside one row of a target for each position.
+OWN_ARRAYS = ("tokens", "lengths", "keep", *CONTENTS)
 
 READ_BACK = "read_back"  # in a shard's record: all of it was read since it was written, and right
 

@@ -39,6 +39,7 @@ from teachers.store.manifest import (
     read_manifest,
     require_store_folder,
 )
+from teachers.store.shard_contents import contents_of
 from teachers.store.shard_files import ShardFiles, unusable
 from teachers.store.shard_records import (
     READ_BACK,
@@ -119,17 +120,16 @@ class SoftTargetStore:
         start, stop = self.span(shard)
         masks = whole_masks(sequences, keep)
         positions = int(sum(mask.sum() for mask in masks))
-        lengths = {len(rows) for rows in targets.values()}
-        if len(sequences) != stop - start or lengths - {positions}:
+        rows = {len(array) for array in targets.values()}
+        if len(sequences) != stop - start or rows - {positions}:
             raise StoreError(
                 f"shard {shard} of {self.folder}: {len(sequences)} sequences with {positions} "
                 "positions"
             )
-        arrays: Arrays = {
-            "tokens": np.concatenate(sequences).astype(np.int32),
-            "lengths": np.array([len(tokens) for tokens in sequences], dtype=np.int64),
-            **targets,
-        }
+        tokens = np.concatenate(sequences).astype(np.int32)
+        lengths = np.array([len(part) for part in sequences], dtype=np.int64)
+        contents = contents_of(tokens, lengths, int(self.manifest.identity["vocab_size"]))
+        arrays: Arrays = {"tokens": tokens, "lengths": lengths, **contents, **targets}
         if self.manifest.masked:
             arrays["keep"] = np.packbits(np.concatenate(masks))
         self.files = ShardFiles(self.folder, self.manifest, self._accept)
@@ -262,8 +262,7 @@ class SoftTargetStore:
 
     def tokens(self, index: int) -> Tokens:
         """Token ids of one sequence, ``[n]``."""
-        file, place = self.files.at(index)
-        return file.tokens(place)
+        return self.files.tokens(index)
 
     def keep(self, index: int) -> Keep:
         """Which of one sequence's n − 1 predictions have targets, ``[n − 1]``."""
@@ -367,11 +366,11 @@ class SoftTargetStore:
 
     def lengths(self) -> NDArray[np.int32]:
         """Number of tokens of every sequence, in order."""
-        return self.files.lengths()
+        return self.files.overview.lengths
 
     def positions(self) -> int:
         """Number of predictions that have targets, over all sequences."""
-        return self.files.positions()
+        return self.files.overview.positions
 
     def bytes_on_disk(self) -> int:
         """Size of all shards present."""

@@ -33,7 +33,9 @@ import torch
 from distill.config.loading import load_config
 from distill.pipeline.capture import capture_only
 from distill.runtime.progress import Console
+from teachers.base import Tokens
 from teachers.store.manifest import MANIFEST, TASKS, Manifest, read_manifest
+from teachers.store.shard_contents import contents_of
 from teachers.store.shard_records import OWN_ARRAYS, READ_BACK, task_name
 from teachers.store.store import SHARED_CODEC, SoftTargetStore, array_digest
 from teachers.store.tasks import Tasks
@@ -74,8 +76,16 @@ def simulate(folder: Path, shards: int, real: SoftTargetStore, fresh: bool) -> N
     tasks = Tasks(folder / TASKS)
     vocab_size = int(manifest.identity["vocab_size"])
 
-    lengths = np.full(PER_SHARD, LENGTH)
-    first: Arrays = {"tokens": np.zeros(PER_SHARD * LENGTH, np.int32), "lengths": lengths, **zeros}
+    def of_tokens(tokens: Tokens) -> Arrays:
+        lengths = np.full(PER_SHARD, LENGTH)
+        return {
+            "tokens": tokens,
+            "lengths": lengths,
+            **contents_of(tokens, lengths, vocab_size),
+        }
+
+    own_arrays = of_tokens(np.zeros(PER_SHARD * LENGTH, np.int32))
+    first: Arrays = own_arrays | zeros
     seal = store._seal(store.shard_path(0), first, codec)
     whole = safetensors.numpy.save(first, metadata=seal)
     begin = 8 + int.from_bytes(whole[:8], "little")
@@ -83,12 +93,12 @@ def simulate(folder: Path, shards: int, real: SoftTargetStore, fresh: bool) -> N
 
     def write(shard: int) -> None:
         path, draw = store.shard_path(shard), np.random.default_rng(shard)
-        arrays = first | {"tokens": draw.integers(0, vocab_size, len(first["tokens"]), np.int32)}
+        arrays = first | of_tokens(draw.integers(0, vocab_size, PER_SHARD * LENGTH, np.int32))
         own = store._seal(path, arrays if fresh else {}, codec)
         header = whole[:begin].replace(seal["sha256"].encode(), own["sha256"].encode())
         with path.open("wb") as file:
             file.write(header)
-            for name in ("tokens", "lengths"):
+            for name in own_arrays:
                 file.seek(begin + about[name]["data_offsets"][0])
                 file.write(arrays[name].tobytes())
             file.truncate(len(whole))

@@ -21,6 +21,8 @@ import torch
 from teachers.atomic_files import StoreError, is_temporary, write_whole
 from teachers.store.capture import fit_shared_codec
 from teachers.store.manifest import MANIFEST, Manifest, read_manifest
+from teachers.store.shard_contents import CONTENTS
+from teachers.store.shard_records import OWN_ARRAYS
 from teachers.store.store import SHARED_CODEC, SoftTargetStore
 from teachers.targets.distributions import Arrays, CompactTargets, DenseTargets, HiddenTargets
 from teachers.targets.recipe import Recipe
@@ -259,7 +261,7 @@ def test_a_store_of_an_earlier_format_stays_one(tmp_path: Path) -> None:
         arrays = newer.read_file(newer.shard_path(0).name)
         assert arrays is not None
         sequences = [newer.tokens(index) for index in range(PER_SHARD)]
-        targets = {name: rows for name, rows in arrays.items() if name not in ("tokens", "lengths")}
+        targets = {name: rows for name, rows in arrays.items() if name not in OWN_ARRAYS}
         store.write_shard(0, sequences, targets)
         with safetensors.safe_open(store.shard_path(0), framework="numpy") as file:
             seal = file.metadata()["sha256"].split()
@@ -296,7 +298,7 @@ def test_a_store_of_format_4_is_read(tmp_path: Path) -> None:
     for name in ("sketch", "layer0", "layer1"):
         arrays[name] = random.integers(0, 256, (rows, 5)).astype(np.uint8)
         arrays[f"{name}_scale"] = np.full(rows, 1.5, np.float16)
-    targets = {name: array for name, array in arrays.items() if name not in ("tokens", "lengths")}
+    targets = {name: array for name, array in arrays.items() if name not in OWN_ARRAYS}
     store.write_shard(0, [newer.tokens(index) for index in range(PER_SHARD)], targets)
     store = SoftTargetStore(folder, read_manifest(folder))
     assert store.state(0) == "complete" and store.manifest.names_codec
@@ -331,12 +333,67 @@ def test_sealed_by_others_but_damaged(tmp_path: Path) -> None:
     arrays = opened.read_shard(0)
     assert arrays is not None
     arrays["sketch"], arrays["layer0"] = arrays["sketch"][:, :-1], arrays["layer0"][:, :-1]
-    targets = {name: rows for name, rows in arrays.items() if name not in ("tokens", "lengths")}
+    targets = {name: rows for name, rows in arrays.items() if name not in OWN_ARRAYS}
     opened.write_shard(0, [opened.tokens(index) for index in range(PER_SHARD)], targets)
     again = SoftTargetStore(store.folder, store.manifest)
     for ask in (again.targets, again.layer_states):
         with pytest.raises(StoreError, match="of another basis"):
             ask(0)
+
+
+def test_what_shards_say_of_their_tokens(tmp_path: Path) -> None:
+    """Copies share a hash and nothing else does, over all shards, and the tokens that occur are
+    those that do; the same of shards that an earlier version wrote without it."""
+    same = np.array([4, 9, 4], np.int32)
+    sequences = [same, same[:2], same, same[::-1].copy(), same, np.array([0, 49], np.int32), same]
+    sequences[3][0] = 7
+    manifest = replace(make_manifest(), sequences=len(sequences))
+    seen = []
+    for earlier in (False, True):
+        store = SoftTargetStore.create_or_open(tmp_path / str(earlier), manifest)
+        for shard in range(3):
+            own = sequences[shard * PER_SHARD : (shard + 1) * PER_SHARD]
+            rows = sum(map(len, own)) - len(own)
+            arrays = reduce(Answer(torch.zeros(rows, 50)), RECIPE, {})
+            arrays = store.write_shard(shard, own, arrays)
+            if earlier:
+                plain = {name: rows for name, rows in arrays.items() if name not in CONTENTS}
+                store.write_file(store.shard_path(shard).name, plain)
+        overview = SoftTargetStore(store.folder, manifest).files.overview
+        first = overview.hashes == overview.hashes[0]
+        assert first.tolist() == [True, False, True, False, True, False, True]
+        assert len(set(overview.hashes.tolist())) == 4
+        assert np.flatnonzero(overview.occurring).tolist() == [0, 4, 7, 9, 49]
+        assert overview.lengths.tolist() == [3, 2, 3, 3, 3, 2, 3] and overview.positions == 12
+        seen.append(overview.hashes.tolist())
+    assert seen[0] == seen[1]
+
+
+def test_tokens_beyond_the_vocabulary_are_damage(tmp_path: Path) -> None:
+    """Sealed by others: they reach no embedding; what is said of tokens must have its shape."""
+    store = filled(tmp_path)
+    arrays = store.read_shard(1)
+    assert arrays is not None
+    damaged = r"1 file damaged \(shard-00001"
+    for token in (-1, 50):
+        tokens = arrays["tokens"].copy()
+        tokens[0] = token
+        store.write_file("shard-00001.safetensors", arrays | {"tokens": tokens})
+        with pytest.raises(StoreError, match=damaged):
+            SoftTargetStore(tmp_path, store.manifest).tokens(PER_SHARD)
+        plain = {name: rows for name, rows in arrays.items() if name not in CONTENTS}
+        store.write_file("shard-00001.safetensors", plain | {"tokens": tokens})
+        with pytest.raises(StoreError, match=damaged):
+            _ = SoftTargetStore(tmp_path, store.manifest).files.overview
+    for name, wrong in (
+        ("hashes", arrays["hashes"][:-1]),
+        ("hashes", arrays["hashes"].astype(np.int32)),
+        ("occurring", arrays["occurring"][:-1]),
+        ("occurring", arrays["occurring"].astype(np.int16)),
+    ):
+        store.write_file("shard-00001.safetensors", arrays | {name: wrong})
+        with pytest.raises(StoreError, match=damaged):
+            _ = SoftTargetStore(tmp_path, store.manifest).files.overview
 
 
 def test_a_store_is_not_its_machines(tmp_path: Path) -> None:
