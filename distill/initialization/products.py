@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.runtime.device import BF16_WIDTH_ON_CPU
+from distill.runtime.faster_precision import LEAST_WIDTH
 from students.model.packing import has_tiles
 
 
 def are_narrow(width: int) -> bool:
     """Whether products of a stream of ``width`` are computed in bfloat16. Its rounding is a
     hundredth of what a student's layer is off (docs/benchmarks.md)."""
-    return has_tiles() and width >= BF16_WIDTH_ON_CPU
+    return has_tiles() and width >= LEAST_WIDTH
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, narrow: bool) -> Tensor:

@@ -8,15 +8,21 @@ kept coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from distill.errors import UserError
+from distill.initialization.ridge import corrections
+from students.model.interface import Student
 from teachers.store.store import SoftTargetStore
 
 SCALE_SEQUENCES = 64  # first ones of a store, on which the size of its hidden states is measured
+FIT_POSITIONS = 4096  # of these, on which the projectors are fitted
+FIT_CHECKED = 8  # one position in so many chooses the ridge
 
 LayerPair = tuple[int, int]
 """A layer of the student and the teacher's layer it is compared with, both counted from 0."""
@@ -92,17 +98,30 @@ class HiddenStateLoss(nn.Module):
 
     @classmethod
     def for_store(
-        cls, store: SoftTargetStore, pairs: Sequence[LayerPair], width: int, seed: int
+        cls, store: SoftTargetStore, pairs: Sequence[LayerPair], student: Student
     ) -> HiddenStateLoss:
-        """The loss for a store's kept layers, with projectors drawn from ``seed``."""
+        """The loss for a store's kept layers and a student as it begins."""
         sizes = {layer: states.shape[-1] for layer, states in store.layer_states(0).items()}
-        loss = cls(pairs, width, sizes, mean_squares(store))
-        generator = torch.Generator().manual_seed(seed)
-        for projector in loss.projectors.values():
-            assert isinstance(projector, nn.Linear)
-            nn.init.normal_(projector.weight, std=width**-0.5, generator=generator)
-            nn.init.zeros_(projector.bias)
+        loss = cls(pairs, student.config.hidden_size, sizes, mean_squares(store))
+        loss._fit(store, student)
         return loss
+
+    @torch.no_grad()
+    def _fit(self, store: SoftTargetStore, student: Student) -> None:
+        """Give the projectors what predicts the kept states best from the student's first ones.
+
+        With random ones the loss first pulls a student that begins near its teacher away from it
+        (docs/benchmarks.md).
+        """
+        states, kept = _some_states(store, student, self.student_layers)
+        for pair in self.pairs:
+            inputs, wanted = F.pad(states[pair[0]], (0, 1), value=1.0), kept[pair[1]]
+            checked = torch.arange(len(inputs)) % FIT_CHECKED == FIT_CHECKED - 1
+            (found,) = corrections(inputs, [wanted], checked)
+            projector = self.projectors[_name(pair)]
+            assert isinstance(projector, nn.Linear)
+            projector.weight.copy_(found[:, :-1])
+            projector.bias.copy_(found[:, -1])
 
     @property
     def student_layers(self) -> set[int]:
@@ -122,6 +141,28 @@ class HiddenStateLoss(nn.Module):
             for pair in self.pairs
         ]
         return torch.stack(losses).mean()
+
+
+def _some_states(
+    store: SoftTargetStore, student: Student, layers: Collection[int]
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """The student's states ``[N, D]`` after ``layers`` and the teacher's kept ones ``[N, R]``, by
+    layer, at the learnt positions of the first sequences."""
+    device = next(student.parameters()).device
+    ours, theirs, positions = list[dict[int, Tensor]](), list[dict[int, Tensor]](), 0
+    for index in range(min(SCALE_SEQUENCES, len(store))):
+        if positions >= FIT_POSITIONS:
+            break
+        tokens = torch.from_numpy(store.tokens(index).astype(np.int64)).to(device)[None]
+        output = student(tokens, with_logits=False, layers_to_keep=layers)
+        keep = torch.from_numpy(store.keep(index))
+        ours.append({n: x[0, :-1].float().cpu()[keep] for n, x in output.layer_states.items()})
+        theirs.append(store.layer_states(index))
+        positions += int(keep.sum())
+    join: Callable[[list[dict[int, Tensor]]], dict[int, Tensor]] = lambda parts: {  # noqa: E731
+        layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]
+    }
+    return join(ours), join(theirs)
 
 
 def _name(pair: LayerPair) -> str:

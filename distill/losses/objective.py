@@ -184,7 +184,7 @@ class Objective(nn.Module):
 
 
 def build_objective(
-    config: LossConfig, store: SoftTargetStore, student: Student, teacher_layers: int, seed: int
+    config: LossConfig, store: SoftTargetStore, student: Student, teacher_layers: int
 ) -> Objective:
     """The objective for a store: with the hidden-state loss where γ > 0 and the store holds hidden
     states.
@@ -196,8 +196,7 @@ def build_objective(
     pairs = pair_layers(config.layer_map, layers, student.config.num_hidden_layers, teacher_layers)
     if not pairs or not config.gamma:
         return Objective(config)
-    hidden = HiddenStateLoss.for_store(store, pairs, student.config.hidden_size, seed)
-    return Objective(config, hidden)
+    return Objective(config, HiddenStateLoss.for_store(store, pairs, student))
 
 
 def temperature_at(config: LossConfig, fraction: float) -> float:

@@ -243,7 +243,7 @@ def train_student(prepared: Prepared, work: Workspace) -> Trained:
     """
     source, data, student = prepared.source, prepared.data, prepared.student
     config, info = source.config, source.info
-    objective = build_objective(config.loss, data.store, student, info.layers, config.seed)
+    objective = build_objective(config.loss, data.store, student, info.layers)
     on_policy = None
     if config.train.on_policy:
         assert source.teacher is not None

@@ -10,9 +10,8 @@ from accelerate import PartialState
 
 from distill.config.schema import TrainConfig
 from distill.runtime.cpu import return_freed_memory
+from distill.runtime.faster_precision import is_faster_in_bfloat16
 from stability.precision import has_bfloat16
-
-BF16_WIDTH_ON_CPU = 256  # below this width, converting to bfloat16 costs a CPU more than it saves
 
 
 def training_device() -> torch.device:
@@ -38,11 +37,7 @@ def choose_precision(config: TrainConfig, width: int, device: torch.device) -> s
     if config.precision != "auto":
         return config.precision
     if device.type == "cpu":
-        fast = (
-            "avx512" in torch.backends.cpu.get_cpu_capability().lower()
-            and width >= BF16_WIDTH_ON_CPU
-        )
-        return "bf16" if fast else "fp32"
+        return "bf16" if is_faster_in_bfloat16(width) else "fp32"
     return "bf16" if trains_narrow(device) else "fp32"
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -58,6 +59,8 @@ def build_accelerator(config: TrainConfig, width: int, folder: Path) -> Accelera
     if on_cpu:
         keep_freed_memory()
     precision = choose_precision(config, width, launch.device)
+    if launch.num_processes > 1:  # on machines of several kinds all compute in what the first does
+        (precision,) = broadcast_object_list([precision])
     # An earlier training in this process may have had another precision.
     AcceleratorState._reset_state()
     accelerator = Accelerator(

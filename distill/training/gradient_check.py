@@ -208,7 +208,7 @@ def _probe(
     student: AdaptedStudent, data: TrainingData, config: RunConfig, teacher_layers: int
 ) -> tuple[KindGradients, ...]:
     device = student.device
-    objective = build_objective(config.loss, data.store, student, teacher_layers, config.seed)
+    objective = build_objective(config.loss, data.store, student, teacher_layers)
     objective = objective.to(device)
     lengths = data.store.lengths()
     some = data.split.train[:AMONG].tolist()

@@ -113,7 +113,7 @@ class Trial:
         )
         shape.verification_head = True
         student = new_student(shape, self.job.seed, self.kept.embeddings)
-        return student, build_objective(LOSS, self.store, student, info.layers, self.job.seed)
+        return student, build_objective(LOSS, self.store, student, info.layers)
 
 
 def run_job(job: Job) -> Outcome:

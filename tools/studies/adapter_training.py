@@ -210,9 +210,7 @@ def run_trial(trial: Trial, folder: Path) -> Figures:
             before, after = train_whole(student, trial.data, config, report)
         else:
             student = load_base_student(trial.base, config, trial.kept.info.vocab_size)
-            objective = build_objective(
-                config.loss, trial.store, student, trial.kept.info.layers, config.seed
-            )
+            objective = build_objective(config.loss, trial.store, student, trial.kept.info.layers)
             work = TrainingJob(student, trial.data, objective, config.train, folder)
             summary = train(work, report)
             before, after = summary.scores[0][1].kl, summary.scores[-1][1].kl

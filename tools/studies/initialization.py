@@ -8,8 +8,9 @@ embeddings, a head start.
 Every row trains the same shape on the same batches with the same schedule, drawn out over exactly
 as many tokens, with the same validation sequences. ``random``: all weights random; ``embeddings``:
 random but for the token embeddings; ``teacher``: ``distill.initialization.from_teacher``, at each
-of ``--rates`` times the usual peak learning rate, the others at the usual. KL is per token on the
-validation sequences at T = 1, before training and after each part of it.
+of ``--rates`` times the usual peak learning rate, the others at the usual. ``--betas``: shares of
+cross-entropy in the loss. KL is per token on the validation sequences at T = 1, before training and
+after each part of it.
 """
 
 from __future__ import annotations
@@ -91,13 +92,17 @@ class Bench:
             self.shape, self.file, sequences, seed, lambda done, words: None
         )
 
-    def measure(self, beginning: SO8TForCausalLM, factor: float, seed: int) -> TrainingSummary:
-        """Train a copy of a student; what came of it."""
+    def measure(
+        self, beginning: SO8TForCausalLM, factor: float, seed: int, beta: float
+    ) -> TrainingSummary:
+        """Train a copy of a student; what came of it. ``beta``: the share of cross-entropy."""
         student = copy.deepcopy(beginning)
         rate = factor * peak_learning_rate(self.train, self.shape.hidden_size)
-        loss = LossConfig(temperature=1.0, lambda_safety=0.0, lambda_verification=0.0)
+        heads = {"lambda_safety": 0.0, "lambda_verification": 0.0}
+        weights = {"alpha": 1.0 - beta, "beta": beta}
+        loss = LossConfig.model_validate({"temperature": 1.0, **weights, **heads})
         layers = self.teacher_record.info.layers
-        objective = build_objective(loss, self.data.store, student, layers, seed)
+        objective = build_objective(loss, self.data.store, student, layers)
         config = self.train.model_copy(update={"learning_rate": rate})
         data = replace(self.data, seed=seed)
         with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +122,13 @@ def open_bench(options: argparse.Namespace) -> Bench:
     student = StudentConfig(size=options.size, tie_embeddings=not options.untied)
     shape = student_shape(RunConfig(student=student), teacher_record.info)
     data = ShortData(store, split(store, 0.03, SPLIT_SEED), SPLIT_SEED, tokens=options.tokens)
-    config = TrainConfig(evaluations=options.evaluations, precision="fp32")
+    config = TrainConfig.model_validate(
+        {
+            "evaluations": options.evaluations,
+            "precision": options.precision,
+            "batch_size": options.batch_size,
+        }
+    )
     return Bench(data, teacher_record, read_gguf(options.teacher), shape, config)
 
 
@@ -137,6 +148,11 @@ def read_options() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         "--rates", default="1,0.5,0.25", help="of a head start, as shares of the usual peak"
     )
     parser.add_argument("--only", default=",".join(BEGINNINGS))
+    parser.add_argument(
+        "--betas", default="0.3", help="shares of cross-entropy in the loss, beside the KL"
+    )
+    parser.add_argument("--precision", default="fp32", choices=("auto", "bf16", "fp32"))
+    parser.add_argument("--batch-size", type=int, default=TrainConfig().batch_size)
     parser.add_argument("--json", type=Path, help="file that gets a line for each row")
     return parser, parser.parse_args()
 
@@ -148,6 +164,7 @@ def main() -> None:
     try:
         bench = open_bench(options)
         rates = [float(rate) for rate in options.rates.split(",")]
+        betas = [float(beta) for beta in options.betas.split(",")]
     except (UserError, StoreError, TeacherFileError, ValueError) as error:
         parser.error(str(error))
     console.print(machine_line(machine(torch.get_num_threads())))
@@ -158,20 +175,22 @@ def main() -> None:
         begin = time.perf_counter()
         beginning = bench.beginning(name, seed)
         seconds = time.perf_counter() - begin
-        for rate in rates if name == "teacher" else [1.0]:
-            summary = bench.measure(beginning, rate, seed)
+        own_rates = rates if name == "teacher" else [1.0]
+        for rate, beta in itertools.product(own_rates, betas):
+            summary = bench.measure(beginning, rate, seed, beta)
             scores = dict(summary.scores)
             share = summary.tokens_seen / summary.steps
             if table is None:
                 after = [f"KL at {step * share:,.0f}" for step in scores]
                 table = Table(
-                    "beginning", "rate", "seed", *after, "agreement", "begins in", "trains in"
+                    "beginning", "rate", "β", "seed", *after, "agreement", "begins in", "trains in"
                 )
             kl = [score.kl for score in scores.values()]
             agreement = scores[summary.steps].agreement
             table.add_row(
                 name,
                 f"{rate:g}",
+                f"{beta:g}",
                 str(seed),
                 *(f"{value:.4f}" for value in kl),
                 f"{agreement:.1%}",
@@ -179,13 +198,15 @@ def main() -> None:
                 f"{summary.seconds:.0f} s",
             )
             console.print(
-                f"{name} at {rate:g} of the usual rate, seed {seed}: KL {kl[0]:.4f} → {kl[-1]:.4f}"
+                f"{name} at {rate:g} of the usual rate, β {beta:g}, seed {seed}: "
+                f"KL {kl[0]:.4f} → {kl[-1]:.4f}, same top token {agreement:.1%}"
             )
             if options.json:
                 line = {
                     "size": options.size,
                     "beginning": name,
                     "rate": rate,
+                    "beta": beta,
                     "seed": seed,
                     "kl": kl,
                     "steps": list(scores),

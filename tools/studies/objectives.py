@@ -18,7 +18,7 @@ all seeds. The rows:
   targets.num_topk=32``, or one of kind hidden or dense;
 - ``<divergence>-T``: ours, T constant; ``T3-then-T1``: T = 3 for the first tenth of the steps;
   ``…+hidden``: with the hidden-state loss too, where the store holds layers (``--set
-  targets.layers=[1,3]``).
+  targets.layers=[1,3]``); ``…-alone``: without cross-entropy.
 
 KL, agreement and cross-entropy are of the last step's weights on the validation sequences at T = 1.
 "over all" is the KL over the whole vocabulary as far as the stored targets know the tail's shape.
@@ -170,11 +170,11 @@ class Row:
     loss: LossConfig
     truncated: str | None = None
 
-    def objective(self, bench: Bench, student: SO8TForCausalLM, seed: int) -> Objective:
+    def objective(self, bench: Bench, student: SO8TForCausalLM) -> Objective:
         """A fresh objective for this student."""
         if self.truncated:
             return TruncatedObjective(self.loss, TRUNCATED[self.truncated])
-        return build_objective(self.loss, bench.data.store, student, bench.teacher_layers, seed)
+        return build_objective(self.loss, bench.data.store, student, bench.teacher_layers)
 
 
 def all_rows(temperatures: Sequence[float], divergences: Sequence[DivergenceName]) -> list[Row]:
@@ -199,7 +199,13 @@ def all_rows(temperatures: Sequence[float], divergences: Sequence[DivergenceName
     ]
     changing = constant(3.0, final_temperature=1.0, final_from=0.1)
     hidden = constant(1.0, gamma=LossConfig().gamma)
-    return [*rows, Row("T3-then-T1", changing), Row("forward_kl-T1+hidden", hidden)]
+    alone = constant(1.0, alpha=1.0, beta=0.0)
+    return [
+        *rows,
+        Row("T3-then-T1", changing),
+        Row("forward_kl-T1+hidden", hidden),
+        Row("forward_kl-T1-alone", alone),
+    ]
 
 
 def possible_rows(rows: Iterable[Row], store: SoftTargetStore) -> tuple[list[Row], list[str]]:
@@ -292,7 +298,7 @@ class Bench:
     def measure(self, row: Row, seed: int) -> dict[str, Any]:
         """Train one student; what came of it."""
         student = self.student(seed)
-        objective = row.objective(self, student, seed)
+        objective = row.objective(self, student)
         data = TrainingData(self.data.store, self.data.split, seed)
         with tempfile.TemporaryDirectory() as folder:
             try:

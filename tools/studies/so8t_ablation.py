@@ -136,7 +136,7 @@ class Ablation(Bench):
         assert isinstance(row, Variant)
         student = self.initial(row, seed)
         store, parts = self.data.store, self.data.split
-        objective = build_objective(row.loss, store, student, self.teacher_layers, seed)
+        objective = build_objective(row.loss, store, student, self.teacher_layers)
         prompts, safety = None, self.safety if student.config.safety_head else None
         if safety is not None:
             prompts = PromptSet(safety.train.prompts, safety.train.tokens, seed)

@@ -70,7 +70,7 @@ def test_packed_is_sequence_by_sequence(store: SoftTargetStore, checkpointing: b
     positions left out."""
     student = make_student(16, 2, VOCAB, heads=True).train()
     student.checkpoint_activations(checkpointing)
-    objective = build_objective(EVERY_TERM, store, student, LAYERS, 0)
+    objective = build_objective(EVERY_TERM, store, student, LAYERS)
     numbers, given = list(range(len(LENGTHS))), torch.tensor([9, 1, 17, 12, 3, 1, 2])
     starts = np.cumsum([0, *(length - 1 for length in LENGTHS)])
     for kind in ("whole", "written", "kept"):

@@ -321,7 +321,7 @@ def run(
     student = fresh_student()
     folder.mkdir(exist_ok=True)
     data = TrainingData(store, split(store, 0.2, 0), 0)
-    objective = build_objective(LossConfig(temperature=2.0), store, student, 2, 0)
+    objective = build_objective(LossConfig(temperature=2.0), store, student, 2)
     config = TRAIN.model_copy(update={"on_policy": share, "epochs": epochs})
     job = TrainingJob(student, data, objective, config, folder)
     return student, train(job, killer(kill_at), on_policy(store, share))

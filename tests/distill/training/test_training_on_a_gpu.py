@@ -76,7 +76,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
 
 def job(data: TrainingData, folder: Path, config: TrainConfig = CONFIG) -> TrainingJob:
     student = make_student(16, 2, VOCAB, heads=True)
-    objective = build_objective(EVERY_TERM, data.store, student, 2, 0)
+    objective = build_objective(EVERY_TERM, data.store, student, 2)
     folder.mkdir(exist_ok=True)
     return TrainingJob(student, data, objective, config, folder)
 

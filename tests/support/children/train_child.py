@@ -72,7 +72,7 @@ def run(store_folder: Path, folder: Path, settings: dict[str, Any]) -> None:
     prompts = make_prompts(vocab_size) if heads else None
     data = TrainingData(store, split(store, 0.2, 0), 0, prompts, 1, 3)
     student = make_student(16, 2, vocab_size, tied=not untied, heads=bool(heads))
-    objective = build_objective(LOSS, store, student, teacher_layers=2, seed=0)
+    objective = build_objective(LOSS, store, student, teacher_layers=2)
     config = TrainConfig.model_validate({k: v for k, v in settings.items() if k not in OURS})
 
     def report(step: int, text: str) -> None:
