@@ -13,8 +13,12 @@ from distill.config.schema import RunConfig
 from distill.errors import UserError
 
 # Where settings start from. ``formula``: the loss with its own defaults, T = 3. ``recommended``:
-# what measured best (docs/benchmarks.md): the temperature the student will be used at.
-PRESETS: dict[str, dict[str, Any]] = {"recommended": {"loss.temperature": 1.0}, "formula": {}}
+# what measured best (docs/benchmarks.md): the temperature the student will be used at, and the
+# teacher alone, without cross-entropy on the text.
+PRESETS: dict[str, dict[str, Any]] = {
+    "recommended": {"loss.temperature": 1.0, "loss.alpha": 1.0, "loss.beta": 0.0},
+    "formula": {},
+}
 RECOMMENDED = "recommended"
 
 

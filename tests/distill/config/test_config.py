@@ -25,10 +25,12 @@ def test_defaults_are_those_of_the_documented_formula() -> None:
 
 def test_presets_are_where_settings_start_from(tmp_path: Path) -> None:
     """Recommended unless said otherwise; whatever a file, a flag or --set says wins."""
-    assert load_config(None, {}, []).loss.temperature == 1.0
+    loss = load_config(None, {}, []).loss
+    assert (loss.temperature, loss.alpha, loss.beta) == (1.0, 1.0, 0.0)
     assert load_config(None, {}, [], "formula") == RunConfig()
     assert load_config(None, {}, ["loss.alpha=0.5"]).loss.temperature == 1.0
     assert load_config(None, {}, ["loss.temperature=2"]).loss.temperature == 2.0
+    assert load_config(None, {}, ["loss.beta=0.3"]).loss.beta == 0.3
     path = tmp_path / "a.yaml"
     path.write_text("loss: {temperature: 4}")
     assert load_config(path, {}, []).loss.temperature == 4.0
