@@ -91,8 +91,8 @@ Preset = Annotated[
     str,
     typer.Option(
         metavar="recommended|formula",
-        help="Where settings start from: what measured best (T = 1, the teacher alone), or the loss "
-        "formula's own defaults (T = 3, α = 0.7, β = 0.3).",
+        help="Where settings start from: what measured best (T = 1, the teacher alone), or the "
+        "loss formula's own defaults (T = 3, α = 0.7, β = 0.3).",
     ),
 ]
 Init = Annotated[

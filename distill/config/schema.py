@@ -143,7 +143,8 @@ class TrainConfig(Section):
     ``schedule``: after the warm-up a cosine, a straight line, or
     wsd (constant until the last ``decay`` of the steps, then a cosine down); ``warmup``: share of
     the steps; ``min_lr``: share of the peak it ends at; ``max_grad_norm``; ``weight_decay``: of
-    matrices only; ``precision``: ``bf16`` autocast, ``fp32``, or ``auto``; ``evaluations``: how
+    matrices only; ``precision``: ``bf16`` autocast, ``fp32``, or ``auto``,
+    whichever is faster (``distill.runtime.faster_precision``); ``evaluations``: how
     often validation KL is measured, first and last step included, on a part of the validation
     text; ``patience``: stop after so many of them without a better one (none: never).
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.errors import UserError
-from distill.initialization.ridge import corrections
+from stability.measures.probe import evaluating
 from students.model.interface import Student
 from teachers.store.store import SoftTargetStore
 
 SCALE_SEQUENCES = 64  # first ones of a store, on which the size of its hidden states is measured
 FIT_POSITIONS = 4096  # of these, on which the projectors are fitted
-FIT_CHECKED = 8  # one position in so many chooses the ridge
+RIDGE = 1e-3  # of that fit, as a share of the inputs' mean square
 
 LayerPair = tuple[int, int]
 """A layer of the student and the teacher's layer it is compared with, both counted from 0."""
@@ -115,13 +115,14 @@ class HiddenStateLoss(nn.Module):
         """
         states, kept = _some_states(store, student, self.student_layers)
         for pair in self.pairs:
-            inputs, wanted = F.pad(states[pair[0]], (0, 1), value=1.0), kept[pair[1]]
-            checked = torch.arange(len(inputs)) % FIT_CHECKED == FIT_CHECKED - 1
-            (found,) = corrections(inputs, [wanted], checked)
+            inputs = F.pad(states[pair[0]], (0, 1), value=1.0).double()
+            gram, cross = inputs.T @ inputs, inputs.T @ kept[pair[1]].double()
+            gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+            found = torch.linalg.solve_ex(gram, cross).result.float()  # NaN is the guard's to find
             projector = self.projectors[_name(pair)]
             assert isinstance(projector, nn.Linear)
-            projector.weight.copy_(found[:, :-1])
-            projector.bias.copy_(found[:, -1])
+            projector.weight.copy_(found[:-1].T)
+            projector.bias.copy_(found[-1])
 
     @property
     def student_layers(self) -> set[int]:
@@ -154,7 +155,8 @@ def _some_states(
         if positions >= FIT_POSITIONS:
             break
         tokens = torch.from_numpy(store.tokens(index).astype(np.int64)).to(device)[None]
-        output = student(tokens, with_logits=False, layers_to_keep=layers)
+        with evaluating(student):
+            output = student(tokens, with_logits=False, layers_to_keep=layers)
         keep = torch.from_numpy(store.keep(index))
         ours.append({n: x[0, :-1].float().cpu()[keep] for n, x in output.layer_states.items()})
         theirs.append(store.layer_states(index))

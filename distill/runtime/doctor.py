@@ -50,12 +50,20 @@ print(json.dumps(describe_library()))
 """
 _PYTORCH = """
 import torch
+from contextlib import suppress
+from distill.runtime.faster_precision import GAIN, MOST_WIDTH, measured_gain, remember
+gain = measured_gain(MOST_WIDTH)
+with suppress(OSError):
+    remember(MOST_WIDTH, gain)
 gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
 mps = torch.backends.mps.is_available()
 print(json.dumps({
     "version": torch.__version__,
     "capability": torch.backends.cpu.get_cpu_capability(),
     "threads": torch.get_num_threads(),
+    "bfloat16_gain": gain,
+    "precision": "bfloat16" if gain >= GAIN else "float32",
+    "width": MOST_WIDTH,
     "sum": float(torch.ones(8, 8).matmul(torch.ones(8, 8)).sum()),
     "gpus": [{"name": gpu.name, "total_bytes": gpu.total_memory} for gpu in gpus]
     + [{"name": "Apple GPU (MPS)", "total_bytes": 0}] * mps,
@@ -253,7 +261,11 @@ def pytorch_findings() -> Iterator[Finding]:
         )
         yield Finding("PyTorch", "broken", f"it does not run here: {problem}", remedy)
         return
-    text = f"{facts['version']}, {facts['capability']}, {facts['threads']} threads"
+    text = (
+        f"{facts['version']}, {facts['capability']}, {facts['threads']} threads; on the processor "
+        f"students {facts['width']} wide train in {facts['precision']} (bfloat16 is "
+        f"{facts['bfloat16_gain']:.2g} times as fast)"
+    )
     if facts["capability"] in ("DEFAULT", "NO AVX"):
         remedy = "training uses no vector instructions of this processor"
         yield Finding("PyTorch", "slow", text, remedy, facts)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import filelock
 import torch
@@ -33,6 +34,7 @@ MOST_WIDTH = 512  # wider matrices behave like these
 ROWS, FIRST_ROWS = 512, 128
 FEED_FORWARD = 3  # times the width
 REPEATS = 3
+LEAST_SECONDS = 0.04
 HOPELESS = 0.4  # of a product alone: what surrounds it can only bring it nearer to 1
 GAIN = 1.15  # bfloat16 rounds, so it has to be worth it; and equal times give equal choices
 LOCK_SECONDS = 20.0
@@ -52,24 +54,49 @@ def is_faster_in_bfloat16(width: int) -> bool:
 
 @functools.cache
 def _remembered(width: int) -> bool:
-    cpu = processor()
-    key = [cpu.name, sorted(cpu.features), str(torch.__version__), os.environ.get(ISA), width]
+    gain: float | None = None
     with suppress(OSError):
-        name = f"precision-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
-        path = cache_folder() / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path):  # processes that measure side by side would disturb each other
-            if (known := _read(path)) is not None:
-                return known
-            gain = measured_gain(width)
-            record = {"bfloat16": gain >= GAIN, "gain": round(gain, 3), "key": key}
-            write_whole(path, json.dumps(record, indent=2).encode())
-            return gain >= GAIN
-    return measured_gain(width) >= GAIN
+        if (known := _read(record_path(width))) is not None:
+            return known
+        with _alone(record_path(width)):  # side by side, processes would disturb each other
+            if (known := _read(record_path(width))) is None:
+                gain = measured_gain(width)
+                remember(width, gain)
+                known = gain >= GAIN
+            return known
+    return (measured_gain(width) if gain is None else gain) >= GAIN
+
+
+def record_path(width: int) -> Path:
+    """Where the answer for a width is kept.
+
+    Raises:
+        OSError: there is no home folder, and so no cache folder.
+    """
+    digest = hashlib.sha256(json.dumps(_key(width)).encode()).hexdigest()
+    return cache_folder() / f"precision-{digest[:16]}.json"
+
+
+def remember(width: int, gain: float) -> None:
+    """Keep what was measured for a width.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    record = {"bfloat16": gain >= GAIN, "gain": round(gain, 3), "key": _key(width)}
+    path = record_path(width)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(record, indent=2).encode())
+
+
+def _key(width: int) -> list[Any]:
+    cpu = processor()
+    return [cpu.name, sorted(cpu.features), str(torch.__version__), os.environ.get(ISA), width]
 
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(path.with_suffix(".lock"), timeout=LOCK_SECONDS):
             yield
@@ -121,12 +148,18 @@ def measured_gain(width: int) -> float:
 
 
 def _ratio(first: Callable[[], object], second: Callable[[], object]) -> float:
-    """The least time of the first over that of the second, tried in turns; of the processor, as
-    other work on the machine says nothing about it."""
-    times: tuple[list[float], list[float]] = [], []
-    for turn in range(1 + REPEATS):
-        for work, own in zip((first, second), times, strict=True):
-            begun = time.thread_time()
-            work()
-            own.extend([time.thread_time() - begun] * bool(turn))  # the first does not count
-    return min(times[0]) / max(min(times[1]), 1e-9)
+    """The least time of the first over that of the second, tried in turns."""
+    times = [(_seconds(first), _seconds(second)) for _ in range(1 + REPEATS)][1:]
+    return min(one for one, _ in times) / min(other for _, other in times)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Time of the processor that some work takes; other work on the machine says nothing about it.
+
+    Some systems count it in steps of 16 ms, so short work is done several times.
+    """
+    begun, count, spent = time.thread_time(), 0, 0.0
+    while spent < LEAST_SECONDS:
+        work()
+        count, spent = count + 1, time.thread_time() - begun
+    return spent / count

@@ -13,6 +13,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from students.weights import (
     set_weights,
 )
 from teachers.atomic_files import write_whole
+from teachers.llama_cpp.library.build import processor
 
 KEEP = 2
 UNREADABLE = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError)
@@ -51,7 +53,7 @@ class TrainingState:
 
     ``best``: the weights with the best validation KL so far, on the CPU; ``None`` where there is no
     score yet, or training is at its planned end and the newest are the best. ``lines_logged``: of
-    ``metrics.jsonl``.
+    ``metrics.jsonl``. ``narrow``: training computes in bfloat16.
     """
 
     student: Student
@@ -64,6 +66,7 @@ class TrainingState:
     best: Weights | None = None
     guard: Guard | None = None
     lines_logged: int | None = None
+    narrow: bool = False
 
 
 def save_checkpoint(
@@ -89,6 +92,7 @@ def save_checkpoint(
             "tokens_seen": state.tokens_seen,
             "data_key": data_key,
             "finished": finished,
+            "computed": _computed(state),
             "best_apart": apart,
             "guard": None if state.guard is None else state.guard.state_dict(),
             "lines_logged": state.lines_logged,
@@ -113,6 +117,23 @@ def save_checkpoint(
         for old in _complete(folder)[:-KEEP]:
             shutil.rmtree(_renamed(old))
     return final
+
+
+def _computed(state: TrainingState) -> list[str]:
+    """On what this process computes, and in which precision."""
+    device = PartialState().device.type
+    return [processor().name if device == "cpu" else device, "bf16" if state.narrow else "fp32"]
+
+
+def earlier_precision(folder: Path) -> str | None:
+    """The precision that the newest checkpoint was computed in, if that was on such a processor;
+    what is measured anew may differ, and a training must go on as it began."""
+    for path in _complete(folder)[-1:]:
+        with suppress(*UNREADABLE):
+            name, precision = json.loads((path / "state.json").read_text())["computed"]
+            if name == processor().name and precision in ("bf16", "fp32"):
+                return str(precision)
+    return None
 
 
 def _on_cpu(tensors: Weights) -> Weights:

@@ -25,6 +25,7 @@ from distill.losses.objective import Objective
 from distill.runtime.cpu import keep_freed_memory, onednn_for_float32
 from distill.runtime.device import choose_precision, training_device
 from distill.runtime.launch_environment import fsdp_is_asked_for
+from distill.training.checkpoint import earlier_precision
 from stability.precision import ieee_float32
 from students.model.decoder import SHORT_ON_CPU
 from students.model.interface import Student
@@ -59,6 +60,8 @@ def build_accelerator(config: TrainConfig, width: int, folder: Path) -> Accelera
     if on_cpu:
         keep_freed_memory()
     precision = choose_precision(config, width, launch.device)
+    if on_cpu and config.precision == "auto":
+        precision = earlier_precision(folder / "checkpoints") or precision
     if launch.num_processes > 1:  # on machines of several kinds all compute in what the first does
         (precision,) = broadcast_object_list([precision])
     # An earlier training in this process may have had another precision.

@@ -150,7 +150,7 @@ def train(
         narrow = accelerator.mixed_precision == "bf16"
         optimizer = build_optimizer(model, config, width, tokens, narrow=narrow)
         schedule = build_schedule(optimizer, config, len(plan))
-        state = TrainingState(trained, optimizer, schedule, job.objective)
+        state = TrainingState(trained, optimizer, schedule, job.objective, narrow=narrow)
         if config.guard.enabled:
             fixed = data.fixed_text().to(accelerator.device)
             state.guard = build_guard(accelerator, model, state, config, fixed)

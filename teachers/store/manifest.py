@@ -13,7 +13,8 @@ from teachers.atomic_files import StoreError, is_temporary
 from teachers.targets.recipe import Recipe
 
 # With what older versions do not know, another number: masks; shards that name their codec; codes
-# of states in which each direction has bits of its own.
+# of states in which each direction has bits of its own. What shards say of their tokens has none: a
+# version that does not know it reads the tokens.
 FORMAT, MASKED, SEALED, CODED = 2, 3, 4, 5
 MANIFEST = "manifest.json"
 TASKS = "tasks"  # a folder in the store: who does what, see ``teachers.store.tasks``

@@ -36,6 +36,18 @@ def contents_of(tokens: Tokens, lengths: NDArray[np.int64], vocab_size: int) -> 
     return {HASHES: np.frombuffer(b"".join(digests), np.int64), OCCURRING: np.packbits(occurs)}
 
 
+def says_what_it_holds(arrays: Arrays, vocab_size: int) -> bool:
+    """Whether a shard's arrays have tokens of the vocabulary alone, and what is said of these, if
+    anything is, is true."""
+    tokens: NDArray[Any] = arrays["tokens"]
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
+        return False
+    lengths: NDArray[Any] = arrays["lengths"]
+    said = {name: arrays[name] for name in CONTENTS if name in arrays}
+    found = contents_of(tokens, lengths, vocab_size) if said else {}
+    return all(np.array_equal(array, found[name]) for name, array in said.items())
+
+
 def hashes_and_tokens(
     arrays: Arrays, sequences: int, vocab_size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

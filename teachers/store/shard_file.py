@@ -137,11 +137,13 @@ class ShardFile:
     def contents(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """A hash of each sequence's tokens ``[n]``, and which tokens of the vocabulary occur
         ``[V]``; as the shard says, or from its tokens where an earlier version wrote it."""
-        arrays = {name: self.array(name) for name in CONTENTS if name in self._arrays}
-        if len(arrays) < len(CONTENTS):
-            tokens = self._known(self.array("tokens"))
-            arrays = contents_of(tokens, self.lengths, self._vocab_size)
         try:
+            arrays = {name: self.array(name) for name in CONTENTS if name in self._arrays}
+            if len(arrays) < len(CONTENTS):
+                tokens = self._known(self.array("tokens"))
+                arrays = contents_of(tokens, self.lengths, self._vocab_size)
             return hashes_and_tokens(arrays, len(self.lengths), self._vocab_size)
-        except ValueError as error:
-            raise UnreadableShard(str(error)) from None
+        except UnreadableShard:
+            raise
+        except (LookupError, TypeError, ValueError) as error:
+            raise UnreadableShard(f"what it says of its tokens is wrong ({error})") from None

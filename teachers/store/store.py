@@ -39,7 +39,7 @@ from teachers.store.manifest import (
     read_manifest,
     require_store_folder,
 )
-from teachers.store.shard_contents import contents_of
+from teachers.store.shard_contents import contents_of, says_what_it_holds
 from teachers.store.shard_files import ShardFiles, unusable
 from teachers.store.shard_records import (
     READ_BACK,
@@ -64,6 +64,7 @@ class SoftTargetStore:
         self.folder = folder
         self.manifest = manifest
         self._recipe = manifest.recipe
+        self._vocab_size = int(manifest.identity["vocab_size"])
         self._codec: SharedCodec | None = None
         self._codec_digest = ""
         self.files = ShardFiles(folder, manifest, self._accept)
@@ -114,21 +115,27 @@ class SoftTargetStore:
         predictions have targets.
 
         Raises:
-            StoreError: numbers of sequences or positions do not fit.
+            StoreError: numbers of sequences or positions do not fit, or tokens are not the
+                teacher's.
             OSError: the disk refuses (full, read-only).
         """
         start, stop = self.span(shard)
         masks = whole_masks(sequences, keep)
         positions = int(sum(mask.sum() for mask in masks))
+        tokens = np.concatenate(sequences).astype(np.int32)
         rows = {len(array) for array in targets.values()}
+        if len(foreign := tokens[(tokens < 0) | (tokens >= self._vocab_size)]):
+            raise StoreError(
+                f"shard {shard} of {self.folder}: token {foreign[0]} is none of the teacher's "
+                f"{self._vocab_size}"
+            )
         if len(sequences) != stop - start or rows - {positions}:
             raise StoreError(
                 f"shard {shard} of {self.folder}: {len(sequences)} sequences with {positions} "
                 "positions"
             )
-        tokens = np.concatenate(sequences).astype(np.int32)
         lengths = np.array([len(part) for part in sequences], dtype=np.int64)
-        contents = contents_of(tokens, lengths, int(self.manifest.identity["vocab_size"]))
+        contents = contents_of(tokens, lengths, self._vocab_size)
         arrays: Arrays = {"tokens": tokens, "lengths": lengths, **contents, **targets}
         if self.manifest.masked:
             arrays["keep"] = np.packbits(np.concatenate(masks))
@@ -188,12 +195,16 @@ class SoftTargetStore:
         path = self.shard_path(shard)
         if not path.exists():
             return "missing"
-        return "damaged" if self.read_file(path.name) is None else "complete"
+        return "damaged" if self.read_shard(shard) is None else "complete"
 
     def read_shard(self, shard: int) -> Arrays | None:
         """The arrays of a shard; ``None`` where it is missing or damaged."""
         path = self.shard_path(shard)
-        return self.read_file(path.name) if path.exists() else None
+        arrays = self.read_file(path.name) if path.exists() else None
+        with suppress(LookupError, TypeError, ValueError):  # sealed, but not by this program
+            if arrays is not None and says_what_it_holds(arrays, self._vocab_size):
+                return arrays
+        return None
 
     def read_file(self, name: str) -> Arrays | None:
         """The arrays of a file that is there, if its checksum, header and store key are right.
@@ -233,8 +244,7 @@ class SoftTargetStore:
             codec = SharedCodec.from_arrays(arrays, self._recipe)
         except (KeyError, IndexError, TypeError, ValueError):  # sealed, but not by this program
             return None
-        vocab_size = int(self.manifest.identity["vocab_size"])
-        return codec if codec.head is None or len(codec.head.bias) == vocab_size else None
+        return codec if codec.head is None or len(codec.head.bias) == self._vocab_size else None
 
     def _codec_of(self, path: Path) -> str | None:
         try:
@@ -289,9 +299,8 @@ class SoftTargetStore:
         if self._recipe.needs_states:
             codec = self._need_codec()
             basis, head = codec.bases.get("final"), codec.head
-        vocab_size = int(self.manifest.identity["vocab_size"])
         with self._known_codes():
-            return typed(arrays, self._recipe, vocab_size, basis, head)
+            return typed(arrays, self._recipe, self._vocab_size, basis, head)
 
     def typed_layers(self, arrays: Arrays) -> dict[int, Tensor]:
         """The layer states kept in such an answer, float32 ``[N, R]`` each."""

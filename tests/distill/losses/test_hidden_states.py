@@ -48,12 +48,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> SoftTargetStore:
 
 
 def fresh(
-    store: SoftTargetStore, config: LossConfig = ONLY_HIDDEN, seed: int = 0
+    store: SoftTargetStore, config: LossConfig = ONLY_HIDDEN
 ) -> tuple[SO8TForCausalLM, Objective]:
     """A student of two layers and its objective, with random projectors."""
     student = make_student(16, 2, VOCAB)
     objective, draw = build_objective(config, store, student, TEACHER_LAYERS), torch.Generator()
-    draw.manual_seed(seed)
+    draw.manual_seed(0)
     if objective.hidden is not None:
         for projector in projectors(objective).values():
             nn.init.normal_(projector.weight, std=16**-0.5, generator=draw)
@@ -201,7 +201,10 @@ def test_projectors_begin_as_what_predicts_the_teacher_best(
         assert (projector.weight - wanted).norm() < 0.02 * wanted.norm(), name
         assert (projector.bias - offset).norm() < 0.02 * offset.norm(), name
     noise = 3.0
+    student.train()
+    random_state = torch.get_rng_state()
     first, again = (build_objective(ONLY_HIDDEN, store, student, 3) for _ in range(2))
+    assert student.training and torch.equal(torch.get_rng_state(), random_state)
     for name, projector in projectors(first).items():
         assert torch.equal(projector.weight, projectors(again)[name].weight)
         inputs = torch.cat([own[int(name[0])] for own in states]).double().numpy()

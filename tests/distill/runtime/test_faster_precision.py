@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,10 +62,34 @@ def test_a_processor_is_tried_once_and_what_it_said_stays(
     faster_precision._remembered.cache_clear()
 
 
+def test_the_ratio_is_of_the_first_to_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least of several turns of each."""
+    now = 0.0
+
+    def takes(*seconds: float) -> Callable[[], None]:
+        turns = itertools.cycle(seconds)
+
+        def work() -> None:
+            nonlocal now
+            now += next(turns)
+
+        return work
+
+    monkeypatch.setattr(faster_precision.time, "thread_time", lambda: now)
+    ratio = faster_precision._ratio(takes(9.0, 3.0, 3.3, 4.0), takes(0.1, 1.5, 1.0, 2.0))
+    assert ratio == pytest.approx(3.0)
+
+
 def test_the_trial_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     """It tells a precision that is imitated from one that is not: with oneDNN held to what has no
     bfloat16 (seen at its start, so in a process of its own) products take longer, and threads and
     random numbers stay as they were."""
+    ticks = iter(range(1000))
+    monkeypatch.setattr(faster_precision.time, "thread_time", lambda: next(ticks) * 0.016)
+    calls: list[int] = []
+    assert faster_precision._seconds(lambda: calls.append(1)) == pytest.approx(0.016)
+    assert len(calls) == 3  # a clock of coarse steps is read until it says something
+    monkeypatch.undo()
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     assert faster_precision.measured_gain(LEAST_WIDTH) > 0.0
     assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)

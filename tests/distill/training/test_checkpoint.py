@@ -113,6 +113,35 @@ def test_a_finished_checkpoint_has_no_moments(tmp_path: Path, data: TrainingData
         assert {"objective.rotation_average", "random.0.torch"} <= names, path
 
 
+def test_a_training_goes_on_in_the_precision_it_began_in(
+    tmp_path: Path, data: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is measured as faster may be another at the next start; on another processor it counts,
+    and what is asked for always does."""
+    auto = TRAIN.model_copy(update={"precision": "auto"})
+    faster = {16: True}
+    monkeypatch.setattr("distill.runtime.device.is_faster_in_bfloat16", faster.__getitem__)
+    whole, summary = run_with(data, tmp_path / "whole", auto)
+    assert summary.precision == "bf16"
+    for row, config, name, precision in (
+        ("same", auto, None, "bf16"),
+        ("other", auto, "another processor", "fp32"),
+        ("asked", TRAIN, None, "fp32"),
+    ):
+        faster[16] = True
+        with pytest.raises(Killed):
+            run_with(data, tmp_path / row, auto, kill_at=3)
+        faster[16] = False
+        if name is not None:
+            for path in (tmp_path / row / "checkpoints").glob("*/state.json"):
+                content = json.loads(path.read_text())
+                path.write_text(json.dumps(content | {"computed": [name, "bf16"]}))
+        again, summary = run_with(data, tmp_path / row, config)
+        assert summary.precision == precision and summary.continued_from > 0, row
+        if row == "same":
+            assert_equal(copied(again), copied(whole))
+
+
 def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
 

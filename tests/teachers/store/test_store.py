@@ -390,10 +390,25 @@ def test_tokens_beyond_the_vocabulary_are_damage(tmp_path: Path) -> None:
         ("hashes", arrays["hashes"].astype(np.int32)),
         ("occurring", arrays["occurring"][:-1]),
         ("occurring", arrays["occurring"].astype(np.int16)),
+        ("occurring", np.array(1, np.uint8)),
+        ("hashes", np.array(1, np.int64)),
     ):
         store.write_file("shard-00001.safetensors", arrays | {name: wrong})
         with pytest.raises(StoreError, match=damaged):
             _ = SoftTargetStore(tmp_path, store.manifest).files.overview
+    for name in CONTENTS:  # of the right shape, and false: found where the shard is read back
+        false = arrays[name].copy()
+        false[0] ^= 1
+        store.write_file("shard-00001.safetensors", arrays | {name: false})
+        opened = SoftTargetStore(tmp_path, store.manifest)
+        assert opened.state(1) == "damaged", name
+        with pytest.raises(StoreError, match=damaged):
+            opened.targets(PER_SHARD)
+    sequences, _, targets = make_content(1)
+    for token in (-1, 50):
+        sequences[1][0] = token
+        with pytest.raises(StoreError, match=f"token {token} is none of the teacher's 50"):
+            store.write_shard(1, sequences, targets)
 
 
 def test_a_store_is_not_its_machines(tmp_path: Path) -> None:
