@@ -6,6 +6,7 @@ Each takes what the one before has made, and makes the next.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -243,7 +244,11 @@ def train_student(prepared: Prepared, work: Workspace) -> Trained:
     """
     source, data, student = prepared.source, prepared.data, prepared.student
     config, info = source.config, source.info
-    objective = build_objective(config.loss, data.store, student, info.layers)
+    compared = data.store.manifest.recipe.layers if config.loss.gamma else ()
+    with work.console.stage("Match layers") if compared else nullcontext() as stage:
+        objective = build_objective(config.loss, data.store, student, info.layers)
+        if stage is not None:
+            stage.finish(f"{len(compared)} of the teacher's")
     on_policy = None
     if config.train.on_policy:
         assert source.teacher is not None

@@ -38,7 +38,7 @@ POLAR = (
 MARGIN = 1.01
 # Muon is chosen where making updates orthogonal takes at most this share of a step's products: it
 # learns as much from about half as many tokens.
-MOST_OF_A_STEP = 0.4
+MOST_OF_A_STEP = 0.6
 STEPS_LOOKED_AT = 64
 # The matrices of layers and projectors. Decay would pull both rotations towards the identity (and
 # towards commuting); norms and embeddings do not gain from it.

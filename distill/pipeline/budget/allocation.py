@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distill.training.data import MAX_HELD_OUT, WATCH_LEAST, WATCH_SEQUENCES, watched_tokens
 
 MOST_EPOCHS = 5  # text that was seen so often teaches little more
 LEAST_STEPS = 2
+FEW_STEPS, LEAST_TOGETHER = 256, 8
 EXPORT_TOKENS = 4096  # of validation that the proof of a file looks at, at most
 
 
@@ -58,17 +59,28 @@ class Text:
 @dataclass(frozen=True)
 class Allocation:
     """``samples``, of which ``steps`` steps are made, the last of ``epochs`` perhaps not to its
-    end; ``seconds`` expected by stage."""
+    end; ``seconds`` expected by stage. ``together``: sequences of a step, where they are fewer than
+    was asked for."""
 
     samples: int
     epochs: int
     steps: int
     seconds: dict[str, float]
+    together: int | None = None
 
     @property
     def total(self) -> float:
         """All of it."""
         return sum(self.seconds.values())
+
+
+def in_smaller_steps(allocation: Allocation, together: int) -> Allocation:
+    """The same text in smaller steps where ``together`` sequences make few of them: from as many
+    tokens twice as many steps then learn more (docs/benchmarks.md)."""
+    size, steps = together, allocation.steps
+    while steps < FEW_STEPS and size > LEAST_TOGETHER:
+        size, steps = size // 2, 2 * steps
+    return allocation if size == together else replace(allocation, steps=steps, together=size)
 
 
 class TooShort(ValueError):

@@ -28,6 +28,7 @@ from distill.pipeline.budget.allocation import (
     Costs,
     TooShort,
     allocate,
+    in_smaller_steps,
     stages,
     steps_within,
 )
@@ -90,11 +91,15 @@ def recommend(
         raise UserError("--budget: this machine has not the memory to train that student")
     costs = expected_costs(measured, prompts, start, seconds)
     try:
-        return allocate(seconds, text_of(measured), costs), costs
+        allocation = allocate(seconds, text_of(measured), costs)
     except TooShort as error:
         raise UserError(
             f"--budget: {human_time(seconds)} are too short for this teacher and student; {error}"
         ) from None
+    train = measured.config.train
+    if not train.model_fields_set & {"batch_size", "batch_tokens"}:
+        allocation = in_smaller_steps(allocation, train.batch_size)
+    return allocation, costs
 
 
 def settle(
@@ -121,17 +126,20 @@ def settle(
 
 
 def with_allocation(config: RunConfig, allocation: Allocation) -> RunConfig:
-    """The settings with samples and epochs; the steps are fixed later."""
+    """The settings with samples, epochs and the size of a step; the steps are fixed later."""
     data = config.data.model_copy(update={"samples": allocation.samples})
-    train = config.train.model_copy(update={"epochs": allocation.epochs})
+    size = allocation.together or config.train.batch_size
+    train = config.train.model_copy(update={"epochs": allocation.epochs, "batch_size": size})
     return config.model_copy(update={"data": data, "train": train})
 
 
 def budget_table(allocation: Allocation, seconds: float) -> Table:
     """What fits into a time."""
     table = Table(title=f"In {human_time(seconds)}", title_justify="left", show_header=False)
-    epochs = f"--samples {allocation.samples} --epochs {allocation.epochs}"
-    table.add_row("recommended", f"{epochs} ({allocation.steps:,} steps)")
+    wanted = f"--samples {allocation.samples} --epochs {allocation.epochs}"
+    if allocation.together is not None:
+        wanted += f" --set train.batch_size={allocation.together}"
+    table.add_row("recommended", f"{wanted} ({allocation.steps:,} steps)")
     for name, part in allocation.seconds.items():
         table.add_row(f"  {name}", f"about {human_time(part)}")
     table.add_row("whole run", f"about {human_time(allocation.total)}")

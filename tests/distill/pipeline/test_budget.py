@@ -25,12 +25,15 @@ from distill.heads.safety_fitting import (
     readable,
 )
 from distill.pipeline.budget.allocation import (
+    FEW_STEPS,
     LEAST_STEPS,
+    LEAST_TOGETHER,
     MOST_EPOCHS,
     Costs,
     Text,
     TooShort,
     allocate,
+    in_smaller_steps,
     stages,
 )
 from distill.pipeline.budget.budget import Budget, with_prompts
@@ -95,6 +98,28 @@ def test_allocation() -> None:
         if minutes < 600 or text is endless:
             assert found.total > 0.95 * 60.0 * minutes, (minutes, found)
         assert found.seconds == stages(costs, text, found.samples, found.steps)
+
+
+def test_few_steps_become_more_and_smaller() -> None:
+    """Of as much text; never below eight sequences, nor where steps are many or small already."""
+    for minutes, together, steps, size in (
+        (6, 16, 2, 8),
+        (600, 16, 1, None),
+        (6, 64, 8, 8),
+        (6, 8, 1, None),
+        (6, 6, 1, None),
+    ):
+        plain = allocate(60.0 * minutes, replace(TEXT, together=together), COSTS)
+        found = in_smaller_steps(plain, together)
+        assert (found.steps, found.together) == (steps * plain.steps, size), (minutes, together)
+        assert (found.samples, found.epochs, found.seconds) == (
+            plain.samples,
+            plain.epochs,
+            plain.seconds,
+        )
+        if size is not None:
+            assert found.steps * size == plain.steps * together
+            assert found.steps >= FEW_STEPS or size == LEAST_TOGETHER
 
 
 def test_a_time_that_is_too_short_says_the_least() -> None:
