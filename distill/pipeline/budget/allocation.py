@@ -8,7 +8,7 @@ from distill.training.data import MAX_HELD_OUT, WATCH_LEAST, WATCH_SEQUENCES, wa
 
 MOST_EPOCHS = 5  # text that was seen so often teaches little more
 LEAST_STEPS = 2
-FEW_STEPS, LEAST_TOGETHER = 256, 8
+FEW_STEPS, LEAST_TOGETHER = 64, 8
 EXPORT_TOKENS = 4096  # of validation that the proof of a file looks at, at most
 
 
@@ -76,7 +76,8 @@ class Allocation:
 
 def in_smaller_steps(allocation: Allocation, together: int) -> Allocation:
     """The same text in smaller steps where ``together`` sequences make few of them: from as many
-    tokens twice as many steps then learn more (docs/benchmarks.md)."""
+    tokens twice as many steps then learn more, but not where there are many
+    (docs/benchmarks.md)."""
     size, steps = together, allocation.steps
     while steps < FEW_STEPS and size > LEAST_TOGETHER:
         size, steps = size // 2, 2 * steps
