@@ -178,14 +178,14 @@ def make_bench(store: SoftTargetStore) -> Bench:
 
 def test_rows_are_what_the_store_has_targets_for(tmp_path: Path) -> None:
     rows, usual = all_rows([1.0, 2.0], ["forward_kl", "reverse_kl"]), LossConfig()
-    assert len({row.name for row in rows}) == len(rows) == 1 + 6 + 4 + 2
+    assert len({row.name for row in rows}) == len(rows) == 1 + 6 + 4 + 3
     loss = next(row.loss for row in rows if row.name == "reverse_kl-T2")
     assert (loss.temperature, loss.final_temperature) == (2.0, None)
     assert (loss.divergence, loss.gamma) == ("reverse_kl", 0)
     left = {(row.loss.lambda_so8t, row.loss.pet) for row in rows}
     assert left == {(usual.lambda_so8t, usual.pet)}
     few, notes = possible_rows(rows, make_store(tmp_path / "few", Recipe(num_topk=16)))
-    assert not any(row.truncated or row.loss.gamma for row in few) and len(few) == 6
+    assert not any(row.truncated or row.loss.gamma for row in few) and len(few) == 7
     assert "targets.num_topk=32" in notes[0] and "targets.layers" in notes[1]
     recipes = (Recipe(num_topk=32, layers=(1, 3)), Recipe("hidden", layers=(1,)))
     for number, recipe in enumerate(recipes):
@@ -235,7 +235,7 @@ def test_rows_differ_in_the_objective_alone(tmp_path: Path) -> None:
     rows, _ = possible_rows(all_rows([1.0], ["forward_kl"]), store)
     found = {row.name: bench.measure(row, 0) for row in rows}
     assert len({(one["kl_before"], one["tokens"], one["steps"]) for one in found.values()}) == 1
-    assert len({one["kl"] for one in found.values()}) == len(rows) == 10
+    assert len({one["kl"] for one in found.values()}) == len(rows) == 11
     assert all(0.0 < one["kl"] <= one["kl_over_all"] + 1e-3 for one in found.values())
     again = bench.measure(rows[-1], 0)
     assert {**again, "seconds": 0} == {**found[rows[-1].name], "seconds": 0}
