@@ -8,7 +8,7 @@ kept coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -161,10 +161,11 @@ def _some_states(
         ours.append({n: x[0, :-1].float().cpu()[keep] for n, x in output.layer_states.items()})
         theirs.append(store.layer_states(index))
         positions += int(keep.sum())
-    join: Callable[[list[dict[int, Tensor]]], dict[int, Tensor]] = lambda parts: {  # noqa: E731
-        layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]
-    }
-    return join(ours), join(theirs)
+    return _joined(ours), _joined(theirs)
+
+
+def _joined(parts: Sequence[Mapping[int, Tensor]]) -> dict[int, Tensor]:
+    return {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
 
 
 def _name(pair: LayerPair) -> str:

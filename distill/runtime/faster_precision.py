@@ -117,7 +117,10 @@ def measured_gain(width: int) -> float:
     """How many times as fast a feed-forward part with its backward pass is in bfloat16, as autocast
     computes it; of a product alone, where that already says that it is slower."""
     generator = torch.Generator().manual_seed(0)
-    draw: Callable[..., Tensor] = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
     with one_thread(), ieee_float32(), torch.enable_grad():
         left, right = draw(FIRST_ROWS, width), draw(width, width)
         narrow = left.bfloat16(), right.bfloat16()

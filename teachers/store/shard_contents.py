@@ -22,6 +22,13 @@ HASHES, OCCURRING = CONTENTS = ("hashes", "occurring")
 HASH_BYTES = 8
 
 
+def foreign_token(tokens: Tokens, vocab_size: int) -> int | None:
+    """The first of some tokens that is not of the vocabulary, if any."""
+    if not len(tokens) or (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
+        return None
+    return int(tokens[(tokens < 0) | (tokens >= vocab_size)][0])
+
+
 def contents_of(tokens: Tokens, lengths: NDArray[np.int64], vocab_size: int) -> Arrays:
     """From the ``tokens`` of all sequences one after another, all of the vocabulary: the start of
     the BLAKE2b of each sequence's ids (int32) ``[n]``, and a bit for each token that occurs
@@ -40,7 +47,7 @@ def says_what_it_holds(arrays: Arrays, vocab_size: int) -> bool:
     """Whether a shard's arrays have tokens of the vocabulary alone, and what is said of these, if
     anything is, is true."""
     tokens: NDArray[Any] = arrays["tokens"]
-    if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
+    if foreign_token(tokens, vocab_size) is not None:
         return False
     lengths: NDArray[Any] = arrays["lengths"]
     said = {name: arrays[name] for name in CONTENTS if name in arrays}

@@ -19,7 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachers.base import Keep, Tokens
-from teachers.store.shard_contents import CONTENTS, contents_of, hashes_and_tokens
+from teachers.store.shard_contents import (
+    CONTENTS,
+    contents_of,
+    foreign_token,
+    hashes_and_tokens,
+)
 from teachers.targets.distributions import Arrays
 
 TYPES = {
@@ -117,7 +122,7 @@ class ShardFile:
 
     def _known(self, tokens: Tokens) -> Tokens:
         """The same tokens, all of the vocabulary."""
-        if int(tokens.min()) < 0 or int(tokens.max()) >= self._vocab_size:
+        if foreign_token(tokens, self._vocab_size) is not None:
             raise UnreadableShard("it holds tokens that are not of the vocabulary")
         return tokens
 

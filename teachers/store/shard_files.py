@@ -113,11 +113,10 @@ class ShardFiles:
         sequences = self.manifest.sequences
         lengths, hashes = np.empty(sequences, np.int32), np.empty(sequences, np.int64)
         occurring, positions = np.zeros(self._vocab_size, np.bool_), 0
-        look: Callable[[ShardFile], Any] = lambda file: (  # noqa: E731
-            file.lengths,
-            file.positions(),
-            *file.contents(),
-        )
+
+        def look(file: ShardFile) -> tuple[Any, ...]:
+            return file.lengths, file.positions(), *file.contents()
+
         for span, (some, kept, own, there) in self._each(look):
             lengths[span], hashes[span] = some, own
             occurring |= there

@@ -39,7 +39,7 @@ from teachers.store.manifest import (
     read_manifest,
     require_store_folder,
 )
-from teachers.store.shard_contents import contents_of, says_what_it_holds
+from teachers.store.shard_contents import contents_of, foreign_token, says_what_it_holds
 from teachers.store.shard_files import ShardFiles, unusable
 from teachers.store.shard_records import (
     READ_BACK,
@@ -124,9 +124,9 @@ class SoftTargetStore:
         positions = int(sum(mask.sum() for mask in masks))
         tokens = np.concatenate(sequences).astype(np.int32)
         rows = {len(array) for array in targets.values()}
-        if len(foreign := tokens[(tokens < 0) | (tokens >= self._vocab_size)]):
+        if (foreign := foreign_token(tokens, self._vocab_size)) is not None:
             raise StoreError(
-                f"shard {shard} of {self.folder}: token {foreign[0]} is none of the teacher's "
+                f"shard {shard} of {self.folder}: token {foreign} is none of the teacher's "
                 f"{self._vocab_size}"
             )
         if len(sequences) != stop - start or rows - {positions}:

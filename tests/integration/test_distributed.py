@@ -89,7 +89,8 @@ def launched(store: Path, one: Path) -> Path:
     for kind in ("ddp", "fsdp"):
         shutil.copytree(one / "cut", folder / kind / "continued")
     settings = folder / "settings.json"
-    settings.write_text(json.dumps(RUNS | {"cut": CUT, "continued": UNTIED}))
+    torn = SHORT | {"precision": "auto"}
+    settings.write_text(json.dumps(RUNS | {"cut": CUT, "continued": UNTIED, "torn": torn}))
     arguments = map(str, (store, guarded_store, folder, settings))
     launch = subprocess.Popen(
         [sys.executable, "-m", train_child.__name__, *arguments],
@@ -172,6 +173,12 @@ def test_each_process_reads_its_own_part(several: Path, one: Path) -> None:
             json.loads((several / name / f"read-{rank}.json").read_text()) for rank in (0, 1)
         )
         assert first and second and sorted(first + second) == whole, name
+
+
+def test_all_processes_compute_in_what_the_first_one_measures(several: Path) -> None:
+    """Where machines differ, or a clock."""
+    found = [(several / "torn" / f"precision-{rank}.txt").read_text() for rank in (0, 1)]
+    assert found == ["bf16", "bf16"]
 
 
 def test_the_runs_are_what_they_should_be(one: Path) -> None:

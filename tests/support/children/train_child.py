@@ -30,6 +30,7 @@ from distill.config.schema import LossConfig, TrainConfig
 from distill.heads.prompt_set import PromptSet
 from distill.heads.prompts import SafetyPrompt
 from distill.losses.objective import build_objective
+from distill.runtime import device
 from distill.training import checkpoint_timer
 from distill.training.data import TrainingData, split
 from distill.training.engine import TrainingJob, train
@@ -86,6 +87,7 @@ def run(store_folder: Path, folder: Path, settings: dict[str, Any]) -> None:
         read.add(int(index))
         return targets(self, index)
 
+    first = PartialState().is_main_process
     folder.mkdir(parents=True, exist_ok=True)
     seconds, share = (
         (0.0, float("inf"))
@@ -96,13 +98,16 @@ def run(store_folder: Path, folder: Path, settings: dict[str, Any]) -> None:
         with (
             patch.multiple(checkpoint_timer, CHECKPOINT_SECONDS=seconds, SAVING_SHARE=share),
             patch.object(SoftTargetStore, "targets", reading),
+            # Machines of two kinds: what ``auto`` measures is faster for the first process alone.
+            patch.object(device, "is_faster_in_bfloat16", lambda width: first),
         ):
             summary = train(TrainingJob(student, data, objective, config, folder), report)
     except Stopped:
         return
     trained = sorted(read.difference(data.split.held_out.tolist()))
     (folder / f"read-{PartialState().process_index}.json").write_text(json.dumps(trained))
-    if PartialState().is_main_process:
+    (folder / f"precision-{PartialState().process_index}.txt").write_text(summary.precision)
+    if first:
         safetensors.torch.save_file(plain_weights(student), folder / "final.safetensors")
         content = {name: getattr(summary, name) for name in ("best", "steps", "continued_from")}
         (folder / "summary.json").write_text(json.dumps(content))
