@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 from torch.optim import AdamW
 
+import distill.pipeline.budget.budget as budget_module
 import distill.pipeline.run
 from distill.config.loading import load_config
 from distill.config.units import parse_duration
@@ -36,7 +38,13 @@ from distill.pipeline.budget.allocation import (
     in_smaller_steps,
     stages,
 )
-from distill.pipeline.budget.budget import Budget, with_prompts
+from distill.pipeline.budget.budget import (
+    Budget,
+    budget_table,
+    recommend,
+    with_allocation,
+    with_prompts,
+)
 from distill.pipeline.budget.costs import SAFETY_SHARE
 from distill.pipeline.preflight import check_run
 from distill.pipeline.probes import step_seconds
@@ -120,6 +128,26 @@ def test_few_steps_become_more_and_smaller() -> None:
         if size is not None:
             assert found.steps * size == plain.steps * together
             assert found.steps >= FEW_STEPS or size == LEAST_TOGETHER
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [([], 8), (["train.batch_size=16"], 16), (["train.batch_tokens=4096"], 16)],
+)
+def test_a_given_size_of_a_step_is_kept(
+    settings: list[str], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a short time recommends reaches the settings, and says so; what is given stays."""
+    config = load_config(None, {}, settings)
+    measured = SimpleNamespace(config=config, student=SimpleNamespace(step_seconds=1.0))
+    monkeypatch.setattr(budget_module, "expected_costs", lambda *given: COSTS)
+    monkeypatch.setattr(budget_module, "text_of", lambda given: TEXT)
+    allocation, _ = recommend(measured, 360.0, None, 10.0)  # type: ignore[arg-type]
+    plain = allocate(360.0, TEXT, COSTS)
+    assert allocation.steps == plain.steps * 16 // size
+    assert with_allocation(config, allocation).train.batch_size == size
+    shown = "".join(map(str, budget_table(allocation, 360.0).columns[1].cells))
+    assert ("train.batch_size=8" in shown) == (size == 8)
 
 
 def test_a_time_that_is_too_short_says_the_least() -> None:

@@ -6,7 +6,8 @@ import itertools
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,17 @@ def test_a_processor_is_tried_once_and_what_it_said_stays(
         assert chosen(320) == "bf16" and tried == [320], damage
         texts = [path.read_text() for path in tmp_path.glob("precision-*.json")]
         assert sum('"bfloat16": true' in text and "320" in text for text in texts) == 1, damage
+
+    @contextmanager
+    def unwritable(path: Path) -> Iterator[None]:
+        raise OSError("read-only file system")
+        yield
+
+    with monkeypatch.context() as patch:  # as in an image: what is there counts, without a lock
+        patch.setattr(faster_precision, "_alone", unwritable)
+        faster_precision._remembered.cache_clear()
+        tried.clear()
+        assert chosen(320) == "bf16" and tried == []
 
     def no_home() -> Path:
         raise OSError("there is no home folder")

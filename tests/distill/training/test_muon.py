@@ -94,6 +94,16 @@ def test_muon_is_chosen_where_it_pays() -> None:
         (0.0, MUON, "muon"),
     ):
         assert choose_optimizer(student, config, tokens) == expected, (tokens, config.optimizer)
+    for share, expected in ((0.58, "muon"), (0.62, "adamw")):  # of the other products of a step
+        own, others = 0.0, 2.0 * student.lm_head.weight.numel()  # for each token and direction
+        for name, one in student.model.layers.named_parameters():
+            if one.ndim == 2 and name.endswith("_proj.weight"):
+                few, many = sorted(one.shape)
+                # X Xᵀ, its square, and that times X: of 2 operations each, three times.
+                own += 3 * (2 * few * few * many + 2 * few**3 + 2 * few * few * many)
+                others += 2.0 * one.numel()
+        tokens = own / (share * 3 * others)
+        assert choose_optimizer(student, TrainConfig(), tokens) == expected, share
     for parameter in student.model.layers.parameters():
         parameter.requires_grad_(False)
     assert choose_optimizer(student, TrainConfig(), 4096.0) == "adamw"
