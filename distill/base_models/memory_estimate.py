@@ -1,5 +1,7 @@
 """What training takes in memory, estimated before anything is loaded.
 
+Over 400 lines because each part stands beside the words that say what is counted.
+
 Letters: n tokens of a micro-batch, V vocabulary, D width, L layers, H heads of width W, K key/value
 heads, A = H·W, I feed-forward width, r rank, N = A / 8 blocks of a gate.
 """
@@ -14,6 +16,7 @@ from accelerate import PartialState
 
 from distill.config.schema import USUAL_LENGTH, RunConfig, TargetsConfig
 from distill.losses.chunked_lm_head import LOGITS_BYTES, chunk_size, logits_bytes
+from distill.losses.fused import BLOCK_BYTES
 from distill.runtime.device import base_dtype, choose_precision
 from students.gguf.architectures import architecture_of
 from students.gguf.config_values import head_width
@@ -225,8 +228,9 @@ def estimate(base: Any, training: TrainingSettings) -> TrainingMemory:
     - temporary: of the backward pass of one layer: gradients on their way through the feed-forward
       part, 3·I + 2·D for each token, and the largest matrix as unpacked from NF4.
     - loss: a chunk of logits (``distill.losses.chunked_lm_head.chunk_size``) in ``LOGITS_COPIES``
-      float32 buffers and once narrow; the last states and their gradient, n·D each; narrow copies
-      of states and matrix where they were not narrow; the matrix of the teacher's sketches.
+      float32 buffers and once narrow, on a CPU twice narrow; the last states and their gradient,
+      n·D each; narrow copies of states and matrix where they were not narrow; the matrix of the
+      teacher's sketches.
 
     Not in it: CUDA's own, projectors of the hidden-state loss, keys and values while a student
     writes. Attention keeps no matrix of tokens × tokens (PyTorch's fused kernels).
@@ -334,9 +338,12 @@ def loss_bytes(width: int, training: TrainingSettings) -> int:
     """What the loss takes over a student of ``width``, see ``estimate``."""
     tokens, vocab = training.tokens, training.vocab_size
     wide, narrow = training.load_bytes, training.base_bytes
-    chunk = (
-        min(tokens, chunk_size(vocab, training.logits_bytes)) * vocab * (4 * LOGITS_COPIES + narrow)
-    )
+    if training.on_cpu:  # the student's and the teacher's, and a few rows of them in float32
+        rows = min(tokens, chunk_size(vocab, training.logits_bytes, narrow))
+        chunk = 2 * narrow * rows * vocab + LOGITS_COPIES * min(BLOCK_BYTES, 4 * rows * vocab)
+    else:
+        rows = min(tokens, chunk_size(vocab, training.logits_bytes))
+        chunk = (4 * LOGITS_COPIES + narrow) * rows * vocab
     narrowed = narrow if narrow != wide else 0
     chunk += 4 * vocab * training.head_columns
     return chunk + (2 * wide + narrowed) * tokens * width + narrowed * vocab * width

@@ -28,7 +28,7 @@ def estimate_new(shape: SO8TConfig, training: TrainingSettings) -> TrainingMemor
 
     - weights, gates and heads in float32; gradients once, moments twice as much.
     - activations: of a layer, see ``_layer_activations``. With checkpointing one layer's, and the L
-      layers' inputs, n·D each; without, all layers'. And the last norm's input, normalized and
+      layers' inputs, n·D each; without, all layers'. And the last norm's result, normalized and
       scaled.
     - temporary: of the backward pass of one layer: gradients on their way through the feed-forward
       part, 3·F + 2·D for each token, and the largest gradient before it is added; of a table that
@@ -60,7 +60,7 @@ def estimate_new(shape: SO8TConfig, training: TrainingSettings) -> TrainingMemor
 def _activations(shape: SO8TConfig, training: TrainingSettings) -> int:
     tokens, layers, width = training.tokens, shape.num_hidden_layers, shape.hidden_size
     tokens += training.prompt_tokens
-    around = tokens * (12 * width + 4)
+    around = tokens * (8 * width + 4)
     if not training.checkpointing:
         return around + layers * _layer_activations(shape, training, tokens)
     largest = max(training.tokens, training.prompt_tokens)
@@ -71,7 +71,7 @@ def _activations(shape: SO8TConfig, training: TrainingSettings) -> int:
 def _layer_activations(shape: SO8TConfig, training: TrainingSettings, tokens: int) -> int:
     """What one layer keeps of its forward pass, in bytes.
 
-    For each token: norms 2·(2·D + 1) float32, input and normalized; inputs of products, 5·D where
+    For each token: norms 2·(D + 1) float32; inputs of products, 5·D where
     each has a narrow copy of its own, else 2·D; queries, keys, values and result of attention, 2·A
     + 2·K, and H float32; feed-forward 4·F. For the layer: its matrices as autocast narrows them, or
     the gated output matrix, D·A; the rotations in float64 and float32, A·8 numbers four times.
@@ -79,7 +79,7 @@ def _layer_activations(shape: SO8TConfig, training: TrainingSettings, tokens: in
     width, narrow = shape.hidden_size, training.base_bytes
     keys = shape.num_key_value_heads * shape.head_dim
     narrowed = training.autocast is not None
-    each = 8 * (2 * width + 1) + 4 * shape.num_attention_heads
+    each = 8 * (width + 1) + 4 * shape.num_attention_heads
     each += narrow * ((5 if narrowed else 2) * width + 2 * (shape.attention_width + keys))
     each += narrow * 4 * shape.intermediate_size
     matrices = layer_parameters(shape) - 2 * width

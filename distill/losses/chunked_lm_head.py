@@ -12,48 +12,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOGITS_BYTES = 32 << 20  # one chunk's float32 logits on a CPU; measured in docs/benchmarks.md
-# On a GPU, whose kernels want more rows: this share of its memory, up to so many bytes. Beside them
-# lie up to five more such buffers.
-LOGITS_SHARE, MOST_LOGITS_BYTES = 1 / 64, 512 << 20
-# Of gradients in the logits in the narrow type, gathered before they are multiplied: each product
-# with them passes over a [V, D] matrix twice more.
-GRADIENT_BYTES = 128 << 20
+# One chunk's logits on a CPU, which become their gradient; measured in docs/benchmarks.md. Few rows
+# are slow: every product of a chunk passes over a [V, D] matrix.
+LOGITS_BYTES = 128 << 20
+# On a GPU: this share of its memory, within these bounds. Beside them lie up to five more such
+# buffers.
+LOGITS_SHARE, LEAST_LOGITS_BYTES, MOST_LOGITS_BYTES = 1 / 64, 32 << 20, 512 << 20
 WIDENING = {"cuda"} if hasattr(torch.ops.aten.mm, "dtype") else set()  # see ``head_logits``
 
-ChunkGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""Float32 logits ``[C, V]`` of some positions, and which they are → sum of their losses (a scalar)
-and its gradient in the logits ``[C, V]``. It may overwrite the logits."""
+ChunkLoss = Callable[[Tensor, slice], Tensor]
+"""Logits ``[C, V]`` of some positions, and which they are → sum of their losses, a float32 scalar.
+It overwrites the logits with its gradient in them."""
 
 
-def chunk_size(vocab_size: int, room: int) -> int:
-    """Positions per chunk, so that its float32 logits stay below ``room`` bytes (see
+def chunk_size(vocab_size: int, room: int, itemsize: int = 4) -> int:
+    """Positions per chunk, so that its logits of ``itemsize`` bytes stay below ``room`` bytes (see
     ``logits_bytes``)."""
-    return max(16, room // (4 * vocab_size))
+    return max(16, room // (itemsize * vocab_size))
 
 
 def logits_bytes(device: torch.device) -> int:
-    """How large one chunk's float32 logits may be on a device."""
+    """How large one chunk's logits may be on a device."""
     module = None if device.type == "cpu" else torch.get_device_module(device)
     if module is None or not module.is_available():
         return LOGITS_BYTES
     memory = module.get_device_properties(device).total_memory
-    return max(LOGITS_BYTES, min(MOST_LOGITS_BYTES, int(LOGITS_SHARE * memory)))
+    return max(LEAST_LOGITS_BYTES, min(MOST_LOGITS_BYTES, int(LOGITS_SHARE * memory)))
 
 
 def head_logits(states: Tensor, matrix: Tensor) -> Tensor:
-    """Float32 logits ``[C, V]`` of ``states [C, D]`` under the output matrix ``[V, D]``.
+    """Logits ``[C, V]`` of ``states [C, D]`` under the output matrix ``[V, D]``, float32.
 
     Of bfloat16 factors too, where the device can add up their products in float32 and keep that;
-    elsewhere they are rounded on the way: a logit of 20 to eighths.
+    elsewhere these have the factors' type: a logit of 20 is rounded to eighths.
     """
     if states.device.type in WIDENING and states.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(states, matrix.T, out_dtype=torch.float32)
-    return (states @ matrix.T).float()
+    return states @ matrix.T
 
 
 def chunked_head_loss(
-    hidden: Tensor, weight: Tensor, chunk_gradient: ChunkGradient, chunk: int | None = None
+    hidden: Tensor, weight: Tensor, chunk_loss: ChunkLoss, chunk: int | None = None
 ) -> Tensor:
     """Sum of a loss over all positions: ``hidden [N, D]`` and output matrix ``weight [V, D]`` →
     scalar.
@@ -62,15 +61,14 @@ def chunked_head_loss(
     as the loss is a sum over positions. Gradients are computed with the loss, chunk by chunk, so
     the logits are needed only once. Matrix products follow autocast; the loss is float32.
     """
-    chunk = chunk or chunk_size(weight.shape[0], logits_bytes(weight.device))
-    result: Tensor = _ChunkedHeadLoss.apply(hidden, weight, chunk_gradient, chunk)
+    result: Tensor = _ChunkedHeadLoss.apply(hidden, weight, chunk_loss, chunk)
     return result
 
 
 class _ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, chunk_gradient: ChunkGradient, chunk: int
+        ctx: Any, hidden: Tensor, weight: Tensor, chunk_loss: ChunkLoss, chunk: int | None
     ) -> Tensor:
         device = hidden.device.type
         narrow = (
@@ -81,21 +79,14 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         grad_weight: Tensor | None = None
         trained = ctx.needs_input_grad[1]  # the output matrix of a frozen base is not
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        room, together = None, chunk
-        if narrow != weight.dtype:
-            together *= max(1, GRADIENT_BYTES // (narrow.itemsize * chunk * len(matrix)))
-            room = matrix.new_empty(min(together, len(hidden)), len(matrix))
+        itemsize = 4 if device in WIDENING else narrow.itemsize
+        chunk = chunk or chunk_size(len(matrix), logits_bytes(weight.device), itemsize)
         with torch.autocast(device, enabled=False):
-            for first in range(0, len(hidden), together):
-                last = min(first + together, len(hidden))
-                for start in range(first, last, chunk):
-                    span = slice(start, min(start + chunk, last))
-                    loss, grad = chunk_gradient(head_logits(states[span], matrix), span)
-                    total += loss
-                    if room is not None:
-                        room[span.start - first : span.stop - first].copy_(grad)
-                span = slice(first, last)
-                grad = grad.to(narrow) if room is None else room[: last - first]
+            for start in range(0, len(hidden), chunk):
+                span = slice(start, min(start + chunk, len(hidden)))
+                logits = head_logits(states[span], matrix)
+                total += chunk_loss(logits, span)
+                grad = logits.to(narrow)
                 grad_hidden[span] = grad @ matrix
                 if not trained:
                     continue

@@ -31,7 +31,6 @@ from distill.losses.divergences import (
     FORMS,
     FORWARD_KL,
     IGNORE_INDEX,
-    LOG2_E,
     ChunkRows,
     Divergence,
     exp_,
@@ -58,10 +57,7 @@ class Weights:
 @dataclass(frozen=True)
 class ChunkResult:
     """Unweighted sums over the chunk in nats (scalars), and the gradient of the weighted sum, ``[C,
-    V]``.
-
-    The gradient may lie in the scratch: it is valid until the next chunk.
-    """
+    V]``, which lies where the logits were."""
 
     kd: Tensor
     ce: Tensor
@@ -101,10 +97,10 @@ class Scratch:
         self._room: dict[str, Tensor] = {}
 
     def like(self, name: str, tensor: Tensor) -> Tensor:
-        """A buffer of the shape of ``tensor [C, V]``, not initialized."""
+        """A float32 buffer of the shape of ``tensor [C, V]``, not initialized."""
         room = self._room.get(name)
         if room is None or len(room) < len(tensor) or room.shape[1:] != tensor.shape[1:]:
-            room = self._room[name] = torch.empty_like(tensor)
+            room = self._room[name] = torch.empty_like(tensor, dtype=torch.float32)
         return room[: len(tensor)]
 
 
@@ -116,95 +112,141 @@ def divergence_and_cross_entropy(
     weights: Weights,
     scratch: Scratch | None = None,
 ) -> ChunkResult:
-    """The divergence of teacher and student at T, and CE, of float32 ``logits [C, V]``, which are
-    overwritten.
+    """The divergence of teacher and student at T, and CE, of ``logits [C, V]``, which become the
+    gradient. All is computed in float32, also where the logits are narrower.
 
     ``labels [C]``; one that is ``IGNORE_INDEX`` has no cross-entropy.
     """
-    if isinstance(targets, CompactTargets) and not targets.has_tail_shape:
-        return _over_buckets(logits, targets, labels, weights)
     scratch = scratch or Scratch()
-    raw = targets.head_logits(scratch.like("raw", logits)) if len(logits) else None
+    by_buckets = isinstance(targets, CompactTargets) and not targets.has_tail_shape
+    products = None if by_buckets or not len(logits) else targets.head_products()
     # Passes over a few rows at a time find them in the processor's own cache.
-    together = (
-        max(1, BLOCK_BYTES // (4 * logits.shape[-1]))
-        if logits.device.type == "cpu"
-        else len(logits)
-    )
-    sums = logits.new_zeros(2)
-    for start in range(0, len(logits), max(1, together)):
+    few = max(1, BLOCK_BYTES // (4 * logits.shape[-1]))
+    together = few if logits.device.type == "cpu" else max(1, len(logits))
+    sums = logits.new_zeros(2, dtype=torch.float32)
+    for start in range(0, len(logits), together):
         rows = slice(start, start + together)
-        sums += _over_all_(
-            logits[rows],
-            targets.select(rows),
-            None if raw is None else raw[rows],
-            labels[rows],
-            weights,
-            scratch,
-        )
+        own, known = logits[rows], targets.select(rows)
+        wide = own
+        if own.dtype != torch.float32:
+            wide = scratch.like("logits", own).copy_(own)
+        if by_buckets:
+            assert isinstance(known, CompactTargets)
+            kd, ce, gradient = _over_buckets(wide, known, labels[rows], weights)
+        else:
+            said = None
+            if products is not None:
+                said = scratch.like("teacher", own).copy_(products[rows])
+                said = known.completed_(said)
+            kd, ce, gradient = _over_all(wide, known, said, labels[rows], weights, scratch)
+        sums += torch.stack((kd, ce))
+        if gradient is not own:
+            own.copy_(gradient)
     return ChunkResult(sums[0], sums[1], logits)
 
 
-def _over_all_(
+def _over_all(
     logits: Tensor,
     targets: Targets,
-    raw: Tensor | None,
+    said: Tensor | None,
     labels: Tensor,
     weights: Weights,
     scratch: Scratch,
-) -> Tensor:
-    """Sums of both terms over some rows, ``[2]``; ``logits [C, V]`` become their gradient.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of both terms over some rows, and their gradient in ``logits [C, V]``; overwrites these.
 
-    ``raw``: what the targets' head says of these rows.
+    ``said``: the teacher's logits where its exact answer does not say; overwritten, too.
     """
     temperature = weights.temperature
     column, labelled = labels.clamp(min=0)[:, None], (labels != IGNORE_INDEX)[:, None].float()
+    logits.sub_(logits.amax(dim=-1, keepdim=True))  # first, which keeps the digits of large ones
     at_label = logits.gather(-1, column)
-    top = logits.amax(dim=-1, keepdim=True)
     spare = scratch.like("spare", logits)
-    teacher = targets.log_probs(temperature, raw, spare)
-    logits.sub_(top)
-    scaled = logits
-    if temperature != 1.0:
-        scaled = torch.div(logits, temperature, out=scratch.like("scaled", logits))
-        plain = exp_(logits)
-        plain_partition = plain.sum(dim=-1, keepdim=True)
     by_kd, by_ce = weights.kd / temperature, weights.ce * labelled
+    scaled, student = logits, logits
+    if temperature != 1.0:
+        student = scratch.like("student", logits)
+        scaled = torch.div(logits, temperature, out=student)
 
     if weights.divergence.form == "forward_kl":
+        teacher = _Answer.of(targets, temperature, said, spare)
         # Σ p (log p − log q) = Σ p (log p − z/T) + log Σ exp(z/T), as Σ p = 1.
-        difference = torch.sub(teacher, scaled, out=spare)
-        share, tempered = exp_(teacher), exp_(scaled)
-        partition = tempered.sum(dim=-1, keepdim=True)
-        kd = (torch.linalg.vecdot(share, difference)[:, None] + partition.log()).sum()
+        exact = teacher.exact.exp()
+        kd = (exact * (teacher.exact - scaled.gather(-1, teacher.ids))).sum()
+        difference = teacher.said.sub_(scaled).scatter_(-1, teacher.ids, 0.0)
+        rest = difference.mul_(teacher.shares).sum(dim=-1, keepdim=True)
+        partition = _softmax(scaled, scaled)
+        kd += (teacher.mass * (rest + teacher.constant) + partition).sum()
         if temperature == 1.0:
             plain_partition = partition
-            logits.mul_((by_kd + by_ce) / partition)
+            gradient = logits.mul_(by_kd + by_ce)
         else:
-            logits.mul_(by_ce / plain_partition).addcmul_(tempered, by_kd / partition)
-        logits.sub_(share, alpha=by_kd)
+            plain_partition = _softmax(logits, logits)
+            gradient = logits.mul_(by_ce).add_(student, alpha=by_kd)
+        gradient.addcmul_(teacher.shares, teacher.mass, value=-by_kd)
+        gradient.scatter_add_(-1, teacher.ids, exact * -by_kd)
     else:
-        student = torch.mul(scaled, LOG2_E, out=spare).exp2_()
-        partition = student.sum(dim=-1, keepdim=True)
-        student.div_(partition)
+        log_teacher = targets.log_probs(temperature, said, spare)
+        log_student = spare.copy_(scaled)
+        partition = _softmax(scaled, scaled)
+        log_student.sub_(partition)
         room = scratch.like("room", logits)
-        log_student = scaled.sub_(partition.log())
-        values, pull = _pull_(teacher, log_student, student, room, weights.divergence)
+        values, pull = _pull_(log_teacher, log_student, student, room, weights.divergence)
         kd = values.sum()
-        if temperature == 1.0:
-            plain_partition = partition
-            pull.mul_(by_kd).addcmul_(student, by_ce)
-            logits.copy_(pull)  # which may be the same
+        plain_partition = partition if temperature == 1.0 else _softmax(logits, logits)
+        gradient = logits.mul_(by_ce).add_(pull, alpha=by_kd)
+    ce = (labelled * (plain_partition - at_label)).sum()
+    gradient.scatter_add_(-1, column, -by_ce)
+    return kd, ce, gradient
+
+
+def _softmax(logits: Tensor, out: Tensor) -> Tensor:
+    """Probabilities of ``logits [C, V]``, of which each row's greatest is 0, into ``out``; returns
+    log Σ exp(logits), ``[C, 1]``."""
+    torch.softmax(logits, dim=-1, out=out)
+    return out.amax(dim=-1, keepdim=True).log().neg_()
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A teacher's distribution at one temperature: exact at K tokens, in proportion at the others.
+
+    ``ids [C, K]`` have log-probabilities ``exact [C, K]``. All others have ``mass [C, 1]``, of
+    which each has its part in ``shares [C, V]`` (0 at ``ids``, where ``said`` means nothing), so
+    that its log-probability is ``said [C, V]`` + ``constant [C, 1]``.
+    """
+
+    ids: Tensor
+    exact: Tensor
+    said: Tensor
+    shares: Tensor
+    mass: Tensor
+    constant: Tensor
+
+    @classmethod
+    def of(cls, targets: Targets, temperature: float, said: Tensor | None, room: Tensor) -> _Answer:
+        """``said``: see ``_over_all``; the shares lie in ``room [C, V]``."""
+        if said is None:  # every token is exact
+            said = targets.log_probs(temperature)
+        elif temperature != 1.0:
+            said.div_(temperature)
+        if not isinstance(targets, CompactTargets) or targets.topk_ids.shape[-1] == said.shape[-1]:
+            ids = torch.empty(len(said), 0, dtype=torch.int64, device=said.device)
+            exact, log_mass = said.new_empty(len(said), 0), said.new_zeros(len(said), 1)
         else:
-            logits.mul_(by_ce / plain_partition).add_(pull, alpha=by_kd)
-    ce = (labelled * (plain_partition.log() + top - at_label)).sum()
-    logits.scatter_add_(-1, column, -by_ce)
-    return torch.stack((kd, ce))
+            ids, exact = targets.topk_ids, targets.topk_log_probs(temperature)
+            tail = targets.tail_logsumexp(temperature)
+            log_mass = (tail - targets.log_partition(temperature))[:, None]
+            said.scatter_(-1, ids, -torch.inf)
+        said.sub_(said.amax(dim=-1, keepdim=True))
+        constant = log_mass - _softmax(said, room)
+        return cls(ids, exact, said, room, log_mass.exp(), constant)
 
 
 def _over_buckets(
     logits: Tensor, targets: CompactTargets, labels: Tensor, weights: Weights
-) -> ChunkResult:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of both terms, and their gradient in ``logits [C, V]``, which it overwrites."""
     temperature, ids = weights.temperature, targets.topk_ids
     column, labelled = labels.clamp(min=0)[:, None], (labels != IGNORE_INDEX)[:, None].float()
     at_label, kept = logits.gather(-1, column), logits.gather(-1, ids)
@@ -236,7 +278,7 @@ def _over_buckets(
         gradient = tempered.exponentials.mul_(kd_factor).addcmul_(plain.exponentials, ce_factor)
     gradient.scatter_(-1, ids, by_kd * pull[:, :-1] + by_ce * plain.kept.exp())
     gradient.scatter_add_(-1, column, -by_ce)
-    return ChunkResult(values.sum(), ce, gradient)
+    return values.sum(), ce, gradient
 
 
 def _pull_(

@@ -104,8 +104,8 @@ class Objective(nn.Module):
         )
         parts: dict[str, Tensor] = {}
 
-        def chunk(logits: Tensor, span: slice) -> tuple[Tensor, Tensor]:
-            """Both terms of one chunk of positions with their gradient, ``[C, V]``."""
+        def chunk(logits: Tensor, span: slice) -> Tensor:
+            """Both terms of one chunk of positions, whose logits become their gradient."""
             if verified is not None:
                 verified.fill(logits, batch.targets, span)
             result = divergence_and_cross_entropy(
@@ -115,7 +115,7 @@ class Objective(nn.Module):
             for name, weight, value in terms:
                 if weight:
                     parts[name] = parts.get(name, torch.zeros_like(value)) + weight * value
-            return weights.kd * result.kd + weights.ce * result.ce, result.gradient
+            return weights.kd * result.kd + weights.ce * result.ce
 
         return chunked_head_loss(states, matrix, chunk), parts
 

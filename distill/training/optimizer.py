@@ -39,6 +39,9 @@ MARGIN = 1.01
 # Muon is chosen where making updates orthogonal takes at most this share of a step's products: it
 # learns as much from about half as many tokens.
 MOST_OF_A_STEP = 0.6
+# Of matrices of one shape that are made orthogonal side by side: one alone does not keep two
+# cores busy (docs/benchmarks.md).
+BYTES_TOGETHER = 8 << 20
 STEPS_LOOKED_AT = 64
 # The matrices of layers and projectors. Decay would pull both rotations towards the identity (and
 # towards commuting); norms and embeddings do not gain from it.
@@ -71,18 +74,19 @@ def decays(name: str) -> bool:
     return name.endswith(DECAYED) or (PROJECTORS in name and name.endswith(".weight"))
 
 
-def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """About U Vᵀ of the singular value decomposition U S Vᵀ of ``matrix [M, N]``: the matrix with
-    its singular values between 0.15 and 1.9, if they were within a factor of 1,000, by products in
-    ``dtype``; a matrix of zeros stays one. More exact ones did not learn better."""
-    wide = matrix.shape[0] <= matrix.shape[1]
-    value = (matrix if wide else matrix.T).to(dtype)
-    value = value / (MARGIN * value.norm() + 1e-30)
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """About U Vᵀ of the singular value decomposition U S Vᵀ of each of ``matrices [n, M, N]``: with
+    its singular values between 0.15 and 1.9, if they were within a factor of 1,000, by products of
+    their type; a matrix of zeros stays one. More exact ones did not learn better."""
+    wide = matrices.shape[1] <= matrices.shape[2]
+    value = matrices if wide else matrices.mT
+    value = value / (MARGIN * torch.linalg.matrix_norm(value, keepdim=True) + 1e-30)
     for a, b, c in POLAR:
         a, b, c = a / MARGIN, b / MARGIN**3, c / MARGIN**5
-        gram = value @ value.T
-        value = torch.addmm(value, torch.addmm(gram, gram, gram, beta=b, alpha=c), value, beta=a)
-    return value if wide else value.T
+        gram = value @ value.mT
+        change = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        value = torch.baddbmm(value, change, value, beta=a)
+    return value if wide else value.mT
 
 
 class Muon(AdamW):
@@ -114,20 +118,30 @@ class Muon(AdamW):
 
     @torch.no_grad()
     def _orthogonal_step(self, group: dict[str, Any]) -> None:
+        by_shape: dict[torch.Size, list[Tensor]] = {}
         for weight in group["params"]:
-            if weight.grad is None:
-                continue
-            state = self.state[weight]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
-                state["momentum"] = torch.zeros_like(weight)
-            state["step"] += 1
-            momentum = state["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
-            ahead = full_tensor(weight.grad.lerp(momentum, MOMENTUM))
-            direction = _like(orthogonalized(ahead, self.dtype), weight)
-            size = UPDATE_SIZE * math.sqrt(max(weight.shape))
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.add_(direction, alpha=-group["lr"] * size)
+            if weight.grad is not None:
+                by_shape.setdefault(weight.shape, []).append(weight)
+        for shape, weights in by_shape.items():
+            together = max(1, BYTES_TOGETHER // (shape.numel() * self.dtype.itemsize))
+            for start in range(0, len(weights), together):
+                some = weights[start : start + together]
+                ahead = [full_tensor(self._ahead(weight)).to(self.dtype) for weight in some]
+                size = UPDATE_SIZE * math.sqrt(max(shape))
+                for weight, direction in zip(some, orthogonalized(torch.stack(ahead)), strict=True):
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.add_(_like(direction, weight), alpha=-group["lr"] * size)
+
+    def _ahead(self, weight: Tensor) -> Tensor:
+        """Nesterov's look ahead of a weight's momentum, which moves by its gradient."""
+        assert weight.grad is not None
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+            state["momentum"] = torch.zeros_like(weight)
+        state["step"] += 1
+        momentum: Tensor = state["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
+        return weight.grad.lerp(momentum, MOMENTUM)
 
 
 def _like(tensor: Tensor, weight: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class StudentProbe:
         states = output.last_hidden_state[valid]
         count = min(len(states), POSITIONS)
         some = torch.linspace(0, len(states) - 1, count, device=states.device).long()
-        logits = head_logits(states[some], student.output_matrix())
+        logits = head_logits(states[some], student.output_matrix()).float()
         kl = float64(divergences.known_kl(logits, batch.targets.select(some), 1.0)).mean()
         layers = output.layer_states.items()
         ranks = {f"model.layers.{number}": hidden_rank(layer[valid]) for number, layer in layers}

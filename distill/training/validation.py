@@ -59,7 +59,9 @@ def _sums(student: Student, batch: Batch) -> Tensor:
         assert hidden is not None
         states = batch.at_valid(hidden)
         labels, sums = batch.labels, []
-        together = chunk_size(student.output_matrix().shape[0], logits_bytes(states.device))
+        # Several buffers as large as the logits lie beside them.
+        room = logits_bytes(states.device) // 4
+        together = chunk_size(student.output_matrix().shape[0], room)
         for start in range(0, len(states), together):
             span = slice(start, start + together)
             logits = head_logits(states[span], student.output_matrix())

@@ -50,7 +50,35 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize the last dimension of ``x [..., D]``; the result keeps the dtype of ``x``."""
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            normed: Tensor = _RMSNormOnCpu.apply(x, self.weight, self.eps)
+            return normed
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class _RMSNormOnCpu(torch.autograd.Function):
+    """The same in half of the passes over the tokens that PyTorch's takes there, where it has no
+    kernel of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x, ctx.dtype = x.to(wide), x.dtype
+        mean_square = torch.linalg.vecdot(x, x).div_(x.shape[-1])
+        inverse = mean_square.add_(eps).rsqrt_()[..., None]
+        unit = x * inverse
+        ctx.save_for_backward(unit, inverse, weight)
+        return (unit * weight.to(wide)).to(ctx.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        unit, inverse, weight = ctx.saved_tensors
+        grad, gain = grad.to(unit.dtype), weight.to(unit.dtype)
+        along = grad * unit
+        of_weight = along.flatten(0, -2).sum(dim=0).to(weight.dtype)
+        radial = (along @ gain).div_(unit.shape[-1])[..., None]
+        of_x = (grad * gain).addcmul_(unit, radial, value=-1.0).mul_(inverse)
+        return of_x.to(ctx.dtype), of_weight, None
 
 
 def rotary_tables(config: SO8TConfig, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,16 +85,17 @@ class BlockAttention(torch.autograd.Function):
     """Causal attention of ``[b, H, t, W]`` over ``[b, K, t, W]`` by plain products, a block of
     queries at a time; fewer passes over the weights than PyTorch's for a CPU.
 
-    Products are of the inputs' type, the softmax is in float32.
+    Products and what passes between them are of the inputs' type, which the softmax widens inside.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys, values = key.flatten(0, 1), value.flatten(0, 1)  # [b K, t, W]
-        queries = query.unflatten(1, (key.shape[1], -1)).flatten(0, 1)  # [b K, H / K, t, W]
+        scaled = query * query.shape[-1] ** -0.5
+        queries = scaled.unflatten(1, (key.shape[1], -1)).flatten(0, 1)  # [b K, H / K, t, W]
         mixed, kept = torch.empty_like(queries), []
         for span in _blocks(query):
-            weights = _weights(queries, keys, span).to(query.dtype)
+            weights = _weights(queries, keys, span)
             mixed[:, :, span] = (weights @ values[:, : span.stop]).view_as(queries[:, :, span])
             if span.stop <= (BLOCK if query.dtype == torch.float32 else KEPT_NARROW):
                 kept.append(weights)
@@ -113,14 +114,13 @@ class BlockAttention(torch.autograd.Function):
         for number, span in enumerate(_blocks(queries)):
             weights = kept[number] if number < len(kept) else _weights(queries, keys, span)
             block, some = (part[:, :, span].flatten(1, 2) for part in (grads, queries))
-            change = (block @ values[:, : span.stop].mT).to(wide)
-            change = torch._softmax_backward_data(change, weights.to(wide), -1, wide)
-            change = change.mul_(scale).to(grad.dtype)
-            _add_product_(of_value[:, : span.stop], weights.to(grad.dtype).mT, block)
+            change = block @ values[:, : span.stop].mT
+            change = torch._softmax_backward_data(change, weights, -1, change.dtype)
+            _add_product_(of_value[:, : span.stop], weights.mT, block)
             _add_product_(of_key[:, : span.stop], change.mT, some)
             of_query[:, :, span] = (change @ keys[:, : span.stop]).view_as(of_query[:, :, span])
         heads = (part.unflatten(0, (count, -1)).to(grad.dtype) for part in (of_key, of_value))
-        return of_query.view(ctx.shape), *heads
+        return of_query.mul_(scale).view(ctx.shape), *heads
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -137,12 +137,11 @@ def _blocks(queries: Tensor) -> list[slice]:
 
 
 def _weights(queries: Tensor, keys: Tensor, span: slice) -> Tensor:
-    """How much a block's queries look at the keys up to its end, ``[b K, H / K · n, end]``; at
-    least in float32."""
-    size, together = span.stop - span.start, queries.shape[1]
+    """How much a block's scaled queries look at the keys up to its end, ``[b K, H / K · n,
+    end]``."""
+    size = span.stop - span.start
     block, seen = queries[:, :, span].flatten(1, 2), keys[:, : span.stop]
-    later = torch.full((size, span.stop), -torch.inf).triu(span.start + 1).repeat(together, 1)
-    scale = queries.shape[-1] ** -0.5
-    if block.dtype == later.dtype:
-        return torch.baddbmm(later[None], block, seen.mT, alpha=scale).softmax(-1)
-    return torch.add(later, block @ seen.mT, alpha=scale).softmax(-1)
+    scores = block @ seen.mT
+    last = scores.unflatten(1, (-1, size))[..., span.start :]  # of the block's own keys
+    last += torch.full((size, size), -torch.inf, dtype=scores.dtype).triu(1)
+    return torch.softmax(scores, -1)

@@ -30,7 +30,7 @@ from teachers.store.shard_records import is_unchanged, task_names
 from teachers.store.shared import SharedCodec
 from teachers.store.store import SHARED_CODEC, SoftTargetStore
 from teachers.store.tasks import Tasks
-from teachers.targets.distributions import Arrays, OutputHead, soft_capped
+from teachers.targets.distributions import Arrays
 from teachers.targets.fit_codec import (
     FIT_LEAST,
     FIT_POSITIONS,
@@ -38,6 +38,7 @@ from teachers.targets.fit_codec import (
     fit_basis,
     fit_sketch,
 )
+from teachers.targets.output_head import OutputHead, soft_capped
 from teachers.targets.recipe import Recipe
 from teachers.targets.state_codec import Basis, output_parts
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from teachers.targets.distributions import Arrays, OutputHead, floats
+from teachers.targets.distributions import Arrays, floats
+from teachers.targets.output_head import OutputHead
 from teachers.targets.recipe import Recipe
 from teachers.targets.state_codec import Basis, bases_arrays, bases_in
 

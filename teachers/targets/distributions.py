@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from teachers.targets.output_head import OutputHead
 from teachers.targets.recipe import NODES, TINY_VOCABULARY, Recipe
 from teachers.targets.row_operations import lagrange, logsumexp, tail_sums, topk
 
@@ -48,45 +49,6 @@ class Answer:
     logits: Tensor | None = None
     states: Tensor | None = None
     layers: Mapping[int, Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class OutputHead:
-    """What turns stored coordinates into logits: z = ``coordinates @ matrix.T + bias``, softly
-    capped to ``cap · tanh(z / cap)`` where there is a ``cap`` (0: none).
-
-    ``matrix [V, R]`` and ``bias [V]``, float32: the teacher's output matrix with its logit scale,
-    or its projection on the directions a code keeps. The matrix may be narrower: then so is the
-    product. Logits without a cap are defined up to a constant of the position.
-    """
-
-    matrix: Tensor
-    bias: Tensor
-    cap: float = 0.0
-
-    def logits(self, coordinates: Tensor, out: Tensor | None = None) -> Tensor:
-        """``[..., R]`` → ``[..., V]``; with ``out``, ``[N, R]`` into it."""
-        if self.matrix.dtype != self.bias.dtype:
-            out = torch.add(coordinates.to(self.matrix.dtype) @ self.matrix.T, self.bias, out=out)
-        elif out is None:
-            out = torch.nn.functional.linear(coordinates, self.matrix, self.bias)
-        else:
-            torch.addmm(self.bias, coordinates, self.matrix.T, out=out)
-        return soft_capped(out, self.cap)
-
-    def only(self, kept: Tensor) -> OutputHead:
-        """The head of those coordinates alone that are set in ``kept [R]``."""
-        return replace(self, matrix=self.matrix[:, kept].contiguous())
-
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> OutputHead:
-        """The same head on another device, with its matrix in ``dtype``."""
-        matrix, bias = self.matrix.to(device, dtype), self.bias.to(device)
-        return self if matrix is self.matrix else replace(self, matrix=matrix, bias=bias)
-
-
-def soft_capped(logits: Tensor, cap: float) -> Tensor:
-    """``cap · tanh(logits / cap)`` in place, or nothing where the cap is 0."""
-    return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
 
 def tensors_of(record: Any) -> dict[str, Tensor]:
@@ -196,30 +158,36 @@ class CompactTargets(_Rows):
         """Probability outside the top-k at temperature T, ``[...]``."""
         return (self.tail_logsumexp(temperature) - self.log_partition(temperature)).exp()
 
-    def head_logits(self, out: Tensor) -> Tensor | None:
-        """All logits by the code, into ``out [N, V]``; ``None`` where every token is stored.
+    def head_products(self) -> Tensor | None:
+        """The code's products with the output matrix, ``[N, V]``, which ``completed_`` makes
+        logits; ``None`` where every token is stored.
 
         Raises:
             ValueError: there is no code.
         """
         if self.topk_ids.shape[-1] == self.vocab_size:
             return None
-        return self._coded_logits(out)
+        head, coordinates = self._code()
+        return head.products(coordinates)
 
-    def _coded_logits(self, out: Tensor | None = None) -> Tensor:
+    def completed_(self, products: Tensor) -> Tensor:
+        """Logits of some rows of ``head_products``, widened before, in place."""
+        return self._code()[0].completed_(products)
+
+    def _code(self) -> tuple[OutputHead, Tensor]:
         if self.head is None or self.coordinates is None:
             raise ValueError(
                 "these soft targets have no tail sketch; capture with targets.sketch_bytes > 0"
             )
-        return self.head.logits(self.coordinates, out)
+        return self.head, self.coordinates
 
     def log_probs(
         self, temperature: float, raw: Tensor | None = None, spare: Tensor | None = None
     ) -> Tensor:
         """Log-probabilities of all tokens, ``[..., V]``: exact in the top-k and in the tail's sum.
 
-        ``raw``: what ``head_logits`` gave for these rows, which is overwritten by the result;
-        ``spare``: room of the same shape.
+        ``raw``: the code's logits of these rows, which are overwritten by the result; ``spare``:
+        room of the same shape.
 
         Raises:
             ValueError: there is no code.
@@ -227,7 +195,8 @@ class CompactTargets(_Rows):
         if self.topk_ids.shape[-1] == self.vocab_size:
             result = torch.empty_like(self.topk_logits)
         else:
-            result = self._coded_logits() if raw is None else raw
+            head, coordinates = self._code()
+            result = head.logits(coordinates) if raw is None else raw
             if temperature != 1.0:
                 result.div_(temperature)
             result.scatter_(-1, self.topk_ids, -torch.inf)
@@ -302,12 +271,16 @@ class _AllLogits(_Rows, ABC):
     has_tail_shape = True
 
     @abstractmethod
-    def _logits(self, out: Tensor | None = None) -> Tensor:
-        """A copy of all logits ``[..., V]``, into ``out`` where it is given."""
+    def _logits(self) -> Tensor:
+        """A copy of all logits ``[..., V]``."""
 
-    def head_logits(self, out: Tensor) -> Tensor | None:
-        """All logits, into ``out [N, V]``."""
-        return self._logits(out)
+    @abstractmethod
+    def head_products(self) -> Tensor:
+        """What ``completed_`` makes logits, ``[N, V]``; not to be changed."""
+
+    def completed_(self, products: Tensor) -> Tensor:
+        """Logits of some rows of a copy of ``head_products``, in place."""
+        return products
 
     def log_probs(
         self, temperature: float, raw: Tensor | None = None, spare: Tensor | None = None
@@ -335,8 +308,14 @@ class HiddenTargets(_AllLogits):
     coordinates: Tensor
     head: OutputHead
 
-    def _logits(self, out: Tensor | None = None) -> Tensor:
-        return self.head.logits(self.coordinates, out)
+    def _logits(self) -> Tensor:
+        return self.head.logits(self.coordinates)
+
+    def head_products(self) -> Tensor:
+        return self.head.products(self.coordinates)
+
+    def completed_(self, products: Tensor) -> Tensor:
+        return self.head.completed_(products)
 
     @classmethod
     def reduce(cls, answer: Answer, recipe: Recipe) -> Arrays:
@@ -365,8 +344,11 @@ class DenseTargets(_AllLogits):
 
     logits: Tensor
 
-    def _logits(self, out: Tensor | None = None) -> Tensor:
-        return self.logits.clone() if out is None else out.copy_(self.logits)
+    def _logits(self) -> Tensor:
+        return self.logits.clone()
+
+    def head_products(self) -> Tensor:
+        return self.logits
 
     @classmethod
     def reduce(cls, answer: Answer, recipe: Recipe) -> Arrays:

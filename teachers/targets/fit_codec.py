@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from teachers.targets.bit_packing import MOST_BITS
-from teachers.targets.distributions import CompactTargets, OutputHead, soft_capped
+from teachers.targets.distributions import CompactTargets
+from teachers.targets.output_head import OutputHead, soft_capped
 from teachers.targets.recipe import Recipe, least_sketch_bytes
 from teachers.targets.state_codec import Basis, OutputRows, output_parts
 from teachers.targets.threads import one_thread

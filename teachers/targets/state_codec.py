@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teachers.targets.bit_packing import MOST_BITS, BitLayout
-from teachers.targets.distributions import Arrays, OutputHead
+from teachers.targets.distributions import Arrays
+from teachers.targets.output_head import OutputHead
 
 ROWS_AT_ONCE = 4096  # of the output matrix, dequantized together
 MAX_SCALE = 60000.0  # a state further out than this is cut

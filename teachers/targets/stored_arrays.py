@@ -7,7 +7,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from teachers.targets.distributions import Answer, Arrays, OutputHead, Targets, require_finite
+from teachers.targets.distributions import Answer, Arrays, Targets, require_finite
+from teachers.targets.output_head import OutputHead
 from teachers.targets.recipe import Recipe
 from teachers.targets.state_codec import Basis
 

@@ -22,8 +22,8 @@ from teachers.targets.distributions import (
     CompactTargets,
     DenseTargets,
     HiddenTargets,
-    OutputHead,
 )
+from teachers.targets.output_head import OutputHead
 from teachers.targets.recipe import Recipe
 from teachers.targets.state_codec import Basis
 from teachers.targets.stored_arrays import Targets

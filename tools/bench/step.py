@@ -56,8 +56,9 @@ from distill.training.optimizer import build_optimizer
 from students.model.build import build_student, student_config
 from students.model.decoder import SO8TForCausalLM
 from students.model.shape import parse_size
-from teachers.targets.distributions import CompactTargets, OutputHead
+from teachers.targets.distributions import CompactTargets
 from teachers.targets.fit_codec import FIT_POSITIONS, fit_sketch
+from teachers.targets.output_head import OutputHead
 from teachers.targets.recipe import compact_recipe
 from teachers.targets.stored_arrays import Answer, join, reduce, typed
 from tools.machine import (

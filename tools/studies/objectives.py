@@ -144,17 +144,18 @@ class TruncatedObjective(Objective):
         weights = {"kd": config.alpha * temperature**2 / total, "ce": config.beta / total}
         parts = {name: states.new_zeros((), dtype=torch.float32) for name in weights}
 
-        def chunk(logits: Tensor, span: slice) -> tuple[Tensor, Tensor]:
-            """Both weighted terms of one chunk of positions with their gradient, ``[C, V]``."""
+        def chunk(logits: Tensor, span: slice) -> Tensor:
+            """Both weighted terms of one chunk of positions, whose logits become their gradient."""
             ids, log_probs = stored_top(batch.targets.select(span), self.count)
             with torch.enable_grad():
-                logits.requires_grad_()
-                kd = weights["kd"] * self.truncated(logits, ids, log_probs, temperature).sum()
-                ce = weights["ce"] * cross_entropy(logits, labels[span]).sum()
+                wide = logits.detach().float().requires_grad_()
+                kd = weights["kd"] * self.truncated(wide, ids, log_probs, temperature).sum()
+                ce = weights["ce"] * cross_entropy(wide, labels[span]).sum()
                 loss = kd + ce
             parts["kd"] += kd.detach()
             parts["ce"] += ce.detach()
-            return loss.detach(), torch.autograd.grad(loss, logits)[0]
+            logits.copy_(torch.autograd.grad(loss, wide)[0])
+            return loss.detach()
 
         return chunked_head_loss(states, matrix, chunk), parts
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from distill.losses import chunked_lm_head, divergences
 from distill.losses.chunked_lm_head import (
     LOGITS_BYTES,
-    ChunkGradient,
+    ChunkLoss,
     chunk_size,
     chunked_head_loss,
 )
@@ -19,21 +19,23 @@ from teachers.targets.distributions import CompactTargets
 from tests.support.references import case
 
 N, D, V = 37, 12, 50
-ChunkLoss = Callable[[Tensor, slice], Tensor]
+PlainLoss = Callable[[Tensor, slice], Tensor]
 
 
-def by_autograd(chunk_loss: ChunkLoss) -> ChunkGradient:
-    """A chunk's loss and its gradient."""
+def by_autograd(chunk_loss: PlainLoss) -> ChunkLoss:
+    """A chunk's loss, whose gradient it leaves in the logits."""
 
-    def gradient(logits: Tensor, span: slice) -> tuple[Tensor, Tensor]:
+    def loss_(logits: Tensor, span: slice) -> Tensor:
         with torch.enable_grad():
-            loss = chunk_loss(logits.requires_grad_(), span)
-        return loss.detach(), torch.autograd.grad(loss, logits)[0]
+            wide = logits.detach().float().requires_grad_()
+            loss = chunk_loss(wide, span)
+        logits.copy_(torch.autograd.grad(loss, wide)[0])
+        return loss.detach()
 
-    return gradient
+    return loss_
 
 
-def problem(seed: int = 0) -> tuple[Tensor, Tensor, ChunkLoss]:
+def problem(seed: int = 0) -> tuple[Tensor, Tensor, PlainLoss]:
     """Hidden states, output matrix, and a loss of soft targets and labels, some of them ignored."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(N, D, generator=generator)
@@ -59,8 +61,7 @@ def test_logits_of_narrow_factors_stay_wide(monkeypatch: pytest.MonkeyPatch) -> 
     def logits() -> Tensor:
         seen = []
 
-        def keep(found: Tensor, span: slice) -> tuple[Tensor, Tensor]:
-            assert found.dtype == torch.float32
+        def keep(found: Tensor, span: slice) -> Tensor:
             seen.append(found.clone())
             return by_autograd(chunk_loss)(found, span)
 
@@ -69,12 +70,13 @@ def test_logits_of_narrow_factors_stay_wide(monkeypatch: pytest.MonkeyPatch) -> 
         return torch.cat(seen)
 
     before = logits()
-    assert torch.equal(before, (narrow[0] @ narrow[1].T).float())
+    assert torch.equal(before, narrow[0] @ narrow[1].T) and before.dtype == torch.bfloat16
     with torch.library._scoped_library("aten", "IMPL") as library:
         wide = lambda left, right, out_dtype: left.to(out_dtype) @ right.to(out_dtype)  # noqa: E731
         library.impl("mm.dtype", wide, "CPU")
         monkeypatch.setattr("distill.losses.chunked_lm_head.WIDENING", {"cpu"})
         found = logits()
+    assert found.dtype == torch.float32
     assert float((found - exact).abs().max()) < 1e-5 < 1e-2 < float((before - exact).abs().max())
 
 
@@ -104,12 +106,11 @@ def test_tied_weights_get_both_gradients() -> None:
 
 
 def test_autocast_narrows_the_products_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16, in any chunks, gathered for one product or for several, loss and gradients are
+    """In bfloat16, in any chunks, also of as many bytes as are allowed, loss and gradients are
     float32 and near the exact ones."""
     hidden, weight, chunk_loss = problem(2)
-    much = 1 << 20
-    for chunk, gathered in ((1, much), (5, much), (8, much), (N, 1), (3, 7 * 2 * V), (2, 1)):
-        monkeypatch.setattr(chunked_lm_head, "GRADIENT_BYTES", gathered)
+    monkeypatch.setattr(chunked_lm_head, "LOGITS_BYTES", 20 * 2 * V)
+    for chunk in (1, 5, 8, N, None):
         found = []
         for narrow in (False, True):
             inputs = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -117,7 +118,7 @@ def test_autocast_narrows_the_products_only(monkeypatch: pytest.MonkeyPatch) -> 
                 loss = chunked_head_loss(*inputs, by_autograd(chunk_loss), chunk)
             loss.backward()
             found.append((loss.detach(), [tensor.grad for tensor in inputs]))
-        with case(chunk, gathered):
+        with case(chunk):
             (exact, gradients), (rounded, narrow_gradients) = found
             assert rounded.dtype == torch.float32
             assert 0 < abs(float(rounded - exact)) < 0.02 * float(exact)

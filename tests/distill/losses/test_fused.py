@@ -14,7 +14,8 @@ from torch import Tensor
 from distill.losses import divergences
 from distill.losses.divergences import Divergence
 from distill.losses.fused import ChunkResult, Scratch, Weights, divergence_and_cross_entropy
-from teachers.targets.distributions import CompactTargets, OutputHead
+from teachers.targets.distributions import CompactTargets
+from teachers.targets.output_head import OutputHead
 from teachers.targets.stored_arrays import Targets
 from tests.support.references import FAMILY, case
 from tests.support.references import drawn as draw

@@ -23,7 +23,8 @@ MUON = TrainConfig(optimizer="muon", weight_decay=0.1)
 
 def test_orthogonalized_against_singular_values() -> None:
     """Directions are those of the decomposition, and values that were 300 apart are within 0.15
-    and 1.9; zeros stay zeros, a scale changes nothing; bfloat16 differs by its rounding."""
+    and 1.9; zeros stay zeros, a scale or matrices beside it change nothing; bfloat16 differs by its
+    rounding."""
     draw = torch.Generator().manual_seed(0)
     for rows, columns in ((8, 8), (24, 8), (8, 40), (64, 171), (1, 5)):
         u, _, v = torch.linalg.svd(
@@ -31,15 +32,17 @@ def test_orthogonalized_against_singular_values() -> None:
         )
         values = torch.logspace(0, -2.5, len(v), dtype=torch.float64)
         matrix = (u * values) @ v
-        result = orthogonalized(matrix.float(), torch.float32).double()
+        single = matrix.float()[None]
+        result = orthogonalized(single)[0].double()
         moved = u.T @ result @ v.T
         assert torch.allclose(moved, moved.diag().diag(), atol=1e-3), (rows, columns)
         assert moved.diag().min() > 0.15 and moved.diag().max() < 1.9, (rows, columns)
-        same = orthogonalized(1e-6 * matrix.float(), torch.float32).double()
+        beside = torch.cat((torch.zeros_like(single), 1e-6 * single, single))
+        zero, same, other = orthogonalized(beside).double()
+        assert not zero.any() and torch.allclose(other, result, atol=1e-5), (rows, columns)
         assert torch.allclose(same, result, atol=1e-3), (rows, columns)
-        narrow = orthogonalized(matrix.float(), torch.bfloat16).double()
+        narrow = orthogonalized(single.bfloat16())[0].double()
         assert (narrow - result).norm() < 0.2 * result.norm(), (rows, columns)
-    assert not orthogonalized(torch.zeros(4, 6), torch.float32).any()
 
 
 def test_steps_of_muon_and_of_adamw() -> None:
@@ -60,7 +63,7 @@ def test_steps_of_muon_and_of_adamw() -> None:
                 momentum = 0.95 * momenta.get(name, 0.0) + 0.05 * gradient
                 momenta[name] = momentum
                 ahead = 0.05 * gradient + 0.95 * momentum
-                ahead = orthogonalized(ahead.float(), torch.float32).double()
+                ahead = orthogonalized(ahead.float()[None])[0].double()
                 weight = expected.get(name, before[name])
                 size = 0.6 * math.sqrt(max(one.shape))
                 expected[name] = weight * (1 - rate * 0.1) - rate * size * ahead

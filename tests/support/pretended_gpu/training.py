@@ -30,7 +30,8 @@ from distill.training.engine import TrainingJob, train
 from teachers.store.manifest import Manifest
 from teachers.store.shared import SharedCodec
 from teachers.store.store import SoftTargetStore
-from teachers.targets.distributions import Arrays, OutputHead
+from teachers.targets.distributions import Arrays
+from teachers.targets.output_head import OutputHead
 from teachers.targets.recipe import NODES, TINY_VOCABULARY, Recipe
 from teachers.targets.state_codec import Basis
 from tests.support.pretended_gpu import Watched, training_on_gpu

@@ -14,13 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teachers.targets.distributions import (
-    CompactTargets,
-    DenseTargets,
-    HiddenTargets,
-    OutputHead,
-    topk,
-)
+from teachers.targets.distributions import CompactTargets, DenseTargets, HiddenTargets, topk
+from teachers.targets.output_head import OutputHead
 from teachers.targets.recipe import Recipe
 from teachers.targets.stored_arrays import Answer, reduce, typed
 

@@ -18,9 +18,9 @@ from teachers.targets.distributions import (
     CompactTargets,
     DenseTargets,
     HiddenTargets,
-    OutputHead,
 )
 from teachers.targets.fit_codec import fit_basis
+from teachers.targets.output_head import OutputHead
 from teachers.targets.recipe import (
     MOST_SKETCH_BYTES,
     SKETCH_KL,
