@@ -108,7 +108,7 @@ def test_a_step_waits_little_and_moves_its_own_bytes(
     """Whatever the vocabulary, and for four chunks of the LM head as for one; with prompts too."""
     seen = []
     for vocab, positions in ((512, 128), *((one, 16) for one in counting.VOCABULARIES)):
-        for limit in ("LOGITS_BYTES", "MOST_LOGITS_BYTES"):
+        for limit in ("LEAST_LOGITS_BYTES", "MOST_LOGITS_BYTES"):
             monkeypatch.setattr(chunked_lm_head, limit, 4 * vocab * positions)
         one = counting.job(tmp_path / f"{vocab}-{positions}", vocab, 4, (12, 4))
         steps = counting.counted(one)
