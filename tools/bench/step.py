@@ -464,7 +464,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=("bf16", "fp32"), default=usual.precision)
     parser.add_argument("--device", choices=("cpu", "cuda"), default=usual.device)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--chunk-bytes", type=int, help="float32 logits of one chunk of our loss")
+    parser.add_argument("--chunk-bytes", type=int, help="logits of one chunk of our loss")
     parser.add_argument(
         "--keep-memory", choices=KEEPING, default=usual.keep_memory, help="who keeps freed memory"
     )
