@@ -183,7 +183,7 @@ class TrainConfig(Section):
         """Refuse two sizes of a batch."""
         if (
             self.batch_tokens is not None
-            and self.batch_size != self.model_fields["batch_size"].default
+            and self.batch_size != type(self).model_fields["batch_size"].default
         ):
             raise ValueError(
                 f"batch_size = {self.batch_size} and batch_tokens = {self.batch_tokens} are two "

@@ -209,10 +209,9 @@ def test_a_sketch_may_be_multiplied_narrowly(tmp_path: Path) -> None:
             read = store.targets(1)
             assert not isinstance(read, DenseTargets) and read.head is not None
             assert read.head.matrix.dtype == narrow and read.head.bias.dtype == torch.float32
-            room = torch.empty(len(before), 50)
-            raw = read.head_logits(room)
-            assert raw is room, "no other buffer"
-            within = read.log_probs(1.0, raw)
+            products = read.head_products()
+            assert products is not None and products.dtype == narrow
+            within = read.log_probs(1.0, read.completed_(products.float()))
         torch.testing.assert_close(within, before, atol=0.05, rtol=0)
         assert torch.equal(store.targets(1).log_probs(1.0), before), kind
 
