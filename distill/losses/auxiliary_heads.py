@@ -50,7 +50,7 @@ class VerificationTargets:
         inside = slice(*(bisect_left(self.numbers, at) for at in (span.start, span.stop)))
         rows = self.rows[inside]
         if len(rows):
-            chosen = logits[rows - span.start].float()
+            chosen = logits[rows - span.start]
             self.certain[inside] = certainty(chosen)
             self.agreed[inside] = (chosen.argmax(dim=-1) == targets.select(rows).best()).float()
 

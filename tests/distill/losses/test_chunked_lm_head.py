@@ -127,6 +127,31 @@ def test_autocast_narrows_the_products_only(monkeypatch: pytest.MonkeyPatch) -> 
                 assert float((mine - theirs).norm() / theirs.norm()) < 0.02
 
 
+def test_chunks_fill_the_bytes_they_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice as many positions where logits are narrow; float32 ones of a GPU count as such."""
+    hidden, weight = torch.randn(50, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    monkeypatch.setattr(chunked_lm_head, "LOGITS_BYTES", 4 * V * 20)
+    seen: list[int] = []
+
+    def loss(logits: Tensor, span: slice) -> Tensor:
+        seen.append(len(logits))
+        return logits.zero_().sum().float()
+
+    for widening, narrow, expected in (
+        (set(), False, [20, 20, 10]),
+        (set(), True, [40, 10]),
+        ({"cpu"}, True, [20, 20, 10]),
+    ):
+        seen.clear()
+        with pytest.MonkeyPatch.context() as changed, case(widening, narrow):
+            changed.setattr(chunked_lm_head, "WIDENING", widening)
+            plain = lambda states, matrix: states @ matrix.T  # noqa: E731
+            changed.setattr(chunked_lm_head, "head_logits", plain)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+                chunked_head_loss(hidden, weight, loss)
+            assert seen == expected
+
+
 def test_a_frozen_matrix_costs_no_gradient() -> None:
     """The output matrix of a frozen base gets none, and the states the same as otherwise."""
     hidden, weight, chunk_loss = problem(2)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 import torch
 
 from distill.config.schema import TrainConfig
 from distill.training.optimizer import (
+    BYTES_TOGETHER,
     Muon,
     build_optimizer,
     choose_optimizer,
@@ -45,9 +47,12 @@ def test_orthogonalized_against_singular_values() -> None:
         assert (narrow - result).norm() < 0.2 * result.norm(), (rows, columns)
 
 
-def test_steps_of_muon_and_of_adamw() -> None:
+@pytest.mark.parametrize("together", [1, BYTES_TOGETHER])
+def test_steps_of_muon_and_of_adamw(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of each parameter from the definitions: matrices by momentum of the gradient made
-    orthogonal, at the size that is said; all others as AdamW alone would."""
+    orthogonal, at the size that is said, one by one and side by side; all others as AdamW alone
+    would."""
+    monkeypatch.setattr("distill.training.optimizer.BYTES_TOGETHER", together)
     student, alone = make_student(16, 1, 48), make_student(16, 1, 48)
     ours, adamw = build_optimizer(student, MUON, 16), build_optimizer(alone, TrainConfig(), 16)
     assert isinstance(ours, Muon) and not isinstance(adamw, Muon)

@@ -312,6 +312,24 @@ def test_what_is_not_known_is_refused() -> None:
         targets.log_probs(1.0)
 
 
+def test_products_completed_are_the_logits() -> None:
+    """With the bias and within the cap, in float32 and from a narrow matrix."""
+    states = drawn(5, 12, 1.0, seed=3)
+    for cap, matrix_type in itertools.product((0.0, 2.0), (torch.float32, torch.bfloat16)):
+        head = OutputHead(drawn(70, 12, 1.0, seed=1), drawn(1, 70, seed=2)[0], cap)
+        head = head.to(torch.device("cpu"), matrix_type)
+        plain = states.to(matrix_type).double() @ head.matrix.double().T
+        expected = plain + head.bias.double()
+        expected = cap * (expected / cap).tanh() if cap else expected
+        targets = HiddenTargets(states, head)
+        products = targets.head_products()
+        atol = 1e-5 if matrix_type == torch.float32 else 0.1
+        assert products.dtype == matrix_type
+        for found in (targets.completed_(products.float()), head.logits(states)):
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=atol)
+
+
 def test_dense_and_hidden_are_the_softmax() -> None:
     """Every logit, or the final hidden state and its output matrix; any temperature."""
     head = OutputHead(drawn(70, 12, 1.0, seed=1), drawn(1, 70, seed=2)[0])
