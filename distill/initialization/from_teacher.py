@@ -1,14 +1,16 @@
 """Initialize a student from the weights of its GGUF teacher.
 
 Two passes over some training text, both with one layer of the teacher in memory at a time. The
-first, on a part of the text, finds the principal directions of the residual stream. The second fits
-the student layer by layer (``distill.initialization.layer_fitting``).
+first, on a part of the text, finds the principal directions of the residual stream and the layers
+that change it least. The second fits the student layer by layer
+(``distill.initialization.layer_fitting``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,10 +22,12 @@ from distill.initialization.products import are_narrow
 from distill.initialization.structured_pruning import (
     Projection,
     PrunedLayer,
+    chosen_spans,
     identity_projection,
     layer_spans,
     principal_projection,
     prune_layer,
+    relative_changes,
     stream_moment,
 )
 from distill.initialization.teacher_trace import (
@@ -46,7 +50,8 @@ from teachers.targets.threads import one_thread
 MOST_TOKENS, LEAST_TOKENS = 16_384, 4_096
 TOKEN_PARAMETERS = 1.5e12
 TRACE_BYTES = 512 << 20  # of one layer's activations; about three times as much is in use at once
-SURVEY_SHARE = 4  # the first pass sees one part in so many
+SURVEY_SHARE = 4  # the first pass sees one part in so many, where the student is narrower
+COMPARED_TOKENS = 512  # on which the first pass compares the teacher's layers
 CALIBRATION_TOKENS = 256  # for the temperature
 LONGEST = 1024  # tokens of a sequence that are used
 PRODUCTS_OF_FIT = 6  # with each of the student's weights for each token: outputs and moments
@@ -98,11 +103,11 @@ def student_from_teacher(
     text = _some_text(sequences, _token_budget(teacher), seed)
     if not text:
         raise UnusableTeacher(f"there is no text on which to fit the student to {file.path}")
-    projection = _projection(teacher, config, text, report)
-    table_scale = _fill_table(teacher, student, projection)
+    plan = _survey(teacher, config, text, report)
+    table_scale = _fill_table(teacher, student, plan.projection)
     tokens = torch.from_numpy(np.concatenate(text).astype(np.int64))
-    fitter = LayerFitter(student, projection, tokens, [len(part) for part in text])
-    last = _fit_layers(teacher, fitter, text, report)
+    fitter = LayerFitter(student, plan.projection, tokens, [len(part) for part in text])
+    last = _fit_layers(teacher, fitter, plan.spans, text, report)
     _finish(teacher, fitter, last, table_scale)
     balance(student)
     return student
@@ -114,8 +119,8 @@ def fit_work(config: SO8TConfig, file: GGUFFile) -> float:
     facts, tokens = teacher.facts, _token_budget(teacher)
     theirs = file.parameters - (1 if facts.tied else 2) * facts.vocab_size * facts.width
     ours = config.num_hidden_layers * layer_parameters(config)
-    surveyed = 1 / SURVEY_SHARE if config.hidden_size < facts.width else 0.0
-    return 2.0 * tokens * ((1 + surveyed) * theirs + PRODUCTS_OF_FIT * ours)
+    surveyed = _surveyed_tokens(teacher, config, tokens)
+    return 2.0 * ((tokens + surveyed) * theirs + tokens * PRODUCTS_OF_FIT * ours)
 
 
 def _fill_table(teacher: LlamaWeights, student: SO8TForCausalLM, projection: Projection) -> float:
@@ -165,11 +170,14 @@ def _finish(teacher: LlamaWeights, fitter: LayerFitter, last: Tensor, table_scal
 
 
 def _fit_layers(
-    teacher: LlamaWeights, fitter: LayerFitter, text: Sequence[Tokens], report: Report
+    teacher: LlamaWeights,
+    fitter: LayerFitter,
+    spans: Sequence[range],
+    text: Sequence[Tokens],
+    report: Report,
 ) -> Tensor:
     """The second pass; returns the teacher's stream after its last layer, ``[N, D]``."""
     config, count = fitter.student.config, teacher.facts.layers
-    spans = layer_spans(count, config.num_hidden_layers)
     pruned: PrunedLayer | None = None
     after = torch.empty(0)
     done = 0
@@ -190,24 +198,52 @@ def _fit_layers(
     return after
 
 
-def _projection(
+@dataclass(frozen=True)
+class _Plan:
+    """What the first pass finds: the student's directions, and the teacher layers that each of its
+    layers stands for."""
+
+    projection: Projection
+    spans: list[range]
+
+
+def _survey(
     teacher: LlamaWeights, config: SO8TConfig, text: Sequence[Tokens], report: Report
-) -> Projection:
-    """The first pass, which a student at least as wide as its teacher does not need."""
-    facts = teacher.facts
-    if config.hidden_size >= facts.width:
-        return identity_projection(facts.width, config.hidden_size)
+) -> _Plan:
+    """The first pass, which a student as wide and as deep as its teacher does not need."""
+    facts, count = teacher.facts, config.num_hidden_layers
+    narrows = config.hidden_size < facts.width
+    projection = identity_projection(facts.width, max(facts.width, config.hidden_size))
+    surveyed = _surveyed_tokens(teacher, config, sum(map(len, text)))
+    if not surveyed:
+        return _Plan(projection, layer_spans(facts.layers, count))
     gain = torch.from_numpy(teacher.final_norm())
     scale, signs = stream_scale(gain, config.tie_word_embeddings)
     moment = torch.zeros(facts.width, facts.width, dtype=torch.float64)
-    some = _first(text, sum(map(len, text)) // SURVEY_SHARE)
-    for layer in trace(teacher, some, narrow=are_narrow(facts.width)):
+    compared, states = _compared_tokens(teacher), list[Tensor]()
+    for layer in trace(teacher, _first(text, surveyed), narrow=are_narrow(facts.width)):
         report(0, f"looks at layer {layer.number + 1} of the teacher's {facts.layers}")
-        if layer.number == 0:
-            moment += stream_moment(layer.before, scale)
-        moment += stream_moment(layer.after, scale)
+        for state in (layer.before, layer.after) if layer.number == 0 else (layer.after,):
+            states.append(state[:compared].clone())
+            if narrows:
+                moment += stream_moment(state, scale)
     with one_thread():
-        return principal_projection(moment, scale, signs, config.hidden_size)
+        if narrows:
+            projection = principal_projection(moment, scale, signs, config.hidden_size)
+        return _Plan(projection, chosen_spans(relative_changes(states), count))
+
+
+def _surveyed_tokens(teacher: LlamaWeights, config: SO8TConfig, tokens: int) -> int:
+    """Of so many tokens of text, those that the first pass looks at."""
+    if config.hidden_size < teacher.facts.width:
+        return max(1, tokens // SURVEY_SHARE)
+    return _compared_tokens(teacher) if config.num_hidden_layers < teacher.facts.layers else 0
+
+
+def _compared_tokens(teacher: LlamaWeights) -> int:
+    """Tokens whose states before and after every layer are in memory at once."""
+    each = 4 * (teacher.facts.layers + 1) * teacher.facts.width
+    return max(1, min(COMPARED_TOKENS, TRACE_BYTES // each))
 
 
 def _token_budget(teacher: LlamaWeights) -> int:

@@ -20,6 +20,7 @@ from students.model.config import SO8TConfig
 from teachers.base import Floats
 from teachers.gguf.llama_weights import LlamaFacts
 
+CLEARLY_LESS = 0.65
 GELU_SLOPE = 1.702  # silu(1.702 x) / 1.702 is GELU to 0.02 (Hendrycks & Gimpel 2016)
 
 
@@ -94,15 +95,52 @@ def principal_projection(
 
 
 def layer_spans(layers: int, count: int) -> list[range]:
-    """Divide a teacher's ``layers`` among ``count`` student layers.
-
-    A student layer is initialized from the first of its span. Spans are as equal as possible, the
-    longer ones spread evenly: one layer can stand for two, hardly for three (docs/benchmarks.md has
-    other choices). There are at most as many spans as teacher layers.
-    """
+    """Divide a teacher's ``layers`` among ``count`` student layers as equally as possible, the
+    longer spans spread evenly; at most as many spans as teacher layers."""
     count = min(count, layers)
     ends = [-(-number * layers // count) for number in range(count + 1)]
     return [range(start, stop) for start, stop in itertools.pairwise(ends)]
+
+
+def relative_changes(states: Sequence[Tensor]) -> Tensor:
+    """How much a teacher's layers change its residual stream, ``[L + 1, L + 1]``.
+
+    ``states``: L + 1 of ``[N, D]``, before the first layer and after each. Entry ``i, j`` is the
+    median over tokens of ‖x_j − x_i‖² / ‖x_j‖² for i < j, else 0; a mean would be that of the first
+    token, whose state is hundreds of times as large.
+    """
+    changes = torch.zeros(len(states), len(states), dtype=torch.float64)
+    for before, after in itertools.combinations(range(len(states)), 2):
+        change = (states[after] - states[before]).square().sum(dim=1)
+        whole = states[after].square().sum(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        changes[before, after] = (change / whole).median()
+    return changes
+
+
+def chosen_spans(changes: Tensor, count: int) -> list[range]:
+    """Divide a teacher's layers among ``count`` student layers, each initialized from the first of
+    its span, so that the layers that are dropped change the stream least.
+
+    ``changes [L + 1, L + 1]``: see ``relative_changes``. Σ changes[start + 1, stop] over spans is
+    the least of all divisions whose spans are at most one layer longer than equal ones, as one
+    layer can stand for few. The equal ones stay unless that is at most ``CLEARLY_LESS`` of theirs:
+    small differences say nothing (docs/benchmarks.md).
+    """
+    layers = len(changes) - 1
+    equal = layer_spans(layers, count)
+    longest = max(map(len, equal)) + 1
+    best: dict[int, tuple[float, list[range]]] = {0: (0.0, [])}  # by where the last span ends
+    for _ in equal:
+        found: dict[int, tuple[float, list[range]]] = {}
+        for start, (total, spans) in best.items():
+            for stop in range(start + 1, min(start + longest, layers) + 1):
+                cost = total + float(changes[start + 1, stop])
+                if stop not in found or cost < found[stop][0]:
+                    found[stop] = cost, [*spans, range(start, stop)]
+        best = found
+    cost, spans = best[layers]
+    theirs = sum(float(changes[span.start + 1, span.stop]) for span in equal)
+    return spans if cost <= CLEARLY_LESS * theirs else equal
 
 
 # -- heads ----------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from teachers.gguf.llama_weights import LlamaWeights, NotALlama
 from teachers.llama_cpp.teacher import GGUFTeacher
 from tests.support.real import real_teacher
 from tests.support.teachers import shared_file
-from tests.support.tiny_models import VOCABULARY, Tiny, canonical, write_tiny
+from tests.support.tiny_models import VOCABULARY, Tiny, canonical, stored, write_tiny
 
 
 def quiet(done: int, message: str) -> None:
@@ -154,6 +154,20 @@ def test_a_larger_student_is_the_teacher_too(base: Path) -> None:
         assert off_by(student, file)[1] < 2e-4, changes
         for name, value in student.state_dict().items():
             assert torch.isfinite(value).all(), (changes, name)
+
+
+def test_layers_that_do_nothing_are_the_ones_dropped(base: Path) -> None:
+    """Half as many layers are the teacher, where the others add nothing to its stream."""
+    tiny = Tiny(seed=3, layers=6)
+    idle = {
+        f"blk.{layer}.{name}.weight": np.zeros_like(stored(tiny)[f"blk.{layer}.{name}.weight"])
+        for layer in (2, 3, 5)
+        for name in ("attn_output", "ffn_down")
+    }
+    file = read_gguf(write_tiny(base / "idle.gguf", tiny, idle))
+    for width in (tiny.width, tiny.width + 16):
+        student = initialized(file, shape(tiny, layers=3, width=width))
+        assert off_by(student, file)[1] < 1e-4, width
 
 
 def test_one_matrix_of_two_is_the_outputs(base: Path) -> None:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from distill.initialization.structured_pruning import (
+    CLEARLY_LESS,
     HeadGroup,
     choose_head_groups,
+    chosen_spans,
     identity_projection,
     layer_spans,
     match_rotary_pairs,
     principal_projection,
+    relative_changes,
     stream_moment,
 )
 from students.model.config import SO8TConfig
 
 
 def test_spans() -> None:
-    """Every layer once, as even as can be, each student layer from the first of its own."""
+    """Every layer once, as even as can be."""
     assert [list(span) for span in layer_spans(6, 3)] == [[0, 1], [2, 3], [4, 5]]
     assert [len(span) for span in layer_spans(6, 4)] == [2, 1, 2, 1]
     assert [list(span) for span in layer_spans(3, 5)] == [[0], [1], [2]]
@@ -31,6 +36,49 @@ def test_spans() -> None:
         lengths = {len(span) for span in spans}
         assert len(spans) == min(layers, count), (layers, count)
         assert max(lengths) - min(lengths) <= 1, (layers, count)
+
+
+def test_layers_that_change_little_are_dropped() -> None:
+    """Of all divisions whose spans are at most a layer longer than equal ones, as far as that is
+    clearly better: against all of them."""
+    draw = np.random.default_rng(0)
+    better = 0
+    for layers, count in itertools.product(range(1, 9), range(1, 10)):
+        changes = torch.from_numpy(np.triu(draw.random((layers + 1, layers + 1)) ** 3, 1))
+        equal = [len(span) for span in layer_spans(layers, count)]
+
+        def cost(lengths: Sequence[int], changes: Tensor = changes) -> float:
+            ends = np.cumsum([0, *lengths]).tolist()
+            return sum(float(changes[a + 1, b]) for a, b in itertools.pairwise(ends))
+
+        longest = max(equal) + 1
+        all_lengths = itertools.product(range(1, longest + 1), repeat=len(equal))
+        least = min(cost(lengths) for lengths in all_lengths if sum(lengths) == layers)
+        spans = chosen_spans(changes, count)
+        assert [layer for span in spans for layer in span] == list(range(layers)), (layers, count)
+        if least <= CLEARLY_LESS * cost(equal):
+            assert cost([len(span) for span in spans]) == pytest.approx(least), (layers, count)
+            better += cost(equal) > 0
+        else:
+            assert spans == layer_spans(layers, count), (layers, count)
+    assert better > 10
+
+
+def test_changes_of_a_stream() -> None:
+    """Medians over tokens, whatever the first one does; nothing changes a stream of zeros."""
+    draw = np.random.default_rng(1)
+    states = [draw.standard_normal((7, 4)).astype(np.float32) for _ in range(3)]
+    for state in states:
+        state[0] *= 1e3
+    found = relative_changes([torch.from_numpy(state) for state in states]).numpy()
+    for before, after in itertools.product(range(3), repeat=2):
+        shares = [
+            sum((x - y) ** 2 for x, y in zip(one, other, strict=True)) / sum(x**2 for x in one)
+            for one, other in zip(states[after], states[before], strict=True)
+        ]
+        expected = sorted(map(float, shares))[3] if before < after else 0.0
+        assert found[before, after] == pytest.approx(expected, rel=1e-5), (before, after)
+    assert not relative_changes([torch.zeros(2, 4)] * 3).any()
 
 
 def test_rotary_pairs_of_like_speed() -> None:
