@@ -140,7 +140,7 @@ class TrainConfig(Section):
     many micro-batches a process divides its part of them; ``optimizer``: adamw, muon (for the
     matrices of layers), or auto, whichever pays for the size of a step; ``learning_rate``: peak
     (none: 0.5 / width, less from the teacher's weights, see ``distill.initialization.start``);
-    ``schedule``: after the warm-up a cosine, a straight line, or
+    ``schedule``: after the warm-up a straight line, a cosine, or
     wsd (constant until the last ``decay`` of the steps, then a cosine down); ``warmup``: share of
     the steps; ``min_lr``: share of the peak it ends at; ``max_grad_norm``; ``weight_decay``: of
     matrices only; ``precision``: ``bf16`` autocast, ``fp32``, or ``auto``,
@@ -162,10 +162,10 @@ class TrainConfig(Section):
     accumulation: Count = 1
     optimizer: Literal["auto", "adamw", "muon"] = "auto"
     learning_rate: Positive | None = None
-    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    schedule: Literal["cosine", "linear", "wsd"] = "linear"
     decay: Fraction = 0.2
     warmup: Fraction = 0.05
-    min_lr: Fraction = 0.02
+    min_lr: Fraction = 0.0
     max_grad_norm: Positive = 1.0
     weight_decay: NonNegative = 0.01
     precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -124,7 +124,13 @@ def run_with(
 
 # On this little data the validation KL is lowest somewhere in the middle.
 GREEDY = TRAIN.model_copy(
-    update={"learning_rate": 0.08, "schedule": "wsd", "epochs": 3, "evaluations": 16}
+    update={
+        "learning_rate": 0.08,
+        "schedule": "wsd",
+        "min_lr": 0.02,
+        "epochs": 3,
+        "evaluations": 16,
+    }
 )
 PATIENT = GREEDY.model_copy(update={"patience": 3})
 

@@ -367,7 +367,7 @@ def test_trackers_receive_the_metrics(
         expected.append((step, {f"{kind}/{name}": value for name, value in line.items()}))
     assert FakeTracker.logged == expected and len(expected) > 10
     assert FakeTracker.settings["learning_rate"] == 0.01
-    assert FakeTracker.settings["schedule"] == "cosine" and FakeTracker.finished == [True]
+    assert FakeTracker.settings["schedule"] == "linear" and FakeTracker.finished == [True]
     assert asked[0]["log_with"] == ["tensorboard"]
     assert asked[0]["project_dir"] == tmp_path / "trackers"
 
