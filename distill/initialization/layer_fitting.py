@@ -37,6 +37,9 @@ from students.model.decoder import (
 
 STRENGTHS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 1.1, 1.2)  # the first of equals wins
 ROWS_TOGETHER = 32
+# Of the median size of a norm's outputs, to which smaller ones count as equal: what is next to
+# silent is not made as loud as the rest.
+LEAST_SIZE = 0.25
 # One sequence in so many validates the regressions; with fewer sequences, the end of each.
 VALIDATION_SHARE = 8
 
@@ -142,6 +145,9 @@ class LayerFitter:
             pruned.input_norm,
             attention.head_dim if pruned.head_norms else None,
         )
+        _even_out(
+            layer.input_layernorm, inputs, [attention.q_proj, attention.k_proj, attention.v_proj]
+        )
         mixed = self._mix(*outputs)
         weight = self._fit_output(mixed, self.projection.down.T @ pruned.output, target)
         # The gate keeps its random rotations: the weight undoes them.
@@ -157,6 +163,7 @@ class LayerFitter:
         gate, up = self._fit_inputs(
             inputs, [(mlp.gate_proj, pruned.gate), (mlp.up_proj, pruned.up)], pruned.post_norm
         )
+        _even_out(layer.post_attention_layernorm, inputs, [mlp.gate_proj, mlp.up_proj])
         active = (F.silu(gate) * up)[:, :count]
         weight = self._fit_output(active, self.projection.down.T @ pruned.down, target)
         mlp.down_proj.weight.zero_()  # units beyond the teacher's are silent
@@ -263,6 +270,23 @@ class LayerFitter:
 
 def _normed(state: Tensor, eps: float) -> Tensor:
     return state / root_mean_square(state, eps)
+
+
+def _even_out(norm: RMSNorm, inputs: Tensor, matrices: Sequence[nn.Linear]) -> None:
+    """Give all coordinates that a norm puts out the same size, and the matrices behind it the rest:
+    together they compute what they did.
+
+    ``inputs [N, S]``: the norm's outputs. A few coordinates of a teacher's stream are twenty times
+    as large as the others; a step as large as any other in the weights that read them changes the
+    layer twenty times as much, and training loses its way (docs/benchmarks.md).
+    """
+    sizes = root_mean_square(inputs.T)[:, 0]
+    heard = sizes[sizes > 0.0]
+    if len(heard):
+        sizes = sizes.clamp_min(LEAST_SIZE * float(heard.median()))
+        norm.weight.div_(sizes)
+        for matrix in matrices:
+            matrix.weight.mul_(sizes)
 
 
 def stream_scale(gain: Tensor, tied: bool) -> tuple[Tensor, Tensor]:

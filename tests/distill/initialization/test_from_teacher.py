@@ -170,6 +170,31 @@ def test_layers_that_do_nothing_are_the_ones_dropped(base: Path) -> None:
         assert off_by(student, file)[1] < 1e-4, width
 
 
+def test_norms_put_out_coordinates_of_one_size(base: Path) -> None:
+    """Where the teacher's have one that is thirty times as large, one that is silent and one that
+    nearly is; the student is the teacher all the same."""
+    tiny = Tiny(tied=True, seed=5)
+    changes = {}
+    for name in ("blk.0.attn_norm.weight", "blk.1.ffn_norm.weight"):
+        gain = stored(tiny)[name].copy()
+        gain[3], gain[5], gain[7] = 30.0, 0.0, 1e-3
+        changes[name] = gain
+    file = read_gguf(write_tiny(base / "uneven.gguf", tiny, changes))
+    student = initialized(file, shape(tiny))
+    assert off_by(student, file)[1] < 1e-4
+    found: dict[str, Tensor] = {}
+    for name, norm in student.named_modules():
+        if name.endswith("layernorm"):
+            norm.register_forward_hook(
+                lambda _, __, output, name=name: found.update({name: output.detach()[0]})
+            )
+    student(torch.from_numpy(np.concatenate(text()).astype(np.int64))[None])
+    assert len(found) == 2 * tiny.layers
+    for name, output in found.items():
+        sizes = output.square().mean(dim=0).sqrt()
+        assert sizes.max() < 1.5 * sizes.median(), name
+
+
 def test_one_matrix_of_two_is_the_outputs(base: Path) -> None:
     """A tied student of a teacher with two matrices gets the outputs'."""
     tiny = Tiny(seed=13)
