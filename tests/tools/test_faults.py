@@ -34,9 +34,10 @@ from tools.robustness.faults import FAULTS, POISONS, Injector, Place
 from tools.robustness.guarded_training import is_named
 
 GUARD = GuardConfig(snapshot_every=10, probe_every=10)
-GUARDED = TRAIN.model_copy(update={"epochs": 10, "schedule": "wsd", "guard": GUARD})
+WSD = {"schedule": "wsd", "min_lr": 0.02}
+GUARDED = TRAIN.model_copy(update={"epochs": 10, "guard": GUARD, **WSD})
 # A collapse can be seen only where there was something to say: that takes longer to learn.
-SLOW = TRAIN.model_copy(update={"epochs": 13, "schedule": "wsd"})
+SLOW = TRAIN.model_copy(update={"epochs": 13, **WSD})
 UNGUARDED = TRAIN.model_copy(update={"guard": GuardConfig(enabled=False)})
 AT, SLOW_AT, EARLY = 33, 64, 3
 SEEDS = {"optimizer": (1, 2, 3, 4), "rotation": (1, 2)}  # one for every variant
