@@ -65,6 +65,10 @@ class LossConfig(Section):
     (``targets.layers``). ``layer_map``: pairs (student's layer, teacher's layer) it compares, from
     0; none: each kept layer with the one at the same relative depth.
 
+    ``vocabulary_sample``: tokens that the divergence and cross-entropy of a step are taken over,
+    drawn anew for each (see ``distill.losses.vocabulary_sample``); 0: all (none: 12,288, where that
+    is at most half of them). Targets of other kinds than compact always take all.
+
     ``lambda_safety`` λ_safety and ``lambda_verification`` λ_verification: weights of the two heads;
     0: the student has no such head.
     """
@@ -79,6 +83,7 @@ class LossConfig(Section):
     beta: NonNegative = 0.3
     gamma: NonNegative = 0.1
     layer_map: tuple[tuple[LayerNumber, LayerNumber], ...] = ()
+    vocabulary_sample: Annotated[int, Field(ge=0)] | None = None
     lambda_so8t: NonNegative = 0.5
     pet: tuple[NonNegative, NonNegative, NonNegative] = (0.0, 0.001, 0.002)
     inertia: NonNegative = 0.1

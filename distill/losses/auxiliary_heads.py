@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.losses.chunked_lm_head import logits_in_chunks
 from students.model.heads import VerificationHead, certainty
 from students.model.interface import Student
-from teachers.targets.stored_arrays import Targets
 
 if TYPE_CHECKING:
     from distill.losses.batch import Batch, Prompts
@@ -27,32 +26,27 @@ BODY_GRADIENT = 0.5
 class VerificationTargets:
     """Where among a micro-batch's n valid positions the verification head is trained, and on what.
 
-    ``rows [m]``: those positions, ascending, as ``numbers`` too; ``certain [m, 2]``: the student's
-    certainty there (see ``students.model.heads.certainty``); ``agreed [m]``: 1 where student and
-    teacher have the same top token.
+    ``rows [m]``: those positions; ``certain [m, 2]``: the student's certainty there (see
+    ``students.model.heads.certainty``); ``agreed [m]``: 1 where student and teacher have the same
+    top token.
     """
 
     rows: Tensor
-    numbers: list[int]
     certain: Tensor
     agreed: Tensor
 
     @classmethod
-    def of(cls, batch: Batch) -> VerificationTargets:
-        """Nothing filled in yet, for the positions that the batch's layout says."""
+    @torch.no_grad()
+    def of(cls, batch: Batch, states: Tensor, matrix: Tensor) -> VerificationTargets:
+        """At the positions that the batch's layout says, from the ``states [n, D]`` of all and the
+        output matrix ``[V, D]``."""
         rows = batch.layout.verified
-        zeros = torch.zeros(len(rows), 3, device=rows.device)
-        return cls(rows, batch.layout.verified_numbers, zeros[:, :2], zeros[:, 2])
-
-    def fill(self, logits: Tensor, targets: Targets, span: slice) -> None:
-        """Fill in the positions within ``span`` from their logits ``[C, V]``; ``targets``: of the
-        whole micro-batch."""
-        inside = slice(*(bisect_left(self.numbers, at) for at in (span.start, span.stop)))
-        rows = self.rows[inside]
-        if len(rows):
-            chosen = logits[rows - span.start]
-            self.certain[inside] = certainty(chosen)
-            self.agreed[inside] = (chosen.argmax(dim=-1) == targets.select(rows).best()).float()
+        certain, agreed = [states.new_zeros(0, 2)], [states.new_zeros(0)]
+        for span, logits in logits_in_chunks(states[rows], matrix):
+            certain.append(certainty(logits))
+            best = batch.targets.select(rows[span]).best()
+            agreed.append((logits.argmax(dim=-1) == best).float())
+        return cls(rows, torch.cat(certain), torch.cat(agreed))
 
 
 def verification_loss(

@@ -99,7 +99,6 @@ class Layout:
             of which counts.
         verified: ``[m]``: what the verification head learns from, as rows of the n, ascending:
             every 16th position of a sequence, counted from its end, whatever the batch.
-        verified_numbers: the same as a list.
     """
 
     steps: Tensor
@@ -108,7 +107,6 @@ class Layout:
     labels: Tensor
     bends: Tensor
     verified: Tensor
-    verified_numbers: list[int]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Layout:
         """The same with every tensor changed."""
@@ -171,7 +169,6 @@ class Batch:
             labels=following.flatten()[rows],
             bends=(steps >= 2) & (steps < lengths) & valid.roll(1, dims=1),
             verified=verified,
-            verified_numbers=verified.tolist(),
         )
 
     def _of_each(self, values: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Letters: N positions, C positions of one chunk, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -51,6 +51,25 @@ def head_logits(states: Tensor, matrix: Tensor) -> Tensor:
     return states @ matrix.T
 
 
+def logits_in_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Logits ``[C, V]`` of some positions of ``hidden [N, D]`` after others under the output matrix
+    ``weight [V, D]``, and which they are; without a gradient."""
+    states, matrix, chunk = _factors(hidden, weight)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, len(hidden), chunk):
+            span = slice(start, min(start + chunk, len(hidden)))
+            yield span, head_logits(states[span], matrix)
+
+
+def _factors(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Both in the type that autocast multiplies them in, and the positions of a chunk."""
+    device = hidden.device.type
+    narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    itemsize = 4 if device in WIDENING else narrow.itemsize
+    chunk = chunk_size(len(weight), logits_bytes(weight.device), itemsize)
+    return hidden.to(narrow), weight.to(narrow), chunk
+
+
 def chunked_head_loss(
     hidden: Tensor, weight: Tensor, chunk_loss: ChunkLoss, chunk: int | None = None
 ) -> Tensor:
@@ -70,18 +89,13 @@ class _ChunkedHeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, chunk_loss: ChunkLoss, chunk: int | None
     ) -> Tensor:
-        device = hidden.device.type
-        narrow = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        )
-        states, matrix = hidden.to(narrow), weight.to(narrow)
+        states, matrix, usual = _factors(hidden, weight)
+        narrow, chunk = matrix.dtype, chunk or usual
         grad_hidden = torch.zeros_like(hidden)
         grad_weight: Tensor | None = None
         trained = ctx.needs_input_grad[1]  # the output matrix of a frozen base is not
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        itemsize = 4 if device in WIDENING else narrow.itemsize
-        chunk = chunk or chunk_size(len(matrix), logits_bytes(weight.device), itemsize)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), chunk):
                 span = slice(start, min(start + chunk, len(hidden)))
                 logits = head_logits(states[span], matrix)

@@ -18,6 +18,9 @@ buckets; the last one's share G is spread over its tokens, Q being the student's
 Cross-entropy, always at T = 1:
 
     ∂CE/∂z_v = softmax(z)_v − [v is the label]
+
+Where the tokens are a sample of the vocabulary (``distill.losses.vocabulary_sample``), every sum
+over them is one of exp(z / T + log w), the teacher's and the student's; the same formulas hold.
 """
 
 from __future__ import annotations
@@ -46,12 +49,17 @@ BLOCK_BYTES = 4 << 20
 @dataclass(frozen=True)
 class Weights:
     """What one position's ``divergence`` at ``temperature`` and its cross-entropy (always at T =
-    1) count."""
+    1) count.
+
+    ``log_tokens [V]``: log of how many tokens of the vocabulary each stands for, 0 of stored top
+    tokens and labels; ``None``: for itself alone.
+    """
 
     kd: float
     ce: float
     temperature: float
     divergence: Divergence = FORWARD_KL
+    log_tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,8 @@ def divergence_and_cross_entropy(
             if products is not None:
                 said = scratch.like("teacher", own).copy_(products[rows])
                 said = known.completed_(said)
+                if weights.log_tokens is not None:
+                    said.add_(weights.log_tokens, alpha=weights.temperature)
             kd, ce, gradient = _over_all(wide, known, said, labels[rows], weights, scratch)
         sums += torch.stack((kd, ce))
         if gradient is not own:
@@ -160,13 +170,17 @@ def _over_all(
     temperature = weights.temperature
     column, labelled = labels.clamp(min=0)[:, None], (labels != IGNORE_INDEX)[:, None].float()
     logits.sub_(logits.amax(dim=-1, keepdim=True))  # first, which keeps the digits of large ones
-    at_label = logits.gather(-1, column)
     spare = scratch.like("spare", logits)
     by_kd, by_ce = weights.kd / temperature, weights.ce * labelled
     scaled, student = logits, logits
     if temperature != 1.0:
         student = scratch.like("student", logits)
         scaled = torch.div(logits, temperature, out=student)
+    if weights.log_tokens is not None:
+        _weigh_(scaled, weights.log_tokens)
+        if scaled is not logits:
+            _weigh_(logits, weights.log_tokens)
+    at_label = logits.gather(-1, column)
 
     if weights.divergence.form == "forward_kl":
         teacher = _Answer.of(targets, temperature, said, spare)
@@ -198,6 +212,12 @@ def _over_all(
     ce = (labelled * (plain_partition - at_label)).sum()
     gradient.scatter_add_(-1, column, -by_ce)
     return kd, ce, gradient
+
+
+def _weigh_(logits: Tensor, log_tokens: Tensor) -> None:
+    """Let each token count as many times as it stands for; a row's greatest is 0 again."""
+    logits.add_(log_tokens)
+    logits.sub_(logits.amax(dim=-1, keepdim=True))
 
 
 def _softmax(logits: Tensor, out: Tensor) -> Tensor:
@@ -244,10 +264,15 @@ class _Answer:
 
 
 def _over_buckets(
-    logits: Tensor, targets: CompactTargets, labels: Tensor, weights: Weights
+    logits: Tensor,
+    targets: CompactTargets,
+    labels: Tensor,
+    weights: Weights,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of both terms, and their gradient in ``logits [C, V]``, which it overwrites."""
     temperature, ids = weights.temperature, targets.topk_ids
+    if weights.log_tokens is not None:
+        logits.add_(weights.log_tokens)
     column, labelled = labels.clamp(min=0)[:, None], (labels != IGNORE_INDEX)[:, None].float()
     at_label, kept = logits.gather(-1, column), logits.gather(-1, ids)
     # The rest is taken relative to its own maximum: exact also where a student has almost nothing
@@ -261,6 +286,8 @@ def _over_buckets(
         plain = tempered = _Buckets.of(exp_(rest), top, kept)
     else:
         scaled = rest / temperature
+        if weights.log_tokens is not None:  # these are not to be divided by T
+            scaled.add_(weights.log_tokens, alpha=1.0 - 1.0 / temperature)
         plain = _Buckets.of(exp_(rest), top, kept)
         tempered = _Buckets.of(exp_(scaled), top / temperature, kept / temperature)
 

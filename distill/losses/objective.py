@@ -14,9 +14,11 @@ from distill.losses.chunked_lm_head import chunked_head_loss
 from distill.losses.divergences import Divergence
 from distill.losses.fused import Scratch, Weights, divergence_and_cross_entropy
 from distill.losses.hidden_states import HiddenStateLoss, pair_layers
+from distill.losses.vocabulary_sample import VocabularySample
 from students.model import so8
 from students.model.interface import SO8TOutput, Student
 from teachers.store.store import SoftTargetStore
+from teachers.targets.distributions import CompactTargets
 
 
 class Objective(nn.Module):
@@ -38,7 +40,14 @@ class Objective(nn.Module):
         self._scratch = Scratch()
 
     def forward(
-        self, student: nn.Module, batch: Batch, *, total: int, share: float, fraction: float
+        self,
+        student: nn.Module,
+        batch: Batch,
+        *,
+        total: int,
+        share: float,
+        fraction: float,
+        sample: VocabularySample | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro-batch of an optimizer step.
 
@@ -49,6 +58,7 @@ class Objective(nn.Module):
                 processes.
             share: this micro-batch's share of the step, for terms that are not sums over positions.
             fraction: how much of training is done, 0 to 1.
+            sample: the tokens that stand for the vocabulary in this step; ``None``: all of them.
 
         Returns:
             The loss, and each part's weighted contribution to the step's loss (detached); beside
@@ -62,9 +72,9 @@ class Objective(nn.Module):
         states = batch.at_valid(output.last_hidden_state)  # [n, D]
         verified = None
         if config.lambda_verification and student.config.verification_head:
-            verified = VerificationTargets.of(batch)
+            verified = VerificationTargets.of(batch, states, student.output_matrix())
         loss, parts = self._distillation(
-            states, student.output_matrix(), batch, total, fraction, verified
+            states, student.output_matrix(), batch, total, fraction, sample
         )
         others: dict[str, Tensor] = {}
         if self.hidden is not None:
@@ -93,23 +103,30 @@ class Objective(nn.Module):
         batch: Batch,
         total: int,
         fraction: float,
-        verified: VerificationTargets | None,
+        sample: VocabularySample | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted divergence and cross-entropy of ``states [n, D]`` under the output matrix ``[V,
-        D]``; fills in ``verified``."""
-        config, labels = self.config, batch.labels
+        D]``."""
+        config, targets, labels, log_tokens = self.config, batch.targets, batch.labels, None
+        if sample is not None:
+            assert isinstance(targets, CompactTargets)
+            sample = sample.to(matrix.device)
+            targets, labels = sample.of_targets(targets), sample.of_labels(labels)
+            matrix, log_tokens = matrix.index_select(0, sample.ids), sample.log_weights
         temperature = temperature_at(config, fraction)
         weights = Weights(
-            config.alpha * temperature**2 / total, config.beta / total, temperature, self.divergence
+            kd=config.alpha * temperature**2 / total,
+            ce=config.beta / total,
+            temperature=temperature,
+            divergence=self.divergence,
+            log_tokens=log_tokens,
         )
         parts: dict[str, Tensor] = {}
 
         def chunk(logits: Tensor, span: slice) -> Tensor:
             """Both terms of one chunk of positions, whose logits become their gradient."""
-            if verified is not None:
-                verified.fill(logits, batch.targets, span)
             result = divergence_and_cross_entropy(
-                logits, batch.targets.select(span), labels[span], weights, self._scratch
+                logits, targets.select(span), labels[span], weights, self._scratch
             )
             terms = (("kd", weights.kd, result.kd), ("ce", weights.ce, result.ce))
             for name, weight, value in terms:

@@ -16,6 +16,7 @@ from distill.capture.store_setup import largest_size, store_manifest
 from distill.config.schema import LossConfig, RunConfig
 from distill.losses.batch import Batch, arrange, padded
 from distill.losses.objective import Objective
+from distill.losses.vocabulary_sample import VocabularySample
 from distill.runtime.cpu import keep_freed_memory
 from distill.runtime.device import choose_precision
 from distill.runtime.progress import Stage
@@ -213,7 +214,9 @@ def step_seconds(
         start = time.perf_counter()
         part = _part(batch, rows, student.packs).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow):
-            loss, _ = objective(student, part, total=max(1, part.count()), share=1.0, fraction=0.5)
+            sample = VocabularySample.of_step([part], config.loss.vocabulary_sample)
+            count = max(1, part.count())
+            loss, _ = objective(student, part, total=count, share=1.0, fraction=0.5, sample=sample)
         loss.backward()
         loss.item()  # a device has then done it all
         passed = time.perf_counter()

@@ -1,4 +1,7 @@
-"""The training loop, readable top to bottom."""
+"""The training loop, readable top to bottom.
+
+Over 400 lines because what a step does stays in one place.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +23,7 @@ from distill.config.schema import TrainConfig
 from distill.errors import TrainingAborted
 from distill.losses.batch import Batch
 from distill.losses.objective import Objective
+from distill.losses.vocabulary_sample import VocabularySample
 from distill.runs.audit_events import record_checkpoint, record_guard, record_resumed
 from distill.runs.metrics_log import MetricsFile
 from distill.runtime.launch_environment import require_trainable
@@ -320,13 +326,21 @@ def _gradients(loop: Loop, state: TrainingState) -> tuple[dict[str, Tensor], int
         ]
     )
     total, padding, computed = sum_over_processes(accelerator, counts.sum(dim=0)).tolist()
+    sample = VocabularySample.of_step(
+        (batch for _, batch in batches),
+        loop.job.objective.config.vocabulary_sample,
+        loop.job.data.seed,
+        state.step,
+        partial(sum_over_processes, accelerator),
+    )
+    step = {"total": total, "fraction": state.step / len(loop.plan), "sample": sample}
     sums: dict[str, Tensor] = {}
     for number, (part, batch) in enumerate(batches, 1):
         # Gradients are exchanged once per step, after the last micro-batch.
         exchange = exchange_gradients(accelerator, loop.model, now=number == len(batches))
         with exchange, accelerator.autocast():
             on_device = batch.to(accelerator.device)  # one at a time: targets may be large
-            values = _backward(loop, on_device, part.counts, total, state.step / len(loop.plan))
+            values = _backward(loop, on_device, part.counts, step)
         for name, value in values.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value
     reduced = sum_over_processes(accelerator, torch.stack(list(sums.values())))
@@ -387,11 +401,9 @@ def _guarded_update(
     return measured | ({"clip_limit": limit} if limit < loop.job.config.max_grad_norm else {})
 
 
-def _backward(
-    loop: Loop, batch: Batch, counts: bool, total: int, fraction: float
-) -> dict[str, Tensor]:
+def _backward(loop: Loop, batch: Batch, counts: bool, step: Mapping[str, Any]) -> dict[str, Tensor]:
     """Forward and backward of one micro-batch; its loss and its parts (0 for a stand-in)."""
-    step = {"total": total, "share": batch.count() / total, "fraction": fraction}
+    step = {**step, "share": batch.count() / step["total"]}
     loss, parts = loop.model(lambda student, objective: objective(student, batch, **step))
     # DDP and FSDP average gradients over processes, but the loss is divided by all tokens already.
     scale = float(loop.accelerator.num_processes) if counts else 0.0

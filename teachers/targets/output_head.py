@@ -44,6 +44,11 @@ class OutputHead:
         """The head of those coordinates alone that are set in ``kept [R]``."""
         return replace(self, matrix=self.matrix[:, kept].contiguous())
 
+    def of_tokens(self, ids: Tensor) -> OutputHead:
+        """The head that gives the logits of the tokens ``ids`` alone."""
+        matrix, bias = self.matrix.index_select(0, ids), self.bias.index_select(0, ids)
+        return replace(self, matrix=matrix, bias=bias)
+
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> OutputHead:
         """The same head on another device, with its matrix in ``dtype``."""
         matrix, bias = self.matrix.to(device, dtype), self.bias.to(device)

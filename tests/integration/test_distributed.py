@@ -32,6 +32,7 @@ from tests.support.teachers import BigramTeacher
 from tests.support.training import SKIPPED, STEPS, TRAININGS, UNDONE, WEIGHT, make_store
 
 VOCAB, WIDTH = 48, 16
+WIDE = 800
 RUN = {
     "epochs": 2,
     "batch_size": 4,
@@ -51,6 +52,8 @@ RUNS = {
     "heads-micro": SHORT | {"accumulation": 4, "heads": True},
     "heads-single": RUN | {"batch_size": 1, "epochs": 1, "heads": True},
     "checkpointed": SHORT | {"gradient_checkpointing": True},
+    "sampled": SHORT | {"store": "../wide", "sample": 150},
+    "sampled-micro": SHORT | {"store": "../wide", "sample": 150, "accumulation": 4},
     "stopped": RUN | {"learning_rate": 0.05, "epochs": 4, "evaluations": 13, "patience": 2},
 }
 UNTIED = RUN | {"untied": True, "optimizer": "muon"}  # rows of the embedding are left out
@@ -59,14 +62,16 @@ CUT = UNTIED | {"stop_at": 5}
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Targets of 15 sequences with the states of two layers."""
-    random = np.random.default_rng(0)
-    draws = (random.integers(0, VOCAB, size=random.integers(4, 14)) for _ in range(15))
-    rows = [draw.astype(np.int32) for draw in draws]
-    recipe = Recipe(num_topk=8, layers=(0, 1), layer_bytes=12)
-    folder = tmp_path_factory.mktemp("distributed") / "store"
-    write_store(folder, BigramTeacher(VOCAB, WIDTH), rows, recipe, 10)
-    return folder
+    """Targets of 15 sequences with the states of two layers; beside them, in ``wide``, those of a
+    vocabulary that a sample can stand for."""
+    folder = tmp_path_factory.mktemp("distributed")
+    for name, vocab_size, num_topk in (("store", VOCAB, 8), ("wide", WIDE, 2)):
+        random = np.random.default_rng(0)
+        draws = (random.integers(0, vocab_size, size=random.integers(4, 14)) for _ in range(15))
+        rows = [draw.astype(np.int32) for draw in draws]
+        recipe = Recipe(num_topk=num_topk, layers=(0, 1), layer_bytes=12)
+        write_store(folder / name, BigramTeacher(vocab_size, WIDTH), rows, recipe, 10)
+    return folder / "store"
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +164,7 @@ def test_several_processes_learn_what_one_does(several: Path, one: Path, store: 
         assert_same_run(several / name, one / name)
     assert_same_run(several / "micro", one / "whole")
     assert_same_run(several / "heads-micro", one / "heads")
+    assert_same_run(several / "sampled-micro", one / "sampled")
     train_child.run(store, several / "cut", UNTIED)
     for name in ("continued", "cut"):
         assert summary_of(several / name)["continued_from"] == 4, name

@@ -48,11 +48,11 @@ from distill.capture.ready_store import require_complete
 from distill.config.schema import DivergenceName, LossConfig, TrainConfig
 from distill.errors import TrainingAborted, UserError
 from distill.initialization.shape import likeness, new_student
-from distill.losses.auxiliary_heads import VerificationTargets
 from distill.losses.batch import Batch
 from distill.losses.chunked_lm_head import chunk_size, chunked_head_loss, logits_bytes
 from distill.losses.divergences import bucket_log_probs, cross_entropy, divergence
 from distill.losses.objective import Objective, build_objective, temperature_at
+from distill.losses.vocabulary_sample import VocabularySample
 from distill.runs.folder import latest_checkpoint
 from distill.runtime.progress import Console
 from distill.training.data import TrainingData, split
@@ -137,7 +137,7 @@ class TruncatedObjective(Objective):
         batch: Batch,
         total: int,
         fraction: float,
-        verified: VerificationTargets | None,
+        sample: VocabularySample | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         config, labels = self.config, batch.labels
         temperature = temperature_at(config, fraction)

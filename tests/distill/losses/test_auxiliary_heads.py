@@ -79,7 +79,7 @@ def test_every_sixteenth_position_is_chosen() -> None:
     batch = make_batch(*rows_of(lengths))
     starts = np.cumsum([0, *(n - 1 for n in lengths)])
     wanted = [int(starts[row]) + t for row, t in chosen_positions(list(lengths))]
-    rows = VerificationTargets.of(batch).rows.tolist()
+    rows = batch.layout.verified.tolist()
     assert VERIFICATION_STRIDE == 16 and rows == wanted and starts[-1] == batch.count()
     assert abs(len(rows) - batch.count() / VERIFICATION_STRIDE) <= 2
     sequences, teacher = make_rows()
@@ -88,7 +88,7 @@ def test_every_sixteenth_position_is_chosen() -> None:
         for at in range(0, len(sequences), size):
             part = slice(at, at + size)
             batch = make_batch(sequences[part], teacher[part], padding=padding)
-            places = batch.valid.nonzero()[VerificationTargets.of(batch).rows]
+            places = batch.valid.nonzero()[batch.layout.verified]
             found += [(at + int(row), int(t)) for row, t in places]
         assert found == chosen_positions(list(LENGTHS)) and len(found) == 7, (size, padding)
 
@@ -178,7 +178,7 @@ def test_a_micro_batch_without_a_chosen_position(lengths: tuple[int, ...]) -> No
     """Each parameter of both heads still has a gradient: processes have to agree on them."""
     student = headed()
     batch = make_batch(*rows_of(lengths))
-    assert len(VerificationTargets.of(batch).rows) == 0
+    assert len(batch.layout.verified) == 0
     for prompts in (None, replace(make_prompts(1), weights=torch.zeros(1))):  # nor a prompt
         student.zero_grad()
         batch = replace(batch, prompts=prompts)

@@ -2,8 +2,9 @@
 starts.
 
 Reads one line of JSON for each capture and forks for it, so that heavy modules are imported once.
-The child says ``held`` when it has the folder or the teacher, and ``capturing`` when it begins; on
-``wait``, the parent tells how each child has ended.
+The child says ``held`` when it has the folder or the teacher, and ``capturing`` when it begins,
+which it does once the file ``gate`` exists if the order names one; on ``wait``, the parent tells
+how each child has ended.
 """
 
 from __future__ import annotations
@@ -120,6 +121,8 @@ def work(order: dict[str, Any]) -> None:
         say("held")
         store = begin(folder, teacher, source)
         teacher.logits([np.arange(2, 5, dtype=np.int32)])  # loads what its process needs
+        while "gate" in order and not Path(order["gate"]).exists():
+            time.sleep(0.005)
         say("capturing")
         slow, tasks = order.get("slow", 0.0), Tasks(folder / TASKS, seconds=LEASE_SECONDS)
         capture(teacher, source, store, lambda done, words: time.sleep(slow), tasks)

@@ -43,7 +43,13 @@ from tests.support import training
 from tests.support.students import make_student
 
 LOSS = LossConfig(temperature=2.0, gamma=1.0)
-OURS = ("stop_at", "untied", "heads")  # settings that are not those of a training
+OURS = (
+    "stop_at",
+    "untied",
+    "heads",
+    "store",
+    "sample",
+)  # settings that are not those of a training
 PATIENCE = 60  # seconds that one process waits for the other before it says so
 LAUNCH = "--num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no "
 LAUNCH += "--dynamo_backend no --use_fsdp --fsdp_version 2"
@@ -65,15 +71,18 @@ def run(store_folder: Path, folder: Path, settings: dict[str, Any]) -> None:
 
     ``stop_at`` among the settings: only until after that step, with a checkpoint before every one;
     ``untied``: a student with an output matrix of its own; ``heads``: one with both heads, and
-    prompts in every step.
+    prompts in every step; ``store``: another folder than the usual one, relative to it; ``sample``:
+    tokens that stand for the vocabulary.
     """
-    stop_at, untied, heads = (settings.get(name) for name in OURS)
+    stop_at, untied, heads, other, sample = (settings.get(name) for name in OURS)
+    store_folder = store_folder / (other or "")
     store = SoftTargetStore(store_folder, read_manifest(store_folder))
     vocab_size = int(store.manifest.identity["vocab_size"])
     prompts = make_prompts(vocab_size) if heads else None
     data = TrainingData(store, split(store, 0.2, 0), 0, prompts, 1, 3)
     student = make_student(16, 2, vocab_size, tied=not untied, heads=bool(heads))
-    objective = build_objective(LOSS, store, student, teacher_layers=2)
+    loss = LOSS.model_copy(update={"vocabulary_sample": sample})
+    objective = build_objective(loss, store, student, teacher_layers=2)
     config = TrainConfig.model_validate({k: v for k, v in settings.items() if k not in OURS})
 
     def report(step: int, text: str) -> None:

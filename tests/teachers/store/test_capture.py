@@ -468,13 +468,15 @@ def test_random_kills_and_stalls(
     every byte is as from one process, and no shard is open."""
     chance = random.Random(4)
     folder, expected = tmp_path / "store", contents(stored(False, "sketch").folder)
-    order = {"teacher": str(tiny_teacher.file.path)}
     for round_ in range(2):
+        gate = tmp_path / f"gate-{round_}"  # none is done before the last is there
+        order = {"teacher": str(tiny_teacher.file.path), "gate": str(gate)}
         victims = [
-            children.start(folder, slow=SLOW * (1 + 2 * (number == 7)), **order)
+            children.start(folder, slow=0.1 * (1 + 2 * (number == 7)), **order)
             for number in range(8)
         ]
-        time.sleep(chance.uniform(0.1, 0.5))
+        gate.touch()
+        time.sleep(chance.uniform(0.05, 0.2))
         stalled = victims[:2]
         for victim in stalled:
             os.kill(victim, signal.SIGSTOP)
