@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from distill.training.data import MAX_HELD_OUT, WATCH_LEAST, WATCH_SEQUENCES, watched_tokens
 
-MOST_EPOCHS = 5  # text that was seen so often teaches little more
+MOST_EPOCHS = 10  # text that was seen so often teaches little more
 LEAST_STEPS = 2
 FEW_STEPS, LEAST_TOGETHER = 64, 8
 EXPORT_TOKENS = 4096  # of validation that the proof of a file looks at, at most
