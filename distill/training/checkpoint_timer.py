@@ -14,7 +14,7 @@ from accelerate.utils import broadcast
 from distill.training.checkpoint import TrainingState
 
 CHECKPOINT_SECONDS = 30.0  # about how much training is lost when a process is killed
-SAVING_SHARE = 0.03  # of the time may go into checkpoints
+SAVING_SHARE = 0.015  # of the time may go into checkpoints
 
 
 class CheckpointTimer:

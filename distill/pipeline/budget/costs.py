@@ -25,7 +25,7 @@ from distill.training.engine import WEIGH_EVERY
 from stability.precision import ieee_float32
 
 SAFETY_SHARE = 0.1  # of the time, that the safety head is to take
-MORE_THAN_STEPS = 1.05  # checkpoints, snapshots and the guard's probes, in proportion
+MORE_THAN_STEPS = 1.035  # checkpoints, snapshots and the guard's probes, in proportion
 PROVED_FILES, EXACT_DECODE = 2, 3.0  # files of an export; exact logits against fast ones
 COMPARED, COMPARED_EXACTLY = 1e-8, 2.5e-8  # seconds of one logit in float32, in float64
 WEIGHED = 4e-8  # seconds of a number among the trained ones

@@ -90,7 +90,7 @@ def test_durations() -> None:
 
 def test_allocation() -> None:
     """Fresh text first; text that is dear to capture is learnt from several times, and so is all of
-    it where time is left, five times at most; the time is used and not exceeded."""
+    it where time is left, ten times at most; the time is used and not exceeded."""
     dear, endless = replace(COSTS, capture=0.006), replace(TEXT, sequences=None)
     for costs, text, minutes, samples, epochs in (
         (COSTS, TEXT, 6, range(200, 999), 1),
