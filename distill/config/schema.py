@@ -66,8 +66,9 @@ class LossConfig(Section):
     0; none: each kept layer with the one at the same relative depth.
 
     ``vocabulary_sample``: tokens that the divergence and cross-entropy of a step are taken over,
-    drawn anew for each (see ``distill.losses.vocabulary_sample``); 0: all (none: 12,288, where that
-    is at most half of them). Targets of other kinds than compact always take all.
+    drawn anew for each (see ``distill.losses.vocabulary_sample``); 0: all (none: on a CPU
+    12,288, where that is at most half of them). Targets of other kinds than compact always take
+    all.
 
     ``lambda_safety`` λ_safety and ``lambda_verification`` λ_verification: weights of the two heads;
     0: the student has no such head.

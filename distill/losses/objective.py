@@ -110,7 +110,6 @@ class Objective(nn.Module):
         config, targets, labels, log_tokens = self.config, batch.targets, batch.labels, None
         if sample is not None:
             assert isinstance(targets, CompactTargets)
-            sample = sample.to(matrix.device)
             targets, labels = sample.of_targets(targets), sample.of_labels(labels)
             matrix, log_tokens = matrix.index_select(0, sample.ids), sample.log_weights
         temperature = temperature_at(config, fraction)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from distill.losses.batch import Batch
-from teachers.targets.distributions import CompactTargets
+from teachers.targets.distributions import CompactTargets, each_tensor
 
 SIZE = 12_288  # tokens, if the settings do not say (docs/benchmarks.md) ...
 MOST = 0.5  # ... where that is at most this share of the vocabulary: else it saves too little
@@ -67,6 +67,7 @@ class VocabularySample:
         cls,
         batches: Iterable[Batch],
         size: int | None,
+        device: torch.device,
         seed: int = 0,
         step: int = 0,
         all_together: Callable[[Tensor], Tensor] = lambda counts: counts,
@@ -75,7 +76,9 @@ class VocabularySample:
 
         Args:
             batches: the micro-batches.
-            size: tokens to take; ``None``: ``SIZE``; 0: the whole vocabulary.
+            size: tokens to take; ``None``: ``SIZE`` on a CPU, where it was measured; 0: the whole
+                vocabulary.
+            device: where the loss is computed.
             seed: of the training.
             step: the number of the step; each draws others.
             all_together: sums counts ``[V]`` over all processes, which then draw alike.
@@ -83,22 +86,20 @@ class VocabularySample:
         Returns:
             Nothing where the loss is to be taken over the whole vocabulary.
         """
+        wanted = (SIZE if device.type == "cpu" else 0) if size is None else size
         counts: Tensor | None = None
         for batch in batches:
             targets = batch.targets
-            if size == 0 or not isinstance(targets, CompactTargets):
+            if not wanted or not isinstance(targets, CompactTargets):
                 return None
             if counts is None:
                 counts = torch.zeros(targets.vocab_size, dtype=torch.int32)
             for tokens in (targets.topk_ids, batch.labels.clamp(min=0)):
                 counts[tokens.flatten()] = 1
-        if counts is None or len(counts) * MOST < (size or SIZE):
+        if counts is None or len(counts) * MOST < wanted:
             return None
-        return cls.draw(all_together(counts) > 0, size or SIZE, seed, step)
-
-    def to(self, device: torch.device) -> VocabularySample:
-        """The same on another device."""
-        return type(self)(*(part.to(device) for part in vars(self).values()))
+        sample = cls.draw(all_together(counts) > 0, wanted, seed, step)
+        return sample and each_tensor(sample, lambda part: part.to(device))
 
     def of_targets(self, targets: CompactTargets) -> CompactTargets:
         """Targets whose tokens are places in the sample. Masses are still the vocabulary's."""

@@ -214,7 +214,7 @@ def step_seconds(
         start = time.perf_counter()
         part = _part(batch, rows, student.packs).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow):
-            sample = VocabularySample.of_step([part], config.loss.vocabulary_sample)
+            sample = VocabularySample.of_step([part], config.loss.vocabulary_sample, device)
             count = max(1, part.count())
             loss, _ = objective(student, part, total=count, share=1.0, fraction=0.5, sample=sample)
         loss.backward()

@@ -329,6 +329,7 @@ def _gradients(loop: Loop, state: TrainingState) -> tuple[dict[str, Tensor], int
     sample = VocabularySample.of_step(
         (batch for _, batch in batches),
         loop.job.objective.config.vocabulary_sample,
+        accelerator.device,
         loop.job.data.seed,
         state.step,
         partial(sum_over_processes, accelerator),

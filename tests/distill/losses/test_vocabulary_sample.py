@@ -27,6 +27,7 @@ from tests.support.students import make_student
 
 V, N, K = 400, 12, 3
 KINDS = ("buckets", "sketch")
+CPU = torch.device("cpu")
 
 
 def sharp(seed: int) -> Tensor:
@@ -216,10 +217,11 @@ def test_how_much_is_drawn() -> None:
     targets = exact_targets("sketch", teacher, K)
     assert isinstance(targets, CompactTargets)
     batch = batch_of(targets)
-    assert VocabularySample.of_step([batch], 0) is None
-    assert VocabularySample.of_step([batch], None) is None  # 400 tokens are no large vocabulary
-    assert VocabularySample.of_step([batch_of(exact_targets("hidden", teacher, K))], 100) is None
-    sample = VocabularySample.of_step([batch], 100)
+    assert VocabularySample.of_step([batch], 0, CPU) is None
+    assert VocabularySample.of_step([batch], None, CPU) is None
+    whole = batch_of(exact_targets("hidden", teacher, K))
+    assert VocabularySample.of_step([whole], 100, CPU) is None
+    sample = VocabularySample.of_step([batch], 100, CPU)
     assert sample is not None
     needed = torch.cat((batch.labels, targets.topk_ids.flatten()))
     assert not sample.log_weights[sample.places[needed]].any()
@@ -240,14 +242,14 @@ def test_micro_batches_and_processes_draw_alike() -> None:
         Batch(batch.tokens[at : at + 1], batch.lengths[:1], batch.targets.select(rows))
         for at, rows in enumerate((slice(0, 6), slice(6, 12)))
     ]
-    whole = VocabularySample.of_step([batch], 100, seed=5, step=2)
-    parts = VocabularySample.of_step(halves, 100, seed=5, step=2)
+    whole = VocabularySample.of_step([batch], 100, CPU, seed=5, step=2)
+    parts = VocabularySample.of_step(halves, 100, CPU, seed=5, step=2)
     others = torch.zeros(V, dtype=torch.int32)  # of the other process
     of_other = halves[1].targets
     assert isinstance(of_other, CompactTargets)
     others[torch.cat((of_other.topk_ids.flatten(), halves[1].labels))] = 1
-    of_one = VocabularySample.of_step(halves[:1], 100, 5, 2, lambda counts: counts + others)
-    alone = VocabularySample.of_step(halves[:1], 100, 5, 2)
+    of_one = VocabularySample.of_step(halves[:1], 100, CPU, 5, 2, lambda counts: counts + others)
+    alone = VocabularySample.of_step(halves[:1], 100, CPU, 5, 2)
     assert whole is not None and parts is not None and of_one is not None and alone is not None
     assert torch.equal(whole.ids, parts.ids) and torch.equal(whole.ids, of_one.ids)
     assert not torch.equal(whole.ids, alone.ids)
@@ -276,7 +278,7 @@ def test_the_objective_in_a_sample() -> None:
     head sees every logit, so that its part of the loss is the same with and without."""
     config = LossConfig(temperature=1.0, alpha=1.0, beta=0.0, lambda_so8t=0.0, lambda_safety=0.0)
     batch = batch_of(exact_targets("sketch", sharp(0), K))
-    sample = VocabularySample.of_step([batch], 100)
+    sample = VocabularySample.of_step([batch], 100, CPU)
     assert sample is not None
     student = make_student(16, 2, V, tied=False, heads=True)
     loss, parts = Objective(config)(
@@ -300,8 +302,12 @@ def test_the_objective_in_a_sample() -> None:
 
 
 def test_the_default_is_for_large_vocabularies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a setting, ``SIZE`` tokens where the vocabulary is twice that."""
+    """Without a setting, ``SIZE`` tokens where the vocabulary is twice that; on a CPU."""
     batch = batch_of(exact_targets("sketch", sharp(0), K))
     for size, sampled in ((V // 2, True), (V // 2 + 1, False)):
         monkeypatch.setattr(vocabulary_sample, "SIZE", size)
-        assert (VocabularySample.of_step([batch], None) is not None) == sampled, size
+        assert (VocabularySample.of_step([batch], None, CPU) is not None) == sampled, size
+    monkeypatch.setattr(vocabulary_sample, "SIZE", V // 2)
+    assert VocabularySample.of_step([batch], None, torch.device("meta")) is None
+    sample = VocabularySample.of_step([batch], V // 2, torch.device("meta"))
+    assert sample is not None and sample.ids.device.type == "meta"
