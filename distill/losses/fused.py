@@ -264,10 +264,7 @@ class _Answer:
 
 
 def _over_buckets(
-    logits: Tensor,
-    targets: CompactTargets,
-    labels: Tensor,
-    weights: Weights,
+    logits: Tensor, targets: CompactTargets, labels: Tensor, weights: Weights
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of both terms, and their gradient in ``logits [C, V]``, which it overwrites."""
     temperature, ids = weights.temperature, targets.topk_ids

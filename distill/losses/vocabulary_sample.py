@@ -95,7 +95,7 @@ class VocabularySample:
             if counts is None:
                 counts = torch.zeros(targets.vocab_size, dtype=torch.int32)
             for tokens in (targets.topk_ids, batch.labels.clamp(min=0)):
-                counts[tokens.flatten()] = 1
+                counts[tokens.flatten().cpu()] = 1  # what a student wrote lies on its device
         if counts is None or len(counts) * MOST < wanted:
             return None
         sample = cls.draw(all_together(counts) > 0, wanted, seed, step)

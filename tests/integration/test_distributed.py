@@ -53,6 +53,7 @@ RUNS = {
     "heads-single": RUN | {"batch_size": 1, "epochs": 1, "heads": True},
     "checkpointed": SHORT | {"gradient_checkpointing": True},
     "sampled": SHORT | {"store": "../wide", "sample": 150},
+    "unsampled": SHORT | {"store": "../wide", "sample": 0},
     "sampled-micro": SHORT | {"store": "../wide", "sample": 150, "accumulation": 4},
     "stopped": RUN | {"learning_rate": 0.05, "epochs": 4, "evaluations": 13, "patience": 2},
 }
@@ -165,6 +166,11 @@ def test_several_processes_learn_what_one_does(several: Path, one: Path, store: 
     assert_same_run(several / "micro", one / "whole")
     assert_same_run(several / "heads-micro", one / "heads")
     assert_same_run(several / "sampled-micro", one / "sampled")
+    losses = [
+        next(line["loss"] for line in metrics_of(one / name) if line["kind"] == "train")
+        for name in ("sampled", "unsampled")
+    ]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.2)
     train_child.run(store, several / "cut", UNTIED)
     for name in ("continued", "cut"):
         assert summary_of(several / name)["continued_from"] == 4, name

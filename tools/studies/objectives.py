@@ -181,7 +181,7 @@ class Row:
 def all_rows(temperatures: Sequence[float], divergences: Sequence[DivergenceName]) -> list[Row]:
     """Every row there is, whatever the store holds; γ = 0 but where the hidden-state loss is
     what is asked about."""
-    default = LossConfig(gamma=0.0)
+    default = LossConfig(gamma=0.0, vocabulary_sample=0)  # truncated losses take no sample
 
     def constant(temperature: float, **changes: Any) -> LossConfig:
         fixed = {"temperature": temperature}

@@ -277,7 +277,10 @@ def test_the_objective_in_a_sample() -> None:
     """Rows of the output matrix outside the sample get a gradient only as inputs; the verification
     head sees every logit, so that its part of the loss is the same with and without."""
     config = LossConfig(temperature=1.0, alpha=1.0, beta=0.0, lambda_so8t=0.0, lambda_safety=0.0)
-    batch = batch_of(exact_targets("sketch", sharp(0), K))
+    tokens = torch.randint(1, V, (1, N + 1), generator=torch.Generator().manual_seed(4))
+    targets = exact_targets("sketch", sharp(0), K)
+    batch = Batch(tokens, torch.tensor([N + 1]), targets)
+    assert len(batch.layout.verified) == 1
     sample = VocabularySample.of_step([batch], 100, CPU)
     assert sample is not None
     student = make_student(16, 2, V, tied=False, heads=True)
@@ -290,7 +293,7 @@ def test_the_objective_in_a_sample() -> None:
     touched = gradient.abs().sum(dim=1) > 0
     assert torch.equal(touched.nonzero().squeeze(-1), sample.ids)
     _, whole = evaluated(student, Objective(config), batch)
-    assert float(parts["verification"]) == float(whole["verification"])
+    assert float(parts["verification"]) == float(whole["verification"]) > 0.0
     assert float(parts["kd"]) == pytest.approx(float(whole["kd"]), rel=0.3)
     with torch.no_grad():  # by hand: the same states, one position at a time
         states = batch.at_valid(student(batch.tokens).last_hidden_state)

@@ -43,13 +43,7 @@ from tests.support import training
 from tests.support.students import make_student
 
 LOSS = LossConfig(temperature=2.0, gamma=1.0)
-OURS = (
-    "stop_at",
-    "untied",
-    "heads",
-    "store",
-    "sample",
-)  # settings that are not those of a training
+OURS = ("stop_at", "untied", "heads", "store", "sample")  # not settings of a training
 PATIENCE = 60  # seconds that one process waits for the other before it says so
 LAUNCH = "--num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no "
 LAUNCH += "--dynamo_backend no --use_fsdp --fsdp_version 2"
