@@ -29,7 +29,6 @@ as it is there; a rerun does only what is missing.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -68,6 +67,7 @@ from teachers.store.teacher_record import TeacherRecord, find_teacher_record
 from teachers.targets.distributions import CompactTargets
 from teachers.targets.stored_arrays import Targets
 from tools.machine import machine, machine_line
+from tools.studies.results import Results, run_missing, spread
 
 TOPK = 32
 TRUNCATED_TEMPERATURES = (1.0, 3.0)
@@ -170,6 +170,10 @@ class Row:
     name: str
     loss: LossConfig
     truncated: str | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """See ``StudyRow``."""
+        return {"loss": self.loss.model_dump(mode="json"), "truncated": self.truncated}
 
     def objective(self, bench: Bench, student: SO8TForCausalLM) -> Objective:
         """A fresh objective for this student."""
@@ -345,86 +349,6 @@ def whole_vocabulary_kl(student: SO8TForCausalLM, batches: Iterable[Batch]) -> f
 
 
 # -- results --------------------------------------------------------------------------------------
-
-
-class Results:
-    """Results as lines of a JSON file, or in memory alone; those of other settings are left
-    there and not counted."""
-
-    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
-        self.path = path
-        self.settings = settings
-        self.lines: list[dict[str, Any]] = []
-        if path is not None and path.exists():
-            text = path.read_text(encoding="utf-8")
-            read = [_json(line) for line in text.splitlines()]
-            self.lines = [line for line in read if line.get("settings") == settings]
-            if text and not text.endswith("\n"):  # cut off by a kill
-                path.write_text(text + "\n", encoding="utf-8")
-
-    def find(self, row: Row, seed: int) -> dict[str, Any] | None:
-        """The result of this very row, if it is there."""
-        wanted = _identity(row, seed)
-        fits = (
-            line for line in self.lines if all(line[key] == value for key, value in wanted.items())
-        )
-        return next(fits, None)
-
-    def add(self, row: Row, seed: int, values: dict[str, Any]) -> dict[str, Any]:
-        """Keep a result."""
-        line = _identity(row, seed) | values | {"settings": self.settings}
-        self.lines.append(line)
-        self.write(line)
-        return line
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Append one line to the file, if there is one."""
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _identity(row: Row, seed: int) -> dict[str, Any]:
-    loss = row.loss.model_dump(mode="json")
-    return {"row": row.name, "seed": seed, "loss": loss, "truncated": row.truncated}
-
-
-def _json(line: str) -> dict[str, Any]:
-    try:
-        content = json.loads(line)
-    except json.JSONDecodeError:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def run_missing(
-    bench: Bench,
-    rows: Sequence[Row],
-    seeds: Sequence[int],
-    results: Results,
-    say: Callable[[str], None],
-) -> None:
-    """Train what is missing, seed by seed: an interrupted job has compared all rows on the seeds
-    it has done."""
-    wanted = [(seed, row) for seed in seeds for row in rows]
-    missing = [(seed, row) for seed, row in wanted if results.find(row, seed) is None]
-    if len(missing) < len(wanted):
-        say(f"{len(wanted) - len(missing)} of {len(wanted)} results are there already")
-    for number, (seed, row) in enumerate(missing, 1):
-        result = results.add(row, seed, bench.measure(row, seed))
-        told = result.get("failed") or f"KL {result['kl']:.4f}, {result['seconds']:.1f} s"
-        say(f"{number}/{len(missing)}  seed {seed}  {row.name}: {told}")
-
-
-def spread(values: Sequence[float], digits: int = 4) -> str:
-    """Mean ± standard deviation (least to greatest)."""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    if len(values) < 2:
-        return mean
-    return (
-        f"{mean} ± {statistics.stdev(values):.{digits}f} "
-        f"({min(values):.{digits}f}–{max(values):.{digits}f})"
-    )
 
 
 def results_table(rows: Sequence[Row], seeds: Sequence[int], results: Results) -> Table:

@@ -61,7 +61,8 @@ from teachers.store.teacher_record import TeacherRecord, require_teacher_record
 from tools.bench.so8t_cost import CostJob, cost_tables, measure_files, measure_steps
 from tools.bench.step import StepJob, make_material
 from tools.machine import machine, machine_line, write_json
-from tools.studies.objectives import SPLIT_SEED, Results, chosen_rows, run_missing
+from tools.studies.objectives import SPLIT_SEED, chosen_rows
+from tools.studies.results import Results, run_missing
 from tools.studies.so8t_ablation import Ablation, ablation_tables, all_variants
 
 

@@ -45,7 +45,8 @@ from teachers.base import SINGLE_PROCESS
 from teachers.store.store import SoftTargetStore
 from teachers.store.teacher_record import TeacherRecord
 from tools.bench.so8t_cost import freeze_identity
-from tools.studies.objectives import Bench, Results, Row
+from tools.studies.objectives import Bench, Row
+from tools.studies.results import Results
 
 FULL = "full"
 BEGINNING_TEXTS = 512  # of training text that a head start may look at
