@@ -1,4 +1,4 @@
-"""When the next checkpoint is due, and how fast training goes."""
+"""When the next checkpoint is due, how fast training goes, and what takes time beside it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class CheckpointTimer:
         self.from_tokens = from_tokens
         self.start = self.last_save = time.perf_counter()
         self.interval = CHECKPOINT_SECONDS
+        self.aside = 0.0  # seconds of validation, weighing and checkpoints
 
     @property
     def seconds(self) -> float:
@@ -50,9 +51,17 @@ class CheckpointTimer:
     def saving(self, step: int) -> Iterator[None]:
         """Time the writing of a checkpoint; a slow one makes them rarer."""
         start = time.perf_counter()
-        yield
+        with self.beside_training():
+            yield
         self.saved_step, self.last_save = step, time.perf_counter()
         self.interval = max(CHECKPOINT_SECONDS, (self.last_save - start) / SAVING_SHARE)
+
+    @contextmanager
+    def beside_training(self) -> Iterator[None]:
+        """Time what is no step."""
+        start = time.perf_counter()
+        yield
+        self.aside += time.perf_counter() - start
 
     def describe(self, state: TrainingState, loss: float, name: str) -> str:
         """One line on the state of training; ``name``: of the validation points' KL."""

@@ -57,6 +57,7 @@ from distill.training.validation import (
     is_exhausted,
     validation_kl,
     validation_score,
+    weighing_steps,
 )
 from stability import Event, GaveUp
 from stability.detectors import Action
@@ -65,7 +66,6 @@ from students.model.interface import Student
 from students.weights import full_tensor, plain_weights, set_weights
 from teachers.base import ProcessRank
 
-WEIGH_EVERY = 4  # validation points, as the spectra of all matrices take as long as some steps
 REPLACEMENT = 8  # stream of random numbers that chooses batches in place of quarantined ones
 
 Report = Callable[[int, str], None]
@@ -185,6 +185,7 @@ def train(
         steps=state.step,
         tokens_seen=state.tokens_seen,
         seconds=timer.seconds,
+        aside=timer.aside,
         continued_from=timer.from_step,
         scores=tuple(sorted(state.scores.items())),
         precision="bf16" if accelerator.mixed_precision == "bf16" else "fp32",
@@ -199,7 +200,7 @@ def _run(loop: Loop, state: TrainingState, timer: CheckpointTimer, report: Repor
     """The loop itself: evaluate, save, stop, step, log."""
     config, plan = loop.job.config, loop.plan
     evaluate_at = evaluation_steps(len(plan), config.evaluations)
-    weigh_at = {*sorted(evaluate_at)[::WEIGH_EVERY], len(plan)}
+    weigh_at = _weighing_steps(loop, state, evaluate_at)
     name = validation_kl(loop.job.data.store.manifest.recipe)
     if state.guard is not None:
         audited = loop.job.folder if loop.accelerator.is_main_process else None
@@ -207,10 +208,11 @@ def _run(loop: Loop, state: TrainingState, timer: CheckpointTimer, report: Repor
         state.guard.on_probe = lambda step, reading: loop.record("probe", step, reading.flat())
     while True:
         if state.step in evaluate_at and state.step not in state.scores:
-            scored = {"sequences": loop.job.data.watched_count}
-            loop.record("held_out", state.step, vars(_evaluate(loop, state)) | scored)
-            if state.guard is not None and state.step in weigh_at:
-                loop.record("weights", state.step, state.guard.monitor.weigh(full_tensor))
+            with timer.beside_training():
+                scored = {"sequences": loop.job.data.watched_count}
+                loop.record("held_out", state.step, vars(_evaluate(loop, state)) | scored)
+                if state.guard is not None and state.step in weigh_at:
+                    loop.record("weights", state.step, state.guard.monitor.weigh(full_tensor))
         finished = state.step == len(plan) or is_exhausted(state.scores, config.patience)
         unsaved = finished and timer.trained_since_save(state.step)
         if unsaved or timer.save_is_due(loop.accelerator):
@@ -231,6 +233,16 @@ def _run(loop: Loop, state: TrainingState, timer: CheckpointTimer, report: Repor
             report(state.step, timer.describe(state, values["loss"], name))
         elif state.step < before:
             timer.rolled_back()
+
+
+def _weighing_steps(loop: Loop, state: TrainingState, points: set[int]) -> set[int]:
+    """The validation points at which the guard weighs all matrices."""
+    if state.guard is None:
+        return set()
+    monitor, lengths = state.guard.monitor, loop.job.data.store.lengths()
+    tokens = tokens_of_a_step(lengths, loop.plan) * len(loop.plan)
+    trained = 6.0 * tokens * sum(weight.numel() for weight in monitor.weights)
+    return weighing_steps(points, monitor.weigh_products, trained)
 
 
 def _require_trained(state: TrainingState) -> None:

@@ -11,13 +11,15 @@ from distill.training.validation import ValidationScore
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """``seconds``: of this process alone, which started at step ``continued_from``; ``best``: the
-    step whose weights the student has now; ``planned``: steps without early stopping;
-    ``padding``: share of the computed positions that are padding."""
+    """``seconds``: of this process alone, which started at step ``continued_from``, and ``aside``:
+    of them those of validation, weighing and checkpoints; ``best``: the step whose weights the
+    student has now; ``planned``: steps without early stopping; ``padding``: share of the computed
+    positions that are padding."""
 
     steps: int
     tokens_seen: int
     seconds: float
+    aside: float
     continued_from: int
     scores: tuple[tuple[int, ValidationScore], ...]
     precision: str
@@ -30,7 +32,8 @@ class TrainingSummary:
         """Training in a line; ``name``: of the validation points' KL."""
         scores = dict(self.scores)
         text = f"{self.steps} steps, {human_count(self.tokens_seen)} tokens, "
-        text += f"{self.padding:.1%} of the computed positions padding; {name} "
+        text += f"{self.padding:.1%} of the computed positions padding, "
+        text += f"{self.aside / self.seconds:.1%} of the time validation and checkpoints; {name} "
         text += f"{scores[0].kl:.3f} → {scores[self.best].kl:.3f}"
         if self.steps < self.planned:
             text += f"; stopped early, {self.planned} steps were planned"

@@ -81,6 +81,28 @@ def is_exhausted(scores: Mapping[int, ValidationScore], patience: int | None) ->
     return patience is not None and sum(step > best_step(scores) for step in scores) >= patience
 
 
+# Validation points from one weighing of all matrices to the next, and the share of a training's
+# products that those between the first and the last may take.
+WEIGH_EVERY, WEIGH_SHARE = 4, 0.01
+
+
 def evaluation_steps(steps: int, evaluations: int) -> set[int]:
     """Steps after which the student is scored: the first, the last, and evenly in between."""
     return {round(steps * number / (evaluations - 1)) for number in range(evaluations)}
+
+
+def weighing_steps(points: set[int], weighing: float, training: float) -> set[int]:
+    """The validation points at which all matrices are weighed: the first, the last, and in between
+    every fourth, unless the training is so short that these would take too much of it.
+
+    Counted in products, not by the clock, so that a run that is continued weighs at the same steps.
+
+    Args:
+        points: see ``evaluation_steps``.
+        weighing: products that one weighing takes as long as.
+        training: products of all steps.
+    """
+    between = set(sorted(points)[WEIGH_EVERY:-1:WEIGH_EVERY])
+    if len(between) * weighing > WEIGH_SHARE * training:
+        between = set()
+    return between | {min(points), max(points)}

@@ -18,6 +18,9 @@ from stability.precision import float64
 
 NORM_INTERVAL = 4  # steps between two readings of the same weight's norm
 EXACT = 1 << 18  # largest matrix, in elements, whose rank is computed in float64
+# The eigenvalues of N × N take about as long as so many · N³ products (512 × 512 on two cores of an
+# Intel Xeon with AMX: 9.3 ms, where training multiplies 0.29 · 10¹² a second).
+EIGENVALUES = 20
 
 ClipGroups = Mapping[str, Sequence[nn.Parameter]]
 
@@ -116,6 +119,12 @@ class Monitor:
     @torch.no_grad()
     def weight_norms(self) -> list[float]:
         return norms(self.weights).tolist()
+
+    @property
+    def weigh_products(self) -> float:
+        """About how many floating-point operations of a training take as long as ``weigh``."""
+        sides = [sorted(one.shape) for one in self.weights if one.dim() == 2]
+        return float(sum(2 * n * n * m + EIGENVALUES * n**3 for n, m in sides))
 
     @torch.no_grad()
     def weigh(self, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, float]:

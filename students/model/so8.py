@@ -49,20 +49,20 @@ def rotation(parameters: Tensor) -> Tensor:
         return exact.to(parameters.device, wide)
 
 
-# Of ``exponential`` on a GPU, where everything is exact to 1e-12: 1-norms up to 256 become 1/4, for
-# which the 11th power is the last that counts.
-HALVINGS, TERMS = 10, 12
+# Of ``exponential``, exact to 1e-12: matrices are halved until their 1-norm is at most ``SMALL``,
+# for which the 11th power is the last that counts; ``HALVINGS`` times where the norms are not to be
+# looked at, which is enough for norms of up to 256.
+SMALL, TERMS, HALVINGS = 0.25, 12, 10
 
 
 def exponential(matrices: Tensor) -> Tensor:
-    """exp of ``[..., G, G]``, differentiable.
+    """exp of ``[..., G, G]``, differentiable: all are halved and squared alike (Higham 2005).
 
-    PyTorch's looks for the matrices of each range of norms and waits for a GPU five times, in every
-    layer, forward and backward. There all of them are scaled and squared alike (Higham 2005).
+    PyTorch's sorts the matrices by ranges of norms, in every layer, forward and backward, which
+    takes longer than the products, and waits for a GPU five times.
     """
-    if matrices.device.type == "cpu":
-        return torch.linalg.matrix_exp(matrices)
-    x = matrices * 0.5**HALVINGS
+    halvings = _halvings(matrices)
+    x = matrices * 0.5**halvings
     identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x)
     square = x @ x
     fourth = square @ square
@@ -70,9 +70,18 @@ def exponential(matrices: Tensor) -> Tensor:
     sums = (_coefficients(x.dtype, x.device) @ powers).unflatten(-1, x.shape[-2:])
     first, second, third = sums.unbind(dim=-3)
     result = first + fourth @ (second + fourth @ third)
-    for _ in range(HALVINGS):
+    for _ in range(halvings):
         result = result @ result
     return result
+
+
+def _halvings(matrices: Tensor) -> int:
+    """How often the largest of ``matrices`` has to be halved. A GPU would be waited for, and a
+    compiler cannot know."""
+    if matrices.device.type != "cpu" or torch.compiler.is_compiling() or not matrices.numel():
+        return HALVINGS
+    norm = float(matrices.detach().abs().sum(dim=-2).amax())
+    return max(0, math.ceil(math.log2(norm / SMALL))) if SMALL < norm < math.inf else 0
 
 
 @cache

@@ -21,7 +21,7 @@ from distill.heads.safety_fitting import expected_fitting_time, fitting_within
 from distill.pipeline.budget.allocation import Costs, Text
 from distill.pipeline.budget.measure import Measured
 from distill.pipeline.probes import sequences_together
-from distill.training.engine import WEIGH_EVERY
+from distill.training.validation import WEIGH_EVERY
 from stability.precision import ieee_float32
 
 SAFETY_SHARE = 0.1  # of the time, that the safety head is to take

@@ -19,7 +19,7 @@ from distill.training.data import TrainingData
 from distill.training.distributed import TrainingModule
 from distill.training.engine import TrainingJob, train
 from distill.training.optimizer import build_optimizer, build_schedule
-from distill.training.validation import evaluation_steps, validation_score
+from distill.training.validation import evaluation_steps, validation_score, weighing_steps
 from students.model import so8
 from students.model.decoder import SO8TForCausalLM
 from tests.support.references import reference_bucket_kl
@@ -224,3 +224,12 @@ def test_evaluation_steps() -> None:
     """First and last step are always among them; more evaluations than steps do no harm."""
     assert evaluation_steps(100, 5) == {0, 25, 50, 75, 100}
     assert evaluation_steps(2, 12) == {0, 1, 2}
+
+
+def test_matrices_are_weighed_where_training_is_long_enough() -> None:
+    """Always at the first and the last point; in between only where that takes a hundredth."""
+    points = evaluation_steps(110, 12)
+    assert weighing_steps(points, 1.0, 200.0) == {0, 40, 80, 110}
+    assert weighing_steps(points, 1.0, 199.0) == {0, 110}
+    assert weighing_steps({0, 1, 2}, 1.0, 0.0) == {0, 2}
+    assert weighing_steps({0}, 1.0, 0.0) == {0}
