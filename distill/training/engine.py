@@ -211,7 +211,8 @@ def _run(loop: Loop, state: TrainingState, timer: CheckpointTimer, report: Repor
             with timer.beside_training():
                 scored = {"sequences": loop.job.data.watched_count}
                 loop.record("held_out", state.step, vars(_evaluate(loop, state)) | scored)
-                if state.guard is not None and state.step in weigh_at:
+                last = is_exhausted(state.scores, config.patience)
+                if state.guard is not None and (last or state.step in weigh_at):
                     loop.record("weights", state.step, state.guard.monitor.weigh(full_tensor))
         finished = state.step == len(plan) or is_exhausted(state.scores, config.patience)
         unsaved = finished and timer.trained_since_save(state.step)

@@ -76,19 +76,22 @@ def exponential(matrices: Tensor) -> Tensor:
 
 
 def _halvings(matrices: Tensor) -> int:
-    """How often the largest of ``matrices`` has to be halved. A GPU would be waited for, and a
-    compiler cannot know."""
+    """How often the largest of ``matrices`` has to be halved. A GPU would be waited for, a compiler
+    cannot know, and one that is not finite is not to spoil the others."""
     if matrices.device.type != "cpu" or torch.compiler.is_compiling() or not matrices.numel():
         return HALVINGS
     norm = float(matrices.detach().abs().sum(dim=-2).amax())
-    return max(0, math.ceil(math.log2(norm / SMALL))) if SMALL < norm < math.inf else 0
+    if not math.isfinite(norm):
+        return HALVINGS
+    return max(0, math.ceil(math.log2(norm) - math.log2(SMALL))) if norm > SMALL else 0
 
 
 @cache
 def _coefficients(dtype: torch.dtype, device: torch.device) -> Tensor:
     """1 / k! of the Taylor series in rows of four; made once, as a GPU waits for them."""
     values = [1.0 / math.factorial(power) for power in range(TERMS)]
-    return torch.tensor(values, dtype=dtype, device=device).view(-1, 4)
+    with torch.inference_mode(False):  # a later training uses them, too
+        return torch.tensor(values, dtype=dtype, device=device).view(-1, 4)
 
 
 def rotate_columns(weight: Tensor, rotations: Tensor) -> Tensor:

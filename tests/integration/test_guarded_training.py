@@ -16,7 +16,7 @@ from distill.errors import TrainingAborted
 from distill.losses.batch import Batch
 from distill.losses.objective import Objective
 from distill.runs.folder import latest_checkpoint
-from distill.training import checkpoint
+from distill.training import checkpoint, validation
 from distill.training.data import TrainingData, load_batch
 from distill.training.engine import TrainingJob, train
 from distill.training.summary import TrainingSummary
@@ -155,6 +155,22 @@ def test_a_probe_and_all_weights_are_in_the_log(data: TrainingData, tmp_path: Pa
     matrix = fresh_student().model.layers[0].self_attn.q_proj.weight
     norm = story.lines("weights")[0]["norm:model.layers.0.self_attn.q_proj.weight"]
     assert norm == pytest.approx(float(matrix.detach().norm()), rel=1e-5)
+
+
+def test_a_long_training_weighs_more_often(
+    data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every fourth validation point; and at the one at which a training stops early."""
+    monkeypatch.setattr(validation, "WEIGH_SHARE", 1000.0)
+    story = Story(data, tmp_path / "long")
+    story.run()
+    scored = story.each("held_out", "step")
+    assert story.each("weights", "step") == sorted({*scored[::4], 30})
+    monkeypatch.setattr(validation, "WEIGH_SHARE", 0.0)
+    rate = {"learning_rate": 3.0, "patience": 1}
+    story = Story(data, tmp_path / "short", TRAIN.model_copy(update=rate))
+    _, summary = story.run()
+    assert summary.steps < 30 and story.each("weights", "step") == [0, summary.steps]
 
 
 # -- batches that are not sound

@@ -311,10 +311,7 @@ class Bench:
                 summary = train(job, lambda step, text: None)
             except TrainingAborted as error:
                 return {"failed": str(error)}
-            # The student has the weights of its best evaluation; wanted are those of the last step.
-            newest = latest_checkpoint(Path(folder) / "checkpoints")
-            assert newest is not None
-            set_weights(student, safetensors.torch.load_file(newest / "model.safetensors"))
+            take_last_weights(student, Path(folder))
         (_, before), (_, last) = summary.scores[0], summary.scores[-1]
         device = next(student.parameters()).device
         over_all = whole_vocabulary_kl(student, data.held_out(self.config.batch_size, device))
@@ -326,6 +323,14 @@ class Bench:
             "seconds": round(summary.seconds, 2),
             "precision": summary.precision,
         }
+
+
+def take_last_weights(student: SO8TForCausalLM, folder: Path) -> None:
+    """Give a trained student, which has the weights of its best evaluation, those of the last
+    step."""
+    newest = latest_checkpoint(folder / "checkpoints")
+    assert newest is not None
+    set_weights(student, safetensors.torch.load_file(newest / "model.safetensors"))
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@
 The first row, ``usual``, is what ``distill run`` does with the store, the settings of ``--set`` and
 as many steps as ``--tokens`` take; every ``--vary`` is a row that differs from it by one or more of
 
-- ``section.key=value``: a setting;
+- ``section.key=value``: a setting of ``train`` or ``loss`` (``--set`` takes those of the student's
+  shape, too);
 - ``rate=F``: F times the peak learning rate that a run would choose;
 - ``text=N``: only so many tokens of distinct text, learnt from again and again;
 - ``begin=embeddings`` or ``random``: first weights that know only the teacher's token embeddings,
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -36,13 +38,15 @@ import torch
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from distill.capture.ready_store import open_full_store, require_complete
+from distill.capture.ready_store import find_teacher, open_full_store, require_complete
 from distill.config.loading import load_config
 from distill.config.schema import RunConfig
 from distill.errors import TrainingAborted, UserError
-from distill.initialization.from_teacher import student_from_teacher
+from distill.initialization.from_teacher import require_usable_weights, student_from_teacher
 from distill.initialization.shape import new_student, student_shape
+from distill.losses.hidden_states import pair_layers
 from distill.losses.objective import build_objective
+from distill.pipeline.stages import INITIALIZATION_SEQUENCES
 from distill.runtime.progress import Console
 from distill.training.data import TrainingData, split
 from distill.training.engine import TrainingJob, train
@@ -54,10 +58,23 @@ from teachers.atomic_files import StoreError
 from teachers.gguf.file import GGUFFile, TeacherFileError, read_gguf
 from teachers.store.teacher_record import TeacherRecord
 from tools.machine import machine, machine_line
-from tools.studies.objectives import SPLIT_SEED, whole_vocabulary_kl
+from tools.studies.objectives import SPLIT_SEED, take_last_weights, whole_vocabulary_kl
 from tools.studies.results import Results, run_missing, spread
 
 BEGINNINGS = ("teacher", "embeddings", "random")
+# Settings of these sections make a row; of ``student`` they are for all rows.
+SECTIONS = ("train", "loss")
+# What this tool decides itself, or does not do.
+DECIDED = (
+    "train.epochs",
+    "train.steps",
+    "train.batch_tokens",
+    "train.learning_rate",
+    "train.on_policy",
+    "student.init",
+    "student.base",
+    "student.vocab",
+)
 
 
 @dataclass(frozen=True)
@@ -106,23 +123,37 @@ def recipe(name: str, settings: Sequence[str], size: str) -> Recipe:
     """The row that some ``key=value`` describe.
 
     Raises:
-        UserError: an unknown key, or a value out of range.
+        UserError: an unknown key, one that would change nothing here, or a value out of range.
     """
     plain = [one for one in settings if "." in one.partition("=")[0]]
     other = dict(one.partition("=")[::2] for one in settings if one not in plain)
+    for key in (one.partition("=")[0] for one in plain):
+        if key in DECIDED or key.partition(".")[0] not in (*SECTIONS, "student"):
+            raise UserError(f"{name}: {key} changes nothing here; see --help")
     usual = {"student.size": size, "safety.labels": "none", "train.evaluations": 2}
     config = load_config(None, usual, plain)
     try:
         rate, text = float(other.pop("rate", 1.0)), int(other.pop("text", 0))
     except ValueError as error:
-        raise UserError(f"--vary {name}: {error}") from None
+        raise UserError(f"{name}: {error}") from None
     begin = other.pop("begin", BEGINNINGS[0])
-    if other or begin not in BEGINNINGS or rate <= 0 or text < 0:
+    if other or begin not in BEGINNINGS or not 0 < rate < math.inf or text < 0:
         raise UserError(
-            f"--vary {name!r}: write section.key=value, rate=F, text=N or "
-            f"begin={'|'.join(BEGINNINGS)}"
+            f"{name}: write section.key=value, rate=F, text=N or begin={'|'.join(BEGINNINGS)}"
         )
     return Recipe(name, config, rate, text, begin)
+
+
+def varied(setting: str, common: Sequence[str], size: str) -> Recipe:
+    """The row of a ``--vary``.
+
+    Raises:
+        UserError: as ``recipe``; or it is of the student's shape, which all rows share.
+    """
+    own = setting.split()
+    if any(one.startswith("student.") for one in own):
+        raise UserError(f"{setting}: all rows train one student; give it to --set")
+    return recipe(setting, [*common, *own], size)
 
 
 @dataclass(frozen=True)
@@ -147,7 +178,8 @@ class Bench:
     def beginning(self, begin: str, seed: int) -> SO8TForCausalLM:
         """A student before training."""
         if (begin, seed) not in self.begun:
-            self.begun.clear()
+            for key in [key for key in self.begun if key[1] != seed]:  # which is done
+                del self.begun[key]
             self.begun[begin, seed] = self._begin(begin, seed)
         student = copy.deepcopy(self.begun[begin, seed])
         assert isinstance(student, SO8TForCausalLM)
@@ -159,7 +191,10 @@ class Bench:
             return build_student(shape, seed)
         if begin == "embeddings":
             return new_student(shape, seed, self.teacher_record.embeddings)
-        sequences = [self.data.store.tokens(int(index)) for index in self.data.split.train]
+        known = self.data.split.train
+        count = min(len(known), INITIALIZATION_SEQUENCES)
+        some = known[np.linspace(0, len(known) - 1, count).astype(int)]
+        sequences = [self.data.store.tokens(int(index)) for index in some]
         return student_from_teacher(shape, self.file, sequences, seed, lambda done, words: None)
 
     def measure(self, row: Recipe, seed: int) -> dict[str, Any]:
@@ -180,6 +215,7 @@ class Bench:
                 summary = train(job, lambda step, text: None)
             except TrainingAborted as error:
                 return {"failed": str(error)}
+            take_last_weights(student, Path(folder))
         (_, before), (_, last) = summary.scores[0], summary.scores[-1]
         return {
             **vars(last),
@@ -225,16 +261,27 @@ def open_bench(options: argparse.Namespace) -> tuple[Bench, list[Recipe]]:
     """The store, proved to be complete, its teacher, and the rows.
 
     Raises:
-        StoreError, UserError, TeacherFileError: one of them or a setting cannot be used.
+        StoreError, UserError, TeacherFileError, ValueError: one of them or a setting cannot be
+        used, or they do not belong together.
     """
     size, settings = options.student_size, options.set
     rows = [recipe("usual", settings, size)]
-    rows += [recipe(one, [*settings, *one.split()], size) for one in options.vary]
+    rows += [varied(one, settings, size) for one in options.vary]
     store, teacher_record = open_full_store(options.store)
     require_complete(store, Console())
+    file = read_gguf(find_teacher(str(options.teacher), teacher_record.info) or options.teacher)
+    shape = student_shape(rows[0].config, teacher_record.info)
+    if any(row.begin == BEGINNINGS[0] for row in rows):
+        require_usable_weights(shape, file)
+    for row in rows:
+        if row.config.loss.gamma and store.manifest.recipe.layers:
+            layers = store.manifest.recipe.layers, shape.num_hidden_layers
+            pair_layers(row.config.loss.layer_map, *layers, teacher_record.info.layers)
+        elif "loss.gamma" in row.name:
+            raise UserError(f"{row.name}: the store holds no layers; capture with targets.layers")
     parts = split(store, rows[0].config.data.held_out, SPLIT_SEED)
     data = ShortData(store, parts, SPLIT_SEED, tokens=options.tokens)
-    return Bench(data, teacher_record, read_gguf(options.teacher), rows[0]), rows
+    return Bench(data, teacher_record, file, rows[0]), rows
 
 
 def read_options() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -261,8 +308,11 @@ def main() -> None:
     console = RichConsole(width=160, highlight=False)
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")]
+        if min(seeds) < 0 or options.tokens < 1:
+            parser.error("--seeds and --tokens are numbers from 0 and from 1")
+        if options.json and not options.json.absolute().parent.is_dir():
+            parser.error(f"--json {options.json}: there is no such folder")
         bench, rows = open_bench(options)
-        student_shape(bench.usual.config, bench.teacher_record.info)
     except (UserError, StoreError, TeacherFileError, ValueError) as error:
         parser.error(str(error))
     here = machine(torch.get_num_threads())

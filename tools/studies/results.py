@@ -50,7 +50,9 @@ class Results:
         """The result of this very row, if it is there."""
         wanted = _identity(row, seed)
         fits = (
-            line for line in self.lines if all(line[key] == value for key, value in wanted.items())
+            line
+            for line in self.lines
+            if all(line.get(key) == value for key, value in wanted.items())
         )
         return next(fits, None)
 

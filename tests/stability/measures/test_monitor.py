@@ -324,3 +324,10 @@ def test_monitor_changes_nothing_and_weighs_everything() -> None:
     assert figures["spread:0.weight"] == pytest.approx(float(np.std(weight.numpy())), rel=1e-5)
     assert figures["rank:0.weight"] == pytest.approx(rank, rel=1e-6)
     assert "rank:0.bias" not in figures and "norm:0.bias" in figures
+
+
+def test_a_weighing_counts_its_products() -> None:
+    """The Gram matrix of the shorter side and its eigenvalues; vectors have neither."""
+    model = nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3), nn.Linear(3, 4, bias=False))
+    monitor = Monitor(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert monitor.weigh_products == 2 * 9 * 5 + 20 * 27 + 2 * 9 * 4 + 20 * 27

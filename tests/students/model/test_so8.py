@@ -79,6 +79,24 @@ def test_rotation_is_the_exponential() -> None:
     torch.testing.assert_close(identity, torch.eye(8).expand(3, 8, 8), rtol=0, atol=0)
 
 
+def test_one_bad_rotation_does_not_spoil_the_others() -> None:
+    """Whatever is not finite stays in its block, large angles beside it are still right; and what a
+    forward pass without gradients has made serves a later training."""
+    parameters = drawn(3, scale=10.0, seed=1)
+    expected = so8.rotation(parameters)
+    for bad in (torch.nan, torch.inf):
+        spoilt = parameters.clone()
+        spoilt[1, 5] = bad
+        found = so8.rotation(spoilt)
+        torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], rtol=0, atol=1e-10)
+        assert not found[1].isfinite().all()
+    assert so8.rotation(torch.full((1, 28), 1e308, dtype=torch.float64)).shape == (1, 8, 8)
+    so8._coefficients.cache_clear()
+    with torch.inference_mode():
+        so8.rotation(drawn(1))
+    so8.rotation(drawn(1).requires_grad_()).sum().backward()
+
+
 def test_rotations_are_orthogonal_with_determinant_one() -> None:
     """‖RᵀR − I‖ ≤ 1e-5 and |det R − 1| ≤ 1e-5 in float32 for every angle; float64 is exact."""
     for scale in (0.05, 0.3, 1.0, 3.0, 10.0, 100.0):
