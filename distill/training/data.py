@@ -25,7 +25,7 @@ from teachers.store.store import SoftTargetStore
 from teachers.targets.stored_arrays import join
 
 MAX_HELD_OUT = 128
-WATCH_SHARE = 0.015  # of the tokens of a training, that all its points may score together
+WATCH_SHARE = 0.01  # of the tokens of a training, that all its points may score together
 WATCH_LEAST, WATCH_SEQUENCES = 1024, 4  # positions and sequences, without which a point says little
 WATCHED = 12  # stream of random numbers
 WINDOW = 64  # shards whose sequences are shuffled together

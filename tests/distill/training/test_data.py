@@ -93,7 +93,7 @@ def test_validation_points_are_a_small_part_of_training(tmp_path: Path) -> None:
     texts = [[*divmod(number, 20), *[number % 7] * 98] for number in range(200)]
     store = make_store(tmp_path / "whole", texts, per_shard=50)
     data, before = TrainingData(store, split(store, 0.5, 0), 0), set[int]()
-    for trained, points, count in ((0.0, 5, 11), (2e5, 2, 15), (4e5, 2, 30), (1e9, 12, 100)):
+    for trained, points, count in ((0.0, 5, 11), (3e5, 2, 15), (6e5, 2, 30), (1e9, 12, 100)):
         limited = data.watching(trained, points)
         assert limited.watched is not None and limited.watched_count == count, trained
         now = set(limited.watched.tolist())
