@@ -30,6 +30,9 @@ SCALE_BLOCK = 256  # scales that share a scale, with double quantization
 NF4_TABLES, SCALE_TABLES = 4 * 16, 4 * 256 + 4  # bytes for each matrix
 DIRECTIONS = 2.5  # of a sketch, for each of its bytes, where it is not fitted yet
 LOGITS_COPIES = 5  # float32 buffers of a chunk: logits, the teacher's, and those of the losses
+# Matrices that a gate's exponential keeps for the backward pass: seven, and one for each halving;
+# two are usual for its first angles (``students.model.so8``).
+EXPONENTIAL = 7 + 2
 PROMPT_TOKENS = 64  # of one of the safety head's prompts, roughly
 SNAPSHOT_COPIES = 3  # weights and two moments
 # Of a number of a matrix that is merged: float64 twice, float32; of a table, which is only checked.
@@ -224,7 +227,8 @@ def estimate(base: Any, training: TrainingSettings) -> TrainingMemory:
     - snapshots: weights, moments and buffers of the guard's.
     - activations: with checkpointing one layer's (``_layer_activations``) and the L layers' inputs,
       n·D each; without, all layers'. And the last norm's input in float32 and output, the gates'
-      rotations (a float64 and three float32 matrices of 8 × 8 for each block), narrowed LoRA.
+      rotations (for each block three float32 matrices of 8 × 8, and in float64 what two
+      exponentials keep), narrowed LoRA.
     - temporary: of the backward pass of one layer: gradients on their way through the feed-forward
       part, 3·I + 2·D for each token, and the largest matrix as unpacked from NF4.
     - loss: a chunk of logits (``distill.losses.chunked_lm_head.chunk_size``) in ``LOGITS_COPIES``
@@ -285,7 +289,7 @@ def _nf4_bytes(numbers: int, double: bool) -> int:
 def _activations(shape: _Shape, training: TrainingSettings) -> int:
     tokens = training.tokens + training.prompt_tokens
     last = tokens * (4 * (shape.width + 1) + shape.width * training.load_bytes)
-    around = last + shape.gates * (8 + 3 * 4)
+    around = last + shape.gates * (2 * 8 * EXPONENTIAL + 3 * 4)
     if training.autocast is not None:
         around += training.lora_bytes * shape.lora(training.rank)
     if not training.checkpointing:
