@@ -330,4 +330,4 @@ def test_a_weighing_counts_its_products() -> None:
     """The Gram matrix of the shorter side and its eigenvalues; vectors have neither."""
     model = nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3), nn.Linear(3, 4, bias=False))
     monitor = Monitor(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    assert monitor.weigh_products == 2 * 9 * 5 + 20 * 27 + 2 * 9 * 4 + 20 * 27
+    assert monitor.weigh_products == 2 * 9 * 5 + 60 * 27 + 2 * 9 * 4 + 60 * 27
