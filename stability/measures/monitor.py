@@ -18,8 +18,8 @@ from stability.precision import float64
 
 NORM_INTERVAL = 4  # steps between two readings of the same weight's norm
 EXACT = 1 << 18  # largest matrix, in elements, whose rank is computed in float64
-# The eigenvalues of N × N take about as long as so many · N³ products of a training (two cores of an
-# Intel Xeon with AMX: 20 of 512 × 512 in small steps, 60 of 320 × 320 in steps of 4,096 tokens).
+# The eigenvalues of N × N take about as long as so many · N³ products of a training (two cores of
+# an Intel Xeon with AMX: 20 of 512 × 512 in small steps, 60 of 320 × 320 in those of 4,096 tokens).
 EIGENVALUES = 60
 
 ClipGroups = Mapping[str, Sequence[nn.Parameter]]
