@@ -25,7 +25,6 @@ over them is one of exp(z / T + log w), the teacher's and the student's; the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -113,15 +112,6 @@ class Scratch:
         return room[: len(tensor)]
 
 
-def row_blocks(logits: Tensor) -> Iterator[slice]:
-    """Rows of ``logits [N, V]`` to take together: on a CPU few, so that the passes after the first
-    find them in the processor's own cache."""
-    few = max(1, BLOCK_BYTES // (4 * logits.shape[-1]))
-    together = few if logits.device.type == "cpu" else max(1, len(logits))
-    for start in range(0, len(logits), together):
-        yield slice(start, min(start + together, len(logits)))
-
-
 @torch.no_grad()
 def divergence_and_cross_entropy(
     logits: Tensor,
@@ -138,8 +128,12 @@ def divergence_and_cross_entropy(
     scratch = scratch or Scratch()
     by_buckets = isinstance(targets, CompactTargets) and not targets.has_tail_shape
     products = None if by_buckets or not len(logits) else targets.head_products()
+    # Passes over a few rows at a time find them in the processor's own cache.
+    few = max(1, BLOCK_BYTES // (4 * logits.shape[-1]))
+    together = few if logits.device.type == "cpu" else max(1, len(logits))
     sums = logits.new_zeros(2, dtype=torch.float32)
-    for rows in row_blocks(logits):
+    for start in range(0, len(logits), together):
+        rows = slice(start, start + together)
         own, known = logits[rows], targets.select(rows)
         wide = own
         if own.dtype != torch.float32:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from distill.losses import divergences
 from distill.losses.batch import Batch
 from distill.losses.chunked_lm_head import chunk_size, head_logits, logits_bytes
-from distill.losses.fused import row_blocks
 from distill.metrics.closeness import kl_name, kl_over
 from stability.precision import float64
 from students.model.interface import Student
@@ -66,10 +65,9 @@ def _sums(student: Student, batch: Batch) -> Tensor:
         for start in range(0, len(states), together):
             span = slice(start, start + together)
             logits = head_logits(states[span], student.output_matrix())
-            targets, known = batch.targets.select(span), labels[span]
-            for few in row_blocks(logits):
-                values = divergences.known_scores(logits[few], targets.select(few), known[few])
-                sums.append(torch.stack([float64(value).sum() for value in values]))
+            targets = batch.targets.select(span)
+            values = divergences.known_scores(logits, targets, labels[span])
+            sums.append(torch.stack([float64(value).sum() for value in values]))
     return torch.stack(sums).sum(dim=0)
 
 

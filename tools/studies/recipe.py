@@ -114,7 +114,7 @@ class Recipe:
 
     def identity(self) -> dict[str, Any]:
         """See ``StudyRow``."""
-        settings = {part: getattr(self.config, part) for part in ("train", "loss")}
+        settings = {part: getattr(self.config, part) for part in SECTIONS}
         written = {part: value.model_dump(mode="json") for part, value in settings.items()}
         return written | {"rate": self.rate, "text": self.text, "begin": self.begin}
 

@@ -226,6 +226,15 @@ def test_evaluation_steps() -> None:
     assert evaluation_steps(2, 12) == {0, 1, 2}
 
 
+def test_the_time_beside_the_steps_is_told(data: TrainingData, tmp_path: Path) -> None:
+    """Validation and checkpoints took some of the time, and the line says how much."""
+    job = TrainingJob(fresh_student(), data, Objective(LOSS), TRAIN, tmp_path)
+    summary = train(job, lambda step, text: None)
+    assert 0.0 < summary.aside < summary.seconds
+    told = f"{summary.aside / summary.seconds:.1%} of the time validation and checkpoints"
+    assert told in summary.in_words("validation KL")
+
+
 def test_matrices_are_weighed_where_training_is_long_enough() -> None:
     """Always at the first and the last point; in between only where that takes a hundredth."""
     points = evaluation_steps(110, 12)
