@@ -74,11 +74,16 @@ def _rounds() -> bool:
     return gpu or (onednn and not onednn_is_exact())
 
 
+def has_onednn_switch() -> bool:
+    """Whether PyTorch can be told to multiply float32 matrices with oneDNN."""
+    return bool(float32_switches()) and torch.backends.mkldnn.is_available()
+
+
 @cache
 def onednn_is_exact() -> bool:
     """Whether oneDNN multiplies float32 matrices in float32 where it is allowed to use bfloat16:
     processors that would use it (those with AMX) are found by trying."""
-    if not float32_switches() or not torch.backends.mkldnn.is_available():
+    if not has_onednn_switch():
         return False
     _, switch = float32_switches()
     before, switch.fp32_precision = switch.fp32_precision, "bf16"

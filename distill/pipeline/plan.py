@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from rich.table import Table
 
@@ -12,14 +11,13 @@ from distill.base_models.memory_advice import how_to_fit
 from distill.base_models.memory_estimate import memory_of
 from distill.base_models.new_student_memory import memory_of_new
 from distill.capture.corpus import Corpus
-from distill.capture.teachers import open_teacher
-from distill.capture.temporary_files.widened import copy_bytes, is_cheap, scoring_speed
 from distill.config.schema import RunConfig
 from distill.errors import UserError
 from distill.heads.prompts import SafetyPrompt
 from distill.metrics.closeness import BOUNDS
 from distill.pipeline.budget.budget import budget_table, elapsed, recommend, with_allocation
 from distill.pipeline.budget.measure import Measured, TrainingProbe, measure
+from distill.pipeline.budget.teacher_copy import TeacherCopy, faster_copy, with_copy
 from distill.pipeline.disk import Disk, TeacherFiles, checkpoint_bytes, run_files
 from distill.pipeline.memory import TRAINING, WORKER_BYTES, Models, Peak, stage_peaks
 from distill.pipeline.preflight import Inputs, check_plan
@@ -31,12 +29,8 @@ from distill.runs.records import read_records
 from distill.runtime.format import human_bytes, human_count, human_time
 from distill.runtime.printable import markup
 from distill.runtime.progress import Console
-from teachers import example_teacher
 from teachers.base import TeacherInfo
-from teachers.errors import TeacherError
-from teachers.gguf.file import read_gguf
 
-WORTH_A_COPY = 1.2  # times as fast, that a copy of the teacher is recommended from
 AS_LONG_AGAIN = 1.15  # a run starts and probes as this has, then loads the teacher once more
 
 
@@ -80,8 +74,9 @@ def plan_run(
     """
     inputs = inputs or check_plan(config, budget=budget)
     measured = measure(config, inputs.take_data(), console, budget, inputs.prompts)
+    copy = faster_copy(measured, console)
     if budget is not None:
-        measured = _within(budget, measured, inputs.prompts, console)
+        measured = _within(budget, measured, copy, inputs.prompts, console)
     config, info, corpus, student = (
         measured.config,
         measured.info,
@@ -105,8 +100,9 @@ def plan_run(
     title = f"{info.name} → {config.student.label} SO8T: what a run takes"
     targets = f"{measured.recipe.kind}, {probe.position_bytes} bytes a token trained on"
     _print(plan, title, targets, student.rows, console)
-    if faster := _faster_as_floating_point(measured, console):
-        console.note(faster)
+    if copy is not None:
+        words = f"{copy.faster:.1f} times as fast with {copy.setting}, which takes {copy.takes}"
+        console.note(f"capture {'would be' if budget is None else 'is'} {words}")
     for words in _closeness(config, info, plan, console):
         console.note(words)
     if memory is not None:
@@ -115,11 +111,16 @@ def plan_run(
 
 
 def _within(
-    budget: float, measured: Measured, prompts: list[SafetyPrompt] | None, console: Console
+    budget: float,
+    measured: Measured,
+    copy: TeacherCopy | None,
+    prompts: list[SafetyPrompt] | None,
+    console: Console,
 ) -> Measured:
     """The same for as much text as fits into ``budget`` seconds, which is printed."""
+    measured = measured if copy is None else with_copy(measured, copy)
     allocation, _ = recommend(measured, budget, prompts, AS_LONG_AGAIN * elapsed())
-    console.rich.print(budget_table(allocation, budget))
+    console.rich.print(budget_table(allocation, budget, copy))
     config = with_allocation(measured.config, allocation)
     corpus = measured.corpus
     some = itertools.islice(itertools.cycle(corpus.items), allocation.samples)
@@ -163,34 +164,6 @@ def _combine(
         parameters=student.numbers.exported,
         steps=steps,
         train_seconds=seconds,
-    )
-
-
-def _faster_as_floating_point(measured: Measured, console: Console) -> str | None:
-    """What ``teacher.weights_as`` would gain, by a measurement, where it may be worth one."""
-    asked = measured.config.teacher
-    here = asked.path is None or Path(asked.path).is_file()
-    if asked.weights_as or asked.mix_with or not here or measured.corpus.spoken:
-        return None
-    file = read_gguf(Path(asked.path) if asked.path else example_teacher())
-    if measured.on_device or not is_cheap(file):
-        return None
-    speeds = []
-    with console.stage("Try float16") as stage:
-        try:
-            for kind in (None, "f16"):
-                with open_teacher(asked.model_copy(update={"weights_as": kind})) as teacher:
-                    speeds.append(scoring_speed(teacher, measured.probe.sequences))
-        except (UserError, TeacherError, OSError) as error:  # of the copy: the file was probed
-            stage.finish(f"not possible: {error}")
-            return None
-        stage.finish(f"{speeds[0]:,.0f} tokens/s with the file, {speeds[1]:,.0f} with a copy")
-    if speeds[1] < WORTH_A_COPY * speeds[0]:
-        return None
-    return (
-        f"capture would be {speeds[1] / speeds[0]:.1f} times as fast with --set "
-        f"teacher.weights_as=f16, which takes {human_bytes(copy_bytes(file, 'f16'))} of memory and "
-        "disk meanwhile"
     )
 
 

@@ -49,7 +49,8 @@ class TeacherProbe:
 
     ``length``: average tokens of a generated sequence; ``kept_share``: of positions, that are
     learnt; ``position_bytes``: of the store for each of these, and ``store_limit`` of it as a whole
-    at most; ``codec_bytes``: of its shared codec.
+    at most; ``codec_bytes``: of its shared codec. ``faster``: how many times as fast as the file
+    what captures is.
     """
 
     batch: Batch
@@ -61,6 +62,7 @@ class TeacherProbe:
     position_bytes: int
     store_limit: int
     codec_bytes: int
+    faster: float = 1.0
 
 
 def probe_teacher(

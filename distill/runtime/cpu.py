@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from stability.precision import float32_switches, onednn_is_exact
+from stability.precision import float32_switches, has_onednn_switch, onednn_is_exact
 
 # Parameters of mallopt(3).
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
@@ -38,14 +38,15 @@ def return_freed_memory() -> None:
 
 
 @contextmanager
-def onednn_for_float32() -> Iterator[bool]:
-    """Let oneDNN multiply float32 matrices meanwhile, if it does so in float32; yields whether.
+def onednn_for_float32(exactly: bool = True) -> Iterator[bool]:
+    """Let oneDNN multiply float32 matrices meanwhile, if it does so in float32; yields whether it
+    does the multiplying.
 
     PyTorch otherwise uses MKL, 2 to 2.5 times slower on an AMD EPYC. The switch also permits
-    bfloat16 inside; processors that would use it (those with AMX) are left as they are. It makes
-    PyTorch's fused attention for CPUs four times slower.
+    bfloat16 inside; processors that would use it (those with AMX) are left as they are, unless it
+    need not be ``exactly`` float32. It makes PyTorch's fused attention for CPUs four times slower.
     """
-    if not onednn_is_exact():
+    if not (onednn_is_exact() if exactly else has_onednn_switch()):
         yield False
         return
     _, settings = float32_switches()

@@ -26,7 +26,7 @@ from teachers.targets.stored_arrays import join
 
 MAX_HELD_OUT = 128
 WATCH_SHARE = 0.01  # of the tokens of a training, that all its points may score together
-WATCH_LEAST, WATCH_SEQUENCES = 1024, 4  # positions and sequences, without which a point says little
+WATCH_LEAST, WATCH_SEQUENCES = 512, 4  # positions and sequences, without which a point says little
 WATCHED = 12  # stream of random numbers
 WINDOW = 64  # shards whose sequences are shuffled together
 WINDOWS_KEPT = 4  # in memory: at a border two are looked at, and where a batch is replaced others

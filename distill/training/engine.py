@@ -257,7 +257,8 @@ def _evaluate(loop: Loop, state: TrainingState) -> ValidationScore:
     """Score the watched sequences, and keep a copy of the weights if they are the best yet."""
     device = loop.accelerator.device
     size, pack = loop.job.config.batch_size, state.student.packs
-    score = validation_score(loop.model, loop.job.data.held_out(size, device, pack))
+    with loop.accelerator.autocast():
+        score = validation_score(loop.model, loop.job.data.held_out(size, device, pack))
     if loop.accelerator.num_processes > 1:  # all decide by the same values, to the last bit
         values = torch.tensor(list(vars(score).values()), dtype=torch.float64, device=device)
         score = ValidationScore(*broadcast(values).tolist())

@@ -4,6 +4,7 @@ stopping and the best step follow from it."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from distill.losses import divergences
 from distill.losses.batch import Batch
 from distill.losses.chunked_lm_head import chunk_size, head_logits, logits_bytes
 from distill.metrics.closeness import kl_name, kl_over
+from distill.runtime.cpu import onednn_for_float32
 from stability.precision import float64
 from students.model.interface import Student
 from teachers.targets.recipe import Recipe
@@ -38,7 +40,11 @@ def validation_kl(recipe: Recipe) -> str:
 
 
 def validation_score(model: nn.Module, batches: Iterable[Batch]) -> ValidationScore:
-    """Score a training module (see ``distill.training.distributed``) in float32 on batches."""
+    """Score a training module (see ``distill.training.distributed``) on batches.
+
+    Its layers compute in float32, or as autocast says; logits are float32. Under autocast their
+    products may round both factors to bfloat16, where a CPU is faster so.
+    """
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)
     count = 0
@@ -53,11 +59,15 @@ def validation_score(model: nn.Module, batches: Iterable[Batch]) -> ValidationSc
 def _sums(student: Student, batch: Batch) -> Tensor:
     """KL, agreement and cross-entropy summed over a batch's positions, float64 ``[3]``."""
     device = batch.tokens.device.type
-    # Accelerate puts autocast around the module's forward pass.
-    with torch.autocast(device, enabled=False):
-        hidden = batch.run(student, with_logits=False).last_hidden_state
-        assert hidden is not None
-        states = batch.at_valid(hidden)
+    rounded = torch.is_autocast_enabled(device)
+    hidden = batch.run(student, with_logits=False).last_hidden_state
+    assert hidden is not None
+    # Logits that are bfloat16 themselves would tie: agreement would seem 1 % higher.
+    with (
+        torch.autocast(device, enabled=False),
+        onednn_for_float32(exactly=not rounded) if device == "cpu" else nullcontext(),
+    ):
+        states = batch.at_valid(hidden).float()
         labels, sums = batch.labels, []
         # Several buffers as large as the logits lie beside them.
         room = logits_bytes(states.device) // 4

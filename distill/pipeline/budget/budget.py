@@ -40,6 +40,7 @@ from distill.pipeline.budget.costs import (
     with_measured,
 )
 from distill.pipeline.budget.measure import Measured, measure
+from distill.pipeline.budget.teacher_copy import TeacherCopy, faster_copy, with_copy
 from distill.pipeline.probes import step_seconds
 from distill.pipeline.resolve import Resolved
 from distill.runtime.device import choose_precision
@@ -116,12 +117,21 @@ def settle(
         there is no such run.
     """
     measured = measure(config, data, console, seconds, prompts)
+    if (copy := faster_copy(measured, console)) is not None:
+        measured = with_copy(measured, copy)
     start = elapsed() + sum(console.seconds.get(stage, 0.0) for stage in AGAIN)
     allocation, costs = recommend(measured, seconds, prompts, start)
-    console.rich.print(budget_table(allocation, seconds))
+    console.rich.print(budget_table(allocation, seconds, copy))
     resolved = measured.config
-    student = config.student.model_copy(update={"size": resolved.student.size})
-    settled = config.model_copy(update={"student": student}) if resolved.student.size else config
+    size = resolved.student.size or config.student.size
+    settled = config.model_copy(
+        update={
+            "student": config.student.model_copy(update={"size": size}),
+            "teacher": config.teacher.model_copy(
+                update={"weights_as": resolved.teacher.weights_as}
+            ),
+        }
+    )
     return with_allocation(settled, allocation), Budget(seconds, costs)
 
 
@@ -133,12 +143,14 @@ def with_allocation(config: RunConfig, allocation: Allocation) -> RunConfig:
     return config.model_copy(update={"data": data, "train": train})
 
 
-def budget_table(allocation: Allocation, seconds: float) -> Table:
-    """What fits into a time."""
+def budget_table(allocation: Allocation, seconds: float, copy: TeacherCopy | None = None) -> Table:
+    """What fits into a time, where a ``copy`` of the teacher captures or its file."""
     table = Table(title=f"In {human_time(seconds)}", title_justify="left", show_header=False)
     wanted = f"--samples {allocation.samples} --epochs {allocation.epochs}"
     if allocation.together is not None:
         wanted += f" --set train.batch_size={allocation.together}"
+    if copy is not None:
+        wanted += f" {copy.setting}"
     table.add_row("recommended", f"{wanted} ({allocation.steps:,} steps)")
     for name, part in allocation.seconds.items():
         table.add_row(f"  {name}", f"about {human_time(part)}")
@@ -194,24 +206,31 @@ def _costs_of(student: Student, budget: Budget, config: RunConfig, data: Trainin
     it."""
     device = student.device
     precision = choose_precision(config.train, student.config.hidden_size, device)
-    with data.store.head_on(device, torch.bfloat16 if precision == "bf16" else None):
-        most = max(PROBED_STEPS, PROBED_SHARE * budget.seconds)
-        training, read = _measured_costs(student, config, data, most)
+    narrow, most = precision == "bf16", max(PROBED_STEPS, PROBED_SHARE * budget.seconds)
+    with data.store.head_on(device, torch.bfloat16 if narrow else None):
+        read = _scoring_seconds(student, config, data, narrow)
+        training = _training_seconds(student, config, data, most)
     return with_measured(budget.costs, training, read)
 
 
-def _measured_costs(
-    student: Student, config: RunConfig, data: TrainingData, most: float
-) -> tuple[float, float]:
-    """Seconds of a token in a step, timed for about ``most`` seconds, and in a scoring."""
+def _scoring_seconds(
+    student: Student, config: RunConfig, data: TrainingData, narrow: bool
+) -> float:
+    """Seconds of a token in a scoring of validation sequences."""
     module, data = TrainingModule(student, Objective(LossConfig())), data.watching(0.0, 1)
     for _ in range(2):  # the first time shards are read back
         start = time.perf_counter()
         validation = data.held_out(config.train.batch_size, student.device, student.packs)
-        validation_score(module, validation)
+        with torch.autocast(student.device.type, torch.bfloat16, enabled=narrow):
+            validation_score(module, validation)
         seconds = time.perf_counter() - start
-    read = seconds / float(data.store.lengths()[data.watched].sum())
+    return seconds / float(data.store.lengths()[data.watched].sum())
+
+
+def _training_seconds(
+    student: Student, config: RunConfig, data: TrainingData, most: float
+) -> float:
+    """Seconds of a token in a step, timed for about ``most`` seconds."""
     batch = load_batch(data.store, data.batches(1, config.train.batch_size)[0], pack=False)
     with other_weights(student, {}), only_used_rows(student, data.used_tokens()):
-        training = step_seconds(student, batch, config, most)
-    return training, read
+        return step_seconds(student, batch, config, most)

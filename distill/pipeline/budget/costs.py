@@ -42,7 +42,8 @@ def expected_costs(
     assert student.reading_seconds is not None
     read, exported, vocabulary = student.scoring_seconds, student.numbers.exported, info.vocab_size
     capture = measured.probe.seconds_per_token
-    decode = capture * min(1.0, exported / max(info.parameters, exported))
+    scoring = capture * measured.probe.faster  # the file itself, which evaluation runs
+    decode = scoring * min(1.0, exported / max(info.parameters, exported))
     shape = measured.resolved.shape
     width = info.width if shape is None else shape.hidden_size
     layers = max(0.1, 1.0 - vocabulary * width / exported)  # share of the parameters
@@ -68,7 +69,7 @@ def expected_costs(
         safety=safety,
         export=read + PROVED_FILES * (EXACT_DECODE * decode + vocabulary * COMPARED_EXACTLY),
         exports=important * read * layers + OPENED,
-        evaluation=capture + 2 * read + decode + 3 * vocabulary * COMPARED,
+        evaluation=scoring + 2 * read + decode + 3 * vocabulary * COMPARED,
         evaluations=OPENED + tested,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,13 @@ import pytest
 from distill.capture.corpus import build_corpus
 from distill.capture.teachers import open_teacher
 from distill.config.loading import load_config
+from distill.config.schema import RunConfig
+from distill.pipeline.budget.budget import settle
+from distill.pipeline.budget.costs import expected_costs
+from distill.pipeline.budget.measure import measure
+from distill.pipeline.budget.teacher_copy import TeacherCopy, with_copy
 from distill.pipeline.plan import plan_run
+from distill.pipeline.preflight import check_plan
 from distill.pipeline.run import run
 from distill.runs.folder import RunPaths
 from distill.runtime.progress import Console
@@ -57,21 +64,34 @@ def test_disk(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert plan.store_bytes <= plan.store_limit
 
 
+def pretend_speeds(monkeypatch: pytest.MonkeyPatch, f16: float, bf16: float) -> None:
+    """Tokens a second with copies of the example teacher; with its file 100."""
+    speeds = {"Q8_0": 100.0, "F16": f16, "BF16": bf16}
+    monkeypatch.setattr(
+        "distill.pipeline.budget.teacher_copy.scoring_speed",
+        lambda teacher, sequences: speeds[teacher.computed.tensors["token_embd.weight"].type.name],
+    )
+
+
+def of_orders(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, without: Sequence[str] = ()
+) -> RunConfig:
+    """A run on eight conversations in the ``folder``, quick but for some settings."""
+    monkeypatch.chdir(folder)
+    rows = [{"prompt": f"Please order {n} boxes. " * 3, "completion": "Ordered."} for n in range(8)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {"teacher.path": str(example_teacher()), "student.size": "32x1"}
+    quick = [one for one in QUICK if one.partition("=")[0] not in without]
+    return load_config(None, settings | {"data.path": "rows.jsonl"}, quick)
+
+
 def test_share_that_is_trained_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of conversations: the answers' tokens, as the store then holds them. A copy of the teacher in
-    floating point is recommended where it is faster by far."""
-    speeds = {"Q8_0": 100.0, "F16": 250.0}
-    monkeypatch.setattr(
-        "distill.pipeline.plan.scoring_speed",
-        lambda teacher, sequences: speeds[teacher.computed.tensors["token_embd.weight"].type.name],
-    )
-    monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"Please order {n} boxes. " * 3, "completion": "Ordered."} for n in range(8)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    settings = {"teacher.path": str(example_teacher()), "student.size": "32x1"}
-    config = load_config(None, settings | {"data.path": "rows.jsonl"}, QUICK)
+    """Of conversations: the answers' tokens, as the store then holds them. The fastest copy of the
+    teacher in floating point is recommended where it is faster by far."""
+    pretend_speeds(monkeypatch, f16=180.0, bf16=250.0)
+    config = of_orders(tmp_path, monkeypatch)
     plan = plan_run(config, Console())
     with open_teacher(config.teacher) as teacher:
         corpus = build_corpus(config.data, teacher, 0)
@@ -80,4 +100,25 @@ def test_share_that_is_trained_on(
     assert 0.0 < share < 0.5 and plan.trained_share == pytest.approx(share)
     said = " ".join(capsys.readouterr().out.split())
     assert f"{share:.0%} trained on" in said
-    assert "2.5 times as fast with --set teacher.weights_as=f16, which takes 9.6 MB" in said
+    assert "2.5 times as fast with --set teacher.weights_as=bf16, which takes 9.6 MB" in said
+
+
+def test_a_budget_captures_with_what_is_fastest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A copy that is faster by far is part of what is decided, and of what is reckoned with; the
+    evaluation runs the file all the same."""
+    config = of_orders(tmp_path, monkeypatch, without=("train.epochs",))
+    inputs = check_plan(config, budget=600.0)
+    for f16, bf16, kind in ((180.0, 250.0, "bf16"), (200.0, 150.0, "f16"), (110.0, 90.0, None)):
+        pretend_speeds(monkeypatch, f16, bf16)
+        settled, _ = settle(config, 600.0, inputs.take_data(), None, Console())
+        assert settled.teacher.weights_as == kind
+        assert (f"teacher.weights_as={kind}" in capsys.readouterr().out) == (kind is not None)
+    measured = measure(config, inputs.take_data(), Console())
+    plain = expected_costs(measured, None, 0.0, 600.0)
+    copied = with_copy(measured, TeacherCopy("bf16", 2.5, 0))
+    copying = expected_costs(copied, None, 0.0, 600.0)
+    assert copying.capture == pytest.approx(plain.capture / 2.5)
+    assert copying.evaluation == pytest.approx(plain.evaluation)
+    assert copying.export == pytest.approx(plain.export)
