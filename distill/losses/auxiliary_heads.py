@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # The share of the safety loss's gradient that reaches the layers. It is that of a few prompts, so
 # noisy that at full strength Adam's steps for everything else shrink (docs/decisions.md).
 BODY_GRADIENT = 0.5
+ROWS = 32  # of logits whose certainty is computed at a time
 
 
 @dataclass
@@ -43,9 +44,11 @@ class VerificationTargets:
         rows = batch.layout.verified
         certain, agreed = [states.new_zeros(0, 2)], [states.new_zeros(0)]
         for span, logits in logits_in_chunks(states[rows], matrix):
-            certain.append(certainty(logits))
             best = batch.targets.select(rows[span]).best()
-            agreed.append((logits.argmax(dim=-1) == best).float())
+            # Few rows at a time, in memory that the processor has at hand.
+            for part, theirs in zip(logits.split(ROWS), best.split(ROWS), strict=True):
+                certain.append(certainty(part))
+                agreed.append((part.argmax(dim=-1) == theirs).float())
         return cls(rows, torch.cat(certain), torch.cat(agreed))
 
 

@@ -73,12 +73,17 @@ def certainty(logits: Tensor) -> Tensor:
 
     The log-odds of the most probable token, and the difference of its logit from the second's.
     """
-    logits = logits.float()
-    best = logits.topk(2, dim=-1)
+    # One copy, and all of it in place: of a large vocabulary, each buffer more takes as long as the
+    # product that made the logits.
+    others = logits.to(torch.float32, copy=True)
+    best = others.topk(2, dim=-1)
+    first, second = best.values.unbind(dim=-1)
     # Not from the probability itself, whose doubt float32 rounds away next to 1.
-    others = logits.scatter(-1, best.indices[..., :1], -torch.inf).logsumexp(dim=-1)
-    log_odds = (best.values[..., 0] - others).clamp(max=MOST_CERTAIN)
-    lead = (best.values[..., 0] - best.values[..., 1]).clamp(max=GREATEST_LEAD)
+    others.scatter_(-1, best.indices[..., :1], -torch.inf)
+    shift = second.where(second.isfinite(), 0.0)
+    rest = others.sub_(shift[..., None]).exp_().sum(dim=-1).log() + shift
+    log_odds = (first - rest).clamp(max=MOST_CERTAIN)
+    lead = (first - second).clamp(max=GREATEST_LEAD)
     return torch.stack((log_odds, lead), dim=-1)
 
 
