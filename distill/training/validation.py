@@ -67,14 +67,15 @@ def _sums(student: Student, batch: Batch) -> Tensor:
         torch.autocast(device, enabled=False),
         onednn_for_float32(exactly=not rounded) if device == "cpu" else nullcontext(),
     ):
-        states = batch.at_valid(hidden).float()
+        matrix = student.output_matrix()
+        states = batch.at_valid(hidden).to(matrix.dtype)  # a base may be bfloat16 itself
         labels, sums = batch.labels, []
         # Several buffers as large as the logits lie beside them.
         room = logits_bytes(states.device) // 4
-        together = chunk_size(student.output_matrix().shape[0], room)
+        together = chunk_size(len(matrix), room)
         for start in range(0, len(states), together):
             span = slice(start, start + together)
-            logits = head_logits(states[span], student.output_matrix())
+            logits = head_logits(states[span], matrix)
             targets = batch.targets.select(span)
             values = divergences.known_scores(logits, targets, labels[span])
             sums.append(torch.stack([float64(value).sum() for value in values]))

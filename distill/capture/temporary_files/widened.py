@@ -30,7 +30,7 @@ from teachers.targets.recipe import Recipe
 
 BYTES = {"f16": 2, "bf16": 2, "f32": 4}
 MOST_OF_MEMORY, MOST_BYTES = 0.25, 4 << 30  # for a copy that nobody asked for
-COMPARED_TOKENS, COMPARED_SECONDS = 512, 2.0  # that file and copy are timed with, about
+COMPARED_TOKENS, PIECE_TOKENS = 512, 256  # that file and copy are timed with, of a sequence
 WARMING_TOKENS = 16
 
 
@@ -51,17 +51,15 @@ def is_cheap(file: GGUFFile) -> bool:
 
 
 def scoring_speed(teacher: Teacher, sequences: Sequence[Tokens]) -> float:
-    """Tokens a second at which the teacher scores some of these, one by one."""
-    count = 1 + int((np.cumsum([len(one) for one in sequences]) < COMPARED_TOKENS).sum())
-    recipe, scored = Recipe("compact", 16, 0), 0
-    teacher.score([sequences[0][:WARMING_TOKENS]], recipe, {})  # the first decode sets things up
+    """Tokens a second at which the teacher scores the beginnings of some of these together, as a
+    capture does."""
+    pieces = [one[:PIECE_TOKENS] for one in sequences]
+    count = 1 + int((np.cumsum([len(one) for one in pieces]) < COMPARED_TOKENS).sum())
+    some, recipe = pieces[:count], Recipe("compact", 16, 0)
+    teacher.score([some[0][:WARMING_TOKENS]], recipe, {})  # the first decode sets things up
     start = time.perf_counter()
-    for one in sequences[:count]:
-        teacher.score([one], recipe, {})
-        scored += len(one)
-        if (seconds := time.perf_counter() - start) > COMPARED_SECONDS:
-            break
-    return scored / seconds
+    teacher.score(some, recipe, {})
+    return sum(map(len, some)) / (time.perf_counter() - start)
 
 
 def require_room(file: GGUFFile, kind: str, folder: Path) -> None:

@@ -122,14 +122,15 @@ SAME = {
 
 
 def test_a_student_of_the_teachers_shape_is_the_teacher(base: Path) -> None:
-    """Whatever the rotations of its gates, which are random, and folded as well."""
+    """Whatever the rotations of its gates, which are random, and folded as well; float32 rounds by
+    the size of the logits, 13 to 32 here."""
     for name, tiny in SAME.items():
         file = written(base, tiny)
         student = initialized(file, shape(tiny, {"rotation_init_std": 0.7}))
-        assert off_by(student, file)[0] < 1e-4, name
+        assert off_by(student, file)[1] < 5e-6, name
         rotations = student.rotations()
         assert (rotations[:, 1] @ rotations[:, 0] - torch.eye(8)).abs().max() > 0.5, name
-        assert off_by(to_llama(student), file)[0] < 1e-4, name
+        assert off_by(to_llama(student), file)[1] < 5e-6, name
 
 
 def test_a_larger_student_is_the_teacher_too(base: Path) -> None:
