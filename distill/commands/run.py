@@ -255,11 +255,14 @@ def _checking(*, every_process: bool = False) -> Iterator[tuple[Console, Progres
     """Where a command prints, and what is told how much of its input is read while that is checked;
     warnings of the machine follow. In a launch of several processes only the first one prints,
     unless ``every_process`` does."""
+    import psutil
+
     from distill.runtime.launch_environment import process_rank
     from distill.runtime.machine_checks import warn_of_machine
     from distill.runtime.progress import Console
 
-    console = Console(quiet=process_rank().rank > 0 and not every_process)
+    quiet = process_rank().rank > 0 and not every_process
+    console = Console(quiet=quiet, began=psutil.Process().create_time())
     with console.stage_if_slow("Read files") as progress:
         yield console, progress
     warn_of_machine(console)

@@ -15,7 +15,7 @@ from distill.config.schema import RunConfig
 from distill.errors import UserError
 from distill.heads.prompts import SafetyPrompt
 from distill.metrics.closeness import BOUNDS
-from distill.pipeline.budget.budget import budget_table, elapsed, recommend, with_allocation
+from distill.pipeline.budget.budget import budget_table, recommend, with_allocation
 from distill.pipeline.budget.measure import Measured, TrainingProbe, measure
 from distill.pipeline.budget.teacher_copy import TeacherCopy, faster_copy, with_copy
 from distill.pipeline.disk import Disk, TeacherFiles, checkpoint_bytes, run_files
@@ -119,7 +119,7 @@ def _within(
 ) -> Measured:
     """The same for as much text as fits into ``budget`` seconds, which is printed."""
     measured = measured if copy is None else with_copy(measured, copy)
-    allocation, _ = recommend(measured, budget, prompts, AS_LONG_AGAIN * elapsed())
+    allocation, _ = recommend(measured, budget, prompts, AS_LONG_AGAIN * console.elapsed())
     console.rich.print(budget_table(allocation, budget, copy))
     config = with_allocation(measured.config, allocation)
     corpus = measured.corpus

@@ -21,7 +21,7 @@ from distill.config.schema import RunConfig
 from distill.heads.prompts import SafetyPrompt, digest
 from distill.heads.safety_data import labelled_prompts, safety_data
 from distill.losses.hidden_states import pair_layers
-from distill.pipeline.budget.budget import Budget, elapsed, settle
+from distill.pipeline.budget.budget import Budget, settle
 from distill.pipeline.capture import fill
 from distill.pipeline.final_table import print_results
 from distill.pipeline.preflight import Inputs, check_run, check_train
@@ -67,7 +67,7 @@ def run(
     """Do a whole run, or what is left of it, and return its folder.
 
     ``inputs``: what ``check_run`` has read, if it was called. ``seconds``: what it may take since
-    this process was started, which then decides samples, epochs and steps.
+    the ``console``'s command began, which then decides samples, epochs and steps.
 
     Raises:
         UserError, StoreError, TeacherFileError, TeacherError: the input cannot be used.
@@ -121,7 +121,7 @@ def run(
 
         _work_in(work, config, _identity(info, store, prompts, resolved.base), capture)
     if budget is not None and inputs.decided is None:
-        console.note(f"took {human_time(elapsed())} of {human_time(budget.seconds)}")
+        console.note(f"took {human_time(console.elapsed())} of {human_time(budget.seconds)}")
     return work.folder
 
 

@@ -97,11 +97,19 @@ class Stage:
 
 class Console:
     """Prints to the terminal (or plain lines to a file). ``quiet``: not at all, in all processes
-    but the first. ``stderr``: to standard error, where standard output is for other programs."""
+    but the first. ``stderr``: to standard error, where standard output is for other programs.
+    ``began``: when its command began, in seconds since the epoch, if not now."""
 
-    def __init__(self, *, quiet: bool = False, stderr: bool = False) -> None:
+    def __init__(
+        self, *, quiet: bool = False, stderr: bool = False, began: float | None = None
+    ) -> None:
         self.rich = RichConsole(highlight=False, emoji=False, quiet=quiet, stderr=stderr)
         self.seconds: dict[str, float] = {}
+        self._began = time.time() if began is None else began
+
+    def elapsed(self) -> float:
+        """Seconds since its command began."""
+        return time.time() - self._began
 
     @contextmanager
     def stage(

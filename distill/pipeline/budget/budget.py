@@ -1,6 +1,6 @@
 """A run within a time: samples and epochs before it starts, the number of steps before it trains.
 
-The clock begins with the process. What was decided is in the run's settings and its
+The clock begins with the command. What was decided is in the run's settings and its
 ``decisions.json``, so that a run that is continued decides nothing again.
 """
 
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 from rich.table import Table
 
@@ -55,11 +54,6 @@ from students.model.interface import Student
 BEFORE = ("start", "capture", "head start")  # stages that are over when the steps are fixed
 AGAIN = ("Load teacher", "Read data", "Vocabulary")  # what the run does once more after the probes
 PROBED_STEPS, PROBED_SHARE = 8.0, 0.025  # seconds that the very student's steps are timed for
-
-
-def elapsed() -> float:
-    """Seconds since this process was started."""
-    return time.time() - psutil.Process().create_time()
 
 
 @dataclass(frozen=True)
@@ -119,7 +113,7 @@ def settle(
     measured = measure(config, data, console, seconds, prompts)
     if (copy := faster_copy(measured, console)) is not None:
         measured = with_copy(measured, copy)
-    start = elapsed() + sum(console.seconds.get(stage, 0.0) for stage in AGAIN)
+    start = console.elapsed() + sum(console.seconds.get(stage, 0.0) for stage in AGAIN)
     allocation, costs = recommend(measured, seconds, prompts, start)
     console.rich.print(budget_table(allocation, seconds, copy))
     resolved = measured.config
@@ -178,7 +172,8 @@ def with_steps(
         if safety is not None:
             config, costs = with_prompts(config, costs, student, safety, budget)
         rest = stages(costs, text, len(lengths), 0)
-        left = budget.seconds - elapsed() - sum(rest[name] for name in rest if name not in BEFORE)
+        others = sum(rest[name] for name in rest if name not in BEFORE)
+        left = budget.seconds - console.elapsed() - others
         steps = steps_within(left, text, costs, len(lengths))
         epochs = -(-steps // text.steps(len(lengths)))
         expected = stages(costs, text, len(lengths), steps)

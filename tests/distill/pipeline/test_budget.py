@@ -179,7 +179,6 @@ def test_a_run_that_is_continued_decides_nothing_again(
     settled = (with_samples, Budget(3600.0, COSTS))
     with (
         patch.object(distill.pipeline.run, "settle", return_value=settled),
-        patch("distill.pipeline.budget.budget.elapsed", return_value=0.0),
         patch("distill.pipeline.budget.budget.steps_within", return_value=6),
         interrupted(at=3),
     ):

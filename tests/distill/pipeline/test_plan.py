@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from distill.capture.corpus import build_corpus
 from distill.capture.teachers import open_teacher
 from distill.config.loading import load_config
 from distill.config.schema import RunConfig
+from distill.errors import UserError
 from distill.pipeline.budget.budget import settle
 from distill.pipeline.budget.costs import expected_costs
 from distill.pipeline.budget.measure import measure
@@ -107,7 +109,7 @@ def test_a_budget_captures_with_what_is_fastest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A copy that is faster by far is part of what is decided, and of what is reckoned with; the
-    evaluation runs the file all the same."""
+    evaluation runs the file all the same. What passed since the command began is not to spend."""
     config = of_orders(tmp_path, monkeypatch, without=("train.epochs",))
     inputs = check_plan(config, budget=600.0)
     for f16, bf16, kind in ((180.0, 250.0, "bf16"), (200.0, 150.0, "f16"), (110.0, 90.0, None)):
@@ -115,6 +117,8 @@ def test_a_budget_captures_with_what_is_fastest(
         settled, _ = settle(config, 600.0, inputs.take_data(), None, Console())
         assert settled.teacher.weights_as == kind
         assert (f"teacher.weights_as={kind}" in capsys.readouterr().out) == (kind is not None)
+    with pytest.raises(UserError, match="10 min are too short"):
+        settle(config, 600.0, inputs.take_data(), None, Console(began=time.time() - 595))
     measured = measure(config, inputs.take_data(), Console())
     plain = expected_costs(measured, None, 0.0, 600.0)
     copied = with_copy(measured, TeacherCopy("bf16", 2.5, 0))
