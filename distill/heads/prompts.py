@@ -15,6 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -65,20 +66,21 @@ class SafetyPrompt:
         return int(np.argmax(self.label))
 
 
-def built_in_prompts() -> list[SafetyPrompt]:
+@cache
+def built_in_prompts() -> tuple[SafetyPrompt, ...]:
     """The prompts that come with the program, English and Japanese: a grammar's to learn from,
     others of many authors to learn from and to fit probabilities to, and others again to measure
     on (``tools/safety_prompts``)."""
     content = resources.files("distill.heads").joinpath("prompts.jsonl.gz").read_bytes()
     lines = json_lines(gzip.decompress(content).decode().split("\n"), "safety prompts")
-    return [
+    return tuple(
         replace(
             _prompt(entry, where, labelled=True),
             part=entry["part"],
             weight=GRAMMAR_WEIGHT if entry["part"] == "train" else 1.0,
         )
         for where, entry in lines
-    ]
+    )
 
 
 def prompts_by_hand() -> list[SafetyPrompt]:
@@ -129,7 +131,7 @@ def read_safety_prompts(config: RunConfig) -> list[SafetyPrompt] | None:
     if safety.prompts is not None:
         return read_prompts(Path(safety.prompts), labelled=False)
     if safety.labels == BUILT_IN:
-        return built_in_prompts()
+        return list(built_in_prompts())
     if safety.labels == TEACHER:
         return prompts_by_hand()
     return read_prompts(Path(safety.labels))

@@ -1,7 +1,7 @@
 """The safety head, fitted once the student is trained: a regularized logistic regression on its
 states and the prompts' token runs, calibrated on authors that were left out.
 
-N prompts, F features, B buckets, C = 3 decisions (``students.model.safety_head``).
+N prompts, F features, B runs of tokens, C = 3 decisions (``students.model.safety_head``).
 
 Every prompt that probabilities are fitted to and the cross-validation counts is predicted by a head
 that has seen no prompt of its author (of its scene, where authors are not known): each author has
@@ -128,7 +128,9 @@ def fit_safety_head(
     states = torch.cat((first, more))
     numbers = [*read.train, *(len(train) + place for place in read.validation)]
     row_of = dict(zip(numbers, range(len(numbers)), strict=True))
-    rows = [token_runs(tokens, BUCKETS) for tokens in (*train.tokens, *validation.tokens)]
+    found = [token_runs(tokens, BUCKETS) for tokens in (*train.tokens, *validation.tokens)]
+    present, places = torch.cat(found).unique(return_inverse=True)  # the weights of others stay 0
+    rows = places.split([len(row) for row in found])
     labels = torch.from_numpy(np.concatenate((train.labels, validation.labels)))
     weights = torch.tensor([one.weight for one in (*train.prompts, *validation.prompts)])
     mean, spread = _moments(states, weights[numbers])
@@ -169,7 +171,7 @@ def fit_safety_head(
         head.linear.bias.copy_(linear.bias[0] / temperature - mean @ weight)
         assert head.runs is not None
         rounded, scales = rounded_runs(linear.runs * rarity[:, None] / temperature)
-        head.runs.copy_(rounded * scales)
+        head.runs[present] = rounded * scales
     return SafetyFit(head, score)
 
 
@@ -341,20 +343,17 @@ def _moments(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 def _rarity(rows: Sequence[Tensor]) -> Tensor:
     """How strongly each run speaks, ``[B]``: more if few prompts have it (inverse document
     frequency, Sparck Jones 1972), in units of ``COMMON``."""
-    counts = torch.bincount(torch.cat(list(rows)), minlength=BUCKETS)
-    rarity = ((1 + len(rows)) / (1 + counts)).log() + 1
-    return rarity / COMMON
+    return (((1 + len(rows)) / (1 + torch.cat(list(rows)).bincount())).log() + 1) / COMMON
 
 
 def _sparse(rows: Sequence[Tensor], rarity: Tensor) -> Tensor:
-    """Each prompt's runs as a row ``[B]``, by ``rarity [B]`` over the root of their number, in
-    compressed rows."""
+    """Each prompt's runs as a compressed row: ``rarity [B]`` over the root of their number."""
     counts = torch.tensor([0, *map(len, rows)])
     values = torch.cat([rarity[row] * len(row) ** -0.5 for row in rows])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.sparse_csr_tensor(
-            counts.cumsum(0), torch.cat(list(rows)), values, (len(rows), BUCKETS)
+            counts.cumsum(0), torch.cat(list(rows)), values, (len(rows), len(rarity))
         )
 
 
@@ -373,8 +372,9 @@ class _SparseProduct(torch.autograd.Function):
 
 def _fit(examples: _Examples, start: _Linear | None = None) -> _Linear:
     """Multinomial logistic regression with a pull towards 0, by L-BFGS with line search."""
-    count, width = float(examples.weights.sum()), examples.states.shape[1]
-    begin = start or _Linear(*(torch.zeros(size, len(DECISIONS)) for size in (width, BUCKETS, 1)))
+    count = float(examples.weights.sum())
+    sizes = (examples.states.shape[1], examples.runs.shape[1], 1)
+    begin = start or _Linear(*(torch.zeros(size, len(DECISIONS)) for size in sizes))
     states, runs, bias = (nn.Parameter(one.clone()) for one in vars(begin).values())
     optimizer = torch.optim.LBFGS(
         [states, runs, bias],

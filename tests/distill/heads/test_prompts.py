@@ -226,7 +226,7 @@ def test_which_prompts_the_settings_mean(tmp_path: Path) -> None:
     def read(*settings: str) -> list[SafetyPrompt] | None:
         return read_safety_prompts(load_config(None, {}, settings))
 
-    assert read() == built_in_prompts()
+    assert read() == list(built_in_prompts())
     assert read("safety.labels=teacher") == prompts_by_hand()
     assert read(f"safety.labels={labelled}") == read_prompts(labelled)
     asked = read("safety.labels=teacher", f"safety.prompts={bare}")

@@ -15,10 +15,17 @@ from distill.heads.gguf_heads import chances_of, heads_in
 from distill.heads.prompt_set import PromptSet
 from distill.heads.prompts import SafetyPrompt
 from distill.heads.safety_data import SafetyData
-from distill.heads.safety_fitting import affordable, fit_safety_head, read_prompts, reading_flops
+from distill.heads.safety_fitting import (
+    BUCKETS,
+    affordable,
+    fit_safety_head,
+    read_prompts,
+    reading_flops,
+)
 from students.gguf.metadata import ExportNames
 from students.gguf.writer import write_gguf
 from students.model.heads import Heads
+from students.model.safety_head import token_runs
 from teachers import example_teacher
 from teachers.gguf.file import read_gguf
 from teachers.llama_cpp.teacher import GGUFTeacher
@@ -83,14 +90,14 @@ def test_the_head_is_the_optimum() -> None:
     states = torch.randn(80, 6, generator=generator)
     states[20:50] = 0.0
     read = torch.tensor([*range(20), *range(50, 80)])
-    rows = [torch.randperm(safety_fitting.BUCKETS, generator=generator)[:9].sort().values] * 5
+    rows = [torch.randperm(BUCKETS, generator=generator)[:9].sort().values] * 5
     rows += [torch.arange(9) + 9 * number for number in range(75)]
     labels = torch.rand(80, 3, generator=generator).softmax(dim=-1)
     weights = torch.rand(80, generator=generator)
-    rarity = torch.rand(safety_fitting.BUCKETS, generator=generator)
+    rarity = torch.rand(BUCKETS, generator=generator)
     runs = safety_fitting._sparse(rows, rarity)
     fit = safety_fitting._fit(safety_fitting._Examples(states[read], read, runs, labels, weights))
-    dense = torch.zeros(80, safety_fitting.BUCKETS)
+    dense = torch.zeros(80, BUCKETS)
     for number, row in enumerate(rows):
         dense[number, row] = rarity[row] / 3.0
     chances = (fit.bias + states @ fit.states + dense @ fit.runs).softmax(dim=-1)
@@ -154,16 +161,22 @@ def test_a_large_student_reads_some_of_the_prompts(monkeypatch: pytest.MonkeyPat
 
 
 def test_rarity_is_in_the_heads_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file's head weighs each run as the fit did, its rarity included: the same direction."""
+    """The file's head weighs each run as the fit did, its rarity included: the same direction.
+    Runs that no prompt has weigh nothing."""
+    student, data = make_student(16, 2, VOCAB, heads=True), data_of("words", 60, 70)
+    found = [token_runs(row, BUCKETS) for row in (*data.train.tokens, *data.validation.tokens)]
+    present = torch.cat(found).unique()
     generator = torch.Generator().manual_seed(0)
-    rarity = torch.rand(safety_fitting.BUCKETS, generator=generator) + 0.05
+    rarity = torch.rand(len(present), generator=generator) + 0.05
     fitted, fit = [], safety_fitting._fit
     monkeypatch.setattr(safety_fitting, "_rarity", lambda rows: rarity)
     monkeypatch.setattr(
         safety_fitting, "_fit", lambda *args: fitted.append(fit(*args)) or fitted[-1]
     )
-    head = fit_safety_head(make_student(16, 2, VOCAB, heads=True), data_of("words", 60, 70)).head
+    head = fit_safety_head(student, data).head
     assert head is not None and head.runs is not None
-    wanted = fitted[-1].runs * rarity[:, None]
+    wanted = torch.zeros(BUCKETS, 3).index_add(0, present, fitted[-1].runs * rarity[:, None])
     alike = torch.nn.functional.cosine_similarity(head.runs.flatten(), wanted.flatten(), dim=0)
     assert float(alike) > 0.995  # kept in 8 bits
+    others = torch.ones(BUCKETS, dtype=torch.bool).index_fill(0, present, False)
+    assert len(present) < BUCKETS / 2 and not head.runs[others].any()

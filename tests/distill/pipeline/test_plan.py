@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from distill.config.schema import RunConfig
 from distill.errors import UserError
 from distill.pipeline.budget.budget import settle
 from distill.pipeline.budget.costs import expected_costs
-from distill.pipeline.budget.measure import measure
+from distill.pipeline.budget.measure import Measured, measure
 from distill.pipeline.budget.teacher_copy import TeacherCopy, with_copy
 from distill.pipeline.plan import plan_run
 from distill.pipeline.preflight import check_plan
@@ -111,17 +112,23 @@ def test_a_budget_captures_with_what_is_fastest(
     """A copy that is faster by far is part of what is decided, and of what is reckoned with; the
     evaluation runs the file all the same. What passed since the command began is not to spend."""
     config = of_orders(tmp_path, monkeypatch, without=("train.epochs",))
-    inputs = check_plan(config, budget=600.0)
+    data = check_plan(config, budget=600.0).take_data()
+    measured: list[Measured] = []
+
+    def measure_once(*given: Any) -> Measured:
+        measured[:] = measured or [measure(*given)]
+        return measured[0]
+
+    monkeypatch.setattr("distill.pipeline.budget.budget.measure", measure_once)
     for f16, bf16, kind in ((180.0, 250.0, "bf16"), (200.0, 150.0, "f16"), (110.0, 90.0, None)):
         pretend_speeds(monkeypatch, f16, bf16)
-        settled, _ = settle(config, 600.0, inputs.take_data(), None, Console())
+        settled, _ = settle(config, 600.0, data, None, Console())
         assert settled.teacher.weights_as == kind
         assert (f"teacher.weights_as={kind}" in capsys.readouterr().out) == (kind is not None)
     with pytest.raises(UserError, match="10 min are too short"):
-        settle(config, 600.0, inputs.take_data(), None, Console(began=time.time() - 595))
-    measured = measure(config, inputs.take_data(), Console())
-    plain = expected_costs(measured, None, 0.0, 600.0)
-    copied = with_copy(measured, TeacherCopy("bf16", 2.5, 0))
+        settle(config, 600.0, data, None, Console(began=time.time() - 595))
+    plain = expected_costs(measured[0], None, 0.0, 600.0)
+    copied = with_copy(measured[0], TeacherCopy("bf16", 2.5, 0))
     copying = expected_costs(copied, None, 0.0, 600.0)
     assert copying.capture == pytest.approx(plain.capture / 2.5)
     assert copying.evaluation == pytest.approx(plain.evaluation)
