@@ -31,7 +31,7 @@ from students.model.config import SO8TConfig
 from students.model.gate import SO8Gate
 from students.model.heads import VerificationHead
 from students.model.interface import SO8TOutput, Student
-from students.model.packing import BlockAttention, PackedRow, attend_packed, has_tiles
+from students.model.packing import BlockAttention, PackedRow, attend_packed, has_bfloat16_products
 from students.model.safety_head import SafetyHead, shape_of
 
 # Tokens up to which attention is computed without a fused kernel on a CPU (docs/benchmarks.md)
@@ -105,15 +105,15 @@ def attend(
     """Scaled dot-product attention of ``[B, H, T, W]`` over ``[B, K, T', W]``.
 
     On a CPU at least in float32 (PyTorch's bfloat16 kernel there takes several times as long), and
-    for short sequences by two plain products, which are no slower. With tiles (AMX) plain products
-    of bfloat16 are the fastest.
+    for short sequences by two plain products, which are no slower. Where a processor multiplies
+    bfloat16, plain products of it are the fastest.
     """
     inputs = (query, key, value)
     options: dict[str, Any] = {"attn_mask": mask, "is_causal": causal, "enable_gqa": grouped}
     if query.device.type != "cpu":
         return F.scaled_dot_product_attention(*inputs, **options)
-    narrow = query.dtype == torch.bfloat16 and has_tiles() and not torch.compiler.is_compiling()
-    if narrow and causal and mask is None:
+    narrow = query.dtype == torch.bfloat16 and has_bfloat16_products()
+    if narrow and causal and mask is None and not torch.compiler.is_compiling():
         result: Tensor = BlockAttention.apply(*inputs)
         return result
     if query.dtype == torch.bfloat16:

@@ -37,17 +37,18 @@ class PackedRow:
 
 
 @cache
-def has_tiles() -> bool:
-    """Whether the processor multiplies small bfloat16 matrices several times as fast as float32
-    ones (AMX). Others gain nothing from them in attention (docs/benchmarks.md)."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+def has_bfloat16_products() -> bool:
+    """Whether the processor has products of bfloat16 in its instructions (AMX, AVX-512): attention
+    by them takes a half to a quarter of the time of float32 (docs/benchmarks.md)."""
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
 @torch.compiler.disable
 def attend_packed(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
     """Causal attention of ``[1, H, N, W]`` over ``[1, K, N, W]``, within each sequence of ``row``.
 
-    On a CPU in float32, whatever the inputs, unless it has tiles.
+    On a CPU in float32, whatever the inputs, unless it has products of bfloat16.
     """
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [N, heads, W]
     attend = _attend_in_turn if query.device.type == "cpu" else attend_side_by_side
@@ -71,7 +72,7 @@ def attend_side_by_side(query: Tensor, key: Tensor, value: Tensor, row: PackedRo
 def _attend_in_turn(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
     """The same, sequences of one length at a time."""
     sizes = [count * length for count, length in row.groups]
-    inputs = (part if has_tiles() else part.float() for part in (query, key, value))
+    inputs = (part if has_bfloat16_products() else part.float() for part in (query, key, value))
     parts = zip(*(part.split(sizes) for part in inputs), strict=True)
     mixed = []
     with full_precision(query):

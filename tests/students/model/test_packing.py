@@ -56,11 +56,13 @@ def test_attention_is_that_of_each_sequence() -> None:
                     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16_attention_where_a_processor_has_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_attention_where_a_processor_has_its_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Output and gradients from bfloat16 products, in a row and side by side: within a few of its
     roundings of the definition, for one block, several, and more than are kept."""
     for module in (decoder, packing):
-        monkeypatch.setattr(module, "has_tiles", lambda: True)
+        monkeypatch.setattr(module, "has_bfloat16_products", lambda: True)
     torch.manual_seed(0)
     for length, heads, others in ((5, 4, 2), (BLOCK + 40, 3, 3), (KEPT_NARROW + 70, 2, 1)):
         parts = [
